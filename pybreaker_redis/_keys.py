@@ -1,0 +1,29 @@
+"""How are the keys of a circuit called?
+
+Knows: stock pybreaker's names, hash tags.  Does not know: what lies under the names.
+"""
+
+from __future__ import annotations
+
+import re
+
+#: First part of every name, as in stock pybreaker.
+BASE = "pybreaker"
+
+#: The five values of a circuit, in the order in which the scripts take them.
+NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
+
+_TAG = re.compile(r"\{[^}]+\}")
+
+
+def circuit_keys(namespace: str | None, *, one_slot: bool) -> tuple[str, ...]:
+    """The keys of a circuit, in the order of `NAMES`.
+
+    Args:
+        namespace: Prefix, or ``None``: the one circuit without a name.
+        one_slot: Cluster: put all keys into one slot by a hash tag.  A namespace that carries a tag keeps its own.
+    """
+    prefix = f"{namespace}:{BASE}" if namespace else BASE
+    if one_slot and not (namespace and _TAG.search(namespace)):
+        prefix = f"{{{namespace}}}:{BASE}" if namespace else f"{{{BASE}}}"
+    return tuple(f"{prefix}:{name}" for name in NAMES)

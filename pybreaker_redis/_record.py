@@ -1,0 +1,215 @@
+"""How a circuit lies in Redis, and what to believe when it lies there badly.
+
+Knows: the five values and their formats, which of them stock pybreaker writes too.  Does not know: commands, clients.
+
+The same rules stand in ``lua/circuit.lua``; `tests/test_differential.py` and `tests/test_bad_data.py` compare them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_LEASE_MS, OPEN, STATES, Circuit, created
+
+#: Fields of the hash, in the order in which they are read and written.
+MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms")
+
+#: Names of the five values, in the order of the keys.
+VALUE_NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
+
+Raw = bytes | str | None
+
+_WHOLE = re.compile(r"0|[1-9][0-9]{0,14}", re.ASCII)
+_TOKEN = re.compile(r"[0-9a-f]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was read, parsed but not yet believed.  ``None`` stands for missing and for unreadable alike.
+
+    Attributes:
+        state: One of the three states.
+        fail_counter: Consecutive failures.
+        success_counter: Consecutive successes.
+        opened_at: Whole seconds since the epoch: all that stock writes.
+        mark: The circuit as of our last transition, from the hash (its counters mean nothing).
+        anything: Whether any of the five was there at all, readable or not.
+        unreadable_mark: Whether the hash was there, but made no sense.
+        raw: The four plain values and the fields of the hash as read.
+    """
+
+    state: str | None
+    fail_counter: int | None
+    success_counter: int | None
+    opened_at: int | None
+    mark: Circuit | None
+    anything: bool
+    unreadable_mark: bool
+    raw: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Believed:
+    """The circuit that follows from what was found.
+
+    Attributes:
+        circuit: What to go on from.
+        event: ``created``, ``restored`` (it had vanished, this process knew it), ``repaired NAME…``, or empty.
+    """
+
+    circuit: Circuit
+    event: str
+
+
+def text(value: Raw) -> str | None:
+    """A value as text; bytes that are not text become text that nothing accepts."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
+def parse(plain: Sequence[Raw], mark: Sequence[Raw], *, mark_is_hash: bool = True) -> Found:
+    """Read the four plain values and the fields of the hash.
+
+    Args:
+        plain: State, fail counter, success counter, opened at.
+        mark: The hash, in the order of `MARK_FIELDS`.
+        mark_is_hash: False if that key holds something else.
+    """
+    raw = tuple(text(value) for value in (*plain, *mark))
+    state, fail_counter, success_counter, opened_at = raw[:4]
+    generation, mark_state, opened_at_ms, token, until_ms = raw[4:]
+    marked = mark_is_hash and any(field is not None for field in raw[4:])
+    readable = _whole(generation) is not None and mark_state in STATES
+    return Found(
+        state=state if state in STATES else None,
+        fail_counter=_whole(fail_counter),
+        success_counter=_whole(success_counter),
+        opened_at=_whole(opened_at),
+        mark=Circuit(
+            state=mark_state or CLOSED,
+            opened_at_ms=_whole(opened_at_ms),
+            generation=_whole(generation) or 0,
+            probe_token=token if token and _TOKEN.fullmatch(token) else "",
+            probe_until_ms=_whole(until_ms) or 0,
+        )
+        if marked and readable
+        else None,
+        anything=not mark_is_hash or any(value is not None for value in raw),
+        unreadable_mark=not mark_is_hash or (marked and not readable),
+        raw=raw,
+    )
+
+
+def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Believed:
+    """Repair what is damaged, adopt what somebody else moved, bring back what was lost.
+
+    The mark is the memory of our last transition.  A process that knows a later one than the hash has seen the server
+    lose data, so its knowledge takes the place of the mark.  A state that differs from the mark was written by a stock
+    worker or with redis-cli: it is adopted as a transition of theirs.
+
+    Args:
+        found: What was read.
+        known: The circuit as this process saw it last.
+        create: The state of a circuit that nobody knows.
+        now_ms: The server's time.
+    """
+    if not found.anything and known is None:
+        return Believed(created(create, now_ms), "created")
+
+    mark = found.mark or Circuit()
+    if known is not None and known.generation > mark.generation:
+        mark = known
+    state, opened_at, event = found.state, found.opened_at, ""
+    if mark is known and mark.state != CLOSED and state in (None, CLOSED):
+        state, opened_at, event = mark.state, None, "restored"
+    elif state is None:
+        state = mark.state if found.mark is not None or mark.state != CLOSED else create
+        event = "" if found.anything else "restored"
+
+    ours = state == mark.state and not (state == OPEN and opened_at not in (None, _seconds(mark.opened_at_ms)))
+    if opened_at is not None:
+        same_second = opened_at == _seconds(mark.opened_at_ms)
+        opened_at_ms = mark.opened_at_ms if same_second else opened_at * 1000
+    else:
+        opened_at_ms = mark.opened_at_ms if ours or state != OPEN else None
+    if state == OPEN and opened_at_ms is None:
+        opened_at_ms = now_ms
+    future = opened_at_ms is not None and opened_at_ms > now_ms
+    if future:
+        opened_at_ms = now_ms
+
+    probing = ours and state == HALF_OPEN
+    circuit = Circuit(
+        state=state,
+        fail_counter=found.fail_counter or 0,
+        success_counter=found.success_counter or 0,
+        opened_at_ms=opened_at_ms,
+        generation=mark.generation + (0 if ours else 1),
+        probe_token=mark.probe_token if probing else "",
+        probe_until_ms=mark.probe_until_ms if probing and mark.probe_until_ms <= now_ms + MAX_LEASE_MS else 0,
+    )
+    return Believed(circuit, event or _repairs(found, circuit, future=future))
+
+
+@dataclass(frozen=True, slots=True)
+class Writes:
+    """What has to be written so that Redis holds a circuit.
+
+    Attributes:
+        plain: New values by name; ``None`` deletes.
+        mark: The fields of the hash, all or none.
+        drop_mark: Delete what lies in the place of the hash first.
+    """
+
+    plain: dict[str, str | None]
+    mark: dict[str, str]
+    drop_mark: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.plain or self.mark or self.drop_mark)
+
+
+def writes(circuit: Circuit, found: Found) -> Writes:
+    """What differs between `circuit` and what was found.
+
+    The hash is only created once there is something that stock's keys cannot say.
+    """
+    seconds = _seconds(circuit.opened_at_ms)
+    plain = (
+        circuit.state,
+        str(circuit.fail_counter),
+        str(circuit.success_counter),
+        None if seconds is None else str(seconds),
+    )
+    mark = (
+        str(circuit.generation),
+        circuit.state,
+        "" if circuit.opened_at_ms is None else f"{circuit.opened_at_ms:.0f}",
+        circuit.probe_token,
+        f"{circuit.probe_until_ms:.0f}",
+    )
+    needed = found.mark is not None or circuit.generation > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
+    return Writes(
+        plain={name: new for name, new, old in zip(VALUE_NAMES, plain, found.raw, strict=False) if new != old},
+        mark=dict(zip(MARK_FIELDS, mark, strict=True)) if needed and mark != found.raw[4:] else {},
+        drop_mark=found.unreadable_mark,
+    )
+
+
+def _repairs(found: Found, circuit: Circuit, *, future: bool) -> str:
+    damaged = [name for name in VALUE_NAMES[:3] if getattr(found, name) is None]
+    if future or (found.opened_at is None and (found.raw[3] is not None or circuit.opened_at_ms is not None)):
+        damaged.append("opened_at")
+    if found.unreadable_mark:
+        damaged.append("circuit")
+    return f"repaired {' '.join(damaged)}" if damaged else ""
+
+
+def _whole(value: str | None) -> int | None:
+    """A plain decimal of at most 15 digits: what a Lua number holds exactly."""
+    return int(value) if value is not None and _WHOLE.fullmatch(value) else None
+
+
+def _seconds(at_ms: float | None) -> int | None:
+    return None if at_ms is None else int(at_ms // 1000)
