@@ -1,0 +1,101 @@
+"""How does an intent become one atomic step on a server that runs Lua?
+
+Knows: the scripts, their arguments and answers, EVALSHA and NOSCRIPT.  Does not know: what an intent is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
+
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import Circuit, Intent
+from pybreaker_redis.errors import ScriptingUnavailable
+
+#: How a script spells "by hand" and "never".
+_NONE = -1
+
+
+class LuaCarrier:
+    """A circuit in Redis, moved by one script per intent: one round trip each."""
+
+    mode = "lua"
+
+    def __init__(self, client: Any, keys: tuple[str, ...]) -> None:
+        self.client = client
+        self._keys = keys
+
+    def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
+        """Run the intent's script; see `Carrier.execute`.
+
+        Raises:
+            ScriptingUnavailable: The server has no EVALSHA, or forbids it to this user.
+            redis.exceptions.RedisError: No usable answer.
+        """
+        source, digest = script(intent.script)
+        own = (_argument(getattr(intent, field.name)) for field in fields(intent))
+        arguments = (*self._keys, create, *_known(known), *own)
+        try:
+            try:
+                answer = self.client.evalsha(digest, len(self._keys), *arguments)
+            except NoScriptError:
+                # First use on this server, or SCRIPT FLUSH, or a failover: EVAL leaves the script in the cache.
+                answer = self.client.eval(source, len(self._keys), *arguments)
+        except ResponseError as error:
+            if _forbids_scripts(error):
+                raise ScriptingUnavailable(str(error)) from error
+            raise
+        return _reply(answer)
+
+
+@cache
+def script(name: str) -> tuple[str, str]:
+    """Source and SHA-1 of a script: `circuit.lua`, which they all share, and the intent's own file behind it."""
+    folder = resources.files(__package__) / "lua"
+    source = "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("circuit", name))
+    return source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+def _known(circuit: Circuit | None) -> tuple[int | str, ...]:
+    if circuit is None:
+        return _NONE, "", _NONE, "", 0
+    return (
+        circuit.generation,
+        circuit.state,
+        _argument(circuit.opened_at_ms),
+        circuit.probe_token,
+        _argument(circuit.probe_until_ms),
+    )
+
+
+def _argument(value: float | str | None) -> int | str:
+    if value is None:
+        return _NONE
+    return value if isinstance(value, str) else int(value)
+
+
+def _reply(answer: list[Any]) -> Reply:
+    values: list[Any] = [item.decode() if isinstance(item, bytes) else item for item in answer]
+    accepted, now_ms, state, fails, successes, opened_at_ms, generation, token, until_ms, event = values
+    circuit = Circuit(
+        state=state,
+        fail_counter=fails,
+        success_counter=successes,
+        opened_at_ms=None if opened_at_ms == _NONE else opened_at_ms,
+        generation=generation,
+        probe_token=token,
+        probe_until_ms=until_ms,
+    )
+    return Reply(bool(accepted), circuit, now_ms, event)
+
+
+def _forbids_scripts(error: ResponseError) -> bool:
+    text = str(error).lower()
+    return ("unknown command" in text or isinstance(error, NoPermissionError)) and (
+        "'eval'" in text or "'evalsha'" in text or "`eval`" in text or "`evalsha`" in text
+    )

@@ -1,0 +1,197 @@
+-- circuit: how every script begins (read, repair, adopt) and ends (save, answer).  Prepended to each of them.
+--
+-- KEYS[1]  state            string  closed | open | half-open                   stock pybreaker writes it too
+-- KEYS[2]  fail_counter     string  decimal                                     stock pybreaker writes it too
+-- KEYS[3]  success_counter  string  decimal                                     stock pybreaker writes it too
+-- KEYS[4]  opened_at        string  whole seconds since the epoch               stock pybreaker writes it too
+-- KEYS[5]  circuit          hash    generation, state, opened_at_ms, probe_token, probe_until_ms as of our last move
+-- ARGV[1]  create           state of a circuit that nobody knows
+-- ARGV[2]  known_generation of the circuit as the caller saw it last; -1: never
+-- ARGV[3]  known_state
+-- ARGV[4]  known_opened_at  ms since the epoch; -1: never
+-- ARGV[5]  known_token      of the probe; empty: none
+-- ARGV[6]  known_until      ms since the epoch
+-- ARGV[7+] belong to the intent
+-- RETURNS  {accepted 0|1, now ms, state, fail_counter, success_counter, opened_at ms or -1, generation, probe_token,
+--          probe_until ms, event}
+-- TIME     the server's; clocks of callers are never compared
+-- WRITES   only values that differ, so a refused intent on a sound record writes nothing
+--
+-- The reasons for these rules stand in _record.py, the rules themselves in both: keep them alike.
+
+local MAX_LEASE_MS = 24 * 3600 * 1000
+local BY_HAND = -1
+local STATES = {['closed'] = true, ['open'] = true, ['half-open'] = true}
+
+local circuit, now
+local found = {}
+
+-- A plain decimal of at most 15 digits: what a Lua number holds exactly.
+local function whole(raw)
+  if raw and #raw <= 15 and (raw == '0' or string.find(raw, '^[1-9]%d*$')) then
+    return tonumber(raw)
+  end
+  return nil
+end
+
+local function decimal(number)
+  return string.format('%.0f', number)
+end
+
+local function seconds(at_ms)
+  return at_ms and math.floor(at_ms / 1000)
+end
+
+local function read()
+  local time = redis.call('TIME')
+  now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+
+  found.plain = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
+  local raw = redis.pcall('HMGET', KEYS[5], 'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms')
+  local is_hash = not raw.err
+  found.fields = is_hash and raw or {false, false, false, false, false}
+  local marked = false
+  for i = 1, 5 do
+    marked = marked or found.fields[i] ~= false
+  end
+
+  found.anything = marked or not is_hash
+  for i = 1, 4 do
+    found.anything = found.anything or found.plain[i] ~= false
+  end
+  found.state = STATES[found.plain[1]] and found.plain[1] or nil
+  found.fail_counter = whole(found.plain[2])
+  found.success_counter = whole(found.plain[3])
+  found.opened_at = whole(found.plain[4])
+
+  local readable = whole(found.fields[1]) and STATES[found.fields[2]]
+  found.unreadable_mark = not is_hash or (marked and not readable)
+  if marked and readable then
+    local token = found.fields[4]
+    if not token or #token > 64 or not string.find(token, '^[0-9a-f]+$') then
+      token = ''
+    end
+    found.mark = {
+      generation = whole(found.fields[1]),
+      state = found.fields[2],
+      opened_at_ms = whole(found.fields[3]),
+      probe_token = token,
+      probe_until_ms = whole(found.fields[5]) or 0,
+    }
+  end
+end
+
+local function repairs(future)
+  local damaged = {}
+  if not found.state then damaged[#damaged + 1] = 'state' end
+  if not found.fail_counter then damaged[#damaged + 1] = 'fail_counter' end
+  if not found.success_counter then damaged[#damaged + 1] = 'success_counter' end
+  if future or (not found.opened_at and (found.plain[4] or circuit.opened_at_ms)) then
+    damaged[#damaged + 1] = 'opened_at'
+  end
+  if found.unreadable_mark then damaged[#damaged + 1] = 'circuit' end
+  return #damaged > 0 and 'repaired ' .. table.concat(damaged, ' ') or ''
+end
+
+-- The circuit goes to another state: a new generation in which nobody holds the probe.
+local function move(state)
+  circuit.state = state
+  circuit.generation = circuit.generation + 1
+  circuit.probe_token = ''
+  circuit.probe_until_ms = 0
+end
+
+local function believe()
+  local known_generation = tonumber(ARGV[2])
+  if not found.anything and known_generation < 0 then
+    circuit = {state = 'closed', fail_counter = 0, success_counter = 0, generation = 0,
+               probe_token = '', probe_until_ms = 0}
+    if ARGV[1] ~= 'closed' then move(ARGV[1]) end
+    if ARGV[1] == 'open' then circuit.opened_at_ms = now end
+    return 'created'
+  end
+
+  local mark = found.mark or {generation = 0, state = 'closed', probe_token = '', probe_until_ms = 0}
+  local lost = known_generation > mark.generation
+  if lost then
+    mark = {generation = known_generation, state = ARGV[3], opened_at_ms = whole(ARGV[4]),
+            probe_token = ARGV[5], probe_until_ms = tonumber(ARGV[6])}
+  end
+  local state, opened_at, event = found.state, found.opened_at, ''
+  if lost and mark.state ~= 'closed' and (not state or state == 'closed') then
+    state, opened_at, event = mark.state, nil, 'restored'
+  elseif not state then
+    state = (found.mark or mark.state ~= 'closed') and mark.state or ARGV[1]
+    event = found.anything and '' or 'restored'
+  end
+
+  local ours = state == mark.state
+    and not (state == 'open' and opened_at and opened_at ~= seconds(mark.opened_at_ms))
+  local opened_at_ms
+  if opened_at then
+    opened_at_ms = opened_at == seconds(mark.opened_at_ms) and mark.opened_at_ms or opened_at * 1000
+  elseif ours or state ~= 'open' then
+    opened_at_ms = mark.opened_at_ms
+  end
+  if state == 'open' and not opened_at_ms then opened_at_ms = now end
+  local future = opened_at_ms and opened_at_ms > now
+  if future then opened_at_ms = now end
+
+  local probing = ours and state == 'half-open'
+  circuit = {
+    state = state,
+    fail_counter = found.fail_counter or 0,
+    success_counter = found.success_counter or 0,
+    opened_at_ms = opened_at_ms,
+    generation = mark.generation + (ours and 0 or 1),
+    probe_token = probing and mark.probe_token or '',
+    probe_until_ms = probing and mark.probe_until_ms <= now + MAX_LEASE_MS and mark.probe_until_ms or 0,
+  }
+  return event ~= '' and event or repairs(future)
+end
+
+local function save()
+  local opened_at = circuit.opened_at_ms and decimal(seconds(circuit.opened_at_ms)) or false
+  local plain = {circuit.state, decimal(circuit.fail_counter), decimal(circuit.success_counter), opened_at}
+  for i = 1, 4 do
+    if plain[i] ~= found.plain[i] then
+      if plain[i] then redis.call('SET', KEYS[i], plain[i]) else redis.call('DEL', KEYS[i]) end
+    end
+  end
+
+  if found.unreadable_mark then redis.call('DEL', KEYS[5]) end
+  if not (found.mark or circuit.generation > 0 or (circuit.opened_at_ms or 0) % 1000 > 0) then return end
+  local fields = {decimal(circuit.generation), circuit.state,
+                  circuit.opened_at_ms and decimal(circuit.opened_at_ms) or '',
+                  circuit.probe_token, decimal(circuit.probe_until_ms)}
+  local changed = false
+  for i = 1, 5 do
+    changed = changed or fields[i] ~= found.fields[i]
+  end
+  if changed then
+    redis.call('HSET', KEYS[5], 'generation', fields[1], 'state', fields[2], 'opened_at_ms', fields[3],
+               'probe_token', fields[4], 'probe_until_ms', fields[5])
+  end
+end
+
+-- Whether a call that was admitted in this generation, holding this token, may still speak for the circuit.
+local function admits(generation, token)
+  if generation == BY_HAND then return true end
+  if circuit.generation ~= generation or circuit.state == 'open' then return false end
+  return circuit.state == 'closed' or circuit.probe_token == token
+end
+
+-- Half-open, and unclaimed or the lease has run out.
+local function probe_is_free()
+  return circuit.state == 'half-open' and (circuit.probe_token == '' or circuit.probe_until_ms <= now)
+end
+
+-- Read, let the intent decide, save, answer.
+local function run(intent)
+  read()
+  local event = believe()
+  local accepted = intent()
+  save()
+  return {accepted and 1 or 0, now, circuit.state, circuit.fail_counter, circuit.success_counter,
+          circuit.opened_at_ms or -1, circuit.generation, circuit.probe_token, circuit.probe_until_ms, event}
+end

@@ -1,0 +1,13 @@
+-- set_state: by hand, put the circuit into a state, counters as they are.
+-- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
+-- ARGV[7]     state  closed | open | half-open
+-- RETURNS     {1, record…}
+-- WRITES      only if the state changes, or a held probe is taken from its holder
+local state = ARGV[7]
+
+return run(function()
+  if circuit.state == state and circuit.probe_token == '' then return true end
+  move(state)
+  if state == 'open' and not circuit.opened_at_ms then circuit.opened_at_ms = now end
+  return true
+end)
