@@ -1,0 +1,106 @@
+"""How does an intent become one atomic step on a server that runs no scripts?
+
+Knows: WATCH, MULTI, EXEC around the Python model.  Does not know: what an intent is for.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from redis.exceptions import ResponseError, WatchError
+
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import Circuit, Intent, Load
+from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, Found, Writes, believe, parse, writes
+
+#: Attempts before a contended circuit counts as out of reach.
+ATTEMPTS = 200
+#: Longest pause between two attempts, seconds.
+LONGEST_PAUSE = 0.02
+
+
+class OptimisticCarrier:
+    """A circuit in Redis, moved by transactions: a load is one round trip, anything else about seven."""
+
+    mode = "optimistic"
+
+    def __init__(self, client: Any, keys: tuple[str, ...]) -> None:
+        self.client = client
+        self._keys = keys
+
+    def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
+        """Read under WATCH, decide in Python, write under MULTI, again if somebody was faster; see `Carrier.execute`.
+
+        Raises:
+            redis.exceptions.WatchError: Somebody was faster 200 times.
+            redis.exceptions.RedisError: No usable answer.
+        """
+        if isinstance(intent, Load):
+            with self.client.pipeline(transaction=False) as pipe:
+                self._ask(pipe)
+                reply, changes = _decide(intent, *_understand(pipe.execute(raise_on_error=False)), known, create)
+            if not changes:
+                return reply
+        for attempt in range(ATTEMPTS):
+            with self.client.pipeline() as pipe:
+                pipe.watch(*self._keys)
+                reply, changes = _decide(intent, *_understand(self._ask(pipe)), known, create)
+                if not changes:
+                    return reply
+                pipe.multi()
+                self._write(pipe, changes)
+                try:
+                    pipe.execute()
+                except WatchError:
+                    time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.0002 * 2**attempt)))  # noqa: S311
+                else:
+                    return reply
+        msg = f"circuit {self._keys[0]!r}: {ATTEMPTS} transactions in a row were overtaken by others"
+        raise WatchError(msg)
+
+    def _ask(self, pipe: Any) -> list[Any]:
+        """Queue the three reads, or run them at once on a pipeline that watches."""
+        commands = (("MGET", *self._keys[:4]), ("HMGET", self._keys[4], *MARK_FIELDS), ("TIME",))
+        answers = []
+        for command in commands:
+            try:
+                # Whatever bytes lie there are ours to judge: a client that decodes would fail on some of them.
+                options = {} if command[0] == "TIME" else {"NEVER_DECODE": True}
+                answers.append(pipe.execute_command(*command, **options))
+            except ResponseError as error:
+                answers.append(error)
+        return answers
+
+    def _write(self, pipe: Any, changes: Writes) -> None:
+        keys = dict(zip(VALUE_NAMES, self._keys, strict=True))
+        for name, value in changes.plain.items():
+            if value is None:
+                pipe.delete(keys[name])
+            else:
+                pipe.set(keys[name], value)
+        if changes.drop_mark:
+            pipe.delete(keys["circuit"])
+        if changes.mark:
+            pipe.hset(keys["circuit"], mapping=changes.mark)
+
+
+def _understand(answers: list[Any]) -> tuple[Found, int]:
+    plain, mark, clock = answers
+    for answer in (plain, clock):
+        if isinstance(answer, Exception):
+            raise answer
+    wrong_type = isinstance(mark, ResponseError) and str(mark).startswith("WRONGTYPE")
+    if isinstance(mark, Exception) and not wrong_type:
+        raise mark
+    found = parse(plain, (None,) * len(MARK_FIELDS) if wrong_type else mark, mark_is_hash=not wrong_type)
+    seconds, microseconds = (int(part) for part in clock)
+    return found, seconds * 1000 + microseconds // 1000
+
+
+def _decide(intent: Intent, found: Found, now_ms: int, known: Circuit | None, create: str) -> tuple[Reply, Writes]:
+    believed = believe(found, known, create, now_ms)
+    decision = intent.apply(believed.circuit, now_ms)
+    reply = Reply(decision.accepted, decision.circuit, now_ms, believed.event)
+    return reply, writes(decision.circuit, found)
