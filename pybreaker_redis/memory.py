@@ -1,0 +1,77 @@
+"""A circuit that lives in this process.
+
+Knows: the model, a lock.  Does not know: Redis.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pybreaker_redis._adapter import IntentStorage, check_state
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import Circuit, Decision, Intent, Load, SetOpenedAt, created
+from pybreaker_redis._clock import now_ms
+
+
+class MemoryCarrier:
+    """The model behind a lock.
+
+    Args:
+        state: In which the circuit begins.
+        clock: Milliseconds since the epoch.
+        first_generation: Added to every generation, where several records must not be mistaken for one another.
+    """
+
+    def __init__(self, state: str, clock: Callable[[], float] = now_ms, first_generation: int = 0) -> None:
+        self._lock = threading.Lock()
+        self._clock = clock
+        circuit = created(state, clock())
+        self._circuit = replace(circuit, generation=circuit.generation + first_generation)
+        self._event = "created"
+
+    def execute(self, intent: Intent, known: Circuit | None = None, create: str = "") -> Reply:  # noqa: ARG002
+        """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
+        with self._lock:
+            now = self._clock()
+            decision = intent.apply(self._circuit, now)
+            self._circuit = decision.circuit
+            event, self._event = self._event, ""
+            return Reply(decision.accepted, decision.circuit, now, event)
+
+
+@dataclass(frozen=True, slots=True)
+class _SayOpenedAt(SetOpenedAt):
+    """With a single clock there is no skew to defend against, and tests move this time at will: any time is taken."""
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        return Decision(True, replace(circuit, opened_at_ms=self.at_ms))
+
+
+class CircuitMemoryStorage(IntentStorage):
+    """A circuit for the threads of one process; in place of `pybreaker.CircuitMemoryStorage`.
+
+    Unlike pybreaker's own it is safe without the breaker's lock, lets one caller probe at a time even under
+    `calling()`, and ignores results of calls that began before the last transition.
+
+    Args:
+        state: ``closed``, ``open`` or ``half-open``.
+        probe_lease: Seconds until a probe that nobody reported on is offered again, from 0.001 to 86400.
+
+    Raises:
+        ValueError: An unknown `state`, or a `probe_lease` out of range.
+        TypeError: A `probe_lease` that is no number.
+    """
+
+    def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
+        check_state("state", state)
+        super().__init__("memory", probe_lease)
+        self._carrier = MemoryCarrier(state)
+        self._ask(self._caller, Load())
+
+    def _execute(self, intent: Intent) -> Reply:
+        return self._carrier.execute(intent)
+
+    def _set_opened_at(self, at_ms: float) -> Intent:
+        return _SayOpenedAt(at_ms)
