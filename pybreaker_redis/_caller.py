@@ -1,10 +1,11 @@
 """What did this thread do last?
 
-Knows: one thread's last operations on one storage.  Does not know: what they mean.
+Knows: one thread's side of the conversation with one storage.  Does not know: what it means.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from enum import Enum, auto
 
@@ -13,14 +14,9 @@ class Just(Enum):
     """What a thread did last, as far as it gives the next operation its meaning."""
 
     NOTHING = auto()
-    READ_STATE = auto()
-    READ_STATE_AGAIN = auto()
-    READ_OPENED_AT = auto()
-    SET_OPENED_AT = auto()
-    RESET_SUCCESSES = auto()
+    CHECKED_TIMEOUT = auto()
+    BEGAN_TO_OPEN = auto()
     COUNTED_PROBE = auto()
-    READ_COUNT = auto()
-    HOLDS_RESET = auto()
 
 
 class Caller(threading.local):
@@ -28,38 +24,40 @@ class Caller(threading.local):
 
     Attributes:
         just: What it did last.
-        read: The state that it read last.
-        news: Whether that was news to the breaker.
         generation: The generation in which its call was admitted; ``None`` before the first.
         token: The probe that it holds, or empty.
-        pid: The process in which it got `token`: a forked child inherits this object, but not the probe.
         probing: Whether its call was admitted half-open.
         fresh: Whether it has claimed a probe and not yet reported on it.
         half_opened: The generation that it made half-open by hand.
-        opened_generation: The generation in which it read `opened_at`.
-        failure: Identity of the exception that it reported last.
-        refused: Whether that report came too late to count.
-        tripping: The generation and token that the trip in progress is fenced with.
+        opened_generation: The generation in which it found that the timeout has passed.
+        refused: Whether the failure that it reported last came too late to count.
+        fence: The generation and token of the trip in progress.
         count: The counter as its last report left it.
-        echo: The state whose assignment only repeats what is already done.
+        telling: Whether the breaker may be telling listeners of something that is already committed.
     """
 
     just = Just.NOTHING
-    read = ""
-    news = False
     generation: int | None = None
     token = ""
-    pid = 0
     probing = False
     fresh = False
     half_opened: int | None = None
     opened_generation = 0
-    failure = 0
     refused = False
-    tripping: tuple[int | None, str] = (None, "")
+    fence: tuple[int | None, str] = (None, "")
     count = 0
-    echo = ""
+    telling = False
+    _pid = 0
 
     def admit(self, generation: int, token: str, *, probing: bool) -> None:
-        """The thread's next call, if it makes one, speaks for this generation."""
+        """The thread's next report speaks for this generation."""
         self.generation, self.token, self.probing = generation, token, probing
+
+    def claim(self, generation: int, token: str) -> None:
+        """The thread has got the probe."""
+        self.admit(generation, token, probing=True)
+        self.fresh, self._pid = True, os.getpid()
+
+    def holds(self, token: str) -> bool:
+        """Whether it got this probe, in this process: a forked child inherits the memory, but not the probe."""
+        return self.token == token and self._pid == os.getpid()

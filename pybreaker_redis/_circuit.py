@@ -22,6 +22,9 @@ STATES = (CLOSED, OPEN, HALF_OPEN)
 #: Longest believable lease, milliseconds.  A stored lease that ends later than this is damage, not a lease.
 MAX_LEASE_MS = 24 * 3600 * 1000
 
+#: Generations from here on are damage: a hundred transitions a second would take three centuries.
+MAX_GENERATION = 10**12
+
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
@@ -107,7 +110,7 @@ class Load(Intent):
 
     script: ClassVar[str] = "load"
 
-    def apply(self, circuit: Circuit, now_ms: float) -> Decision:  # noqa: D102
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         return Decision(True, circuit)
 
 
@@ -123,7 +126,7 @@ class Fenced(Intent):
     generation: int | None
     token: str
 
-    def apply(self, circuit: Circuit, now_ms: float) -> Decision:  # noqa: D102
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         if not circuit.admits(self.generation, self.token):
             return Decision(False, circuit)
         return Decision(True, self.settle(circuit, now_ms))
@@ -139,7 +142,7 @@ class RecordFailure(Fenced):
 
     script: ClassVar[str] = "record_failure"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:  # noqa: D102
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
         return replace(circuit, fail_counter=circuit.fail_counter + 1)
 
 
@@ -149,7 +152,7 @@ class RecordSuccess(Fenced):
 
     script: ClassVar[str] = "record_success"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:  # noqa: D102
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
         return replace(circuit, fail_counter=0)
 
 
@@ -166,7 +169,7 @@ class CountProbe(Fenced):
     lease_ms: int
     script: ClassVar[str] = "count_probe"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:  # noqa: D102
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
         counted = replace(circuit, success_counter=circuit.success_counter + 1)
         if self.generation is None or not circuit.probe_token:
             return counted
@@ -179,7 +182,7 @@ class Trip(Fenced):
 
     script: ClassVar[str] = "trip"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:  # noqa: D102
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
         return circuit.moved(OPEN, success_counter=0, opened_at_ms=now_ms)
 
 
@@ -189,7 +192,7 @@ class Close(Fenced):
 
     script: ClassVar[str] = "close"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:  # noqa: D102
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
         moved = circuit if circuit.state == CLOSED else circuit.moved(CLOSED)
         return replace(moved, fail_counter=0, success_counter=0)
 
@@ -211,7 +214,7 @@ class ClaimProbe(Intent):
     lease_ms: int
     script: ClassVar[str] = "claim_probe"
 
-    def apply(self, circuit: Circuit, now_ms: float) -> Decision:  # noqa: D102
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         if circuit.generation != self.generation or not (circuit.state == OPEN or circuit.probe_is_free(now_ms)):
             return Decision(False, circuit)
         # Successes collected by a prober that died still count; those from before the circuit opened do not.
@@ -235,7 +238,7 @@ class SetState(Intent):
     state: str
     script: ClassVar[str] = "set_state"
 
-    def apply(self, circuit: Circuit, now_ms: float) -> Decision:  # noqa: D102
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         if circuit.state == self.state and not circuit.probe_token:
             return Decision(True, circuit)
         moved = circuit.moved(self.state)
@@ -258,7 +261,7 @@ class SetOpenedAt(Intent):
     at_ms: float
     script: ClassVar[str] = "set_opened_at"
 
-    def apply(self, circuit: Circuit, now_ms: float) -> Decision:  # noqa: D102
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         at_ms = max(0, min(self.at_ms, now_ms))
         if circuit.state == OPEN and circuit.opened_at_ms is not None and at_ms <= circuit.opened_at_ms:
             return Decision(False, circuit)
@@ -271,7 +274,7 @@ class ResetProbes(Intent):
 
     script: ClassVar[str] = "reset_probes"
 
-    def apply(self, circuit: Circuit, now_ms: float) -> Decision:  # noqa: D102
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         return Decision(True, replace(circuit, success_counter=0))
 
 

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError, WatchError
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit, Intent, Load
-from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, Found, Writes, believe, parse, writes
+from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, Found, Writes, believe, parse, writes
 
 #: Attempts before a contended circuit counts as out of reach.
 ATTEMPTS = 200
@@ -54,20 +54,25 @@ class OptimisticCarrier:
                 try:
                     pipe.execute()
                 except WatchError:
-                    time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.0002 * 2**attempt)))  # noqa: S311
+                    time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.0002 * 2**attempt)))
                 else:
                     return reply
         msg = f"circuit {self._keys[0]!r}: {ATTEMPTS} transactions in a row were overtaken by others"
         raise WatchError(msg)
 
     def _ask(self, pipe: Any) -> list[Any]:
-        """Queue the three reads, or run them at once on a pipeline that watches."""
-        commands = (("MGET", *self._keys[:4]), ("HMGET", self._keys[4], *MARK_FIELDS), ("TIME",))
+        """Queue the reads, or run them at once on a pipeline that watches."""
+        commands = (
+            ("MGET", *self._keys[:4]),
+            ("EXISTS", self._keys[3]),
+            ("HMGET", self._keys[4], *MARK_FIELDS),
+            ("TIME",),
+        )
         answers = []
         for command in commands:
             try:
                 # Whatever bytes lie there are ours to judge: a client that decodes would fail on some of them.
-                options = {} if command[0] == "TIME" else {"NEVER_DECODE": True}
+                options = {"NEVER_DECODE": True} if command[0] in ("MGET", "HMGET") else {}
                 answers.append(pipe.execute_command(*command, **options))
             except ResponseError as error:
                 answers.append(error)
@@ -87,10 +92,12 @@ class OptimisticCarrier:
 
 
 def _understand(answers: list[Any]) -> tuple[Found, int]:
-    plain, mark, clock = answers
-    for answer in (plain, clock):
+    plain, opened_at_exists, mark, clock = answers
+    for answer in (plain, opened_at_exists, clock):
         if isinstance(answer, Exception):
             raise answer
+    if plain[3] is None and opened_at_exists:
+        plain = [*plain[:3], WRONG_TYPE]
     wrong_type = isinstance(mark, ResponseError) and str(mark).startswith("WRONGTYPE")
     if isinstance(mark, Exception) and not wrong_type:
         raise mark

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_LEASE_MS, OPEN, STATES, Circuit, created
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_GENERATION, MAX_LEASE_MS, OPEN, STATES, Circuit, created
 
 #: Fields of the hash, in the order in which they are read and written.
 MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms")
@@ -20,6 +20,9 @@ MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_unti
 VALUE_NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
 
 Raw = bytes | str | None
+
+#: Stands for a value of another type, which MGET reports as missing.
+WRONG_TYPE = "?"
 
 _WHOLE = re.compile(r"0|[1-9][0-9]{0,14}", re.ASCII)
 _TOKEN = re.compile(r"[0-9a-f]{1,64}", re.ASCII)
@@ -80,7 +83,8 @@ def parse(plain: Sequence[Raw], mark: Sequence[Raw], *, mark_is_hash: bool = Tru
     state, fail_counter, success_counter, opened_at = raw[:4]
     generation, mark_state, opened_at_ms, token, until_ms = raw[4:]
     marked = mark_is_hash and any(field is not None for field in raw[4:])
-    readable = _whole(generation) is not None and mark_state in STATES
+    number = _whole(generation)
+    readable = number is not None and number < MAX_GENERATION and mark_state in STATES
     return Found(
         state=state if state in STATES else None,
         fail_counter=_whole(fail_counter),
@@ -89,7 +93,7 @@ def parse(plain: Sequence[Raw], mark: Sequence[Raw], *, mark_is_hash: bool = Tru
         mark=Circuit(
             state=mark_state or CLOSED,
             opened_at_ms=_whole(opened_at_ms),
-            generation=_whole(generation) or 0,
+            generation=number or 0,
             probe_token=token if token and _TOKEN.fullmatch(token) else "",
             probe_until_ms=_whole(until_ms) or 0,
         )

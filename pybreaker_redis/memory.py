@@ -31,7 +31,7 @@ class MemoryCarrier:
         self._circuit = replace(circuit, generation=circuit.generation + first_generation)
         self._event = "created"
 
-    def execute(self, intent: Intent, known: Circuit | None = None, create: str = "") -> Reply:  # noqa: ARG002
+    def execute(self, intent: Intent, known: Circuit | None = None, create: str = "") -> Reply:
         """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
         with self._lock:
             now = self._clock()

@@ -1,29 +1,25 @@
-"""A circuit that lives in Redis and is shared by a fleet.
+"""A circuit that a fleet shares, and what a process does while nobody answers.
 
-Knows: which carrier serves, what to do while Redis is away, whose clock is whose.  Does not know: commands, scripts.
+Knows: the shared circuit, the guard, the circuit of one's own.  Does not know: commands, scripts, clocks.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
-from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis._adapter import IntentStorage, check_state
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit, Intent, Load, SetOpenedAt, Trip
+from pybreaker_redis._circuit import Intent
 from pybreaker_redis._clock import now_ms
 from pybreaker_redis._guard import PAUSE, REDIS_ERRORS, Guard
 from pybreaker_redis._keys import BASE, circuit_keys
-from pybreaker_redis._optimistic import OptimisticCarrier
-from pybreaker_redis._scripts import LuaCarrier
-from pybreaker_redis.errors import ScriptingUnavailable
+from pybreaker_redis._shared import SharedCircuit
 from pybreaker_redis.memory import MemoryCarrier
 
-#: Where the generations of circuits in this process begin: the shared record holds at most 15 digits, so a call that
-#: was admitted by one is never settled in the other.
+#: Where the generations of this process's own circuits begin.  Shared ones stay far below, so a call that was admitted
+#: by one is never settled in the other.
 LOCAL_GENERATIONS = 10**15
 
 
@@ -58,7 +54,7 @@ class CircuitRedisStorage(IntentStorage):
         redis_object: Any,
         namespace: str | None = None,
         fallback_circuit_state: str = "closed",
-        cluster_mode: bool = False,  # noqa: FBT001, FBT002
+        cluster_mode: bool = False,
         *,
         probe_lease: float = 30.0,
     ) -> None:
@@ -67,29 +63,31 @@ class CircuitRedisStorage(IntentStorage):
         if namespace is not None and not isinstance(namespace, str):
             msg = f"namespace must be a str or None, not {namespace!r}"
             raise TypeError(msg)
-        if not hasattr(redis_object, "evalsha") and not callable(redis_object):
+        is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
+        if not is_client and not callable(redis_object):
             msg = f"redis_object must be a Redis client or a callable that returns one, not {redis_object!r}"
             raise TypeError(msg)
         super().__init__("redis", probe_lease)
-        self._initial_state = state
-        self._fallback_circuit_state = fallback_circuit_state
-        self._redis = redis_object
-        self._keys = circuit_keys(namespace, one_slot=cluster_mode)
         self._circuit_name = namespace or BASE
-
-        self._lock = threading.Lock()
+        self._shared = SharedCircuit(
+            (lambda: redis_object) if is_client else redis_object,
+            circuit_keys(namespace, one_slot=cluster_mode),
+            name=self._circuit_name,
+            initial_state=state,
+            fallback_state=fallback_circuit_state,
+            clock=now_ms,
+            logger=self.logger,
+        )
         self._guard = Guard()
-        self._carrier: LuaCarrier | OptimisticCarrier | None = None
-        self._known: Circuit | None = None
-        #: Server's clock minus local clock, milliseconds.
-        self._offset_ms: int | None = None
+        self._lock = threading.Lock()
+        self._fallback_circuit_state = fallback_circuit_state
         self._local: MemoryCarrier | None = None
         self._local_generation = LOCAL_GENERATIONS
 
     def _execute(self, intent: Intent) -> Reply:
         if self._guard.may_ask():
             try:
-                reply = self._execute_shared(intent)
+                reply = self._shared.execute(intent)
             except REDIS_ERRORS as error:
                 self._went_away(error)
             else:
@@ -97,67 +95,13 @@ class CircuitRedisStorage(IntentStorage):
                 return reply
         return self._execute_local(intent)
 
-    # Shared -------------------------------------------------------------------------------------------------------
-
-    def _execute_shared(self, intent: Intent) -> Reply:
-        if isinstance(intent, SetOpenedAt):
-            if self._offset_ms is None:
-                self._execute_shared(Load())
-            intent = SetOpenedAt(intent.at_ms + (self._offset_ms or 0))
-        create = self._initial_state if self._known is None else self._fallback_circuit_state
-        reply = self._run(intent, create)
-        known = self._known
-        if known is None or reply.circuit.generation >= known.generation:
-            self._known = reply.circuit
-        if self._offset_ms is None or isinstance(intent, Trip):
-            # On first contact, and when this process opens the circuit: then both clocks are known, and a test that
-            # freezes the local one finds `opened_at` at the frozen instant.  Never per read: a clock that is moved
-            # afterwards must see the timeout pass.  Rounded so that the gate never opens early.
-            self._offset_ms = math.floor(reply.now_ms - now_ms())
-        self._log_event(reply)
-        return _by_local_clock(reply, self._offset_ms)
-
-    def _run(self, intent: Intent, create: str) -> Reply:
-        carrier = self._carrier
-        if carrier is None:
-            client = self._redis if hasattr(self._redis, "evalsha") else self._redis()
-            carrier = self._carrier = LuaCarrier(client, self._keys)
-        try:
-            return carrier.execute(intent, self._known, create)
-        except ScriptingUnavailable as reason:
-            with self._lock:
-                if self._carrier is carrier:
-                    self.logger.warning(
-                        "circuit %r: the server runs no scripts (%s); using transactions, which take more round trips",
-                        self._circuit_name,
-                        reason,
-                    )
-                    self._carrier = OptimisticCarrier(carrier.client, self._keys)
-            return self._run(intent, create)
-
-    def _log_event(self, reply: Reply) -> None:
-        if reply.event.startswith("repaired"):
-            self.logger.warning(
-                "circuit %r: Redis held values that make no sense or none at all; %s; the circuit is %s",
-                self._circuit_name,
-                reply.event,
-                reply.circuit.state,
-            )
-        elif reply.event == "restored":
-            self.logger.warning(
-                "circuit %r: Redis has lost its record; restored as %s", self._circuit_name, reply.circuit.state
-            )
-
-    # Local --------------------------------------------------------------------------------------------------------
-
     def _execute_local(self, intent: Intent) -> Reply:
         with self._lock:
             if self._local is None:
                 self._local = MemoryCarrier(self._fallback_circuit_state, first_generation=self._local_generation)
-            local = self._local
-        reply = local.execute(intent)
-        self._local_generation = reply.circuit.generation + 1
-        return reply
+            reply = self._local.execute(intent)
+            self._local_generation = reply.circuit.generation + 1
+            return reply
 
     def _went_away(self, error: Exception) -> None:
         if self._guard.failed():
@@ -175,10 +119,3 @@ class CircuitRedisStorage(IntentStorage):
             with self._lock:
                 self._local = None
             self.logger.info("circuit %r: Redis answers again after %.1f s", self._circuit_name, seconds)
-
-
-def _by_local_clock(reply: Reply, offset_ms: int) -> Reply:
-    circuit = reply.circuit
-    opened_at_ms = None if circuit.opened_at_ms is None else circuit.opened_at_ms - offset_ms
-    moved = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=circuit.probe_until_ms - offset_ms)
-    return replace(reply, circuit=moved, now_ms=reply.now_ms - offset_ms)

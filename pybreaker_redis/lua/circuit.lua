@@ -20,6 +20,7 @@
 -- The reasons for these rules stand in _record.py, the rules themselves in both: keep them alike.
 
 local MAX_LEASE_MS = 24 * 3600 * 1000
+local MAX_GENERATION = 10 ^ 12
 local BY_HAND = -1
 local STATES = {['closed'] = true, ['open'] = true, ['half-open'] = true}
 
@@ -47,6 +48,8 @@ local function read()
   now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 
   found.plain = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
+  -- MGET reports a value of another type as missing.  The others are written anyway when they are; this one is not.
+  if not found.plain[4] and redis.call('EXISTS', KEYS[4]) == 1 then found.plain[4] = '?' end
   local raw = redis.pcall('HMGET', KEYS[5], 'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms')
   local is_hash = not raw.err
   found.fields = is_hash and raw or {false, false, false, false, false}
@@ -64,7 +67,8 @@ local function read()
   found.success_counter = whole(found.plain[3])
   found.opened_at = whole(found.plain[4])
 
-  local readable = whole(found.fields[1]) and STATES[found.fields[2]]
+  local generation = whole(found.fields[1])
+  local readable = generation and generation < MAX_GENERATION and STATES[found.fields[2]]
   found.unreadable_mark = not is_hash or (marked and not readable)
   if marked and readable then
     local token = found.fields[4]
@@ -72,7 +76,7 @@ local function read()
       token = ''
     end
     found.mark = {
-      generation = whole(found.fields[1]),
+      generation = generation,
       state = found.fields[2],
       opened_at_ms = whole(found.fields[3]),
       probe_token = token,
