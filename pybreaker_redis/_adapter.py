@@ -88,12 +88,16 @@ class IntentStorage(CircuitBreakerStorage):
         reply = self._ask(caller, Load())
         state = self._state_for(caller, reply)
         if caller.telling:
-            compared = _frames.state_compared_by_a_listener("state")
-            if compared is not None:
-                return compared
+            breaker = _frames.breaker_that_tells()
+            if breaker is None:
+                caller.telling = False
+            elif _frames.compares_state("state", breaker):
+                # A listener reads `breaker.state`, which tells all listeners whenever the storage disagrees with the
+                # breaker; that lasts until they have been told, so they would be told for ever.  Stock storages still
+                # have the old state at this moment, or recurse.
+                return str(breaker._state.name)
         if state != OPEN and _frames.asks_for_a_call("state"):
-            token = caller.token if state == HALF_OPEN else ""
-            caller.admit(reply.circuit.generation, token, probing=state == HALF_OPEN)
+            caller.admit(reply.circuit.generation, reply.circuit.probe_token)
         return state
 
     @state.setter
@@ -101,9 +105,8 @@ class IntentStorage(CircuitBreakerStorage):
         caller, _ = self._begin()
         check_state("state", state)
         if _frames.asker("state") in (_frames.OPENS, _frames.HALF_OPENS, _frames.CLOSES):
-            caller.telling = False
-        else:
-            self._put(caller, state)
+            return
+        self._put(caller, state)
 
     def increment_counter(self) -> None:
         """Count a failure."""
@@ -122,7 +125,9 @@ class IntentStorage(CircuitBreakerStorage):
         asker = _frames.asker("reset_counter")
         if asker is _frames.REPORTS_SUCCESS:
             self._ask(caller, RecordSuccess(*self._admission(caller)))
-        elif asker is not _frames.BUILDS_CLOSED:
+        elif asker is _frames.BUILDS_CLOSED:
+            caller.telling = True
+        else:
             self._ask(caller, RecordSuccess(None, ""))
 
     def increment_success_counter(self) -> None:
@@ -146,16 +151,18 @@ class IntentStorage(CircuitBreakerStorage):
         asker = _frames.asker("reset_success_counter")
         if asker is _frames.CLOSES:
             fence = self._admission(caller) if just is Just.COUNTED_PROBE else (None, "")
-            self._commit(caller, Close(*fence))
+            self._ask(caller, Close(*fence))
         elif asker is _frames.BUILDS_OPEN:
             if just is Just.BEGAN_TO_OPEN:
-                self._commit(caller, Trip(*caller.fence))
+                self._ask(caller, Trip(*caller.fence))
+            caller.telling = True
         elif asker is _frames.BUILDS_HALF_OPEN:
             if just is Just.CHECKED_TIMEOUT:
                 self._claim_probe(caller)
             elif _frames.asked_through("reset_success_counter", _frames.HALF_OPENS):
-                self._commit(caller, ResetProbes())
+                self._ask(caller, ResetProbes())
                 self._put(caller, HALF_OPEN)
+            caller.telling = True
         else:
             self._ask(caller, ResetProbes())
 
@@ -225,12 +232,6 @@ class IntentStorage(CircuitBreakerStorage):
             caller.half_opened = reply.circuit.generation
         return reply
 
-    def _commit(self, caller: Caller, intent: Intent) -> Reply:
-        """Do now what listeners are about to be told, and the breaker will echo afterwards."""
-        reply = self._ask(caller, intent)
-        caller.telling = True
-        return reply
-
     def _put(self, caller: Caller, state: str) -> None:
         circuit = self._ask(caller, SetState(state)).circuit
         if state == HALF_OPEN:
@@ -238,7 +239,7 @@ class IntentStorage(CircuitBreakerStorage):
 
     def _claim_probe(self, caller: Caller) -> None:
         token = secrets.token_hex(8)
-        reply = self._commit(caller, ClaimProbe(caller.opened_generation, token, self._lease_ms))
+        reply = self._ask(caller, ClaimProbe(caller.opened_generation, token, self._lease_ms))
         if not reply.accepted:
             msg = "Another caller is testing the dependency, circuit breaker still open"
             raise CircuitBreakerError(msg)

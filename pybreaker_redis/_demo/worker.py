@@ -1,0 +1,104 @@
+"""A worker: calls the dependency again and again, guarded by a plain circuit breaker on the shared storage.
+
+Run as ``python -m pybreaker_redis._demo.worker SETTINGS``, where the settings are one JSON object.
+
+Knows: its breaker, its dependency.  Does not know: other workers; what it has in common with them is the namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import select
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._demo.events import Event, emit
+
+if TYPE_CHECKING:
+    from pybreaker_redis._demo.events import Kind
+
+#: Seconds between two calls.
+PACE = 0.05
+
+#: Seconds after which a call gives up.
+PATIENCE = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker is told when it is started."""
+
+    #: Its reports are signed with it.
+    name: str
+    #: The server that holds the circuit.
+    url: str
+    #: The circuit.
+    namespace: str
+    #: Where the dependency listens on the loopback interface.
+    port: int
+    #: Consecutive failures, of all workers together, that open the circuit.
+    fail_max: int
+    #: Seconds that it then stays open.
+    reset_timeout: float
+
+
+class Herald(CircuitBreakerListener):
+    """Reports each change of state that this worker's breaker announces."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def state_change(self, cb: CircuitBreaker, old_state: Any, new_state: Any) -> None:
+        """Report the new state."""
+        emit(Event(self._name, "state", time.monotonic(), state=new_state.name))
+
+
+def ask(port: int) -> None:
+    """Call the dependency.
+
+    Raises:
+        ConnectionError: It is down.
+    """
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+        connection.request("GET", "/")
+        status = connection.getresponse().status
+    if status != http.HTTPStatus.OK:
+        raise ConnectionError(f"the dependency answered {status}")
+
+
+def main() -> None:
+    """Call, report, wait a little, until standard input ends."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    client = redis.Redis.from_url(settings.url)
+    breaker = CircuitBreaker(
+        fail_max=settings.fail_max,
+        reset_timeout=settings.reset_timeout,
+        state_storage=CircuitRedisStorage("closed", client, namespace=settings.namespace),
+        listeners=[Herald(settings.name)],
+        # The caller whose failure opens the circuit sees that failure, so "rejected" means: it was not even tried.
+        throw_new_error_on_trip=False,
+    )
+    # The wait between calls ends at once when the demo closes our standard input, or dies.
+    while not select.select([sys.stdin], [], [], PACE)[0]:
+        outcome: Kind = "success"
+        started = time.monotonic()
+        try:
+            breaker.call(ask, settings.port)
+        except CircuitBreakerError:
+            outcome = "rejected"
+        except OSError:
+            outcome = "failure"
+        now = time.monotonic()
+        emit(Event(settings.name, outcome, now, took=now - started, state=breaker.current_state))
+
+
+if __name__ == "__main__":
+    main()
