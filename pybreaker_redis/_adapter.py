@@ -3,7 +3,7 @@
 Knows: the call sequences of pybreaker 1.4.  Does not know: where the circuit lives.
 
 An unmodified `CircuitBreaker` never says "I failed" or "I want to probe"; it reads and writes properties.  Which of
-its methods does so, and what the same thread did before, gives the operation its meaning:
+its methods does so gives the operation its meaning:
 
 ==========================  =======================================  ================================================
 operation                   asked by                                 meaning
@@ -15,10 +15,11 @@ operation                   asked by                                 meaning
 `reset_counter`             a closed state being built               noticed, or closing, which is already done: nothing
 `increment_success_…`       a half-open state                        the probe succeeded
 `opened_at` set             `open()`                                 the trip begins; a failure that was refused ends it
-`reset_success_counter`     an open state being built, after that    the trip
-`reset_success_counter`     a half-open state being built, after     claim the probe
-                            an open state has read `opened_at`
-`reset_success_counter`     a half-open state built by `half_open()` half-open by hand
+`reset_success_counter`     an open state, built by `open()`         the trip
+`reset_success_counter`     a half-open state, built because an      claim the probe
+                            open one has found its timeout over
+`reset_success_counter`     a half-open state, built by              half-open by hand
+                            `half_open()` for an operator
 `reset_success_counter`     `close()`                                close
 `reset_success_counter`     any other state being built              noticed: nothing
 `state` set                 `open()`, `half_open()`, `close()`       the echo of what is already done: nothing
@@ -38,7 +39,7 @@ from datetime import datetime
 from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
 from pybreaker_redis import _frames
-from pybreaker_redis._caller import Caller, Just
+from pybreaker_redis._caller import Caller
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import (
     HALF_OPEN,
@@ -58,6 +59,9 @@ from pybreaker_redis._circuit import (
     Trip,
 )
 from pybreaker_redis._clock import from_ms, to_ms
+
+#: Generation and token of what nobody was admitted for.
+BY_HAND = (None, "")
 
 
 class IntentStorage(CircuitBreakerStorage):
@@ -84,7 +88,7 @@ class IntentStorage(CircuitBreakerStorage):
     @property
     def state(self) -> str:
         """``closed``, ``open`` or ``half-open``, the last only for the thread that is to probe."""
-        caller, _ = self._begin()
+        caller = self._caller
         reply = self._ask(caller, Load())
         state = self._state_for(caller, reply)
         if caller.telling:
@@ -102,7 +106,7 @@ class IntentStorage(CircuitBreakerStorage):
 
     @state.setter
     def state(self, state: str) -> None:
-        caller, _ = self._begin()
+        caller = self._caller
         check_state("state", state)
         if _frames.asker("state") in (_frames.OPENS, _frames.HALF_OPENS, _frames.CLOSES):
             return
@@ -110,9 +114,9 @@ class IntentStorage(CircuitBreakerStorage):
 
     def increment_counter(self) -> None:
         """Count a failure."""
-        caller, _ = self._begin()
+        caller = self._caller
         if _frames.asker("increment_counter") is not _frames.COUNTS_FAILURE:
-            self._ask(caller, RecordFailure(None, ""))
+            self._ask(caller, RecordFailure(*BY_HAND))
             return
         caller.fence = self._admission(caller)
         reply = self._ask(caller, RecordFailure(*caller.fence))
@@ -121,25 +125,24 @@ class IntentStorage(CircuitBreakerStorage):
 
     def reset_counter(self) -> None:
         """Forget the failures."""
-        caller, _ = self._begin()
+        caller = self._caller
         asker = _frames.asker("reset_counter")
         if asker is _frames.REPORTS_SUCCESS:
             self._ask(caller, RecordSuccess(*self._admission(caller)))
         elif asker is _frames.BUILDS_CLOSED:
             caller.telling = True
         else:
-            self._ask(caller, RecordSuccess(None, ""))
+            self._ask(caller, RecordSuccess(*BY_HAND))
 
     def increment_success_counter(self) -> None:
         """Count a success while half-open."""
-        caller, _ = self._begin()
+        caller = self._caller
         if _frames.asker("increment_success_counter") is not _frames.COUNTS_PROBE:
-            self._ask(caller, CountProbe(None, "", self._lease_ms))
+            self._ask(caller, CountProbe(*BY_HAND, self._lease_ms))
             return
         reply = self._ask(caller, CountProbe(*self._admission(caller), self._lease_ms))
         caller.fresh = False
         caller.count = reply.circuit.success_counter if reply.accepted else 0
-        caller.just = Just.COUNTED_PROBE
 
     def reset_success_counter(self) -> None:
         """Forget the successes that were collected while half-open.
@@ -147,17 +150,17 @@ class IntentStorage(CircuitBreakerStorage):
         Raises:
             pybreaker.CircuitBreakerError: This was the way into half-open, and somebody else has the probe.
         """
-        caller, just = self._begin()
+        caller = self._caller
         asker = _frames.asker("reset_success_counter")
         if asker is _frames.CLOSES:
-            fence = self._admission(caller) if just is Just.COUNTED_PROBE else (None, "")
-            self._ask(caller, Close(*fence))
+            probed = _frames.asked_through("reset_success_counter", _frames.COUNTS_PROBE)
+            self._ask(caller, Close(*(self._admission(caller) if probed else BY_HAND)))
         elif asker is _frames.BUILDS_OPEN:
-            if just is Just.BEGAN_TO_OPEN:
+            if _frames.asked_through("reset_success_counter", _frames.OPENS):
                 self._ask(caller, Trip(*caller.fence))
             caller.telling = True
         elif asker is _frames.BUILDS_HALF_OPEN:
-            if just is Just.CHECKED_TIMEOUT:
+            if _frames.asked_through("reset_success_counter", _frames.CHECKS_TIMEOUT):
                 self._claim_probe(caller)
             elif _frames.asked_through("reset_success_counter", _frames.HALF_OPENS):
                 self._ask(caller, ResetProbes())
@@ -169,7 +172,7 @@ class IntentStorage(CircuitBreakerStorage):
     @property
     def counter(self) -> int:
         """Consecutive failures; to the breaker that compares with `fail_max`, the count that its own failure made."""
-        caller, _ = self._begin()
+        caller = self._caller
         if _frames.asker("counter") is _frames.COMPARES_FAILURES:
             return caller.count
         return self._ask(caller, Load()).circuit.fail_counter
@@ -177,9 +180,8 @@ class IntentStorage(CircuitBreakerStorage):
     @property
     def success_counter(self) -> int:
         """Consecutive successes while half-open; to the breaker that has just counted one, the count that it made."""
-        caller, just = self._begin()
-        if just is Just.COUNTED_PROBE and _frames.asker("success_counter") is _frames.COUNTS_PROBE:
-            caller.just = Just.COUNTED_PROBE
+        caller = self._caller
+        if _frames.asker("success_counter") is _frames.COUNTS_PROBE:
             return caller.count
         return self._ask(caller, Load()).circuit.success_counter
 
@@ -189,11 +191,11 @@ class IntentStorage(CircuitBreakerStorage):
 
         While somebody else probes: the end of their lease.
         """
-        caller, _ = self._begin()
+        caller = self._caller
         reply = self._ask(caller, Load())
         circuit = reply.circuit
         if _frames.asker("opened_at") is _frames.CHECKS_TIMEOUT:
-            caller.just, caller.opened_generation = Just.CHECKED_TIMEOUT, circuit.generation
+            caller.opened_generation = circuit.generation
         at_ms = circuit.opened_at_ms
         if circuit.state == HALF_OPEN and self._state_for(caller, reply) == OPEN:
             at_ms = None if circuit.probe_is_free(reply.now_ms) else circuit.probe_until_ms
@@ -201,29 +203,23 @@ class IntentStorage(CircuitBreakerStorage):
 
     @opened_at.setter
     def opened_at(self, at: datetime) -> None:
-        caller, _ = self._begin()
+        caller = self._caller
         if _frames.asker("opened_at") is not _frames.OPENS:
             if not isinstance(at, datetime):
                 msg = f"opened_at must be a datetime, not {at!r}"
                 raise TypeError(msg)
             self._ask(caller, self._set_opened_at(to_ms(at)))
             return
-        caller.just = Just.BEGAN_TO_OPEN
         if not any(
             _frames.asked_through("opened_at", code) for code in (_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
         ):
-            caller.fence = None, ""
+            caller.fence = BY_HAND
         elif caller.refused:
             # The failure came too late to count, so nothing trips; the caller gets their own exception.
             failure = sys.exc_info()[1]
             raise failure if failure is not None else CircuitBreakerError
 
     # Behind it ----------------------------------------------------------------------------------------------------
-
-    def _begin(self) -> tuple[Caller, Just]:
-        caller = self._caller
-        just, caller.just = caller.just, Just.NOTHING
-        return caller, just
 
     def _ask(self, caller: Caller, intent: Intent) -> Reply:
         reply = self._execute(intent)
@@ -276,7 +272,8 @@ def lease_ms(probe_lease: float) -> int:
     if isinstance(probe_lease, bool) or not isinstance(probe_lease, (int, float)):
         msg = f"probe_lease must be a number of seconds, not {probe_lease!r}"
         raise TypeError(msg)
-    if not 0.001 <= probe_lease <= MAX_LEASE_MS / 1000:
+    lease = round(probe_lease * 1000)
+    if not 1 <= lease <= MAX_LEASE_MS:
         msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {probe_lease!r}"
         raise ValueError(msg)
-    return round(probe_lease * 1000)
+    return lease

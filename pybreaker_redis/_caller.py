@@ -1,29 +1,18 @@
-"""What did this thread do last?
+"""For what does this thread speak?
 
-Knows: one thread's side of the conversation with one storage.  Does not know: what it means.
+Knows: one thread's side of the conversation with one storage.  Does not know: what is said.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from enum import Enum, auto
-
-
-class Just(Enum):
-    """What a thread did last, as far as it gives the next operation its meaning."""
-
-    NOTHING = auto()
-    CHECKED_TIMEOUT = auto()
-    BEGAN_TO_OPEN = auto()
-    COUNTED_PROBE = auto()
 
 
 class Caller(threading.local):
     """One thread's side of the conversation.
 
     Attributes:
-        just: What it did last.
         generation: The generation in which its call was admitted; ``None`` before the first.
         token: The probe that it holds, or empty.
         fresh: Whether it has claimed a probe and not yet reported on it.
@@ -35,7 +24,6 @@ class Caller(threading.local):
         telling: Whether the breaker may still be telling its listeners of a new state.
     """
 
-    just = Just.NOTHING
     generation: int | None = None
     token = ""
     fresh = False

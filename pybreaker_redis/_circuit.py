@@ -22,8 +22,8 @@ STATES = (CLOSED, OPEN, HALF_OPEN)
 #: Longest believable lease, milliseconds.  A stored lease that ends later than this is damage, not a lease.
 MAX_LEASE_MS = 24 * 3600 * 1000
 
-#: Generations from here on are damage: a hundred transitions a second would take three centuries.
-MAX_GENERATION = 10**12
+#: Counts and generations from here on are damage: a thousand a second would take three decades.
+MAX_COUNT = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ class ClaimProbe(Intent):
 class SetState(Intent):
     """By hand: put the circuit into a state, counters as they are.
 
-    Half-open by hand takes the probe from whoever holds it: the next caller may claim it.
+    Half-open by hand takes the trial from whoever has it, be it claimed or made by hand too.
 
     Attributes:
         state: ``closed``, ``open`` or ``half-open``.
@@ -239,7 +239,7 @@ class SetState(Intent):
     script: ClassVar[str] = "set_state"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
-        if circuit.state == self.state and not circuit.probe_token:
+        if circuit.state == self.state != HALF_OPEN:
             return Decision(True, circuit)
         moved = circuit.moved(self.state)
         if self.state == OPEN and moved.opened_at_ms is None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_GENERATION, MAX_LEASE_MS, OPEN, STATES, Circuit, created
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, MAX_LEASE_MS, OPEN, STATES, Circuit, created
 
 #: Fields of the hash, in the order in which they are read and written.
 MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms")
@@ -83,12 +83,12 @@ def parse(plain: Sequence[Raw], mark: Sequence[Raw], *, mark_is_hash: bool = Tru
     state, fail_counter, success_counter, opened_at = raw[:4]
     generation, mark_state, opened_at_ms, token, until_ms = raw[4:]
     marked = mark_is_hash and any(field is not None for field in raw[4:])
-    number = _whole(generation)
-    readable = number is not None and number < MAX_GENERATION and mark_state in STATES
+    number = _count(generation)
+    readable = number is not None and mark_state in STATES
     return Found(
         state=state if state in STATES else None,
-        fail_counter=_whole(fail_counter),
-        success_counter=_whole(success_counter),
+        fail_counter=_count(fail_counter),
+        success_counter=_count(success_counter),
         opened_at=_whole(opened_at),
         mark=Circuit(
             state=mark_state or CLOSED,
@@ -213,6 +213,12 @@ def _repairs(found: Found, circuit: Circuit, *, future: bool) -> str:
 def _whole(value: str | None) -> int | None:
     """A plain decimal of at most 15 digits: what a Lua number holds exactly."""
     return int(value) if value is not None and _WHOLE.fullmatch(value) else None
+
+
+def _count(value: str | None) -> int | None:
+    """A number that can still be counted on from."""
+    number = _whole(value)
+    return number if number is not None and number < MAX_COUNT else None
 
 
 def _seconds(at_ms: float | None) -> int | None:

@@ -20,7 +20,7 @@
 -- The reasons for these rules stand in _record.py, the rules themselves in both: keep them alike.
 
 local MAX_LEASE_MS = 24 * 3600 * 1000
-local MAX_GENERATION = 10 ^ 12
+local MAX_COUNT = 10 ^ 12
 local BY_HAND = -1
 local STATES = {['closed'] = true, ['open'] = true, ['half-open'] = true}
 
@@ -33,6 +33,12 @@ local function whole(raw)
     return tonumber(raw)
   end
   return nil
+end
+
+-- A number that can still be counted on from.
+local function count(raw)
+  local number = whole(raw)
+  return number and number < MAX_COUNT and number or nil
 end
 
 local function decimal(number)
@@ -63,12 +69,12 @@ local function read()
     found.anything = found.anything or found.plain[i] ~= false
   end
   found.state = STATES[found.plain[1]] and found.plain[1] or nil
-  found.fail_counter = whole(found.plain[2])
-  found.success_counter = whole(found.plain[3])
+  found.fail_counter = count(found.plain[2])
+  found.success_counter = count(found.plain[3])
   found.opened_at = whole(found.plain[4])
 
-  local generation = whole(found.fields[1])
-  local readable = generation and generation < MAX_GENERATION and STATES[found.fields[2]]
+  local generation = count(found.fields[1])
+  local readable = generation and STATES[found.fields[2]]
   found.unreadable_mark = not is_hash or (marked and not readable)
   if marked and readable then
     local token = found.fields[4]

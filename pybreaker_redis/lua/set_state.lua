@@ -2,11 +2,12 @@
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
 -- ARGV[7]     state  closed | open | half-open
 -- RETURNS     {1, record…}
--- WRITES      only if the state changes, or a held probe is taken from its holder
+-- TIME        the server's, for a circuit that opens without ever having opened
+-- WRITES      only if the state changes, or half-open takes the trial from whoever has it
 local state = ARGV[7]
 
 return run(function()
-  if circuit.state == state and circuit.probe_token == '' then return true end
+  if circuit.state == state and state ~= 'half-open' then return true end
   move(state)
   if state == 'open' and not circuit.opened_at_ms then circuit.opened_at_ms = now end
   return true
