@@ -1,0 +1,403 @@
+"""The demo: what it shows happens, its exit code tells the truth, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from pybreaker_redis import __main__ as command_line
+from pybreaker_redis import __version__
+from pybreaker_redis._demo import play, scenario, server, show, stage
+from pybreaker_redis._demo.events import Event
+from pybreaker_redis._demo.server import PrivateServer
+
+ROOT = Path(__file__).parent.parent
+
+BINARY = server.find_servers()[0]
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+
+
+class Demo:
+    """Runs of the demo whose processes can be told from all others by a variable in their environment."""
+
+    def __init__(self, directory: Path) -> None:
+        self.mark = f"DEMO_MARK={uuid.uuid4()}"
+        self.directory = directory
+        self.environment = {**os.environ, "TMPDIR": str(directory), "PYTHONPATH": str(ROOT)}
+        self.environment.update([self.mark.split("=")])
+        for name in ("CI", "NO_COLOR", "PYBREAKER_REDIS_URL"):
+            self.environment.pop(name, None)
+
+    def start(self, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """Start one; the variable `COVERAGE_…` and others of this process are inherited."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "pybreaker_redis", "demo", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+            start_new_session=True,
+        )
+
+    def processes(self) -> set[int]:
+        """Those of the demo that are alive."""
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*"):
+            # Processes come and go while we look; zombies and strangers cannot be read.
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in (entry / "environ").read_bytes():
+                    found.add(int(entry.name))
+        return found
+
+    def is_gone(self, within: float = 10.0) -> bool:
+        """Whether nothing is left, or will be within so many seconds."""
+        until = time.monotonic() + within
+        while self.processes() and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self.processes()
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Demo]:
+    """A way to run the demo; what a failed test leaves is ended."""
+    runs = Demo(tmp_path)
+    yield runs
+    for pid in runs.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The demo may run in this process, whose reaction to SIGTERM it changes."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("PYBREAKER_REDIS_URL", raising=False)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@needs_proc
+def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
+    """The first command of the README works, says what it plays on, sums up, and leaves no process and no file."""
+    running = demo.start("--seconds", "3")
+    output, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (0, ""), output
+    assert f"server: a private {server.find_servers()[0]}" in output
+    for act in scenario.ACTS:
+        assert act.title in output
+    assert re.search(r"from trip to the last worker's first rejection: [\d.]+ ms", output)
+    assert re.search(r"calls that reached the dead dependency: [5-9]\b", output)
+    assert re.search(r"probes that 3 workers let through: [1-9]\b", output)
+    assert re.search(r"from recovery to the last worker's first success \(reset_timeout 0.6 s\): [\d.]+ s", output)
+    assert "\x1b" not in output
+    assert demo.is_gone()
+    assert not list(demo.directory.iterdir())
+
+
+@needs_proc
+def test_demo_uses_the_server_that_is_named_and_leaves_no_keys(demo: Demo, client: redis.Redis, server: PrivateServer):
+    """A server that is not ours is used as a guest uses it."""
+    demo.environment["PYBREAKER_REDIS_URL"] = server.url
+    running = demo.start("--seconds", "2")
+    output, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (0, ""), output
+    assert "from PYBREAKER_REDIS_URL" in output
+    assert "a private" not in output
+    assert client.dbsize() == 0
+    assert client.ping()
+
+
+@needs_proc
+def test_killed_demo_takes_its_processes_along(demo: Demo):
+    """No exit handler runs on SIGKILL, and still neither the server nor a worker stays behind."""
+    running = demo.start("--seconds", "60")
+    wait_for_first_act(running)
+    assert len(demo.processes()) >= 3
+    running.kill()
+    output, errors = running.communicate(timeout=60)
+    assert demo.is_gone()
+    assert "Traceback" not in errors + output
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_ends_in_good_order(demo: Demo, number: signal.Signals):
+    """Ctrl-C, or a supervisor, ends the demo without a stack trace and without anything left."""
+    running = demo.start("--seconds", "60")
+    wait_for_first_act(running)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (130, "interrupted\n")
+    assert demo.is_gone()
+    assert not list(demo.directory.iterdir())
+
+
+def wait_for_first_act(running: subprocess.Popen[str]) -> None:
+    """Read what a demo says until everything has been started."""
+    assert running.stdout
+    for line in running.stdout:
+        if "worker 3" in line:
+            return
+    pytest.fail("the demo ended before its first act")
+
+
+@needs_proc
+def test_demo_on_a_terminal_shows_a_live_table(demo: Demo):
+    """A person at a terminal sees a table that changes; the summary follows it."""
+    code, output = on_terminal(demo, "--seconds", "2")
+    assert code == 0, output
+    assert "\x1b[" in output
+    assert "╭" in output
+    assert "Everything happened as promised." in output.splitlines()[-1]
+    assert demo.is_gone()
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["NO_COLOR", "CI"])
+def test_demo_on_a_terminal_without_colours_shows_lines(demo: Demo, name: str):
+    """Who asks for no colours, as a CI does, gets none."""
+    demo.environment[name] = "1"
+    code, output = on_terminal(demo, "--seconds", "2")
+    assert code == 0, output
+    assert "\x1b" not in output
+
+
+def on_terminal(demo: Demo, *arguments: str) -> tuple[int, str]:
+    """Run a demo whose standard output is a terminal; returns its exit code and what the terminal received."""
+    ours, theirs = pty.openpty()
+    demo.environment["TERM"] = "xterm"
+    running = demo.start(*arguments, stdout=theirs)
+    os.close(theirs)
+    received = b""
+    # Linux ends a terminal that nobody writes to any more with an error, macOS with an empty read.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(ours, 4096):
+            received += chunk
+    os.close(ours)
+    running.communicate(timeout=60)
+    return running.returncode, received.decode()
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_version_is_the_one_of_the_package():
+    """``python -m pybreaker_redis --version`` answers the first question of a bug report."""
+    output = subprocess.check_output([sys.executable, "-m", "pybreaker_redis", "--version"], text=True, cwd=ROOT)
+    assert output == f"pybreaker_redis {__version__}\n"
+
+
+def test_no_command_explains_itself(capsys: pytest.CaptureFixture[str]):
+    """Who does not know what to type is told."""
+    assert command_line.main([]) == 0
+    assert "demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", ["1", "601", "nan", "soon"])
+def test_impossible_duration_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]):
+    """A run is bounded."""
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["demo", "--seconds", seconds])
+    assert "--seconds" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_process")
+def test_no_server_at_all_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A bare installation tells how to get on."""
+    monkeypatch.setattr(play, "find_servers", list)
+    assert command_line.main(["demo", "--plain"]) == play.NO_SERVER
+    assert "pip install 'pybreaker_redis[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("url", ["redis://:secret@127.0.0.1:{port}/0", "unix:///nowhere/secret.sock", "http://x/"])
+def test_useless_address_is_named_without_its_password(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The message may be pasted anywhere."""
+    monkeypatch.setenv("PYBREAKER_REDIS_URL", url.format(port=server.free_port()))
+    assert command_line.main(["demo", "--plain"]) == play.NO_SERVER
+    errors = capsys.readouterr().err
+    assert "PYBREAKER_REDIS_URL" in errors
+    assert ":secret@" not in errors
+
+
+# -- broken promises ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def acts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Play other acts than usual, with less patience."""
+    monkeypatch.setattr(stage, "GRACE", 3.0)
+    monkeypatch.setattr(stage, "FAREWELL", 0.2)
+
+    def choose(*plays: Callable[[stage.Stage], None]) -> None:
+        monkeypatch.setattr(play, "ACTS", tuple(scenario.Act(one.__name__, one) for one in plays))
+
+    return choose
+
+
+@pytest.mark.usefixtures("in_process")
+def test_worker_that_never_sees_the_trip_breaks_the_promise(acts, capsys: pytest.CaptureFixture[str]):
+    """Exit code 0 means that it happened; a process that is frozen does not hang the demo."""
+
+    def freeze(on: stage.Stage) -> None:
+        os.kill(on._children[-1]._process.pid, signal.SIGSTOP)
+
+    acts(scenario.healthy, freeze, scenario.outage)
+    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert "BROKEN PROMISE: did not happen in time: every worker rejects calls" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_process")
+def test_stage_that_cannot_be_set_is_cleared(acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A process that does not start is a broken promise like any other, and leaves no other process waiting."""
+    acts()
+    monkeypatch.setattr(stage, "parse", lambda _: Event("nobody", "reached", 0.0, state="up"))
+    before = threading.active_count()
+    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert "the dependency starts" in capsys.readouterr().out
+    assert threading.active_count() == before
+
+
+class Told(stage.Stage):
+    """A stage on which everything has happened already."""
+
+    def __init__(self, *events: Event) -> None:
+        super().__init__("", "", 10.0, show.Lines())
+        self._events = list(events)
+
+    def switch(self, health: str) -> Event:
+        """Nothing is switched."""
+        return Event("dependency", "health", 10.0, state=health)
+
+    def until(self, promise: str, found: Callable[[], list[Event]], **_: float) -> list[Event]:
+        """Nothing is waited for."""
+        return found()
+
+
+@pytest.mark.parametrize(("second", "kept"), [(9.0, True), (7.1, False)])
+def test_second_probe_within_reset_timeout_breaks_the_promise(second: float, kept: bool):
+    """The fleet that pybreaker's own storage makes would not get away with it."""
+    probes = (Event(f"worker {number}", "state", at, state="half-open") for number, at in ((1, 7.0), (2, second)))
+    successes = (Event(f"worker {number}", "success", 11.0) for number in (1, 2, 3))
+    with contextlib.nullcontext() if kept else pytest.raises(stage.BrokenPromise, match="worker 1, worker 2"):
+        scenario.recovery(Told(*probes, *successes))
+
+
+# -- what it looks like ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("terminal", "plain", "installed", "expected"),
+    [
+        (True, False, True, "Table"),
+        (True, True, True, "Lines"),
+        (True, False, False, "Lines"),
+        (False, False, True, "Lines"),
+    ],
+)
+def test_table_needs_a_terminal_and_rich(
+    terminal: bool, plain: bool, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Plain lines are never further away than an option, and never an ImportError."""
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(show.importlib.util, "find_spec", lambda _: installed)
+    assert type(show.choose(plain=plain)).__name__ == expected
+
+
+def test_report_to_nobody_is_lost_in_silence():
+    """A worker whose demo was killed is about to end; a stack trace in the terminal would help nobody."""
+    code = "import time; from pybreaker_redis._demo.events import Event, emit; input(); emit(Event('x', 'ready', 0.0))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert child.stdout
+    child.stdout.close()
+    _, errors = child.communicate(b"\n", timeout=60)
+    assert (child.returncode, errors) == (0, b"")
+
+
+def test_frozen_child_is_killed(monkeypatch: pytest.MonkeyPatch):
+    """A child that does not end when it is asked to does not stay."""
+    monkeypatch.setattr(stage, "FAREWELL", 0.1)
+    inbox: queue.Queue[Event] = queue.Queue()
+    child = stage.Child("dependency", "", inbox)
+    assert inbox.get(timeout=30).kind == "ready"
+    os.kill(child._process.pid, signal.SIGSTOP)
+    child.close_input()
+    child.join()
+    assert child._process.returncode == -signal.SIGKILL
+
+
+# -- the server that it plays on ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only directory on PATH, and no pip package with a server in it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(server, "PACKAGES", (("no_such_package", "redis-server"),))
+    return tmp_path
+
+
+def test_server_on_path_is_found(programs: Path):
+    """Who has installed a server need not install another one."""
+    (programs / "valkey-server").symlink_to(BINARY.binary)
+    (found,) = server.find_servers()
+    assert found == server.FoundServer(str(programs / "valkey-server"), "PATH", BINARY.product, BINARY.version)
+    assert str(found) == f"{BINARY.product} {BINARY.version} (PATH)"
+
+
+@pytest.mark.parametrize("content", ["#!/bin/sh\necho Redis is not what this is", "\0 made for another machine"])
+def test_program_that_is_no_server_is_not_found(content: str, programs: Path):
+    """The name of a file proves nothing."""
+    program = programs / "redis-server"
+    program.write_text(content)
+    program.chmod(0o755)
+    assert server.find_servers() == []
+    assert PrivateServer(str(program), directory=programs).version == ""
+
+
+def test_server_that_does_not_start_shows_its_log(tmp_path: Path):
+    """The reason is in the error, not in a file that nobody knows of; a directory that was given is kept."""
+    private = PrivateServer(BINARY.binary, directory=tmp_path, args=["--no-such-option", "1"])
+    with pytest.raises(server.ServerDidNotStart, match="no-such-option"), private:
+        pytest.fail("started")
+    private.close()
+    assert tmp_path.is_dir()
+
+
+def test_server_that_does_not_run_can_be_ended_and_frozen(tmp_path: Path):
+    """A test that cleans up need not know how far it came."""
+    private = PrivateServer(BINARY.binary, directory=tmp_path)
+    for act in (private.pause, private.resume, private.stop, private.kill, private.close):
+        act()
+    assert private.pid is None
+
+
+def test_server_on_a_port_says_where_it_is():
+    """Its address and its version are known without asking it."""
+    with PrivateServer(BINARY.binary, port=server.free_port()) as private, private.client() as client:
+        assert private.url == f"redis://127.0.0.1:{private.port}/0"
+        assert private.version == BINARY.version
+        assert client.ping()
+        assert private.start().pid
