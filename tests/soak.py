@@ -1,0 +1,123 @@
+"""Four outages, seen from the dependency: how many calls reach it while it is down, and what the listeners hear.
+
+``python -m tests.soak`` prints the table for the storage that comes with pybreaker and for ours, side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.fleet import Fleet, Make, Spec, Visits, flood, most_at_once
+
+#: The storages, in the order of the table.
+MAKES: tuple[Make, ...] = ("stock", "ours")
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What one soak measured.
+
+    Attributes:
+        make: Whose storage.
+        workers: Processes.
+        per_outage: Calls that reached the dead dependency, outage by outage.
+        trials_at_once: The most that were in the dead dependency at the same time once the circuit had opened.
+        notifications: ``state_change`` calls, all listeners of all workers together.
+    """
+
+    make: Make
+    workers: int
+    per_outage: tuple[int, ...]
+    trials_at_once: int
+    notifications: int
+
+
+def soak(
+    make: Make,
+    unix_socket: str,
+    directory: str | Path,
+    *,
+    workers: int = 12,
+    outages: int = 4,
+    outage: float = 3.0,
+    pause: float = 1.5,
+    reset_timeout: float = 1.0,
+    dead_call: float = 0.1,
+) -> Soak:
+    """Run `workers` processes that call every 20 ms through `outages` outages.
+
+    Args:
+        make: Whose storage.
+        unix_socket: Where the server listens.
+        directory: Where the dependency may keep its log.
+        workers: Processes.
+        outages: How many.
+        outage: How long each is, seconds.
+        pause: Seconds of health before each and after the last.
+        reset_timeout: Of the breakers, seconds.
+        dead_call: What a call to the dead dependency takes, seconds.
+    """
+    log = str(Path(directory) / f"soak-{make}")
+    spec = Spec(make, str(unix_socket), log, namespace=f"soak-{make}", reset_timeout=reset_timeout)
+    with Fleet([spec] * workers) as fleet:
+        begin = time.monotonic() + 0.5
+        dead = [(at, at + outage) for at in (begin + pause + (outage + pause) * number for number in range(outages))]
+        end = dead[-1][1] + pause
+        fleet.run(flood, end, every=0.02, dead=dead, seconds=dead_call, at=begin, within=end - begin + 30.0)
+        notifications = len(fleet.heard())
+    visits = Visits(log)
+    reached = [visits.since(*spell) for spell in dead]
+    # What was in flight when the dependency died is over, and the circuit open, well within one reset_timeout.
+    trials = [visits.since(down + reset_timeout * 0.8, up) for down, up in dead]
+    return Soak(
+        make,
+        workers,
+        tuple(len(spell) for spell in reached),
+        max(most_at_once(spell) for spell in trials),
+        notifications,
+    )
+
+
+def side_by_side(unix_socket: str, directory: str | Path, **words: Any) -> list[Soak]:
+    """Soak the stock storage and ours at the same time, on one server: what disturbs one disturbs the other."""
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(soak, make, unix_socket, directory, **words) for make in MAKES]
+        return [run.result() for run in runs]
+
+
+def table(soaks: Sequence[Soak]) -> str:
+    """The figures, one storage a line."""
+    outages = len(soaks[0].per_outage)
+    head = ["storage", *(f"outage {number}" for number in range(1, outages + 1)), "trials at once", "notifications"]
+    rows = [
+        [soak.make, *map(str, soak.per_outage), str(soak.trials_at_once), str(soak.notifications)] for soak in soaks
+    ]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    title = f"{soaks[0].workers} processes, {outages} outages: calls that reached the dead dependency"
+    return "\n".join([title, *lines])
+
+
+def main() -> None:
+    """Run both storages on a server of their own and print the table."""
+    from pybreaker_redis._demo.server import PrivateServer
+    from tests.servers import at_hand
+
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--outages", type=int, default=4)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory, PrivateServer(at_hand()[0].binary) as server:
+        measured = side_by_side(server.unix_socket, directory, workers=options.workers, outages=options.outages)
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    main()

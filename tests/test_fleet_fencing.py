@@ -1,0 +1,189 @@
+"""Late results and wrong clocks: what was admitted in an earlier generation changes nothing, and nobody's clock counts.
+
+Every promise is also put to the storage that comes with pybreaker, which must break it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.fleet import (
+    Fleet,
+    Outcome,
+    Puppet,
+    call,
+    call_when_admitted,
+    calls,
+    held_call,
+    held_call_when_admitted,
+    operator,
+    read_state,
+    wait_until,
+)
+from tests.test_fleet_counts import trip
+
+#: Seconds by which a gate may seem to open early: the two clocks of one host are compared through one round trip.
+EARLY = 0.02
+
+HOUR = 3600.0
+
+
+def two_probes(fleet: Fleet) -> tuple[Puppet, Puppet]:
+    """A prober that outlived its lease, and the one that was let through after it; both are still in the dependency."""
+    late, successor = fleet[0], fleet[1]
+    tripped = trip(late)
+    fleet.run(read_state)
+    wait_until(tripped.ended + fleet[0].spec.reset_timeout + 0.05)
+    late.begin(held_call)
+    late.wait_for("reached")
+    successor.begin(held_call_when_admitted, 5.0)
+    successor.wait_for("reached")
+    return late, successor
+
+
+def straggle_over_a_recovery(fleet: Fleet) -> Puppet:
+    """A call admitted before an outage that is still under way after it, when 4 new failures have been counted."""
+    straggler, application = fleet[0], fleet[1]
+    straggler.begin(held_call)
+    straggler.wait_for("reached")
+    trip(application)
+    assert application.run(call_when_admitted, 5.0).reached
+    application.run(calls, 4, fail=True)
+    return straggler
+
+
+def waited(tripped: Outcome, admitted: Outcome) -> tuple[float, float]:
+    """How long the gate was shut: the least and the most that it can have been, in seconds."""
+    if not admitted.reached:
+        return float("inf"), float("inf")
+    return admitted.began - tripped.ended, admitted.ended - tripped.began
+
+
+def test_late_success_of_a_probe_closes_nothing(promised, fleet_of, shared):
+    """A prober that outlived its lease succeeds after its successor failed: the circuit stays open."""
+    with fleet_of(3, reset_timeout=1.0, probe_lease=0.5) as fleet:
+        late, successor = two_probes(fleet)
+        fleet.release([successor], success=False)
+        assert shared.state == "open"
+        fleet.release([late], success=True)
+        state = shared.state
+        next_call = fleet[2].run(call)
+    with promised():
+        assert state == "open"
+        assert next_call.rejected
+
+
+def test_late_failure_of_a_probe_opens_nothing(promised, fleet_of, shared):
+    """A prober that outlived its lease fails after its successor succeeded: closed it is, and stays."""
+    with fleet_of(3, reset_timeout=1.0, probe_lease=0.5) as fleet:
+        late, successor = two_probes(fleet)
+        fleet.release([successor], success=True)
+        assert shared.state == "closed"
+        (outcome,) = fleet.release([late], success=False)
+        state, failures = shared.state, shared.failures
+        next_call = fleet[2].run(call)
+    with promised():
+        assert state == "closed"
+        assert failures == 0
+        assert next_call.reached
+        assert outcome.error == "DependencyDown"
+
+
+def test_late_success_forgets_no_failures(promised, fleet_of, shared):
+    """A success admitted before the outage says nothing about the failures counted after it."""
+    with fleet_of(2, reset_timeout=1.0) as fleet:
+        straggler = straggle_over_a_recovery(fleet)
+        assert shared.failures == 4
+        (outcome,) = fleet.release([straggler], success=True)
+        failures = shared.failures
+        fifth = fleet[1].run(call, fail=True)
+    assert not outcome.error
+    with promised():
+        assert failures == 4
+        assert fifth.tripped
+
+
+def test_late_failure_is_not_the_fifth(promised, fleet_of, shared):
+    """A failure admitted before the outage is not counted after it; its caller sees their own exception."""
+    with fleet_of(2, reset_timeout=1.0) as fleet:
+        straggler = straggle_over_a_recovery(fleet)
+        (outcome,) = fleet.release([straggler], success=False)
+        state, failures = shared.state, shared.failures
+    with promised():
+        assert state == "closed"
+        assert failures == 4
+        assert outcome.error == "DependencyDown"
+
+
+@pytest.mark.slow
+def test_stragglers_one_second_apart_do_not_stretch_reset_timeout(promised, fleet_of, shared):
+    """Five calls that fail one by one after the trip leave ``reset_timeout`` at 2 s, and re-open nothing later on."""
+    with fleet_of(7, reset_timeout=2.0) as fleet:
+        stragglers, tripper, gate = fleet.workers[:5], fleet[5], fleet[6]
+        inside, _ = fleet.hold(only=stragglers)
+        assert inside == stragglers
+        tripped = trip(tripper)
+        gate.begin(call_when_admitted, 9.0)
+        outcomes = []
+        for seconds, straggler in enumerate(stragglers, start=1):
+            wait_until(tripped.ended + seconds)
+            outcomes += fleet.release([straggler], success=False)
+        admitted = gate.result()
+        state = shared.state
+    least, most = waited(tripped, admitted)
+    print(f"reset_timeout 2 s, stretched to {least:.2f} s")
+    with promised():
+        assert 2.0 - EARLY <= most
+        assert least <= 2.2
+        assert state == "closed"
+        assert {outcome.error for outcome in outcomes} == {"DependencyDown"}
+
+
+@pytest.mark.parametrize(
+    ("tripper_skew", "observer_skew"),
+    [(HOUR, 0.0), (-HOUR, 0.0), (0.0, HOUR), (0.0, -HOUR), (HOUR, -HOUR), (-HOUR, HOUR)],
+)
+def test_clocks_an_hour_off_wait_exactly_reset_timeout(promised, fleet_of, tripper_skew, observer_skew):
+    """Whoever trips and whoever asks, and whatever their clocks say: the circuit is open for ``reset_timeout``."""
+    with fleet_of(2, reset_timeout=1.0, clock_skew=[tripper_skew, observer_skew]) as fleet:
+        tripper, observer = fleet
+        tripped = trip(tripper)
+        admitted = observer.run(call_when_admitted, 2.5)
+    least, most = waited(tripped, admitted)
+    with promised():
+        assert 1.0 - EARLY <= most
+        assert least <= 1.2
+
+
+def test_trip_after_a_fast_clocks_trip_waits_exactly_reset_timeout(promised, fleet_of):
+    """A host an hour ahead that tripped once does not hold the fleet open for ever after."""
+    with fleet_of(2, reset_timeout=1.0, clock_skew=[HOUR, 0.0]) as fleet:
+        fast, correct = fleet
+        trip(fast)
+        correct.run(operator, "close")
+        tripped = trip(correct)
+        admitted = correct.run(call_when_admitted, 2.5)
+    least, most = waited(tripped, admitted)
+    with promised():
+        assert 1.0 - EARLY <= most
+        assert least <= 1.2
+
+
+@pytest.mark.parametrize("phase", [0.1, 0.35, 0.6, 0.85])
+def test_reset_timeout_of_half_a_second_is_half_a_second(promised, fleet_of, phase):
+    """At whatever fraction of a second the circuit trips, it is open for 0.5 s."""
+    with fleet_of(2, reset_timeout=0.5) as fleet:
+        tripper, observer = fleet
+        tripper.run(calls, 4, fail=True)
+        observer.run(read_state)
+        time.sleep((phase - time.time()) % 1.0)
+        tripped = tripper.run(call, fail=True)
+        assert tripped.tripped
+        admitted = observer.run(call_when_admitted, 2.0, every=0.005)
+    least, most = waited(tripped, admitted)
+    print(f"reset_timeout 0.5 s was {least:.3f} to {most:.3f} s")
+    with promised():
+        assert 0.5 - EARLY <= most
+        assert least <= 0.6
