@@ -1,0 +1,669 @@
+"""What pybreaker means is heard exactly, whoever else reads or writes at the same time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
+from pybreaker import CircuitMemoryStorage as StockMemoryStorage
+
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+
+
+class Down(Exception):
+    """The dependency is down."""
+
+
+def up() -> str:
+    """A call to the healthy dependency."""
+    return "answer"
+
+
+def down() -> None:
+    """A call to the dead dependency."""
+    raise Down
+
+
+def fail(breaker: CircuitBreaker, times: int = 1) -> None:
+    """Let calls fail, whatever the breaker makes of it."""
+    for _ in range(times):
+        with pytest.raises((Down, CircuitBreakerError)):
+            breaker.call(down)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def storage_of(request: pytest.FixtureRequest, client: redis.Redis) -> Callable[..., Any]:
+    """Make a storage of a circuit; with Redis, each storage has the same circuit."""
+    if request.param == "memory":
+        return lambda state="closed", **words: CircuitMemoryStorage(state, **words)
+    return lambda state="closed", **words: CircuitRedisStorage(state, client, namespace="adapter", **words)
+
+
+@contextmanager
+def elsewhere(action: Callable[[], object]) -> Iterator[threading.Thread]:
+    """Run something in another thread, and see that it ends."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - shown below, in the thread that can fail the test
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield thread
+    thread.join(10)
+    assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something that has to happen."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.001)
+
+
+def in_thread(action: Callable[[], Any]) -> Any:
+    """The answer of something done in another thread."""
+    answers: list[Any] = []
+    with elsewhere(lambda: answers.append(action())):
+        pass
+    return answers[0]
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------------
+
+
+def test_both_resets_by_hand_close_nothing(storage_of):
+    """`reset_success_counter()` and `reset_counter()` in a row are only `close()` if `close()` asks for them."""
+    storage = storage_of("open")
+    storage.increment_counter()
+    storage.increment_success_counter()
+    storage.reset_success_counter()
+    storage.reset_counter()
+    assert (storage.state, storage.counter, storage.success_counter) == ("open", 0, 0)
+
+
+def test_opened_at_and_reset_by_hand_open_nothing(storage_of):
+    """Setting `opened_at` and resetting the successes is only a trip if `open()` asks for it."""
+    storage = storage_of()
+    storage.opened_at = datetime.now(timezone.utc)
+    storage.reset_success_counter()
+    assert storage.state == "closed"
+
+
+def test_reading_opened_at_and_reset_by_hand_claim_nothing(storage_of):
+    """Reading `opened_at` and resetting the successes is only a claim if an open state asks for it."""
+    storage = storage_of("open")
+    assert storage.opened_at is not None
+    storage.reset_success_counter()
+    assert storage.state == "open"
+
+
+def test_count_and_reset_after_a_probe_by_hand_close_nothing(storage_of):
+    """Between two probes the successes may be read and reset without closing the circuit."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
+    breaker.call(up)
+    assert storage.success_counter == 1
+    storage.reset_success_counter()
+    assert (storage.state, storage.success_counter) == ("half-open", 0)
+
+
+def test_counting_by_hand_in_an_old_thread_counts(storage_of):
+    """By hand means by hand, also on a thread whose last call lies generations back."""
+    storage = storage_of()
+    breaker = CircuitBreaker(state_storage=storage)
+    breaker.call(up)
+    in_thread(breaker.open)
+    in_thread(breaker.close)
+    storage.increment_counter()
+    assert storage.counter == 1
+    storage.reset_counter()
+    assert storage.counter == 0
+
+
+def test_counting_by_hand_in_an_exception_handler_counts(storage_of):
+    """An exception in flight does not make a count by hand a report."""
+    storage = storage_of("open")
+    try:
+        down()
+    except Down:
+        storage.increment_counter()
+    assert storage.counter == 1
+
+
+def test_operator_opens_while_handling_the_reported_exception(storage_of):
+    """`open()` by hand is never refused, not even in the handler of a failure that was."""
+    storage = storage_of()
+    breaker = CircuitBreaker(state_storage=storage)
+
+    def overtaken() -> None:
+        in_thread(breaker.current_state.upper)
+        other.open()
+        other.close()
+        raise Down
+
+    other = CircuitBreaker(state_storage=storage)
+    try:
+        breaker.call(overtaken)
+    except Down:
+        assert storage.counter == 0
+        breaker.open()
+    assert storage.state == "open"
+
+
+def test_half_open_by_hand_forgets_collected_successes(storage_of):
+    """A trial by hand starts the threshold again, and its successes count from one."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
+    breaker.call(up)
+    breaker.half_open()
+    assert storage.success_counter == 0
+    breaker.call(up)
+    assert (storage.state, storage.success_counter) == ("half-open", 1)
+
+
+def test_operator_closes_although_its_own_probe_was_overtaken(storage_of):
+    """Found by the machine: `close()` by hand was fenced off if the thread's last deed was a counted probe."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage)
+    breaker.call(up)
+    in_thread(breaker.half_open)
+    breaker.close()
+    assert storage.state == "closed"
+
+
+@pytest.mark.parametrize("state", ["ajar", "", None, 1, b"open"])
+def test_unknown_state_is_refused_and_nothing_lost(storage_of, state):
+    """A bad state is named at once, and the circuit stays as it is."""
+    storage = storage_of("open")
+    with pytest.raises(ValueError, match="state must be one of 'closed', 'open', 'half-open', not"):
+        storage.state = state
+    assert storage.state == "open"
+
+
+@pytest.mark.parametrize("at", [None, 1700000000, "2030-01-01"])
+def test_opened_at_that_is_no_datetime_is_refused(storage_of, at):
+    """The error names what was given."""
+    storage = storage_of()
+    with pytest.raises(TypeError, match="opened_at must be a datetime, not"):
+        storage.opened_at = at
+
+
+@pytest.mark.parametrize(
+    ("lease", "error"),
+    [("30", TypeError), (None, TypeError), (True, TypeError), (0, ValueError), (-1, ValueError), (86401, ValueError)],
+)
+def test_bad_probe_lease_is_refused(lease, error):
+    """The error names the argument, what was given and what is accepted."""
+    with pytest.raises(error, match=f"probe_lease must .*not {lease!r}"):
+        CircuitMemoryStorage("closed", probe_lease=lease)
+
+
+# -- noticing ----------------------------------------------------------------------------------------------------------
+
+
+def test_looking_before_calling_still_reports_the_success(storage_of):
+    """`if breaker.current_state == "closed": breaker.call(f)` is a success like any other."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(state_storage=storage)
+    storage.state = "closed"
+    storage.increment_counter()
+    assert breaker.current_state == "closed"
+    assert breaker.current_state == "closed"
+    breaker.call(up)
+    assert storage.counter == 0
+
+
+def test_second_breaker_that_notices_wipes_nothing(storage_of):
+    """Two breakers may share a storage: what the second one notices is not a success."""
+    storage = storage_of()
+    breakers = [CircuitBreaker(fail_max=2, reset_timeout=0, state_storage=storage) for _ in range(3)]
+    fail(breakers[0], 2)
+    assert [breaker.state.name for breaker in breakers] == ["open"] * 3
+    breakers[0].call(up)
+    fail(breakers[0])
+    assert [breaker.state.name for breaker in breakers] == ["closed"] * 3
+    assert storage.counter == 1
+
+
+def test_noticing_again_after_a_listener_raised_wipes_nothing(storage_of):
+    """A listener that raises makes the breaker notice again and again; the counter is none of its business."""
+
+    class Raising(CircuitBreakerListener):
+        def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+            raise RuntimeError
+
+    storage = storage_of("open")
+    breaker = CircuitBreaker(state_storage=storage, listeners=[Raising()])
+    storage.state = "closed"
+    storage.increment_counter()
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            breaker.state  # noqa: B018
+    assert storage.counter == 1
+
+
+def test_threads_that_hammer_reads_disturb_no_call(storage_of):
+    """Health checks may read anything at any moment: every count, trip, probe and close happens as without them."""
+    storage = storage_of()
+    slow = SlowListener()
+    breaker = CircuitBreaker(fail_max=5, reset_timeout=0, success_threshold=2, state_storage=storage, listeners=[slow])
+    stop = threading.Event()
+
+    def hammer() -> None:
+        while not stop.is_set():
+            _ = breaker.state.name, breaker.current_state, breaker.fail_counter, breaker.success_counter
+            _ = storage.opened_at, storage.state
+
+    with elsewhere(hammer), elsewhere(hammer):
+        try:
+            for _ in range(25):
+                for count in range(1, 5):
+                    fail(breaker)
+                    assert storage.counter == count
+                with pytest.raises(CircuitBreakerError):
+                    breaker.call(down)
+                assert storage.counter == 5
+                breaker.call(up)
+                assert storage.success_counter == 1
+                breaker.call(up)
+                assert (storage.state, storage.counter, storage.success_counter) == ("closed", 0, 0)
+                fail(breaker, 2)
+                breaker.call(up)
+                assert storage.counter == 0
+        finally:
+            stop.set()
+
+
+class SlowListener(CircuitBreakerListener):
+    """Keeps a breaker long in the moment in which it has told the storage's news to some."""
+
+    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+        """Let others in."""
+        time.sleep(0.001)
+
+
+# -- what listeners see ------------------------------------------------------------------------------------------------
+
+
+class Looking(CircuitBreakerListener):
+    """Reads everything that it can at every transition."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, str]] = []
+
+    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+        """Note what was told, what the storage says and what the breaker says."""
+        self.seen.append((new_state.name, cb.current_state, cb.state.name))
+
+
+def test_listener_may_read_the_breakers_state(storage_of):
+    """`breaker.state` inside `state_change` neither recurses nor repeats; the storage already has the new state."""
+    listener = Looking()
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage_of(), listeners=[listener])
+    fail(breaker)
+    breaker.call(up)
+    breaker.open()
+    breaker.half_open()
+    breaker.close()
+    assert listener.seen == [
+        ("open", "open", "closed"),
+        ("half-open", "half-open", "open"),
+        ("closed", "closed", "half-open"),
+        ("open", "open", "closed"),
+        ("half-open", "half-open", "open"),
+        ("closed", "closed", "half-open"),
+    ]
+
+
+def test_listener_may_read_the_breakers_state_of_what_others_did(storage_of):
+    """The same when the breaker only notices; with stock storages, this recurses until Python gives up."""
+    storage = storage_of()
+    listener = Looking()
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, listeners=[listener])
+    other = CircuitBreaker(reset_timeout=0, state_storage=storage)
+    in_thread(other.open)
+    assert breaker.state.name == "open"
+    in_thread(other.close)
+    assert breaker.call(up) == "answer"
+    assert listener.seen == [("open", "open", "closed"), ("closed", "closed", "open")]
+
+
+@pytest.mark.parametrize("told", ["open", "half-open", "closed"])
+def test_raising_listener_loses_no_transition(storage_of, told):
+    """Trip, claim and close are committed before listeners run."""
+
+    class Raising(CircuitBreakerListener):
+        def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+            if new_state.name == told:
+                raise RuntimeError(told)
+
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage, listeners=[Raising()])
+    with pytest.raises((RuntimeError, CircuitBreakerError)):
+        breaker.call(down)
+    if told != "open":
+        with pytest.raises(RuntimeError):
+            breaker.call(up)
+    assert storage.state == told
+    # Nor does it leave anything behind that would swallow an assignment, or hide the state.
+    storage.state = "open"
+    assert breaker.current_state == "open"
+
+
+@pytest.mark.parametrize("action", ["open", "half_open", "close"])
+def test_raising_listener_does_not_stop_the_operator(storage_of, action):
+    """What an operator orders is done before listeners run."""
+
+    class Raising(CircuitBreakerListener):
+        def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+            raise RuntimeError
+
+    storage = storage_of("closed" if action == "open" else "open")
+    breaker = CircuitBreaker(state_storage=storage, listeners=[Raising()])
+    with pytest.raises(RuntimeError):
+        getattr(breaker, action)()
+    assert storage.state == {"open": "open", "half_open": "half-open", "close": "closed"}[action]
+
+
+# -- one probe ---------------------------------------------------------------------------------------------------------
+
+
+def test_others_are_rejected_while_a_block_probes(storage_of):
+    """`calling()` holds no lock, so other threads do come: they get `CircuitBreakerError` at once."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
+    with breaker.calling():
+        assert storage.state == "half-open"
+        for _ in range(3):
+            with pytest.raises(CircuitBreakerError):
+                in_thread(lambda: breaker.call(up))
+    assert storage.state == "closed"
+
+
+def test_refused_claim_tells_no_listener(storage_of, monkeypatch):
+    """Whoever comes second hears nothing of half-open."""
+    storage = storage_of("open")
+    first = CircuitBreaker(reset_timeout=0, state_storage=storage)
+    listener = Looking()
+    second = CircuitBreaker(reset_timeout=0, state_storage=storage, listeners=[listener])
+    probe = first.calling()
+    opened_at = type(storage).opened_at
+
+    def read_and_lose_the_race(self: Any) -> Any:
+        monkeypatch.undo()
+        at = opened_at.fget(self)
+        in_thread(probe.__enter__)
+        return at
+
+    # An override of the same name is passed over, so the storage still knows who asks.
+    read_and_lose_the_race.__code__ = read_and_lose_the_race.__code__.replace(co_name="opened_at")
+    monkeypatch.setattr(type(storage), "opened_at", property(read_and_lose_the_race, opened_at.fset))
+    with pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
+        second.call(up)
+    assert listener.seen == []
+    in_thread(lambda: probe.__exit__(None, None, None))
+
+
+def test_expired_lease_is_claimed_by_another_thread(storage_of):
+    """A prober that never reports blocks the circuit for its lease only; when it does report, nobody listens."""
+    storage = storage_of("open", probe_lease=0.05)
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, success_threshold=2)
+    with breaker.calling():
+        assert in_thread(lambda: storage.opened_at) is not None
+        wait_until(lambda: in_thread(lambda: storage.opened_at) is None)
+        assert in_thread(lambda: breaker.call(up)) == "answer"
+        assert storage.success_counter == 1
+    assert storage.success_counter == 1
+    assert in_thread(lambda: storage.state) == "open"
+
+
+def test_slow_probe_counts_if_nobody_else_claimed(storage_of):
+    """A probe that outlasts its lease is still the probe as long as nobody took over."""
+    storage = storage_of("open", probe_lease=0.001)
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
+    breaker.call(lambda: time.sleep(0.02))
+    assert storage.state == "closed"
+
+
+def test_idle_prober_claims_anew_once_its_lease_has_ended(storage_of):
+    """Between two probes an ended lease is no right to go on: the next call asks again, and keeps what it counted."""
+    storage = storage_of("open", probe_lease=0.03)
+    listener = Looking()
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage, listeners=[listener])
+    breaker.call(up)
+    wait_until(lambda: storage.state == "open")
+    breaker.call(up)
+    assert storage.state == "closed"
+    assert [told for told, _, _ in listener.seen] == ["half-open", "open", "half-open", "closed"]
+
+
+def test_reset_timeout_zero_with_the_shortest_lease_does_not_recurse(storage_of):
+    """The claim that a thread has just won admits its call, however late it comes."""
+    storage = storage_of("open", probe_lease=0.001)
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage)
+    for _ in range(20):
+        with pytest.raises(CircuitBreakerError, match="Trial call failed"):
+            breaker.call(down)
+
+
+def test_forked_child_does_not_hold_its_parents_probe():
+    """A child that is forked in the middle of a probe is one of the others."""
+    storage = CircuitMemoryStorage("open")
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
+    with breaker.calling():
+        pid = os.fork()
+        if not pid:
+            os._exit(0 if storage.state == "open" else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert storage.state == "half-open"
+
+
+def test_anybody_may_claim_after_half_open_by_hand(storage_of):
+    """Half-open by hand is a gate open to one: the thread that did it, or whoever claims first."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=60, success_threshold=2, state_storage=storage)
+    breaker.half_open()
+    assert storage.state == "half-open"
+    assert in_thread(lambda: (storage.state, storage.opened_at)) == ("open", None)
+    assert in_thread(lambda: breaker.call(up)) == "answer"
+    assert storage.state == "open"
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(up)
+
+
+def test_second_half_open_by_hand_takes_the_trial_from_the_first(storage_of):
+    """Found by the machine: two operators who half-open one circuit used to get a trial each."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    breaker.half_open()
+    assert in_thread(lambda: (breaker.half_open(), storage.state)[1]) == "half-open"
+    assert storage.state == "open"
+
+
+# -- fencing -----------------------------------------------------------------------------------------------------------
+
+
+def test_call_that_reads_its_breaker_is_not_admitted_again(storage_of):
+    """The guarded function may look at its breaker; its result still belongs to the generation it began in."""
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=2, state_storage=storage)
+    other = CircuitBreaker(fail_max=2, state_storage=storage)
+
+    def overtaken() -> None:
+        in_thread(other.open)
+        in_thread(other.close)
+        assert breaker.state.name == breaker.current_state == storage.state == "closed"
+        raise Down
+
+    with pytest.raises(Down):
+        breaker.call(overtaken)
+    assert storage.counter == 0
+
+
+def test_late_failure_of_a_closed_circuits_call_surfaces_and_trips_nothing(storage_of):
+    """Even as the last one before `fail_max`, a failure of an earlier generation is the user's own and nothing else."""
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+    other = CircuitBreaker(fail_max=1, state_storage=storage)
+
+    def overtaken() -> None:
+        in_thread(other.open)
+        in_thread(other.close)
+        raise Down
+
+    with pytest.raises(Down):
+        breaker.call(overtaken)
+    assert (storage.state, storage.counter) == ("closed", 0)
+
+
+@pytest.mark.parametrize("throw_new_error", [True, False])
+def test_late_failure_of_a_probe_surfaces_and_opens_nothing(storage_of, throw_new_error):
+    """A prober that was overtaken gets its own exception, whatever the breaker would have thrown."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, throw_new_error_on_trip=throw_new_error)
+
+    def overtaken() -> None:
+        in_thread(CircuitBreaker(state_storage=storage).close)
+        raise Down
+
+    with pytest.raises(Down):
+        breaker.call(overtaken)
+    assert (storage.state, storage.counter) == ("closed", 0)
+
+
+def test_late_success_of_a_probe_closes_nothing(storage_of):
+    """A prober that was overtaken has nothing to say about the circuit."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
+    assert breaker.call(lambda: in_thread(CircuitBreaker(state_storage=storage).open)) is True
+    assert (storage.state, storage.success_counter) == ("open", 0)
+
+
+def test_nested_call_that_trips_leaves_the_outer_one_nothing_to_report(storage_of):
+    """One failure that passes through two guarded calls of one circuit opens it once."""
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage, throw_new_error_on_trip=False)
+    moments: list[Any] = []
+
+    def outer() -> None:
+        try:
+            breaker.call(down)
+        finally:
+            moments.append(storage.opened_at)
+
+    with pytest.raises(Down):
+        breaker.call(outer)
+    assert storage.counter == 1
+    assert [storage.opened_at] == moments
+
+
+def test_generator_finished_by_a_thread_without_calls_counts_while_closed(storage_of):
+    """A storage cannot know where a generator began: on a thread that made no call, its end counts as of now."""
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=5, state_storage=storage, throw_new_error_on_trip=False)
+
+    def numbers() -> Iterator[int]:
+        yield 1
+        raise Down
+
+    def finish(generator: Iterator[int]) -> None:
+        with pytest.raises(Down):
+            next(generator)
+
+    generators = [breaker.call(numbers) for _ in range(2)]
+    assert [next(generator) for generator in generators] == [1, 1]
+    in_thread(lambda: finish(generators[0]))
+    assert storage.counter == 1
+    breaker.open()
+    before = storage.opened_at
+    in_thread(lambda: finish(generators[1]))
+    assert (storage.state, storage.counter, storage.opened_at) == ("open", 1, before)
+
+
+def test_abandoned_generator_is_a_failure(storage_of):
+    """A generator that is closed half-way counts as failed, as with stock storages."""
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=5, state_storage=storage)
+    generator = breaker.call(lambda: (number for number in range(2)))
+    assert next(generator) == 0
+    generator.close()
+    assert storage.counter == 1
+
+
+# -- around it ---------------------------------------------------------------------------------------------------------
+
+
+def test_subclass_that_overrides_operations_is_understood(server):
+    """Storages may be extended: an override that calls on is passed over when asking who asked."""
+
+    class Counting(CircuitMemoryStorage):
+        calls = 0
+
+        def reset_counter(self) -> None:
+            type(self).calls += 1
+            super().reset_counter()
+
+        def reset_success_counter(self) -> None:
+            super().reset_success_counter()
+
+    storage = Counting("closed")
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage)
+    fail(breaker)
+    breaker.call(up)
+    assert (storage.state, storage.counter, Counting.calls) == ("closed", 0, 2)
+
+
+def test_breaker_subclass_that_counts_differently_is_understood(storage_of):
+    """A breaker that overrides `call()`, as users do to shed the lock, is admitted and fenced like the original."""
+
+    class Unlocked(CircuitBreaker):
+        def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.state.call(func, *args, **kwargs)
+
+    storage = storage_of()
+    breaker = Unlocked(fail_max=1, state_storage=storage)
+
+    def overtaken() -> None:
+        in_thread(breaker.open)
+        in_thread(breaker.close)
+        raise Down
+
+    with pytest.raises(Down):
+        breaker.call(overtaken)
+    assert (storage.state, storage.counter) == ("closed", 0)
+
+
+@pytest.mark.parametrize(("make", "admitted"), [(StockMemoryStorage, 3), (CircuitMemoryStorage, 0)])
+def test_memory_lets_one_block_probe_where_stock_lets_all(make, admitted):
+    """`calling()` holds no lock, so with pybreaker's own memory storage every thread is admitted while half-open."""
+    storage = make("open")
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
+    entered = []
+
+    def enter() -> None:
+        block = breaker.calling()
+        with suppress(CircuitBreakerError):
+            block.__enter__()
+            entered.append(block)
+
+    with breaker.calling():
+        for _ in range(3):
+            in_thread(enter)
+        assert len(entered) == admitted
+        for block in entered:
+            block.__exit__(None, None, None)

@@ -1,0 +1,100 @@
+"""The map in the README stays true: who may import whom, who may know Redis, pybreaker and the time."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pybreaker_redis
+
+PACKAGE = Path(pybreaker_redis.__file__).parent
+
+#: The order of the flow: a module imports only modules that stand in a later row.
+ROWS = (
+    ("__init__",),
+    ("storage",),
+    ("memory",),
+    ("_adapter",),
+    ("_caller", "_frames"),
+    ("_shared", "_guard"),
+    ("_scripts", "_optimistic"),
+    ("_carrier", "_record"),
+    ("_circuit", "_keys", "_clock", "errors"),
+)
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
+
+
+def imports(module: str) -> Iterator[str]:
+    """Full names of everything that a module imports, wherever the import stands."""
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(module: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    names = (name.split(".") for name in imports(module))
+    return {parts[1] for parts in names if parts[0] == "pybreaker_redis" and parts[1] in MODULES}
+
+
+def test_public_names_are_two() -> None:
+    """The public surface is small, and grows only on purpose."""
+    assert pybreaker_redis.__all__ == ("CircuitMemoryStorage", "CircuitRedisStorage")
+
+
+def test_every_module_has_its_row() -> None:
+    """A new module is a decision about the direction of the flow."""
+    assert sorted(module for row in ROWS for module in row) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_flow(module: str) -> None:
+    """Data flows one way; an import against it would be an arrow backwards."""
+    later = {name for row in ROWS[next(i for i, row in enumerate(ROWS) if module in row) + 1 :] for name in row}
+    assert ours(module) <= later
+
+
+@pytest.mark.parametrize("module", ["_circuit", "_keys", "_clock", "errors", "_caller", "_frames"])
+def test_foundations_import_nothing_of_ours(module: str) -> None:
+    """What everything stands on stands alone."""
+    assert ours(module) == set()
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("redis", {"_guard", "_scripts", "_optimistic"}),
+        ("pybreaker", {"_adapter", "_frames"}),
+        # The optimistic carrier waits between attempts; the guard's clock is a default that tests replace.
+        ("time", {"_clock", "_guard", "_optimistic"}),
+        ("datetime", {"_clock", "_adapter"}),
+        ("threading", {"_caller", "_shared", "memory", "storage"}),
+    ],
+)
+def test_only_these_modules_know(library: str, allowed: set[str]) -> None:
+    """Redis, pybreaker, time and threads are each the business of few."""
+    assert {module for module in MODULES if library in {name.split(".")[0] for name in imports(module)}} == allowed
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("_") and module != "__init__"])
+def test_module_states_its_question(module: str) -> None:
+    """A newcomer finds the module to change from the first line of each."""
+    docstring = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+    assert docstring
+    assert "Knows:" in docstring
+    assert "Does not know:" in docstring
+
+
+def test_modules_fit_on_a_few_screens() -> None:
+    """A module that outgrows this holds two questions."""
+    assert {
+        path.name: lines
+        for path in PACKAGE.rglob("*.py")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 300
+    } == {}
