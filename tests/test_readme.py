@@ -1,0 +1,95 @@
+"""The README: what it shows is what happens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import docutils.core
+import docutils.nodes
+import pytest
+
+from pybreaker_redis._demo.server import PrivateServer
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(language: str) -> Iterator[tuple[int, str]]:
+    """Each code block of the README in that language, with the line it ends on; fails if the README is not valid."""
+    for node in parse("README.rst").findall(docutils.nodes.literal_block):
+        if language in node["classes"]:
+            yield node.line or 0, node.astext()
+
+
+def parse(name: str) -> docutils.nodes.document:
+    """A page of the project; the slightest mistake in its markup is an error."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return docutils.core.publish_doctree(text, settings_overrides={"halt_level": 2, "report_level": 2})
+
+
+@pytest.fixture
+def surroundings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the README takes for granted: a server that ``REDIS_URL`` names, and a Django project with a Redis cache."""
+    settings = pytest.importorskip("django.conf").settings
+    monkeypatch.setenv("REDIS_URL", server.url)
+    if not settings.configured:
+        settings.configure()
+    cache = {"BACKEND": "django_redis.cache.RedisCache", "LOCATION": server.url}
+    monkeypatch.setattr(settings, "CACHES", {"default": cache})
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_python_blocks_run_in_order():
+    """A reader who copies everything from top to bottom ends with a working program."""
+    namespace: dict[str, object] = {"__name__": "readme"}
+    shown = list(blocks("python"))
+    assert shown
+    for line, source in shown:
+        # Tracebacks name the README and a line near the block.
+        exec(compile("\n" * max(0, line - 1) + source, "README.rst", "exec"), namespace)
+
+
+@pytest.mark.parametrize("which", ["demo", "test"])
+def test_ci_runs_the_commands_that_the_readme_shows(which: str):
+    """The two command lines are not written down a second time: CI reads them from the page."""
+    page = (ROOT / "README.rst").read_text(encoding="utf-8")
+    between = re.search(rf"^\.\. begin-{which}-command$(.*)^\.\. end-{which}-command$", page, re.MULTILINE | re.DOTALL)
+    assert between
+    (command,) = re.findall(r"^    (.*)$", between[1], re.MULTILINE)
+    assert command in [source for _, source in blocks("sh")]
+    assert f"readme_command {which}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_shell_block_is_one_of_the_two_commands():
+    """A command that nobody runs may be wrong for years."""
+    assert len(list(blocks("sh"))) == 2
+    assert not list(blocks("console"))
+    assert not list(blocks("bash"))
+
+
+def test_migration_is_one_import(server: PrivateServer):
+    """The lines that the README tells to add, in place of those to remove, build the same breaker."""
+    ((_, diff),) = blocks("diff")
+    use = "CircuitBreaker(state_storage=CircuitRedisStorage('closed', client, 'migration')).current_state"
+    with server.client() as client:
+        for sign in "-+":
+            lines = "\n".join(line[1:] for line in diff.splitlines() if line.startswith(sign))
+            namespace: dict[str, object] = {"client": client}
+            exec(lines, namespace)
+            assert eval(use, namespace) == "closed"
+
+
+@pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst"])
+def test_page_is_valid(name: str):
+    """The package index and the code host show these pages; neither says what it did not understand."""
+    assert parse(name).astext()
+
+
+def test_map_names_every_module():
+    """A newcomer finds the module to change; a module that is gone is not on the map."""
+    page = (ROOT / "README.rst").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^``([\w./]+)``  ", page, re.MULTILINE))
+    package = ROOT / "pybreaker_redis"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert shown == modules | {"_demo/"}

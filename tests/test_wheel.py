@@ -1,0 +1,126 @@
+"""The distribution: what is built from this tree works where this tree is not.
+
+Only pytest and build are needed here: the server comes with what is installed from the wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.wheel
+
+SMOKE = """
+import importlib.resources, pathlib, sys
+import pybreaker
+import pybreaker_redis
+from pybreaker_redis._demo.server import PrivateServer, find_servers
+
+assert pathlib.Path(sys.prefix) in pathlib.Path(pybreaker_redis.__file__).parents, pybreaker_redis.__file__
+assert (importlib.resources.files("pybreaker_redis") / "py.typed").is_file()
+
+def fail():
+    raise ConnectionError
+
+with PrivateServer(find_servers()[0].binary) as server:
+    client = server.client()
+    breakers = [
+        pybreaker.CircuitBreaker(
+            fail_max=2,
+            throw_new_error_on_trip=False,
+            state_storage=pybreaker_redis.CircuitRedisStorage("closed", client, namespace="smoke"),
+        )
+        for _ in range(2)
+    ]
+    for breaker in breakers:
+        try:
+            breaker.call(fail)
+        except ConnectionError:
+            pass
+    assert [breaker.current_state for breaker in breakers] == ["open", "open"]
+    calls = client.info("commandstats")
+    assert "cmdstat_evalsha" in calls, calls  # the scripts were found, not only worked around
+    client.close()
+print("smoke passed")
+"""
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sdist of this tree, and the wheel that is built from that sdist."""
+    directory = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", directory, ROOT)
+    (sdist,), (wheel,) = directory.glob("*.tar.gz"), directory.glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+@pytest.fixture(scope="module")
+def installed(distributions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a virtual environment that has the wheel, and what its ``demo`` extra asks for."""
+    directory = tmp_path_factory.mktemp("installed")
+    venv.create(directory, with_pip=True)
+    python = directory / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{distributions['wheel']}[demo]")
+    return python
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    """Run a command that must succeed, where nothing of this tree can be imported; returns what it prints."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYBREAKER_REDIS_URL")
+    }
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_file_of_the_package_is_in_both_distributions(distributions: dict[str, Path]):
+    """A script that is left out is noticed here and not on somebody's server."""
+    package = ROOT / "pybreaker_redis"
+    expected = {
+        str(path.relative_to(ROOT))
+        for path in package.rglob("*")
+        if path.suffix in (".py", ".lua") or path.name == "py.typed"
+    }
+    assert any(name.endswith(".lua") for name in expected)
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        assert {name for name in wheel.namelist() if name.startswith("pybreaker_redis/")} == expected
+    with tarfile.open(distributions["sdist"]) as sdist:
+        assert expected <= {name.partition("/")[2] for name in sdist.getnames()}
+
+
+def test_metadata_states_licence_and_dependencies(distributions: dict[str, Path]):
+    """What an index shows, and what pip installs without being asked for extras."""
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(wheel.read(name).decode())
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert not [line for line in metadata.get_all("Classifier", []) if line.startswith("License")]
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert sorted(required) == ["pybreaker>=1.4", "redis>=3.5.3"]
+    assert metadata.get_payload()
+
+
+def test_installed_wheel_guards_calls_away_from_the_tree(installed: Path, tmp_path: Path):
+    """Two breakers share a circuit by the scripts that came with the wheel."""
+    assert run(installed, "-W", "error", "-c", SMOKE, cwd=tmp_path) == "smoke passed\n"
+
+
+def test_installed_demo_runs(installed: Path, tmp_path: Path):
+    """The demo needs nothing that is not in the wheel or its extra."""
+    output = run(installed, "-m", "pybreaker_redis", "demo", "--plain", "--seconds", "2", cwd=tmp_path)
+    assert "Everything happened as promised." in output
