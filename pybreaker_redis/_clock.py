@@ -1,8 +1,8 @@
-"""What time is it here?
+"""What time is it here, and how far is another clock ahead?
 
-Knows: the local wall clock.  Does not know: any other clock.
+Knows: the local wall clock, what a server said about its own.  Does not know: who asked the server, and for what.
 
-Looked up at every call, so that freezegun and time-machine are heard.
+The local clock is looked up at every call, so that freezegun and time-machine are heard.
 """
 
 from __future__ import annotations
@@ -24,3 +24,39 @@ def from_ms(at_ms: float) -> datetime:
 def to_ms(at: datetime) -> float:
     """Milliseconds since the epoch; a naive datetime is taken as UTC."""
     return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp() * 1000
+
+
+class Offset:
+    """A server's clock minus the local clock, milliseconds; never more than it is, so that no gate opens early.
+
+    Every answer that carries the server's time bounds the offset by the local times around it (F. Cristian,
+    "Probabilistic clock synchronization", 1989).  Bounds that agree narrow each other, so a slow first contact does not
+    matter for long.  Bounds that contradict are not believed: then the local clock was moved, by a test or an
+    administrator, and whoever compares with it must see that it was.
+    """
+
+    def __init__(self) -> None:
+        self._bounds: tuple[float, float] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there was any answer yet."""
+        return self._bounds is not None
+
+    @property
+    def ms(self) -> float:
+        """The lower bound; zero as long as nothing is known."""
+        return self._bounds[0] if self._bounds else 0
+
+    def learn(self, server_ms: float, before_ms: float, after_ms: float) -> None:
+        """Take in an answer that was asked for at `before_ms` and had come by `after_ms`."""
+        # The server's time has been cut to whole milliseconds.
+        low, high = server_ms - after_ms, server_ms + 1 - before_ms
+        if self._bounds is None:
+            self._bounds = low, high
+        elif low <= self._bounds[1] and high >= self._bounds[0]:
+            self._bounds = max(low, self._bounds[0]), min(high, self._bounds[1])
+
+    def set(self, ms: float) -> None:
+        """Forget what was learned: it is this, as of now."""
+        self._bounds = ms, ms

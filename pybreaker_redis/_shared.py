@@ -14,6 +14,7 @@ from typing import Any
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit, Intent, Load, SetOpenedAt, Trip
+from pybreaker_redis._clock import Offset
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis.errors import ScriptingUnavailable
@@ -53,8 +54,7 @@ class SharedCircuit:
         self._lock = threading.Lock()
         self._carrier: LuaCarrier | OptimisticCarrier | None = None
         self._known: Circuit | None = None
-        #: Server's clock minus local clock, milliseconds.
-        self._offset_ms: float | None = None
+        self._offset = Offset()
 
     def execute(self, intent: Intent) -> Reply:
         """Carry out an intent.
@@ -64,24 +64,26 @@ class SharedCircuit:
         """
         if isinstance(intent, SetOpenedAt):
             return self._set_opened_at(intent)
+        before_ms = self._clock()
         reply = self._carry_out(intent)
-        if self._offset_ms is None or isinstance(intent, Trip):
-            # On first contact, and when this process opens the circuit: then both clocks are known, and a test that
-            # freezes the local one finds `opened_at` at the frozen instant.  Never per read: a clock that is moved
-            # afterwards must see the timeout pass.  Read after the reply, so that the gate never opens early.
-            self._offset_ms = reply.now_ms - self._clock()
-        return _by_local_clock(reply, self._offset_ms)
+        after_ms = self._clock()
+        if isinstance(intent, Trip) and reply.accepted:
+            # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
+            # one, `opened_at` is found there.
+            self._offset.set(reply.now_ms - after_ms)
+        else:
+            self._offset.learn(reply.now_ms, before_ms, after_ms)
+        return _by_local_clock(reply, self._offset.ms)
 
     def _set_opened_at(self, intent: SetOpenedAt) -> Reply:
-        if self._offset_ms is None:
+        if not self._offset.known:
             self.execute(Load())
-        offset_ms = self._offset_ms or 0
-        at_ms = math.floor(intent.at_ms + offset_ms)
+        at_ms = math.floor(intent.at_ms + self._offset.ms)
         reply = self._carry_out(SetOpenedAt(at_ms))
         if reply.accepted and reply.circuit.opened_at_ms == at_ms:
             # Redis keeps whole milliseconds; what was said shall be read again as it was said.
-            offset_ms = self._offset_ms = at_ms - intent.at_ms
-        return _by_local_clock(reply, offset_ms)
+            self._offset.set(at_ms - intent.at_ms)
+        return _by_local_clock(reply, self._offset.ms)
 
     def _carry_out(self, intent: Intent) -> Reply:
         create = self._initial_state if self._known is None else self._fallback_state

@@ -1,0 +1,169 @@
+"""While Redis gives no answer, a process keeps a circuit of its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pytest
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._guard import PAUSE, Guard
+from pybreaker_redis.storage import LOCAL_GENERATIONS
+
+
+class Down(Exception):
+    """The dependency is down."""
+
+
+def up() -> str:
+    """A call to the healthy dependency."""
+    return "answer"
+
+
+def down() -> None:
+    """A call to the dead dependency."""
+    raise Down
+
+
+def refusing_client(directory: Any) -> redis.Redis:
+    """A client of a server that is not there."""
+    return redis.Redis(unix_socket_path=str(directory / "nobody.sock"), retry=None)
+
+
+def test_constructing_does_no_io(tmp_path):
+    """A service starts, and its breakers with it, while Redis is away."""
+    storage = CircuitRedisStorage("closed", lambda: pytest.fail("asked for a client"))
+    assert storage.name == "redis"
+    CircuitRedisStorage("closed", refusing_client(tmp_path))
+
+
+def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
+    """No error of Redis reaches a call, and the dead dependency is spared all the same."""
+    caplog.set_level(logging.INFO, "pybreaker_redis")
+    storage = CircuitRedisStorage("closed", refusing_client(tmp_path), namespace="shop")
+    breaker = CircuitBreaker(fail_max=2, reset_timeout=0.05, state_storage=storage)
+    assert breaker.call(up) == "answer"
+    with pytest.raises(Down):
+        breaker.call(down)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(down)
+    with pytest.raises(CircuitBreakerError, match="not elapsed"):
+        breaker.call(up)
+    time.sleep(0.06)
+    assert breaker.call(up) == "answer"
+    assert breaker.current_state == "closed"
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("circuit 'shop': Redis gave no answer (ConnectionError: ")
+    assert caplog.messages[0].endswith("using this process's own state, next attempt in 1.0 s")
+
+
+@pytest.mark.parametrize("state", ["closed", "open", "half-open"])
+def test_own_circuit_begins_in_the_fallback_state(tmp_path, state):
+    """`fallback_circuit_state` decides whether calls go through meanwhile; none of them recurses."""
+    storage = CircuitRedisStorage("closed", refusing_client(tmp_path), fallback_circuit_state=state)
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    assert breaker.current_state == state
+    if state == "open":
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(up)
+    else:
+        assert breaker.call(up) == "answer"
+
+
+def test_shared_circuit_is_used_again_once_redis_answers(killable_server: PrivateServer, caplog):
+    """Reports of calls from before, during and after an outage count where they belong, and the log says when."""
+    caplog.set_level(logging.INFO, "pybreaker_redis")
+    clock = [100.0]
+    client = killable_server.client(retry=None)
+    storage = CircuitRedisStorage("closed", client)
+    storage._guard = Guard(lambda: clock[0])
+    breaker = CircuitBreaker(fail_max=5, state_storage=storage)
+    with pytest.raises(Down):
+        breaker.call(down)
+
+    def meanwhile_redis_goes() -> None:
+        killable_server.stop()
+        raise Down
+
+    def meanwhile_redis_returns() -> None:
+        clock[0] += PAUSE
+        assert storage.state == "closed"
+        raise Down
+
+    with pytest.raises(Down):
+        breaker.call(meanwhile_redis_goes)
+    assert storage.counter == 0, "a call that Redis admitted is not settled in this process's own circuit"
+    with pytest.raises(Down):
+        breaker.call(down)
+    assert storage.counter == 1
+
+    killable_server.restart(keep_data=True)
+    with pytest.raises(Down):
+        breaker.call(meanwhile_redis_returns)
+    assert storage.counter == 0, "a call that this process admitted is not settled in Redis"
+    storage.increment_counter()
+    assert client.get("pybreaker:fail_counter") == b"1"
+    assert caplog.messages[-1] == "circuit 'pybreaker': Redis answers again after 1.0 s"
+    client.close()
+
+
+def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer):
+    """What a process thought in the last outage is not what it thinks in the next; nor are their generations alike."""
+    clock = [100.0]
+    client = killable_server.client(retry=None)
+    storage = CircuitRedisStorage("closed", client)
+    storage._guard = Guard(lambda: clock[0])
+    breaker = CircuitBreaker(state_storage=storage)
+    generations = []
+    for _ in range(2):
+        killable_server.stop()
+        assert breaker.current_state == "closed"
+        assert breaker.call(up) == "answer"
+        generations.append(storage._caller.generation)
+        breaker.open()
+        assert breaker.current_state == "open"
+        killable_server.restart(keep_data=False)
+        clock[0] += PAUSE
+        assert breaker.current_state == "closed"
+    assert generations[1] > generations[0] >= LOCAL_GENERATIONS
+    client.close()
+
+
+def test_guard_asks_once_a_pause():
+    """After a failure nobody asks for a while; then one answer is enough."""
+    clock = [0.0]
+    guard = Guard(lambda: clock[0])
+    assert guard.may_ask()
+    assert guard.answered() is None
+    assert guard.failed()
+    assert not guard.may_ask()
+    clock[0] = PAUSE
+    assert guard.may_ask()
+    assert not guard.failed()
+    assert not guard.may_ask()
+    clock[0] = 2 * PAUSE
+    assert guard.answered() == 2 * PAUSE
+    assert guard.may_ask()
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ({"state": "ajar"}, ValueError, "state must be one of 'closed', 'open', 'half-open', not 'ajar'"),
+        ({"fallback_circuit_state": None}, ValueError, "fallback_circuit_state must be one of .*, not None"),
+        ({"namespace": b"shop"}, TypeError, "namespace must be a str or None, not b'shop'"),
+        ({"redis_object": None}, TypeError, "redis_object must be a Redis client or a callable .*, not None"),
+        ({"redis_object": "redis://"}, TypeError, "redis_object must be .*, not 'redis://'"),
+        ({"probe_lease": "30"}, TypeError, "probe_lease must be a number of seconds, not '30'"),
+    ],
+)
+def test_bad_argument_is_named_at_once(words, error, message):
+    """The error says which argument, what was given and what is accepted."""
+    arguments = {"state": "closed", "redis_object": lambda: None, **words}
+    with pytest.raises(error, match=message):
+        CircuitRedisStorage(**arguments)

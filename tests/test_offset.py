@@ -1,0 +1,50 @@
+"""The difference of the clocks is learned from every answer, and never overestimated."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+from hypothesis import given
+
+from pybreaker_redis._clock import Offset
+
+
+def test_slow_first_contact_is_corrected_by_a_fast_answer():
+    """Connecting may take its time; that must not hold the gate shut for as long."""
+    offset = Offset()
+    assert (offset.known, offset.ms) == (False, 0)
+    offset.learn(5_000, before_ms=500, after_ms=1_000)
+    assert (offset.known, offset.ms) == (True, 4_000)
+    offset.learn(6_000, before_ms=1_499.8, after_ms=1_500.2)
+    assert offset.ms == 4_499.8
+
+
+def test_moved_clock_is_not_learned():
+    """A test or an administrator who moves the local clock wants the timeout to be seen to pass."""
+    offset = Offset()
+    offset.learn(5_000, before_ms=1_000, after_ms=1_001)
+    offset.learn(5_100, before_ms=61_100, after_ms=61_101)
+    assert offset.ms == 3_999
+
+
+def test_what_is_set_holds():
+    """What this process did by both clocks is better known than any answer tells."""
+    offset = Offset()
+    offset.learn(5_000, before_ms=1_000, after_ms=1_001)
+    offset.set(123)
+    offset.learn(6_000, before_ms=2_000, after_ms=2_001)
+    assert offset.ms == 123
+
+
+@given(
+    true=st.integers(-(10**8), 10**8),
+    answers=st.lists(st.tuples(st.floats(0, 10**6), st.floats(0, 500), st.floats(0, 500)), min_size=1),
+)
+def test_offset_is_never_overestimated_and_never_worse_than_the_best_answer(true, answers):
+    """Whatever the delays on the way there and back."""
+    offset, best = Offset(), 10.0**9
+    for asked, there, back in answers:
+        offset.learn(math.floor(asked + there + true), asked, asked + there + back)
+        best = min(best, back)
+        assert true - best - 1.01 <= offset.ms <= true + 0.01
