@@ -26,6 +26,11 @@ MAX_LEASE_MS = 24 * 3600 * 1000
 MAX_COUNT = 10**12
 
 
+def after(count: int) -> int:
+    """The next count or generation; the last one is its own successor, so that it can be read again."""
+    return min(count + 1, MAX_COUNT - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Circuit:
     """Everything that is shared about one circuit.
@@ -68,7 +73,7 @@ class Circuit:
         return replace(
             self,
             state=state,
-            generation=self.generation + 1,
+            generation=after(self.generation),
             **{"probe_token": "", "probe_until_ms": 0, **changes},  # type: ignore[arg-type]
         )
 
@@ -143,7 +148,7 @@ class RecordFailure(Fenced):
     script: ClassVar[str] = "record_failure"
 
     def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        return replace(circuit, fail_counter=circuit.fail_counter + 1)
+        return replace(circuit, fail_counter=after(circuit.fail_counter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +175,7 @@ class CountProbe(Fenced):
     script: ClassVar[str] = "count_probe"
 
     def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        counted = replace(circuit, success_counter=circuit.success_counter + 1)
+        counted = replace(circuit, success_counter=after(circuit.success_counter))
         if self.generation is None or not circuit.probe_token:
             return counted
         return replace(counted, probe_until_ms=now_ms + self.lease_ms)

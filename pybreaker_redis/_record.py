@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, MAX_LEASE_MS, OPEN, STATES, Circuit, created
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, MAX_LEASE_MS, OPEN, STATES, Circuit, after, created
 
 #: Fields of the hash, in the order in which they are read and written.
 MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms")
@@ -131,10 +131,17 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
         state = mark.state if found.mark is not None or mark.state != CLOSED else create
         event = "" if found.anything else "restored"
 
-    ours = state == mark.state and not (state == OPEN and opened_at not in (None, _seconds(mark.opened_at_ms)))
-    if opened_at is not None:
-        same_second = opened_at == _seconds(mark.opened_at_ms)
-        opened_at_ms = mark.opened_at_ms if same_second else opened_at * 1000
+    # While the circuit is open the time only moves forward: a later one is somebody's new trip, an earlier one damage.
+    marked_at = _seconds(mark.opened_at_ms)
+    backward = state == mark.state == OPEN and opened_at is not None and opened_at < (marked_at or 0)
+    if backward:
+        opened_at = None
+    ours = state == mark.state and not (state == OPEN and opened_at not in (None, marked_at))
+    if opened_at is not None and opened_at == marked_at:
+        # Opened by somebody without saying when, as with redis-cli or by a host whose clock is behind: as of now.
+        opened_at_ms = now_ms if state == OPEN != mark.state else mark.opened_at_ms
+    elif opened_at is not None:
+        opened_at_ms = opened_at * 1000
     else:
         opened_at_ms = mark.opened_at_ms if ours or state != OPEN else None
     if state == OPEN and opened_at_ms is None:
@@ -149,11 +156,11 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
         fail_counter=found.fail_counter or 0,
         success_counter=found.success_counter or 0,
         opened_at_ms=opened_at_ms,
-        generation=mark.generation + (0 if ours else 1),
+        generation=mark.generation if ours else after(mark.generation),
         probe_token=mark.probe_token if probing else "",
         probe_until_ms=mark.probe_until_ms if probing and mark.probe_until_ms <= now_ms + MAX_LEASE_MS else 0,
     )
-    return Believed(circuit, event or _repairs(found, circuit, future=future))
+    return Believed(circuit, event or _repairs(found, circuit, wrong_time=future or backward))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +208,9 @@ def writes(circuit: Circuit, found: Found) -> Writes:
     )
 
 
-def _repairs(found: Found, circuit: Circuit, *, future: bool) -> str:
+def _repairs(found: Found, circuit: Circuit, *, wrong_time: bool) -> str:
     damaged = [name for name in VALUE_NAMES[:3] if getattr(found, name) is None]
-    if future or (found.opened_at is None and (found.raw[3] is not None or circuit.opened_at_ms is not None)):
+    if wrong_time or (found.opened_at is None and (found.raw[3] is not None or circuit.opened_at_ms is not None)):
         damaged.append("opened_at")
     if found.unreadable_mark:
         damaged.append("circuit")

@@ -18,9 +18,9 @@ from pybreaker_redis._keys import BASE, circuit_keys
 from pybreaker_redis._shared import SharedCircuit
 from pybreaker_redis.memory import MemoryCarrier
 
-#: Where the generations of this process's own circuits begin.  Shared ones stay far below, so a call that was admitted
-#: by one is never settled in the other.
-LOCAL_GENERATIONS = 10**15
+#: Where the generations of this process's own circuits begin: below zero, where shared ones never are, so that a call
+#: that was admitted by one is never settled in the other.
+LOCAL_GENERATIONS = -(10**12)
 
 
 class CircuitRedisStorage(IntentStorage):

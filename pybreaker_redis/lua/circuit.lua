@@ -41,6 +41,11 @@ local function count(raw)
   return number and number < MAX_COUNT and number or nil
 end
 
+-- The next count or generation; the last one is its own successor, so that it can be read again.
+local function after(number)
+  return math.min(number + 1, MAX_COUNT - 1)
+end
+
 local function decimal(number)
   return string.format('%.0f', number)
 end
@@ -91,12 +96,12 @@ local function read()
   end
 end
 
-local function repairs(future)
+local function repairs(wrong_time)
   local damaged = {}
   if not found.state then damaged[#damaged + 1] = 'state' end
   if not found.fail_counter then damaged[#damaged + 1] = 'fail_counter' end
   if not found.success_counter then damaged[#damaged + 1] = 'success_counter' end
-  if future or (not found.opened_at and (found.plain[4] or circuit.opened_at_ms)) then
+  if wrong_time or (not found.opened_at and (found.plain[4] or circuit.opened_at_ms)) then
     damaged[#damaged + 1] = 'opened_at'
   end
   if found.unreadable_mark then damaged[#damaged + 1] = 'circuit' end
@@ -106,7 +111,7 @@ end
 -- The circuit goes to another state: a new generation in which nobody holds the probe.
 local function move(state)
   circuit.state = state
-  circuit.generation = circuit.generation + 1
+  circuit.generation = after(circuit.generation)
   circuit.probe_token = ''
   circuit.probe_until_ms = 0
 end
@@ -135,11 +140,17 @@ local function believe()
     event = found.anything and '' or 'restored'
   end
 
-  local ours = state == mark.state
-    and not (state == 'open' and opened_at and opened_at ~= seconds(mark.opened_at_ms))
+  -- While the circuit is open the time only moves forward: a later one is somebody's new trip, an earlier one damage.
+  local marked_at = seconds(mark.opened_at_ms)
+  local backward = state == 'open' and mark.state == 'open' and opened_at and opened_at < (marked_at or 0)
+  if backward then opened_at = nil end
+  local ours = state == mark.state and not (state == 'open' and opened_at and opened_at ~= marked_at)
   local opened_at_ms
-  if opened_at then
-    opened_at_ms = opened_at == seconds(mark.opened_at_ms) and mark.opened_at_ms or opened_at * 1000
+  if opened_at and opened_at == marked_at then
+    -- Opened by somebody without saying when, as with redis-cli or by a host whose clock is behind: as of now.
+    opened_at_ms = (state == 'open' and mark.state ~= 'open') and now or mark.opened_at_ms
+  elseif opened_at then
+    opened_at_ms = opened_at * 1000
   elseif ours or state ~= 'open' then
     opened_at_ms = mark.opened_at_ms
   end
@@ -153,11 +164,11 @@ local function believe()
     fail_counter = found.fail_counter or 0,
     success_counter = found.success_counter or 0,
     opened_at_ms = opened_at_ms,
-    generation = mark.generation + (ours and 0 or 1),
+    generation = ours and mark.generation or after(mark.generation),
     probe_token = probing and mark.probe_token or '',
     probe_until_ms = probing and mark.probe_until_ms <= now + MAX_LEASE_MS and mark.probe_until_ms or 0,
   }
-  return event ~= '' and event or repairs(future)
+  return event ~= '' and event or repairs(future or backward)
 end
 
 local function save()

@@ -10,7 +10,7 @@ local generation, token, lease_ms = tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9]
 
 return run(function()
   if not admits(generation, token) then return false end
-  circuit.success_counter = circuit.success_counter + 1
+  circuit.success_counter = after(circuit.success_counter)
   if generation ~= BY_HAND and circuit.probe_token ~= '' then
     circuit.probe_until_ms = now + lease_ms
   end

@@ -8,6 +8,6 @@ local generation, token = tonumber(ARGV[7]), ARGV[8]
 
 return run(function()
   if not admits(generation, token) then return false end
-  circuit.fail_counter = circuit.fail_counter + 1
+  circuit.fail_counter = after(circuit.fail_counter)
   return true
 end)
