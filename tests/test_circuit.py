@@ -1,0 +1,392 @@
+"""The model: what may become of a circuit, intent by intent, and what holds whatever happens."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pybreaker_redis import _circuit
+from pybreaker_redis._circuit import (
+    CLOSED,
+    HALF_OPEN,
+    INTENTS,
+    OPEN,
+    STATES,
+    Circuit,
+    ClaimProbe,
+    Close,
+    CountProbe,
+    Fenced,
+    Intent,
+    Load,
+    RecordFailure,
+    RecordSuccess,
+    ResetProbes,
+    SetOpenedAt,
+    SetState,
+    Trip,
+    created,
+)
+from tests.records import Wish, circuits, states, wishes
+
+NOW = 1_000_000_000_000
+
+closed = Circuit(CLOSED, fail_counter=3, success_counter=1, opened_at_ms=NOW - 90_000, generation=7)
+opened = Circuit(OPEN, fail_counter=5, success_counter=1, opened_at_ms=NOW - 60_000, generation=7)
+unclaimed = Circuit(HALF_OPEN, fail_counter=5, success_counter=1, opened_at_ms=NOW - 60_000, generation=7)
+probed = replace(unclaimed, probe_token="a0", probe_until_ms=NOW + 10)
+deserted = replace(probed, probe_until_ms=NOW)
+
+#: Those intents that speak for a call, as that call makes them.
+FENCED = [RecordFailure(7, "a0"), RecordSuccess(7, "a0"), CountProbe(7, "a0", 500), Trip(7, "a0"), Close(7, "a0")]
+
+
+def by_hand(intent: Intent) -> Intent:
+    """The same, but not on behalf of a call."""
+    return replace(intent, generation=None, token="")  # type: ignore[type-var]
+
+
+def granted(intent: Intent, circuit: Circuit, now_ms: float = NOW) -> Circuit:
+    """The circuit after an intent that must be accepted."""
+    decision = intent.apply(circuit, now_ms)
+    assert decision.accepted
+    return decision.circuit
+
+
+def assert_refused(intent: Intent, circuit: Circuit, now_ms: float = NOW) -> None:
+    """The intent must be refused, and leave the very same circuit."""
+    decision = intent.apply(circuit, now_ms)
+    assert not decision.accepted
+    assert decision.circuit is circuit
+
+
+class TestValues:
+    """Circuits and intents are values."""
+
+    def test_circuit_and_intents_cannot_be_changed_in_place(self) -> None:
+        """Whoever holds a circuit may believe that nobody else changes it."""
+        with pytest.raises(FrozenInstanceError):
+            closed.state = OPEN  # type: ignore[misc]
+        with pytest.raises(FrozenInstanceError):
+            FENCED[0].token = "b1"  # type: ignore[attr-defined]
+
+    def test_list_of_intents_is_complete(self) -> None:
+        """Nobody who goes through `INTENTS` misses one."""
+        defined = {
+            value
+            for value in vars(_circuit).values()
+            if isinstance(value, type) and issubclass(value, Intent) and hasattr(value, "script")
+        }
+        assert set(INTENTS) == defined
+        assert len({intent.script for intent in INTENTS}) == len(INTENTS)
+
+    def test_intent_itself_decides_nothing(self) -> None:
+        """A new kind of intent without a decision of its own is noticed at once."""
+        with pytest.raises(NotImplementedError):
+            Intent().apply(closed, NOW)
+        with pytest.raises(NotImplementedError):
+            Fenced(7, "").apply(closed, NOW)
+
+    def test_new_circuit_is_closed_and_never_moved(self) -> None:
+        """Generation 0 means: nothing has ever happened here."""
+        assert created(CLOSED, NOW) == Circuit(CLOSED, 0, 0, None, 0, "", 0)
+
+    @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
+    def test_circuit_created_in_another_state_has_moved_once(self, state: str) -> None:
+        """Beginning open is a transition, so that results of calls from before it count for nothing."""
+        circuit = created(state, NOW)
+        assert (circuit.state, circuit.generation, circuit.probe_token) == (state, 1, "")
+        assert circuit.opened_at_ms == (NOW if state == OPEN else None)
+
+
+class TestLoad:
+    """`Load`."""
+
+    @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed, deserted])
+    def test_load_gives_the_circuit_as_it_is(self, circuit: Circuit) -> None:
+        """Looking changes nothing."""
+        assert granted(Load(), circuit) is circuit
+
+
+class TestFencing:
+    """Who may speak for a circuit."""
+
+    @pytest.mark.parametrize("intent", FENCED)
+    @pytest.mark.parametrize("generation", [0, 6, 8])
+    @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed])
+    def test_call_of_another_generation_is_refused(self, intent: Intent, generation: int, circuit: Circuit) -> None:
+        """Results of calls admitted in an earlier generation change nothing."""
+        assert_refused(replace(intent, generation=generation), circuit)  # type: ignore[type-var]
+
+    @pytest.mark.parametrize("intent", FENCED)
+    def test_open_circuit_hears_no_call(self, intent: Intent) -> None:
+        """Nobody was admitted while it was open."""
+        assert_refused(intent, opened)
+
+    @pytest.mark.parametrize("intent", FENCED)
+    @pytest.mark.parametrize("token", ["", "b1"])
+    def test_half_open_circuit_hears_only_its_prober(self, intent: Intent, token: str) -> None:
+        """Of all calls in flight only the probe decides."""
+        assert_refused(replace(intent, token=token), probed)  # type: ignore[type-var]
+        assert intent.apply(probed, NOW).accepted
+
+    @pytest.mark.parametrize("intent", FENCED)
+    def test_prober_is_heard_after_its_lease_while_nobody_took_over(self, intent: Intent) -> None:
+        """A slow probe is still the best that is known of the dependency."""
+        assert intent.apply(deserted, NOW + 10**6).accepted
+
+    @pytest.mark.parametrize("intent", FENCED)
+    def test_half_open_circuit_without_prober_hears_who_has_no_token(self, intent: Intent) -> None:
+        """After `half_open()` by hand the next call is the trial, although it never claimed."""
+        assert replace(intent, token="").apply(unclaimed, NOW).accepted  # type: ignore[type-var]
+        assert_refused(intent, unclaimed)
+
+    @pytest.mark.parametrize("intent", FENCED)
+    def test_closed_circuit_hears_calls_whatever_their_token(self, intent: Intent) -> None:
+        """A token means nothing while everybody is admitted."""
+        assert intent.apply(closed, NOW).accepted
+
+    @pytest.mark.parametrize("intent", FENCED)
+    @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed, deserted])
+    def test_hand_is_always_heard(self, intent: Intent, circuit: Circuit) -> None:
+        """An operator needs nobody's permission."""
+        assert by_hand(intent).apply(circuit, NOW).accepted
+
+
+class TestCounting:
+    """`RecordFailure`, `RecordSuccess`, `CountProbe`, `ResetProbes`."""
+
+    def test_failure_counts_one_and_nothing_else(self) -> None:
+        """Tripping is for the caller to decide: the circuit does not know fail_max."""
+        assert granted(RecordFailure(7, ""), closed) == replace(closed, fail_counter=4)
+        assert granted(RecordFailure(7, "a0"), probed) == replace(probed, fail_counter=6)
+
+    def test_success_forgets_the_failures_and_nothing_else(self) -> None:
+        """Failures are consecutive or they are nothing."""
+        assert granted(RecordSuccess(7, ""), closed) == replace(closed, fail_counter=0)
+        assert granted(RecordSuccess(7, "a0"), probed) == replace(probed, fail_counter=0)
+
+    def test_counted_probe_renews_the_lease_of_its_holder(self) -> None:
+        """The holder keeps the probe while it collects successes; a lease that has run out is renewed too."""
+        assert granted(CountProbe(7, "a0", 500), probed) == replace(probed, success_counter=2, probe_until_ms=NOW + 500)
+        assert granted(CountProbe(7, "a0", 500), deserted, NOW + 7).probe_until_ms == NOW + 507
+
+    def test_probe_counted_by_hand_renews_no_lease(self) -> None:
+        """Nobody but its holder prolongs a lease, or a dead prober would be waited for."""
+        assert granted(CountProbe(None, "", 500), probed) == replace(probed, success_counter=2)
+
+    def test_counted_probe_without_claim_makes_no_lease(self) -> None:
+        """Where nobody holds the probe there is nothing to renew."""
+        assert granted(CountProbe(7, "", 500), unclaimed) == replace(unclaimed, success_counter=2)
+
+    @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed])
+    def test_reset_of_probes_forgets_successes_only(self, circuit: Circuit) -> None:
+        """A counter set by hand moves nothing and takes no probe away."""
+        assert granted(ResetProbes(), circuit) == replace(circuit, success_counter=0)
+
+
+class TestTransitions:
+    """`Trip`, `ClaimProbe`, `Close`: each a generation."""
+
+    @pytest.mark.parametrize(
+        ("intent", "circuit"),
+        [(Trip(7, ""), closed), (Trip(7, "a0"), probed), (Trip(None, ""), opened), (Trip(None, ""), probed)],
+    )
+    def test_trip_opens_from_now_on(self, intent: Trip, circuit: Circuit) -> None:
+        """The reset timeout counts from the trip; failures stay to be read, successes and the probe are gone."""
+        assert granted(intent, circuit) == Circuit(
+            OPEN, fail_counter=circuit.fail_counter, success_counter=0, opened_at_ms=NOW, generation=8
+        )
+
+    def test_second_of_two_trips_is_refused(self) -> None:
+        """One outage is one transition."""
+        assert_refused(Trip(7, ""), granted(Trip(7, ""), closed))
+
+    def test_open_circuit_gives_its_probe_to_the_first_who_asks(self) -> None:
+        """One claim, one generation, a count that begins at nothing; when it opened stays known."""
+        claimed = granted(ClaimProbe(7, "b1", 500), opened)
+        assert claimed == Circuit(HALF_OPEN, 5, 0, opened.opened_at_ms, 8, "b1", NOW + 500)
+        assert_refused(ClaimProbe(7, "c2", 500), claimed)
+        assert_refused(ClaimProbe(8, "c2", 500), claimed)
+
+    @pytest.mark.parametrize("circuit", [unclaimed, deserted])
+    def test_free_probe_is_given_with_the_successes_so_far(self, circuit: Circuit) -> None:
+        """What a prober that died has already shown is not lost."""
+        assert granted(ClaimProbe(7, "b1", 500), circuit) == replace(
+            circuit, generation=8, probe_token="b1", probe_until_ms=NOW + 500
+        )
+
+    def test_held_probe_is_refused_until_its_lease_is_over(self) -> None:
+        """A lease of 10 ms is held for 10 ms, and not a millisecond longer."""
+        assert_refused(ClaimProbe(7, "b1", 500), probed, NOW + 9)
+        assert granted(ClaimProbe(7, "b1", 500), probed, NOW + 10).probe_token == "b1"
+
+    @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, deserted])
+    @pytest.mark.parametrize("generation", [0, 6, 8])
+    def test_claim_of_another_generation_is_refused(self, circuit: Circuit, generation: int) -> None:
+        """Whoever saw another spell of open does not know whether this one has lasted long enough."""
+        assert_refused(ClaimProbe(generation, "b1", 500), circuit)
+
+    def test_closed_circuit_has_no_probe_to_claim(self) -> None:
+        """A claim that comes after the recovery does not undo it."""
+        assert_refused(ClaimProbe(7, "b1", 500), closed)
+
+    @pytest.mark.parametrize(
+        ("intent", "circuit"),
+        [(Close(7, "a0"), probed), (Close(7, ""), unclaimed), (Close(None, ""), opened), (Close(None, ""), probed)],
+    )
+    def test_close_forgets_all_counts(self, intent: Close, circuit: Circuit) -> None:
+        """After a recovery fail_max failures are needed again."""
+        assert granted(intent, circuit) == Circuit(CLOSED, 0, 0, circuit.opened_at_ms, 8)
+
+    def test_closing_a_closed_circuit_forgets_counts_and_moves_nothing(self) -> None:
+        """It has not moved, so calls in flight are not fenced off."""
+        assert granted(Close(None, ""), closed) == replace(closed, fail_counter=0, success_counter=0)
+        assert granted(Close(7, ""), closed).generation == 7
+
+
+class TestByHand:
+    """`SetState`, `SetOpenedAt`."""
+
+    @pytest.mark.parametrize("circuit", [closed, opened])
+    def test_setting_the_state_that_is_changes_nothing(self, circuit: Circuit) -> None:
+        """Saying the same twice fences nobody off."""
+        assert granted(SetState(circuit.state), circuit) is circuit
+
+    @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed])
+    @pytest.mark.parametrize("state", STATES)
+    def test_setting_another_state_is_a_transition_that_keeps_the_counters(self, circuit: Circuit, state: str) -> None:
+        """Literally that: a new state, a new generation, no prober."""
+        if state == circuit.state != HALF_OPEN:
+            return
+        assert granted(SetState(state), circuit) == replace(
+            circuit, state=state, generation=8, probe_token="", probe_until_ms=0
+        )
+
+    @pytest.mark.parametrize(("circuit", "token"), [(probed, "a0"), (unclaimed, "")])
+    def test_half_open_by_hand_takes_the_trial_from_whoever_has_it(self, circuit: Circuit, token: str) -> None:
+        """An operator can offer the probe again without waiting for the lease, and so can the next one."""
+        taken = granted(SetState(HALF_OPEN), circuit)
+        assert taken.probe_is_free(NOW)
+        assert_refused(Close(7, token), taken)
+
+    def test_open_by_hand_without_a_time_opens_now(self) -> None:
+        """Without it the gate would stand open to a probe at once."""
+        assert granted(SetState(OPEN), replace(closed, opened_at_ms=None)).opened_at_ms == NOW
+
+    def test_opening_time_only_moves_forward_while_open(self) -> None:
+        """A straggler cannot open the gate early."""
+        assert opened.opened_at_ms is not None
+        later = granted(SetOpenedAt(opened.opened_at_ms + 1), opened)
+        assert later == replace(opened, opened_at_ms=opened.opened_at_ms + 1)
+        assert_refused(SetOpenedAt(opened.opened_at_ms), opened)
+        assert_refused(SetOpenedAt(opened.opened_at_ms - 1), opened)
+
+    @pytest.mark.parametrize("circuit", [closed, unclaimed, probed, replace(closed, opened_at_ms=None)])
+    def test_opening_time_of_an_earlier_spell_may_go_anywhere(self, circuit: Circuit) -> None:
+        """It means nothing before the circuit opens again."""
+        assert granted(SetOpenedAt(NOW - 10**6), circuit) == replace(circuit, opened_at_ms=NOW - 10**6)
+
+    def test_opening_time_without_one_may_be_set_while_open(self) -> None:
+        """A record that lost it takes any."""
+        assert granted(SetOpenedAt(NOW - 5), replace(opened, opened_at_ms=None)).opened_at_ms == NOW - 5
+
+    @pytest.mark.parametrize("circuit", [closed, opened])
+    def test_opening_time_is_never_in_the_future(self, circuit: Circuit) -> None:
+        """A host whose clock is an hour ahead cannot hold the fleet open."""
+        assert granted(SetOpenedAt(NOW + 3_600_000), circuit).opened_at_ms == NOW
+
+    def test_opening_time_is_never_before_the_epoch(self) -> None:
+        """Stock reads a decimal without a sign."""
+        assert granted(SetOpenedAt(-1), closed).opened_at_ms == 0
+
+
+class TestWhatever:
+    """What holds for any intent on any circuit."""
+
+    @given(circuit=circuits(NOW), wish=wishes)
+    def test_refused_intent_leaves_the_very_same_circuit(self, circuit: Circuit, wish: Wish) -> None:
+        """No refusal leaves a trace, leases included."""
+        decision = wish.intent(circuit, NOW).apply(circuit, NOW)
+        assert decision.accepted or decision.circuit is circuit
+
+    @given(circuit=circuits(NOW), wish=wishes)
+    def test_generation_grows_by_one_with_each_transition_and_never_else(self, circuit: Circuit, wish: Wish) -> None:
+        """The generation is the fencing token: same generation, same spell, same prober."""
+        after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
+        assert after.generation - circuit.generation in (0, 1)
+        if after.generation == circuit.generation:
+            assert (after.state, after.probe_token) == (circuit.state, circuit.probe_token)
+        elif after.state == circuit.state:
+            # Of the same kind, and yet another spell: a new trip, or another prober.
+            assert (
+                after.opened_at_ms == NOW
+                or after.probe_token != circuit.probe_token
+                or wish.kind in (ClaimProbe, SetState)
+            )
+
+    @given(circuit=circuits(NOW), wish=wishes)
+    def test_only_a_half_open_circuit_has_a_prober(self, circuit: Circuit, wish: Wish) -> None:
+        """Leaving half-open ends every lease."""
+        after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
+        if after.state != HALF_OPEN:
+            assert (after.probe_token, after.probe_until_ms) == ("", 0)
+
+    @given(circuit=circuits(NOW), wish=wishes)
+    def test_open_circuit_always_knows_since_when(self, circuit: Circuit, wish: Wish) -> None:
+        """Without the time the gate would stand open; with one in the future it would stay shut."""
+        after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
+        if after.state == OPEN:
+            assert after.opened_at_ms is not None
+            assert after.opened_at_ms <= NOW
+
+    @given(circuit=circuits(NOW), wish=wishes)
+    def test_counters_are_never_negative_and_move_by_one_or_to_zero(self, circuit: Circuit, wish: Wish) -> None:
+        """Nothing is counted twice."""
+        after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
+        for counter in ("fail_counter", "success_counter"):
+            before, now = getattr(circuit, counter), getattr(after, counter)
+            assert now in (before, before + 1, 0)
+
+    @given(state=states, steps=st.lists(st.tuples(wishes, st.integers(0, 40_000)), max_size=40))
+    def test_open_never_turns_closed_without_a_probe_or_a_hand(self, state: str, steps: list[tuple[Wish, int]]) -> None:
+        """No order of events lets a call close a circuit that was not probed."""
+        now = NOW
+        circuit = created(state, now)
+        for wish, pause in steps:
+            now += pause
+            intent = wish.intent(circuit, now)
+            after = intent.apply(circuit, now).circuit
+            if circuit.state == OPEN and after.state == CLOSED:
+                assert isinstance(intent, SetState) or intent == Close(None, intent.token)  # type: ignore[attr-defined]
+            circuit = after
+
+    @given(steps=st.lists(st.tuples(wishes, st.integers(0, 40_000)), max_size=40))
+    def test_probe_changes_hands_only_when_free_or_by_hand(self, steps: list[tuple[Wish, int]]) -> None:
+        """However many ask, one probes."""
+        now = NOW
+        circuit = created(OPEN, now)
+        for wish, pause in steps:
+            now += pause
+            intent = wish.intent(circuit, now)
+            after = intent.apply(circuit, now).circuit
+            if circuit.probe_token and after.probe_token and after.generation != circuit.generation:
+                assert isinstance(intent, ClaimProbe)
+                assert circuit.probe_until_ms <= now
+            circuit = after
+
+
+def test_fields_of_circuit_are_those_of_the_record() -> None:
+    """Whoever adds to the circuit also says how it lies in Redis."""
+    assert [field.name for field in fields(Circuit)] == [
+        "state",
+        "fail_counter",
+        "success_counter",
+        "opened_at_ms",
+        "generation",
+        "probe_token",
+        "probe_until_ms",
+    ]

@@ -1,0 +1,402 @@
+"""The carriers agree: the scripts, the transactions and the model in memory say the same, record for record.
+
+A server's clock cannot be moved, so the Python definition is asked what it would have said at the instant that the
+server's answer names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+from hypothesis import HealthCheck, event, example, given, settings
+from hypothesis import strategies as st
+
+from pybreaker_redis._carrier import Carrier
+from pybreaker_redis._circuit import (
+    CLOSED,
+    HALF_OPEN,
+    OPEN,
+    Circuit,
+    ClaimProbe,
+    CountProbe,
+    Load,
+    RecordFailure,
+    Trip,
+)
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._keys import circuit_keys
+from pybreaker_redis._optimistic import OptimisticCarrier
+from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis.memory import MemoryCarrier
+from tests.records import (
+    LEASE_MS,
+    Ago,
+    Paper,
+    Wish,
+    contents,
+    found,
+    fresh_namespace,
+    known_circuits,
+    laid,
+    lay,
+    states,
+    wishes,
+)
+
+# The server is shared by all examples: each has a namespace of its own.
+thorough = settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@dataclass
+class Bench:
+    """Carriers to be compared.
+
+    Attributes:
+        plain: A client that does not decode, to look at the keys.
+        makes: How to make each carrier.
+    """
+
+    plain: Any
+    makes: dict[str, Callable[[tuple[str, ...]], Carrier]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def bench_on(server: PrivateServer) -> Iterator[Bench]:
+    """Everything that carries a circuit on a real server."""
+    with (
+        contextlib.closing(server.client()) as plain,
+        contextlib.closing(server.client(decode_responses=True)) as texts,
+    ):
+        yield Bench(
+            plain,
+            {
+                "lua": lambda keys: LuaCarrier(plain, keys),
+                "lua, decoded": lambda keys: LuaCarrier(texts, keys),
+                "optimistic": lambda keys: OptimisticCarrier(plain, keys),
+                "optimistic, decoded": lambda keys: OptimisticCarrier(texts, keys),
+            },
+        )
+
+
+@contextlib.contextmanager
+def bench_on_fakeredis() -> Iterator[Bench]:
+    """As users' own tests have it."""
+    home = fakeredis.FakeServer()
+    plain = fakeredis.FakeStrictRedis(server=home)
+    texts = fakeredis.FakeStrictRedis(server=home, decode_responses=True)
+    yield Bench(
+        plain,
+        {
+            "optimistic": lambda keys: OptimisticCarrier(plain, keys),
+            "optimistic, decoded": lambda keys: OptimisticCarrier(texts, keys),
+        },
+    )
+
+
+@pytest.fixture
+def bench(every_server: PrivateServer) -> Iterator[Bench]:
+    """The carriers on each server at hand in turn."""
+    with bench_on(every_server) as bench:
+        yield bench
+
+
+@pytest.fixture
+def fake_bench() -> Iterator[Bench]:
+    """The carriers on fakeredis."""
+    with bench_on_fakeredis() as bench:
+        yield bench
+
+
+class SettableClock:
+    """A clock that shows what it was told."""
+
+    def __init__(self) -> None:
+        self.now_ms = 0.0
+
+    def __call__(self) -> float:
+        """Milliseconds since the epoch."""
+        return self.now_ms
+
+
+@dataclass
+class Run:
+    """One carrier, and beside it the definition on paper and in memory."""
+
+    name: str
+    carrier: Carrier
+    client: Any
+    keys: tuple[str, ...]
+    create: str
+    paper: Paper = field(default_factory=lambda: Paper({}))
+    clock: SettableClock = field(default_factory=SettableClock)
+    memory: MemoryCarrier | None = None
+    known: Circuit | None = None
+
+    def step(self, wish: Wish) -> bool:
+        """One intent, and everything compared; whether it was accepted."""
+        intent = Load() if self.known is None else wish.intent(self.known, self.clock.now_ms)
+        reply = self.carrier.execute(intent, self.known, self.create)
+        self.paper.now_ms = self.clock.now_ms = reply.now_ms
+        assert reply == self.paper.execute(intent, self.known, self.create), (self.name, intent)
+        assert found(self.client, self.keys) == self.paper.values, (self.name, intent)
+        if self.memory is None:
+            self.memory = MemoryCarrier(self.create, self.clock)
+        in_memory = self.memory.execute(intent, None, "")
+        assert (reply.accepted, reply.circuit) == (in_memory.accepted, in_memory.circuit), (self.name, intent)
+        self.known = reply.circuit
+        return reply.accepted
+
+    def let_lease_run_out(self) -> None:
+        """As if 30 seconds had passed for the prober, who is dead."""
+        if self.known is None or not self.known.probe_token:
+            return
+        self.known = replace(self.known, probe_until_ms=1)
+        assert self.memory is not None
+        self.memory._circuit = self.known
+        self.client.hset(self.keys[4], "probe_until_ms", "1")
+        mark = self.paper.values["circuit"]
+        assert isinstance(mark, dict)
+        mark["probe_until_ms"] = b"1"
+
+    def flush_scripts(self) -> None:
+        """As an operator may at any time."""
+        with contextlib.suppress(redis.ResponseError):
+            self.client.script_flush()
+
+
+def runs(bench: Bench, create: str) -> list[Run]:
+    """A circuit of its own for each carrier."""
+    made = []
+    for name, make in bench.makes.items():
+        keys = circuit_keys(fresh_namespace(), one_slot=False)
+        made.append(Run(name, make(keys), bench.plain, keys, create))
+    return made
+
+
+#: Mostly intents; now and then something happens to the circuit.
+histories = st.lists(
+    st.one_of(*[wishes] * 12, st.just("the lease runs out"), st.just("the lease runs out"), st.just("SCRIPT FLUSH")),
+    min_size=1,
+    max_size=15,
+)
+
+
+def live_through(bench: Bench, create: str, history: list[Wish | str]) -> None:
+    """The same history on every carrier, compared at every step."""
+    for run in runs(bench, create):
+        accepted = [run.step(Wish(Load))]
+        for step in history:
+            if isinstance(step, Wish):
+                accepted.append(run.step(step))
+            elif step == "SCRIPT FLUSH":
+                run.flush_scripts()
+            else:
+                run.let_lease_run_out()
+        assert run.known is not None
+        event(f"ends {run.known.state}")
+        event(f"refused: {'some' if not all(accepted) else 'none'}")
+
+
+RECOVERY: list[Wish | str] = [
+    *[Wish(RecordFailure)] * 3,
+    Wish(Trip),
+    Wish(RecordFailure, -1),
+    Wish(ClaimProbe),
+    Wish(ClaimProbe),
+    "the lease runs out",
+    Wish(ClaimProbe, token="b1"),
+    Wish(Trip, token="a0"),
+    Wish(Trip),
+]
+
+
+@thorough
+@given(create=states, history=histories)
+@example(create=CLOSED, history=RECOVERY)
+def test_any_history_on_a_server_leaves_the_same_records_on_every_carrier(
+    bench: Bench, create: str, history: list[Wish | str]
+) -> None:
+    """Scripts, transactions and memory hold the same circuit; scripts and transactions the same five keys."""
+    live_through(bench, create, history)
+
+
+@thorough
+@given(create=states, history=histories)
+@example(create=CLOSED, history=RECOVERY)
+def test_any_history_on_fakeredis_leaves_the_same_records_on_every_carrier(
+    fake_bench: Bench, create: str, history: list[Wish | str]
+) -> None:
+    """Users' own tests on fakeredis see what production will see."""
+    live_through(fake_bench, create, history)
+
+
+def now_of(client: Any) -> int:
+    """The server's time in milliseconds."""
+    seconds, microseconds = client.time()
+    return int(seconds) * 1000 + int(microseconds) // 1000
+
+
+def repair(bench: Bench, content: dict[str, Any], known: Any, create: str, wish: Wish) -> list[str]:
+    """The same damage on every carrier; what each makes of it, compared with the definition, and said in short."""
+    became = []
+    for name, make in bench.makes.items():
+        keys = circuit_keys(fresh_namespace(), one_slot=False)
+        carrier = make(keys)
+        laid_at = now_of(bench.plain)
+        values, circuit = laid(content, laid_at), known(laid_at)
+        lay(bench.plain, keys, values)
+        intent = wish.intent(circuit or Circuit(), laid_at)
+        reply = carrier.execute(intent, circuit, create)
+        paper = Paper(dict(values), reply.now_ms)
+        assert reply == paper.execute(intent, circuit, create), name
+        assert found(bench.plain, keys) == paper.values, name
+        again = carrier.execute(Load(), reply.circuit, create)
+        assert (again.circuit, again.event) == (reply.circuit, ""), f"{name}: still damaged after the repair"
+        became.append(f"{reply.event.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
+    return became
+
+
+damage = given(content=contents, known=known_circuits(), create=states, wish=wishes)
+
+
+@thorough
+@damage
+def test_any_damage_on_a_server_is_repaired_alike_by_every_carrier(
+    bench: Bench, content: dict[str, Any], known: Any, create: str, wish: Wish
+) -> None:
+    """Whatever lies in the keys and whatever the process knew: one rule, and what it leaves behind is sound."""
+    event(repair(bench, content, known, create, wish)[0])
+
+
+@thorough
+@damage
+def test_any_damage_on_fakeredis_is_repaired_alike_by_every_carrier(
+    fake_bench: Bench, content: dict[str, Any], known: Any, create: str, wish: Wish
+) -> None:
+    """The same on fakeredis."""
+    event(repair(fake_bench, content, known, create, wish)[0])
+
+
+#: A generation 3 that was opened 70 s ago and is now half-open, its prober alive for 30 s more.
+PROBED = {
+    "state": b"half-open",
+    "fail_counter": b"5",
+    "success_counter": b"2",
+    "opened_at": Ago(70_000, 1000),
+    "circuit": {
+        "generation": b"3",
+        "state": b"half-open",
+        "opened_at_ms": Ago(70_000, 1),
+        "probe_token": b"a0",
+        "probe_until_ms": Ago(-30_000, 1),
+    },
+}
+
+
+def probed(**fields: Any) -> dict[str, Any]:
+    """`PROBED` with other fields in its hash."""
+    return {**PROBED, "circuit": {**PROBED["circuit"], **fields}}  # type: ignore[dict-item]
+
+
+def opened(**values: Any) -> dict[str, Any]:
+    """An open circuit of generation 3 with other values."""
+    mark = {"generation": b"3", "state": b"open", "opened_at_ms": Ago(70_000, 1)}
+    return {**PROBED, "state": b"open", "circuit": mark, **values}
+
+
+#: One record for each rule that random ones meet too seldom, and what must become of it.
+RULES: dict[str, tuple[dict[str, Any], Wish, dict[str, Any]]] = {
+    "live probe is kept": (PROBED, Wish(Load), {"generation": 3, "probe_token": "a0"}),
+    "lease longer than any is over": (probed(probe_until_ms=Ago(-(10**9), 1)), Wish(Load), {"probe_until_ms": 0}),
+    "longest token is one": (probed(probe_token=b"a" * 64), Wish(Load), {"probe_token": "a" * 64}),
+    "longer token is none": (probed(probe_token=b"a" * 65), Wish(Load), {"probe_token": ""}),
+    "token in capitals is none": (probed(probe_token=b"A0"), Wish(Load), {"probe_token": ""}),
+    "probe counted by hand keeps the lease": (PROBED, Wish(CountProbe, None, number=50), {"success_counter": 3}),
+    "successes of a dead prober count": (
+        probed(probe_until_ms=Ago(1, 1)),
+        Wish(ClaimProbe, 3, "b1"),
+        {"success_counter": 2, "probe_token": "b1", "generation": 4},
+    ),
+    "successes from before it opened do not": (
+        opened(),
+        Wish(ClaimProbe, 3, "b1"),
+        {"success_counter": 0, "probe_token": "b1", "generation": 4},
+    ),
+    "other opening time is another spell": (opened(opened_at=Ago(9_000, 1000)), Wish(Load), {"generation": 4}),
+    "earlier opening time is damage": (opened(opened_at=Ago(90_000, 1000)), Wish(Load), {"generation": 3}),
+    "epoch as opening time is damage": (opened(opened_at=b"0"), Wish(Load), {"generation": 3, "state": OPEN}),
+    "same opening time is the same": (opened(), Wish(Load), {"generation": 3}),
+    "other state is a transition": ({**PROBED, "state": b"closed"}, Wish(Load), {"generation": 4, "state": CLOSED}),
+    "largest generation is readable": (probed(generation=b"9" * 11), Wish(Load), {"generation": 99999999999}),
+    "larger generation is not": (probed(generation=b"1" + b"0" * 12), Wish(Load), {"generation": 1, "probe_token": ""}),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_that_is_seldom_met_is_kept_by_every_carrier(bench: Bench, fake_bench: Bench, rule: str) -> None:
+    """Each rule of the record, one by one, on scripts and on transactions."""
+    content, wish, expected = RULES[rule]
+    for some in (bench, fake_bench):
+        repair(some, content, lambda _: None, CLOSED, wish)
+        for make in some.makes.values():
+            keys = circuit_keys(fresh_namespace(), one_slot=False)
+            lay(some.plain, keys, laid(content, now_of(some.plain)))
+            circuit = make(keys).execute(wish.intent(Circuit(), 0), None, CLOSED).circuit
+            assert {name: getattr(circuit, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_opening_time_in_the_future_is_now_on_every_carrier(bench: Bench, unit: int) -> None:
+    """A clock that was ahead is worth nothing, whichever of the two times says so."""
+    content = opened(opened_at=Ago(-3_600_000, 1000))
+    if unit == 1:
+        content["circuit"] = {**content["circuit"], "opened_at_ms": Ago(-3_600_000, 1)}
+    for name, make in bench.makes.items():
+        keys = circuit_keys(fresh_namespace(), one_slot=False)
+        lay(bench.plain, keys, laid(content, now_of(bench.plain)))
+        reply = make(keys).execute(Load(), None, CLOSED)
+        assert reply.circuit.opened_at_ms == reply.now_ms, name
+        repair(bench, content, lambda _: None, CLOSED, Wish(Load))
+
+
+def test_lease_ends_to_the_millisecond_on_every_carrier(bench: Bench) -> None:
+    """A probe is refused before the end of the lease and granted from that millisecond on."""
+    for name, make in bench.makes.items():
+        granted_at = set()
+        for _ in range(30):
+            keys = circuit_keys(fresh_namespace(), one_slot=False)
+            until = now_of(bench.plain) + 2
+            lay(bench.plain, keys, laid(probed(probe_until_ms=b"%d" % until), until))
+            carrier = make(keys)
+            reply = carrier.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)
+            while not reply.accepted:
+                assert reply.now_ms < until, name
+                reply = carrier.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)
+            assert reply.now_ms >= until, name
+            granted_at.add(reply.now_ms - until)
+        assert 0 in granted_at, name
+
+
+def test_half_open_circuit_is_reached_by_recovery(bench: Bench) -> None:
+    """The example that the histories are seeded with goes where it is meant to go."""
+    for run in runs(bench, CLOSED):
+        seen = []
+        run.step(Wish(Load))
+        for step in RECOVERY:
+            if isinstance(step, Wish):
+                run.step(step)
+            else:
+                run.let_lease_run_out()
+            assert run.known is not None
+            seen.append(run.known.state)
+        assert seen == [CLOSED] * 3 + [OPEN] * 2 + [HALF_OPEN] * 5 + [OPEN]
+        assert run.known is not None
+        assert run.known.generation == 4

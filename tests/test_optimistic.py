@@ -1,0 +1,301 @@
+"""Transactions in place of scripts: exact under contention, honest when there is too much of it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+from pybreaker_redis import CircuitRedisStorage, _optimistic
+from pybreaker_redis._circuit import (
+    CLOSED,
+    HALF_OPEN,
+    OPEN,
+    ClaimProbe,
+    Load,
+    RecordFailure,
+    SetState,
+    Trip,
+)
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._keys import circuit_keys
+from pybreaker_redis._optimistic import ATTEMPTS, OptimisticCarrier
+from tests.fleet import _start_fork_server
+
+KEYS = circuit_keys("optimistic", one_slot=False)
+
+PROCESSES = 8
+FAILURES = 100
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture
+def scriptless(server: PrivateServer) -> Iterator[redis.Redis]:
+    """A client of a user who may not run scripts."""
+    with contextlib.closing(server.client()) as administrator:
+        administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
+    with contextlib.closing(server.client(username="noscript", password="any")) as client:
+        yield client
+
+
+def _contend(unix_socket: str, what: str, line: Any) -> None:
+    """In a process of its own: wait for the word, and then do it."""
+    with contextlib.closing(redis.Redis(unix_socket_path=unix_socket)) as client:
+        carrier = OptimisticCarrier(client, KEYS)
+        known = carrier.execute(Load(), None, CLOSED).circuit
+        line.send("ready")
+        line.recv()
+        if what == "count":
+            line.send([carrier.execute(RecordFailure(None, ""), known, CLOSED).circuit for _ in range(FAILURES)])
+        elif what == "trip":
+            line.send(carrier.execute(Trip(known.generation, ""), known, CLOSED).accepted)
+        else:
+            line.send(carrier.execute(ClaimProbe(known.generation, what, 60_000), known, CLOSED).accepted)
+
+
+def contend(server: PrivateServer, *what: str) -> list[Any]:
+    """One process for each of these things, all at once; their answers."""
+    _start_fork_server()
+    lines, processes = [], []
+    try:
+        for thing in what:
+            line, far = _context.Pipe()
+            process = _context.Process(target=_contend, args=(server.unix_socket, thing, far), daemon=True)
+            process.start()
+            far.close()
+            lines.append(line)
+            processes.append(process)
+        answers = []
+        for word in ("ready", "answer"):
+            for line in lines:
+                assert line.poll(30), f"no {word} in time"
+                answers.append(line.recv())
+            if word == "ready":
+                answers.clear()
+                for line in lines:
+                    line.send("go")
+        return answers
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for line in lines:
+            line.close()
+
+
+# -- contention --------------------------------------------------------------------------------------------------------
+
+
+def test_many_processes_count_every_failure_once(server: PrivateServer, client: redis.Redis) -> None:
+    """Whoever is overtaken reads again: no failure is lost, none counts twice."""
+    answers = contend(server, *["count"] * PROCESSES)
+    assert client.get(KEYS[1]) == b"%d" % (PROCESSES * FAILURES)
+    # Each of them was told the count that their own failure made.
+    counts = sorted(circuit.fail_counter for answer in answers for circuit in answer)
+    assert counts == list(range(1, PROCESSES * FAILURES + 1))
+
+
+def test_many_processes_trip_once(server: PrivateServer, client: redis.Redis) -> None:
+    """One of the trips that happen at the same time is the one."""
+    answers = contend(server, *["trip"] * 16)
+    assert sum(answers) == 1
+    assert client.hget(KEYS[4], "generation") == b"1"
+
+
+def test_many_processes_get_one_probe(server: PrivateServer, client: redis.Redis) -> None:
+    """The probe goes to one of them."""
+    OptimisticCarrier(client, KEYS).execute(SetState(OPEN), None, CLOSED)
+    tokens = [f"{number:x}" for number in range(16)]
+    answers = contend(server, *tokens)
+    assert sum(answers) == 1
+    assert client.hget(KEYS[4], "probe_token").decode() == tokens[answers.index(True)]
+
+
+def test_threads_on_fakeredis_count_every_failure_once() -> None:
+    """A user's own threaded test on fakeredis sees exact counts."""
+    home = fakeredis.FakeServer()
+    storage = CircuitRedisStorage(CLOSED, fakeredis.FakeStrictRedis(server=home), "threads")
+    _ = storage.state
+
+    def count() -> None:
+        for _ in range(25):
+            storage.increment_counter()
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.counter == 100
+
+
+# -- too much of it ----------------------------------------------------------------------------------------------------
+
+
+class Overtaker:
+    """A client for the carrier; somebody else writes before each of its first transactions."""
+
+    def __init__(self, client: redis.Redis, times: int, write: Callable[[redis.Redis], Any]) -> None:
+        self._client = client
+        self._left = times
+        self._write = write
+        self.transactions = 0
+
+    def pipeline(self, **words: Any) -> Any:
+        """As the client's, but overtaken."""
+        pipe = self._client.pipeline(**words)
+        if words.get("transaction", True):
+            self.transactions += 1
+            execute = pipe.execute
+
+            def overtaken(*args: Any, **options: Any) -> Any:
+                if self._left:
+                    self._left -= 1
+                    self._write(self._client)
+                return execute(*args, **options)
+
+            pipe.execute = overtaken
+        return pipe
+
+
+def another_failure(client: redis.Redis) -> None:
+    """What a stock worker does."""
+    client.incr(KEYS[1])
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between attempts, noted and not made."""
+    pauses: list[float] = []
+    monkeypatch.setattr(_optimistic.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_overtaken_transaction_is_tried_again_on_what_is_there_then(
+    client: redis.Redis, no_pauses: list[float]
+) -> None:
+    """The decision is made anew: three foreign failures in between, and ours comes fourth."""
+    overtaker = Overtaker(client, 3, another_failure)
+    reply = OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+    assert reply.circuit.fail_counter == 4
+    assert client.get(KEYS[1]) == b"4"
+    assert overtaker.transactions == 4
+    assert len(no_pauses) == 3
+
+
+def test_overtaken_intent_is_refused_if_what_is_there_then_refuses_it(
+    client: redis.Redis, no_pauses: list[float]
+) -> None:
+    """A trip that somebody else makes in between fences this failure off."""
+    carrier = OptimisticCarrier(client, KEYS)
+    known = carrier.execute(Load(), None, CLOSED).circuit
+    overtaker = Overtaker(client, 1, lambda client: OptimisticCarrier(client, KEYS).execute(Trip(0, ""), known, CLOSED))
+    reply = OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(0, ""), known, CLOSED)
+    assert not reply.accepted
+    assert reply.circuit.state == OPEN
+    assert client.get(KEYS[1]) == b"0"
+    assert len(no_pauses) == 1
+
+
+def test_carrier_that_is_always_overtaken_gives_up_with_a_clear_error(
+    client: redis.Redis, no_pauses: list[float]
+) -> None:
+    """No call is held for ever: after so many attempts it says which circuit, and why."""
+    overtaker = Overtaker(client, 10**9, another_failure)
+    with pytest.raises(redis.WatchError, match=rf"'optimistic:pybreaker:state': {ATTEMPTS} transactions in a row"):
+        OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+    assert overtaker.transactions == ATTEMPTS
+    assert all(0 <= pause <= _optimistic.LONGEST_PAUSE for pause in no_pauses)
+    # Nothing of ours was written: all that is there are the failures of the others.
+    assert client.get(KEYS[1]) == b"%d" % ATTEMPTS
+
+
+def test_load_that_finds_all_well_starts_no_transaction(client: redis.Redis) -> None:
+    """Reading contends with nobody."""
+    OptimisticCarrier(client, KEYS).execute(Trip(None, ""), None, CLOSED)
+    overtaker = Overtaker(client, 1, another_failure)
+    assert OptimisticCarrier(overtaker, KEYS).execute(Load(), None, CLOSED).circuit.state == OPEN
+    assert overtaker.transactions == 0
+
+
+def test_load_that_must_repair_decides_again_under_watch(client: redis.Redis, no_pauses: list[float]) -> None:
+    """What the first look found may be repaired by somebody else meanwhile."""
+    client.set(KEYS[0], "ajar")
+    overtaker = Overtaker(client, 1, lambda client: client.set(KEYS[0], "open"))
+    reply = OptimisticCarrier(overtaker, KEYS).execute(Load(), None, CLOSED)
+    assert (reply.circuit.state, reply.event) == (OPEN, "repaired fail_counter success_counter opened_at")
+    assert client.get(KEYS[0]) == b"open"
+    assert len(no_pauses) == 1
+
+
+def test_contention_without_end_does_not_reach_a_guarded_call(
+    scriptless: redis.Redis, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller gets their own exception; this process goes on with a circuit of its own."""
+    monkeypatch.setattr(_optimistic, "ATTEMPTS", 2)
+    breaker = CircuitBreaker(fail_max=3, state_storage=CircuitRedisStorage(CLOSED, scriptless, "optimistic"))
+    breaker.call(lambda: None)
+    pipeline = scriptless.pipeline
+
+    def overtaken(**words: Any) -> Any:
+        return Overtaker(client, 10**9, another_failure).pipeline(**words) if words == {} else pipeline(**words)
+
+    monkeypatch.setattr(scriptless, "pipeline", overtaken)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            breaker.call(lambda: 1 / 0)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["mget", "exists", "hmget", "time"])
+@pytest.mark.parametrize("intent", [Load(), RecordFailure(None, "")], ids=lambda intent: intent.script)
+def test_command_that_the_server_refuses_is_an_error_and_not_a_missing_key(
+    server: PrivateServer, command: str, intent: Any
+) -> None:
+    """A user who may not read is no reason to create a circuit anew."""
+    with contextlib.closing(server.client()) as administrator:
+        rights = ("~*", "&*", "+@all", "-@scripting", f"-{command}")
+        administrator.execute_command("ACL", "SETUSER", f"no{command}", "reset", "on", "nopass", *rights)
+        OptimisticCarrier(administrator, KEYS).execute(Trip(None, ""), None, CLOSED)
+        before = [administrator.dump(key) for key in KEYS]
+        with (
+            contextlib.closing(server.client(username=f"no{command}", password="any")) as client,
+            pytest.raises(redis.ResponseError),
+        ):
+            OptimisticCarrier(client, KEYS).execute(intent, None, CLOSED)
+        assert [administrator.dump(key) for key in KEYS] == before
+
+
+def test_whole_life_of_a_circuit_needs_no_script(scriptless: redis.Redis, client: redis.Redis) -> None:
+    """Failures, trip, rejection, one probe among many, recovery: all with transactions."""
+    make = lambda: CircuitBreaker(  # noqa: E731
+        fail_max=2, reset_timeout=0.05, state_storage=CircuitRedisStorage(CLOSED, scriptless, "optimistic")
+    )
+    first, second = make(), make()
+    for breaker in (first, second):
+        with contextlib.suppress(ZeroDivisionError, CircuitBreakerError):
+            breaker.call(lambda: 1 / 0)
+    assert first.current_state == second.current_state == OPEN
+    with pytest.raises(CircuitBreakerError):
+        second.call(lambda: None)
+    threading.Event().wait(0.06)
+
+    def probe() -> None:
+        assert client.get(KEYS[0]) == b"half-open"
+        assert (first.current_state, second.current_state) == (HALF_OPEN, OPEN)
+        with pytest.raises(CircuitBreakerError):
+            second.call(lambda: None)
+
+    first.call(probe)
+    assert first.current_state == second.current_state == CLOSED
+    assert client.hget(KEYS[4], "generation") == b"3"

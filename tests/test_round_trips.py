@@ -1,0 +1,182 @@
+"""What each step of a circuit costs: round trips, counted at the server.
+
+``python -m tests.test_round_trips`` prints the table of the README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pybreaker
+import pytest
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._circuit import INTENTS
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._scripts import script
+from tests import servers
+
+README = Path(__file__).parent.parent / "README.rst"
+
+#: In the README the table follows this line.
+MARKER = ".. round-trips-table"
+
+RESET_TIMEOUT = 0.05
+
+#: Who is measured, as the table's columns say it.
+PYBREAKER, OURS, WITHOUT_SCRIPTS = "pybreaker", "pybreaker_redis", "pybreaker_redis, no scripts"
+
+#: Step → (stock, ours, ours where the server runs no scripts).
+COSTS = {
+    "success": (2, 2, 7),
+    "failure": (3, 2, 7),
+    "trip": (8, 3, 13),
+    "rejected call": (2, 2, 2),
+    "recovery": (11, 7, 27),
+}
+
+
+class Down(Exception):
+    """The dependency is down."""
+
+
+def up() -> None:
+    """The dependency is well."""
+
+
+def down() -> None:
+    """The dependency is down."""
+    raise Down
+
+
+class Meter:
+    """Round trips of one client, counted by its server.
+
+    The server counts how often it has read from a connection.  A command, a script and a pipeline are one read each;
+    the commands within a script are none.
+    """
+
+    def __init__(self, server: PrivateServer) -> None:
+        self._client = server.client()
+        self._reads()  # connects
+
+    def cost(self, action: Callable[[], Any]) -> int:
+        """Round trips that `action` makes on connections that are already open."""
+        before = self._reads()
+        with contextlib.suppress(Down, CircuitBreakerError):
+            action()
+        return self._reads() - before - 1
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+    def _reads(self) -> int:
+        return int(self._client.info("stats")["total_reads_processed"])
+
+
+@contextlib.contextmanager
+def storage_of(who: str, server: PrivateServer) -> Iterator[Any]:
+    """A storage whose connection is open and whose scripts are known to the server."""
+    user = {}
+    with contextlib.closing(server.client()) as administrator:
+        administrator.flushall()
+        administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
+        for intent in INTENTS:
+            administrator.script_load(script(intent.script)[0])
+    if who == WITHOUT_SCRIPTS:
+        user = {"username": "noscript", "password": "any"}
+    with contextlib.closing(server.client(**user)) as client:
+        make = pybreaker.CircuitRedisStorage if who == PYBREAKER else CircuitRedisStorage
+        yield make("closed", client, namespace="metered")
+
+
+def measured(server: PrivateServer, who: str) -> dict[str, int]:
+    """Each step's round trips, in the life of one circuit."""
+    with contextlib.closing(Meter(server)) as meter, storage_of(who, server) as storage:
+        breaker = CircuitBreaker(fail_max=3, reset_timeout=RESET_TIMEOUT, state_storage=storage)
+        breaker.call(up)
+        costs = {"success": meter.cost(lambda: breaker.call(up)), "failure": meter.cost(lambda: breaker.call(down))}
+        assert breaker.fail_counter == 1
+        with contextlib.suppress(Down):
+            breaker.call(down)
+        costs["trip"] = meter.cost(lambda: breaker.call(down))
+        # Stock cuts the opening time to whole seconds: its timeout may be over at once.
+        breaker.reset_timeout = 60
+        assert breaker.current_state == "open"
+        costs["rejected call"] = meter.cost(lambda: breaker.call(up))
+        breaker.reset_timeout = RESET_TIMEOUT
+        time.sleep(RESET_TIMEOUT * 1.2)
+        costs["recovery"] = meter.cost(lambda: breaker.call(up))
+        assert breaker.current_state == "closed"
+    return costs
+
+
+@pytest.mark.parametrize(("column", "who"), list(enumerate([PYBREAKER, OURS, WITHOUT_SCRIPTS])))
+def test_each_step_costs_exactly_what_the_table_says(every_server: PrivateServer, column: int, who: str) -> None:
+    """A round trip more would be noticed, and so would one less, which the README should then be proud of."""
+    assert measured(every_server, who) == {step: costs[column] for step, costs in COSTS.items()}
+
+
+@pytest.mark.parametrize("step", COSTS)
+def test_no_step_costs_more_than_on_stock(step: str) -> None:
+    """Nobody pays for the move."""
+    stock, ours, _ = COSTS[step]
+    assert ours <= stock
+
+
+def test_every_round_trip_of_ours_is_one_script(server: PrivateServer) -> None:
+    """A step that needs one decision makes one call of one script, which nothing can come between."""
+    with storage_of(OURS, server) as storage, contextlib.closing(server.client()) as administrator:
+        breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+        breaker.call(up)
+        administrator.config_resetstat()
+        with contextlib.suppress(CircuitBreakerError):
+            breaker.call(down)
+        stats = administrator.info("commandstats")
+        assert stats["cmdstat_evalsha"]["calls"] == COSTS["trip"][1]
+        assert "cmdstat_eval" not in stats
+        # Nothing but what the scripts do: they read twice and look at the clock.
+        assert stats["cmdstat_mget"]["calls"] == COSTS["trip"][1]
+
+
+def test_constructing_costs_no_round_trip_and_a_breaker_one(server: PrivateServer) -> None:
+    """The constructor says nothing to Redis; pybreaker's breaker asks for the state, once."""
+    with contextlib.closing(Meter(server)) as meter, contextlib.closing(server.client()) as client:
+        client.script_load(script("load")[0])
+        made: list[Any] = []
+        assert meter.cost(lambda: made.append(CircuitRedisStorage("closed", client, "another"))) == 0
+        assert meter.cost(lambda: CircuitBreaker(state_storage=made[0])) == 1
+
+
+def table() -> str:
+    """The costs, as the README shows them."""
+    head = (
+        "step",
+        *(f"``{who}``" if " " not in who else "without scripts" for who in (PYBREAKER, OURS, WITHOUT_SCRIPTS)),
+    )
+    rows = [head, *((step, *map(str, costs)) for step, costs in COSTS.items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    rule = "  ".join("=" * width for width in widths)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([rule, lines[0], rule, *lines[1:], rule]) + "\n"
+
+
+def test_readme_shows_the_table_that_was_measured() -> None:
+    """What the README says of costs is what the test above counts."""
+    page = README.read_text(encoding="utf-8")
+    if MARKER not in page:
+        pytest.skip("the README has no table of round trips")
+    assert page.partition(MARKER)[2].lstrip("\n").startswith(table())
+
+
+if __name__ == "__main__":
+    with PrivateServer(servers.at_hand()[0].binary) as private:
+        for name in (PYBREAKER, OURS, WITHOUT_SCRIPTS):
+            print(name, measured(private, name))
+    print(table())

@@ -1,0 +1,458 @@
+"""The scripts: what their headers say, how they reach the server, and what happens where none may run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._carrier import Carrier, Reply
+from pybreaker_redis._circuit import (
+    CLOSED,
+    HALF_OPEN,
+    INTENTS,
+    OPEN,
+    Circuit,
+    ClaimProbe,
+    Close,
+    CountProbe,
+    Intent,
+    Load,
+    RecordFailure,
+    RecordSuccess,
+    SetOpenedAt,
+    Trip,
+)
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._keys import NAMES, circuit_keys
+from pybreaker_redis._optimistic import OptimisticCarrier
+from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES
+from pybreaker_redis._scripts import LuaCarrier, script
+from pybreaker_redis.errors import ScriptingUnavailable
+from tests import servers
+
+LUA = Path(str(resources.files("pybreaker_redis"))) / "lua"
+
+KEYS = circuit_keys("scripts", one_slot=False)
+
+every_intent = pytest.mark.parametrize("intent", INTENTS, ids=lambda intent: intent.script)
+
+
+class Recording(redis.Redis):
+    """A client that notes the commands it sends one by one; those in pipelines are not noted."""
+
+    def __init__(self, **words: Any) -> None:
+        super().__init__(**words)
+        self.sent: list[str] = []
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        """As every client, and noted."""
+        self.sent.append(args[0])
+        return super().execute_command(*args, **options)
+
+
+@contextlib.contextmanager
+def recording(server: PrivateServer, **words: Any) -> Iterator[Recording]:
+    """A recording client of this server."""
+    with contextlib.closing(Recording(unix_socket_path=server.unix_socket, **words)) as client:
+        yield client
+
+
+def fail(breaker: CircuitBreaker) -> None:
+    """A call that fails."""
+    with contextlib.suppress(ZeroDivisionError, CircuitBreakerError):
+        breaker.call(lambda: 1 / 0)
+
+
+# -- headers -----------------------------------------------------------------------------------------------------------
+
+
+def header(name: str) -> dict[str, str]:
+    """What the comment at the top of a script says, by its words in capitals; the first line under ``""``."""
+    entries: dict[str, str] = {}
+    last = ""
+    for line in (LUA / f"{name}.lua").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("--"):
+            break
+        entry = re.match(r"-- ([A-Z]+(?:\[[\d.+]+\])?) +(\S.*)", line)
+        if entry:
+            last, text = entry.groups()
+        else:
+            text = line.removeprefix("--")
+        entries[last] = f"{entries.get(last, '')} {text.strip()}".strip()
+    return entries
+
+
+def body(name: str) -> str:
+    """A script without its comments."""
+    return re.sub(r"--.*", "", (LUA / f"{name}.lua").read_text(encoding="utf-8"))
+
+
+def test_every_script_has_an_intent_and_every_intent_a_script() -> None:
+    """No file lies there unused, and no intent works in memory only."""
+    assert {path.name for path in LUA.iterdir()} == {f"{intent.script}.lua" for intent in INTENTS} | {"circuit.lua"}
+
+
+@every_intent
+def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent]) -> None:
+    """ARGV[7] and on are the intent's fields: who adds one, adds it in both places."""
+    arguments = {key: text.split()[0] for key, text in header(intent.script).items() if key.startswith("ARGV")}
+    expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 7)}
+    assert arguments == expected
+    assert list(arguments) == list(expected)
+
+
+@every_intent
+def test_script_uses_the_arguments_that_its_header_names_under_their_names(intent: type[Intent]) -> None:
+    """`local generation, token = tonumber(ARGV[7]), ARGV[8]`: what is read first is called what it is."""
+    source = body(intent.script)
+    named = [field.name for field in fields(intent)]
+    if not named:
+        assert "ARGV" not in source
+        return
+    declared, values = re.findall(r"local ([\w, ]+) = (.*ARGV.*)", source)[0]
+    assert declared.split(", ") == named
+    assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 7)]
+    assert source.count("ARGV") == len(named)
+
+
+@every_intent
+def test_header_says_what_everybody_wants_to_know(intent: type[Intent]) -> None:
+    """What it is for, which keys, what comes back, what is written."""
+    said = header(intent.script)
+    assert said[""].startswith(f"{intent.script}: ")
+    assert said["KEYS[1..5]"] == ", ".join(NAMES)
+    assert said["RETURNS"].startswith("{")
+    assert said["WRITES"]
+
+
+@every_intent
+def test_header_mentions_the_clock_if_and_only_if_it_is_used(intent: type[Intent]) -> None:
+    """Whose time it is, is said wherever time matters."""
+    assert ("TIME" in header(intent.script)) == bool(re.search(r"\bnow\b|probe_is_free", body(intent.script)))
+
+
+def test_shared_beginning_names_keys_fields_and_arguments_as_python_does() -> None:
+    """`circuit.lua` is prepended to all others, so its header speaks for all of them."""
+    said = header("circuit")
+    assert [said[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(NAMES)
+    assert re.findall(r"\w+", said["KEYS[5]"].partition("as of")[0])[2:] == list(MARK_FIELDS)
+    known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until"]
+    assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 7)] == ["create", *known]
+    assert {"RETURNS", "TIME", "WRITES"} <= said.keys()
+    returned = said["RETURNS"].strip("{}").split(",")
+    assert len(returned) == len(fields(Circuit)) + len(fields(Reply)) - 1  # the reply holds the circuit
+
+
+# -- EVALSHA and EVAL --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_unknown_script_is_sent_once_and_then_called_by_name(every_server: PrivateServer, decoded: bool) -> None:
+    """First use of a server costs one round trip more, and so does SCRIPT FLUSH."""
+    with recording(every_server, decode_responses=decoded) as client:
+        client.script_flush()
+        carrier = LuaCarrier(client, KEYS)
+        client.sent.clear()
+        for _ in range(3):
+            carrier.execute(Load(), None, CLOSED)
+        assert client.sent == ["EVALSHA", "EVAL", "EVALSHA", "EVALSHA"]
+        client.script_flush()
+        client.sent.clear()
+        carrier.execute(Load(), None, CLOSED)
+        carrier.execute(Load(), None, CLOSED)
+        assert client.sent == ["EVALSHA", "EVAL", "EVALSHA"]
+
+
+@every_intent
+def test_name_of_script_is_what_the_server_calls_it(server: PrivateServer, intent: type[Intent]) -> None:
+    """EVALSHA with a digest of our own making finds what EVAL has left."""
+    source, digest = script(intent.script)
+    with contextlib.closing(server.client()) as client:
+        client.script_flush()
+        client.script_load(source)
+        assert list(client.script_exists(digest)) == [True]
+
+
+def test_scripts_flushed_all_the_time_lose_no_failure(server: PrivateServer) -> None:
+    """An operator's SCRIPT FLUSH, a restart or a failover in the middle of anything is not noticed."""
+    over = threading.Event()
+
+    def flush() -> None:
+        with contextlib.closing(server.client()) as client:
+            while not over.is_set():
+                client.script_flush()
+
+    flusher = threading.Thread(target=flush)
+    flusher.start()
+    try:
+        with contextlib.closing(server.client()) as client:
+            breaker = CircuitBreaker(fail_max=10**6, state_storage=CircuitRedisStorage(CLOSED, client, "flushed"))
+            for _ in range(200):
+                fail(breaker)
+            assert breaker.fail_counter == 200
+    finally:
+        over.set()
+        flusher.join()
+
+
+# -- no scripts --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _forbidden(binary: str) -> Iterator[Any]:
+    with PrivateServer(binary) as server, contextlib.closing(server.client()) as administrator:
+        administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
+        yield lambda **words: Recording(
+            unix_socket_path=server.unix_socket, username="noscript", password="any", **words
+        )
+
+
+@contextlib.contextmanager
+def _renamed(binary: str, *commands: str) -> Iterator[Any]:
+    away = [word for command in commands for word in ("--rename-command", command, "")]
+    with PrivateServer(binary, args=away) as server:
+        yield lambda **words: Recording(unix_socket_path=server.unix_socket, **words)
+
+
+@contextlib.contextmanager
+def _fake(_: str) -> Iterator[Any]:
+    class RecordingFake(Recording, fakeredis.FakeStrictRedis):
+        pass
+
+    home = fakeredis.FakeServer()
+    yield lambda **words: RecordingFake(server=home, **words)
+
+
+SCRIPTLESS: dict[str, Callable[[str], Any]] = {
+    "forbidden to the user": _forbidden,
+    "EVALSHA and EVAL renamed": lambda binary: _renamed(binary, "EVALSHA", "EVAL"),
+    "EVALSHA renamed": lambda binary: _renamed(binary, "EVALSHA"),
+    "EVAL renamed": lambda binary: _renamed(binary, "EVAL"),
+}
+
+
+def _scriptless() -> Iterator[Any]:
+    for server in servers.at_hand():
+        for how, opened in SCRIPTLESS.items():
+            yield pytest.param(opened, server.binary, id=f"{servers.name_of(server)}, {how}")
+    yield pytest.param(_fake, "", id="fakeredis")
+
+
+@pytest.fixture(params=[False, True], ids=["bytes", "decoded"])
+def decoded(request: pytest.FixtureRequest) -> bool:
+    """Both kinds of client."""
+    return bool(request.param)
+
+
+@pytest.mark.parametrize(("opened", "binary"), list(_scriptless()))
+def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactions(
+    opened: Callable[[str], Any], binary: str, decoded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where scripts are unknown or forbidden, everything works, at the price of more round trips."""
+    with opened(binary) as make_client, contextlib.closing(make_client(decode_responses=decoded)) as client:
+        storage = CircuitRedisStorage(CLOSED, client, "scriptless")
+        breaker = CircuitBreaker(fail_max=3, reset_timeout=0.05, state_storage=storage)
+        for _ in range(3):
+            fail(breaker)
+        assert breaker.current_state == OPEN
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(lambda: None)
+        time.sleep(0.06)
+        breaker.call(lambda: None)
+        assert breaker.current_state == CLOSED
+        assert [command for command in client.sent if command.startswith("EVAL")] in (["EVALSHA"], ["EVALSHA", "EVAL"])
+        assert client.get("scriptless:pybreaker:state") in (b"closed", "closed")
+    said = [record for record in caplog.records if record.name == "pybreaker_redis"]
+    assert [record.levelno for record in said] == [logging.WARNING]
+    assert "'scriptless'" in said[0].getMessage()
+    assert "runs no scripts" in said[0].getMessage()
+
+
+def test_threads_that_find_no_scripts_at_once_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The step down is one change of condition, however many notice it."""
+    client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
+    together = threading.Barrier(8)
+    storage = CircuitRedisStorage(CLOSED, client, "scriptless")
+    original = client.evalsha
+
+    def evalsha(*args: Any) -> Any:
+        together.wait(5)  # all of them are on their way before the first has its answer
+        return original(*args)
+
+    client.evalsha = evalsha  # type: ignore[method-assign]
+    threads = [threading.Thread(target=storage.increment_counter) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.counter == 8
+    assert len([record for record in caplog.records if "runs no scripts" in record.getMessage()]) == 1
+
+
+def test_other_refusals_are_not_mistaken_for_a_server_without_scripts(server: PrivateServer) -> None:
+    """A user who may not touch these keys, or a script that fails, would not be helped by transactions."""
+    with contextlib.closing(server.client()) as administrator:
+        administrator.execute_command("ACL", "SETUSER", "elsewhere", "on", "nopass", "~else:*", "+@all")
+        administrator.execute_command("ACL", "SETUSER", "hashless", "on", "nopass", "~*", "+@all", "-hmget", "-hset")
+    for user in ("elsewhere", "hashless"):
+        with contextlib.closing(server.client(username=user, password="any")) as client:
+            with pytest.raises(redis.ResponseError) as caught:
+                LuaCarrier(client, KEYS).execute(SetOpenedAt(1), None, OPEN)
+            assert not isinstance(caught.value, ScriptingUnavailable)
+
+
+# -- the client --------------------------------------------------------------------------------------------------------
+
+
+def test_constructor_says_nothing_to_redis() -> None:
+    """Import time is no time for I/O: settings modules build storages where no Redis is reachable."""
+
+    class Unreachable(redis.Connection):
+        def connect(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("the constructor has connected")
+
+    client = redis.Redis(connection_pool=redis.ConnectionPool(connection_class=Unreachable))
+    storage = CircuitRedisStorage(CLOSED, client, "unreachable")
+    with pytest.raises(AssertionError, match="has connected"):  # any use does, so the check above can fail
+        _ = storage.state
+
+
+def test_callable_is_called_when_the_circuit_is_first_used_and_never_again(client: redis.Redis) -> None:
+    """`django_redis.get_redis_connection` can be given before Django is ready."""
+    calls = []
+
+    def get_client() -> redis.Redis:
+        calls.append(1)
+        return client
+
+    storage = CircuitRedisStorage(CLOSED, get_client, "lazy")
+    assert calls == []
+    breaker = CircuitBreaker(state_storage=storage)
+    assert calls == [1]
+    for _ in range(3):
+        breaker.call(lambda: None)
+    assert calls == [1]
+
+
+def test_callable_is_called_once_by_many_threads(client: redis.Redis) -> None:
+    """No connection pool is built for nothing."""
+    calls = []
+
+    def get_client() -> redis.Redis:
+        calls.append(1)
+        time.sleep(0.05)
+        return client
+
+    storage = CircuitRedisStorage(CLOSED, get_client, "lazy")
+    threads = [threading.Thread(target=storage.increment_counter) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [1]
+    assert storage.counter == 8
+
+
+def test_class_of_client_is_a_callable_too(server: PrivateServer) -> None:
+    """A class without arguments is a callable that returns a client."""
+
+    class Client(redis.Redis):
+        def __init__(self) -> None:
+            super().__init__(unix_socket_path=server.unix_socket)
+
+    assert CircuitRedisStorage(OPEN, Client, "class").state == OPEN
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+#: A circuit for each state, as the server holds it, and what it must refuse.
+REFUSED: list[tuple[str, Intent]] = [
+    *[
+        (state, intent)
+        for state in (CLOSED, OPEN, HALF_OPEN)
+        for intent in (
+            RecordFailure(3, "a0"),
+            RecordSuccess(3, "a0"),
+            CountProbe(3, "a0", 500),
+            Trip(3, "a0"),
+            Close(3, "a0"),
+            ClaimProbe(3, "b1", 500),
+        )
+    ],
+    (CLOSED, ClaimProbe(4, "b1", 500)),
+    (OPEN, RecordFailure(4, "")),
+    (OPEN, Trip(4, "")),
+    (OPEN, SetOpenedAt(1)),
+    (HALF_OPEN, ClaimProbe(4, "b1", 500)),
+    (HALF_OPEN, RecordFailure(4, "b1")),
+    (HALF_OPEN, CountProbe(4, "", 500)),
+    (HALF_OPEN, Close(4, "")),
+]
+
+
+def circuit_of_generation_4(carrier: Carrier, state: str) -> Circuit:
+    """A sound circuit in that state, with some failures."""
+    circuit = carrier.execute(Load(), None, CLOSED).circuit
+    steps: dict[str, list[Intent]] = {
+        CLOSED: [Trip(None, ""), Close(None, ""), Trip(None, ""), Close(None, "")],
+        OPEN: [Trip(None, "")] * 4,
+        HALF_OPEN: [Trip(None, "")] * 3 + [ClaimProbe(3, "a0", 60_000)],
+    }
+    for intent in [*steps[state], RecordFailure(None, ""), CountProbe(None, "", 1)]:
+        circuit = carrier.execute(intent, circuit, CLOSED).circuit
+    assert (circuit.state, circuit.generation) == (state, 4)
+    return circuit
+
+
+@pytest.mark.parametrize("make", [LuaCarrier, OptimisticCarrier])
+@pytest.mark.parametrize(("state", "intent"), REFUSED, ids=lambda value: getattr(value, "script", value))
+def test_refused_intent_writes_nothing(
+    server: PrivateServer, make: Callable[..., Carrier], state: str, intent: Intent
+) -> None:
+    """Not a byte, not a TTL, not even the same value once more: a refusal must not keep anything alive."""
+    with contextlib.closing(server.client()) as client, contextlib.closing(server.client()) as observer:
+        carrier = make(client, KEYS)
+        known = circuit_of_generation_4(carrier, state)
+        for number, key in enumerate(KEYS):
+            observer.pexpire(key, 10**7 + number)
+        before = [observer.dump(key) for key in KEYS]
+        deadlines = [time.monotonic() * 1000 + observer.pttl(key) for key in KEYS]
+        with observer.pipeline() as pipe:
+            pipe.watch(*KEYS)
+            reply = carrier.execute(intent, known, CLOSED)
+            assert not reply.accepted
+            assert reply.circuit == known
+            pipe.multi()
+            pipe.ping()
+            pipe.execute()  # raises WatchError if any of the keys was written, be it with the same value
+        assert [observer.dump(key) for key in KEYS] == before
+        for key, deadline in zip(KEYS, deadlines, strict=True):
+            assert abs(time.monotonic() * 1000 + observer.pttl(key) - deadline) < 100
+
+
+def test_check_for_writes_can_fail(server: PrivateServer) -> None:
+    """An accepted intent is noticed by the same means."""
+    with contextlib.closing(server.client()) as client, contextlib.closing(server.client()) as observer:
+        carrier = LuaCarrier(client, KEYS)
+        known = circuit_of_generation_4(carrier, CLOSED)
+        with observer.pipeline() as pipe:
+            pipe.watch(*KEYS)
+            carrier.execute(RecordFailure(4, ""), known, CLOSED)
+            pipe.multi()
+            pipe.ping()
+            with pytest.raises(redis.WatchError):
+                pipe.execute()

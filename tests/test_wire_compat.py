@@ -1,0 +1,431 @@
+"""Old and new workers serve one circuit: stock pybreaker beside ours, before us, and after us again."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pybreaker
+import pytest
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, STATES
+from pybreaker_redis._demo.server import PrivateServer
+from tests.fleet import (
+    Fleet,
+    Outcome,
+    Spec,
+    Worker,
+    call,
+    flood,
+    operator,
+    read_state,
+    uncounted_failures,
+    wait_until,
+)
+
+NAMESPACE = "fleet"
+
+STOCK_KEYS = ["state", "fail_counter", "success_counter", "opened_at"]
+
+#: What each key may hold; stock reads the numbers with `int()`.
+FORMATS = {
+    "state": re.compile(rb"closed|open|half-open"),
+    "fail_counter": re.compile(rb"0|[1-9][0-9]*"),
+    "success_counter": re.compile(rb"0|[1-9][0-9]*"),
+    "opened_at": re.compile(rb"[1-9][0-9]{9}"),
+}
+
+Mixed = Callable[..., Fleet]
+
+
+def key(name: str) -> str:
+    """The circuit's key of that name."""
+    return f"{NAMESPACE}:pybreaker:{name}"
+
+
+def values(client: redis.Redis) -> dict[str, bytes]:
+    """Stock's keys, as far as they are there."""
+    raw = client.mget([key(name) for name in STOCK_KEYS])
+    return {name: value for name, value in zip(STOCK_KEYS, raw, strict=True) if value is not None}
+
+
+def assert_stock_can_parse(found: dict[str, bytes]) -> None:
+    """Every value is one that stock itself might have written."""
+    for name, value in found.items():
+        assert FORMATS[name].fullmatch(value), (name, value)
+
+
+@pytest.fixture
+def mixed(server: PrivateServer, tmp_path: Path) -> Mixed:
+    """Build a fleet of stock workers and ours: ``mixed("stock", "ours", reset_timeout=1.0)``."""
+
+    def build(*makes: str, **words: Any) -> Fleet:
+        spec = {"unix_socket": server.unix_socket, "log": str(tmp_path / "calls"), "namespace": NAMESPACE, **words}
+        return Fleet(Spec(make=make, **spec) for make in makes)
+
+    return build
+
+
+def stock(client: redis.Redis, state: str = CLOSED, **words: Any) -> CircuitBreaker:
+    """A breaker as the application had it before, and has it after a rollback."""
+    storage = pybreaker.CircuitRedisStorage(state, client, NAMESPACE)
+    return CircuitBreaker(**{"fail_max": 3, "reset_timeout": 60, "state_storage": storage, **words})
+
+
+def ours(client: redis.Redis, state: str = CLOSED, **words: Any) -> CircuitBreaker:
+    """The same on our storage."""
+    lease = {"probe_lease": words.pop("probe_lease")} if "probe_lease" in words else {}
+    storage = CircuitRedisStorage(state, client, NAMESPACE, **lease)
+    return CircuitBreaker(**{"fail_max": 3, "reset_timeout": 60, "state_storage": storage, **words})
+
+
+def fails(breaker: CircuitBreaker) -> None:
+    """A call that fails."""
+    with contextlib.suppress(ZeroDivisionError, CircuitBreakerError):
+        breaker.call(lambda: 1 / 0)
+
+
+def rejected(breaker: CircuitBreaker) -> bool:
+    """Whether a call is refused."""
+    try:
+        breaker.call(lambda: None)
+    except CircuitBreakerError:
+        return True
+    return False
+
+
+both_ways = pytest.mark.parametrize(("one", "other"), [(stock, ours), (ours, stock)], ids=["stock-ours", "ours-stock"])
+
+Make = Callable[..., CircuitBreaker]
+
+
+# -- side by side ------------------------------------------------------------------------------------------------------
+
+
+def test_failures_of_old_and_new_processes_add_up(mixed: Mixed, shared: Any) -> None:
+    """One counter, whoever counts."""
+    with mixed("stock", "ours", "stock", "ours", fail_max=10**6) as fleet:
+        assert fleet.run(uncounted_failures, 50) == [50] * 4
+        assert shared.failures == 200
+        assert shared.state == CLOSED
+        # A success of either is a success for both.
+        for worker in (0, 1):
+            fleet[worker].run(call)
+            assert shared.failures == 0
+            fleet.run(uncounted_failures, 1)
+
+
+@pytest.mark.parametrize("order", [("stock", "ours"), ("ours", "stock")], ids="-".join)
+def test_trip_by_either_process_opens_both(mixed: Mixed, shared: Any, order: tuple[str, str]) -> None:
+    """The threshold is reached together, and whoever reaches it opens the circuit for all."""
+    with mixed(*order, fail_max=4) as fleet:
+        for _ in range(3):
+            assert fleet[1].run(call, fail=True).error == "DependencyDown"
+        assert fleet[0].run(call, fail=True).tripped
+        assert shared.state == OPEN
+        assert all(outcome.rejected for outcome in fleet.run(call))
+        # And both close when an operator says so on either side.
+        fleet[1].run(operator, "close")
+        assert [outcome.error for outcome in fleet.run(call)] == ["", ""]
+
+
+@pytest.mark.parametrize("order", [("stock", "ours"), ("ours", "stock")], ids="-".join)
+def test_recovery_by_either_process_closes_both(mixed: Mixed, shared: Any, order: tuple[str, str]) -> None:
+    """The first call after the timeout is the trial, and its success everybody's."""
+    with mixed(*order, fail_max=1, reset_timeout=1.0) as fleet:
+        tripped: Outcome = fleet[0].run(call, fail=True)
+        assert tripped.tripped
+        assert fleet[1].run(call).rejected
+        wait_until(tripped.ended + 1.1)
+        assert fleet[1].run(call).error == ""
+        assert shared.state == CLOSED
+        assert fleet[0].run(call).error == ""
+        assert shared.failures == 0
+
+
+def test_prober_of_ours_is_no_trouble_to_stock(mixed: Mixed, shared: Any) -> None:
+    """While ours probes, stock sees `half-open`, which it knows, and does what it always does."""
+    with mixed("ours", "stock", fail_max=1, reset_timeout=1.0) as fleet:
+        tripped = fleet[0].run(call, fail=True)
+        wait_until(tripped.ended + 1.1)
+        inside, outcomes = fleet.hold(only=[fleet[0]])
+        assert (len(inside), outcomes) == (1, [])
+        assert shared.state == HALF_OPEN
+        assert fleet[1].run(read_state) == HALF_OPEN
+        assert fleet[1].run(call).error == ""
+        assert shared.state == CLOSED
+        # Stock closed it; the late probe has nothing more to say.
+        assert [outcome.error for outcome in fleet.release(inside, success=False)] == ["DependencyDown"]
+        assert (shared.state, shared.failures) == (CLOSED, 0)
+
+
+def sampled_flood(worker: Worker, until: float, **words: Any) -> tuple[int, list[str]]:
+    """Calls until then, and samples of what lies in the keys: those that stock could not parse, and what went wrong."""
+    wrong: list[str] = []
+    made = 0
+    while time.monotonic() < until:
+        try:
+            made += flood(worker, min(until, time.monotonic() + 0.02), **words)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is what the test is about
+            wrong.append(repr(error))
+        try:
+            assert_stock_can_parse(values(worker.client))
+        except AssertionError as error:
+            wrong.append(str(error))
+    return made, wrong
+
+
+@pytest.mark.slow
+def test_mixed_fleet_in_trouble_meets_no_value_that_stock_cannot_parse(
+    mixed: Mixed, shared: Any, report: Callable[[str], None]
+) -> None:
+    """Outages, trips, probes and recoveries by old and new workers together: no ValueError, no strange value."""
+    with mixed("stock", "ours", "stock", "ours", "stock", "ours", fail_max=3, reset_timeout=0.3) as fleet:
+        begin = time.monotonic() + 0.3
+        until = begin + 4.0
+        dead = [(begin + at, begin + at + 0.5) for at in (0.3, 1.5, 2.7)]
+        answers = fleet.run(sampled_flood, until, at=begin, every=0.002, dead=dead, seconds=0.01)
+        heard = fleet.heard()
+        generation = shared.generation
+    assert [wrong for _, wrong in answers] == [[]] * 6
+    assert {change.new for change in heard} == set(STATES), "the circuit was never in trouble"
+    assert generation > 6
+    report(
+        f"mixed fleet: {sum(made for made, _ in answers)} calls, {generation} transitions, no value stock cannot parse"
+    )
+
+
+# -- one after the other -----------------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_closed_circuit_with_failures_is_taken_over_as_it_is(client: redis.Redis, one: Make, other: Make) -> None:
+    """Two failures before the deploy and one after make three."""
+    before = one(client)
+    fails(before)
+    fails(before)
+    after = other(client)
+    assert (after.current_state, after.fail_counter) == (CLOSED, 2)
+    fails(after)
+    assert after.current_state == OPEN
+
+
+@both_ways
+def test_open_circuit_is_taken_over_with_its_time(client: redis.Redis, one: Make, other: Make) -> None:
+    """It stays open for the rest of the timeout, no longer and no shorter than a second's rounding."""
+    before = one(client, fail_max=1, reset_timeout=2.0)
+    tripped = time.monotonic()
+    fails(before)
+    after = other(client, reset_timeout=2.0)
+    assert after.current_state == OPEN
+    assert rejected(after)
+    assert abs((after._state_storage.opened_at - before._state_storage.opened_at).total_seconds()) < 1.001
+    while rejected(after):
+        assert time.monotonic() - tripped < 5
+        time.sleep(0.01)
+    assert time.monotonic() - tripped > 1.0
+    assert after.current_state == CLOSED
+
+
+def test_opened_by_stock_and_taken_over_by_ours_reads_the_same_whole_second(client: redis.Redis) -> None:
+    """Stock's format says no more, so neither do we."""
+    before = stock(client, fail_max=1)
+    fails(before)
+    after = ours(client)
+    raw = int(client.get(key("opened_at")))
+    # Seen by the local clock, whose difference from the server's is measured, not known.
+    assert abs(after._state_storage.opened_at.timestamp() - raw) < 0.1
+    assert before._state_storage.opened_at.timestamp() == raw
+
+
+@both_ways
+def test_half_open_circuit_is_taken_over_and_closed_by_the_next_success(
+    client: redis.Redis, one: Make, other: Make
+) -> None:
+    """Successes that were collected before the deploy count after it."""
+    before = one(client, fail_max=1, reset_timeout=0.05, success_threshold=2)
+    fails(before)
+    time.sleep(0.1)
+    assert not rejected(before)
+    assert (client.get(key("state")), client.get(key("success_counter"))) == (b"half-open", b"1")
+    if other is ours:
+        # The probe of stock has no lease, so it is free.
+        after = other(client, reset_timeout=0.05, success_threshold=2)
+        assert not rejected(after)
+    else:
+        after = other(client, success_threshold=2)
+        assert not rejected(after)
+    assert after.current_state == CLOSED
+    assert client.get(key("state")) == b"closed"
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_half_open_circuit_whose_prober_was_killed_works_under_stock(
+    mixed: Mixed, client: redis.Redis, success: bool
+) -> None:
+    """A rollback in the middle of a probe: stock makes the trial itself."""
+    with mixed("ours", fail_max=1, reset_timeout=0.2) as fleet:
+        tripped = fleet[0].run(call, fail=True)
+        wait_until(tripped.ended + 0.25)
+        fleet.hold()
+        fleet[0].kill()
+    assert client.get(key("state")) == b"half-open"
+    after = stock(client)
+    if success:
+        assert not rejected(after)
+    else:
+        fails(after)
+    assert after.current_state == (CLOSED if success else OPEN)
+    assert rejected(after) is not success
+    assert_stock_can_parse(values(client))
+
+
+def test_probe_of_stock_that_was_killed_is_offered_again_by_ours(mixed: Mixed, client: redis.Redis) -> None:
+    """What stock leaves half-open for ever, and for everybody, becomes one probe again."""
+    with mixed("stock", "ours", "ours", fail_max=1, reset_timeout=1.0, probe_lease=0.5) as fleet:
+        tripped = fleet[0].run(call, fail=True)
+        wait_until(tripped.ended + 1.1)
+        inside, _ = fleet.hold(only=[fleet[0]])
+        assert len(inside) == 1
+        fleet[0].kill()
+        assert client.get(key("state")) == b"half-open"
+        inside, outcomes = fleet.hold(only=fleet.workers[1:])
+        assert len(inside) == 1
+        assert [outcome.rejected for outcome in outcomes] == [True]
+        fleet.release(inside, success=True)
+        assert [outcome.error for outcome in fleet.run(call, only=fleet.workers[1:])] == ["", ""]
+
+
+def test_rollback_and_second_deploy_lose_nothing(client: redis.Redis) -> None:
+    """Ours, then stock, then ours again: each goes on where the other was, and the hash of the first is no burden."""
+    first = ours(client, fail_max=2)
+    fails(first)
+    fails(first)
+    first.close()
+    fails(first)
+    generation = int(client.hget(key("circuit"), "generation"))
+
+    back = stock(client, fail_max=2)
+    assert (back.current_state, back.fail_counter) == (CLOSED, 1)
+    fails(back)
+    assert back.current_state == OPEN
+    assert rejected(back)
+
+    again = ours(client, fail_max=2)
+    assert again.current_state == OPEN
+    assert rejected(again)
+    assert again.fail_counter == 2
+    assert int(client.hget(key("circuit"), "generation")) == generation + 1
+    again.close()
+    assert stock(client).current_state == CLOSED
+
+
+def test_call_admitted_before_transitions_by_stock_changes_nothing_after_them(client: redis.Redis) -> None:
+    """Stock knows no generations; once any of ours has seen what it did, late results are fenced off all the same."""
+    mine, theirs, watcher = ours(client, fail_max=1), stock(client, fail_max=1), ours(client)
+
+    def while_stock_trips_and_closes() -> None:
+        fails(theirs)
+        assert watcher.current_state == OPEN
+        theirs.close()
+        assert watcher.current_state == CLOSED
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        mine.call(while_stock_trips_and_closes)
+    assert (client.get(key("state")), client.get(key("fail_counter"))) == (b"closed", b"0")
+    assert client.hget(key("circuit"), "generation") == b"2"
+
+
+# -- what lies there ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["lua", "fakeredis"])
+def some_client(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A real server, and what users test with."""
+    if request.param == "lua":
+        yield request.getfixturevalue("client")
+    else:
+        import fakeredis
+
+        yield fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
+
+
+def test_untroubled_circuit_has_exactly_the_keys_of_stock(some_client: Any) -> None:
+    """Created, used, failing below the threshold: three keys, with the values that stock would have there."""
+    breaker = ours(some_client)
+    expected = {key(name).encode(): b"0" for name in ("fail_counter", "success_counter")}
+    expected[key("state").encode()] = b"closed"
+
+    def there() -> dict[bytes, bytes]:
+        return {name: some_client.get(name) for name in some_client.keys("*")}
+
+    assert there() == expected
+    breaker.call(lambda: None)
+    assert there() == expected
+    fails(breaker)
+    assert there() == {**expected, key("fail_counter").encode(): b"1"}
+    breaker.call(lambda: None)
+    assert there() == expected
+    some_client.flushall()
+    stock(some_client)
+    assert there() == expected
+
+
+def test_troubled_circuit_has_one_key_more_than_stock(some_client: Any) -> None:
+    """What stock cannot say lies in one hash beside it."""
+    fails(ours(some_client, fail_max=1))
+    assert sorted(some_client.keys("*")) == sorted(key(name).encode() for name in [*STOCK_KEYS, "circuit"])
+    assert_stock_can_parse(values(some_client))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_circuit_created_in_any_state_is_one_that_stock_takes_over(some_client: Any, state: str) -> None:
+    """Also one that nobody has ever used."""
+    ours(some_client, state)
+    assert_stock_can_parse(values(some_client))
+    breaker = stock(some_client)
+    assert breaker.current_state == state
+    assert rejected(breaker) is (state == OPEN)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_circuit_created_by_stock_in_any_state_is_one_that_ours_takes_over(some_client: Any, state: str) -> None:
+    """Open without a time is open from now on, half-open lets one through."""
+    stock(some_client, state)
+    breaker = ours(some_client)
+    assert breaker.current_state == (OPEN if state == HALF_OPEN else state)
+    assert rejected(breaker) is (state == OPEN)
+    assert_stock_can_parse(values(some_client))
+
+
+@pytest.mark.parametrize("namespace", [None, "", "payments", "a:b", "{tagged}"])
+def test_names_of_keys_are_those_of_stock(client: redis.Redis, namespace: str | None) -> None:
+    """Whatever the namespace, both find the same circuit."""
+    CircuitBreaker(state_storage=pybreaker.CircuitRedisStorage(CLOSED, client, namespace))
+    theirs = sorted(client.keys("*"))
+    client.flushall()
+    CircuitBreaker(state_storage=CircuitRedisStorage(CLOSED, client, namespace))
+    assert sorted(client.keys("*")) == theirs
+
+
+def test_circuit_opened_with_redis_cli_is_open_from_now_on(client: redis.Redis) -> None:
+    """An operator who sets the state and nothing else means now, not the time of the last outage."""
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=CircuitRedisStorage("closed", client, "shop"))
+    breaker.open()
+    breaker.close()
+    yesterday = int(time.time()) - 86_400
+    client.set("shop:pybreaker:opened_at", yesterday)
+    client.hset("shop:pybreaker:circuit", "opened_at_ms", yesterday * 1000)
+    assert breaker.current_state == "closed"
+    client.set("shop:pybreaker:state", "open")
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(lambda: None)
+    assert int(client.get("shop:pybreaker:opened_at")) > yesterday + 86_000
