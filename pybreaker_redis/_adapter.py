@@ -35,6 +35,7 @@ from __future__ import annotations
 import secrets
 import sys
 from datetime import datetime
+from typing import cast
 
 from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
@@ -210,14 +211,11 @@ class IntentStorage(CircuitBreakerStorage):
                 raise TypeError(msg)
             self._ask(caller, self._set_opened_at(to_ms(at)))
             return
-        if not any(
-            _frames.asked_through("opened_at", code) for code in (_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
-        ):
+        if not _frames.asked_through("opened_at", _frames.COMPARES_FAILURES, _frames.PROBE_FAILED):
             caller.fence = BY_HAND
         elif caller.refused:
             # The failure came too late to count, so nothing trips; the caller gets their own exception.
-            failure = sys.exc_info()[1]
-            raise failure if failure is not None else CircuitBreakerError
+            raise cast("BaseException", sys.exc_info()[1])
 
     # Behind it ----------------------------------------------------------------------------------------------------
 
@@ -272,8 +270,7 @@ def lease_ms(probe_lease: float) -> int:
     if isinstance(probe_lease, bool) or not isinstance(probe_lease, (int, float)):
         msg = f"probe_lease must be a number of seconds, not {probe_lease!r}"
         raise TypeError(msg)
-    lease = round(probe_lease * 1000)
-    if not 1 <= lease <= MAX_LEASE_MS:
+    if not 1 <= probe_lease * 1000 <= MAX_LEASE_MS:
         msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {probe_lease!r}"
         raise ValueError(msg)
-    return lease
+    return round(probe_lease * 1000)

@@ -51,13 +51,15 @@ def asker(operation: str) -> CodeType:
     return _asking_frame(operation).f_code
 
 
-def asked_through(operation: str, code: CodeType) -> bool:
-    """Whether `code` is among the four callers behind the one that asks for an operation."""
-    frame: FrameType | None = _asking_frame(operation)
+def asked_through(operation: str, *codes: CodeType) -> bool:
+    """Whether one of `codes` is among the four callers behind the one that asks for an operation."""
+    frame: FrameType | None = _asking_frame(operation).f_back
     for _ in range(4):
-        frame = frame.f_back if frame else None
-        if frame is not None and frame.f_code is code:
+        if frame is None:
+            break
+        if frame.f_code in codes:
             return True
+        frame = frame.f_back
     return False
 
 

@@ -205,7 +205,15 @@ def test_opened_at_that_is_no_datetime_is_refused(storage_of, at):
 
 @pytest.mark.parametrize(
     ("lease", "error"),
-    [("30", TypeError), (None, TypeError), (True, TypeError), (0, ValueError), (-1, ValueError), (86401, ValueError)],
+    [
+        ("30", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (0, ValueError),
+        (-1, ValueError),
+        (86401, ValueError),
+        (float("nan"), ValueError),
+    ],
 )
 def test_bad_probe_lease_is_refused(lease, error):
     """The error names the argument, what was given and what is accepted."""
