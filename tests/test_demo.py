@@ -21,13 +21,12 @@ import redis
 
 from pybreaker_redis import __main__ as command_line
 from pybreaker_redis import __version__
-from pybreaker_redis._demo import play, scenario, server, show, stage
+from pybreaker_redis._demo import binaries, play, scenario, server, show, stage
+from pybreaker_redis._demo.binaries import FoundServer
 from pybreaker_redis._demo.events import Event
 from pybreaker_redis._demo.server import PrivateServer
 
 ROOT = Path(__file__).parent.parent
-
-BINARY = server.find_servers()[0]
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
@@ -45,15 +44,20 @@ class Demo:
 
     def start(self, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start one; the variable `COVERAGE_…` and others of this process are inherited."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "pybreaker_redis", "demo", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment,
-            start_new_session=True,
-        )
+        # A shell ignores Ctrl-C for what it starts in the background, and that would be inherited as well.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "pybreaker_redis", "demo", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=self.environment,
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def processes(self) -> set[int]:
         """Those of the demo that are alive."""
@@ -74,7 +78,7 @@ class Demo:
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> Iterator[Demo]:
+def demo(tmp_path: Path, preferred: FoundServer) -> Iterator[Demo]:
     """A way to run the demo; what a failed test leaves is ended."""
     runs = Demo(tmp_path)
     yield runs
@@ -95,32 +99,23 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @needs_proc
 def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
     """The first command of the README works, says what it plays on, sums up, and leaves no process and no file."""
-    running = demo.start("--seconds", "3")
+    running = demo.start("--seconds", "2")
     output, errors = running.communicate(timeout=60)
     assert (running.returncode, errors) == (0, ""), output
-    assert f"server: a private {server.find_servers()[0]}" in output
+    assert f"server: a private {binaries.find_servers()[0]}" in output
     for act in scenario.ACTS:
         assert act.title in output
     assert re.search(r"from trip to the last worker's first rejection: [\d.]+ ms", output)
     assert re.search(r"calls that reached the dead dependency: [5-9]\b", output)
     assert re.search(r"probes that 3 workers let through: [1-9]\b", output)
-    assert re.search(r"from recovery to the last worker's first success \(reset_timeout 0.6 s\): [\d.]+ s", output)
+    assert re.search(r"from recovery to the last worker's first success \(reset_timeout 0.25 s\): [\d.]+ s", output)
+    assert re.search(r" s  worker [123]: killed\n", output)
+    assert re.search(r"worker [123] killed: .* \| worker 4 (open|half-open|closed): ", output)
+    assert re.search(r"from the prober's death to the next probe \(probe_lease 1 s\): [\d.]+ s", output)
+    assert "calls at the dependency at the same time, until the circuit closed: 1 at the most" in output
     assert "\x1b" not in output
     assert demo.is_gone()
     assert not list(demo.directory.iterdir())
-
-
-@needs_proc
-def test_demo_uses_the_server_that_is_named_and_leaves_no_keys(demo: Demo, client: redis.Redis, server: PrivateServer):
-    """A server that is not ours is used as a guest uses it."""
-    demo.environment["PYBREAKER_REDIS_URL"] = server.url
-    running = demo.start("--seconds", "2")
-    output, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors) == (0, ""), output
-    assert "from PYBREAKER_REDIS_URL" in output
-    assert "a private" not in output
-    assert client.dbsize() == 0
-    assert client.ping()
 
 
 @needs_proc
@@ -164,18 +159,10 @@ def test_demo_on_a_terminal_shows_a_live_table(demo: Demo):
     assert code == 0, output
     assert "\x1b[" in output
     assert "╭" in output
+    assert "there now: worker" in output
+    assert re.search(r"worker [123] +│ .*killed", output)
     assert "Everything happened as promised." in output.splitlines()[-1]
     assert demo.is_gone()
-
-
-@needs_proc
-@pytest.mark.parametrize("name", ["NO_COLOR", "CI"])
-def test_demo_on_a_terminal_without_colours_shows_lines(demo: Demo, name: str):
-    """Who asks for no colours, as a CI does, gets none."""
-    demo.environment[name] = "1"
-    code, output = on_terminal(demo, "--seconds", "2")
-    assert code == 0, output
-    assert "\x1b" not in output
 
 
 def on_terminal(demo: Demo, *arguments: str) -> tuple[int, str]:
@@ -244,7 +231,7 @@ def test_useless_address_is_named_without_its_password(
 @pytest.fixture
 def acts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Play other acts than usual, with less patience."""
-    monkeypatch.setattr(stage, "GRACE", 3.0)
+    monkeypatch.setattr(stage, "GRACE", 5.0)
     monkeypatch.setattr(stage, "FAREWELL", 0.2)
 
     def choose(*plays: Callable[[stage.Stage], None]) -> None:
@@ -254,21 +241,64 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_worker_that_never_sees_the_trip_breaks_the_promise(acts, capsys: pytest.CaptureFixture[str]):
+def test_demo_on_the_server_that_is_named_leaves_no_keys(
+    acts,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    client: redis.Redis,
+    server: PrivateServer,
+):
+    """A server that is not ours is used as a guest uses it."""
+
+    def look(_: stage.Stage) -> None:
+        assert client.keys("demo-*")
+
+    monkeypatch.setenv("PYBREAKER_REDIS_URL", server.url)
+    acts(scenario.healthy, look)
+    assert play.play(seconds=2.0, plain=True) == play.KEPT
+    output = capsys.readouterr().out
+    assert "from PYBREAKER_REDIS_URL" in output
+    assert "a private" not in output
+    assert client.dbsize() == 0
+
+
+@pytest.mark.usefixtures("in_process", "preferred")
+def test_worker_that_never_sees_the_trip_breaks_the_promise(
+    acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Exit code 0 means that it happened; a process that is frozen does not hang the demo."""
 
     def freeze(on: stage.Stage) -> None:
-        os.kill(on._children[-1]._process.pid, signal.SIGSTOP)
+        os.kill(on._children["worker 3"]._process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(stage, "GRACE", 0.5)
 
     acts(scenario.healthy, freeze, scenario.outage)
     assert play.play(seconds=2.0, plain=True) == play.BROKEN
     assert "BROKEN PROMISE: did not happen in time: every worker rejects calls" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process", "preferred")
+def test_stock_storage_breaks_the_promise(
+    acts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The act can fail: with pybreaker's own storage a dead prober leaves the gate open to everybody."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pybreaker, pybreaker_redis\n"
+        "pybreaker_redis.CircuitRedisStorage = (\n"
+        "    lambda *given, probe_lease, **named: pybreaker.CircuitRedisStorage(*given, **named))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    acts(scenario.healthy, scenario.prober_killed)
+    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert "BROKEN PROMISE" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_process", "preferred")
 def test_stage_that_cannot_be_set_is_cleared(acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A process that does not start is a broken promise like any other, and leaves no other process waiting."""
     acts()
+    monkeypatch.setattr(stage, "GRACE", 0.5)
     monkeypatch.setattr(stage, "parse", lambda _: Event("nobody", "reached", 0.0, state="up"))
     before = threading.active_count()
     assert play.play(seconds=2.0, plain=True) == play.BROKEN
@@ -285,7 +315,11 @@ class Told(stage.Stage):
 
     def switch(self, health: str) -> Event:
         """Nothing is switched."""
-        return Event("dependency", "health", 10.0, state=health)
+        return Event("dependency", "health", {"hanging": 10.0, "up": 20.0}[health], state=health)
+
+    def replace(self, name: str) -> Event:
+        """Nobody is killed."""
+        return Event(name, "killed", 12.1, state="killed")
 
     def until(self, promise: str, found: Callable[[], list[Event]], **_: float) -> list[Event]:
         """Nothing is waited for."""
@@ -296,32 +330,77 @@ class Told(stage.Stage):
 def test_second_probe_within_reset_timeout_breaks_the_promise(second: float, kept: bool):
     """The fleet that pybreaker's own storage makes would not get away with it."""
     probes = (Event(f"worker {number}", "state", at, state="half-open") for number, at in ((1, 7.0), (2, second)))
-    successes = (Event(f"worker {number}", "success", 11.0) for number in (1, 2, 3))
+    successes = (Event(f"worker {number}", "success", 21.0) for number in (1, 2, 3))
     with contextlib.nullcontext() if kept else pytest.raises(stage.BrokenPromise, match="worker 1, worker 2"):
         scenario.recovery(Told(*probes, *successes))
+
+
+def call(number: int, reached: float, left: float, health: str = "hanging") -> tuple[Event, Event]:
+    """A worker's call at the dependency."""
+    return (
+        Event("dependency", "reached", reached, state=health, caller=f"worker {number}"),
+        Event("dependency", "left", left, state=health, caller=f"worker {number}"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("next_probe", "more", "broken"),
+    [
+        (13.1, (), None),
+        (12.5, (), "before the lease of the dead prober had run out"),
+        (13.1, call(3, 13.2, 13.3), "2 calls were at the dependency at the same time"),
+        (13.1, (Event("worker 1", "failure", 12.05),), "in the middle of its call"),
+        # Let through by the closed circuit, or by the one that has just been closed again.
+        (13.1, (*call(3, 10.1, 10.6), *call(2, 10.1, 10.6)), None),
+        (13.1, (*call(3, 20.3, 20.5, "up"), *call(2, 20.3, 20.5, "up")), None),
+    ],
+)
+def test_probes_that_do_not_follow_one_another_break_the_promise(
+    next_probe: float, more: tuple[Event, ...], broken: str | None
+):
+    """After the prober's death the next probe comes with the end of its lease, and not together with another one."""
+    told = Told(
+        Event("worker 2", "state", 10.6, state="open"),
+        *(Event(f"worker {number}", "rejected", at) for number in (1, 2, 3) for at in (10.7, 11.9)),
+        *call(1, 12.0, 12.1),
+        *call(2, next_probe, 13.6),
+        Event("worker 2", "failure", 13.6),
+        *call(3, 20.1, 20.2, "up"),
+        *(Event(f"worker {number}", "success", 20.6) for number in (1, 2, 3)),
+        *more,
+    )
+    with pytest.raises(stage.BrokenPromise, match=broken) if broken else contextlib.nullcontext():
+        scenario.prober_killed(told)
+    crowd = 2 if broken and broken[0] == "2" else 1
+    assert told.findings == [
+        ("from the prober's death to the next probe (probe_lease 1 s)", f"{next_probe - 12.1:.2f} s"),
+        ("calls at the dependency at the same time, until the circuit closed", f"{crowd} at the most"),
+    ]
 
 
 # -- what it looks like ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("terminal", "plain", "installed", "expected"),
+    ("terminal", "quiet", "installed", "expected"),
     [
-        (True, False, True, "Table"),
-        (True, True, True, "Lines"),
-        (True, False, False, "Lines"),
-        (False, False, True, "Lines"),
+        (True, "", True, "Table"),
+        (True, "--plain", True, "Lines"),
+        (True, "NO_COLOR", True, "Lines"),
+        (True, "CI", True, "Lines"),
+        (True, "", False, "Lines"),
+        (False, "", True, "Lines"),
     ],
 )
 def test_table_needs_a_terminal_and_rich(
-    terminal: bool, plain: bool, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    terminal: bool, quiet: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Plain lines are never further away than an option, and never an ImportError."""
+    """Plain lines are never further away than an option or a variable, and never an ImportError."""
     for name in ("CI", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "1" if name == quiet else "")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(show.importlib.util, "find_spec", lambda _: installed)
-    assert type(show.choose(plain=plain)).__name__ == expected
+    assert type(show.choose(plain=quiet == "--plain")).__name__ == expected
 
 
 def test_report_to_nobody_is_lost_in_silence():
@@ -355,16 +434,16 @@ def test_frozen_child_is_killed(monkeypatch: pytest.MonkeyPatch):
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only directory on PATH, and no pip package with a server in it."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(server, "PACKAGES", (("no_such_package", "redis-server"),))
+    monkeypatch.setattr(binaries, "PACKAGES", (("no_such_package", "redis-server"),))
     return tmp_path
 
 
-def test_server_on_path_is_found(programs: Path):
+def test_server_on_path_is_found(programs: Path, preferred: FoundServer):
     """Who has installed a server need not install another one."""
-    (programs / "valkey-server").symlink_to(BINARY.binary)
-    (found,) = server.find_servers()
-    assert found == server.FoundServer(str(programs / "valkey-server"), "PATH", BINARY.product, BINARY.version)
-    assert str(found) == f"{BINARY.product} {BINARY.version} (PATH)"
+    (programs / "valkey-server").symlink_to(preferred.binary)
+    (found,) = binaries.find_servers()
+    assert found == FoundServer(str(programs / "valkey-server"), "PATH", preferred.product, preferred.version)
+    assert str(found) == f"{preferred.product} {preferred.version} (PATH)"
 
 
 @pytest.mark.parametrize("content", ["#!/bin/sh\necho Redis is not what this is", "\0 made for another machine"])
@@ -373,31 +452,31 @@ def test_program_that_is_no_server_is_not_found(content: str, programs: Path):
     program = programs / "redis-server"
     program.write_text(content)
     program.chmod(0o755)
-    assert server.find_servers() == []
+    assert binaries.find_servers() == []
     assert PrivateServer(str(program), directory=programs).version == ""
 
 
-def test_server_that_does_not_start_shows_its_log(tmp_path: Path):
+def test_server_that_does_not_start_shows_its_log(tmp_path: Path, preferred: FoundServer):
     """The reason is in the error, not in a file that nobody knows of; a directory that was given is kept."""
-    private = PrivateServer(BINARY.binary, directory=tmp_path, args=["--no-such-option", "1"])
+    private = PrivateServer(preferred.binary, directory=tmp_path, args=["--no-such-option", "1"])
     with pytest.raises(server.ServerDidNotStart, match="no-such-option"), private:
         pytest.fail("started")
     private.close()
     assert tmp_path.is_dir()
 
 
-def test_server_that_does_not_run_can_be_ended_and_frozen(tmp_path: Path):
+def test_server_that_does_not_run_can_be_ended_and_frozen(tmp_path: Path, preferred: FoundServer):
     """A test that cleans up need not know how far it came."""
-    private = PrivateServer(BINARY.binary, directory=tmp_path)
+    private = PrivateServer(preferred.binary, directory=tmp_path)
     for act in (private.pause, private.resume, private.stop, private.kill, private.close):
         act()
     assert private.pid is None
 
 
-def test_server_on_a_port_says_where_it_is():
+def test_server_on_a_port_says_where_it_is(preferred: FoundServer):
     """Its address and its version are known without asking it."""
-    with PrivateServer(BINARY.binary, port=server.free_port()) as private, private.client() as client:
+    with PrivateServer(preferred.binary, port=server.free_port()) as private, private.client() as client:
         assert private.url == f"redis://127.0.0.1:{private.port}/0"
-        assert private.version == BINARY.version
+        assert private.version == preferred.version
         assert client.ping()
         assert private.start().pid

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._demo import scratch
+from pybreaker_redis._demo.scratch import Scratch
+from pybreaker_redis._demo.server import PrivateServer, free_port
 from tests import servers
 
 ROOT = Path(__file__).parent.parent
@@ -77,11 +79,10 @@ def test_known_server_is_at_hand(package):
     pytest.skip(reason)
 
 
+@pytest.mark.usefixtures("preferred")
 def test_given_list_of_servers_replaces_those_found(monkeypatch):
     """``PYBREAKER_REDIS_TEST_SERVERS`` is the whole list, in its order, and nothing is then missing."""
     binaries = [found.binary for found in servers.at_hand()]
-    if not binaries:
-        pytest.skip("no server at hand")
     monkeypatch.setenv(servers.VARIABLE, ",".join(reversed(binaries)))
     assert [found.binary for found in servers.at_hand.__wrapped__()] == binaries[::-1]
     assert servers.missing() == {}
@@ -172,25 +173,17 @@ def test_server_leaves_no_directory_behind(found):
 
 
 @every_binary
-def test_server_answers_on_a_given_port(found, free_port):
+def test_server_answers_on_a_given_port(found):
     """For clients that cannot use a unix socket: a port on the loopback interface."""
-    with PrivateServer(found.binary, port=free_port) as server:
-        assert redis.Redis(port=free_port).ping()
+    with PrivateServer(found.binary, port=free_port()) as server:
+        assert redis.Redis(port=server.port).ping()
         assert redis.Redis.from_url(server.url).ping()
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    from pybreaker_redis._demo.server import free_port
-
-    return free_port()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end a child together with its parent")
 @every_binary
 def test_server_of_a_killed_process_dies_with_it(found):
-    """SIGKILL leaves no time to clean up, and still no server is left behind."""
+    """SIGKILL leaves no time to clean up, and still no server is left behind; the next one removes its files."""
     program = """
         import sys, time
         from pybreaker_redis._demo.server import PrivateServer
@@ -215,7 +208,53 @@ def test_server_of_a_killed_process_dies_with_it(found):
         parent.communicate()
     with pytest.raises(redis.ConnectionError):
         redis.Redis(unix_socket_path=unix_socket, retry=Retry(NoBackoff(), 0)).ping()
-    shutil.rmtree(Path(unix_socket).parent)
+    with PrivateServer(found.binary):
+        assert not Path(unix_socket).parent.exists()
+
+
+@pytest.fixture
+def no_scratch(tmp_path, monkeypatch) -> None:
+    """A place for temporary directories in which there is none yet."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_scratch")
+def test_directory_is_removed_by_the_next_one_unless_it_is_in_use():
+    """What a killed process has left goes; what a living one uses stays."""
+    living, killed = Scratch(), Scratch()
+    killed.lock.close()  # as the kernel does it
+    another = Scratch()
+    assert not killed.path.exists()
+    for scratch_directory in (living, another):
+        assert scratch_directory.path.exists()
+        scratch_directory.remove()
+        assert not scratch_directory.path.exists()
+
+
+@pytest.mark.usefixtures("no_scratch")
+def test_directory_of_another_user_is_left_alone(monkeypatch):
+    """We remove nothing that we have not made."""
+    killed = Scratch()
+    killed.lock.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch.os, "getuid", lambda: -1)
+        Scratch().remove()
+    assert killed.path.exists()
+    Scratch().remove()
+    assert not killed.path.exists()
+
+
+def test_directory_is_in_use_while_its_server_runs(preferred):
+    """Where the kernel does not end a server together with its starter, it keeps its files."""
+    with PrivateServer(preferred.binary) as private:
+        assert private._scratch
+        private._scratch.lock.close()
+        Scratch().remove()
+        assert private.client().ping()
+        assert private.directory.exists()
+        private.kill()
+        Scratch().remove()
+        assert not private.directory.exists()
 
 
 def test_session_server_that_was_killed_is_started_again(running, server):

@@ -9,5 +9,7 @@
 ``events``            what these processes report, and how
 ``show``, ``live``    the terminal: plain lines, or a live table
 ``server``            a private Redis or Valkey server
+``binaries``          which ones there are
+``scratch``           where it keeps its files
 ====================  ========================================================
 """

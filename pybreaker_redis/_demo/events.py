@@ -19,10 +19,13 @@ Kind = Literal[
     "rejected",
     # a worker's breaker told its listeners of a new state
     "state",
-    # the dependency: it listens, its health was switched, a call reached it
+    # the stage killed a worker
+    "killed",
+    # the dependency: it listens, its health was switched, a call reached it, and has been answered or given up
     "ready",
     "health",
     "reached",
+    "left",
 ]
 
 
@@ -38,8 +41,10 @@ class Event:
     at: float
     #: How long a call took, in seconds.
     took: float = 0.0
-    #: Of a worker: the state of its circuit afterwards.  Of the dependency: ``up`` or ``down``.
+    #: Of a worker: the state of its circuit afterwards.  Of the dependency: its health; of a call, as it began.
     state: str = ""
+    #: The worker whose call it is, of ``reached`` and ``left``.
+    caller: str = ""
     #: The port, of ``ready``.
     port: int = 0
 

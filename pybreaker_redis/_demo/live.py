@@ -10,7 +10,7 @@ from rich.live import Live
 
 from pybreaker_redis._demo.show import Show
 
-COLOURS = {"closed": "green", "open": "bold red", "half-open": "yellow"}
+COLOURS = {"closed": "green", "open": "bold red", "half-open": "yellow", "killed": "dim"}
 
 
 class Table(Show):
@@ -37,7 +37,11 @@ class Table(Show):
             "circuit",
             *(table.Column(name, justify="right") for name in ("succeeded", "failed", "rejected", "last call")),
             box=box.ROUNDED,
-            caption=f"calls that reached the dependency: {self._reached['up']} healthy, {self._reached['down']} dead",
+            caption=(
+                "calls that reached the dependency: "
+                f"{self._reached['up']} healthy, {self._reached['down']} dead, {self._reached['hanging']} hanging\n"
+                f"there now: {self._who_is_there()}"
+            ),
         )
         # Rendered in a thread of rich's: a copy, because a worker may be added meanwhile.
         for name, tally in sorted(self._tallies.copy().items()):

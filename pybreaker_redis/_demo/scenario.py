@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pybreaker_redis._demo.stage import FAIL_MAX, WORKERS, BrokenPromise
+from pybreaker_redis._demo.worker import PROBE_LEASE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,7 @@ def healthy(stage: Stage) -> None:
     stage.until(
         "every worker's calls succeed",
         lambda: stage.each_worker("success", since=0.0, times=3),
-        at_least=stage.seconds / 5,
+        at_least=stage.beat,
     )
 
 
@@ -47,7 +48,7 @@ def outage(stage: Stage) -> None:
     rejections = stage.until(
         "every worker rejects calls",
         lambda: stage.each_worker("rejected", since=trip.at),
-        at_least=stage.seconds * 2 / 5,
+        at_least=2 * stage.beat,
     )
     stage.note("from trip to the last worker's first rejection", _ms(max(e.at for e in rejections) - trip.at))
     failed = statistics.median(e.took for e in stage.seen("failure"))
@@ -63,7 +64,7 @@ def recovery(stage: Stage) -> None:
     successes = stage.until(
         "every worker's calls succeed again",
         lambda: stage.each_worker("success", since=up.at),
-        at_least=stage.seconds / 5,
+        at_least=1.5 * stage.beat,
         expected=stage.reset_timeout,
     )
     probes = stage.seen("state", state="half-open")
@@ -71,11 +72,65 @@ def recovery(stage: Stage) -> None:
     stage.note(f"probes that {WORKERS} workers let through", str(len(probes)))
     stage.note(
         f"from recovery to the last worker's first success (reset_timeout {stage.reset_timeout:g} s)",
-        f"{max(e.at for e in successes) - up.at:.2f} s",
+        _s(max(e.at for e in successes) - up.at),
     )
     # After a probe that fails the circuit is open for another reset_timeout: what comes sooner is a second probe.
     if any(later.at - earlier.at < stage.reset_timeout / 2 for earlier, later in pairwise(probes)):
         raise BrokenPromise(f"more than one probe at a time: {', '.join(e.source for e in probes)}")
+
+
+def prober_killed(stage: Stage) -> None:
+    """Who tries the dependency dies while doing so; another worker tries, and no two ever do at the same time."""
+    hanging = stage.switch("hanging")
+    trip = stage.until("the circuit opens", lambda: stage.seen("state", state="open", since=hanging.at))[0]
+    rejections = stage.until("every worker rejects calls", lambda: stage.each_worker("rejected", since=trip.at))
+    # From here on no call is on its way that the closed circuit has let through.
+    noticed = max(e.at for e in rejections)
+    probe = stage.until(
+        "one worker's call reaches the dependency that hangs",
+        lambda: stage.seen("reached", since=noticed),
+        expected=stage.reset_timeout,
+    )[0]
+    killed = stage.replace(probe.caller)
+    again = stage.until(
+        "another worker's call reaches the dependency",
+        lambda: stage.seen("reached", since=killed.at),
+        expected=PROBE_LEASE,
+    )[0]
+    stage.until("that call fails", lambda: stage.seen("failure", source=again.caller, since=again.at))
+    up = stage.switch("up")
+    stage.until(
+        "every worker's calls succeed again",
+        lambda: stage.each_worker("success", since=up.at),
+        at_least=2 * stage.beat,
+        expected=stage.reset_timeout,
+    )
+    # The first call that was answered has closed the circuit.
+    closed = stage.seen("left", state="up", since=up.at)[0].at
+    crowd = _most_at_once(stage, noticed, closed)
+    stage.note(f"from the prober's death to the next probe (probe_lease {PROBE_LEASE:g} s)", _s(again.at - killed.at))
+    stage.note("calls at the dependency at the same time, until the circuit closed", f"{crowd} at the most")
+    if stage.seen("failure", source=probe.caller, since=probe.at):
+        raise BrokenPromise("the prober was to be killed in the middle of its call; that was over (a busy machine?)")
+    # It asked for the probe after its last rejection, and had it for the whole lease.
+    asked = max(e.at for e in stage.seen("rejected", source=probe.caller) if e.at < probe.at)
+    if again.at < asked + PROBE_LEASE:
+        raise BrokenPromise("another worker took over before the lease of the dead prober had run out")
+    if crowd != 1:
+        raise BrokenPromise(f"{crowd} calls were at the dependency at the same time")
+
+
+def _most_at_once(stage: Stage, since: float, until: float) -> int:
+    there = most = 0
+    for event in sorted(stage.seen("reached") + stage.seen("left"), key=lambda e: e.at):
+        there += 1 if event.kind == "reached" else -1
+        if since <= event.at <= until:
+            most = max(most, there)
+    return most
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2f} s"
 
 
 def _ms(seconds: float) -> str:
@@ -86,4 +141,5 @@ ACTS = (
     Act("the dependency is healthy", healthy),
     Act(f"the dependency dies: {FAIL_MAX} failures, counted over all workers, open the circuit for all", outage),
     Act("the dependency is back: one probe closes the circuit for all", recovery),
+    Act("it hangs, and the worker that probes it is killed: another takes over, one call at a time", prober_killed),
 )

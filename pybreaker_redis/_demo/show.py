@@ -24,6 +24,7 @@ INTERVAL = 1.0
 class Tally:
     """What one worker has seen so far."""
 
+    #: Of its circuit; or ``killed``.
     state: str = "closed"
     success: int = 0
     failure: int = 0
@@ -39,7 +40,9 @@ class Show(ABC):
         self._start = time.monotonic()
         self._tallies: dict[str, Tally] = {}
         #: Calls that reached the dependency, by its health.
-        self._reached = {"up": 0, "down": 0}
+        self._reached = {"up": 0, "down": 0, "hanging": 0}
+        #: Workers whose calls are at the dependency at this moment.
+        self._there: set[str] = set()
 
     @abstractmethod
     def __enter__(self) -> Show: ...
@@ -51,14 +54,21 @@ class Show(ABC):
     def say(self, text: str) -> None:
         """Show a line that stays."""
 
+    def _who_is_there(self) -> str:
+        # A copy, because somebody may come or go meanwhile.
+        return ", ".join(sorted(self._there.copy())) or "nobody"
+
     def event(self, event: Event) -> None:
         """Count what happened; a change of state is a line of its own."""
         if event.kind == "reached":
             self._reached[event.state] += 1
+            self._there.add(event.caller)
+        elif event.kind == "left":
+            self._there.discard(event.caller)
         elif event.kind not in ("ready", "health"):
             tally = self._tallies.setdefault(event.source, Tally())
             tally.state = event.state
-            if event.kind == "state":
+            if event.kind in ("state", "killed"):
                 self.say(f"{event.at - self._start:7.2f} s  {event.source}: {event.state}")
             else:
                 setattr(tally, event.kind, getattr(tally, event.kind) + 1)
@@ -91,6 +101,7 @@ class Lines(Show):
                 f"{name} {tally.state}: {tally.success} ok, {tally.failure} failed, {tally.rejected} rejected"
                 for name, tally in sorted(self._tallies.items())
             )
+            figures += f" | at the dependency: {self._who_is_there()}"
             self.say(f"{event.at - self._start:7.2f} s  {figures}")
 
 

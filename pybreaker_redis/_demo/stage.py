@@ -15,14 +15,14 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pybreaker_redis._demo.events import parse
-from pybreaker_redis._demo.worker import Settings
+from pybreaker_redis._demo.events import Event, parse
+from pybreaker_redis._demo.worker import PATIENCE, PROBE_LEASE, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from pybreaker_redis._demo.events import Event, Kind
+    from pybreaker_redis._demo.events import Kind
     from pybreaker_redis._demo.show import Show
 
 #: How many worker processes there are.
@@ -30,6 +30,15 @@ WORKERS = 3
 
 #: Consecutive failures, of all workers together, that open the circuit.
 FAIL_MAX = 5
+
+#: Beats that the acts take, all together.
+BEATS = 8
+
+#: Seconds that the run takes beyond them: processes start, calls that hang give up, the lease of a dead prober ends.
+FIXED = PROBE_LEASE + 4 * PATIENCE
+
+#: Seconds of a beat, at least: less than this nobody could follow.
+SHORTEST_BEAT = 0.25
 
 #: Seconds, at most, between two looks at whether what an act waits for has come.
 TICK = 0.05
@@ -81,6 +90,12 @@ class Child:
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
 
+    def kill(self) -> None:
+        """End it without warning, and wait until everything that it has reported is in the inbox."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
     def close_input(self) -> None:
         """Ask it to end."""
         assert self._process.stdin
@@ -90,9 +105,7 @@ class Child:
         """Wait until it has ended, and see to it that it does."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(FAREWELL)
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
+        self.kill()
 
 
 class Stage:
@@ -101,15 +114,17 @@ class Stage:
     Args:
         url: The server that holds the circuit.
         namespace: The circuit.
-        seconds: How long the whole run is to last.
+        seconds: How long the whole run is to last, roughly.
         show: Is told everything.
     """
 
     def __init__(self, url: str, namespace: str, seconds: float, show: Show) -> None:
-        self.seconds = seconds
+        #: The time, in seconds, that the acts count in.
+        self.beat = max(SHORTEST_BEAT, (seconds - FIXED) / BEATS)
         #: Seconds that the circuit stays open.
-        self.reset_timeout = seconds / 5
-        self.names = tuple(f"worker {number}" for number in range(1, WORKERS + 1))
+        self.reset_timeout = self.beat
+        #: Those of the workers that are alive.
+        self.names = [f"worker {number}" for number in range(1, WORKERS + 1)]
         #: What the acts found out: a label and a value each.
         self.findings: list[tuple[str, str]] = []
         self._url = url
@@ -117,34 +132,46 @@ class Stage:
         self._show = show
         self._events: list[Event] = []
         self._inbox: queue.Queue[Event] = queue.Queue()
-        self._children: list[Child] = []
+        #: By name; also those that were killed.
+        self._children: dict[str, Child] = {}
+        self._port = 0
 
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as undo:
             undo.push(self)
-            self._start("dependency", "")
-            port = self.until("the dependency starts", lambda: self.seen("ready"))[0].port
+            self._children["dependency"] = Child("dependency", "", self._inbox)
+            self._port = self.until("the dependency starts", lambda: self.seen("ready"))[0].port
             for name in self.names:
-                settings = Settings(name, self._url, self._namespace, port, FAIL_MAX, self.reset_timeout)
-                self._start("worker", json.dumps(asdict(settings)))
+                self._start_worker(name)
             undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child in self._children:
+        for child in self._children.values():
             child.close_input()
-        for child in self._children:
+        for child in self._children.values():
             child.join()
 
-    def _start(self, module: str, argument: str) -> None:
-        self._children.append(Child(module, argument, self._inbox))
+    def _start_worker(self, name: str) -> None:
+        settings = Settings(name, self._url, self._namespace, self._port, FAIL_MAX, self.reset_timeout)
+        self._children[name] = Child("worker", json.dumps(asdict(settings)), self._inbox)
+
+    def replace(self, name: str) -> Event:
+        """Kill a worker without warning and start another one in its place; returns the moment of the kill."""
+        killed = Event(name, "killed", time.monotonic(), state="killed")
+        self._children[name].kill()
+        self._inbox.put(killed)
+        successor = f"worker {len(self._children)}"  # the dependency is one of them
+        self.names[self.names.index(name)] = successor
+        self._start_worker(successor)
+        return killed
 
     def switch(self, health: str) -> Event:
-        """Make the dependency ``up`` or ``down``; returns its confirmation."""
+        """Make the dependency ``up``, ``down`` or ``hanging``; returns its confirmation."""
         asked = time.monotonic()
-        self._children[0].tell(health)
+        self._children["dependency"].tell(health)
         return self.until(f"the dependency goes {health}", lambda: self.seen("health", since=asked))[0]
 
     def seen(self, kind: Kind, *, source: str = "", state: str = "", since: float = 0.0) -> list[Event]:
@@ -188,11 +215,16 @@ class Stage:
         while not (events := found()) or time.monotonic() < start + at_least:
             if time.monotonic() > start + max(at_least, expected) + GRACE:
                 raise BrokenPromise(f"did not happen in time: {promise}")
+            # All that is there before the next look: a look takes the longer the more has been reported.
             with contextlib.suppress(queue.Empty):
-                event = self._inbox.get(timeout=TICK)
-                self._events.append(event)
-                self._show.event(event)
+                self._take(self._inbox.get(timeout=TICK))
+                while True:
+                    self._take(self._inbox.get_nowait())
         return events
+
+    def _take(self, event: Event) -> None:
+        self._events.append(event)
+        self._show.event(event)
 
     def note(self, label: str, value: str) -> None:
         """Add a line to the summary."""

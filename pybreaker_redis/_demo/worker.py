@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 PACE = 0.05
 
 #: Seconds after which a call gives up.
-PATIENCE = 1.0
+PATIENCE = 0.5
+
+#: Seconds after which the probe of a worker that was killed is offered again.  Longer than any call.
+PROBE_LEASE = 2 * PATIENCE
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,15 @@ class Herald(CircuitBreakerListener):
         emit(Event(self._name, "state", time.monotonic(), state=new_state.name))
 
 
-def ask(port: int) -> None:
-    """Call the dependency.
+def ask(port: int, name: str) -> None:
+    """Call the dependency, and say who calls.
 
     Raises:
         ConnectionError: It is down.
+        TimeoutError: It hangs.
     """
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
-        connection.request("GET", "/")
+        connection.request("GET", "/", headers={"User-Agent": name})
         status = connection.getresponse().status
     if status != http.HTTPStatus.OK:
         raise ConnectionError(f"the dependency answered {status}")
@@ -81,7 +85,7 @@ def main() -> None:
     breaker = CircuitBreaker(
         fail_max=settings.fail_max,
         reset_timeout=settings.reset_timeout,
-        state_storage=CircuitRedisStorage("closed", client, namespace=settings.namespace),
+        state_storage=CircuitRedisStorage("closed", client, namespace=settings.namespace, probe_lease=PROBE_LEASE),
         listeners=[Herald(settings.name)],
         # The caller whose failure opens the circuit sees that failure, so "rejected" means: it was not even tried.
         throw_new_error_on_trip=False,
@@ -91,7 +95,7 @@ def main() -> None:
         outcome: Kind = "success"
         started = time.monotonic()
         try:
-            breaker.call(ask, settings.port)
+            breaker.call(ask, settings.port, settings.name)
         except CircuitBreakerError:
             outcome = "rejected"
         except OSError:
