@@ -8,9 +8,9 @@ its methods does so gives the operation its meaning:
 ==========================  =======================================  ================================================
 operation                   asked by                                 meaning
 ==========================  =======================================  ================================================
-`state` read                `call()`                                 admit: reports of this thread speak for this
+`state` read                a breaker, for a call                    admit: reports of this thread speak for this
                                                                      generation
-`increment_counter`         `_inc_counter()`                         the admitted call failed
+`increment_counter`         `_handle_error()`                        the admitted call failed
 `reset_counter`             `_handle_success()`                      the admitted call succeeded
 `reset_counter`             a closed state being built               noticed, or closing, which is already done: nothing
 `increment_success_…`       a half-open state                        the probe succeeded
@@ -34,19 +34,21 @@ from __future__ import annotations
 
 import secrets
 import sys
+from collections.abc import Callable
 from datetime import datetime
+from types import CodeType
 from typing import cast
 
 from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
 from pybreaker_redis import _frames
+from pybreaker_redis._arguments import check_state, lease_ms
 from pybreaker_redis._caller import Caller
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import (
     HALF_OPEN,
-    MAX_LEASE_MS,
     OPEN,
-    STATES,
+    Circuit,
     ClaimProbe,
     Close,
     CountProbe,
@@ -60,6 +62,8 @@ from pybreaker_redis._circuit import (
     Trip,
 )
 from pybreaker_redis._clock import from_ms, to_ms
+
+_TAKEN = "Another caller is testing the dependency, circuit breaker still open"
 
 #: Generation and token of what nobody was admitted for.
 BY_HAND = (None, "")
@@ -88,47 +92,63 @@ class IntentStorage(CircuitBreakerStorage):
 
     @property
     def state(self) -> str:
-        """``closed``, ``open`` or ``half-open``, the last only for the thread that is to probe."""
+        """``closed``, ``open`` or ``half-open``, the last only for the thread that is to probe.
+
+        Raises:
+            pybreaker.CircuitBreakerError: Asked for a call, while another thread probes through the same breaker.
+        """
+        if _frames.creates_breaker() and (unasked := self._state_unasked()):
+            return unasked
         caller = self._caller
         reply = self._ask(caller, Load())
         state = self._state_for(caller, reply)
+        breaker = _frames.reading_breaker()
+        if breaker is None:
+            return state
         if caller.telling:
-            breaker = _frames.breaker_that_tells()
-            if breaker is None:
-                caller.telling = False
-            elif _frames.compares_state("state", breaker):
+            told = _frames.told_breakers()
+            if breaker in told:
                 # A listener reads `breaker.state`, which tells all listeners whenever the storage disagrees with the
                 # breaker; that lasts until they have been told, so they would be told for ever.  Stock storages still
                 # have the old state at this moment, or recurse.
-                return str(breaker._state.name)
-        if state != OPEN and _frames.asks_for_a_call("state"):
+                return breaker._state.name
+            caller.telling = bool(told)
+        for_a_call = _frames.reads_for_a_call(breaker)
+        if state == OPEN and breaker._state.name == HALF_OPEN and self._is_probed(reply):
+            # Another thread probes through this very breaker.  To say "open" would tell all listeners so, and that it
+            # is half-open again at the next turn, though nothing has moved.
+            if for_a_call:
+                raise CircuitBreakerError(_TAKEN)
+            return HALF_OPEN
+        if state != OPEN and (for_a_call or not caller.in_flight):
+            # Others than the breaker may read its state to call it, too; but not in the middle of a call.
             caller.admit(reply.circuit.generation, reply.circuit.probe_token)
+            caller.in_flight = for_a_call
         return state
 
     @state.setter
     def state(self, state: str) -> None:
-        caller = self._caller
         check_state("state", state)
-        if _frames.asker("state") in (_frames.OPENS, _frames.HALF_OPENS, _frames.CLOSES):
-            return
-        self._put(caller, state)
+        if _frames.asker() not in (_frames.OPENS, _frames.HALF_OPENS, _frames.CLOSES):
+            self._put(self._caller, state)
 
     def increment_counter(self) -> None:
         """Count a failure."""
         caller = self._caller
-        if _frames.asker("increment_counter") is not _frames.COUNTS_FAILURE:
+        if _frames.asker() is not _frames.REPORTS_FAILURE:
             self._ask(caller, RecordFailure(*BY_HAND))
             return
-        caller.fence = self._admission(caller)
-        reply = self._ask(caller, RecordFailure(*caller.fence))
-        caller.refused, caller.fresh = not reply.accepted, False
+        caller.reported, caller.in_flight = self._admission(caller), False
+        reply = self._ask(caller, RecordFailure(*caller.reported))
+        caller.refused = not reply.accepted
         caller.count = reply.circuit.fail_counter if reply.accepted else 0
 
     def reset_counter(self) -> None:
         """Forget the failures."""
         caller = self._caller
-        asker = _frames.asker("reset_counter")
+        asker = _frames.asker()
         if asker is _frames.REPORTS_SUCCESS:
+            caller.in_flight = False
             self._ask(caller, RecordSuccess(*self._admission(caller)))
         elif asker is _frames.BUILDS_CLOSED:
             caller.telling = True
@@ -138,11 +158,10 @@ class IntentStorage(CircuitBreakerStorage):
     def increment_success_counter(self) -> None:
         """Count a success while half-open."""
         caller = self._caller
-        if _frames.asker("increment_success_counter") is not _frames.COUNTS_PROBE:
+        if _frames.asker() is not _frames.COUNTS_PROBE:
             self._ask(caller, CountProbe(*BY_HAND, self._lease_ms))
             return
         reply = self._ask(caller, CountProbe(*self._admission(caller), self._lease_ms))
-        caller.fresh = False
         caller.count = reply.circuit.success_counter if reply.accepted else 0
 
     def reset_success_counter(self) -> None:
@@ -152,18 +171,18 @@ class IntentStorage(CircuitBreakerStorage):
             pybreaker.CircuitBreakerError: This was the way into half-open, and somebody else has the probe.
         """
         caller = self._caller
-        asker = _frames.asker("reset_success_counter")
+        asker = _frames.asker()
         if asker is _frames.CLOSES:
-            probed = _frames.asked_through("reset_success_counter", _frames.COUNTS_PROBE)
+            probed = _frames.asked_through(_frames.COUNTS_PROBE)
             self._ask(caller, Close(*(self._admission(caller) if probed else BY_HAND)))
         elif asker is _frames.BUILDS_OPEN:
-            if _frames.asked_through("reset_success_counter", _frames.OPENS):
+            if _frames.asked_through(_frames.OPENS):
                 self._ask(caller, Trip(*caller.fence))
             caller.telling = True
         elif asker is _frames.BUILDS_HALF_OPEN:
-            if _frames.asked_through("reset_success_counter", _frames.CHECKS_TIMEOUT):
+            if _frames.asked_through(_frames.CHECKS_TIMEOUT):
                 self._claim_probe(caller)
-            elif _frames.asked_through("reset_success_counter", _frames.HALF_OPENS):
+            elif _frames.asked_through(_frames.HALF_OPENS):
                 self._ask(caller, ResetProbes())
                 self._put(caller, HALF_OPEN)
             caller.telling = True
@@ -173,18 +192,12 @@ class IntentStorage(CircuitBreakerStorage):
     @property
     def counter(self) -> int:
         """Consecutive failures; to the breaker that compares with `fail_max`, the count that its own failure made."""
-        caller = self._caller
-        if _frames.asker("counter") is _frames.COMPARES_FAILURES:
-            return caller.count
-        return self._ask(caller, Load()).circuit.fail_counter
+        return self._count(_frames.COMPARES_FAILURES, lambda circuit: circuit.fail_counter)
 
     @property
     def success_counter(self) -> int:
         """Consecutive successes while half-open; to the breaker that has just counted one, the count that it made."""
-        caller = self._caller
-        if _frames.asker("success_counter") is _frames.COUNTS_PROBE:
-            return caller.count
-        return self._ask(caller, Load()).circuit.success_counter
+        return self._count(_frames.COUNTS_PROBE, lambda circuit: circuit.success_counter)
 
     @property
     def opened_at(self) -> datetime | None:
@@ -195,27 +208,27 @@ class IntentStorage(CircuitBreakerStorage):
         caller = self._caller
         reply = self._ask(caller, Load())
         circuit = reply.circuit
-        if _frames.asker("opened_at") is _frames.CHECKS_TIMEOUT:
+        if _frames.asker() is _frames.CHECKS_TIMEOUT:
             caller.opened_generation = circuit.generation
         at_ms = circuit.opened_at_ms
         if circuit.state == HALF_OPEN and self._state_for(caller, reply) == OPEN:
-            at_ms = None if circuit.probe_is_free(reply.now_ms) else circuit.probe_until_ms
+            at_ms = circuit.probe_until_ms if self._is_probed(reply) else None
         return None if at_ms is None else from_ms(at_ms)
 
     @opened_at.setter
     def opened_at(self, at: datetime) -> None:
         caller = self._caller
-        if _frames.asker("opened_at") is not _frames.OPENS:
+        if _frames.asker() is not _frames.OPENS:
             if not isinstance(at, datetime):
                 msg = f"opened_at must be a datetime, not {at!r}"
                 raise TypeError(msg)
             self._ask(caller, self._set_opened_at(to_ms(at)))
             return
-        if not _frames.asked_through("opened_at", _frames.COMPARES_FAILURES, _frames.PROBE_FAILED):
-            caller.fence = BY_HAND
-        elif caller.refused:
+        failed = _frames.asked_through(_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
+        if failed and caller.refused:
             # The failure came too late to count, so nothing trips; the caller gets their own exception.
             raise cast("BaseException", sys.exc_info()[1])
+        caller.fence = caller.reported if failed else BY_HAND
 
     # Behind it ----------------------------------------------------------------------------------------------------
 
@@ -223,20 +236,30 @@ class IntentStorage(CircuitBreakerStorage):
         reply = self._execute(intent)
         if reply.event == "created" and reply.circuit.state == HALF_OPEN:
             # Whoever asked for a half-open circuit is its first prober, until somebody else claims.
-            caller.half_opened = reply.circuit.generation
+            caller.half_open(reply.circuit.generation)
         return reply
+
+    def _state_unasked(self) -> str | None:
+        """What to tell a breaker under construction, if the circuit is not to be asked for that."""
+        return None
+
+    def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
+        caller = self._caller
+        count, caller.count = caller.count, None
+        if count is not None and _frames.asker() is breakers:
+            return count
+        return read(self._ask(caller, Load()).circuit)
 
     def _put(self, caller: Caller, state: str) -> None:
         circuit = self._ask(caller, SetState(state)).circuit
         if state == HALF_OPEN:
-            caller.half_opened = circuit.generation
+            caller.half_open(circuit.generation)
 
     def _claim_probe(self, caller: Caller) -> None:
         token = secrets.token_hex(8)
         reply = self._ask(caller, ClaimProbe(caller.opened_generation, token, self._lease_ms))
         if not reply.accepted:
-            msg = "Another caller is testing the dependency, circuit breaker still open"
-            raise CircuitBreakerError(msg)
+            raise CircuitBreakerError(_TAKEN)
         caller.claim(reply.circuit.generation, token)
 
     def _admission(self, caller: Caller) -> tuple[int, str]:
@@ -246,31 +269,16 @@ class IntentStorage(CircuitBreakerStorage):
             return self._ask(caller, Load()).circuit.generation, ""
         return caller.generation, caller.token
 
+    def _is_probed(self, reply: Reply) -> bool:
+        return reply.circuit.state == HALF_OPEN and not reply.circuit.probe_is_free(reply.now_ms)
+
     def _state_for(self, caller: Caller, reply: Reply) -> str:
         circuit = reply.circuit
         if circuit.state != HALF_OPEN:
             return circuit.state
         if not circuit.probe_token:
-            return HALF_OPEN if caller.half_opened == circuit.generation else OPEN
-        # A claim that was never reported on admits its call even if the lease ended meanwhile: the report will be
-        # fenced off if somebody else has claimed.  Between probes an ended lease has to be claimed anew.
+            return HALF_OPEN if caller.may_try(circuit.generation) else OPEN
+        # A claim that has not admitted its call yet does so even if the lease has ended meanwhile: the report will be
+        # fenced off if somebody else has claimed.  Later an ended lease has to be claimed anew.
         live = caller.fresh or reply.now_ms < circuit.probe_until_ms
         return HALF_OPEN if live and caller.holds(circuit.probe_token) else OPEN
-
-
-def check_state(argument: str, state: str) -> None:
-    """Refuse a state that pybreaker does not know, naming the argument."""
-    if state not in STATES:
-        msg = f"{argument} must be one of {', '.join(map(repr, STATES))}, not {state!r}"
-        raise ValueError(msg)
-
-
-def lease_ms(probe_lease: float) -> int:
-    """Validate a lease in seconds; whole milliseconds."""
-    if isinstance(probe_lease, bool) or not isinstance(probe_lease, (int, float)):
-        msg = f"probe_lease must be a number of seconds, not {probe_lease!r}"
-        raise TypeError(msg)
-    if not 1 <= probe_lease * 1000 <= MAX_LEASE_MS:
-        msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {probe_lease!r}"
-        raise ValueError(msg)
-    return round(probe_lease * 1000)

@@ -207,6 +207,7 @@ class ClaimProbe(Intent):
     """Ask to be the one caller that tests a recovering dependency.
 
     Whether the reset timeout has passed is for the caller to know; the circuit knows that nobody else is probing.
+    Asked twice, as by a client that repeats what it got no answer to, it is granted twice.
 
     Attributes:
         generation: The generation that the caller saw open.
@@ -220,6 +221,8 @@ class ClaimProbe(Intent):
     script: ClassVar[str] = "claim_probe"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        if circuit.probe_token == self.token:
+            return Decision(True, circuit)
         if circuit.generation != self.generation or not (circuit.state == OPEN or circuit.probe_is_free(now_ms)):
             return Decision(False, circuit)
         # Successes collected by a prober that died still count; those from before the circuit opened do not.
@@ -235,9 +238,6 @@ class SetState(Intent):
     """By hand: put the circuit into a state, counters as they are.
 
     Half-open by hand takes the trial from whoever has it, be it claimed or made by hand too.
-
-    Attributes:
-        state: ``closed``, ``open`` or ``half-open``.
     """
 
     state: str

@@ -31,9 +31,13 @@ class Offset:
 
     Every answer that carries the server's time bounds the offset by the local times around it (F. Cristian,
     "Probabilistic clock synchronization", 1989).  Bounds that agree narrow each other, so a slow first contact does not
-    matter for long.  Bounds that contradict are not believed: then the local clock was moved, by a test or an
-    administrator, and whoever compares with it must see that it was.
+    matter for long.  Bounds that contradict mean that the local clock was moved, by a test or an administrator, or has
+    drifted.  They are not believed while somebody waits for a time to pass: who moved the clock must see it pass.  Nor
+    are they if they contradict by little, which changes nothing that matters.
     """
+
+    #: Difference that matters, milliseconds.
+    MATTERS = 100
 
     def __init__(self) -> None:
         self._bounds: tuple[float, float] | None = None
@@ -48,7 +52,7 @@ class Offset:
         """The lower bound; zero as long as nothing is known."""
         return self._bounds[0] if self._bounds else 0
 
-    def learn(self, server_ms: float, before_ms: float, after_ms: float) -> None:
+    def learn(self, server_ms: float, before_ms: float, after_ms: float, *, waiting: bool) -> None:
         """Take in an answer that was asked for at `before_ms` and had come by `after_ms`."""
         # The server's time has been cut to whole milliseconds.
         low, high = server_ms - after_ms, server_ms + 1 - before_ms
@@ -56,6 +60,12 @@ class Offset:
             self._bounds = low, high
         elif low <= self._bounds[1] and high >= self._bounds[0]:
             self._bounds = max(low, self._bounds[0]), min(high, self._bounds[1])
+        elif not waiting and not self._bounds[0] - self.MATTERS <= low <= self._bounds[1] + self.MATTERS:
+            self._bounds = low, high
+
+    def forget(self) -> None:
+        """It may be another server that answers next."""
+        self._bounds = None
 
     def set(self, ms: float) -> None:
         """Forget what was learned: it is this, as of now."""

@@ -4,29 +4,43 @@ Knows: the code of pybreaker's methods.  Does not know: storages, circuits.
 
 The storage interface has no word for "this is a failure", "I only noticed" or "I am closing": the same
 `reset_counter()` serves three of them.  The order of a thread's operations nearly tells them apart; it fails when a
-listener, a health check or the guarded function itself reads the breaker in between.  Who called does tell, always.
-It costs a few frames, only where a round trip follows anyway.  Names are those of pybreaker 1.4.
+listener, a health check or the guarded function itself reads the breaker in between.  Who called does tell.  It costs a
+few frames, only where a round trip follows anyway.
+
+Frames between a storage and the method of pybreaker 1.4 that asks are passed over: they are overrides and wrappers.
+The walk ends where a guarded function or a listener begins: what they ask for, they ask for by hand.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-from pybreaker import CircuitBreaker, CircuitClosedState, CircuitHalfOpenState, CircuitOpenState
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerListener,
+    CircuitBreakerState,
+    CircuitClosedState,
+    CircuitHalfOpenState,
+    CircuitOpenState,
+)
 
 
 def _code(function: Any) -> CodeType:
-    code: CodeType = getattr(function, "fget", function).__code__
+    # Monitoring agents wrap methods; what they wrap is what runs in the end.
+    code: CodeType = inspect.unwrap(getattr(function, "fget", function)).__code__
     return code
 
 
+_CREATES = _code(CircuitBreaker.__init__)
 OPENS = _code(CircuitBreaker.open)
 HALF_OPENS = _code(CircuitBreaker.half_open)
 CLOSES = _code(CircuitBreaker.close)
-COUNTS_FAILURE = _code(CircuitBreaker._inc_counter)
-REPORTS_SUCCESS = _code(CircuitClosedState._handle_success)
+REPORTS_FAILURE = _code(CircuitBreakerState._handle_error)
+REPORTS_SUCCESS = _code(CircuitBreakerState._handle_success)
 COMPARES_FAILURES = _code(CircuitClosedState.on_failure)
 PROBE_FAILED = _code(CircuitHalfOpenState.on_failure)
 COUNTS_PROBE = _code(CircuitHalfOpenState.on_success)
@@ -34,66 +48,90 @@ CHECKS_TIMEOUT = _code(CircuitOpenState.before_call)
 BUILDS_OPEN = _code(CircuitOpenState.__init__)
 BUILDS_HALF_OPEN = _code(CircuitHalfOpenState.__init__)
 BUILDS_CLOSED = _code(CircuitClosedState.__init__)
-_BUILDS = _code(CircuitBreaker._create_new_state)
-_READS_STATE = _code(CircuitBreaker.current_state)
+_ASKERS = frozenset(
+    (
+        OPENS,
+        HALF_OPENS,
+        CLOSES,
+        REPORTS_FAILURE,
+        REPORTS_SUCCESS,
+        COMPARES_FAILURES,
+        COUNTS_PROBE,
+        CHECKS_TIMEOUT,
+        BUILDS_OPEN,
+        BUILDS_HALF_OPEN,
+        BUILDS_CLOSED,
+    )
+)
+_TELLS_LISTENERS = _code(CircuitBreaker._create_new_state)
 _COMPARES_STATE = _code(CircuitBreaker.state)
-
-#: What `CircuitBreaker.call` and the coroutine within `call_async` are called, also in subclasses that override them.
-_CALLS = ("call", "wrapped")
-
-
-def asker(operation: str) -> CodeType:
-    """The code that asks a storage for an operation; to be called by that operation.
-
-    Args:
-        operation: Its name.  Frames of that name are passed over: they are overrides or wrappers of the storage.
-    """
-    return _asking_frame(operation).f_code
+#: Names under which `state` is read and passed on, by pybreaker and by overrides.
+_READS_STATE = ("state", "current_state")
+_RUNS_FUNCTION = frozenset((_code(CircuitBreakerState.call), _code(CircuitBreakerState.generator_call)))
+_LISTENS = frozenset(name for name in vars(CircuitBreakerListener) if not name.startswith("_"))
 
 
-def asked_through(operation: str, *codes: CodeType) -> bool:
-    """Whether one of `codes` is among the four callers behind the one that asks for an operation."""
-    frame: FrameType | None = _asking_frame(operation).f_back
-    for _ in range(4):
-        if frame is None:
-            break
-        if frame.f_code in codes:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def asks_for_a_call(operation: str) -> bool:
-    """Whether `state` is read to admit a call, not to look at the circuit."""
-    reader = _asking_frame(operation)
-    comparer = reader.f_back
-    if reader.f_code is not _READS_STATE or comparer is None or comparer.f_code is not _COMPARES_STATE:
-        return False
-    return comparer.f_back is not None and comparer.f_back.f_code.co_name in _CALLS
-
-
-def breaker_that_tells() -> CircuitBreaker | None:
-    """The breaker that is just telling its listeners of a new state, on this thread."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _BUILDS:
-            breaker: CircuitBreaker = frame.f_locals["self"]
-            return breaker
-        frame = frame.f_back
+def asker() -> CodeType | None:
+    """The method of pybreaker that asks the calling storage method for something; ``None``: somebody else does."""
+    for frame in _frames_of_pybreaker():
+        if frame.f_code in _ASKERS:
+            return frame.f_code
     return None
 
 
-def compares_state(operation: str, breaker: CircuitBreaker) -> bool:
-    """Whether `state` is read by `breaker.state`, which tells all listeners if the answer differs from its own."""
-    reader = _asking_frame(operation)
-    comparer = reader.f_back
-    if reader.f_code is not _READS_STATE or comparer is None or comparer.f_code is not _COMPARES_STATE:
-        return False
-    return comparer.f_locals["self"] is breaker
+def asked_through(*codes: CodeType) -> bool:
+    """Whether one of these methods is among those that led to the asking one."""
+    return any(frame.f_code in codes for frame in _frames_of_pybreaker())
 
 
-def _asking_frame(operation: str) -> FrameType:
-    frame = sys._getframe(2)
-    while frame.f_code.co_name == operation and frame.f_back is not None:
+def reading_breaker() -> CircuitBreaker | None:
+    """The breaker whose property `state` reads the calling storage's `state`, to compare it with its own."""
+    frame = _comparing_frame()
+    return frame.f_locals["self"] if frame else None
+
+
+def reads_for_a_call(breaker: CircuitBreaker) -> bool:
+    """Whether a method of the breaker reads `breaker.state`, as `call()` does to admit a call."""
+    return _behind_readers(sys._getframe(1)).f_locals.get("self") is breaker
+
+
+def told_breakers() -> list[CircuitBreaker]:
+    """The breakers that are telling their listeners of a new state just now, on this thread."""
+    told = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _TELLS_LISTENERS:
+            told.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return told
+
+
+def _frames_of_pybreaker() -> Iterator[FrameType]:
+    """The frames behind the calling storage method, up to where pybreaker runs something that is not its own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        listens = frame.f_code.co_name in _LISTENS and frame.f_code not in _ASKERS
+        if listens or frame.f_code in _RUNS_FUNCTION:
+            return
+        yield frame
+        frame = frame.f_back
+
+
+def creates_breaker() -> bool:
+    """Whether a breaker under construction reads the calling storage's `state`."""
+    return _behind_readers(sys._getframe(1)).f_code is _CREATES
+
+
+def _behind_readers(frame: FrameType) -> FrameType:
+    while frame.f_code.co_name in _READS_STATE and frame.f_back is not None:
         frame = frame.f_back
     return frame
+
+
+def _comparing_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in _READS_STATE:
+        if frame.f_code is _COMPARES_STATE:
+            return frame
+        frame = frame.f_back
+    return None

@@ -13,7 +13,8 @@ BASE = "pybreaker"
 #: The five values of a circuit, in the order in which the scripts take them.
 NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
 
-_TAG = re.compile(r"\{[^}]+\}")
+#: Redis looks at the first pair of braces only, and ignores it if there is nothing in it.
+_TAG = re.compile(r"[^{]*\{[^}]+\}")
 
 
 def circuit_keys(namespace: str | None, *, one_slot: bool) -> tuple[str, ...]:
@@ -24,6 +25,6 @@ def circuit_keys(namespace: str | None, *, one_slot: bool) -> tuple[str, ...]:
         one_slot: Cluster: put all keys into one slot by a hash tag.  A namespace that carries a tag keeps its own.
     """
     prefix = f"{namespace}:{BASE}" if namespace else BASE
-    if one_slot and not (namespace and _TAG.search(namespace)):
+    if one_slot and not (namespace and _TAG.match(namespace)):
         prefix = f"{{{namespace}}}:{BASE}" if namespace else f"{{{BASE}}}"
     return tuple(f"{prefix}:{name}" for name in NAMES)

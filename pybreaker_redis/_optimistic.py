@@ -9,11 +9,12 @@ import random
 import time
 from typing import Any
 
-from redis.exceptions import ResponseError, WatchError
+from redis.exceptions import WatchError
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit, Intent, Load
 from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, Found, Writes, believe, parse, writes
+from pybreaker_redis.errors import is_a
 
 #: Attempts before a contended circuit counts as out of reach.
 ATTEMPTS = 200
@@ -53,7 +54,9 @@ class OptimisticCarrier:
                 self._write(pipe, changes)
                 try:
                     pipe.execute()
-                except WatchError:
+                except Exception as error:
+                    if not is_a(error, "WatchError"):
+                        raise
                     time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.0002 * 2**attempt)))
                 else:
                     return reply
@@ -74,7 +77,9 @@ class OptimisticCarrier:
                 # Whatever bytes lie there are ours to judge: a client that decodes would fail on some of them.
                 options = {"NEVER_DECODE": True} if command[0] in ("MGET", "HMGET") else {}
                 answers.append(pipe.execute_command(*command, **options))
-            except ResponseError as error:
+            except Exception as error:
+                if not is_a(error, "ResponseError"):
+                    raise
                 answers.append(error)
         return answers
 
@@ -98,7 +103,7 @@ def _understand(answers: list[Any]) -> tuple[Found, int]:
             raise answer
     if plain[3] is None and opened_at_exists:
         plain = [*plain[:3], WRONG_TYPE]
-    wrong_type = isinstance(mark, ResponseError) and str(mark).startswith("WRONGTYPE")
+    wrong_type = isinstance(mark, Exception) and str(mark).startswith("WRONGTYPE")
     if isinstance(mark, Exception) and not wrong_type:
         raise mark
     found = parse(plain, (None,) * len(MARK_FIELDS) if wrong_type else mark, mark_is_hash=not wrong_type)

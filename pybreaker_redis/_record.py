@@ -109,8 +109,8 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
     """Repair what is damaged, adopt what somebody else moved, bring back what was lost.
 
     The mark is the memory of our last transition.  A process that knows a later one than the hash has seen the server
-    lose data, so its knowledge takes the place of the mark.  A state that differs from the mark was written by a stock
-    worker or with redis-cli: it is adopted as a transition of theirs.
+    lose data, so its knowledge takes the place of the mark, and of a state that agrees with the older mark.  A state
+    that differs from the mark was written by a stock worker or with redis-cli: it is adopted as a transition of theirs.
 
     Args:
         found: What was read.
@@ -125,7 +125,8 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
     if known is not None and known.generation > mark.generation:
         mark = known
     state, opened_at, event = found.state, found.opened_at, ""
-    if mark is known and mark.state != CLOSED and state in (None, CLOSED):
+    outdated = mark is known and found.mark is not None and found.mark.state == state
+    if outdated or (mark is known and mark.state != CLOSED and state in (None, CLOSED)):
         state, opened_at, event = mark.state, None, "restored"
     elif state is None:
         state = mark.state if found.mark is not None or mark.state != CLOSED else create

@@ -11,11 +11,9 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
-
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit, Intent
-from pybreaker_redis.errors import ScriptingUnavailable
+from pybreaker_redis.errors import ScriptingUnavailable, is_a
 
 #: How a script spells "by hand" and "never".
 _NONE = -1
@@ -43,10 +41,12 @@ class LuaCarrier:
         try:
             try:
                 answer = self.client.evalsha(digest, len(self._keys), *arguments)
-            except NoScriptError:
+            except Exception as error:
+                if not is_a(error, "NoScriptError"):
+                    raise
                 # First use on this server, or SCRIPT FLUSH, or a failover: EVAL leaves the script in the cache.
                 answer = self.client.eval(source, len(self._keys), *arguments)
-        except ResponseError as error:
+        except Exception as error:
             if _forbids_scripts(error):
                 raise ScriptingUnavailable(str(error)) from error
             raise
@@ -94,8 +94,8 @@ def _reply(answer: list[Any]) -> Reply:
     return Reply(bool(accepted), circuit, now_ms, event)
 
 
-def _forbids_scripts(error: ResponseError) -> bool:
+def _forbids_scripts(error: Exception) -> bool:
     text = str(error).lower()
-    return ("unknown command" in text or isinstance(error, NoPermissionError)) and (
+    return ("unknown command" in text or is_a(error, "NoPermissionError")) and (
         "'eval'" in text or "'evalsha'" in text or "`eval`" in text or "`evalsha`" in text
     )

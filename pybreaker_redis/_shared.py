@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit, Intent, Load, SetOpenedAt, Trip
+from pybreaker_redis._circuit import CLOSED, Circuit, Intent, Load, SetOpenedAt, Trip
 from pybreaker_redis._clock import Offset
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
@@ -60,20 +60,37 @@ class SharedCircuit:
         """Carry out an intent.
 
         Raises:
-            redis.exceptions.RedisError: No usable answer.
+            Exception: No usable answer; whatever the client raises then.
         """
         if isinstance(intent, SetOpenedAt):
             return self._set_opened_at(intent)
         before_ms = self._clock()
-        reply = self._carry_out(intent)
+        try:
+            reply = self._carry_out(intent)
+        except Exception:
+            self._offset.forget()
+            raise
         after_ms = self._clock()
         if isinstance(intent, Trip) and reply.accepted:
             # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
             # one, `opened_at` is found there.
             self._offset.set(reply.now_ms - after_ms)
         else:
-            self._offset.learn(reply.now_ms, before_ms, after_ms)
+            self._offset.learn(reply.now_ms, before_ms, after_ms, waiting=reply.circuit.state != CLOSED)
         return _by_local_clock(reply, self._offset.ms)
+
+    def check_writable(self) -> None:
+        """See whether the server takes writes, by one that changes nothing unless the circuit is gone.
+
+        Raises:
+            Exception: It does not.
+        """
+        self._get_carrier().client.setnx(self._keys[0], self._fallback_state)
+
+    @property
+    def last_known_state(self) -> str:
+        """The state that was seen last, or else that a new circuit begins in."""
+        return self._known.state if self._known else self._initial_state
 
     def _set_opened_at(self, intent: SetOpenedAt) -> Reply:
         if not self._offset.known:

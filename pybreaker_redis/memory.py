@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pybreaker_redis._adapter import IntentStorage, check_state
+from pybreaker_redis._adapter import IntentStorage
+from pybreaker_redis._arguments import check_state
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit, Decision, Intent, Load, SetOpenedAt, created
 from pybreaker_redis._clock import now_ms

@@ -1,6 +1,6 @@
 """A circuit that a fleet shares, and what a process does while nobody answers.
 
-Knows: the shared circuit, the guard, the circuit of one's own.  Does not know: commands, scripts, clocks.
+Knows: the shared circuit, the guard, the circuit of one's own.  Does not know: commands, scripts.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import logging
 import threading
 from typing import Any
 
-from pybreaker_redis._adapter import IntentStorage, check_state
+from pybreaker_redis._adapter import IntentStorage
+from pybreaker_redis._arguments import check_state
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Intent
+from pybreaker_redis._circuit import Intent, Load
 from pybreaker_redis._clock import now_ms
-from pybreaker_redis._guard import PAUSE, REDIS_ERRORS, Guard
+from pybreaker_redis._guard import Guard
 from pybreaker_redis._keys import BASE, circuit_keys
 from pybreaker_redis._shared import SharedCircuit
 from pybreaker_redis.memory import MemoryCarrier
@@ -64,8 +65,9 @@ class CircuitRedisStorage(IntentStorage):
             msg = f"namespace must be a str or None, not {namespace!r}"
             raise TypeError(msg)
         is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
-        if not is_client and not callable(redis_object):
-            msg = f"redis_object must be a Redis client or a callable that returns one, not {redis_object!r}"
+        asynchronous = is_client and "asyncio" in type(redis_object).__module__
+        if asynchronous or not (is_client or callable(redis_object)):
+            msg = f"redis_object must be a synchronous client or a callable that returns one, not {redis_object!r}"
             raise TypeError(msg)
         super().__init__("redis", probe_lease)
         self._circuit_name = namespace or BASE
@@ -87,13 +89,22 @@ class CircuitRedisStorage(IntentStorage):
     def _execute(self, intent: Intent) -> Reply:
         if self._guard.may_ask():
             try:
+                if self._guard.refuses_writes:
+                    self._shared.check_writable()
                 reply = self._shared.execute(intent)
-            except REDIS_ERRORS as error:
-                self._went_away(error)
+            except Exception as error:  # noqa: BLE001
+                # Clients of other libraries raise errors of their own, and callables that return a client whatever
+                # they like.  None of it may reach a guarded call; the log says what it was.
+                self._went_away(error, writing=not isinstance(intent, Load))
             else:
                 self._is_back()
                 return reply
         return self._execute_local(intent)
+
+    def _state_unasked(self) -> str:
+        # pybreaker's constructor reads the state.  Modules create breakers when they are imported, before settings are
+        # sure to be there and in masters that fork later: no time to connect.  The first call hears what is true.
+        return self._shared.last_known_state
 
     def _execute_local(self, intent: Intent) -> Reply:
         with self._lock:
@@ -103,14 +114,16 @@ class CircuitRedisStorage(IntentStorage):
             self._local_generation = reply.circuit.generation + 1
             return reply
 
-    def _went_away(self, error: Exception) -> None:
-        if self._guard.failed():
+    def _went_away(self, error: Exception, *, writing: bool) -> None:
+        pause = self._guard.failed(writing=writing)
+        if pause is not None:
             self.logger.warning(
-                "circuit %r: Redis gave no answer (%s: %s); using this process's own state, next attempt in %.1f s",
+                "circuit %r: Redis gave no usable answer (%s: %s); using this process's own state, "
+                "next attempt in %.1f s",
                 self._circuit_name,
                 type(error).__name__,
                 error,
-                PAUSE,
+                pause,
             )
 
     def _is_back(self) -> None:

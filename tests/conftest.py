@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_used] = {}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A fleet is many processes, and what it shows takes its time."""
+    for item in items:
+        if "fleet_of" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 def pytest_report_header() -> list[str]:
     """Say which servers there are before anything runs."""
     return servers.summary()

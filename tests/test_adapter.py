@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -654,6 +655,156 @@ def test_breaker_subclass_that_counts_differently_is_understood(storage_of):
     with pytest.raises(Down):
         breaker.call(overtaken)
     assert (storage.state, storage.counter) == ("closed", 0)
+
+
+class Passing(CircuitBreaker):
+    """Overrides what it can, and calls on."""
+
+    def half_open(self) -> None:
+        """As it is."""
+        super().half_open()
+
+    def open(self) -> bool:
+        """As it is."""
+        return super().open()
+
+    def close(self) -> None:
+        """As it is."""
+        super().close()
+
+    @property
+    def current_state(self) -> str:
+        """As it is."""
+        return super().current_state
+
+    def _create_new_state(self, *args: Any, **words: Any) -> Any:
+        return super()._create_new_state(*args, **words)
+
+    def _inc_counter(self) -> None:
+        self._state_storage.increment_counter()
+
+
+class Direct(CircuitBreaker):
+    """Has a way of its own to make a call."""
+
+    def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """By a method of its own."""
+        return self.guarded(func)
+
+    def guarded(self, func: Any) -> Any:
+        """Call without the lock."""
+        return self.state.call(func)
+
+
+class Wrapped(CircuitMemoryStorage):
+    """A storage as a monitoring agent leaves it."""
+
+
+for _name in ("increment_counter", "reset_counter", "increment_success_counter", "reset_success_counter"):
+
+    def _wrap(method: Any) -> Any:
+        @functools.wraps(method)
+        def timed(*args: Any) -> Any:
+            return method(*args)
+
+        return timed
+
+    setattr(Wrapped, _name, _wrap(getattr(CircuitMemoryStorage, _name)))
+
+
+@pytest.mark.parametrize(
+    ("breaker_class", "storage_class"),
+    [(Passing, CircuitMemoryStorage), (Direct, CircuitMemoryStorage), (CircuitBreaker, Wrapped)],
+)
+def test_extended_and_wrapped_classes_are_understood(breaker_class, storage_class):
+    """Found by review: a frame more between breaker and storage must not cost a trip, a fence or the one probe."""
+    storage = storage_class("closed")
+    breaker = breaker_class(fail_max=3, reset_timeout=0, success_threshold=2, state_storage=storage)
+    for _ in range(2):
+        fail(breaker, 2)
+        assert (storage.state, storage.counter) == ("closed", 2)
+        fail(breaker)
+        assert (storage.state, storage.counter) == ("open", 3)
+        assert breaker.call(up) == "answer"
+        assert (storage.state, storage.success_counter) == ("half-open", 1)
+        with pytest.raises(CircuitBreakerError):
+            in_thread(lambda: breaker.call(up))
+        assert breaker.call(up) == "answer"
+        assert (storage.state, storage.counter) == ("closed", 0)
+
+
+def test_two_breakers_and_a_listener_that_reads_both(storage_of):
+    """Found by review: each breaker that is telling keeps its old state for its own listeners."""
+    storage = storage_of()
+    breakers: list[CircuitBreaker] = []
+    told = []
+
+    class ReadsBoth(CircuitBreakerListener):
+        def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+            told.append(new_state.name)
+            assert [breaker.state.name for breaker in breakers]
+
+    listener = ReadsBoth()
+    breakers += [CircuitBreaker(fail_max=1, state_storage=storage, listeners=[listener]) for _ in range(2)]
+    with pytest.raises(CircuitBreakerError):
+        breakers[0].call(down)
+    assert told == ["open", "open"]
+
+
+def test_rejected_threads_of_the_probers_breaker_tell_nobody(storage_of):
+    """Found by review: the state is a thread's, the breaker is shared; nothing moves, so nobody is told."""
+    storage = storage_of("open")
+    listener = Looking()
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=20, state_storage=storage, listeners=[listener])
+    for _ in range(19):
+        assert breaker.call(up) == "answer"
+        with pytest.raises(CircuitBreakerError):
+            in_thread(lambda: breaker.call(up))
+        assert in_thread(lambda: breaker.state.name) == "half-open"
+    assert [told for told, _, _ in listener.seen] == ["half-open"]
+
+
+def test_probe_that_was_never_made_is_claimed_by_one(storage_of):
+    """Found by review: a claim admits one call; once its lease has ended, it admits none."""
+
+    class RaisesOnce(CircuitBreakerListener):
+        def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
+            cb.remove_listener(self)
+            raise RuntimeError
+
+    storage = storage_of("open", probe_lease=0.02)
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, listeners=[RaisesOnce()])
+    with pytest.raises(RuntimeError):
+        breaker.call(up)
+    wait_until(lambda: storage.opened_at is None)
+    assert storage.state == "open"
+
+
+def test_forked_children_do_not_share_a_trial_by_hand():
+    """Found by review: half-open in a master is no trial for each of its workers."""
+    storage = CircuitMemoryStorage("half-open")
+    assert storage.state == "half-open"
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if storage.state == "open" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_listener_that_opens_the_breaker_itself_opens_it_once(storage_of):
+    """Found by review: the trip of a failure is fenced by that failure, whatever its listeners do."""
+
+    class Opens(CircuitBreakerListener):
+        def failure(self, cb: Any, exc: BaseException) -> None:
+            cb.open()
+
+    storage = storage_of()
+    opened = []
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[Opens()])
+    execute = storage._execute
+    storage._execute = lambda intent: (opened.append(r := execute(intent)), r)[1]
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(down)
+    assert max(reply.circuit.generation for reply in opened) == 1
 
 
 @pytest.mark.parametrize(("make", "admitted"), [(StockMemoryStorage, 3), (CircuitMemoryStorage, 0)])

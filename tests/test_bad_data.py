@@ -211,6 +211,7 @@ def test_damaged_record_admits_or_rejects_as_its_repair_says(
         # What the process knows from before the record came to harm.
         lay(place.plain, keys, _as_left(_moved_to(before, place.now_ms())))
         breaker = place.breaker(namespace, create)
+        assert breaker.current_state in STATES
         known = Paper(found(place.plain, keys), place.now_ms()).execute(Load(), None, create).circuit
     now_ms = place.now_ms()
     values = laid(content, now_ms)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import redis
+import redis.asyncio
+import valkey
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._guard import PAUSE, Guard
+from pybreaker_redis._guard import LONGEST_ATTEMPT, PAUSE, Guard
 from pybreaker_redis.storage import LOCAL_GENERATIONS
 
 
@@ -58,7 +64,7 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
     assert breaker.call(up) == "answer"
     assert breaker.current_state == "closed"
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("circuit 'shop': Redis gave no answer (ConnectionError: ")
+    assert caplog.messages[0].startswith("circuit 'shop': Redis gave no usable answer (ConnectionError: ")
     assert caplog.messages[0].endswith("using this process's own state, next attempt in 1.0 s")
 
 
@@ -134,21 +140,125 @@ def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer)
     client.close()
 
 
-def test_guard_asks_once_a_pause():
-    """After a failure nobody asks for a while; then one answer is enough."""
+def test_guard_lets_one_ask_at_a_time():
+    """After a failure nobody asks for a while, then one; as long as that takes, nobody else does."""
     clock = [0.0]
     guard = Guard(lambda: clock[0])
     assert guard.may_ask()
     assert guard.answered() is None
-    assert guard.failed()
+    assert guard.failed(writing=False) == PAUSE
     assert not guard.may_ask()
-    clock[0] = PAUSE
+    clock[0] = 2.0
     assert guard.may_ask()
-    assert not guard.failed()
     assert not guard.may_ask()
-    clock[0] = 2 * PAUSE
-    assert guard.answered() == 2 * PAUSE
+    clock[0] = 7.0
+    assert guard.failed(writing=False) is None
+    clock[0] = 11.9
+    assert not guard.may_ask(), "it pauses for as long as the attempt took"
+    clock[0] = 12.0
     assert guard.may_ask()
+    clock[0] += LONGEST_ATTEMPT
+    assert guard.may_ask(), "an attempt that never ended is not waited for without end"
+    assert guard.answered() == 12.0 + LONGEST_ATTEMPT
+    assert guard.answered() is None
+    assert guard.may_ask()
+
+
+def test_guard_survives_answers_that_come_together():
+    """Found by review: two threads with the first answers after an outage used to collide."""
+    guard = Guard()
+    gone: list[float] = []
+
+    def answer() -> None:
+        for _ in range(2_000):
+            guard.failed(writing=True)
+            seconds = guard.answered()
+            if seconds is not None:
+                gone.append(seconds)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for done in [pool.submit(answer) for _ in range(6)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert gone
+    assert not guard.refuses_writes
+
+
+def test_redis_that_takes_no_writes_is_away_until_it_does(server: PrivateServer, caplog):
+    """Answers to reads end no outage that a refused write began: the dead dependency stays spared, the log short."""
+    caplog.set_level(logging.INFO, "pybreaker_redis")
+    clock = [100.0]
+    with contextlib.closing(server.client()) as client:
+        storage = CircuitRedisStorage("closed", client, namespace="shop")
+        storage._guard = Guard(lambda: clock[0])
+        breaker = CircuitBreaker(fail_max=2, reset_timeout=60, state_storage=storage)
+        assert breaker.call(up) == "answer"
+        client.replicaof("127.0.0.1", 1)
+        reached = 0
+        for _ in range(20):
+            clock[0] += PAUSE
+            try:
+                breaker.call(down)
+            except Down:
+                reached += 1
+            except CircuitBreakerError as error:
+                reached += "reached" in str(error)
+        assert reached <= 3
+        assert breaker.current_state == "open"
+        assert len(caplog.messages) == 1
+        assert "read only replica" in caplog.messages[0]
+        client.replicaof("no", "one")
+        clock[0] += PAUSE
+        assert breaker.current_state == "closed"
+        assert len(caplog.messages) == 2
+        assert caplog.messages[1].startswith("circuit 'shop': Redis answers again after ")
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        lambda: None,
+        lambda: 1 / 0,
+        MagicMock(),
+        valkey.Valkey(unix_socket_path="/nobody.sock"),
+    ],
+    ids=["nothing", "raises", "mock", "valkey, dead"],
+)
+def test_nothing_that_a_client_does_reaches_a_call(client, caplog):
+    """Whatever is wrong with the client, calls are made and guarded; the log says what it was."""
+    breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client))
+    assert breaker.call(up) == "answer"
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(down)
+    assert len(caplog.messages) == 1
+
+
+def test_valkey_client_works(server: PrivateServer, caplog):
+    """Its errors are not those of redis-py, and mean the same."""
+    with contextlib.closing(valkey.Valkey(unix_socket_path=server.unix_socket)) as client:
+        breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client, "shop"))
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(down)
+        assert client.get("shop:pybreaker:state") == b"open"
+    assert caplog.messages == []
+
+
+def test_creating_breakers_asks_for_no_client():
+    """A module may create its breakers when it is imported, before settings are there and in a master that forks."""
+    storage = CircuitRedisStorage("closed", lambda: pytest.fail("asked for a client"))
+    assert CircuitBreaker(state_storage=storage)._state.name == "closed"
+
+
+def test_breaker_created_late_begins_as_last_known(server: PrivateServer):
+    """Creating a second breaker is no look at the circuit, either."""
+    with contextlib.closing(server.client()) as client:
+        storage = CircuitRedisStorage("closed", client)
+        CircuitBreaker(state_storage=storage).open()
+        assert CircuitBreaker(state_storage=storage)._state.name == "open"
 
 
 @pytest.mark.parametrize(
@@ -157,8 +267,9 @@ def test_guard_asks_once_a_pause():
         ({"state": "ajar"}, ValueError, "state must be one of 'closed', 'open', 'half-open', not 'ajar'"),
         ({"fallback_circuit_state": None}, ValueError, "fallback_circuit_state must be one of .*, not None"),
         ({"namespace": b"shop"}, TypeError, "namespace must be a str or None, not b'shop'"),
-        ({"redis_object": None}, TypeError, "redis_object must be a Redis client or a callable .*, not None"),
+        ({"redis_object": None}, TypeError, "redis_object must be a synchronous client or a callable .*, not None"),
         ({"redis_object": "redis://"}, TypeError, "redis_object must be .*, not 'redis://'"),
+        ({"redis_object": redis.asyncio.Redis()}, TypeError, "redis_object must be a synchronous client"),
         ({"probe_lease": "30"}, TypeError, "probe_lease must be a number of seconds, not '30'"),
     ],
 )

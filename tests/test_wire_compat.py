@@ -361,6 +361,7 @@ def some_client(request: pytest.FixtureRequest) -> Iterator[Any]:
 def test_untroubled_circuit_has_exactly_the_keys_of_stock(some_client: Any) -> None:
     """Created, used, failing below the threshold: three keys, with the values that stock would have there."""
     breaker = ours(some_client)
+    assert breaker.current_state == CLOSED
     expected = {key(name).encode(): b"0" for name in ("fail_counter", "success_counter")}
     expected[key("state").encode()] = b"closed"
 
@@ -388,8 +389,8 @@ def test_troubled_circuit_has_one_key_more_than_stock(some_client: Any) -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_circuit_created_in_any_state_is_one_that_stock_takes_over(some_client: Any, state: str) -> None:
-    """Also one that nobody has ever used."""
-    ours(some_client, state)
+    """Also one that was only ever looked at."""
+    assert ours(some_client, state).current_state == state
     assert_stock_can_parse(values(some_client))
     breaker = stock(some_client)
     assert breaker.current_state == state
@@ -412,7 +413,7 @@ def test_names_of_keys_are_those_of_stock(client: redis.Redis, namespace: str | 
     CircuitBreaker(state_storage=pybreaker.CircuitRedisStorage(CLOSED, client, namespace))
     theirs = sorted(client.keys("*"))
     client.flushall()
-    CircuitBreaker(state_storage=CircuitRedisStorage(CLOSED, client, namespace))
+    assert CircuitBreaker(state_storage=CircuitRedisStorage(CLOSED, client, namespace)).current_state == CLOSED
     assert sorted(client.keys("*")) == theirs
 
 

@@ -133,7 +133,8 @@ local function believe()
             probe_token = ARGV[5], probe_until_ms = tonumber(ARGV[6])}
   end
   local state, opened_at, event = found.state, found.opened_at, ''
-  if lost and mark.state ~= 'closed' and (not state or state == 'closed') then
+  local outdated = lost and found.mark and found.mark.state == state
+  if outdated or (lost and mark.state ~= 'closed' and (not state or state == 'closed')) then
     state, opened_at, event = mark.state, nil, 'restored'
   elseif not state then
     state = (found.mark or mark.state ~= 'closed') and mark.state or ARGV[1]

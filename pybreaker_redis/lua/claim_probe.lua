@@ -1,7 +1,7 @@
 -- claim_probe: hand the one half-open probe to one caller.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
 -- ARGV[7]     generation  that the caller saw open
--- ARGV[8]     token       unique per claim
+-- ARGV[8]     token       unique per claim; a claim that a client repeats is granted again
 -- ARGV[9]     lease_ms    until an unreported probe is offered again, > 0
 -- RETURNS     {accepted 0|1, record…}
 -- TIME        the server's; clocks of callers are never compared
@@ -10,6 +10,7 @@
 local generation, token, lease_ms = tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
 
 return run(function()
+  if circuit.probe_token == token then return true end
   if circuit.generation ~= generation or not (circuit.state == 'open' or probe_is_free()) then return false end
   -- Successes collected by a prober that died still count; those from before the circuit opened do not.
   if circuit.state == 'open' then circuit.success_counter = 0 end

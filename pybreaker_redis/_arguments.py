@@ -1,0 +1,26 @@
+"""Is this what a caller may give?
+
+Knows: what is accepted.  Does not know: what it is for.
+"""
+
+from __future__ import annotations
+
+from pybreaker_redis._circuit import MAX_LEASE_MS, STATES
+
+
+def check_state(argument: str, state: str) -> None:
+    """Refuse a state that pybreaker does not know, naming the argument."""
+    if state not in STATES:
+        msg = f"{argument} must be one of {', '.join(map(repr, STATES))}, not {state!r}"
+        raise ValueError(msg)
+
+
+def lease_ms(probe_lease: float) -> int:
+    """Validate a lease in seconds; whole milliseconds."""
+    if isinstance(probe_lease, bool) or not isinstance(probe_lease, (int, float)):
+        msg = f"probe_lease must be a number of seconds, not {probe_lease!r}"
+        raise TypeError(msg)
+    if not 1 <= probe_lease * 1000 <= MAX_LEASE_MS:
+        msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {probe_lease!r}"
+        raise ValueError(msg)
+    return round(probe_lease * 1000)
