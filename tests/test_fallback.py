@@ -12,7 +12,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import redis
-import redis.asyncio
 import valkey
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
@@ -20,10 +19,20 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._guard import LONGEST_ATTEMPT, PAUSE, Guard
 from pybreaker_redis.storage import LOCAL_GENERATIONS
+from tests.servers import ONCE
 
 
 class Down(Exception):
     """The dependency is down."""
+
+
+class Asynchronous:
+    """As far as can be seen, an asynchronous client."""
+
+    __module__ = "redis.asyncio.client"
+
+    def evalsha(self) -> None:
+        """There is one."""
 
 
 def up() -> str:
@@ -38,7 +47,7 @@ def down() -> None:
 
 def refusing_client(directory: Any) -> redis.Redis:
     """A client of a server that is not there."""
-    return redis.Redis(unix_socket_path=str(directory / "nobody.sock"), retry=None)
+    return redis.Redis(unix_socket_path=str(directory / "nobody.sock"), **ONCE)
 
 
 def test_constructing_does_no_io(tmp_path):
@@ -85,7 +94,7 @@ def test_shared_circuit_is_used_again_once_redis_answers(killable_server: Privat
     """Reports of calls from before, during and after an outage count where they belong, and the log says when."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     clock = [100.0]
-    client = killable_server.client(retry=None)
+    client = killable_server.client(**ONCE)
     storage = CircuitRedisStorage("closed", client)
     storage._guard = Guard(lambda: clock[0])
     breaker = CircuitBreaker(fail_max=5, state_storage=storage)
@@ -121,7 +130,7 @@ def test_shared_circuit_is_used_again_once_redis_answers(killable_server: Privat
 def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer):
     """What a process thought in the last outage is not what it thinks in the next; nor are their generations alike."""
     clock = [100.0]
-    client = killable_server.client(retry=None)
+    client = killable_server.client(**ONCE)
     storage = CircuitRedisStorage("closed", client)
     storage._guard = Guard(lambda: clock[0])
     breaker = CircuitBreaker(state_storage=storage)
@@ -197,7 +206,7 @@ def test_redis_that_takes_no_writes_is_away_until_it_does(server: PrivateServer,
         storage._guard = Guard(lambda: clock[0])
         breaker = CircuitBreaker(fail_max=2, reset_timeout=60, state_storage=storage)
         assert breaker.call(up) == "answer"
-        client.replicaof("127.0.0.1", 1)
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
         reached = 0
         for _ in range(20):
             clock[0] += PAUSE
@@ -211,7 +220,7 @@ def test_redis_that_takes_no_writes_is_away_until_it_does(server: PrivateServer,
         assert breaker.current_state == "open"
         assert len(caplog.messages) == 1
         assert "read only replica" in caplog.messages[0]
-        client.replicaof("no", "one")
+        client.execute_command("REPLICAOF", "no", "one")
         clock[0] += PAUSE
         assert breaker.current_state == "closed"
         assert len(caplog.messages) == 2
@@ -269,7 +278,7 @@ def test_breaker_created_late_begins_as_last_known(server: PrivateServer):
         ({"namespace": b"shop"}, TypeError, "namespace must be a str or None, not b'shop'"),
         ({"redis_object": None}, TypeError, "redis_object must be a synchronous client or a callable .*, not None"),
         ({"redis_object": "redis://"}, TypeError, "redis_object must be .*, not 'redis://'"),
-        ({"redis_object": redis.asyncio.Redis()}, TypeError, "redis_object must be a synchronous client"),
+        ({"redis_object": Asynchronous()}, TypeError, "redis_object must be a synchronous client"),
         ({"probe_lease": "30"}, TypeError, "probe_lease must be a number of seconds, not '30'"),
     ],
 )

@@ -299,3 +299,19 @@ def test_whole_life_of_a_circuit_needs_no_script(scriptless: redis.Redis, client
     first.call(probe)
     assert first.current_state == second.current_state == CLOSED
     assert client.hget(KEYS[4], "generation") == b"3"
+
+
+@pytest.mark.parametrize("step", ["execute_command", "execute"])
+def test_connection_lost_in_a_transaction_is_raised(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Only being overtaken is a reason to try again here, and only a wrong type one to read on."""
+    original = getattr(redis.client.Pipeline, step)
+
+    def lost(self: Any, *args: Any, **options: Any) -> Any:
+        if step == "execute" or args[0] == "HMGET":
+            raise redis.ConnectionError("lost")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(redis.client.Pipeline, step, lost)
+    carrier = OptimisticCarrier(fakeredis.FakeStrictRedis(), circuit_keys("lost", one_slot=False))
+    with pytest.raises(redis.ConnectionError, match="lost"):
+        carrier.execute(RecordFailure(None, ""), None, CLOSED)

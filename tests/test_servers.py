@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -23,9 +21,6 @@ from pybreaker_redis._demo.server import PrivateServer, free_port
 from tests import servers
 
 ROOT = Path(__file__).parent.parent
-
-#: How a client is told not to try again.  redis-py 3 never does, and does not know the word.
-ONCE: dict[str, Any] = {"retry": None} if "retry" in inspect.signature(redis.Redis).parameters else {}
 
 every_binary = pytest.mark.parametrize("found", servers.at_hand(), ids=servers.name_of)
 
@@ -67,7 +62,7 @@ def pid_of(client: redis.Redis) -> int:
 
 def impatient(server: PrivateServer) -> redis.Redis:
     """A client that waits for half a second and does not try again."""
-    return server.client(socket_timeout=0.5, **ONCE)
+    return server.client(socket_timeout=0.5, **servers.ONCE)
 
 
 @pytest.mark.parametrize("package", servers.EXPECTED)
@@ -210,7 +205,7 @@ def test_server_of_a_killed_process_dies_with_it(found):
         parent.kill()
         parent.communicate()
     with pytest.raises(redis.ConnectionError):
-        redis.Redis(unix_socket_path=unix_socket, **ONCE).ping()
+        redis.Redis(unix_socket_path=unix_socket, **servers.ONCE).ping()
     with PrivateServer(found.binary):
         assert not Path(unix_socket).parent.exists()
 
