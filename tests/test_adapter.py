@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListene
 from pybreaker import CircuitMemoryStorage as StockMemoryStorage
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis.memory import MemoryCarrier
 
 
 class Down(Exception):
@@ -826,3 +828,106 @@ def test_memory_lets_one_block_probe_where_stock_lets_all(make, admitted):
         assert len(entered) == admitted
         for block in entered:
             block.__exit__(None, None, None)
+
+
+# -- found by changing the code: see `tox -e mutation` ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lease", [0.001, 86400, 86400.0])
+def test_lease_at_either_limit_is_accepted(lease):
+    """The limits that the error names are themselves allowed."""
+    storage = CircuitMemoryStorage("open", probe_lease=lease)
+    CircuitBreaker(reset_timeout=0, state_storage=storage).call(up)
+    assert storage.state == "closed"
+
+
+@pytest.mark.parametrize("lease", [0.0001, 86400.001])
+def test_lease_beyond_a_limit_is_refused_and_both_limits_named(lease):
+    """One millisecond more is too much, and the reader learns what is not."""
+    with pytest.raises(ValueError, match=r"must lie between 0\.001 and 86400 seconds"):
+        CircuitMemoryStorage("closed", probe_lease=lease)
+
+
+def test_late_success_of_a_probe_tells_no_listener(storage_of):
+    """Nobody hears of a close that was not granted."""
+    storage = storage_of("open")
+    listener = Looking()
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, listeners=[listener])
+    assert breaker.call(lambda: in_thread(CircuitBreaker(state_storage=storage).open)) is True
+    assert [told for told, _, _ in listener.seen] == ["half-open"]
+
+
+@pytest.mark.parametrize("state", ["closed", "open"])
+def test_late_failure_surfaces_as_the_very_exception(storage_of, state):
+    """What the dependency said comes with the exception, so it must be that one, not another of its kind."""
+    storage = storage_of(state)
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage)
+    error = Down("it")
+
+    def overtaken() -> None:
+        in_thread(CircuitBreaker(state_storage=storage).open)
+        raise error
+
+    with pytest.raises(Down) as caught:
+        breaker.call(overtaken)
+    assert caught.value is error
+
+
+def memory_at(clock: Callable[[], float], **words: Any) -> CircuitMemoryStorage:
+    """An open circuit in memory whose time, in milliseconds, is told."""
+    storage = CircuitMemoryStorage("open", **words)
+    storage._carrier = MemoryCarrier("open", clock)
+    return storage
+
+
+def test_claim_just_won_admits_its_call_although_the_lease_is_over_already():
+    """On a machine so slow that every look at the clock takes longer than the lease, calls still get through."""
+    storage = memory_at(count(0, 1_000_000).__next__, probe_lease=1)
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage)
+    assert breaker.call(up) == "answer"
+    assert storage.success_counter == 1
+    assert breaker.call(up) == "answer"
+    assert storage.state == "closed"
+
+
+def test_idle_prober_loses_its_lease_at_the_very_instant_others_may_claim():
+    """There is no instant at which one thread still holds the probe and another may have it."""
+    now = 1_000_000.0
+    storage = memory_at(lambda: now, probe_lease=1)
+    CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage).call(up)
+    now += 999
+    assert storage.state == "half-open"
+    assert in_thread(lambda: storage.opened_at) is not None
+    now += 1
+    assert storage.state == "open"
+    assert in_thread(lambda: storage.opened_at) is None
+
+
+@pytest.mark.parametrize("before", [None, up, down])
+def test_call_made_from_outside_through_the_state_counts_for_its_own_generation(storage_of, before):
+    """`breaker.state.call(f)` by somebody else than the breaker is a call too, whatever this thread called before."""
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=5, state_storage=storage)
+    if before:
+        with suppress(Down):
+            breaker.call(before)
+        in_thread(breaker.open)
+        in_thread(breaker.close)
+    with pytest.raises(Down):
+        breaker.state.call(down)
+    assert storage.counter == 1
+
+
+def test_call_made_from_outside_through_the_state_is_fenced(storage_of):
+    """Its late failure counts no more than that of any other call."""
+    storage = storage_of()
+    breaker = CircuitBreaker(fail_max=5, state_storage=storage)
+
+    def overtaken() -> None:
+        in_thread(breaker.open)
+        in_thread(breaker.close)
+        raise Down
+
+    with pytest.raises(Down):
+        breaker.state.call(overtaken)
+    assert storage.counter == 0

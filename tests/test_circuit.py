@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError, fields, replace
+from math import prod
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,12 +17,14 @@ from pybreaker_redis._circuit import (
     CLOSED,
     HALF_OPEN,
     INTENTS,
+    MAX_COUNT,
     OPEN,
     STATES,
     Circuit,
     ClaimProbe,
     Close,
     CountProbe,
+    Decision,
     Fenced,
     Intent,
     Load,
@@ -390,3 +396,46 @@ def test_fields_of_circuit_are_those_of_the_record() -> None:
         "probe_token",
         "probe_until_ms",
     ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Circuit(),
+        Decision(True, closed),
+        Load(),
+        *FENCED,
+        ClaimProbe(7, "", 1),
+        SetState(OPEN),
+        SetOpenedAt(0),
+        ResetProbes(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
+    """Whoever is handed one may keep it; a slip of the pen in a name is an error, not a new attribute."""
+    for field in fields(value):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, field.name, None)
+    assert not hasattr(value, "__dict__")
+
+
+@pytest.mark.parametrize("name", ["MAX_LEASE_MS", "MAX_COUNT"])
+def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
+    """What one of them calls damage, the other does not count on from."""
+    scripts = Path(_circuit.__file__).with_name("lua") / "circuit.lua"
+    said = re.search(rf"^local {name} = ([\d *^]+)$", scripts.read_text(encoding="utf-8"), re.MULTILINE)
+    assert said
+    factors = [[int(number) for number in factor.split("^")] for factor in said[1].split("*")]
+    assert getattr(_circuit, name) == prod(pow(*factor) if len(factor) == 2 else factor[0] for factor in factors)
+
+
+def test_largest_count_is_reached_and_is_its_own_successor() -> None:
+    """A number beyond it could not be read again, and would be repaired for ever."""
+    last = MAX_COUNT - 1
+    full = replace(probed, fail_counter=last, success_counter=last, generation=last)
+    below = replace(full, fail_counter=last - 1, success_counter=last - 1, generation=last - 1)
+    for circuit in (below, full):
+        assert granted(RecordFailure(None, ""), circuit).fail_counter == last
+        assert granted(CountProbe(None, "", 500), circuit).success_counter == last
+        assert granted(Trip(None, ""), circuit).generation == last
