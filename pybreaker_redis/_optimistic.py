@@ -9,6 +9,7 @@ import random
 import time
 from typing import Any
 
+import redis
 from redis.exceptions import WatchError
 
 from pybreaker_redis._carrier import Reply
@@ -21,6 +22,9 @@ ATTEMPTS = 200
 #: Longest pause between two attempts, seconds.
 LONGEST_PAUSE = 0.02
 
+#: Whether redis-py can be asked not to decode the answer to a single command.
+CAN_LEAVE_UNDECODED = hasattr(redis.client, "NEVER_DECODE")
+
 
 class OptimisticCarrier:
     """A circuit in Redis, moved by transactions: a load is one round trip, anything else about seven."""
@@ -28,7 +32,7 @@ class OptimisticCarrier:
     mode = "optimistic"
 
     def __init__(self, client: Any, keys: tuple[str, ...]) -> None:
-        self.client = client
+        self.client = _undecoded(client)
         self._keys = keys
 
     def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
@@ -94,6 +98,15 @@ class OptimisticCarrier:
             pipe.delete(keys["circuit"])
         if changes.mark:
             pipe.hset(keys["circuit"], mapping=changes.mark)
+
+
+def _undecoded(client: Any) -> Any:
+    """The client, or one of the same server: redis-py 3, if it decodes, cannot be asked not to for a single command."""
+    pool = getattr(client, "connection_pool", None)
+    if CAN_LEAVE_UNDECODED or not pool or not pool.connection_kwargs.get("decode_responses"):
+        return client
+    words = {**pool.connection_kwargs, "decode_responses": False}
+    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **words))
 
 
 def _understand(answers: list[Any]) -> tuple[Found, int]:

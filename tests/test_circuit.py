@@ -18,6 +18,7 @@ from pybreaker_redis._circuit import (
     HALF_OPEN,
     INTENTS,
     MAX_COUNT,
+    MAX_LEASE_MS,
     OPEN,
     STATES,
     Circuit,
@@ -36,6 +37,7 @@ from pybreaker_redis._circuit import (
     Trip,
     created,
 )
+from pybreaker_redis._record import believe, parse
 from tests.records import Wish, circuits, states, wishes
 
 NOW = 1_000_000_000_000
@@ -439,3 +441,38 @@ def test_largest_count_is_reached_and_is_its_own_successor() -> None:
         assert granted(RecordFailure(None, ""), circuit).fail_counter == last
         assert granted(CountProbe(None, "", 500), circuit).success_counter == last
         assert granted(Trip(None, ""), circuit).generation == last
+
+
+class TestRecord:
+    """Corners of `_record.py` that random records hardly ever reach."""
+
+    def test_count_is_read_up_to_the_limit_and_not_from_there_on(self) -> None:
+        """The limit itself is damage, as in the scripts."""
+        for number, read in ((MAX_COUNT - 1, MAX_COUNT - 1), (MAX_COUNT, None), (MAX_COUNT + 1, None)):
+            found = parse((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0"))
+            assert found.fail_counter == read
+            assert (found.mark is None) == (read is None)
+
+    def test_opened_by_others_without_saying_when_is_open_from_now_on(self) -> None:
+        """The time of an earlier spell would let a probe through at once."""
+        found = parse((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0"))
+        assert believe(found, None, CLOSED, NOW).circuit == Circuit(OPEN, opened_at_ms=NOW, generation=4)
+
+    def test_closed_by_others_remembers_when_it_was_open(self) -> None:
+        """A lost time is restored from the mark as long as it holds nobody up."""
+        found = parse((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0"))
+        assert believe(found, None, CLOSED, NOW).circuit == Circuit(CLOSED, opened_at_ms=1000, generation=4)
+
+    @pytest.mark.parametrize(("state", "marked"), [(CLOSED, CLOSED), (OPEN, OPEN), (HALF_OPEN, OPEN)])
+    def test_prober_is_believed_only_of_a_half_open_circuit_of_our_own(self, state: str, marked: str) -> None:
+        """A token that was left where nobody can probe gives nobody the probe."""
+        found = parse((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10)))
+        circuit = believe(found, None, CLOSED, NOW).circuit
+        assert (circuit.state, circuit.probe_token, circuit.probe_until_ms) == (state, "", 0)
+
+    @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + MAX_LEASE_MS), (1, 0)])
+    def test_longest_lease_is_believed_and_a_longer_one_is_over(self, beyond: int, until_ms: int) -> None:
+        """Nobody could have asked for it, and it would be waited for."""
+        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + MAX_LEASE_MS + beyond)))
+        circuit = believe(found, None, CLOSED, NOW).circuit
+        assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", until_ms)

@@ -27,6 +27,8 @@ from pybreaker_redis._circuit import (
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._keys import circuit_keys
 from pybreaker_redis._optimistic import ATTEMPTS, OptimisticCarrier
+from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis.errors import ScriptingUnavailable
 from tests.fleet import _start_fork_server
 
 KEYS = circuit_keys("optimistic", one_slot=False)
@@ -315,3 +317,28 @@ def test_connection_lost_in_a_transaction_is_raised(monkeypatch: pytest.MonkeyPa
     carrier = OptimisticCarrier(fakeredis.FakeStrictRedis(), circuit_keys("lost", one_slot=False))
     with pytest.raises(redis.ConnectionError, match="lost"):
         carrier.execute(RecordFailure(None, ""), None, CLOSED)
+
+
+def test_client_that_always_decodes_reads_damage_undecoded(
+    monkeypatch: pytest.MonkeyPatch, server: PrivateServer
+) -> None:
+    """redis-py 3 has no way to leave a single answer as it is; bytes that are no text must not raise there either."""
+    monkeypatch.setattr(_optimistic, "CAN_LEAVE_UNDECODED", False)
+    keys = circuit_keys("damaged", one_slot=False)
+    with contextlib.closing(server.client(decode_responses=True)) as client:
+        client.set(keys[0], b"\xff")
+        carrier = OptimisticCarrier(client, keys)
+        assert carrier.client is not client
+        assert carrier.execute(Load(), None, OPEN).circuit.state == OPEN
+        carrier.client.connection_pool.disconnect()
+
+
+def test_fakeredis_that_misses_lupa_runs_no_scripts() -> None:
+    """Its older versions say so with an error of Python's own."""
+
+    class Old:
+        def evalsha(self, *_: Any) -> None:
+            raise ModuleNotFoundError("No module named 'lupa'")
+
+    with pytest.raises(ScriptingUnavailable, match="lupa"):
+        LuaCarrier(Old(), circuit_keys("old", one_slot=False)).execute(Load(), None, CLOSED)
