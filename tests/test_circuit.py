@@ -37,7 +37,7 @@ from pybreaker_redis._circuit import (
     Trip,
     created,
 )
-from pybreaker_redis._record import believe, parse
+from pybreaker_redis._record import believe, parse, writes
 from tests.records import Wish, circuits, states, wishes
 
 NOW = 1_000_000_000_000
@@ -476,3 +476,32 @@ class TestRecord:
         found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + MAX_LEASE_MS + beyond)))
         circuit = believe(found, None, CLOSED, NOW).circuit
         assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", until_ms)
+
+    @pytest.mark.parametrize("token", ["A0", "a0 ", "g", "a" * 65])
+    def test_token_that_we_never_wrote_is_nobodys(self, token: str) -> None:
+        """A probe that nobody can hold would be waited for."""
+        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10)))
+        assert believe(found, None, CLOSED, NOW).circuit.probe_token == ""
+
+    @pytest.mark.parametrize("field", range(5))
+    def test_hash_with_one_field_alone_is_damage(self, field: int) -> None:
+        """It is told from a hash that is not there."""
+        alone = ["3", CLOSED, "1000", "a0", "5"]
+        mark = [value if index == field else None for index, value in enumerate(alone)]
+        assert parse((CLOSED, "0", "0", None), mark).unreadable_mark
+        assert not parse((CLOSED, "0", "0", None), (None,) * 5).unreadable_mark
+
+    @pytest.mark.parametrize("mark", [(None,) * 5, ("3", CLOSED, "2000", "", "0")])
+    def test_sound_record_is_left_as_it_is(self, mark: tuple[str | None, ...]) -> None:
+        """Looking writes nothing, and what stock's keys can say needs no hash."""
+        found = parse((CLOSED, "1", "0", "2"), mark)
+        assert not writes(believe(found, None, CLOSED, NOW).circuit, found)
+
+    def test_what_was_read_cannot_be_changed(self) -> None:
+        """Found, believed and to be written are values too."""
+        found = parse((CLOSED, "1", "0", "2"), (None,) * 5)
+        believed = believe(found, None, CLOSED, NOW)
+        for value in (found, believed, writes(believed.circuit, found)):
+            with pytest.raises(FrozenInstanceError):
+                setattr(value, fields(value)[0].name, None)
+            assert not hasattr(value, "__dict__")
