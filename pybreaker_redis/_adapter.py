@@ -27,7 +27,7 @@ any                         anybody else                             by hand: li
 ==========================  =======================================  ================================================
 
 Trip, claim, close and half-open are committed before pybreaker runs its listeners: it builds the new state object, and
-so tells them, before it assigns `storage.state`.
+so tells them, before it assigns `storage.state`.  In steady state nobody is asked anything: `_shortcut.py`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from typing import cast
 from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
 from pybreaker_redis import _frames
+from pybreaker_redis._admissions import BY_HAND, Admissions
 from pybreaker_redis._arguments import check_state, lease_ms
-from pybreaker_redis._caller import Caller
+from pybreaker_redis._caller import Caller, Callers
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import (
-    HALF_OPEN,
-    OPEN,
-    Circuit,
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._clock import from_ms, to_ms
+from pybreaker_redis._intents import (
     ClaimProbe,
     Close,
     CountProbe,
@@ -61,34 +61,38 @@ from pybreaker_redis._circuit import (
     SetState,
     Trip,
 )
-from pybreaker_redis._clock import from_ms, to_ms
+from pybreaker_redis._shortcut import Shortcut
 
 _TAKEN = "Another caller is testing the dependency, circuit breaker still open"
-
-#: Generation and token of what nobody was admitted for.
-BY_HAND = (None, "")
 
 
 class IntentStorage(CircuitBreakerStorage):
     """pybreaker's storage interface over atomic intents, for any number of threads.
 
-    Attributes:
+    Args:
         name: ``memory`` or ``redis``.
+        probe_lease: Seconds until a probe that nobody reported on is offered again.
+        shortcut: Kept true by whoever carries out the intents.
     """
 
-    def __init__(self, name: str, probe_lease: float) -> None:
+    def __init__(self, name: str, probe_lease: float, shortcut: Shortcut) -> None:
         super().__init__(name)
         self._lease_ms = lease_ms(probe_lease)
-        self._caller = Caller()
+        self._callers = Callers()
+        self._shortcut = shortcut
+        self._admissions = Admissions(shortcut)
+        self._admitted = self._admissions.current
 
     def _execute(self, intent: Intent) -> Reply:
         """Carry out an intent where the circuit lives.  All times are by the local clock."""
         raise NotImplementedError
 
+    def _look(self) -> Reply:
+        """What is true of the circuit, all but the counters, as far as that is known without asking."""
+        return self._execute(Load())
+
     def _set_opened_at(self, at_ms: float) -> Intent:
         return SetOpenedAt(at_ms)
-
-    # The interface ------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> str:
@@ -97,59 +101,43 @@ class IntentStorage(CircuitBreakerStorage):
         Raises:
             pybreaker.CircuitBreakerError: Asked for a call, while another thread probes through the same breaker.
         """
-        if _frames.creates_breaker() and (unasked := self._state_unasked()):
-            return unasked
-        caller = self._caller
-        reply = self._ask(caller, Load())
-        state = self._state_for(caller, reply)
-        breaker = _frames.reading_breaker()
-        if breaker is None:
-            return state
-        if caller.telling:
-            told = _frames.told_breakers()
-            if breaker in told:
-                # A listener reads `breaker.state`, which tells all listeners whenever the storage disagrees with the
-                # breaker; that lasts until they have been told, so they would be told for ever.  Stock storages still
-                # have the old state at this moment, or recurse.
-                return breaker._state.name
-            caller.telling = bool(told)
-        for_a_call = _frames.reads_for_a_call(breaker)
-        if state == OPEN and breaker._state.name == HALF_OPEN and self._is_probed(reply):
-            # Another thread probes through this very breaker.  To say "open" would tell all listeners so, and that it
-            # is half-open again at the next turn, though nothing has moved.
-            if for_a_call:
-                raise CircuitBreakerError(_TAKEN)
-            return HALF_OPEN
-        if state != OPEN and (for_a_call or not caller.in_flight):
-            # Others than the breaker may read its state to call it, too; but not in the middle of a call.
-            caller.admit(reply.circuit.generation, reply.circuit.probe_token)
-            caller.in_flight = for_a_call
+        shortcut = self._shortcut
+        if self._admitted() is shortcut.admission and shortcut.now() < shortcut.until:
+            shortcut.taken = True
+            return CLOSED
+        if self._admitted() is shortcut.rejection and shortcut.now() < shortcut.until and not _frames.created_breaker():
+            shortcut.taken = True
+            return OPEN
+        state = self._read_state()
+        shortcut.told(state)
         return state
 
     @state.setter
     def state(self, state: str) -> None:
         check_state("state", state)
         if _frames.asker() not in (_frames.OPENS, _frames.HALF_OPENS, _frames.CLOSES):
-            self._put(self._caller, state)
+            self._ask(self._callers.current(), SetState(state))
 
     def increment_counter(self) -> None:
         """Count a failure."""
-        caller = self._caller
+        caller = self._callers.current()
         if _frames.asker() is not _frames.REPORTS_FAILURE:
             self._ask(caller, RecordFailure(*BY_HAND))
             return
-        caller.reported, caller.in_flight = self._admission(caller), False
+        caller.reported = self._reported_admission(caller)
         reply = self._ask(caller, RecordFailure(*caller.reported))
         caller.refused = not reply.accepted
         caller.count = reply.circuit.fail_counter if reply.accepted else 0
 
     def reset_counter(self) -> None:
         """Forget the failures."""
-        caller = self._caller
+        shortcut = self._shortcut
+        if self._admitted() is shortcut.quiet and shortcut.now() < shortcut.until:
+            return
+        caller = self._callers.current()
         asker = _frames.asker()
         if asker is _frames.REPORTS_SUCCESS:
-            caller.in_flight = False
-            self._ask(caller, RecordSuccess(*self._admission(caller)))
+            self._ask(caller, RecordSuccess(*self._reported_admission(caller)))
         elif asker is _frames.BUILDS_CLOSED:
             caller.telling = True
         else:
@@ -157,11 +145,11 @@ class IntentStorage(CircuitBreakerStorage):
 
     def increment_success_counter(self) -> None:
         """Count a success while half-open."""
-        caller = self._caller
+        caller = self._callers.current()
         if _frames.asker() is not _frames.COUNTS_PROBE:
             self._ask(caller, CountProbe(*BY_HAND, self._lease_ms))
             return
-        reply = self._ask(caller, CountProbe(*self._admission(caller), self._lease_ms))
+        reply = self._ask(caller, CountProbe(*self._reported_admission(caller), self._lease_ms))
         caller.count = reply.circuit.success_counter if reply.accepted else 0
 
     def reset_success_counter(self) -> None:
@@ -170,21 +158,23 @@ class IntentStorage(CircuitBreakerStorage):
         Raises:
             pybreaker.CircuitBreakerError: This was the way into half-open, and somebody else has the probe.
         """
-        caller = self._caller
+        caller = self._callers.current()
         asker = _frames.asker()
         if asker is _frames.CLOSES:
             probed = _frames.asked_through(_frames.COUNTS_PROBE)
-            self._ask(caller, Close(*(self._admission(caller) if probed else BY_HAND)))
+            self._ask(caller, Close(*(self._reported_admission(caller) if probed else BY_HAND)))
         elif asker is _frames.BUILDS_OPEN:
+            self._admissions.know(_frames.told_breakers())
             if _frames.asked_through(_frames.OPENS):
                 self._ask(caller, Trip(*caller.fence))
             caller.telling = True
         elif asker is _frames.BUILDS_HALF_OPEN:
+            self._admissions.know(_frames.told_breakers())
             if _frames.asked_through(_frames.CHECKS_TIMEOUT):
                 self._claim_probe(caller)
             elif _frames.asked_through(_frames.HALF_OPENS):
                 self._ask(caller, ResetProbes())
-                self._put(caller, HALF_OPEN)
+                self._ask(caller, SetState(HALF_OPEN))
             caller.telling = True
         else:
             self._ask(caller, ResetProbes())
@@ -205,19 +195,19 @@ class IntentStorage(CircuitBreakerStorage):
 
         While somebody else probes: the end of their lease.
         """
-        caller = self._caller
-        reply = self._ask(caller, Load())
+        caller = self._callers.current()
+        reply = self._ask(caller)
         circuit = reply.circuit
-        if _frames.asker() is _frames.CHECKS_TIMEOUT:
-            caller.opened_generation = circuit.generation
+        # Right before it claims the probe, whoever claims it reads this.
+        caller.opened_generation = circuit.generation
         at_ms = circuit.opened_at_ms
-        if circuit.state == HALF_OPEN and self._state_for(caller, reply) == OPEN:
-            at_ms = circuit.probe_until_ms if self._is_probed(reply) else None
+        if circuit.state == HALF_OPEN and caller.sees(circuit, reply.now_ms) == OPEN:
+            at_ms = circuit.probe_until_ms if circuit.is_probed(reply.now_ms) else None
         return None if at_ms is None else from_ms(at_ms)
 
     @opened_at.setter
     def opened_at(self, at: datetime) -> None:
-        caller = self._caller
+        caller = self._callers.current()
         if _frames.asker() is not _frames.OPENS:
             if not isinstance(at, datetime):
                 msg = f"opened_at must be a datetime, not {at!r}"
@@ -230,13 +220,55 @@ class IntentStorage(CircuitBreakerStorage):
             raise cast("BaseException", sys.exc_info()[1])
         caller.fence = caller.reported if failed else BY_HAND
 
-    # Behind it ----------------------------------------------------------------------------------------------------
+    def _read_state(self) -> str:
+        if unasked := self._state_under_construction():
+            return unasked
+        caller = self._callers.current()
+        breaker = _frames.reading_breaker()
+        for_a_call = breaker is not None and _frames.reads_for_a_call(breaker)
+        reply = self._ask(caller)
+        if for_a_call:
+            self._called()
+        circuit = reply.circuit
+        state = caller.sees(circuit, reply.now_ms)
+        if breaker is None:
+            return state
+        self._admissions.know([breaker])
+        if caller.telling:
+            if breaker in (told := _frames.told_breakers()):
+                # A listener reads `breaker.state`, which tells all listeners whenever the storage disagrees with the
+                # breaker; that lasts until they have been told, so they would be told for ever.
+                return breaker._state.name
+            caller.telling = bool(told)
+        if state == OPEN and breaker._state.name == HALF_OPEN and circuit.is_probed(reply.now_ms):
+            # Another thread probes through this very breaker.  To say "open" would tell all listeners so, and that it
+            # is half-open again at the next turn, though nothing has moved.
+            if for_a_call:
+                raise CircuitBreakerError(_TAKEN)
+            return HALF_OPEN
+        admission = self._admissions.to(circuit, noticed=breaker._state.name == state and not caller.telling)
+        if state != OPEN:
+            caller.looked = admission
+        if for_a_call and (state != OPEN or admission is self._shortcut.rejection):
+            self._admissions.admit(admission)
+            caller.fresh = False
+        return state
 
-    def _ask(self, caller: Caller, intent: Intent) -> Reply:
-        reply = self._execute(intent)
-        if reply.event == "created" and reply.circuit.state == HALF_OPEN:
-            # Whoever asked for a half-open circuit is its first prober, until somebody else claims.
-            caller.half_open(reply.circuit.generation)
+    def _state_under_construction(self) -> str | None:
+        created = _frames.created_breaker()
+        if created is None:
+            return None
+        self._admissions.know([created])
+        return self._state_unasked()
+
+    def _called(self) -> None:
+        """A breaker is about to make a guarded call in this process."""
+
+    def _ask(self, caller: Caller, intent: Intent | None = None) -> Reply:
+        reply = self._look() if intent is None else self._execute(intent)
+        if reply.circuit.state == HALF_OPEN and (reply.event == "created" or isinstance(intent, SetState)):
+            # Whoever asked for it is its first prober, until somebody else claims.
+            caller.half_opened = reply.circuit.generation
         return reply
 
     def _state_unasked(self) -> str | None:
@@ -244,41 +276,25 @@ class IntentStorage(CircuitBreakerStorage):
         return None
 
     def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
-        caller = self._caller
+        caller = self._callers.current()
         count, caller.count = caller.count, None
         if count is not None and _frames.asker() is breakers:
             return count
         return read(self._ask(caller, Load()).circuit)
 
-    def _put(self, caller: Caller, state: str) -> None:
-        circuit = self._ask(caller, SetState(state)).circuit
-        if state == HALF_OPEN:
-            caller.half_open(circuit.generation)
-
     def _claim_probe(self, caller: Caller) -> None:
         token = secrets.token_hex(8)
-        reply = self._ask(caller, ClaimProbe(caller.opened_generation, token, self._lease_ms))
-        if not reply.accepted:
+        if not self._ask(caller, ClaimProbe(caller.opened_generation, token, self._lease_ms)).accepted:
             raise CircuitBreakerError(_TAKEN)
-        caller.claim(reply.circuit.generation, token)
+        caller.claim(token)
 
-    def _admission(self, caller: Caller) -> tuple[int, str]:
-        """The generation and token that this thread's report speaks for."""
-        if caller.generation is None:
+    def _reported_admission(self, caller: Caller) -> Admission:
+        """What this thread's report speaks for."""
+        if _frames.called_past_breaker():
+            # `breaker.state.call(…)`: admitted by nobody but the look at `breaker.state`.
+            return caller.looked
+        admission = self._admitted()
+        if admission is BY_HAND:
             # A generator that finishes on a thread which never made a call: take it as of now.
-            return self._ask(caller, Load()).circuit.generation, ""
-        return caller.generation, caller.token
-
-    def _is_probed(self, reply: Reply) -> bool:
-        return reply.circuit.state == HALF_OPEN and not reply.circuit.probe_is_free(reply.now_ms)
-
-    def _state_for(self, caller: Caller, reply: Reply) -> str:
-        circuit = reply.circuit
-        if circuit.state != HALF_OPEN:
-            return circuit.state
-        if not circuit.probe_token:
-            return HALF_OPEN if caller.may_try(circuit.generation) else OPEN
-        # A claim that has not admitted its call yet does so even if the lease has ended meanwhile: the report will be
-        # fenced off if somebody else has claimed.  Later an ended lease has to be claimed anew.
-        live = caller.fresh or reply.now_ms < circuit.probe_until_ms
-        return HALF_OPEN if live and caller.holds(circuit.probe_token) else OPEN
+            return Admission(self._ask(caller, Load()).circuit.generation)
+        return admission

@@ -24,3 +24,14 @@ def lease_ms(probe_lease: float) -> int:
         msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {probe_lease!r}"
         raise ValueError(msg)
     return round(probe_lease * 1000)
+
+
+def staleness(max_staleness: float) -> float:
+    """Validate for how many seconds a record may be believed."""
+    if isinstance(max_staleness, bool) or not isinstance(max_staleness, (int, float)):
+        msg = f"max_staleness must be a number of seconds, not {max_staleness!r}"
+        raise TypeError(msg)
+    if max_staleness != 0 and not 0.01 <= max_staleness <= 60:  # noqa: PLR2004
+        msg = f"max_staleness must be 0 or lie between 0.01 and 60 seconds, not {max_staleness!r}"
+        raise ValueError(msg)
+    return float(max_staleness)

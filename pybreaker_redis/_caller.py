@@ -1,4 +1,4 @@
-"""For what does this thread speak?
+"""What has this thread said, and what does it hold?
 
 Knows: one thread's side of the conversation with one storage.  Does not know: what is said.
 """
@@ -7,55 +7,72 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
+
+from pybreaker_redis._admissions import BY_HAND
+from pybreaker_redis._circuit import HALF_OPEN, OPEN, Admission, Circuit
 
 
-class Caller(threading.local):
+@dataclass(slots=True)
+class Caller:
     """One thread's side of the conversation.
 
     Attributes:
-        generation: The generation in which its call was admitted; ``None`` before the first.
-        token: The probe that it holds, or empty.
+        looked: What it was told when it looked at the circuit last without calling.
+        claimed: The probe that it has claimed last.
         fresh: Whether it has claimed a probe and not yet been admitted with it.
-        in_flight: Whether the breaker has admitted its call and not yet reported on it.
+        half_opened: The generation in which it has half-opened the circuit by hand.
         opened_generation: The generation in which it found that the timeout has passed.
-        reported: The generation and token that its last report spoke for.
-        refused: Whether the failure that it reported last came too late to count.
+        reported: What its last failure spoke for.
+        refused: Whether that failure came too late to count.
         count: The counter as its last report left it, until it is read.
-        fence: The generation and token of the trip in progress.
+        fence: What the trip in progress speaks for.
         telling: Whether a breaker may still be telling its listeners of a new state.
     """
 
-    generation: int | None = None
-    token = ""
-    fresh = False
-    in_flight = False
-    opened_generation = 0
-    reported: tuple[int | None, str] = (None, "")
-    refused = False
+    looked: Admission = BY_HAND
+    claimed: str = ""
+    fresh: bool = False
+    half_opened: int | None = None
+    opened_generation: int = 0
+    reported: Admission = BY_HAND
+    refused: bool = False
     count: int | None = None
-    fence: tuple[int | None, str] = (None, "")
-    telling = False
-    _half_opened: int | None = None
-    #: What a thread holds, it holds in this process: a forked child inherits the memory, but not the probe.
-    _pid = 0
+    fence: Admission = BY_HAND
+    telling: bool = False
 
-    def admit(self, generation: int, token: str) -> None:
-        """The thread's next report speaks for this generation."""
-        self.generation, self.token, self.fresh = generation, token, False
+    def claim(self, token: str) -> None:
+        """It has got the probe."""
+        self.claimed, self.fresh = token, True
 
-    def claim(self, generation: int, token: str) -> None:
-        """The thread has got the probe."""
-        self.admit(generation, token)
-        self.fresh, self._pid = True, os.getpid()
+    def sees(self, circuit: Circuit, now_ms: float) -> str:
+        """The state of a circuit, to this thread: half-open only if it is the one that is to probe."""
+        if circuit.state != HALF_OPEN:
+            return circuit.state
+        if not circuit.probe_token:
+            return HALF_OPEN if self.half_opened == circuit.generation else OPEN
+        # A claim that has not admitted its call yet does so even if the lease has ended meanwhile: the report will be
+        # fenced off if somebody else has claimed.  Later an ended lease has to be claimed anew.
+        live = self.fresh or now_ms < circuit.probe_until_ms
+        return HALF_OPEN if live and self.claimed == circuit.probe_token else OPEN
 
-    def holds(self, token: str) -> bool:
-        """Whether it has got this probe."""
-        return self.token == token and self._pid == os.getpid()
 
-    def half_open(self, generation: int) -> None:
-        """The thread has half-opened the circuit by hand."""
-        self._half_opened, self._pid = generation, os.getpid()
+class Callers:
+    """One `Caller` for each thread of this process: a forked child inherits the memory, but not the probe.
 
-    def may_try(self, generation: int) -> bool:
-        """Whether the trial of a circuit that was half-opened by hand is this thread's."""
-        return self._half_opened == generation and self._pid == os.getpid()
+    The kind of thread is looked up when the process first needs it: gevent replaces it, in gunicorn's workers only
+    after the application has been loaded.
+    """
+
+    def __init__(self) -> None:
+        self._of_process: dict[int, threading.local] = {}
+
+    def current(self) -> Caller:
+        """The calling thread's."""
+        pid = os.getpid()
+        local = self._of_process.get(pid) or self._of_process.setdefault(pid, threading.local())
+        try:
+            caller: Caller = local.caller
+        except AttributeError:
+            caller = local.caller = Caller()
+        return caller

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from pybreaker_redis._circuit import Circuit, Intent
+from pybreaker_redis._circuit import Circuit
+from pybreaker_redis._intents import Intent
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,9 +65,11 @@ _ASKERS = frozenset(
 )
 _TELLS_LISTENERS = _code(CircuitBreaker._create_new_state)
 _COMPARES_STATE = _code(CircuitBreaker.state)
-#: Names under which `state` is read and passed on, by pybreaker and by overrides.
-_READS_STATE = ("state", "current_state")
-_RUNS_FUNCTION = frozenset((_code(CircuitBreakerState.call), _code(CircuitBreakerState.generator_call)))
+#: Names under which `state` is read and passed on, by storages, by pybreaker and by overrides.
+_READS_STATE = ("_state_under_construction", "_read_state", "state", "current_state")
+_CALLS = _code(CircuitBreaker.call)
+_CALLS_STATE = _code(CircuitBreakerState.call)
+_RUNS_FUNCTION = frozenset((_CALLS_STATE, _code(CircuitBreakerState.generator_call)))
 _LISTENS = frozenset(name for name in vars(CircuitBreakerListener) if not name.startswith("_"))
 
 
@@ -117,9 +119,23 @@ def _frames_of_pybreaker() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def creates_breaker() -> bool:
-    """Whether a breaker under construction reads the calling storage's `state`."""
-    return _behind_readers(sys._getframe(1)).f_code is _CREATES
+def created_breaker() -> CircuitBreaker | None:
+    """The breaker under construction that reads the calling storage's `state`."""
+    frame = _behind_readers(sys._getframe(1))
+    return frame.f_locals["self"] if frame.f_code is _CREATES else None
+
+
+def called_past_breaker() -> bool:
+    """Whether the call that is being reported was made on a breaker's state object, as in ``breaker.state.call(f)``."""
+    inside = False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CALLS:
+        if frame.f_code in _RUNS_FUNCTION:
+            if inside or frame.f_code is not _CALLS_STATE:
+                break
+            inside = True
+        frame = frame.f_back
+    return inside and (frame is None or frame.f_code is not _CALLS)
 
 
 def _behind_readers(frame: FrameType) -> FrameType:

@@ -1,4 +1,4 @@
-"""How are the keys of a circuit called?
+"""How are the keys and the channel of a circuit called?
 
 Knows: stock pybreaker's names, hash tags.  Does not know: what lies under the names.
 """
@@ -28,3 +28,13 @@ def circuit_keys(namespace: str | None, *, one_slot: bool) -> tuple[str, ...]:
     if one_slot and not (namespace and _TAG.match(namespace)):
         prefix = f"{{{namespace}}}:{BASE}" if namespace else f"{{{BASE}}}"
     return tuple(f"{prefix}:{name}" for name in NAMES)
+
+
+def channel_of(keys: tuple[str, ...], db: int) -> str:
+    """Where moves of a circuit are published.
+
+    Args:
+        keys: Of the circuit.
+        db: Its database: keys are distinct in each, channels are common to all.
+    """
+    return f"{keys[-1]}@{db}"

@@ -13,7 +13,8 @@ import redis
 from redis.exceptions import WatchError
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit, Intent, Load
+from pybreaker_redis._circuit import Circuit
+from pybreaker_redis._intents import Intent, Load
 from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, Found, Writes, believe, parse, writes
 from pybreaker_redis.errors import is_a
 

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, MAX_LEASE_MS, OPEN, STATES, Circuit, after, created
+from pybreaker_redis._circuit import (
+    CLOSED,
+    HALF_OPEN,
+    MAX_COUNT,
+    MAX_LEASE_MS,
+    MAX_NOISE_MS,
+    OPEN,
+    STATES,
+    Circuit,
+    after,
+    created,
+)
 
 #: Fields of the hash, in the order in which they are read and written.
-MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms")
+MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms", "noisy_until_ms")
 
 #: Names of the five values, in the order of the keys.
 VALUE_NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
@@ -81,28 +92,46 @@ def parse(plain: Sequence[Raw], mark: Sequence[Raw], *, mark_is_hash: bool = Tru
     """
     raw = tuple(text(value) for value in (*plain, *mark))
     state, fail_counter, success_counter, opened_at = raw[:4]
-    generation, mark_state, opened_at_ms, token, until_ms = raw[4:]
     marked = mark_is_hash and any(field is not None for field in raw[4:])
-    number = _count(generation)
-    readable = number is not None and mark_state in STATES
+    read = _mark(raw[4:])
     return Found(
         state=state if state in STATES else None,
         fail_counter=_count(fail_counter),
         success_counter=_count(success_counter),
         opened_at=_whole(opened_at),
-        mark=Circuit(
-            state=mark_state or CLOSED,
-            opened_at_ms=_whole(opened_at_ms),
-            generation=number or 0,
-            probe_token=token if token and _TOKEN.fullmatch(token) else "",
-            probe_until_ms=_whole(until_ms) or 0,
-        )
-        if marked and readable
-        else None,
+        mark=read if marked else None,
         anything=not mark_is_hash or any(value is not None for value in raw),
-        unreadable_mark=not mark_is_hash or (marked and not readable),
+        unreadable_mark=not mark_is_hash or (marked and read is None),
         raw=raw,
     )
+
+
+def _mark(fields: Sequence[str | None]) -> Circuit | None:
+    """The hash as a circuit, ``None`` if it makes no sense."""
+    generation, state, opened_at_ms, token, probe_until_ms, noisy_until_ms = fields
+    number = _count(generation)
+    if number is None or state is None or state not in STATES:
+        return None
+    return Circuit(
+        state=state,
+        opened_at_ms=_whole(opened_at_ms),
+        generation=number,
+        probe_token=token if token and _TOKEN.fullmatch(token) else "",
+        probe_until_ms=_whole(probe_until_ms) or 0,
+        noisy_until_ms=_whole(noisy_until_ms) or 0,
+    )
+
+
+def parse_push(payload: Raw) -> tuple[Circuit, int] | None:
+    """What a script published: the server's time and the fields of the hash, with one blank after each but the last.
+
+    Returns:
+        The circuit, of which only the counters are not known, and when that was; ``None`` if it makes no sense.
+    """
+    now_ms, *fields = (text(payload) or "").split(" ")
+    at_ms = _whole(now_ms)
+    circuit = _mark(fields) if len(fields) == len(MARK_FIELDS) else None
+    return None if circuit is None or at_ms is None else (circuit, at_ms)
 
 
 def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Believed:
@@ -121,12 +150,10 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
     if not found.anything and known is None:
         return Believed(created(create, now_ms), "created")
 
-    mark = found.mark or Circuit()
-    if known is not None and known.generation > mark.generation:
-        mark = known
+    mark, lost = _remembered(found, known)
     state, opened_at, event = found.state, found.opened_at, ""
-    outdated = mark is known and found.mark is not None and found.mark.state == state
-    if outdated or (mark is known and mark.state != CLOSED and state in (None, CLOSED)):
+    outdated = lost and found.mark is not None and found.mark.state == state
+    if outdated or (lost and mark.state != CLOSED and state in (None, CLOSED)):
         state, opened_at, event = mark.state, None, "restored"
     elif state is None:
         state = mark.state if found.mark is not None or mark.state != CLOSED else create
@@ -160,6 +187,7 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
         generation=mark.generation if ours else after(mark.generation),
         probe_token=mark.probe_token if probing else "",
         probe_until_ms=mark.probe_until_ms if probing and mark.probe_until_ms <= now_ms + MAX_LEASE_MS else 0,
+        noisy_until_ms=mark.noisy_until_ms if mark.noisy_until_ms <= now_ms + MAX_NOISE_MS else 0,
     )
     return Believed(circuit, event or _repairs(found, circuit, wrong_time=future or backward))
 
@@ -200,12 +228,39 @@ def writes(circuit: Circuit, found: Found) -> Writes:
         "" if circuit.opened_at_ms is None else f"{circuit.opened_at_ms:.0f}",
         circuit.probe_token,
         f"{circuit.probe_until_ms:.0f}",
+        f"{circuit.noisy_until_ms:.0f}",
     )
-    needed = found.mark is not None or circuit.generation > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
+    moved = circuit.generation > 0 or circuit.noisy_until_ms > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
+    needed = found.mark is not None or moved
     return Writes(
         plain={name: new for name, new, old in zip(VALUE_NAMES, plain, found.raw, strict=False) if new != old},
         mark=dict(zip(MARK_FIELDS, mark, strict=True)) if needed and mark != found.raw[4:] else {},
         drop_mark=found.unreadable_mark,
+    )
+
+
+def _remembered(found: Found, known: Circuit | None) -> tuple[Circuit, bool]:
+    """Our last transition, and whether the server has lost it.
+
+    Who knows the circuit closed and finds an older mark of an open one meets somebody who has opened it on an emptied
+    server, or a server that has lost the recovery.  To go on from there costs a probe at most; to close the circuit
+    would cost another outage.  It goes on in a generation that nobody has seen.
+    """
+    mark = found.mark or Circuit()
+    if known is None or known.generation <= mark.generation:
+        return mark, False
+    if found.mark is not None and found.state == mark.state != CLOSED == known.state:
+        return replace(mark, generation=after(known.generation)), False
+    return replace(known, noisy_until_ms=0), True
+
+
+def agrees(found: Found, known: Circuit, now_ms: int) -> bool:
+    """Whether Redis holds this circuit, counters aside, and nothing would have to be repaired, adopted or restored."""
+    believed = believe(found, known, CLOSED, now_ms)
+    if believed.event or writes(believed.circuit, found):
+        return False
+    return replace(believed.circuit, fail_counter=0, success_counter=0) == replace(
+        known, fail_counter=0, success_counter=0
     )
 
 

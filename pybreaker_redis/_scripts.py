@@ -12,7 +12,8 @@ from importlib import resources
 from typing import Any
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit, Intent
+from pybreaker_redis._circuit import Circuit
+from pybreaker_redis._intents import Intent
 from pybreaker_redis.errors import ScriptingUnavailable, is_a
 
 #: How a script spells "by hand" and "never".
@@ -20,13 +21,20 @@ _NONE = -1
 
 
 class LuaCarrier:
-    """A circuit in Redis, moved by one script per intent: one round trip each."""
+    """A circuit in Redis, moved by one script per intent: one round trip each.
+
+    Args:
+        client: Of the server.
+        keys: Of the circuit, in the order of the scripts.
+        channel: On which those who listen are told when the circuit moves or gets noisy; empty: nobody is told.
+    """
 
     mode = "lua"
 
-    def __init__(self, client: Any, keys: tuple[str, ...]) -> None:
+    def __init__(self, client: Any, keys: tuple[str, ...], channel: str = "") -> None:
         self.client = client
         self._keys = keys
+        self._channel = channel
 
     def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
         """Run the intent's script; see `Carrier.execute`.
@@ -37,7 +45,7 @@ class LuaCarrier:
         """
         source, digest = script(intent.script)
         own = (_argument(getattr(intent, field.name)) for field in fields(intent))
-        arguments = (*self._keys, create, *_known(known), *own)
+        arguments = (*self._keys, create, *_known(known), self._channel, *own)
         try:
             try:
                 answer = self.client.evalsha(digest, len(self._keys), *arguments)
@@ -81,7 +89,7 @@ def _argument(value: float | str | None) -> int | str:
 
 def _reply(answer: list[Any]) -> Reply:
     values: list[Any] = [item.decode() if isinstance(item, bytes) else item for item in answer]
-    accepted, now_ms, state, fails, successes, opened_at_ms, generation, token, until_ms, event = values
+    accepted, now_ms, state, fails, successes, opened_at_ms, generation, token, until_ms, noisy_ms, event = values
     circuit = Circuit(
         state=state,
         fail_counter=fails,
@@ -90,6 +98,7 @@ def _reply(answer: list[Any]) -> Reply:
         generation=generation,
         probe_token=token,
         probe_until_ms=until_ms,
+        noisy_until_ms=noisy_ms,
     )
     return Reply(bool(accepted), circuit, now_ms, event)
 

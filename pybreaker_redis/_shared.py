@@ -1,22 +1,27 @@
 """What is true of the circuit in Redis, by this process's clock?
 
-Knows: which carrier serves, what was seen last, the difference of the clocks.  Does not know: what if nobody answers.
+Knows: which carrier serves, the view, the local clock.  Does not know: what if nobody answers.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, Circuit, Intent, Load, SetOpenedAt, Trip
-from pybreaker_redis._clock import Offset
+from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
+from pybreaker_redis._client import origin_of
+from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
+from pybreaker_redis._keys import channel_of
+from pybreaker_redis._listener import listen
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis._view import View
 from pybreaker_redis.errors import ScriptingUnavailable
 
 
@@ -30,6 +35,7 @@ class SharedCircuit:
         initial_state: Of a circuit that does not exist yet.
         fallback_state: Of a circuit that vanished and was not open.
         clock: The local clock, milliseconds since the epoch.
+        view: What this process believes; kept true from here and by the listener.
         logger: Where to say what was found.
     """
 
@@ -42,6 +48,7 @@ class SharedCircuit:
         initial_state: str,
         fallback_state: str,
         clock: Callable[[], float],
+        view: View,
         logger: logging.Logger,
     ) -> None:
         self._client = client
@@ -50,11 +57,40 @@ class SharedCircuit:
         self._initial_state = initial_state
         self._fallback_state = fallback_state
         self._clock = clock
+        self._view = view
         self._logger = logger
-        self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}
         self._carrier: LuaCarrier | OptimisticCarrier | None = None
-        self._known: Circuit | None = None
-        self._offset = Offset()
+        self._channel = ""
+        #: What is believed, by the local clock: it is looked at often, and changes rarely.
+        self._moved: tuple[tuple[Circuit, float], Circuit] = ((Circuit(), 0.0), Circuit())
+        self._listens_in: int | None = None
+
+    def believed(self, intent: Intent) -> Reply | None:
+        """The answer to an intent that changes nothing, as far as it is known without asking."""
+        if isinstance(intent, RecordSuccess):
+            circuit = self._view.believed_quiet(intent.generation)
+        else:
+            circuit = self._view.believed()
+        if circuit is None:
+            return None
+        offset_ms = self._view.offset.ms
+        known, by_local_clock = self._moved
+        if known != (circuit, offset_ms):
+            by_local_clock = _by_local_clock(Reply(True, circuit, 0), offset_ms).circuit
+            self._moved = (circuit, offset_ms), by_local_clock
+        return Reply(True, by_local_clock, self._view.server_ms - offset_ms)
+
+    def listen(self) -> None:
+        """Have changes of the circuit heard in this process, so that they need not be asked for.
+
+        Nothing to do while it was never reached: until then nobody knows what there is to listen to.
+        """
+        if self._carrier is None or not self._channel or self._listens_in == os.getpid():
+            return
+        if self._view.max_staleness and (origin := origin_of(self._carrier.client)):
+            listen(origin, self._view, self._keys, self._channel)
+        self._listens_in = os.getpid()
 
     def execute(self, intent: Intent) -> Reply:
         """Carry out an intent.
@@ -64,20 +100,22 @@ class SharedCircuit:
         """
         if isinstance(intent, SetOpenedAt):
             return self._set_opened_at(intent)
+        offset = self._view.offset
         before_ms = self._clock()
         try:
             reply = self._carry_out(intent)
         except Exception:
-            self._offset.forget()
+            offset.forget()
+            self._view.is_unreachable()
             raise
         after_ms = self._clock()
         if isinstance(intent, Trip) and reply.accepted:
             # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
             # one, `opened_at` is found there.
-            self._offset.set(reply.now_ms - after_ms)
+            offset.set(reply.now_ms - after_ms)
         else:
-            self._offset.learn(reply.now_ms, before_ms, after_ms, waiting=reply.circuit.state != CLOSED)
-        return _by_local_clock(reply, self._offset.ms)
+            offset.learn(reply.now_ms, before_ms, after_ms, waiting=reply.circuit.state != CLOSED)
+        return _by_local_clock(reply, offset.ms)
 
     def check_writable(self) -> None:
         """See whether the server takes writes, by one that changes nothing unless the circuit is gone.
@@ -90,46 +128,65 @@ class SharedCircuit:
     @property
     def last_known_state(self) -> str:
         """The state that was seen last, or else that a new circuit begins in."""
-        return self._known.state if self._known else self._initial_state
+        return self._view.known.state if self._view.known else self._initial_state
 
     def _set_opened_at(self, intent: SetOpenedAt) -> Reply:
-        if not self._offset.known:
+        offset = self._view.offset
+        if not offset.known:
             self.execute(Load())
-        at_ms = math.floor(intent.at_ms + self._offset.ms)
+        at_ms = math.floor(intent.at_ms + offset.ms)
         reply = self._carry_out(SetOpenedAt(at_ms))
         if reply.accepted and reply.circuit.opened_at_ms == at_ms:
             # Redis keeps whole milliseconds; what was said shall be read again as it was said.
-            self._offset.set(at_ms - intent.at_ms)
-        return _by_local_clock(reply, self._offset.ms)
+            offset.set(at_ms - intent.at_ms)
+        return _by_local_clock(reply, offset.ms)
 
     def _carry_out(self, intent: Intent) -> Reply:
-        create = self._initial_state if self._known is None else self._fallback_state
+        known = self._view.known
+        create = self._initial_state if known is None else self._fallback_state
         carrier = self._get_carrier()
+        if isinstance(intent, RecordFailure) and self._channel:
+            intent = replace(intent, noise_ms=NOISE_MS)
+        ticket = self._view.ticket()
         try:
-            reply = carrier.execute(intent, self._known, create)
+            reply = carrier.execute(intent, known, create)
         except ScriptingUnavailable as reason:
-            reply = self._do_without_scripts(carrier, reason).execute(intent, self._known, create)
-        if self._known is None or reply.circuit.generation >= self._known.generation:
-            self._known = reply.circuit
+            reply = self._do_without_scripts(carrier, reason).execute(intent, known, create)
+        self._view.fill(ticket, reply.circuit, reply.now_ms)
         self._log(reply)
         return reply
 
+    def _lock(self) -> threading.Lock:
+        """This process's, and of the kind that is in use when it is first needed: gevent replaces them.
+
+        It is held while a callable returns a client, and who knows what that waits for.
+        """
+        return self._locks.setdefault(os.getpid(), threading.Lock())
+
     def _get_carrier(self) -> LuaCarrier | OptimisticCarrier:
-        with self._lock:
+        if self._carrier is not None:
+            return self._carrier
+        with self._lock():
             if self._carrier is None:
-                self._carrier = LuaCarrier(self._client(), self._keys)
+                client = self._client()
+                origin = origin_of(client)
+                self._channel = channel_of(self._keys, origin.db) if origin else ""
+                self._carrier = LuaCarrier(client, self._keys, self._channel)
             return self._carrier
 
     def _do_without_scripts(self, carrier: LuaCarrier | OptimisticCarrier, reason: Exception) -> OptimisticCarrier:
-        with self._lock:
-            if not isinstance(self._carrier, OptimisticCarrier):
-                self._logger.warning(
-                    "circuit %r: the server runs no scripts (%s); using transactions, which take more round trips",
-                    self._name,
-                    reason,
-                )
-                self._carrier = OptimisticCarrier(carrier.client, self._keys)
-            return self._carrier
+        with self._lock():
+            if isinstance(self._carrier, OptimisticCarrier):
+                return self._carrier
+            # Nobody would hear of what is done without scripts, so nobody relies on hearing.
+            self._channel = ""
+            optimistic = self._carrier = OptimisticCarrier(carrier.client, self._keys)
+        self._logger.warning(
+            "circuit %r: the server runs no scripts (%s); using transactions, which take more round trips",
+            self._name,
+            reason,
+        )
+        return optimistic
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._arguments import check_state
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit, Decision, Intent, Load, SetOpenedAt, created
+from pybreaker_redis._circuit import Circuit, created
 from pybreaker_redis._clock import now_ms
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._intents import Decision, Intent, Load, SetOpenedAt
+from pybreaker_redis._shortcut import Shortcut
 
 
 class MemoryCarrier:
@@ -23,23 +26,37 @@ class MemoryCarrier:
         state: In which the circuit begins.
         clock: Milliseconds since the epoch.
         first_generation: Added to every generation, where several records must not be mistaken for one another.
+        shortcut: To be kept true.
     """
 
-    def __init__(self, state: str, clock: Callable[[], float] = now_ms, first_generation: int = 0) -> None:
+    def __init__(
+        self,
+        state: str,
+        clock: Callable[[], float] = now_ms,
+        first_generation: int = 0,
+        shortcut: Shortcut | None = None,
+    ) -> None:
         self._lock = threading.Lock()
         self._clock = clock
         circuit = created(state, clock())
         self._circuit = replace(circuit, generation=circuit.generation + first_generation)
         self._event = "created"
+        self._shortcut = shortcut or Shortcut()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock there."""
+        self._lock = threading.Lock()
 
     def execute(self, intent: Intent, known: Circuit | None = None, create: str = "") -> Reply:
         """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
         with self._lock:
             now = self._clock()
             decision = intent.apply(self._circuit, now)
-            self._circuit = decision.circuit
+            circuit = self._circuit = decision.circuit
+            self._shortcut.follow(circuit, quiet=circuit.fail_counter == 0)
             event, self._event = self._event, ""
-            return Reply(decision.accepted, decision.circuit, now, event)
+            return Reply(decision.accepted, circuit, now, event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +84,9 @@ class CircuitMemoryStorage(IntentStorage):
 
     def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
         check_state("state", state)
-        super().__init__("memory", probe_lease)
-        self._carrier = MemoryCarrier(state)
-        self._ask(self._caller, Load())
+        super().__init__("memory", probe_lease, Shortcut())
+        self._carrier = MemoryCarrier(state, shortcut=self._shortcut)
+        self._ask(self._callers.current(), Load())
 
     def _execute(self, intent: Intent) -> Reply:
         return self._carrier.execute(intent)

@@ -10,13 +10,14 @@ import threading
 from typing import Any
 
 from pybreaker_redis._adapter import IntentStorage
-from pybreaker_redis._arguments import check_state
+from pybreaker_redis._arguments import check_state, staleness
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Intent, Load
 from pybreaker_redis._clock import now_ms
 from pybreaker_redis._guard import Guard
+from pybreaker_redis._intents import Intent, Load, RecordSuccess
 from pybreaker_redis._keys import BASE, circuit_keys
 from pybreaker_redis._shared import SharedCircuit
+from pybreaker_redis._view import View
 from pybreaker_redis.memory import MemoryCarrier
 
 #: Where the generations of this process's own circuits begin: below zero, where shared ones never are, so that a call
@@ -39,9 +40,11 @@ class CircuitRedisStorage(IntentStorage):
         cluster_mode: Put all keys of the circuit into one slot of a Redis Cluster.
         probe_lease: Seconds until a probe that nobody reported on is offered again, from 0.001 to 86400.  Must exceed
             the slowest guarded call.
+        max_staleness: Seconds for which this process may go by what it knows of the circuit, though it hears of no
+            change: from 0.01 to 60, or 0 to ask Redis at every look.
 
     Raises:
-        ValueError: An unknown state, or a `probe_lease` out of range.
+        ValueError: An unknown state, or a number out of range.
         TypeError: Any other argument that is not what it should be.
     """
 
@@ -58,6 +61,7 @@ class CircuitRedisStorage(IntentStorage):
         cluster_mode: bool = False,
         *,
         probe_lease: float = 30.0,
+        max_staleness: float = 1.0,
     ) -> None:
         check_state("state", state)
         check_state("fallback_circuit_state", fallback_circuit_state)
@@ -69,7 +73,8 @@ class CircuitRedisStorage(IntentStorage):
         if asynchronous or not (is_client or callable(redis_object)):
             msg = f"redis_object must be a synchronous client or a callable that returns one, not {redis_object!r}"
             raise TypeError(msg)
-        super().__init__("redis", probe_lease)
+        view = View(staleness(max_staleness))
+        super().__init__("redis", probe_lease, view.shortcut)
         self._circuit_name = namespace or BASE
         self._shared = SharedCircuit(
             (lambda: redis_object) if is_client else redis_object,
@@ -78,6 +83,7 @@ class CircuitRedisStorage(IntentStorage):
             initial_state=state,
             fallback_state=fallback_circuit_state,
             clock=now_ms,
+            view=view,
             logger=self.logger,
         )
         self._guard = Guard()
@@ -86,7 +92,15 @@ class CircuitRedisStorage(IntentStorage):
         self._local: MemoryCarrier | None = None
         self._local_generation = LOCAL_GENERATIONS
 
+    def _look(self) -> Reply:
+        return self._shared.believed(Load()) or self._execute(Load())
+
+    def _called(self) -> None:
+        self._shared.listen()
+
     def _execute(self, intent: Intent) -> Reply:
+        if isinstance(intent, RecordSuccess) and (reply := self._shared.believed(intent)):
+            return reply
         if self._guard.may_ask():
             try:
                 if self._guard.refuses_writes:

@@ -81,7 +81,8 @@ def _server_without_scripts(found: FoundServer, take: TakeServer) -> Iterator[Ma
 def _storage(client: Any, state: str = "closed", namespace: str | None = None, **options: Any) -> Any:
     from pybreaker_redis import CircuitRedisStorage
 
-    return CircuitRedisStorage(state, client, namespace=namespace, **options)
+    # Tests write to the keys behind a storage's back: it shall look every time.
+    return CircuitRedisStorage(state, client, namespace=namespace, **{"max_staleness": 0, **options})
 
 
 def _of_servers() -> Iterator[Carrier]:

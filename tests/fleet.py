@@ -77,6 +77,7 @@ class Spec:
         reset_timeout: As in ``pybreaker.CircuitBreaker``, seconds.
         success_threshold: As in ``pybreaker.CircuitBreaker``.
         probe_lease: Seconds; for our storage only.
+        max_staleness: Seconds; for our storage only.
         clock_skew: Seconds by which this worker's wall clock is ahead.
         listener: ``record`` notes each change of state, ``look`` also reads ``current_state`` in it, ``raise`` raises.
     """
@@ -89,6 +90,7 @@ class Spec:
     reset_timeout: float = 60.0
     success_threshold: int = 1
     probe_lease: float | None = None
+    max_staleness: float | None = None
     clock_skew: float = 0.0
     listener: Literal["record", "look", "raise"] = "record"
 
@@ -229,7 +231,8 @@ def make_storage(spec: Spec, client: Any) -> Any:
     # Stock cases must run where the package itself cannot be imported, for example while it is being changed.
     from pybreaker_redis import CircuitRedisStorage
 
-    extra: dict[str, Any] = {} if spec.probe_lease is None else {"probe_lease": spec.probe_lease}
+    given = {"probe_lease": spec.probe_lease, "max_staleness": spec.max_staleness}
+    extra: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return CircuitRedisStorage("closed", client, namespace=spec.namespace, **extra)
 
 

@@ -14,11 +14,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import (
-    HALF_OPEN,
-    OPEN,
-    STATES,
-    Circuit,
+from pybreaker_redis._circuit import HALF_OPEN, OPEN, STATES, Circuit
+from pybreaker_redis._intents import (
     ClaimProbe,
     Close,
     CountProbe,
@@ -57,7 +54,7 @@ class Wish:
         kind: Which intent.
         generation: Added to the circuit's own; ``None``: by hand.
         token: ``None``: the one that holds the probe.
-        number: Milliseconds: a lease, or how long ago it opened.
+        number: Milliseconds: a lease, noise, or how long ago it opened.
         state: For `SetState`.
     """
 
@@ -76,6 +73,8 @@ class Wish:
             ResetProbes: ResetProbes,
             SetState: lambda: SetState(self.state),
             SetOpenedAt: lambda: SetOpenedAt(now_ms - self.number),
+            # The shortest number stands for none: a failure that nobody would hear of.
+            RecordFailure: lambda: RecordFailure(generation, token, 0 if self.number == 1 else self.number),
             CountProbe: lambda: CountProbe(generation, token, self.number),
             ClaimProbe: lambda: ClaimProbe(generation or 0, self.token or TOKENS[0], self.number),
         }
@@ -110,6 +109,7 @@ def circuits(draw: st.DrawFn, now_ms: int = 1_000_000_000_000) -> Circuit:
         success_counter=draw(st.integers(0, 9)),
         opened_at_ms=draw(times if state == OPEN else st.none() | times),
         generation=draw(st.integers(0, 9)),
+        noisy_until_ms=draw(st.sampled_from([0, 0, now_ms - 100, now_ms + 400, now_ms + 600])),
     )
     if state != HALF_OPEN:
         return circuit
@@ -167,6 +167,7 @@ _marks = st.fixed_dictionaries(
         "opened_at_ms": _often(st.builds(Ago, _distances, st.just(1)), st.just(b""), _garbage),
         "probe_token": _often(st.sampled_from([b"", *(token.encode() for token in TOKENS)]), _garbage),
         "probe_until_ms": _often(st.builds(Ago, st.sampled_from([-30_000, 50, -(10**9)]), st.just(1)), _garbage),
+        "noisy_until_ms": _often(st.builds(Ago, st.sampled_from([-600, -400, 50, -(10**9)]), st.just(1)), _garbage),
         "somebody": st.just(b"else"),
     },
 ).map(lambda fields: fields or {"somebody": b"else"})
@@ -202,6 +203,7 @@ def _sound(draw: st.DrawFn) -> dict[str, Any]:
             "opened_at_ms": b"" if opened is None else Ago(opened, 1),
             "probe_token": circuit.probe_token.encode(),
             "probe_until_ms": Ago(int(now_ms - circuit.probe_until_ms), 1) if circuit.probe_token else b"0",
+            "noisy_until_ms": Ago(int(now_ms - circuit.noisy_until_ms), 1) if circuit.noisy_until_ms else b"0",
         },
     }
     if opened is not None:
@@ -239,12 +241,19 @@ def known_circuits(draw: st.DrawFn) -> Callable[[int], Circuit | None]:
     circuit = draw(circuits(now_ms))
 
     def at(now: int) -> Circuit:
-        # The same distance from another now.
-        opened_at_ms = None if circuit.opened_at_ms is None else circuit.opened_at_ms - now_ms + now
-        until_ms = circuit.probe_until_ms - now_ms + now if circuit.probe_token else 0
-        return replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
+        return moved_by(circuit, now - now_ms)
 
     return at
+
+
+def moved_by(circuit: Circuit, distance_ms: int) -> Circuit:
+    """The same circuit at another time."""
+    return replace(
+        circuit,
+        opened_at_ms=None if circuit.opened_at_ms is None else circuit.opened_at_ms + distance_ms,
+        probe_until_ms=circuit.probe_until_ms + distance_ms if circuit.probe_token else 0,
+        noisy_until_ms=circuit.noisy_until_ms + distance_ms if circuit.noisy_until_ms else 0,
+    )
 
 
 # -- on a server -------------------------------------------------------------------------------------------------------

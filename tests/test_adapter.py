@@ -47,7 +47,9 @@ def storage_of(request: pytest.FixtureRequest, client: redis.Redis) -> Callable[
     """Make a storage of a circuit; with Redis, each storage has the same circuit."""
     if request.param == "memory":
         return lambda state="closed", **words: CircuitMemoryStorage(state, **words)
-    return lambda state="closed", **words: CircuitRedisStorage(state, client, namespace="adapter", **words)
+    return lambda state="closed", **words: CircuitRedisStorage(
+        state, client, namespace="adapter", max_staleness=0, **words
+    )
 
 
 @contextmanager

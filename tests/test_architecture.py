@@ -18,11 +18,15 @@ ROWS = (
     ("storage",),
     ("memory",),
     ("_adapter",),
-    ("_caller", "_frames", "_arguments"),
+    ("_caller", "_arguments"),
+    ("_admissions", "_frames"),
     ("_shared", "_guard"),
-    ("_scripts", "_optimistic"),
-    ("_carrier", "_record"),
-    ("_circuit", "_keys", "_clock", "errors"),
+    ("_scripts", "_optimistic", "_listener"),
+    ("_session",),
+    ("_view", "_line"),
+    ("_carrier", "_record", "_shortcut", "_client"),
+    ("_intents",),
+    ("_circuit", "_keys", "_clock", "_forks", "errors"),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
 
@@ -60,7 +64,7 @@ def test_imports_follow_the_flow(module: str) -> None:
     assert ours(module) <= later
 
 
-@pytest.mark.parametrize("module", ["_circuit", "_keys", "_clock", "errors", "_caller", "_frames"])
+@pytest.mark.parametrize("module", ["_circuit", "_keys", "_clock", "_forks", "errors", "_frames"])
 def test_foundations_import_nothing_of_ours(module: str) -> None:
     """What everything stands on stands alone."""
     assert ours(module) == set()
@@ -70,11 +74,11 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
     ("library", "allowed"),
     [
         ("redis", {"_optimistic"}),
-        ("pybreaker", {"_adapter", "_frames"}),
-        # The optimistic carrier waits between attempts; the guard's clock is a default that tests replace.
-        ("time", {"_clock", "_guard", "_optimistic"}),
+        ("pybreaker", {"_adapter", "_admissions", "_frames"}),
+        # The optimistic carrier and the listener wait between attempts; else it is defaults that tests replace.
+        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_session", "_shortcut", "_view"}),
         ("datetime", {"_clock", "_adapter"}),
-        ("threading", {"_caller", "_guard", "_shared", "memory", "storage"}),
+        ("threading", {"_caller", "_guard", "_listener", "_shared", "_view", "memory", "storage"}),
     ],
 )
 def test_only_these_modules_know(library: str, allowed: set[str]) -> None:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, OPEN, STATES, Circuit, Load
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, OPEN, STATES, Circuit
 from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._intents import Load
 from pybreaker_redis._keys import circuit_keys
 from pybreaker_redis._record import VALUE_NAMES
 from tests import servers
-from tests.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay
+from tests.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay, moved_by
 
 #: Seconds; far from everything that `contents` has in the past, and longer than a test.
 RESET_TIMEOUT = 30.0
@@ -51,7 +52,7 @@ class Place:
 
     def breaker(self, namespace: str, state: str = CLOSED, **words: Any) -> CircuitBreaker:
         """An unmodified breaker on our storage."""
-        storage = CircuitRedisStorage(state, self.client, namespace=namespace)
+        storage = CircuitRedisStorage(state, self.client, namespace=namespace, max_staleness=0)
         return CircuitBreaker(state_storage=storage, **{"reset_timeout": RESET_TIMEOUT, "fail_max": 10**9, **words})
 
     def now_ms(self) -> int:
@@ -209,7 +210,7 @@ def test_damaged_record_admits_or_rejects_as_its_repair_says(
     breaker, known = None, None
     if before is not None:
         # What the process knows from before the record came to harm.
-        lay(place.plain, keys, _as_left(_moved_to(before, place.now_ms())))
+        lay(place.plain, keys, _as_left(moved_by(before, place.now_ms() - 1_000_000_000_000)))
         breaker = place.breaker(namespace, create)
         assert breaker.current_state in STATES
         known = Paper(found(place.plain, keys), place.now_ms()).execute(Load(), None, create).circuit
@@ -242,13 +243,6 @@ def test_largest_readable_number_is_said_once(server: PrivateServer, name: str) 
     assert len(lines) == 1, lines
 
 
-def _moved_to(circuit: Circuit, now_ms: int) -> Circuit:
-    distance = now_ms - 1_000_000_000_000
-    opened_at_ms = None if circuit.opened_at_ms is None else circuit.opened_at_ms + distance
-    until_ms = circuit.probe_until_ms + distance if circuit.probe_token else 0
-    return replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
-
-
 def _as_left(circuit: Circuit) -> dict[str, Value]:
     values: dict[str, Value] = {
         "state": circuit.state.encode(),
@@ -260,6 +254,7 @@ def _as_left(circuit: Circuit) -> dict[str, Value]:
             "opened_at_ms": b"" if circuit.opened_at_ms is None else b"%d" % circuit.opened_at_ms,
             "probe_token": circuit.probe_token.encode(),
             "probe_until_ms": b"%d" % circuit.probe_until_ms,
+            "noisy_until_ms": b"%d" % circuit.noisy_until_ms,
         },
     }
     if circuit.opened_at_ms is not None:

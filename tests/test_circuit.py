@@ -12,16 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybreaker_redis import _circuit
+from pybreaker_redis import _circuit, _intents
 from pybreaker_redis._circuit import (
     CLOSED,
     HALF_OPEN,
-    INTENTS,
     MAX_COUNT,
     MAX_LEASE_MS,
+    MAX_NOISE_MS,
     OPEN,
     STATES,
     Circuit,
+    created,
+)
+from pybreaker_redis._intents import (
+    INTENTS,
     ClaimProbe,
     Close,
     CountProbe,
@@ -35,9 +39,8 @@ from pybreaker_redis._circuit import (
     SetOpenedAt,
     SetState,
     Trip,
-    created,
 )
-from pybreaker_redis._record import believe, parse, writes
+from pybreaker_redis._record import believe, parse, parse_push, writes
 from tests.records import Wish, circuits, states, wishes
 
 NOW = 1_000_000_000_000
@@ -85,7 +88,7 @@ class TestValues:
         """Nobody who goes through `INTENTS` misses one."""
         defined = {
             value
-            for value in vars(_circuit).values()
+            for value in vars(_intents).values()
             if isinstance(value, type) and issubclass(value, Intent) and hasattr(value, "script")
         }
         assert set(INTENTS) == defined
@@ -312,6 +315,36 @@ class TestByHand:
         assert granted(SetOpenedAt(-1), closed).opened_at_ms == 0
 
 
+class TestNoise:
+    """After a failure, successes are to be reported for a while."""
+
+    def test_failure_makes_a_closed_circuit_noisy(self) -> None:
+        """Whoever succeeds from now on has a failure to forget."""
+        circuit = granted(RecordFailure(7, "", 1000), closed)
+        assert circuit.noisy_until_ms == NOW + 1000
+
+    def test_failure_that_nobody_would_hear_of_makes_no_noise(self) -> None:
+        """Where there is no push, stock's keys say everything."""
+        assert granted(RecordFailure(7, ""), closed).noisy_until_ms == 0
+
+    @pytest.mark.parametrize(("left_ms", "moves"), [(501, False), (500, False), (499, True), (0, True), (-5000, True)])
+    def test_noise_moves_on_when_half_of_it_is_over(self, left_ms: int, moves: bool) -> None:
+        """Each move is told to everybody: two in its time are enough, and at least half of it always lies ahead."""
+        circuit = granted(RecordFailure(7, "", 1000), replace(closed, noisy_until_ms=NOW + left_ms))
+        assert circuit.noisy_until_ms == NOW + (1000 if moves else left_ms)
+
+    @pytest.mark.parametrize("circuit", [opened, unclaimed, probed])
+    def test_failure_of_a_circuit_that_is_not_closed_makes_no_noise(self, circuit: Circuit) -> None:
+        """There nobody keeps a success to himself."""
+        assert granted(RecordFailure(None, "", 1000), circuit).noisy_until_ms == 0
+
+    @given(circuit=circuits(NOW), wish=wishes)
+    def test_nothing_but_a_failure_makes_noise(self, circuit: Circuit, wish: Wish) -> None:
+        """What need not be told is not."""
+        after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
+        assert after.noisy_until_ms == circuit.noisy_until_ms or wish.kind is RecordFailure
+
+
 class TestWhatever:
     """What holds for any intent on any circuit."""
 
@@ -397,6 +430,7 @@ def test_fields_of_circuit_are_those_of_the_record() -> None:
         "generation",
         "probe_token",
         "probe_until_ms",
+        "noisy_until_ms",
     ]
 
 
@@ -422,7 +456,7 @@ def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
     assert not hasattr(value, "__dict__")
 
 
-@pytest.mark.parametrize("name", ["MAX_LEASE_MS", "MAX_COUNT"])
+@pytest.mark.parametrize("name", ["MAX_LEASE_MS", "MAX_COUNT", "MAX_NOISE_MS"])
 def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
     """What one of them calls damage, the other does not count on from."""
     scripts = Path(_circuit.__file__).with_name("lua") / "circuit.lua"
@@ -449,49 +483,72 @@ class TestRecord:
     def test_count_is_read_up_to_the_limit_and_not_from_there_on(self) -> None:
         """The limit itself is damage, as in the scripts."""
         for number, read in ((MAX_COUNT - 1, MAX_COUNT - 1), (MAX_COUNT, None), (MAX_COUNT + 1, None)):
-            found = parse((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0"))
+            found = parse((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0", "0"))
             assert found.fail_counter == read
             assert (found.mark is None) == (read is None)
 
     def test_opened_by_others_without_saying_when_is_open_from_now_on(self) -> None:
         """The time of an earlier spell would let a probe through at once."""
-        found = parse((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0"))
+        found = parse((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0", "0"))
         assert believe(found, None, CLOSED, NOW).circuit == Circuit(OPEN, opened_at_ms=NOW, generation=4)
 
     def test_closed_by_others_remembers_when_it_was_open(self) -> None:
         """A lost time is restored from the mark as long as it holds nobody up."""
-        found = parse((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0"))
+        found = parse((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0", "0"))
         assert believe(found, None, CLOSED, NOW).circuit == Circuit(CLOSED, opened_at_ms=1000, generation=4)
 
     @pytest.mark.parametrize(("state", "marked"), [(CLOSED, CLOSED), (OPEN, OPEN), (HALF_OPEN, OPEN)])
     def test_prober_is_believed_only_of_a_half_open_circuit_of_our_own(self, state: str, marked: str) -> None:
         """A token that was left where nobody can probe gives nobody the probe."""
-        found = parse((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10)))
+        found = parse((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10), "0"))
         circuit = believe(found, None, CLOSED, NOW).circuit
         assert (circuit.state, circuit.probe_token, circuit.probe_until_ms) == (state, "", 0)
 
     @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + MAX_LEASE_MS), (1, 0)])
     def test_longest_lease_is_believed_and_a_longer_one_is_over(self, beyond: int, until_ms: int) -> None:
         """Nobody could have asked for it, and it would be waited for."""
-        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + MAX_LEASE_MS + beyond)))
+        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + MAX_LEASE_MS + beyond), "0"))
         circuit = believe(found, None, CLOSED, NOW).circuit
         assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", until_ms)
+
+    @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + MAX_NOISE_MS), (1, 0)])
+    def test_noise_that_nobody_can_have_made_is_none(self, beyond: int, until_ms: int) -> None:
+        """Successes would be reported, and no failure would be told, until then."""
+        found = parse((CLOSED, "0", "0", "1"), ("3", CLOSED, "1000", "", "0", str(NOW + MAX_NOISE_MS + beyond)))
+        assert believe(found, None, CLOSED, NOW).circuit.noisy_until_ms == until_ms
+
+    @pytest.mark.parametrize(
+        "payload",
+        [
+            *(b"", b"5", b"x 3 closed 1000  0 0", b"5 3 ajar 1000  0 0", b"5 -3 closed 1000  0 0"),
+            *(b"5 3 closed 1000  0", b"5 3 closed 1000  0 0 0", b"\xff\xfe", None, b"5 closed 3 1000  0 0"),
+        ],
+    )
+    def test_push_that_makes_no_sense_is_none(self, payload: bytes | None) -> None:
+        """Anybody may publish on a channel."""
+        assert parse_push(payload) is None
+
+    def test_push_is_read_as_scripts_write_it(self) -> None:
+        """All but the counters, and when it was."""
+        pushed = parse_push(b"1005 3 half-open 1000 a0 2000 1500")
+        assert pushed == (Circuit(HALF_OPEN, 0, 0, 1000, 3, "a0", 2000, 1500), 1005)
+        assert parse_push(b"1005 3 closed   0 0") == (Circuit(generation=3), 1005)
 
     @pytest.mark.parametrize("token", ["A0", "a0 ", "g", "a" * 65])
     def test_token_that_we_never_wrote_is_nobodys(self, token: str) -> None:
         """A probe that nobody can hold would be waited for."""
-        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10)))
+        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10), "0"))
         assert believe(found, None, CLOSED, NOW).circuit.probe_token == ""
 
-    @pytest.mark.parametrize("field", range(5))
+    @pytest.mark.parametrize("field", range(6))
     def test_hash_with_one_field_alone_is_damage(self, field: int) -> None:
         """It is told from a hash that is not there."""
-        alone = ["3", CLOSED, "1000", "a0", "5"]
+        alone = ["3", CLOSED, "1000", "a0", "5", "6"]
         mark = [value if index == field else None for index, value in enumerate(alone)]
         assert parse((CLOSED, "0", "0", None), mark).unreadable_mark
-        assert not parse((CLOSED, "0", "0", None), (None,) * 5).unreadable_mark
+        assert not parse((CLOSED, "0", "0", None), (None,) * 6).unreadable_mark
 
-    @pytest.mark.parametrize("mark", [(None,) * 5, ("3", CLOSED, "2000", "", "0")])
+    @pytest.mark.parametrize("mark", [(None,) * 6, ("3", CLOSED, "2000", "", "0", "0")])
     def test_sound_record_is_left_as_it_is(self, mark: tuple[str | None, ...]) -> None:
         """Looking writes nothing, and what stock's keys can say needs no hash."""
         found = parse((CLOSED, "1", "0", "2"), mark)
@@ -499,7 +556,7 @@ class TestRecord:
 
     def test_what_was_read_cannot_be_changed(self) -> None:
         """Found, believed and to be written are values too."""
-        found = parse((CLOSED, "1", "0", "2"), (None,) * 5)
+        found = parse((CLOSED, "1", "0", "2"), (None,) * 6)
         believed = believe(found, None, CLOSED, NOW)
         for value in (found, believed, writes(believed.circuit, found)):
             with pytest.raises(FrozenInstanceError):

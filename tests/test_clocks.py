@@ -65,10 +65,10 @@ def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
     """Storages of one circuit on each kind of carrier; pybreaker's own in memory is the reference."""
     if request.param == "server":
         client = request.getfixturevalue("client")
-        yield lambda: CircuitRedisStorage("closed", client, "clocks")
+        yield lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
     elif request.param == "fakeredis":
         home = fakeredis.FakeServer()
-        yield lambda: CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(server=home), "clocks")
+        yield lambda: CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(server=home), "clocks", max_staleness=0)
     elif request.param == "memory":
         yield lambda: CircuitMemoryStorage("closed")
     else:
@@ -78,7 +78,7 @@ def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
 @pytest.fixture
 def redis_storage(client: redis.Redis) -> MakeStorage:
     """Storages of one circuit on a real server."""
-    return lambda: CircuitRedisStorage("closed", client, "clocks")
+    return lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
 
 
 class Hand:
@@ -230,7 +230,7 @@ def test_foreign_zone_is_stored_off_by_stock_and_right_by_ours(client: redis.Red
     stock = pybreaker.CircuitRedisStorage("closed", client, "stock")
     stock.opened_at = delhi
     assert stock.opened_at - NOON.replace(microsecond=0) == timedelta(seconds=19_800)
-    CircuitRedisStorage("closed", client, "ours").opened_at = delhi
+    CircuitRedisStorage("closed", client, "ours", max_staleness=0).opened_at = delhi
     assert abs(int(client.get("ours:pybreaker:opened_at")) - NOON.timestamp()) < 2
 
 
@@ -253,16 +253,16 @@ def test_time_said_by_hand_with_any_fraction_moves_nothing_when_read_again(
     storage.opened_at = NOON.replace(microsecond=fraction)
     storage.state = "open"
     first = storage.opened_at
-    generation = storage._shared._known.generation
+    generation = storage._shared._view.known.generation
     assert abs(first - NOON.replace(microsecond=fraction)) < timedelta(milliseconds=1.001)
     for _ in range(3):
         assert storage.opened_at == first
-    assert storage._shared._known.generation == generation == 1
+    assert storage._shared._view.known.generation == generation == 1
 
 
 def test_opening_time_is_precise_for_ours_and_whole_seconds_for_stock(client: redis.Redis) -> None:
     """Half a second means half a second, and stock still reads with `int()`."""
-    storage = CircuitRedisStorage("closed", client, "clocks")
+    storage = CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     opened = set()
     for _ in range(5):
@@ -299,10 +299,10 @@ def test_opening_time_moves_forward_only_within_an_open_spell(redis_storage: Mak
 
 def test_each_caller_reads_the_opening_time_by_their_own_clock(client: redis.Redis) -> None:
     """Two hosts whose clocks differ by a day say two times for one instant, each right where it is said."""
-    here = CircuitRedisStorage("closed", client, "clocks")
+    here = CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
     trip(CircuitBreaker(fail_max=1, state_storage=here))
     with time_machine.travel(datetime.now(UTC) + timedelta(days=1), tick=True):
-        there = CircuitRedisStorage("closed", client, "clocks")
+        there = CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
         difference = there.opened_at - here.opened_at
     assert abs(difference - timedelta(days=1)) < timedelta(seconds=1)
 
@@ -329,7 +329,9 @@ def test_stock_host_an_hour_ahead_cannot_hold_ours_open(client: redis.Redis) -> 
     """In a mixed fleet the wrong clock of a stock worker is worth `reset_timeout` at most."""
     with time_machine.travel(datetime.now(UTC) + timedelta(hours=1), tick=True):
         trip(CircuitBreaker(fail_max=1, state_storage=pybreaker.CircuitRedisStorage("closed", client, "clocks")))
-    breaker = CircuitBreaker(reset_timeout=0.3, state_storage=CircuitRedisStorage("closed", client, "clocks"))
+    breaker = CircuitBreaker(
+        reset_timeout=0.3, state_storage=CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
+    )
     before = time.monotonic()
     while rejected(breaker):
         assert time.monotonic() - before < 5
@@ -341,7 +343,9 @@ def test_half_a_second_is_half_a_second(every_server: PrivateServer) -> None:
     """Ten recoveries, each measured: none early, where stock may take next to none."""
     with contextlib.closing(every_server.client()) as client:
         breaker = CircuitBreaker(
-            fail_max=1, reset_timeout=0.15, state_storage=CircuitRedisStorage("closed", client, "clocks")
+            fail_max=1,
+            reset_timeout=0.15,
+            state_storage=CircuitRedisStorage("closed", client, "clocks", max_staleness=0),
         )
         waited = []
         for _ in range(10):

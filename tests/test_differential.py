@@ -18,18 +18,9 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from pybreaker_redis._carrier import Carrier
-from pybreaker_redis._circuit import (
-    CLOSED,
-    HALF_OPEN,
-    OPEN,
-    Circuit,
-    ClaimProbe,
-    CountProbe,
-    Load,
-    RecordFailure,
-    Trip,
-)
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._intents import ClaimProbe, CountProbe, Load, RecordFailure, Trip
 from pybreaker_redis._keys import circuit_keys
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier

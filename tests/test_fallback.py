@@ -139,7 +139,7 @@ def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer)
         killable_server.stop()
         assert breaker.current_state == "closed"
         assert breaker.call(up) == "answer"
-        generations.append(storage._caller.generation)
+        generations.append(storage._admissions.current().generation)
         breaker.open()
         assert breaker.current_state == "open"
         killable_server.restart(keep_data=False)

@@ -26,7 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, Load
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._intents import Load
 
 FAIL_MAX = 2
 SUCCESS_THRESHOLD = 2
@@ -42,6 +43,7 @@ class FakeHome:
 
     reset_timeout = 10.0
     lease = 30.0
+    blur_ms = 1.0
     scripts = False
 
     def __init__(self) -> None:
@@ -64,6 +66,8 @@ class RealHome:
 
     reset_timeout = 0.02
     lease = 0.04
+    #: How much later than by the server's clock a gate may open by a worker's: as long as an answer takes.
+    blur_ms = 20.0
     scripts = True
 
     def __init__(self, client: Any) -> None:
@@ -82,7 +86,9 @@ class Worker:
     """A process: a storage, a breaker, at most one call in flight."""
 
     def __init__(self, home: Any) -> None:
-        self.storage = CircuitRedisStorage("closed", home.client, namespace="machine", probe_lease=home.lease)
+        self.storage = CircuitRedisStorage(
+            "closed", home.client, namespace="machine", probe_lease=home.lease, max_staleness=0
+        )
         self.breaker = pybreaker.CircuitBreaker(
             fail_max=FAIL_MAX,
             reset_timeout=home.reset_timeout,
@@ -99,8 +105,8 @@ class Worker:
             block.__enter__()
         except pybreaker.CircuitBreakerError:
             return False
-        caller = self.storage._caller
-        self.block, self.admitted = block, (caller.generation, caller.token)
+        admission = self.storage._admissions.current()
+        self.block, self.admitted = block, admission
         return True
 
     def end(self, error: BaseException | None) -> BaseException | None:
@@ -212,7 +218,7 @@ class Machine(RuleBasedStateMachine):
                 else:
                     assert not before.probe_token or before.probe_until_ms <= self.now_ms(), "a live lease is kept"
                     assert after.success_counter == before.success_counter
-            if before.state == OPEN and asked_at >= open_until + 1:
+            if before.state == OPEN and asked_at >= open_until + self.home.blur_ms:
                 assert entered, "once the timeout has passed, the first who asks is let through"
 
     @rule(index=st.integers(0, WORKERS - 1))
@@ -358,7 +364,7 @@ class Machine(RuleBasedStateMachine):
             self.home.client.delete(*(f"machine:pybreaker:{name}" for name in names))
             if "fail_counter" in names:
                 self.failures = 0
-            known = self.workers[index].storage._shared._known
+            known = self.workers[index].storage._shared._view.known
             if known is not None and known.generation == before.generation:
                 _ = self.workers[index].storage.state
             after = self.truth()

@@ -14,17 +14,9 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage, _optimistic
-from pybreaker_redis._circuit import (
-    CLOSED,
-    HALF_OPEN,
-    OPEN,
-    ClaimProbe,
-    Load,
-    RecordFailure,
-    SetState,
-    Trip,
-)
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
 from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._intents import ClaimProbe, Load, RecordFailure, SetState, Trip
 from pybreaker_redis._keys import circuit_keys
 from pybreaker_redis._optimistic import ATTEMPTS, OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier

@@ -4,23 +4,26 @@
 -- KEYS[2]  fail_counter     string  decimal                                     stock pybreaker writes it too
 -- KEYS[3]  success_counter  string  decimal                                     stock pybreaker writes it too
 -- KEYS[4]  opened_at        string  whole seconds since the epoch               stock pybreaker writes it too
--- KEYS[5]  circuit          hash    generation, state, opened_at_ms, probe_token, probe_until_ms as of our last move
+-- KEYS[5]  circuit          hash    generation, state, opened_at_ms, probe_token, probe_until_ms, noisy_until_ms as of our
+--                                   last move
 -- ARGV[1]  create           state of a circuit that nobody knows
 -- ARGV[2]  known_generation of the circuit as the caller saw it last; -1: never
 -- ARGV[3]  known_state
 -- ARGV[4]  known_opened_at  ms since the epoch; -1: never
 -- ARGV[5]  known_token      of the probe; empty: none
 -- ARGV[6]  known_until      ms since the epoch
--- ARGV[7+] belong to the intent
+-- ARGV[7]  channel          where to tell the others; empty: nowhere
+-- ARGV[8+] belong to the intent
 -- RETURNS  {accepted 0|1, now ms, state, fail_counter, success_counter, opened_at ms or -1, generation, probe_token,
---          probe_until ms, event}
+--          probe_until ms, noisy_until ms, event}
 -- TIME     the server's; clocks of callers are never compared
--- WRITES   only values that differ, so a refused intent on a sound record writes nothing
+-- WRITES   only values that differ, so a refused intent on a sound record writes nothing; who writes the hash publishes
 --
 -- The reasons for these rules stand in _record.py, the rules themselves in both: keep them alike.
 
 local MAX_LEASE_MS = 24 * 3600 * 1000
 local MAX_COUNT = 10 ^ 12
+local MAX_NOISE_MS = 60 * 1000
 local BY_HAND = -1
 local STATES = {['closed'] = true, ['open'] = true, ['half-open'] = true}
 
@@ -61,11 +64,14 @@ local function read()
   found.plain = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
   -- MGET reports a value of another type as missing.  The others are written anyway when they are; this one is not.
   if not found.plain[4] and redis.call('EXISTS', KEYS[4]) == 1 then found.plain[4] = '?' end
-  local raw = redis.pcall('HMGET', KEYS[5], 'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms')
+  local fields = {'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms', 'noisy_until_ms'}
+  local raw = redis.pcall('HMGET', KEYS[5], unpack(fields))
   local is_hash = not raw.err
-  found.fields = is_hash and raw or {false, false, false, false, false}
+  -- Who may not read it must not take it for damage.
+  if raw.err and not string.find(raw.err, 'WRONGTYPE', 1, true) then redis.call('HMGET', KEYS[5], unpack(fields)) end
+  found.fields = is_hash and raw or {false, false, false, false, false, false}
   local marked = false
-  for i = 1, 5 do
+  for i = 1, 6 do
     marked = marked or found.fields[i] ~= false
   end
 
@@ -92,6 +98,7 @@ local function read()
       opened_at_ms = whole(found.fields[3]),
       probe_token = token,
       probe_until_ms = whole(found.fields[5]) or 0,
+      noisy_until_ms = whole(found.fields[6]) or 0,
     }
   end
 end
@@ -120,17 +127,21 @@ local function believe()
   local known_generation = tonumber(ARGV[2])
   if not found.anything and known_generation < 0 then
     circuit = {state = 'closed', fail_counter = 0, success_counter = 0, generation = 0,
-               probe_token = '', probe_until_ms = 0}
+               probe_token = '', probe_until_ms = 0, noisy_until_ms = 0}
     if ARGV[1] ~= 'closed' then move(ARGV[1]) end
     if ARGV[1] == 'open' then circuit.opened_at_ms = now end
     return 'created'
   end
 
-  local mark = found.mark or {generation = 0, state = 'closed', probe_token = '', probe_until_ms = 0}
+  local mark = found.mark or {generation = 0, state = 'closed', probe_token = '', probe_until_ms = 0,
+                               noisy_until_ms = 0}
   local lost = known_generation > mark.generation
-  if lost then
+  -- Opened by somebody on an emptied server: that goes on.
+  if lost and found.mark and found.state == mark.state and mark.state ~= 'closed' and ARGV[3] == 'closed' then
+    mark.generation, lost = after(known_generation), false
+  elseif lost then
     mark = {generation = known_generation, state = ARGV[3], opened_at_ms = whole(ARGV[4]),
-            probe_token = ARGV[5], probe_until_ms = tonumber(ARGV[6])}
+            probe_token = ARGV[5], probe_until_ms = tonumber(ARGV[6]), noisy_until_ms = 0}
   end
   local state, opened_at, event = found.state, found.opened_at, ''
   local outdated = lost and found.mark and found.mark.state == state
@@ -168,6 +179,7 @@ local function believe()
     generation = ours and mark.generation or after(mark.generation),
     probe_token = probing and mark.probe_token or '',
     probe_until_ms = probing and mark.probe_until_ms <= now + MAX_LEASE_MS and mark.probe_until_ms or 0,
+    noisy_until_ms = mark.noisy_until_ms <= now + MAX_NOISE_MS and mark.noisy_until_ms or 0,
   }
   return event ~= '' and event or repairs(future or backward)
 end
@@ -182,17 +194,20 @@ local function save()
   end
 
   if found.unreadable_mark then redis.call('DEL', KEYS[5]) end
-  if not (found.mark or circuit.generation > 0 or (circuit.opened_at_ms or 0) % 1000 > 0) then return end
+  local needed = circuit.generation > 0 or circuit.noisy_until_ms > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
+  if not (found.mark or needed) then return end
   local fields = {decimal(circuit.generation), circuit.state,
                   circuit.opened_at_ms and decimal(circuit.opened_at_ms) or '',
-                  circuit.probe_token, decimal(circuit.probe_until_ms)}
+                  circuit.probe_token, decimal(circuit.probe_until_ms), decimal(circuit.noisy_until_ms)}
   local changed = false
-  for i = 1, 5 do
+  for i = 1, 6 do
     changed = changed or fields[i] ~= found.fields[i]
   end
   if changed then
     redis.call('HSET', KEYS[5], 'generation', fields[1], 'state', fields[2], 'opened_at_ms', fields[3],
-               'probe_token', fields[4], 'probe_until_ms', fields[5])
+               'probe_token', fields[4], 'probe_until_ms', fields[5], 'noisy_until_ms', fields[6])
+    -- A channel that is forbidden, or a server without channels, must not undo the transition.
+    if ARGV[7] ~= '' then redis.pcall('PUBLISH', ARGV[7], decimal(now) .. ' ' .. table.concat(fields, ' ')) end
   end
 end
 
@@ -215,5 +230,6 @@ local function run(intent)
   local accepted = intent()
   save()
   return {accepted and 1 or 0, now, circuit.state, circuit.fail_counter, circuit.success_counter,
-          circuit.opened_at_ms or -1, circuit.generation, circuit.probe_token, circuit.probe_until_ms, event}
+          circuit.opened_at_ms or -1, circuit.generation, circuit.probe_token, circuit.probe_until_ms,
+          circuit.noisy_until_ms, event}
 end

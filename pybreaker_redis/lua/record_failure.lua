@@ -1,13 +1,19 @@
 -- record_failure: a guarded call failed; one more consecutive failure.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[7]     generation  in which the caller was admitted; -1: by hand
--- ARGV[8]     token       of the probe that the caller holds, or empty
+-- ARGV[8]     generation  in which the caller was admitted; -1: by hand
+-- ARGV[9]     token       of the probe that the caller holds, or empty
+-- ARGV[10]    noise_ms    for how long successes are to be reported to somebody who listens, ms; 0: nobody listens
 -- RETURNS     {accepted 0|1, record…}
+-- TIME        the server's, for the end of the noise
 -- WRITES      only if accepted
-local generation, token = tonumber(ARGV[7]), ARGV[8]
+-- However fast calls fail, the noise moves on twice in its time: each move is heard by every process.
+local generation, token, noise_ms = tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
 
 return run(function()
   if not admits(generation, token) then return false end
   circuit.fail_counter = after(circuit.fail_counter)
+  if noise_ms > 0 and circuit.state == 'closed' and circuit.noisy_until_ms < now + noise_ms / 2 then
+    circuit.noisy_until_ms = now + noise_ms
+  end
   return true
 end)

@@ -1,0 +1,237 @@
+"""What may be wanted of a circuit, and what becomes of it?
+
+Knows: the intents, time as a number that is passed in.  Does not know: clocks, threads, keys, Redis.
+
+With `_circuit.py` this is the definition.  `lua/` says the same to a server that runs scripts, `_optimistic.py` applies
+these very functions between WATCH and EXEC, `memory.py` behind a lock; `tests/test_differential.py` holds the three
+together.
+
+An intent is a value: what a caller wants, with the generation in which that caller was admitted.  `apply` decides.  A
+refused intent leaves the circuit as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, after
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What came of an intent: was it granted, and the circuit as it is now either way."""
+
+    accepted: bool
+    circuit: Circuit
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """Something that a caller wants of a circuit.  Subclasses are values: their fields are the script's arguments."""
+
+    #: File name under ``lua/`` without its ending.
+    script: ClassVar[str]
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        """Decide, at the instant `now_ms` of the clock of the record's home."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Load(Intent):
+    """Tell me what is true."""
+
+    script: ClassVar[str] = "load"
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        return Decision(True, circuit)
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced(Intent):
+    """Something that only counts if it comes from the circuit's present generation.
+
+    Attributes:
+        generation: In which the caller was admitted; ``None``: by hand, or an operator.
+        token: The probe that the caller holds, or empty.
+    """
+
+    generation: int | None
+    token: str
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        if not circuit.admits(self.generation, self.token):
+            return Decision(False, circuit)
+        return Decision(True, self.settle(circuit, now_ms))
+
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+        """The circuit that follows once the caller is admitted."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFailure(Fenced):
+    """A guarded call failed: one more consecutive failure.
+
+    However fast calls fail, the noise moves on twice in its time: each move is told to everybody.
+
+    Attributes:
+        noise_ms: For how long successes are to be reported to somebody who listens, milliseconds; 0: nobody listens.
+    """
+
+    noise_ms: int = 0
+    script: ClassVar[str] = "record_failure"
+
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+        counted = replace(circuit, fail_counter=after(circuit.fail_counter))
+        if self.noise_ms and circuit.state == CLOSED and circuit.noisy_until_ms < now_ms + self.noise_ms / 2:
+            return replace(counted, noisy_until_ms=now_ms + self.noise_ms)
+        return counted
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSuccess(Fenced):
+    """A guarded call succeeded: the failures before it were not consecutive."""
+
+    script: ClassVar[str] = "record_success"
+
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+        return replace(circuit, fail_counter=0)
+
+
+@dataclass(frozen=True, slots=True)
+class CountProbe(Fenced):
+    """A probe succeeded: one more towards the success threshold, and its holder may go on probing.
+
+    By hand it counts, and renews nobody's lease.
+
+    Attributes:
+        lease_ms: How long the holder may take for the next probe, milliseconds.
+    """
+
+    lease_ms: int
+    script: ClassVar[str] = "count_probe"
+
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+        counted = replace(circuit, success_counter=after(circuit.success_counter))
+        if self.generation is None or not circuit.probe_token:
+            return counted
+        return replace(counted, probe_until_ms=now_ms + self.lease_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Trip(Fenced):
+    """Open the circuit, from now on."""
+
+    script: ClassVar[str] = "trip"
+
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+        return circuit.moved(OPEN, success_counter=0, opened_at_ms=now_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Close(Fenced):
+    """Close the circuit and forget all counts."""
+
+    script: ClassVar[str] = "close"
+
+    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+        moved = circuit if circuit.state == CLOSED else circuit.moved(CLOSED)
+        return replace(moved, fail_counter=0, success_counter=0)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimProbe(Intent):
+    """Ask to be the one caller that tests a recovering dependency.
+
+    Whether the reset timeout has passed is for the caller to know; the circuit knows that nobody else is probing.
+    Asked twice, as by a client that repeats what it got no answer to, it is granted twice.
+
+    Attributes:
+        generation: The generation that the caller saw open.
+        token: Unique for this claim.
+        lease_ms: How long an unreported probe is waited for before it is offered again, milliseconds.
+    """
+
+    generation: int
+    token: str
+    lease_ms: int
+    script: ClassVar[str] = "claim_probe"
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        if circuit.probe_token == self.token:
+            return Decision(True, circuit)
+        if circuit.generation != self.generation or not (circuit.state == OPEN or circuit.probe_is_free(now_ms)):
+            return Decision(False, circuit)
+        # Successes collected by a prober that died still count; those from before the circuit opened do not.
+        successes = 0 if circuit.state == OPEN else circuit.success_counter
+        claimed = circuit.moved(
+            HALF_OPEN, success_counter=successes, probe_token=self.token, probe_until_ms=now_ms + self.lease_ms
+        )
+        return Decision(True, claimed)
+
+
+@dataclass(frozen=True, slots=True)
+class SetState(Intent):
+    """By hand: put the circuit into a state, counters as they are.
+
+    Half-open by hand takes the trial from whoever has it, be it claimed or made by hand too.
+    """
+
+    state: str
+    script: ClassVar[str] = "set_state"
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        if circuit.state == self.state != HALF_OPEN:
+            return Decision(True, circuit)
+        moved = circuit.moved(self.state)
+        if self.state == OPEN and moved.opened_at_ms is None:
+            moved = replace(moved, opened_at_ms=now_ms)
+        return Decision(True, moved)
+
+
+@dataclass(frozen=True, slots=True)
+class SetOpenedAt(Intent):
+    """By hand: say when the circuit opened.
+
+    Never in the future, so that a host whose clock is ahead cannot hold the fleet open; and while the circuit is open
+    only forward, so that a straggler cannot open the gate early.
+
+    Attributes:
+        at_ms: Milliseconds since the epoch, by the clock of the record's home; the epoch itself if before it.
+    """
+
+    at_ms: float
+    script: ClassVar[str] = "set_opened_at"
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        at_ms = max(0, min(self.at_ms, now_ms))
+        if circuit.state == OPEN and circuit.opened_at_ms is not None and at_ms <= circuit.opened_at_ms:
+            return Decision(False, circuit)
+        return Decision(True, replace(circuit, opened_at_ms=at_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class ResetProbes(Intent):
+    """By hand: forget the successes that were collected while half-open."""
+
+    script: ClassVar[str] = "reset_probes"
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        return Decision(True, replace(circuit, success_counter=0))
+
+
+#: Every intent; each has a script of its own.
+INTENTS: tuple[type[Intent], ...] = (
+    Load,
+    RecordFailure,
+    RecordSuccess,
+    CountProbe,
+    Trip,
+    ClaimProbe,
+    Close,
+    SetState,
+    SetOpenedAt,
+    ResetProbes,
+)

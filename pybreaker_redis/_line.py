@@ -1,0 +1,219 @@
+"""One process's line to one server: what is heard on it, and what is asked in between.
+
+Knows: connections of redis-py from 3 to 8, RESP2 and RESP3, SUBSCRIBE, CLIENT TRACKING.  Does not know: circuits.
+
+With RESP3 it is one connection for everything, and the server tells of every change to the keys that were read on it,
+whoever makes it: ``CLIENT TRACKING`` without prefixes, which costs other clients of the server nothing.  With RESP2 a
+connection that subscribes can do nothing else, so there are two, and only published changes are heard.
+
+The connections are made here and used by one thread only.  One that failed is never used again: redis-py would quietly
+connect anew, and nobody would be subscribed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from pybreaker_redis._client import Origin
+from pybreaker_redis.errors import PushUnavailable, is_a
+
+#: How the connections are called in ``CLIENT LIST``.
+NAME = "pybreaker_redis"
+
+#: Most pushes that are taken before other things have their turn.
+MOST_AT_ONCE = 1000
+
+
+class Push(list[Any]):
+    """What the server said without being asked: its kind, and what belongs to it."""
+
+
+class Line:
+    """Connected, subscribed to nothing yet.
+
+    Args:
+        origin: Where to.
+        timeout: Seconds to wait for each answer.
+        hear: Told of every push, in the middle of anything.
+
+    Attributes:
+        tracks: Whether changes of keys that `ask` has read are heard, besides what is published.
+
+    Raises:
+        Exception: Whatever the library raises when nobody answers.
+    """
+
+    def __init__(self, origin: Origin, timeout: float, hear: Callable[[Push], None]) -> None:
+        self._timeout = timeout
+        self._hear = hear
+        self._connections: list[Any] = []
+        self.tracks = False
+        try:
+            one = self._connect_resp3(origin)
+            self._is_one = one is not None
+            self._asking = one or self._connect_resp2(origin)
+            self._hearing = one or self._connect_resp2(origin)
+            self._sockets = self._sockets_now()
+            self._introduce()
+        except BaseException:
+            self.close()
+            raise
+
+    def subscribe(self, channels: Sequence[str]) -> None:
+        """Hear what is published on these channels; returns when the server has said that it will be heard.
+
+        Raises:
+            PushUnavailable: The server refuses, or knows no channels.
+            Exception: It does not answer.
+        """
+        self._send(self._hearing, [("SUBSCRIBE", *channels)])
+        missing = len(channels)
+        while missing:
+            answer = self._read(self._hearing)
+            if is_a(answer, "ResponseError"):
+                raise PushUnavailable(str(answer))
+            if answer and _text(answer[0]) == "subscribe":
+                missing -= 1
+            else:
+                self._hear(Push(answer))
+
+    def unsubscribe(self, channels: Sequence[str]) -> None:
+        """Hear no more of these channels, from some time on."""
+        self._send(self._hearing, [("UNSUBSCRIBE", *channels)])
+
+    def ask(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """Send commands in one batch; their answers, errors among them as values.
+
+        Raises:
+            Exception: The server does not answer.
+        """
+        commands = list(commands)
+        self._send(self._asking, commands)
+        answers: list[Any] = []
+        while len(answers) < len(commands):
+            answer = self._read(self._asking)
+            if isinstance(answer, Push):
+                self._hear(answer)
+            else:
+                answers.append(answer)
+        return answers
+
+    def beat(self) -> bool:
+        """Ask for a sign of life where nothing else is asked.
+
+        Returns:
+            Whether there is such a place; then the answer is heard as a push of the kind ``pong``.
+        """
+        if self._is_one:
+            return False
+        self._send(self._hearing, [("PING",)])
+        return True
+
+    def listen(self, seconds: float) -> None:
+        """Wait so long for something to be heard, and then for nothing more: one change is told in several ways.
+
+        Raises:
+            Exception: The line is dead.
+        """
+        for _ in range(MOST_AT_ONCE):
+            self._check()
+            if not self._hearing.can_read(timeout=seconds):
+                break
+            push = self._read(self._hearing)
+            if not isinstance(push, list):
+                # Nothing was asked.  An error is what the server says before it hangs up.
+                raise PushUnavailable(str(push))
+            self._hear(Push(push))
+            seconds = 0
+
+    def close(self) -> None:
+        """Hang up."""
+        for connection in self._connections:
+            with contextlib.suppress(Exception):
+                connection.disconnect()
+
+    def _connect(self, origin: Origin, **words: Any) -> Any:
+        connection = origin.connect(timeout=self._timeout, **words)
+        self._connections.append(connection)
+        return connection
+
+    def _connect_resp2(self, origin: Origin) -> Any:
+        try:
+            return self._connect(origin, protocol=2)
+        except TypeError:
+            pass  # redis-py before 5 knows nothing else.
+        try:
+            return self._connect(origin)
+        except TypeError as error:
+            msg = f"no connection like those of the client can be made: {error}"
+            raise PushUnavailable(msg) from error
+
+    def _connect_resp3(self, origin: Origin) -> Any:
+        """A connection that can do everything; ``None`` if the library or the server has none."""
+        if origin.words.get("protocol") in (2, "2"):
+            return None
+        try:
+            connection = self._connect(origin, protocol=3)
+        except Exception as error:
+            # TypeError: redis-py before 5.  The others: a server, or a proxy, without HELLO.
+            if isinstance(error, TypeError) or is_a(error, "ResponseError") or is_a(error, "AuthenticationError"):
+                return None
+            raise
+        if _mark_pushes(connection):
+            return connection
+        # redis-py 5 with hiredis: pushes would be taken for answers.
+        self._connections.remove(connection)
+        connection.disconnect()
+        return None
+
+    def _introduce(self) -> None:
+        for connection in self._connections:
+            # Whoever may not say who he is, or be told of keys, can do without.
+            self._send(connection, [("CLIENT", "SETNAME", NAME)])
+            self._read(connection)
+        if self._is_one:
+            (answer,) = self.ask([("CLIENT", "TRACKING", "ON", "OPTOUT")])
+            self.tracks = not is_a(answer, "ResponseError")
+
+    def _sockets_now(self) -> list[Any]:
+        return [getattr(connection, "_sock", None) for connection in self._connections]
+
+    def _check(self) -> None:
+        if self._sockets_now() != self._sockets:
+            msg = "the client library has replaced a connection"
+            raise ConnectionResetError(msg)
+
+    def _send(self, connection: Any, commands: list[tuple[Any, ...]]) -> None:
+        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        # After sending: that is when redis-py connects anew if it finds that it is not connected.
+        self._check()
+
+    def _read(self, connection: Any) -> Any:
+        """The next answer or push; an error that the server has answered is a value."""
+        try:
+            if connection is self._asking and self._is_one:
+                return connection.read_response(push_request=True)
+            return connection.read_response()
+        except Exception as error:
+            if is_a(error, "ResponseError"):
+                return error
+            raise
+
+
+def _mark_pushes(connection: Any) -> bool:
+    """Have the parser return pushes as `Push`, so that no answer is mistaken for one; whether it can."""
+    parser: Any = getattr(connection, "_parser", None)
+    if hasattr(parser, "set_invalidation_push_handler"):
+        parser.set_pubsub_push_handler(Push)
+        parser.set_invalidation_push_handler(Push)
+        return True
+    if hasattr(parser, "set_push_handler"):
+        parser.set_push_handler(Push)
+        return True
+    return False
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,183 @@
+"""Who hears what others do?
+
+Knows: threads, processes, when to try again.  Does not know: circuits, what is said on a line.
+
+One thread and one line for each server that this process uses, whatever the number of clients and circuits.  It begins
+with the first guarded call, so never where modules are merely imported, and it is made anew in each forked child.
+
+What is done on the line stands in `_session.py`.  Whatever goes wrong with it, everything is forgotten, and after a
+pause there is a new line.  Until then callers ask Redis themselves, which is slower and never wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import threading
+import time
+import weakref
+from functools import partial
+
+from pybreaker_redis._client import Origin
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._line import Line
+from pybreaker_redis._session import LONGEST_WAIT, Hearing, Session
+from pybreaker_redis._view import View
+from pybreaker_redis.errors import PushUnavailable
+
+THREAD_NAME = "pybreaker_redis listener"
+
+#: Shortest time that an answer is waited for, seconds.
+SHORTEST_TIMEOUT = 0.25
+
+#: Pause after the first failure, seconds; twice as long after each further one.
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 5.0
+
+#: Seconds until a server that refuses to publish is asked again.
+REFUSED_PAUSE = 60.0
+
+_logger = logging.getLogger("pybreaker_redis")
+
+
+class Listener:
+    """The thread that listens to one server, as long as there are views.
+
+    Attributes:
+        session: What is going on, if anything.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
+        self._lock = threading.Lock()
+        self._views: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
+        self._thread: threading.Thread | None = None
+        self._refused = False
+        self.session: Session | None = None
+
+    def add(self, view: View, keys: tuple[str, ...], channel: str) -> None:
+        """Listen for a view, too; starts the thread if there is none."""
+        with self._lock:
+            self._views[view] = keys, channel
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+                self._thread.start()
+
+    def _hearings(self) -> list[Hearing]:
+        with self._lock:
+            return [Hearing(view, keys, channel) for view, (keys, channel) in self._views.items()]
+
+    def _leave(self) -> bool:
+        """Whether nobody needs this thread any more; then it has to end."""
+        with self._lock:
+            if self._views:
+                return False
+            self._thread = None
+            return True
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._leave():
+            try:
+                session = self.session = Session(partial(Line, self._origin, self._timeout()), self._hearings)
+                try:
+                    session.serve()
+                finally:
+                    self.session = None
+                    session.line.close()
+                    if session.polled:
+                        failures, self._refused = 0, False
+            except PushUnavailable as reason:
+                self.say_refused(reason)
+                pause = REFUSED_PAUSE
+            except Exception as error:  # noqa: BLE001
+                # Whatever a client library raises: the way out is a new line.
+                _logger.debug("no push from %s (%s: %s)", self._origin, type(error).__name__, error)
+                pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))
+                failures += 1
+            else:
+                continue
+            self._forget_all()
+            self._rest(pause)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait, but not for long once nobody needs this thread any more."""
+        until = time.monotonic() + seconds
+        while self._views and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, LONGEST_WAIT))
+
+    def _forget_all(self) -> None:
+        for item in self._hearings():
+            item.view.is_heard(False)
+
+    def _timeout(self) -> float:
+        return max([SHORTEST_TIMEOUT, *(item.view.max_staleness for item in self._hearings())])
+
+    def say_refused(self, reason: object) -> None:
+        """Say once why nothing is heard."""
+        if not self._refused:
+            self._refused = True
+            _logger.warning(
+                "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip",
+                self._origin,
+                reason,
+            )
+
+
+class _Listeners:
+    """The listeners of this process, one for each server."""
+
+    def __init__(self) -> None:
+        self._of_origin: dict[Origin, Listener] = {}
+        self.after_fork()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a child: none of the parent's threads is there, and its connections are not ours to keep open."""
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        for listener in self._of_origin.values():
+            if listener.session is not None:
+                listener.session.line.close()
+        self._of_origin = {}
+
+    def of(self, origin: Origin) -> Listener:
+        """The listener to a server."""
+        if self._pid != os.getpid():
+            # Forked behind Python's back, as by uWSGI: from a master, where nobody listens and nobody holds a lock.
+            self.after_fork()
+        with self._lock:
+            return self._of_origin.setdefault(origin, Listener(origin))
+
+
+_listeners = _Listeners()
+
+
+def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str) -> None:
+    """Have a view kept true from now on, as long as it lives and as long as that is possible."""
+    if sys.is_finalizing():
+        # Before Python 3.12 a thread that is started now would be waited for forever.
+        return
+    if reason := _cannot_run_threads():
+        _listeners.of(origin).say_refused(reason)
+        return
+    try:
+        _listeners.of(origin).add(view, keys, channel)
+    except RuntimeError as error:
+        # The interpreter is about to shut down, or the process may have no more threads.
+        _listeners.of(origin).say_refused(error)
+
+
+def _cannot_run_threads() -> str:
+    """Why no thread may be started in this process; empty if one may."""
+    uwsgi = sys.modules.get("uwsgi")
+    if uwsgi is None:
+        return ""
+    if uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0:
+        # Threads of the master deadlock the workers that are forked from it.
+        return "this is uWSGI's master"
+    if not ({"enable-threads", "threads"} & uwsgi.opt.keys()):
+        return "uWSGI runs without --enable-threads"
+    return ""

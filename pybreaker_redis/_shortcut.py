@@ -1,0 +1,64 @@
+"""May this call pass unasked?
+
+Knows: what holds for every call, and until when.  Does not know: who keeps it true.
+
+A closed circuit admits every call, an open one rejects it, and a success that has no failures to forget need not be
+reported.  As long as that is known, a guarded success is two comparisons.  Everything else takes the long way, which
+comes to the same answers.
+
+The admission is an object, not a number: it is replaced whenever something else than "closed" was told to anybody.  So
+whoever still holds it has been told nothing but "closed" since he got it, and no breaker has anything to notice.  The
+same goes for the rejection and "open".
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from pybreaker_redis._circuit import CLOSED, OPEN, Admission, Circuit
+
+
+class Shortcut:
+    """What is known of one circuit, in the form that costs least to look at.
+
+    Attributes:
+        admission: To any call, as long as the circuit is closed; ``None`` while it is not, or not known to be.
+        quiet: The same, if besides there are no failures to forget.
+        rejection: Of any call, as long as the circuit is open: what is reported in its name is refused.
+        until: When all this ends, seconds on `now`.
+        now: Seconds, monotonic.  An attribute, because freezegun replaces what it finds in modules.
+        taken: Whether anybody has relied on it since this was last set to ``False``.
+    """
+
+    __slots__ = ("admission", "now", "quiet", "rejection", "taken", "until")
+
+    def __init__(self, until: float = math.inf, now: Callable[[], float] = time.monotonic) -> None:
+        self.admission: Admission | None = None
+        self.quiet: Admission | None = None
+        self.rejection: Admission | None = None
+        self.until = until
+        self.now = now
+        self.taken = False
+
+    def follow(self, circuit: Circuit, *, quiet: bool) -> None:
+        """The circuit is like this; `quiet`: and it has no failures to forget."""
+        self.told(circuit.state)
+        if circuit.state == CLOSED:
+            if self.admission is None or self.admission.generation != circuit.generation:
+                self.admission = Admission(circuit.generation)
+            self.quiet = self.admission if quiet else None
+        elif circuit.state == OPEN and (self.rejection is None or self.rejection.generation != circuit.generation):
+            self.rejection = Admission(circuit.generation)
+
+    def told(self, state: str) -> None:
+        """Somebody has been told this: whoever was told something else has to look again."""
+        if state != CLOSED:
+            self.admission = self.quiet = None
+        if state != OPEN:
+            self.rejection = None
+
+    def shut(self) -> None:
+        """From here on everybody has to ask."""
+        self.admission = self.quiet = self.rejection = None

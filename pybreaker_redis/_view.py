@@ -1,0 +1,199 @@
+"""What does this process believe about a circuit, and how old may the belief get?
+
+Knows: records, their order, the difference of the clocks, a monotonic clock.  Does not know: keys, scripts, sockets.
+
+What was seen last is kept for good: a server that loses its data gets it back from here.  It is *believed*, which is to
+say that nobody asks Redis, as long as three things hold: changes are being heard, the record was read less than
+`max_staleness` ago, and the process can reach Redis for more than listening.  The reader looks at the clock himself, so
+a listener that died or got stuck cannot keep a belief alive.
+
+Records arrive out of order: as answers on many connections, pushed on one, polled.  The later of two is the one with
+the higher generation, and within a generation the one with the later time of the server.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pybreaker_redis._circuit import Circuit
+from pybreaker_redis._clock import Offset
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._shortcut import Shortcut
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an answer must show that was asked for earlier.
+
+    Attributes:
+        asked_at: When, monotonic seconds: what comes back was true then or later.
+        beliefs: How often all had been forgotten by then.
+        changes: How often the record had changed by then.
+    """
+
+    asked_at: float
+    beliefs: int
+    changes: int
+
+
+class View:
+    """One circuit, as this process sees it.  Times in it are the server's.
+
+    Args:
+        max_staleness: Seconds for which a record may be believed; 0: never.
+        now: Seconds, monotonic.
+
+    Attributes:
+        known: The circuit as it was seen last; ``None`` before the first answer.
+        offset: The server's clock minus the local one.
+        shortcut: What follows for calls, in the form that costs least to look at.
+    """
+
+    def __init__(self, max_staleness: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.max_staleness = max_staleness
+        self.known: Circuit | None = None
+        self.offset = Offset()
+        self.shortcut = Shortcut(0, now)
+        self._now = now
+        self._lock = threading.Lock()
+        self._seen_ms = 0.0
+        self._seen_at = 0.0
+        self._quiet = False
+        self._heard = False
+        self._reachable = True
+        self._beliefs = 0
+        self._changes = 0
+        renew_in_children(self)
+
+    # For readers --------------------------------------------------------------------------------------------------
+
+    def believed(self) -> Circuit | None:
+        """The circuit, all but its counters, if it may be believed."""
+        if self._now() >= self.shortcut.until:
+            return None
+        self.shortcut.taken = True
+        return self.known
+
+    @property
+    def server_ms(self) -> float:
+        """The server's time, never later than it is: the last that was seen, and what has passed here since."""
+        return self._seen_ms + (self._now() - self._seen_at) * 1000
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether nobody has to ask just now."""
+        return self._now() < self.shortcut.until
+
+    def believed_quiet(self, generation: int | None) -> Circuit | None:
+        """The circuit, if besides it is in this generation, closed and has no failures to forget."""
+        quiet = self.shortcut.quiet
+        if quiet is None or quiet.generation != generation:
+            return None
+        return self.believed()
+
+    # For those who ask Redis --------------------------------------------------------------------------------------
+
+    def ticket(self) -> Ticket:
+        """To be taken before asking: whatever was forgotten or heard meanwhile is not overwritten by the answer."""
+        return Ticket(self._now(), self._beliefs, self._changes)
+
+    def fill(self, ticket: Ticket, circuit: Circuit, now_ms: float) -> None:
+        """An answer has come: this was true at `now_ms`."""
+        with self._lock:
+            self._reachable = True
+            if self._take(circuit, now_ms, quiet=circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms):
+                self._believe(ticket)
+
+    def is_unreachable(self) -> None:
+        """Redis did not answer: nothing is believed until it does, or reports would go another way than looks."""
+        with self._lock:
+            self._reachable = False
+            self._forget()
+
+    # For the listener ---------------------------------------------------------------------------------------------
+
+    def is_heard(self, heard: bool) -> None:
+        """From now on changes are heard, or no longer are.  What was believed before is forgotten."""
+        with self._lock:
+            self._heard = heard
+            # It may be another server that answers next, with another clock.
+            self._seen_ms = 0
+            self._forget()
+
+    def hear(self, circuit: Circuit, now_ms: float) -> None:
+        """A change was pushed.  How old the news is nobody knows, so they extend no belief."""
+        with self._lock:
+            if self._heard:
+                self._take(circuit, now_ms, quiet=False)
+
+    def confirm(self, ticket: Ticket, now_ms: float, *, quiet: bool) -> None:
+        """A poll has found the circuit as it is known.
+
+        Args:
+            ticket: Taken before the poll; if anything has changed since, the next poll will tell.
+            now_ms: The server's time.
+            quiet: Whether there was neither noise nor a failure to forget.
+        """
+        with self._lock:
+            if ticket.changes == self._changes and now_ms >= self._seen_ms:
+                self._see(now_ms)
+                self._quiet = quiet
+                self._believe(ticket)
+
+    def doubt(self, ticket: Ticket) -> None:
+        """A poll has found something else than what is known: whoever needs the circuit next shall ask."""
+        with self._lock:
+            if ticket.changes == self._changes:
+                self._forget()
+
+    def after_fork(self) -> None:
+        """In a child: nobody there listens, nobody holds the lock."""
+        self._lock = threading.Lock()
+        self.is_heard(False)
+
+    # Behind it ----------------------------------------------------------------------------------------------------
+
+    def _take(self, circuit: Circuit, now_ms: float, *, quiet: bool) -> bool:
+        """Keep the later of two records; whether that is the new one."""
+        known = self.known
+        if known is not None:
+            if (circuit.generation, now_ms) < (known.generation, self._seen_ms):
+                return False
+            same_instant = (circuit.generation, now_ms) == (known.generation, self._seen_ms)
+            if same_instant and _without_counters(circuit) == _without_counters(known):
+                # One's own change, pushed.
+                return True
+            # Two changes within a millisecond: which was first cannot be told, so believe in the noise of either.
+            quiet = quiet and not (same_instant and not self._quiet)
+        self.known, self._quiet = circuit, quiet
+        self._see(now_ms)
+        self._changes += 1
+        self._show()
+        return True
+
+    def _see(self, now_ms: float) -> None:
+        self._seen_ms, self._seen_at = now_ms, self._now()
+
+    def _believe(self, ticket: Ticket) -> None:
+        if self._heard and self._reachable and ticket.beliefs == self._beliefs:
+            self.shortcut.until = max(self.shortcut.until, ticket.asked_at + self.max_staleness)
+            self._show()
+
+    def _forget(self) -> None:
+        self._beliefs += 1
+        self._changes += 1
+        self.shortcut.until = 0
+        self.shortcut.shut()
+
+    def _show(self) -> None:
+        if self.known is not None and self.shortcut.until:
+            self.shortcut.follow(self.known, quiet=self._quiet)
+        else:
+            self.shortcut.shut()
+
+
+def _without_counters(circuit: Circuit) -> Circuit:
+    return replace(circuit, fail_counter=0, success_counter=0)

@@ -1,0 +1,335 @@
+"""How old may be what a process goes by?  Real servers, real faults, deadlines measured.
+
+Every test sees to it that the process believes what is true, then makes it untrue in some way, and measures how long
+the process goes on.  Never longer than `max_staleness` and a round trip; where a push arrives, next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pybreaker
+import pytest
+import redis
+
+from pybreaker_redis import _listener
+from pybreaker_redis._client import origin_of
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._line import Line
+from tests.servers import ONCE
+from tests.viewed import NAMESPACE, breaker_on, counted, down, fails, lines, settled, up, view_of, wait_for
+
+STALENESS = 1.0
+
+#: A round trip and the time to notice, on a machine that does other things too, seconds.
+ROUND_TRIP = 0.15
+
+#: What redis-py speaks: with 3 the server tells of foreign changes, with 2 only of published ones.
+PROTOCOLS = [3, 2] if "protocol" in inspect.signature(redis.Redis).parameters else [2]
+
+#: Longest time for a push, seconds, on a machine that does other things too.
+PUSH = 0.2
+
+
+def speaking(protocol: int) -> dict[str, int]:
+    """Words for a client."""
+    return {"protocol": protocol} if len(PROTOCOLS) > 1 else {}
+
+
+@pytest.fixture(params=PROTOCOLS, ids=lambda protocol: f"resp{protocol}")
+def protocol(request: pytest.FixtureRequest) -> int:
+    """What the listener speaks."""
+    chosen: int = request.param
+    return chosen
+
+
+@pytest.fixture
+def breaker(server: PrivateServer, protocol: int) -> Iterator[pybreaker.CircuitBreaker]:
+    """A breaker that calls without asking."""
+    with contextlib.closing(server.client(**speaking(protocol))) as client:
+        breaker = breaker_on(client, max_staleness=STALENESS)
+        yield settled(breaker)
+
+
+@pytest.fixture
+def other(server: PrivateServer) -> Iterator[pybreaker.CircuitBreaker]:
+    """The same circuit elsewhere, which always asks."""
+    with contextlib.closing(server.client()) as client:
+        yield breaker_on(client, max_staleness=0)
+
+
+def seconds_until(breaker: pybreaker.CircuitBreaker, state: str) -> float:
+    """How long a breaker goes on before it reads this state; it is in use meanwhile."""
+    return wait_for(lambda: breaker.current_state == state, f"reads {state}")
+
+
+# -- how it is meant to be ---------------------------------------------------------------------------------------------
+
+
+def test_transition_of_another_is_heard_at_once(breaker, other):
+    """Published with the transition itself."""
+    for verb, state in (("open", "open"), ("close", "closed"), ("open", "open"), ("half_open", "open")):
+        getattr(other, verb)()
+        assert seconds_until(breaker, state) < PUSH
+
+
+def test_failure_of_another_is_heard_at_once(breaker, other):
+    """From then on this process reports its successes, so that the failures are not taken for consecutive ones."""
+    fails(other)
+    assert wait_for(lambda: view_of(breaker).shortcut.quiet is None, "noise") < PUSH
+    breaker.call(up)
+    assert other.fail_counter == 0
+
+
+def test_10000_successes_and_10000_rejections_ask_nothing(breaker, client):
+    """Free when healthy, and when open: what remains is the heartbeat."""
+    for state in ("closed", "open"):
+        with counted(client) as asked:
+            began = time.monotonic()
+            for _ in range(10_000):
+                with contextlib.suppress(pybreaker.CircuitBreakerError):
+                    breaker.call(up)
+            beats = 2 + (time.monotonic() - began) / STALENESS * 2
+        assert breaker.current_state == state
+        scripts = asked.get("evalsha", 0) + asked.get("eval", 0)
+        assert scripts < 20, asked
+        # TIME, MGET twice, HMGET, CLIENT CACHING or PING.
+        assert sum(asked.values()) - scripts * 6 <= beats * 6, asked
+        if state == "closed":
+            breaker.open()
+
+
+# -- everything that can go wrong --------------------------------------------------------------------------------------
+
+
+def test_foreign_writer_is_noticed_in_time(breaker, client, protocol):
+    """A stock worker or redis-cli tells nobody; a server that tracks does."""
+    client.set(f"{NAMESPACE}:pybreaker:state", "open")
+    assert seconds_until(breaker, "open") < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
+
+
+def test_foreign_writer_is_noticed_again_and_again(breaker, client, protocol):
+    """What was told once is not told again until it has been read again: it has been."""
+    for state in ("open", "closed") * 3:
+        client.set(f"{NAMESPACE}:pybreaker:state", state)
+        assert seconds_until(breaker, state) < STALENESS + ROUND_TRIP
+
+
+def test_flushall_is_noticed_in_time(breaker, other, client, protocol):
+    """The circuit comes back as it was known, from whoever asks first."""
+    other.open()
+    seconds_until(breaker, "open")
+    client.flushall()
+    began = time.monotonic()
+
+    def is_back() -> bool:
+        with contextlib.suppress(pybreaker.CircuitBreakerError):
+            breaker.call(up)
+        return bool(client.exists(f"{NAMESPACE}:pybreaker:state"))
+
+    wait_for(is_back, "the circuit is back in Redis")
+    assert time.monotonic() - began < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
+    assert client.get(f"{NAMESPACE}:pybreaker:state") == b"open"
+
+
+def test_expiry_of_a_key_is_noticed_in_time(breaker, client):
+    """Somebody gave the keys a lifetime; servers tell of it when they get round to it."""
+    client.pexpire(f"{NAMESPACE}:pybreaker:state", 50)
+    time.sleep(0.05)
+    began = time.monotonic()
+
+    def is_back() -> bool:
+        breaker.call(up)
+        return client.pttl(f"{NAMESPACE}:pybreaker:state") == -1
+
+    wait_for(is_back, "the key is back")
+    assert time.monotonic() - began < STALENESS + ROUND_TRIP
+
+
+def test_muted_push_is_bounded_by_the_poll(breaker, server, protocol):
+    """Whoever moves the circuit may not publish: the transition stands, and is noticed in time."""
+    with contextlib.closing(server.client()) as administrator:
+        administrator.execute_command("ACL", "SETUSER", "mute", "on", "nopass", "~*", "&*", "+@all", "-publish")
+    with contextlib.closing(server.client(username="mute", password="any")) as client:
+        breaker_on(client).open()
+    assert seconds_until(breaker, "open") < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
+
+
+def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(breaker, other, client):
+    """CLIENT KILL, an output buffer that overflows, a proxy with a timeout."""
+    for _ in range(3):
+        before = {line["id"] for line in lines(client)}
+        assert before
+        for line in before:
+            client.client_kill_filter(_id=line)
+        wait_for(lambda: not view_of(breaker).is_believed, "belief ends")
+        other.open()
+        assert seconds_until(breaker, "open") < PUSH, "it asks"
+        wait_for(lambda before=before: {line["id"] for line in lines(client)} - before, "a new line")
+        other.close()
+        seconds_until(breaker, "closed")
+        settled(breaker)
+        other.open()
+        assert seconds_until(breaker, "open") < PUSH, "it hears"
+        other.close()
+        seconds_until(breaker, "closed")
+        settled(breaker)
+
+
+def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, monkeypatch):
+    """The new one is subscribed to nothing: without a look at the socket all would seem well."""
+    replaced: list[Line] = []
+    ask = Line.ask
+
+    def replace_then_ask(line: Line, commands: Any) -> Any:
+        if not replaced:
+            replaced.append(line)
+            # As redis-py does when it finds an error where we do not look.
+            line._hearing.disconnect()
+            line._hearing.connect()
+        return ask(line, commands)
+
+    monkeypatch.setattr(Line, "ask", replace_then_ask)
+    origin = origin_of(breaker._state_storage._shared._carrier.client)
+    listener = _listener._listeners.of(origin)
+    wait_for(lambda: replaced and listener.session and listener.session.line is not replaced[0], "a new line")
+    settled(breaker)
+    other.open()
+    assert seconds_until(breaker, "open") < PUSH
+
+
+def test_frozen_server_is_believed_for_max_staleness_at_most(killable_server, protocol):
+    """SIGSTOP: no error, no end of file, just nothing."""
+    timeout = 0.1
+    with contextlib.closing(killable_server.client(**speaking(protocol), socket_timeout=timeout, **ONCE)) as client:
+        breaker = settled(breaker_on(client, max_staleness=STALENESS, fallback_circuit_state="open"))
+        began = time.monotonic()
+        os.kill(killable_server.pid or 0, signal.SIGSTOP)
+        try:
+            seconds_until(breaker, "open")
+            assert time.monotonic() - began < STALENESS + timeout + ROUND_TRIP
+        finally:
+            os.kill(killable_server.pid or 0, signal.SIGCONT)
+        wait_for(lambda: breaker.current_state == "closed", "the shared circuit is back", within=20)
+        settled(breaker)
+
+
+def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
+    """The reader looks at the clock himself."""
+    from pybreaker_redis._session import Session
+
+    def stuck(self: Session) -> None:
+        threading.Event().wait(STALENESS + 1.0)
+        raise ConnectionError("at last")
+
+    monkeypatch.setattr(Session, "_beat", stuck)
+    monkeypatch.setattr(Session, "_take", lambda self, push: None)
+    other.open()
+    assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
+
+
+def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_server, protocol):
+    """And its generations go on from where they were: nothing that was known is taken for old."""
+    with (
+        contextlib.closing(killable_server.client(**speaking(protocol))) as client,
+        contextlib.closing(killable_server.client()) as elsewhere,
+    ):
+        breaker = settled(breaker_on(client, fail_max=1))
+        other = breaker_on(elsewhere, max_staleness=0)
+        for _ in range(3):
+            other.open()
+            other.close()
+        wait_for(lambda: view_of(breaker).known.generation == 6, "all is heard")
+        os.kill(killable_server.pid or 0, signal.SIGKILL)
+        killable_server.restart(keep_data=False)
+        newcomer = breaker_on(killable_server.client(), max_staleness=0, fail_max=1)
+        fails(newcomer)
+        assert newcomer.current_state == "open"
+        wait_for(lambda: breaker.current_state == "open", "the newcomer's trip is believed", within=20)
+        newcomer.close()
+        wait_for(lambda: breaker.current_state == "closed", "and its recovery", within=20)
+        settled(breaker)
+        other.open()
+        assert seconds_until(breaker, "open") < PUSH
+
+
+# -- a proxy that swallows ---------------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """Between a client and a server; on demand, what the server says on subscribed connections goes nowhere."""
+
+    def __init__(self, server: PrivateServer, directory: Path) -> None:
+        self.unix_socket = str(directory / "proxy.sock")
+        self.swallows = False
+        self._server = server
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(self.unix_socket)
+        self._listening.listen()
+        self._sockets: list[socket.socket] = [self._listening]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listening.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(self._server.unix_socket)
+                self._sockets += [near, far]
+                subscribed = threading.Event()
+                for source, sink, towards_server in ((near, far, True), (far, near, False)):
+                    threading.Thread(
+                        target=self._carry, args=(source, sink, subscribed, towards_server), daemon=True
+                    ).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, subscribed: Any, towards_server: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if towards_server and b"SUBSCRIBE" in data:
+                    subscribed.set()
+                if towards_server or not (self.swallows and subscribed.is_set()):
+                    sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        for item in self._sockets:
+            item.close()
+
+
+def test_stream_that_went_silent_is_given_up(server, tmp_path, protocol, other):
+    """Everything is sent, nothing arrives: only an answer that is missing tells."""
+    with (
+        contextlib.closing(Proxy(server, tmp_path)) as proxy,
+        contextlib.closing(redis.Redis(unix_socket_path=proxy.unix_socket, **speaking(protocol))) as client,
+    ):
+        breaker = settled(breaker_on(client, max_staleness=STALENESS))
+        proxy.swallows = True
+        other.open()
+        assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
+        proxy.swallows = False
+        other.close()
+        seconds_until(breaker, "closed")
+        settled(breaker)
+        other.open()
+        assert seconds_until(breaker, "open") < PUSH, "there is a new line"
+
+
+def test_always_asking_is_never_old(server, other):
+    """``max_staleness=0`` for those who want it."""
+    with contextlib.closing(server.client()) as client:
+        breaker = breaker_on(client, max_staleness=0)
+        breaker.call(up)
+        other.open()
+        assert breaker.current_state == "open"
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            breaker.call(down)

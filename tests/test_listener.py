@@ -1,0 +1,473 @@
+"""One thread and one line for each server: when it begins, what it hears, what it costs, when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import fakeredis
+import pybreaker
+import pytest
+import redis
+
+from pybreaker_redis import CircuitRedisStorage, _listener
+from pybreaker_redis._client import origin_of
+from pybreaker_redis._demo.server import PrivateServer, free_port
+from pybreaker_redis._keys import channel_of, circuit_keys
+from tests.servers import ONCE
+from tests.test_freshness import PROTOCOLS, PUSH, seconds_until, speaking
+from tests.viewed import (
+    NAMESPACE,
+    breaker_on,
+    counted,
+    fails,
+    lines,
+    listeners,
+    settled,
+    up,
+    view_of,
+    wait_for,
+)
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens() -> None:
+    """Every test begins without a thread: those of earlier ones end when their storages have gone."""
+    gc.collect()
+    for listener in _listener._listeners._of_origin.values():
+        # A test that failed is kept, with its storages, for its traceback.
+        listener._views.clear()
+    wait_for(lambda: not listeners(), "the listeners of earlier tests end")
+    _listener._listeners._of_origin.clear()
+
+
+# -- when it begins ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_starts_before_the_first_guarded_call(server, client):
+    """Modules that make breakers are imported in masters; health checks look at breakers in all kinds of processes."""
+    storage = CircuitRedisStorage("closed", client, NAMESPACE)
+    breaker = pybreaker.CircuitBreaker(state_storage=storage)
+    assert breaker.current_state == "closed"
+    assert breaker.state.name == "closed"
+    assert breaker.fail_counter == 0
+    breaker.open()
+    breaker.close()
+    assert listeners() == []
+    breaker.call(up)
+    assert len(listeners()) == 1
+    assert listeners()[0].daemon
+
+
+def test_rejected_call_is_a_guarded_call(server, client):
+    """A worker that starts while the circuit is open gets no other for a while, and needs the view most."""
+    breaker = breaker_on(client)
+    breaker.open()
+    with pytest.raises(pybreaker.CircuitBreakerError):
+        breaker.call(up)
+    wait_for(lambda: view_of(breaker).is_believed, "rejections that ask nothing")
+
+
+@pytest.mark.parametrize("words", [{"max_staleness": 0}])
+def test_who_always_asks_needs_no_thread(client, words):
+    """``max_staleness=0`` starts none."""
+    breaker_on(client, **words).call(up)
+    assert listeners() == []
+
+
+# -- one for all -------------------------------------------------------------------------------------------------------
+
+
+def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_batch(server, client, report):
+    """The cost of listening does not grow with the number of circuits, but for what is read of each that is in use."""
+    clients = [server.client() for _ in range(10)]
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    breakers = [breaker_on(clients[number % 10], f"circuit{number}") for number in range(1000)]
+    for breaker in breakers:
+        breaker.call(up)
+    wait_for(lambda: all(view_of(breaker)._heard for breaker in breakers), "all are heard", within=30)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(listeners()) == 1
+    wait_for(lambda: len(lines(client)) == (1 if PROTOCOLS[0] == 3 else 2), "one line")
+
+    def use_all(seconds: float) -> dict[str, int]:
+        with counted(client) as asked:
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                for breaker in breakers:
+                    breaker.call(up)
+        return asked
+
+    # The first beats find circuits that were first used at different times.
+    wait_for(lambda: "evalsha" not in use_all(0.6), "all are believed", within=30)
+    beats = 4
+    asked = use_all(beats * 0.5)
+    assert asked.get("evalsha", 0) == 0, asked
+    assert asked["time"] <= beats + 2, "one batch for each beat"
+    # Two commands for each circuit and three for all of them.
+    assert sum(asked.values()) <= (beats + 2) * (2 * 1000 + 3)
+    report(f"1000 circuits in one process: {(after - before) / 1000 / 1024:.1f} KiB each, breakers included")
+    for one in clients:
+        one.close()
+
+
+def test_idle_circuits_are_not_polled(client):
+    """What nobody uses costs nobody anything."""
+    breaker = settled(breaker_on(client, max_staleness=0.2))
+    wait_for(lambda: not view_of(breaker).is_believed, "nobody uses it")
+    with counted(client) as asked:
+        time.sleep(0.5)
+    assert asked.get("hmget", 0) == 0, asked
+    assert asked["time"] >= 2, "the heartbeat goes on"
+
+
+def test_storages_of_one_circuit_in_one_process_both_hear(server, client):
+    """Two modules, one namespace: each has a view of its own, and one subscription serves both."""
+    one, two = settled(breaker_on(client)), settled(breaker_on(client))
+    with contextlib.closing(server.client()) as elsewhere:
+        breaker_on(elsewhere, max_staleness=0).open()
+    assert seconds_until(one, "open") < PUSH
+    assert seconds_until(two, "open") < PUSH
+    assert client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, one_slot=False), 0))[0][1] == 1
+
+
+def test_databases_do_not_hear_each_other(server, client):
+    """Keys are distinct in each database, channels are common to all."""
+    here = settled(breaker_on(client))
+    with contextlib.closing(server.client(db=1)) as elsewhere:
+        there = settled(breaker_on(elsewhere))
+        there.open()
+        assert there.current_state == "open"
+        time.sleep(0.05)
+        assert here.current_state == "closed"
+        here.open()
+        there.close()
+        assert (here.current_state, there.current_state) == ("open", "closed")
+
+
+def test_tcp_and_unix_socket_and_password_are_followed(preferred, tmp_path):
+    """The line goes where the client goes, as the client's user."""
+    with PrivateServer(preferred.binary, port=free_port(), args=["--requirepass", "secret"]) as server:
+        for words in ({"port": server.port}, {"unix_socket_path": server.unix_socket}):
+            with contextlib.closing(redis.Redis(**words, password="secret", decode_responses=True)) as client:
+                breaker = settled(breaker_on(client))
+                breaker_on(client, max_staleness=0).open()
+                assert seconds_until(breaker, "open") < PUSH
+                breaker.close()
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+def test_failures_are_published_twice_a_second_at_any_rate(server, client):
+    """Counters are never broadcast: 500 listeners would cost the server everything it has."""
+    breaker = settled(breaker_on(client, fail_max=10**9))
+    with contextlib.closing(server.client()) as elsewhere, elsewhere.pubsub() as ears:
+        ears.psubscribe("*")
+        ears.get_message(timeout=1)
+        began = time.monotonic()
+        while time.monotonic() < began + 2.0:
+            fails(breaker, 10)
+        seconds = time.monotonic() - began
+        heard = 0
+        while message := ears.get_message(timeout=0.1):
+            heard += message["type"] == "pmessage"
+    assert breaker.fail_counter > 500
+    assert 3 <= heard <= 2 * seconds + 1
+
+
+def test_success_long_after_a_failure_is_reported_all_the_same(client):
+    """Quiet is not a matter of time: failures an hour apart are not consecutive if calls succeeded between them."""
+    breaker = settled(breaker_on(client, fail_max=3, max_staleness=0.2))
+    for _ in range(6):
+        fails(breaker)
+        assert breaker.fail_counter == 1
+        # The noise is over, nobody has succeeded, and the view has been confirmed since.
+        until = time.monotonic() + 1.2
+        while time.monotonic() < until:
+            assert breaker.current_state == "closed"
+            time.sleep(0.01)
+        breaker.call(up)
+        assert breaker.fail_counter == 0
+    settled(breaker)
+
+
+def test_failure_of_a_stock_worker_is_forgotten_too(client):
+    """It counts without making noise; the poll reads the counter."""
+    breaker = settled(breaker_on(client, max_staleness=0.2))
+    pybreaker.CircuitRedisStorage("closed", client, NAMESPACE).increment_counter()
+    wait_for(lambda: breaker.current_state and view_of(breaker).shortcut.quiet is None, "the poll tells")
+    breaker.call(up)
+    assert breaker.fail_counter == 0
+
+
+# -- where there is no push --------------------------------------------------------------------------------------------
+
+
+def administrate(server: PrivateServer, *rights: str) -> None:
+    """A user with these rights, and no others."""
+    with contextlib.closing(server.client()) as administrator:
+        administrator.execute_command("ACL", "SETUSER", "limited", "reset", "on", "nopass", *rights)
+
+
+@pytest.mark.parametrize(
+    "rights",
+    [("~*", "+@all", "-subscribe", "&*"), ("~*", "+@all", "resetchannels")],
+    ids=["no SUBSCRIBE", "no channels"],
+)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog, rights, protocol):
+    """Nothing is believed that could not be heard, and one line says what that costs."""
+    administrate(server, *rights)
+    with contextlib.closing(server.client(username="limited", password="x", **speaking(protocol))) as limited:
+        breakers = [breaker_on(limited, f"limited{number}") for number in range(3)]
+        for breaker in breakers:
+            breaker.call(up)
+        wait_for(lambda: caplog.messages, "a warning")
+        for breaker in breakers:
+            breaker.call(up)
+            assert not view_of(breaker).is_believed
+        breaker_on(client, "limited0", max_staleness=0).open()
+        assert breakers[0].current_state == "open", "it asks"
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            breakers[0].call(up)
+        (said,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert "every look at a circuit is a round trip" in said.message
+
+
+def test_user_who_may_not_introduce_himself_or_track_hears_all_the_same(server, client):
+    """CLIENT is an administrator's command to some: without it only what is published is heard."""
+    administrate(server, "~*", "&*", "+@all", "-client")
+    with contextlib.closing(server.client(username="limited", password="x")) as limited:
+        breaker = settled(breaker_on(limited))
+        breaker_on(client, max_staleness=0).open()
+        assert seconds_until(breaker, "open") < PUSH
+
+
+@pytest.mark.parametrize("commands", [["-hmget"], ["-mget"]], ids=" ".join)
+def test_who_may_no_longer_read_goes_by_nothing(server, client, commands):
+    """What cannot be confirmed is asked for; what cannot even be asked is decided here."""
+    administrate(server, "~*", "&*", "+@all")
+    with contextlib.closing(server.client(username="limited", password="x")) as limited:
+        breaker = settled(breaker_on(limited, max_staleness=0.2, fallback_circuit_state="open"))
+        administrate(server, "~*", "&*", "+@all", *commands)
+        assert seconds_until(breaker, "open") < 0.2 + PUSH
+
+
+class Odd(redis.Connection):
+    """What a connection class of somebody's own may be like."""
+
+    def __init__(self, *, colour: str, **words: object) -> None:
+        raise TypeError("nobody else makes these")
+
+
+def test_connection_class_that_nobody_else_can_make_reads_through(server, client, caplog):
+    """No guess is made about what it needs."""
+    breaker = breaker_on(client)
+    breaker.call(up)
+    client.connection_pool.connection_class = Odd
+    wait_for(lambda: lines(client), "the first one hears")
+    other = breaker_on(client, "odd")
+    for _ in range(2):
+        other.call(up)
+    wait_for(lambda: any("connection" in message for message in caplog.messages), "a warning")
+    assert not view_of(other).is_believed
+
+
+def test_fakeredis_and_servers_without_scripts_read_through(server):
+    """There nobody publishes: every look is exact, and no thread starts."""
+    home = fakeredis.FakeServer()
+    administrate(server, "~*", "&*", "+@all", "-@scripting")
+    with contextlib.closing(server.client(username="limited", password="x")) as scriptless:
+        for either in (fakeredis.FakeStrictRedis(server=home), scriptless):
+            one, two = breaker_on(either), breaker_on(either)
+            one.call(up)
+            two.open()
+            assert one.current_state == "open"
+            assert not view_of(one).is_believed
+    assert listeners() == []
+    assert origin_of(fakeredis.FakeStrictRedis(server=home)) is None
+    assert origin_of(object()) is None
+
+
+def test_garbage_on_the_channel_is_ignored(client):
+    """Anybody may publish there."""
+    breaker = settled(breaker_on(client))
+    channel = channel_of(circuit_keys(NAMESPACE, one_slot=False), 0)
+    for payload in (b"", b"open", b"1 2 open", b"\xff" * 100, b"1 -1 open   0 0"):
+        client.publish(channel, payload)
+    breaker_on(client, max_staleness=0).open()
+    assert seconds_until(breaker, "open") < PUSH
+    assert len(listeners()) == 1
+
+
+# -- when it ends ------------------------------------------------------------------------------------------------------
+
+
+def test_thread_and_connection_end_with_the_last_storage(client):
+    """Nothing is kept alive by listening for it."""
+    breakers = [settled(breaker_on(client, f"circuit{number}")) for number in range(2)]
+    channels = [channel_of(circuit_keys(f"circuit{number}", one_slot=False), 0) for number in range(2)]
+    del breakers[0]
+    gc.collect()
+    wait_for(lambda: dict(client.pubsub_numsub(*channels)) == {channels[0].encode(): 0, channels[1].encode(): 1}, "one")
+    breakers.clear()
+    gc.collect()
+    wait_for(lambda: not listeners() and not lines(client), "nobody listens")
+    settled(breaker_on(client))
+    assert len(listeners()) == 1
+
+
+PROGRAM = """
+import sys, threading, redis, pybreaker
+from pybreaker_redis import CircuitRedisStorage
+storage = CircuitRedisStorage("closed", redis.Redis(unix_socket_path=sys.argv[1]), "program")
+breaker = pybreaker.CircuitBreaker(state_storage=storage)
+def late():
+    print(breaker.call(lambda: "answer"), flush=True)
+{what}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "answers"),
+    [
+        ("late()", 1),
+        ("import atexit; atexit.register(late)", 1),
+        ("late(); import atexit; atexit.register(late)", 2),
+        ("threading._register_atexit(late); late()", 2),
+        ("class Last:\n    def __del__(self): late()\nlast = Last()", 1),
+    ],
+    ids=["plain", "first call at exit", "last call at exit", "first threads, then exit", "in a finalizer"],
+)
+def test_program_ends_at_once_and_silently(server, what, answers):
+    """A daemon thread, whatever it waits for, holds up nobody; where none can be started any more, calls ask."""
+    root = Path(__file__).parent.parent
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM.replace("{what}", what), server.unix_socket],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert (done.returncode, done.stdout) == (0, "answer\n" * answers), done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 10
+
+
+# -- many threads ------------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_call_while_others_move_the_circuit_agree_with_it(server, client):
+    """No thread goes by an admission of an earlier spell, and none hears twice of one transition."""
+    told: Counter[str] = Counter()
+
+    class Ears(pybreaker.CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            told[new_state.name] += 1
+
+    breaker = settled(breaker_on(client, reset_timeout=60))
+    breaker.add_listener(Ears())
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        while not stop.is_set():
+            try:
+                breaker.call(up)
+            except pybreaker.CircuitBreakerError:
+                time.sleep(0.001)
+            except BaseException as error:  # noqa: BLE001
+                errors.append(error)
+                return
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    with contextlib.closing(server.client()) as elsewhere:
+        other = breaker_on(elsewhere, max_staleness=0)
+        for _ in range(20):
+            for verb, state in (("open", "open"), ("close", "closed")):
+                getattr(other, verb)()
+                wait_for(lambda state=state: breaker._state.name == state, f"noticed {state}")
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    assert not errors
+    assert told == {"open": 20, "closed": 20}
+
+
+def test_two_breakers_of_one_storage_both_notice(client, server):
+    """What one has noticed, the other still has to be told."""
+    breaker = breaker_on(client, reset_timeout=60)
+    storage = breaker._state_storage
+    second = pybreaker.CircuitBreaker(state_storage=storage, reset_timeout=60)
+    heard: list[str] = []
+
+    class Ears(pybreaker.CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            heard.append(f"{new_state.name}, reads {cb.state.name}")
+
+    second.add_listener(Ears())
+    for each in (breaker, second):
+        wait_for(lambda each=each: each.call(up) and view_of(breaker).is_believed, "believed")
+    with contextlib.closing(server.client()) as elsewhere:
+        other = breaker_on(elsewhere, max_staleness=0)
+        other.open()
+        for each in (breaker, second):
+            seconds_until(each, "open")
+            with pytest.raises(pybreaker.CircuitBreakerError):
+                each.call(up)
+        other.close()
+        seconds_until(breaker, "closed")
+        for _ in range(3):
+            assert breaker.call(up) == "answer"
+    assert second.call(up) == "answer"
+    assert heard == ["open, reads closed", "closed, reads open"]
+
+
+def test_refused_line_is_tried_again_later(client, monkeypatch, server, caplog):
+    """Rights that were withdrawn may come back."""
+    monkeypatch.setattr(_listener, "REFUSED_PAUSE", 0.1)
+    administrate(server, "~*", "+@all", "resetchannels")
+    with contextlib.closing(server.client(username="limited", password="x")) as limited:
+        breaker = breaker_on(limited)
+        breaker.call(up)
+        wait_for(lambda: caplog.messages, "refused")
+        administrate(server, "~*", "+@all", "&*")
+        settled(breaker)
+
+
+def test_return_from_an_outage_is_noticed_though_nothing_has_moved(killable_server):
+    """Its own circuit was open, the shared one was closed all the while: a listener that looks is told once of each."""
+    heard: list[str] = []
+
+    class Ears(pybreaker.CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            heard.append(f"{new_state.name}, reads {cb.state.name}")
+
+    with contextlib.closing(killable_server.client(**ONCE, socket_timeout=0.1)) as client:
+        breaker = settled(breaker_on(client, fallback_circuit_state="open", reset_timeout=60))
+        breaker.add_listener(Ears())
+        os.kill(killable_server.pid, signal.SIGSTOP)
+        wait_for(lambda: breaker.current_state == "open", "its own circuit")
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            breaker.call(up)
+        os.kill(killable_server.pid, signal.SIGCONT)
+        wait_for(lambda: breaker.current_state == "closed", "the shared circuit", within=20)
+        settled(breaker)
+    assert heard == ["open, reads closed", "closed, reads open"]

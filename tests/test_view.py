@@ -1,0 +1,314 @@
+"""What a process may believe, told apart second by second: the view alone, under a clock that tests move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._view import View
+
+STALENESS = 2.0
+
+closed = Circuit(CLOSED, generation=4)
+opened = Circuit(OPEN, opened_at_ms=900, generation=5)
+
+
+class Clock:
+    """Monotonic seconds that stand still."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The view's clock."""
+    return Clock()
+
+
+@pytest.fixture
+def view(clock: Clock) -> View:
+    """A view that hears."""
+    view = View(STALENESS, clock)
+    view.is_heard(True)
+    return view
+
+
+def fill(view: View, circuit: Circuit, now_ms: float = 1000) -> None:
+    """An answer that came at once."""
+    view.fill(view.ticket(), circuit, now_ms)
+
+
+class TestStaleness:
+    """Nothing is believed for longer than `max_staleness` after it was asked for."""
+
+    def test_answer_is_believed_until_max_staleness_after_it_was_asked_for(self, view: View, clock: Clock) -> None:
+        """What comes back may have been true when the question left, and not since."""
+        ticket = view.ticket()
+        clock.now += 0.5
+        view.fill(ticket, closed, 1000)
+        clock.now += 1.4999
+        assert view.believed() == closed
+        clock.now += 0.0001
+        assert view.believed() is None
+
+    def test_nothing_is_believed_before_changes_are_heard(self, clock: Clock) -> None:
+        """Without push a change would be noticed by the next poll only: too late to count by."""
+        view = View(STALENESS, clock)
+        fill(view, closed)
+        assert view.believed() is None
+        assert view.known == closed
+
+    def test_answer_that_was_asked_for_before_changes_were_heard_is_not_believed(self, clock: Clock) -> None:
+        """What changed between the answer and the subscription was told to nobody."""
+        view = View(STALENESS, clock)
+        ticket = view.ticket()
+        view.is_heard(True)
+        view.fill(ticket, closed, 1000)
+        assert view.believed() is None
+
+    def test_push_extends_no_belief(self, view: View, clock: Clock) -> None:
+        """It may have waited in a buffer for as long as this process was stopped."""
+        fill(view, closed)
+        clock.now += 1.9
+        view.hear(opened, 2900)
+        assert view.believed() == opened
+        clock.now += 0.1
+        assert view.believed() is None
+
+    def test_poll_that_agrees_extends_belief_from_when_it_was_sent(self, view: View, clock: Clock) -> None:
+        """As any answer does."""
+        fill(view, closed)
+        clock.now += 1.0
+        ticket = view.ticket()
+        clock.now += 0.5
+        view.confirm(ticket, 2000, quiet=True)
+        clock.now += 1.4999
+        assert view.believed() == closed
+        clock.now += 0.0001
+        assert view.believed() is None
+
+    def test_lost_line_ends_all_belief_at_once(self, view: View) -> None:
+        """What changes from here on is not heard."""
+        fill(view, closed)
+        view.is_heard(False)
+        assert view.believed() is None
+        fill(view, closed, 1001)
+        assert view.believed() is None
+
+    def test_unreachable_redis_ends_all_belief_until_it_answers(self, view: View) -> None:
+        """Calls must not be admitted by what Redis said and settled in a circuit of one's own."""
+        fill(view, closed)
+        ticket = view.ticket()
+        view.is_unreachable()
+        assert view.believed() is None
+        view.confirm(view.ticket(), 1100, quiet=True)
+        assert view.believed() is None, "that the listener still gets answers does not help callers"
+        view.fill(ticket, closed, 1200)
+        assert view.believed() is None, "an answer that was asked for before"
+        fill(view, closed, 1300)
+        assert view.believed() == closed
+
+    def test_child_believes_nothing(self, view: View) -> None:
+        """Nobody listens there."""
+        fill(view, closed)
+        view.after_fork()
+        assert view.believed() is None
+        assert view.known == closed
+
+
+class TestOrder:
+    """The later of two records is kept, however they arrive."""
+
+    @pytest.mark.parametrize("arrives", ["answer", "push"])
+    def test_older_generation_changes_nothing(self, view: View, arrives: str) -> None:
+        """A slow answer, or a push behind it in the queue."""
+        fill(view, opened, 2000)
+        if arrives == "answer":
+            fill(view, closed, 3000)
+        else:
+            view.hear(closed, 3000)
+        assert view.believed() == opened
+
+    @pytest.mark.parametrize("arrives", ["answer", "push"])
+    def test_earlier_instant_of_a_generation_changes_nothing(self, view: View, arrives: str) -> None:
+        """The server's clock orders what happens within a generation."""
+        later = replace(opened, opened_at_ms=1500)
+        fill(view, later, 2000)
+        if arrives == "answer":
+            fill(view, opened, 1999)
+        else:
+            view.hear(opened, 1999)
+        assert view.believed() == later
+
+    def test_later_generation_is_taken_whatever_the_clock_says(self, view: View) -> None:
+        """A server that took over may be behind."""
+        fill(view, closed, 2000)
+        view.hear(opened, 5)
+        assert view.believed() == opened
+
+    def test_reconnect_takes_the_clock_of_the_new_server(self, view: View) -> None:
+        """After a failover to a server that is behind, its answers are not older than those of the last one."""
+        fill(view, closed, 9000)
+        view.is_heard(True)
+        fill(view, replace(closed, opened_at_ms=1), 10)
+        assert view.believed() == replace(closed, opened_at_ms=1)
+
+    def test_answer_does_not_bring_back_what_was_doubted_meanwhile(self, view: View) -> None:
+        """Read, then stored: a foreign change in between was told once, and must not be forgotten."""
+        fill(view, closed)
+        slow = view.ticket()
+        view.doubt(view.ticket())
+        view.fill(slow, closed, 1001)
+        assert view.believed() is None
+
+    def test_poll_that_was_overtaken_by_a_change_says_nothing(self, view: View) -> None:
+        """It read what was true before; the next one will tell."""
+        fill(view, closed)
+        slow = view.ticket()
+        view.hear(opened, 1500)
+        view.doubt(slow)
+        assert view.believed() == opened
+        view.confirm(slow, 1400, quiet=True)
+        assert view.shortcut.quiet is None
+
+
+class TestQuiet:
+    """A success need not be reported when it is known that there is nothing to forget."""
+
+    def quiet(self, view: View) -> bool:
+        """Whether a success may be kept to oneself."""
+        return view.believed_quiet(closed.generation) is not None and view.shortcut.quiet is not None
+
+    def test_counter_at_zero_after_the_noise_is_quiet(self, view: View) -> None:
+        """Whoever fails from now on makes noise again, and is heard."""
+        fill(view, replace(closed, noisy_until_ms=1000), 1000)
+        assert self.quiet(view)
+
+    def test_counter_at_zero_during_the_noise_is_not(self, view: View) -> None:
+        """The next failure may make none."""
+        fill(view, replace(closed, noisy_until_ms=1001), 1000)
+        assert view.believed() is not None
+        assert not self.quiet(view)
+
+    def test_failures_to_forget_are_not_quiet_however_long_ago(self, view: View) -> None:
+        """A failure an hour ago and a success now are not two failures in a row."""
+        fill(view, replace(closed, fail_counter=1, noisy_until_ms=0), 3_600_000)
+        assert not self.quiet(view)
+
+    def test_noise_that_is_heard_ends_the_quiet(self, view: View) -> None:
+        """Somebody has failed."""
+        fill(view, closed)
+        view.hear(replace(closed, noisy_until_ms=2500), 1500)
+        assert view.believed() is not None
+        assert not self.quiet(view)
+
+    def test_transition_that_is_heard_is_not_quiet(self, view: View) -> None:
+        """A push says nothing of counters."""
+        fill(view, opened)
+        view.hear(replace(closed, generation=6), 1500)
+        assert view.shortcut.admission is not None
+        assert view.shortcut.quiet is None
+
+    def test_own_change_that_is_pushed_back_changes_nothing(self, view: View) -> None:
+        """Who closes the circuit need not ask again because he hears of it."""
+        fill(view, closed)
+        admission = view.shortcut.quiet
+        view.hear(closed, 1000)
+        assert view.shortcut.quiet is admission
+
+    @pytest.mark.parametrize("order", ["success first", "noise first"])
+    def test_noise_and_success_within_a_millisecond_are_not_quiet(self, view: View, order: str) -> None:
+        """Which was first cannot be told: reporting in vain is cheaper than not counting right."""
+        fill(view, closed, 900)
+        noise = replace(closed, noisy_until_ms=2000)
+        if order == "success first":
+            fill(view, closed, 1000)
+            view.hear(noise, 1000)
+        else:
+            view.hear(noise, 1000)
+            fill(view, closed, 1000)
+        assert not self.quiet(view)
+
+    def test_poll_tells_of_quiet_and_of_noise(self, view: View) -> None:
+        """It reads the counter too: stock workers count without making noise."""
+        fill(view, closed)
+        view.confirm(view.ticket(), 1500, quiet=False)
+        assert not self.quiet(view)
+        view.confirm(view.ticket(), 2000, quiet=True)
+        assert self.quiet(view)
+
+    def test_other_generation_is_not_quiet(self, view: View) -> None:
+        """A straggler's success is for Redis to refuse."""
+        fill(view, closed)
+        assert view.believed_quiet(3) is None
+        assert view.believed_quiet(None) is None, "by hand is literal"
+
+
+class TestShortcut:
+    """What calls look at follows from what is believed."""
+
+    def test_closed_circuit_admits_everybody(self, view: View) -> None:
+        """One admission for all, of the circuit's generation."""
+        fill(view, closed)
+        assert view.shortcut.admission is not None
+        assert view.shortcut.admission.generation == closed.generation
+
+    @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
+    def test_circuit_that_is_not_closed_admits_nobody(self, view: View, state: str) -> None:
+        """There everybody asks for himself."""
+        fill(view, closed)
+        fill(view, replace(opened, state=state), 1500)
+        assert view.believed() is not None
+        assert view.shortcut.admission is None
+
+    def test_admission_changes_when_belief_was_interrupted(self, view: View) -> None:
+        """Meanwhile anything may have been told to anybody: they have to look again."""
+        fill(view, closed)
+        before = view.shortcut.admission
+        view.doubt(view.ticket())
+        fill(view, closed, 1500)
+        assert view.shortcut.admission is not None
+        assert view.shortcut.admission is not before
+
+    def test_admission_stays_the_same_while_nothing_happens(self, view: View) -> None:
+        """Or every beat would send every thread the long way."""
+        fill(view, closed)
+        before = view.shortcut.admission
+        view.confirm(view.ticket(), 1500, quiet=True)
+        fill(view, closed, 1600)
+        assert view.shortcut.admission is before
+
+    def test_look_marks_the_circuit_as_used(self, view: View) -> None:
+        """What nobody uses is not polled."""
+        fill(view, closed)
+        view.shortcut.taken = False
+        view.believed()
+        assert view.shortcut.taken
+
+
+def test_servers_time_goes_on_with_the_monotonic_clock(view: View, clock: Clock) -> None:
+    """A lease ends by the server's clock, wherever a test has moved the local one."""
+    fill(view, closed, 5000)
+    clock.now += 1.5
+    assert view.server_ms == 6500
+
+
+def test_open_circuit_rejects_everybody_until_something_else_was_told(view: View) -> None:
+    """As with admissions: whoever holds the rejection has been told nothing but "open" since."""
+    fill(view, opened)
+    rejection = view.shortcut.rejection
+    assert rejection is not None
+    assert rejection.generation == opened.generation
+    fill(view, opened, 1100)
+    assert view.shortcut.rejection is rejection
+    view.shortcut.told(CLOSED)
+    assert view.shortcut.rejection is None
+    fill(view, replace(opened, opened_at_ms=950), 1200)
+    assert view.shortcut.rejection is not rejection
