@@ -67,10 +67,12 @@ class Origin:
         """
         own = dict(self.words)
         connect_timeout = min(own.pop("socket_connect_timeout", None) or timeout, timeout)
+        if "path" not in own:
+            # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
+            own["socket_connect_timeout"] = connect_timeout
         connection = self.connection_class(
             **{**own, "decode_responses": False, **words},
             socket_timeout=timeout,
-            socket_connect_timeout=connect_timeout,
         )
         connection.connect()
         return connection

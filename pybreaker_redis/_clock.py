@@ -2,13 +2,18 @@
 
 Knows: the local wall clock, what a server said about its own.  Does not know: who asked the server, and for what.
 
-The local clock is looked up at every call, so that freezegun and time-machine are heard.
+The local wall clock is looked up at every call, so that freezegun and time-machine are heard.
 """
 
 from __future__ import annotations
 
 import time
 from datetime import datetime, timezone
+from functools import partial
+
+#: Seconds, monotonic, for what must go on while a test has stopped the time: freezegun replaces the function where it
+#: finds it in a module.
+monotonic = partial(time.monotonic)
 
 
 def now_ms() -> float:

@@ -21,6 +21,7 @@ import weakref
 from functools import partial
 
 from pybreaker_redis._client import Origin
+from pybreaker_redis._clock import monotonic
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._line import Line
 from pybreaker_redis._session import LONGEST_WAIT, Hearing, Session
@@ -104,8 +105,8 @@ class Listener:
 
     def _rest(self, seconds: float) -> None:
         """Wait, but not for long once nobody needs this thread any more."""
-        until = time.monotonic() + seconds
-        while self._views and (left := until - time.monotonic()) > 0:
+        until = monotonic() + seconds
+        while self._views and (left := until - monotonic()) > 0:
             time.sleep(min(left, LONGEST_WAIT))
 
     def _forget_all(self) -> None:

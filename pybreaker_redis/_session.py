@@ -10,14 +10,13 @@ Knows: views, the line to a server, when to poll.  Does not know: threads, what 
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from pybreaker_redis._circuit import CLOSED, Circuit
-from pybreaker_redis._clock import now_ms
+from pybreaker_redis._clock import monotonic, now_ms
 from pybreaker_redis._line import Line, Push
 from pybreaker_redis._record import MARK_FIELDS, Found, agrees, parse, parse_push, text
 from pybreaker_redis._view import Ticket, View
@@ -81,12 +80,12 @@ class Session:
         """
         next_beat = 0.0
         while (beat := self._admit_new()) is not None:
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + beat
+            if monotonic() >= next_beat:
+                next_beat = monotonic() + beat
                 self._beat()
             wait = SHORTEST_WAIT if self._changed else LONGEST_WAIT
-            self.line.listen(max(0.0, min(wait, next_beat - time.monotonic())))
-            if self._changed and time.monotonic() >= self._polled_at + SHORTEST_WAIT:
+            self.line.listen(max(0.0, min(wait, next_beat - monotonic())))
+            if self._changed and monotonic() >= self._polled_at + SHORTEST_WAIT:
                 self._poll(item for item in self._wanted() if item.channel in self._changed and item.view.is_believed)
                 self._changed.clear()
 
@@ -155,7 +154,7 @@ class Session:
         answers = self.line.ask(commands)
         after_ms = now_ms()
         self.polled = True
-        self._polled_at = time.monotonic()
+        self._polled_at = monotonic()
         if not asked:
             return
         fail_counters, *values = answers[-1 - 2 * len(asked) :]

@@ -76,7 +76,7 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
         ("redis", {"_optimistic"}),
         ("pybreaker", {"_adapter", "_admissions", "_frames"}),
         # The optimistic carrier and the listener wait between attempts; else it is defaults that tests replace.
-        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_session", "_shortcut", "_view"}),
+        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_shortcut", "_view"}),
         ("datetime", {"_clock", "_adapter"}),
         ("threading", {"_caller", "_guard", "_listener", "_shared", "_view", "memory", "storage"}),
     ],

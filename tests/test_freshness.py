@@ -275,8 +275,10 @@ class Proxy:
         self._listening = socket.socket(socket.AF_UNIX)
         self._listening.bind(self.unix_socket)
         self._listening.listen()
-        self._sockets: list[socket.socket] = [self._listening]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._sockets: list[socket.socket] = []
+        self._carrying: list[threading.Thread] = []
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -287,9 +289,9 @@ class Proxy:
                 self._sockets += [near, far]
                 subscribed = threading.Event()
                 for source, sink, towards_server in ((near, far, True), (far, near, False)):
-                    threading.Thread(
-                        target=self._carry, args=(source, sink, subscribed, towards_server), daemon=True
-                    ).start()
+                    words = (source, sink, subscribed, towards_server)
+                    self._carrying.append(threading.Thread(target=self._carry, args=words, daemon=True))
+                    self._carrying[-1].start()
 
     def _carry(self, source: socket.socket, sink: socket.socket, subscribed: Any, towards_server: bool) -> None:
         with contextlib.suppress(OSError):
@@ -298,12 +300,23 @@ class Proxy:
                     subscribed.set()
                 if towards_server or not (self.swallows and subscribed.is_set()):
                     sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
+        # Not closed, which would not wake up the thread that reads the other way.
+        hang_up(source, sink)
 
     def close(self) -> None:
         """Hang up on everybody."""
-        for item in self._sockets:
+        hang_up(self._listening, *self._sockets)
+        for thread in (self._accepting, *self._carrying):
+            thread.join(5)
+        for item in (self._listening, *self._sockets):
             item.close()
+
+
+def hang_up(*sockets: socket.socket) -> None:
+    """Let both ends know that nothing more comes."""
+    for item in sockets:
+        with contextlib.suppress(OSError):
+            item.shutdown(socket.SHUT_RDWR)
 
 
 def test_stream_that_went_silent_is_given_up(server, tmp_path, protocol, other):
