@@ -151,16 +151,16 @@ class Line:
             raise PushUnavailable(msg) from error
 
     def _connect_resp3(self, origin: Origin) -> Any:
-        """A connection that can do everything; ``None`` if the library or the server has none."""
-        if origin.words.get("protocol") in (2, "2"):
-            return None
+        """A connection that can do everything; ``None`` if the library or the server has none.
+
+        Whatever the client speaks: up to redis-py 7 that is RESP2, unless somebody asked for more.
+        """
         try:
             connection = self._connect(origin, protocol=3)
-        except Exception as error:
-            # TypeError: redis-py before 5.  The others: a server, or a proxy, without HELLO.
-            if isinstance(error, TypeError) or is_a(error, "ResponseError") or is_a(error, "AuthenticationError"):
-                return None
-            raise
+        except Exception:  # noqa: BLE001
+            # redis-py before 5, or a server or a proxy without HELLO, each with an error of its own.  Or nobody is
+            # there: then the next attempt says so.
+            return None
         if _mark_pushes(connection):
             return connection
         # redis-py 5 with hiredis: pushes would be taken for answers.

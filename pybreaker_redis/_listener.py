@@ -161,24 +161,16 @@ def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str) -> N
     if sys.is_finalizing():
         # Before Python 3.12 a thread that is started now would be waited for forever.
         return
-    if reason := _cannot_run_threads():
-        _listeners.of(origin).say_refused(reason)
+    uwsgi = sys.modules.get("uwsgi")
+    if uwsgi and uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0:
+        # In the master: a thread here would deadlock the workers that are forked from it.
+        return
+    listener = _listeners.of(origin)
+    if uwsgi and not {"enable-threads", "threads"} & uwsgi.opt.keys():
+        listener.say_refused("uWSGI runs without --enable-threads")
         return
     try:
-        _listeners.of(origin).add(view, keys, channel)
+        listener.add(view, keys, channel)
     except RuntimeError as error:
         # The interpreter is about to shut down, or the process may have no more threads.
-        _listeners.of(origin).say_refused(error)
-
-
-def _cannot_run_threads() -> str:
-    """Why no thread may be started in this process; empty if one may."""
-    uwsgi = sys.modules.get("uwsgi")
-    if uwsgi is None:
-        return ""
-    if uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0:
-        # Threads of the master deadlock the workers that are forked from it.
-        return "this is uWSGI's master"
-    if not ({"enable-threads", "threads"} & uwsgi.opt.keys()):
-        return "uWSGI runs without --enable-threads"
-    return ""
+        listener.say_refused(error)

@@ -12,9 +12,11 @@ import pytest
 import redis
 
 from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._line import Line
 from tests import servers
 from tests.fleet import Fleet, Make, Shared, Spec, Visits
 from tests.servers import FoundServer
+from tests.viewed import PROTOCOLS
 
 _figures = pytest.StashKey[list[str]]()
 _used = pytest.StashKey[dict[str, int]]()
@@ -192,3 +194,15 @@ def shared(client: redis.Redis) -> Shared:
 def visits(tmp_path: Path) -> Visits:
     """The calls that reached the fleet's dependency."""
     return Visits(tmp_path / "calls")
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=PROTOCOLS, ids=lambda protocol: f"resp{protocol}")
+def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What the listener speaks; as much as it can, unless kept from it."""
+    if request.param != max(PROTOCOLS):
+        monkeypatch.setattr(Line, "_connect_resp3", lambda self, origin: None)
+    chosen: int = request.param
+    return chosen

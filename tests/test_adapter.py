@@ -12,12 +12,15 @@ from datetime import datetime, timezone
 from itertools import count
 from typing import Any
 
+import fakeredis
 import pytest
 import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 from pybreaker import CircuitMemoryStorage as StockMemoryStorage
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis._circuit import CLOSED
+from pybreaker_redis._intents import Load
 from pybreaker_redis.memory import MemoryCarrier
 
 
@@ -949,3 +952,25 @@ def test_calls_that_bypass_the_breaker_are_admitted_anew(storage_of, last):
             breaker.state.call(down)
         assert storage.counter == expected
     assert storage.state == "open"
+
+
+def test_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_holds() -> None:
+    """There nobody would ever let go of it."""
+    carrier = MemoryCarrier(CLOSED)
+    carrier._lock.acquire()
+    carrier.after_fork()
+    assert carrier.execute(Load()).circuit.state == CLOSED
+
+
+@pytest.mark.parametrize("given", [-1, 0.001, 61, float("nan"), float("inf")])
+def test_staleness_out_of_range_is_refused_at_once(given: float) -> None:
+    """Naming the argument, what was given and what is accepted."""
+    with pytest.raises(ValueError, match=r"max_staleness must be 0 or lie between 0\.01 and 60 seconds, not"):
+        CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(), max_staleness=given)
+
+
+@pytest.mark.parametrize("given", ["1", None, True])
+def test_staleness_that_is_no_number_is_refused_at_once(given: object) -> None:
+    """Naming the argument and what was given."""
+    with pytest.raises(TypeError, match="max_staleness must be a number of seconds, not"):
+        CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(), max_staleness=given)  # type: ignore[arg-type]

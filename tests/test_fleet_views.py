@@ -196,12 +196,12 @@ print("well", flush=True)
 """
 
 
-@pytest.mark.slow
-def test_100_forks_under_traffic_leave_no_stale_child_and_no_deaf_parent(server: PrivateServer) -> None:
+@pytest.mark.parametrize("forks", [pytest.param(100, marks=pytest.mark.slow), 4])
+def test_forks_under_traffic_leave_no_stale_child_and_no_deaf_parent(server: PrivateServer, forks: int) -> None:
     """A child inherits beliefs, locks and a listener without a thread, and uses none of them."""
     # Python 3.12 warns of any fork with threads around.
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS, server.unix_socket, "100"],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS, server.unix_socket, str(forks)],
         capture_output=True,
         text=True,
         timeout=110,

@@ -7,7 +7,6 @@ the process goes on.  Never longer than `max_staleness` and a round trip; where 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import signal
 import socket
@@ -33,29 +32,14 @@ STALENESS = 1.0
 #: A round trip and the time to notice, on a machine that does other things too, seconds.
 ROUND_TRIP = 0.15
 
-#: What redis-py speaks: with 3 the server tells of foreign changes, with 2 only of published ones.
-PROTOCOLS = [3, 2] if "protocol" in inspect.signature(redis.Redis).parameters else [2]
-
 #: Longest time for a push, seconds, on a machine that does other things too.
 PUSH = 0.2
-
-
-def speaking(protocol: int) -> dict[str, int]:
-    """Words for a client."""
-    return {"protocol": protocol} if len(PROTOCOLS) > 1 else {}
-
-
-@pytest.fixture(params=PROTOCOLS, ids=lambda protocol: f"resp{protocol}")
-def protocol(request: pytest.FixtureRequest) -> int:
-    """What the listener speaks."""
-    chosen: int = request.param
-    return chosen
 
 
 @pytest.fixture
 def breaker(server: PrivateServer, protocol: int) -> Iterator[pybreaker.CircuitBreaker]:
     """A breaker that calls without asking."""
-    with contextlib.closing(server.client(**speaking(protocol))) as client:
+    with contextlib.closing(server.client()) as client:
         breaker = breaker_on(client, max_staleness=STALENESS)
         yield settled(breaker)
 
@@ -210,7 +194,7 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, mo
 def test_frozen_server_is_believed_for_max_staleness_at_most(killable_server, protocol):
     """SIGSTOP: no error, no end of file, just nothing."""
     timeout = 0.1
-    with contextlib.closing(killable_server.client(**speaking(protocol), socket_timeout=timeout, **ONCE)) as client:
+    with contextlib.closing(killable_server.client(socket_timeout=timeout, **ONCE)) as client:
         breaker = settled(breaker_on(client, max_staleness=STALENESS, fallback_circuit_state="open"))
         began = time.monotonic()
         os.kill(killable_server.pid or 0, signal.SIGSTOP)
@@ -240,7 +224,7 @@ def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
 def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_server, protocol):
     """And its generations go on from where they were: nothing that was known is taken for old."""
     with (
-        contextlib.closing(killable_server.client(**speaking(protocol))) as client,
+        contextlib.closing(killable_server.client()) as client,
         contextlib.closing(killable_server.client()) as elsewhere,
     ):
         breaker = settled(breaker_on(client, fail_max=1))
@@ -323,7 +307,7 @@ def test_stream_that_went_silent_is_given_up(server, tmp_path, protocol, other):
     """Everything is sent, nothing arrives: only an answer that is missing tells."""
     with (
         contextlib.closing(Proxy(server, tmp_path)) as proxy,
-        contextlib.closing(redis.Redis(unix_socket_path=proxy.unix_socket, **speaking(protocol))) as client,
+        contextlib.closing(redis.Redis(unix_socket_path=proxy.unix_socket)) as client,
     ):
         breaker = settled(breaker_on(client, max_staleness=STALENESS))
         proxy.swallows = True

@@ -14,20 +14,24 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from time import perf_counter
 
 import fakeredis
+import freezegun
 import pybreaker
 import pytest
 import redis
+import time_machine
 
 from pybreaker_redis import CircuitRedisStorage, _listener
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._keys import channel_of, circuit_keys
 from tests.servers import ONCE
-from tests.test_freshness import PROTOCOLS, PUSH, seconds_until, speaking
+from tests.test_freshness import PUSH, seconds_until
 from tests.viewed import (
     NAMESPACE,
+    PROTOCOLS,
     breaker_on,
     counted,
     fails,
@@ -227,11 +231,10 @@ def administrate(server: PrivateServer, *rights: str) -> None:
     [("~*", "+@all", "-subscribe", "&*"), ("~*", "+@all", "resetchannels")],
     ids=["no SUBSCRIBE", "no channels"],
 )
-@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog, rights, protocol):
     """Nothing is believed that could not be heard, and one line says what that costs."""
     administrate(server, *rights)
-    with contextlib.closing(server.client(username="limited", password="x", **speaking(protocol))) as limited:
+    with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breakers = [breaker_on(limited, f"limited{number}") for number in range(3)]
         for breaker in breakers:
             breaker.call(up)
@@ -302,6 +305,38 @@ def test_fakeredis_and_servers_without_scripts_read_through(server):
     assert origin_of(object()) is None
 
 
+def renamed(command: str) -> list[str]:
+    """Arguments for a server without this command."""
+    return ["--rename-command", command, ""]
+
+
+@pytest.mark.parametrize("commands", [["HELLO"], ["CLIENT"], ["HELLO", "CLIENT"]], ids=" ".join)
+def test_server_without_hello_or_client_is_heard(preferred, commands):
+    """Managed servers and proxies leave commands out: one step down, and nothing that is published is lost."""
+    arguments = [argument for command in commands for argument in renamed(command)]
+    words = {"protocol": 2} if PROTOCOLS[0] == 3 else {}
+    with PrivateServer(preferred.binary, args=arguments) as server:
+        clients = [server.client(**words) for _ in range(2)]
+        breaker = settled(breaker_on(clients[0]))
+        breaker_on(clients[1], max_staleness=0).open()
+        assert seconds_until(breaker, "open") < PUSH
+        for client in clients:
+            client.close()
+
+
+def test_server_without_subscribe_reads_through(preferred, caplog):
+    """It does not know the command at all."""
+    with (
+        PrivateServer(preferred.binary, args=renamed("SUBSCRIBE")) as server,
+        contextlib.closing(server.client()) as client,
+    ):
+        breaker = breaker_on(client)
+        breaker.call(up)
+        wait_for(lambda: caplog.messages, "a warning")
+        breaker.call(up)
+        assert not view_of(breaker).is_believed
+
+
 def test_garbage_on_the_channel_is_ignored(client):
     """Anybody may publish there."""
     breaker = settled(breaker_on(client))
@@ -311,6 +346,91 @@ def test_garbage_on_the_channel_is_ignored(client):
     breaker_on(client, max_staleness=0).open()
     assert seconds_until(breaker, "open") < PUSH
     assert len(listeners()) == 1
+
+
+def test_redis_that_is_there_later_is_heard_later(killable_server):
+    """The first calls of a process may find nobody; the listener goes on trying."""
+    killable_server.stop()
+    with contextlib.closing(killable_server.client(**ONCE)) as client:
+        breaker = breaker_on(client)
+        assert breaker.call(up) == "answer"
+        assert len(listeners()) == 1
+        killable_server.start()
+        wait_for(lambda: view_of(breaker)._heard, "it hears", within=20)
+        settled(breaker)
+
+
+@pytest.mark.parametrize("travel", [freezegun.freeze_time, time_machine.travel], ids=["freezegun", "time-machine"])
+def test_stopped_clock_stops_no_listener(client, server, travel):
+    """Tests that stop the time, or move it by years, hear what happens all the same, and so do those after them."""
+    breaker = settled(breaker_on(client, max_staleness=0.3))
+    with contextlib.closing(server.client()) as elsewhere:
+        other = breaker_on(elsewhere, max_staleness=0)
+        with travel("2040-01-01", tick=False):
+            time.sleep(0.7)
+            other.open()
+            until = perf_counter() + 5
+            while breaker.current_state != "open":
+                assert perf_counter() < until
+            other.close()
+        time.sleep(0.4)
+        seconds_until(breaker, "closed")
+        settled(breaker)
+        with counted(client) as asked:
+            until = perf_counter() + 1.0
+            while perf_counter() < until:
+                breaker.call(up)
+        assert "evalsha" not in asked, "the beats go on"
+
+
+# -- uWSGI, as far as it can be told without it ------------------------------------------------------------------------
+
+
+class UWSGI:
+    """What uWSGI's module says to its applications."""
+
+    def __init__(self, worker: int, **options: bytes) -> None:
+        self.opt = {name.replace("_", "-"): value for name, value in options.items()}
+        self.worker_id = lambda: worker
+        self.mule_id = lambda: 0
+
+
+def test_no_thread_starts_in_the_master_of_uwsgi(client, monkeypatch, caplog):
+    """It would deadlock the workers; nobody has to be told, because they listen for themselves."""
+    monkeypatch.setitem(sys.modules, "uwsgi", UWSGI(0, enable_threads=b"true"))
+    breaker = breaker_on(client)
+    for _ in range(2):
+        breaker.call(up)
+    assert listeners() == []
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("options", [{"enable_threads": b"true"}, {"threads": b"2"}, {}], ids=" ".join)
+def test_worker_of_uwsgi_listens_if_its_threads_run(client, monkeypatch, caplog, options):
+    """Where they do not, one line says what that costs."""
+    monkeypatch.setitem(sys.modules, "uwsgi", UWSGI(1, **options))
+    for number in range(2):
+        breaker = breaker_on(client, f"circuit{number}")
+        for _ in range(2):
+            breaker.call(up)
+    assert len(listeners()) == bool(options)
+    assert len(caplog.messages) == (not options)
+    if not options:
+        assert "--enable-threads" in caplog.text
+
+
+def test_process_that_may_have_no_more_threads_reads_through(client, monkeypatch, caplog):
+    """RLIMIT_NPROC, a container's limit, or an interpreter that is about to end."""
+
+    def no_more(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    breaker = breaker_on(client)
+    for _ in range(2):
+        assert breaker.call(up) == "answer"
+    (said,) = caplog.messages
+    assert "can't start new thread" in said
 
 
 # -- when it ends ------------------------------------------------------------------------------------------------------

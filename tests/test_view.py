@@ -123,6 +123,16 @@ class TestStaleness:
         assert view.known == closed
 
 
+class TestDeaf:
+    """What is pushed to a view that is not listened for."""
+
+    def test_late_push_of_a_line_that_was_given_up_is_not_taken(self, clock: Clock) -> None:
+        """Whatever it says, nobody can tell what came after it."""
+        view = View(STALENESS, clock)
+        view.hear(opened, 1000)
+        assert view.known is None
+
+
 class TestOrder:
     """The later of two records is kept, however they arrive."""
 

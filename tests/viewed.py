@@ -6,6 +6,7 @@ Knows: storages, the listener's names.  Does not know: which promise is being te
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from pybreaker_redis._listener import THREAD_NAME
 DEADLINE = 10.0
 
 NAMESPACE = "viewed"
+
+#: What a line may speak: with 3 the server tells of foreign changes, with 2 only of published ones.
+PROTOCOLS = [3, 2] if "protocol" in inspect.signature(redis.Redis).parameters else [2]
 
 
 class Down(Exception):

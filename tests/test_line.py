@@ -1,0 +1,188 @@
+"""The line, without a server: what libraries and servers may say, in the order that hurts."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.exceptions import ResponseError
+
+from pybreaker_redis._client import origin_of
+from pybreaker_redis._line import Line, Push
+from pybreaker_redis.errors import PushUnavailable
+
+
+class Parser:
+    """As in redis-py before pushes, and with hiredis before redis-py 6."""
+
+
+class ParserOf50(Parser):
+    """As in redis-py 5.0."""
+
+    def set_push_handler(self, handler: Any) -> None:
+        """One for all pushes."""
+        self.handler = handler
+
+
+class ParserOf51(Parser):
+    """As in redis-py from 5.1 on."""
+
+    def set_pubsub_push_handler(self, handler: Any) -> None:
+        """For what is published."""
+        self.handler = handler
+
+    def set_invalidation_push_handler(self, handler: Any) -> None:
+        """For what has changed."""
+        self.invalidation_handler = handler
+
+
+class Connection:
+    """Says what a test has written for it, one thing for each read."""
+
+    made: list[Connection]
+    parser: type[Parser] = ParserOf51
+    says: dict[int, list[Any]]
+
+    def __init__(self, *, protocol: int, **words: Any) -> None:
+        self.protocol = protocol
+        self.words = words
+        self._parser = self.parser()
+        self._sock: object | None = object()
+        self.sent: list[tuple[Any, ...]] = []
+        self.script = deque(self.says.get(protocol, []))
+        self.made.append(self)
+
+    def connect(self) -> None:
+        """Nothing to do."""
+
+    def disconnect(self) -> None:
+        """Hang up."""
+        self._sock = None
+
+    def pack_commands(self, commands: Any) -> Any:
+        """As they are."""
+        return commands
+
+    def send_packed_command(self, commands: Any, *, check_health: bool) -> None:
+        """Note them."""
+        assert not check_health
+        self.sent += commands
+
+    def can_read(self, *, timeout: float) -> bool:
+        """Whether there is more in the script."""
+        del timeout
+        return bool(self.script)
+
+    def read_response(self, **words: Any) -> Any:
+        """The next of the script; pushes as the parser's handler makes them."""
+        said = self.script.popleft()
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+
+class Client:
+    """With a pool of such connections."""
+
+    def __init__(self, parser: type[Parser] = ParserOf51, **says: list[Any]) -> None:
+        self.made: list[Connection] = []
+        scripts = {int(name[-1]): script for name, script in says.items()}
+        self.connection_pool: Any = SimpleNamespace(
+            connection_class=type("Made", (Connection,), {"made": self.made, "says": scripts, "parser": parser}),
+            connection_kwargs={"path": "/nowhere", "db": 0},
+        )
+
+    def line(self, heard: list[Push]) -> Line:
+        """Connected."""
+        origin = origin_of(self)
+        assert origin is not None
+        return Line(origin, 1.0, heard.append)
+
+
+OK = [b"OK", b"OK"]  # CLIENT SETNAME, CLIENT TRACKING
+
+
+@pytest.mark.parametrize(("parser", "connections"), [(Parser, 2), (ParserOf50, 1), (ParserOf51, 1)])
+def test_one_connection_does_if_the_library_tells_pushes_from_answers(parser, connections):
+    """Otherwise a push could be taken for the answer to something."""
+    client = Client(parser, resp3=OK, resp2=[b"OK"])
+    line = client.line([])
+    assert sum(connection._sock is not None for connection in client.made) == connections
+    assert line.tracks == (connections == 1)
+    line.close()
+    assert all(connection._sock is None for connection in client.made)
+
+
+def test_push_in_the_middle_of_anything_is_heard_at_once_and_taken_for_no_answer():
+    """An answer that takes its time, or never comes, must not hold up the news."""
+    news = [Push([b"message", b"channel", b"%d" % number]) for number in range(3)]
+    heard: list[Push] = []
+    answers = [news[0], Push([b"subscribe", b"a", 1]), news[1], [b"0", b"0"], ResponseError("no"), news[2]]
+    line = Client(resp3=[*OK, *answers]).line(heard)
+    line.subscribe(["a"])
+    assert heard == news[:1]
+    first, second = line.ask([("TIME",), ("MGET", "a")])
+    assert heard == news[:2]
+    assert first == [b"0", b"0"]
+    assert isinstance(second, ResponseError)
+    line.listen(0)
+    assert heard == news
+
+
+def test_error_that_nobody_asked_for_ends_the_line():
+    """What a server says before it hangs up."""
+    line = Client(resp3=[*OK, ResponseError("ERR max clients")]).line([])
+    with pytest.raises(PushUnavailable, match="max clients"):
+        line.listen(0)
+
+
+def test_line_that_cannot_be_made_leaves_nothing_open():
+    """It is tried again and again."""
+    client = Client(resp3=[ConnectionError("gone")], resp2=[ConnectionError("gone")])
+    with pytest.raises(ConnectionError):
+        client.line([])
+    assert all(connection._sock is None for connection in client.made)
+
+
+def test_flood_of_pushes_lets_other_things_have_their_turn(monkeypatch):
+    """A poll, or a new circuit, must not wait for ever."""
+    monkeypatch.setattr("pybreaker_redis._line.MOST_AT_ONCE", 3)
+    heard: list[Push] = []
+    line = Client(resp3=[*OK, *[Push([b"message", b"a", b""])] * 5]).line(heard)
+    line.listen(0)
+    assert len(heard) == 3
+
+
+def test_connections_of_the_line_wait_as_long_as_the_line_says_and_never_try_again():
+    """What the user's client does about errors is the user's business; the listener has its own way."""
+    client = Client(resp3=OK)
+    client.connection_pool.connection_kwargs.update(
+        host="there", socket_timeout=60, socket_connect_timeout=60, retry="ten times", maint_config=1, client_name="x"
+    )
+    del client.connection_pool.connection_kwargs["path"]
+    client.line([])
+    (connection,) = client.made
+    assert connection.words == {
+        "host": "there",
+        "db": 0,
+        "decode_responses": False,
+        "socket_timeout": 1.0,
+        "socket_connect_timeout": 1.0,
+    }
+
+
+def test_origins_are_equal_if_they_reach_the_same_database_as_the_same_user():
+    """So that all clients of a process need one line."""
+    one, other = Client(), Client()
+    other.connection_pool.connection_class = one.connection_pool.connection_class
+    assert origin_of(one) == origin_of(other)
+    other.connection_pool.connection_kwargs["socket_timeout"] = 3
+    assert origin_of(one) == origin_of(other)
+    assert hash(origin_of(one)) == hash(origin_of(other))
+    for name, value in (("db", 1), ("path", "/elsewhere"), ("username", "somebody"), ("credential_provider", [])):
+        before = dict(other.connection_pool.connection_kwargs)
+        other.connection_pool.connection_kwargs[name] = value
+        assert origin_of(one) != origin_of(other), name
+        other.connection_pool.connection_kwargs = before
