@@ -75,6 +75,8 @@ class IntentStorage(CircuitBreakerStorage):
         shortcut: Kept true by whoever carries out the intents.
     """
 
+    _say_opened_at = SetOpenedAt
+
     def __init__(self, name: str, probe_lease: float, shortcut: Shortcut) -> None:
         super().__init__(name)
         self._lease_ms = lease_ms(probe_lease)
@@ -90,9 +92,6 @@ class IntentStorage(CircuitBreakerStorage):
     def _look(self) -> Reply:
         """What is true of the circuit, all but the counters, as far as that is known without asking."""
         return self._execute(Load())
-
-    def _set_opened_at(self, at_ms: float) -> Intent:
-        return SetOpenedAt(at_ms)
 
     @property
     def state(self) -> str:
@@ -139,7 +138,7 @@ class IntentStorage(CircuitBreakerStorage):
         if asker is _frames.REPORTS_SUCCESS:
             self._ask(caller, RecordSuccess(*self._reported_admission(caller)))
         elif asker is _frames.BUILDS_CLOSED:
-            caller.telling = True
+            self._built(caller, CLOSED)
         else:
             self._ask(caller, RecordSuccess(*BY_HAND))
 
@@ -164,18 +163,16 @@ class IntentStorage(CircuitBreakerStorage):
             probed = _frames.asked_through(_frames.COUNTS_PROBE)
             self._ask(caller, Close(*(self._reported_admission(caller) if probed else BY_HAND)))
         elif asker is _frames.BUILDS_OPEN:
-            self._admissions.know(_frames.told_breakers())
             if _frames.asked_through(_frames.OPENS):
                 self._ask(caller, Trip(*caller.fence))
-            caller.telling = True
+            self._built(caller, OPEN)
         elif asker is _frames.BUILDS_HALF_OPEN:
-            self._admissions.know(_frames.told_breakers())
             if _frames.asked_through(_frames.CHECKS_TIMEOUT):
                 self._claim_probe(caller)
             elif _frames.asked_through(_frames.HALF_OPENS):
                 self._ask(caller, ResetProbes())
                 self._ask(caller, SetState(HALF_OPEN))
-            caller.telling = True
+            self._built(caller, HALF_OPEN)
         else:
             self._ask(caller, ResetProbes())
 
@@ -212,7 +209,7 @@ class IntentStorage(CircuitBreakerStorage):
             if not isinstance(at, datetime):
                 msg = f"opened_at must be a datetime, not {at!r}"
                 raise TypeError(msg)
-            self._ask(caller, self._set_opened_at(to_ms(at)))
+            self._ask(caller, self._say_opened_at(to_ms(at)))
             return
         failed = _frames.asked_through(_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
         if failed and caller.refused:
@@ -254,9 +251,14 @@ class IntentStorage(CircuitBreakerStorage):
             caller.fresh = False
         return state
 
+    def _built(self, caller: Caller, state: str) -> None:
+        """A breaker is about to be in this state, whatever the circuit has become since the breaker asked."""
+        self._admissions.know(_frames.told_breakers())
+        self._shortcut.told(state)
+        caller.telling = True
+
     def _state_under_construction(self) -> str | None:
-        created = _frames.created_breaker()
-        if created is None:
+        if (created := _frames.created_breaker()) is None:
             return None
         self._admissions.know([created])
         return self._state_unasked()

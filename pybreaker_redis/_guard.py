@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from pybreaker_redis._forks import renew_in_children
+
 #: Seconds without asking after a failure, at least; as many as the failed attempt took, if that is more.
 PAUSE = 1.0
 
@@ -31,6 +33,11 @@ class Guard:
         self._ask_again_at = 0.0
         #: Whether it was a write that failed: then an answer to a read does not mean that all is well again.
         self.refuses_writes = False
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock."""
+        self._lock = threading.Lock()
 
     def may_ask(self) -> bool:
         """Whether Redis is well, or it is the caller's turn to look whether it is again."""

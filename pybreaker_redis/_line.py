@@ -73,7 +73,7 @@ class Line:
         while missing:
             answer = self._read(self._hearing)
             if is_a(answer, "ResponseError"):
-                raise PushUnavailable(str(answer))
+                raise refusal(answer)
             if answer and _text(answer[0]) == "subscribe":
                 missing -= 1
             else:
@@ -124,7 +124,7 @@ class Line:
             push = self._read(self._hearing)
             if not isinstance(push, list):
                 # Nothing was asked.  An error is what the server says before it hangs up.
-                raise PushUnavailable(str(push))
+                raise refusal(push)
             self._hear(Push(push))
             seconds = 0
 
@@ -187,8 +187,6 @@ class Line:
 
     def _send(self, connection: Any, commands: list[tuple[Any, ...]]) -> None:
         connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-        # After sending: that is when redis-py connects anew if it finds that it is not connected.
-        self._check()
 
     def _read(self, connection: Any) -> Any:
         """The next answer or push; an error that the server has answered is a value."""
@@ -213,6 +211,14 @@ def _mark_pushes(connection: Any) -> bool:
         parser.set_push_handler(Push)
         return True
     return False
+
+
+def refusal(answer: Any) -> Exception:
+    """What to raise for an answer that is not what it should be: who is refused for good need not ask again soon."""
+    for_good = is_a(answer, "NoPermissionError") or is_a(answer, "ClusterCrossSlotError")
+    if for_good or "unknown command" in str(answer).lower():
+        return PushUnavailable(str(answer))
+    return answer if isinstance(answer, Exception) else ConnectionError(f"unasked: {answer!r}")
 
 
 def _text(value: Any) -> str:

@@ -17,10 +17,9 @@ from typing import Any
 
 from pybreaker_redis._circuit import CLOSED, Circuit
 from pybreaker_redis._clock import monotonic, now_ms
-from pybreaker_redis._line import Line, Push
+from pybreaker_redis._line import Line, Push, refusal
 from pybreaker_redis._record import MARK_FIELDS, Found, agrees, parse, parse_push, text
 from pybreaker_redis._view import Ticket, View
-from pybreaker_redis.errors import PushUnavailable
 
 #: Beats in the time for which a record may be believed: so one of them may come late.
 BEATS = 2
@@ -86,8 +85,9 @@ class Session:
             wait = SHORTEST_WAIT if self._changed else LONGEST_WAIT
             self.line.listen(max(0.0, min(wait, next_beat - monotonic())))
             if self._changed and monotonic() >= self._polled_at + SHORTEST_WAIT:
-                self._poll(item for item in self._wanted() if item.channel in self._changed and item.view.is_believed)
-                self._changed.clear()
+                # What changes while these are read is for the next time.
+                changed, self._changed = self._changed, set()
+                self._poll(item for item in self._wanted() if item.channel in changed and item.view.is_believed)
 
     def _admit_new(self) -> float | None:
         """Begin to hear what is new, cease to hear what is gone.
@@ -103,8 +103,8 @@ class Session:
             self.line.subscribe(sorted(missing))
         if gone := self._views.keys() - channels:
             self.line.unsubscribe(sorted(gone))
-            for channel in gone:
-                del self._views[channel]
+            self._views = {channel: views for channel, views in self._views.items() if channel in channels}
+            self._channels = {key: channel for key, channel in self._channels.items() if channel in channels}
         new = [item for item in wanted if item.view not in self._views.setdefault(item.channel, weakref.WeakSet())]
         for item in new:
             self._views[item.channel].add(item.view)
@@ -153,15 +153,14 @@ class Session:
         before_ms = now_ms()
         answers = self.line.ask(commands)
         after_ms = now_ms()
-        self.polled = True
         self._polled_at = monotonic()
         if not asked:
             return
         fail_counters, *values = answers[-1 - 2 * len(asked) :]
-        refused = next((answer for answer in (answers[0], fail_counters) if isinstance(answer, Exception)), None)
-        if refused is not None:
+        if isinstance(fail_counters, Exception):
             # By an ACL, or a cluster: whoever may not read what he hears of goes by nothing.
-            raise PushUnavailable(str(refused))
+            raise refusal(fail_counters)
+        self.polled = True
         server_ms = _milliseconds(answers[0])
         for (item, ticket), failures, plain, mark in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
             known = item.view.known

@@ -106,7 +106,6 @@ class SharedCircuit:
             reply = self._carry_out(intent)
         except Exception:
             offset.forget()
-            self._view.is_unreachable()
             raise
         after_ms = self._clock()
         if isinstance(intent, Trip) and reply.accepted:

@@ -104,7 +104,11 @@ class View:
         """An answer has come: this was true at `now_ms`."""
         with self._lock:
             self._reachable = True
-            if self._take(circuit, now_ms, quiet=circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms):
+            quiet = circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms
+            if ticket.changes == self._changes:
+                # Nothing has come in between, so it is the later one, though the server's clock may have been set back.
+                self._seen_ms = min(self._seen_ms, now_ms)
+            if self._take(circuit, now_ms, quiet=quiet):
                 self._believe(ticket)
 
     def is_unreachable(self) -> None:
@@ -138,7 +142,7 @@ class View:
             quiet: Whether there was neither noise nor a failure to forget.
         """
         with self._lock:
-            if ticket.changes == self._changes and now_ms >= self._seen_ms:
+            if ticket.changes == self._changes:
                 self._see(now_ms)
                 self._quiet = quiet
                 self._believe(ticket)

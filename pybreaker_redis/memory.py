@@ -82,6 +82,8 @@ class CircuitMemoryStorage(IntentStorage):
         TypeError: A `probe_lease` that is no number.
     """
 
+    _say_opened_at = _SayOpenedAt
+
     def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
         check_state("state", state)
         super().__init__("memory", probe_lease, Shortcut())
@@ -90,6 +92,3 @@ class CircuitMemoryStorage(IntentStorage):
 
     def _execute(self, intent: Intent) -> Reply:
         return self._carrier.execute(intent)
-
-    def _set_opened_at(self, at_ms: float) -> Intent:
-        return _SayOpenedAt(at_ms)

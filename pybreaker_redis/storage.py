@@ -13,6 +13,7 @@ from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._arguments import check_state, staleness
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._clock import now_ms
+from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._guard import Guard
 from pybreaker_redis._intents import Intent, Load, RecordSuccess
 from pybreaker_redis._keys import BASE, circuit_keys
@@ -73,7 +74,7 @@ class CircuitRedisStorage(IntentStorage):
         if asynchronous or not (is_client or callable(redis_object)):
             msg = f"redis_object must be a synchronous client or a callable that returns one, not {redis_object!r}"
             raise TypeError(msg)
-        view = View(staleness(max_staleness))
+        view = self._view = View(staleness(max_staleness))
         super().__init__("redis", probe_lease, view.shortcut)
         self._circuit_name = namespace or BASE
         self._shared = SharedCircuit(
@@ -91,6 +92,11 @@ class CircuitRedisStorage(IntentStorage):
         self._fallback_circuit_state = fallback_circuit_state
         self._local: MemoryCarrier | None = None
         self._local_generation = LOCAL_GENERATIONS
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock."""
+        self._lock = threading.Lock()
 
     def _look(self) -> Reply:
         return self._shared.believed(Load()) or self._execute(Load())
@@ -130,6 +136,9 @@ class CircuitRedisStorage(IntentStorage):
 
     def _went_away(self, error: Exception, *, writing: bool) -> None:
         pause = self._guard.failed(writing=writing)
+        # In this order: an answer that another thread gets meanwhile must not be believed while the guard keeps callers
+        # away, or calls would be admitted by Redis and settled here.
+        self._view.is_unreachable()
         if pause is not None:
             self.logger.warning(
                 "circuit %r: Redis gave no usable answer (%s: %s); using this process's own state, "

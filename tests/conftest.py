@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
+from pybreaker_redis import _listener
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
 from tests import servers
 from tests.fleet import Fleet, Make, Shared, Spec, Visits
 from tests.servers import FoundServer
-from tests.viewed import PROTOCOLS
+from tests.viewed import PROTOCOLS, listeners, wait_for
 
 _figures = pytest.StashKey[list[str]]()
 _used = pytest.StashKey[dict[str, int]]()
@@ -206,3 +208,14 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(Line, "_connect_resp3", lambda self, origin: None)
     chosen: int = request.param
     return chosen
+
+
+@pytest.fixture
+def nobody_listens() -> None:
+    """The test begins without a thread: those of earlier ones end when their storages have gone."""
+    gc.collect()
+    for listener in _listener._listeners._of_origin.values():
+        # A test that failed is kept, with its storages, for its traceback.
+        listener._views.clear()
+    wait_for(lambda: not listeners(), "the listeners of earlier tests end")
+    _listener._listeners._of_origin.clear()

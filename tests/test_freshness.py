@@ -169,6 +169,16 @@ def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(breaker
         settled(breaker)
 
 
+def test_lost_line_ends_belief_at_once_however_long_it_might_have_lasted(server, other, client, protocol):
+    """``max_staleness`` is for what nobody notices; this is noticed."""
+    with contextlib.closing(server.client()) as own:
+        breaker = settled(breaker_on(own, max_staleness=60))
+        for line in lines(client):
+            client.client_kill_filter(_id=line["id"])
+        other.open()
+        assert seconds_until(breaker, "open") < 1.0
+
+
 def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, monkeypatch):
     """The new one is subscribed to nothing: without a look at the socket all would seem well."""
     replaced: list[Line] = []

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._line import Line, Push
@@ -132,10 +132,30 @@ def test_push_in_the_middle_of_anything_is_heard_at_once_and_taken_for_no_answer
 
 
 def test_error_that_nobody_asked_for_ends_the_line():
-    """What a server says before it hangs up."""
-    line = Client(resp3=[*OK, ResponseError("ERR max clients")]).line([])
-    with pytest.raises(PushUnavailable, match="max clients"):
+    """What a server says before it hangs up, or a proxy that is out of step."""
+    line = Client(resp3=[*OK, ResponseError("ERR max clients"), b"OK"]).line([])
+    with pytest.raises(ResponseError, match="max clients"):
         line.listen(0)
+    with pytest.raises(ConnectionError, match="unasked"):
+        line.listen(0)
+
+
+@pytest.mark.parametrize(
+    ("said", "for_good"),
+    [
+        (NoPermissionError("NOPERM no channel"), True),
+        (ResponseError("unknown command 'SUBSCRIBE'"), True),
+        (ResponseError("ERR Unknown command `subscribe`"), True),
+        (ResponseError("BUSY Redis is busy running a script"), False),
+        (ResponseError("MASTERDOWN Link with MASTER is down"), False),
+    ],
+    ids=str,
+)
+def test_refusal_for_good_is_told_from_one_for_now(said, for_good):
+    """After the first nobody asks again for a minute."""
+    line = Client(resp3=[*OK, said]).line([])
+    with pytest.raises(PushUnavailable if for_good else ResponseError):
+        line.subscribe(["a"])
 
 
 def test_line_that_cannot_be_made_leaves_nothing_open():

@@ -13,6 +13,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 
@@ -32,6 +33,7 @@ from tests.test_freshness import PUSH, seconds_until
 from tests.viewed import (
     NAMESPACE,
     PROTOCOLS,
+    Down,
     breaker_on,
     counted,
     fails,
@@ -43,16 +45,7 @@ from tests.viewed import (
     wait_for,
 )
 
-
-@pytest.fixture(autouse=True)
-def nobody_listens() -> None:
-    """Every test begins without a thread: those of earlier ones end when their storages have gone."""
-    gc.collect()
-    for listener in _listener._listeners._of_origin.values():
-        # A test that failed is kept, with its storages, for its traceback.
-        listener._views.clear()
-    wait_for(lambda: not listeners(), "the listeners of earlier tests end")
-    _listener._listeners._of_origin.clear()
+pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 
 # -- when it begins ----------------------------------------------------------------------------------------------------
@@ -205,6 +198,18 @@ def test_success_long_after_a_failure_is_reported_all_the_same(client):
             time.sleep(0.01)
         breaker.call(up)
         assert breaker.fail_counter == 0
+    settled(breaker)
+
+
+def test_noise_lasts_though_a_poll_finds_nothing_to_forget(client):
+    """The next failure may make none: until the second is over, every success is reported."""
+    breaker = settled(breaker_on(client, fail_max=3, max_staleness=0.1))
+    began = time.monotonic()
+    fails(breaker)
+    breaker.call(up)
+    while time.monotonic() < began + 0.8:
+        assert breaker.current_state == "closed"
+        assert view_of(breaker).shortcut.quiet is None
     settled(breaker)
 
 
@@ -489,6 +494,41 @@ def test_program_ends_at_once_and_silently(server, what, answers):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("first", ["a failure", "by hand"])
+def test_failures_count_somewhere_while_redis_takes_no_writes(killable_server, first):
+    """Reads go on, so polls agree: all the same nobody is admitted by Redis whose failure cannot be told there."""
+    with contextlib.closing(killable_server.client(**ONCE)) as client:
+        breaker = settled(breaker_on(client, fail_max=3, reset_timeout=60))
+        client.config_set("maxmemory", 1)
+        if first == "by hand":
+            breaker._state_storage.opened_at = datetime.now(timezone.utc)
+        reached = 0
+
+        def count_and_fail() -> None:
+            nonlocal reached
+            reached += 1
+            raise Down
+
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
+                breaker.call(count_and_fail)
+            time.sleep(0.005)
+        client.config_set("maxmemory", 0)
+    assert reached <= 3 + 1, "the first one may have been admitted by Redis"
+
+
+def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
+    """During an outage threads take the guard's lock and that of the process's own circuit, at every call."""
+    breaker = breaker_on(client)
+    storage = breaker._state_storage
+    for item in (storage, storage._guard, view_of(breaker)):
+        item._lock.acquire()
+        item.after_fork()
+        assert item._lock.acquire(timeout=1)
+        item._lock.release()
+
+
 # -- many threads ------------------------------------------------------------------------------------------------------
 
 
@@ -570,6 +610,58 @@ def test_refused_line_is_tried_again_later(client, monkeypatch, server, caplog):
         wait_for(lambda: caplog.messages, "refused")
         administrate(server, "~*", "+@all", "&*")
         settled(breaker)
+
+
+def test_state_that_was_read_before_and_taken_on_later_confuses_nobody(client, server):
+    """A health check is told "open" and waits for the lock of the breaker, which a long call holds; then it closes."""
+    heard: list[str] = []
+
+    class Ears(pybreaker.CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            heard.append(new_state.name)
+            assert len(heard) < 50, "told for ever"
+            _ = cb.state
+
+    breaker = settled(breaker_on(client, reset_timeout=60))
+    breaker.add_listener(Ears())
+    looked = threading.Event()
+    storage = breaker._state_storage
+
+    class Looks:
+        """Stands between the health check and its breaker: stops when the state was read."""
+
+        def __init__(self) -> None:
+            self.lock = breaker._lock
+
+        def __enter__(self) -> None:
+            if threading.current_thread().name == "health":
+                looked.set()
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    health = threading.Thread(target=lambda: breaker.state, name="health")
+
+    def long_call() -> None:
+        with contextlib.closing(server.client()) as elsewhere:
+            other = breaker_on(elsewhere, max_staleness=0)
+            other.open()
+            seconds_until(breaker, "open")
+            health.start()
+            assert looked.wait(5)
+            other.close()
+            seconds_until(breaker, "closed")
+            for _ in range(3):
+                storage.reset_counter()
+
+    breaker._lock = Looks()
+    breaker.call(long_call)
+    health.join(5)
+    for _ in range(10):
+        assert breaker.call(up) == "answer"
+    assert set(heard) <= {"open", "closed"}
+    assert len(heard) <= 4
 
 
 def test_return_from_an_outage_is_noticed_though_nothing_has_moved(killable_server):

@@ -23,6 +23,9 @@ from pybreaker_redis._scripts import script
 from tests import servers
 from tests.viewed import settled
 
+#: What somebody else's listener asks would be counted, too.
+pytestmark = pytest.mark.usefixtures("nobody_listens")
+
 README = Path(__file__).parent.parent / "README.rst"
 
 #: In the README the table follows this line.

@@ -123,6 +123,16 @@ class TestStaleness:
         assert view.known == closed
 
 
+def test_server_whose_clock_is_set_back_is_believed_all_the_same(view: View) -> None:
+    """An answer to what was asked after the last news is later than these, whatever the server's clock says."""
+    fill(view, closed, 3_600_000)
+    view.doubt(view.ticket())
+    fill(view, closed, 1000)
+    assert view.believed() == closed
+    view.confirm(view.ticket(), 500, quiet=True)
+    assert view.server_ms == 500
+
+
 class TestDeaf:
     """What is pushed to a view that is not listened for."""
 
@@ -150,9 +160,10 @@ class TestOrder:
     def test_earlier_instant_of_a_generation_changes_nothing(self, view: View, arrives: str) -> None:
         """The server's clock orders what happens within a generation."""
         later = replace(opened, opened_at_ms=1500)
+        slow = view.ticket()
         fill(view, later, 2000)
         if arrives == "answer":
-            fill(view, opened, 1999)
+            view.fill(slow, opened, 1999)
         else:
             view.hear(opened, 1999)
         assert view.believed() == later
