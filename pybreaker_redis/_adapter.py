@@ -107,9 +107,7 @@ class IntentStorage(CircuitBreakerStorage):
         if self._admitted() is shortcut.rejection and shortcut.now() < shortcut.until and not _frames.created_breaker():
             shortcut.taken = True
             return OPEN
-        state = self._read_state()
-        shortcut.told(state)
-        return state
+        return self._read_state()
 
     @state.setter
     def state(self, state: str) -> None:
@@ -254,7 +252,7 @@ class IntentStorage(CircuitBreakerStorage):
     def _built(self, caller: Caller, state: str) -> None:
         """A breaker is about to be in this state, whatever the circuit has become since the breaker asked."""
         self._admissions.know(_frames.told_breakers())
-        self._shortcut.told(state)
+        self._shortcut.end_others(state)
         caller.telling = True
 
     def _state_under_construction(self) -> str | None:

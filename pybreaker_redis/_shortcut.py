@@ -6,9 +6,9 @@ A closed circuit admits every call, an open one rejects it, and a success that h
 reported.  As long as that is known, a guarded success is two comparisons.  Everything else takes the long way, which
 comes to the same answers.
 
-The admission is an object, not a number: it is replaced whenever something else than "closed" was told to anybody.  So
-whoever still holds it has been told nothing but "closed" since he got it, and no breaker has anything to notice.  The
-same goes for the rejection and "open".
+The admission is an object, not a number: it is replaced whenever a breaker is put into another state than closed.  So
+whoever still holds it got it from a breaker that has been closed ever since, and has nothing to notice.  The same goes
+for the rejection and open breakers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shortcut:
 
     def follow(self, circuit: Circuit, *, quiet: bool) -> None:
         """The circuit is like this; `quiet`: and it has no failures to forget."""
-        self.told(circuit.state)
+        self.end_others(circuit.state)
         if circuit.state == CLOSED:
             if self.admission is None or self.admission.generation != circuit.generation:
                 self.admission = Admission(circuit.generation)
@@ -52,8 +52,8 @@ class Shortcut:
         elif circuit.state == OPEN and (self.rejection is None or self.rejection.generation != circuit.generation):
             self.rejection = Admission(circuit.generation)
 
-    def told(self, state: str) -> None:
-        """Somebody has been told this: whoever was told something else has to look again."""
+    def end_others(self, state: str) -> None:
+        """The circuit, or a breaker, is in this state: whoever goes by another has to look again."""
         if state != CLOSED:
             self.admission = self.quiet = None
         if state != OPEN:

@@ -66,6 +66,18 @@ def test_transition_of_another_is_heard_at_once(breaker, other):
         assert seconds_until(breaker, state) < PUSH
 
 
+def test_what_was_published_is_not_read_again(other, server, client):
+    """With a server that tracks, each transition is told twice; 500 processes that read it again would be a burden."""
+    with contextlib.closing(server.client()) as own:
+        breaker = settled(breaker_on(own, max_staleness=60))
+        with counted(client) as asked:
+            for _ in range(20):
+                for verb, state in (("open", "open"), ("close", "closed")):
+                    getattr(other, verb)()
+                    seconds_until(breaker, state)
+        assert asked.get("client|caching", 0) <= 10, asked
+
+
 def test_failure_of_another_is_heard_at_once(breaker, other):
     """From then on this process reports its successes, so that the failures are not taken for consecutive ones."""
     fails(other)

@@ -382,10 +382,11 @@ def test_stopped_clock_stops_no_listener(client, server, travel):
         seconds_until(breaker, "closed")
         settled(breaker)
         with counted(client) as asked:
-            until = perf_counter() + 1.0
+            until = perf_counter() + 2.0
             while perf_counter() < until:
                 breaker.call(up)
-        assert "evalsha" not in asked, "the beats go on"
+        # Without beats it would be one every 0.3 s.
+        assert asked.get("evalsha", 0) <= 3, "the beats go on"
 
 
 # -- uWSGI, as far as it can be told without it ------------------------------------------------------------------------

@@ -321,15 +321,15 @@ def test_servers_time_goes_on_with_the_monotonic_clock(view: View, clock: Clock)
     assert view.server_ms == 6500
 
 
-def test_open_circuit_rejects_everybody_until_something_else_was_told(view: View) -> None:
-    """As with admissions: whoever holds the rejection has been told nothing but "open" since."""
+def test_open_circuit_rejects_everybody_until_a_breaker_was_otherwise(view: View) -> None:
+    """As with admissions: whoever holds the rejection has it from a breaker that has been open since."""
     fill(view, opened)
     rejection = view.shortcut.rejection
     assert rejection is not None
     assert rejection.generation == opened.generation
     fill(view, opened, 1100)
     assert view.shortcut.rejection is rejection
-    view.shortcut.told(CLOSED)
+    view.shortcut.end_others(CLOSED)
     assert view.shortcut.rejection is None
     fill(view, replace(opened, opened_at_ms=950), 1200)
     assert view.shortcut.rejection is not rejection
