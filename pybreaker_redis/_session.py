@@ -79,6 +79,8 @@ class Session:
         """
         next_beat = 0.0
         while (beat := self._admit_new()) is not None:
+            # A circuit that came later may need beats that are shorter.
+            next_beat = min(next_beat, monotonic() + beat)
             if monotonic() >= next_beat:
                 next_beat = monotonic() + beat
                 self._beat()

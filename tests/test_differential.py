@@ -41,6 +41,9 @@ from tests.records import (
 )
 
 # The server is shared by all examples: each has a namespace of its own.
+# Pure model: one Python is as good as another, and the README's tests run it on every server.
+pytestmark = pytest.mark.slow
+
 thorough = settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

@@ -27,6 +27,8 @@ from pybreaker_redis._line import Line
 from tests.servers import ONCE
 from tests.viewed import NAMESPACE, breaker_on, counted, down, fails, lines, settled, up, view_of, wait_for
 
+pytestmark = pytest.mark.usefixtures("nobody_listens")
+
 STALENESS = 1.0
 
 #: A round trip and the time to notice, on a machine that does other things too, seconds.
