@@ -1,0 +1,49 @@
+"""Fixtures for tests with application servers: a shop of each kind, and its connections to the server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from pybreaker_redis._demo.server import PrivateServer
+from tests.hosts.kinds import Kind
+from tests.hosts.shop import Shop
+
+#: What no host prints when all is well.
+ALARMS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python error", "Segmentation fault")
+
+
+@pytest.fixture
+def open_shop(kind: Kind, server: PrivateServer, tmp_path: Path) -> Iterator[Callable[..., Shop]]:
+    """Start the host that the test is about; the words are those of `Shop`."""
+    if sys.platform != "linux":
+        pytest.skip("looks for processes in /proc")
+    if kind.missing():
+        reason = f"not installed: {', '.join(kind.missing())}"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    shops: list[Shop] = []
+    with contextlib.ExitStack() as stack:
+
+        def start(**words: Any) -> Shop:
+            shops.append(Shop(kind, server, tmp_path, **words))
+            return stack.enter_context(shops[-1])
+
+        yield start
+    for shop in shops:
+        print(shop.log)
+        assert not [line for line in shop.log.splitlines() if any(alarm in line for alarm in ALARMS)]
+
+
+@pytest.fixture
+def listening(client: redis.Redis) -> Callable[[], int]:
+    """How many connections to the server listen for changes."""
+    return lambda: sum(connection["name"] == "pybreaker_redis" for connection in client.client_list())

@@ -1,0 +1,27 @@
+"""The same application as tasks of Celery.
+
+Knows: Celery.  Does not know: the circuit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from celery import Celery
+
+from tests.hosts import app
+
+#: Seconds that an answer nobody has fetched is kept.
+KEPT = 60
+
+celery = Celery("shop", broker=os.environ["SHOP_BROKER"])
+# A child that is held up keeps no more than one other task waiting.
+celery.conf.update(worker_prefetch_multiplier=1, task_ignore_result=True, broker_connection_retry_on_startup=True)
+
+
+@celery.task
+def answer(what: str, reply_to: str) -> None:
+    """Answer by the list `reply_to` on the circuit's own server."""
+    app.CLIENT.rpush(reply_to, json.dumps(app.answer(what)))
+    app.CLIENT.expire(reply_to, KEPT)
