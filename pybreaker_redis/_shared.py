@@ -86,11 +86,18 @@ class SharedCircuit:
 
         Nothing to do while it was never reached: until then nobody knows what there is to listen to.
         """
-        if self._carrier is None or not self._channel or self._listens_in == os.getpid():
+        if self._carrier is None or self._listens_in == os.getpid() or not self._view.max_staleness:
             return
-        if self._view.max_staleness and (origin := origin_of(self._carrier.client)):
-            listen(origin, self._view, self._keys, self._channel)
         self._listens_in = os.getpid()
+        origin = origin_of(self._carrier.client)
+        if origin and self._channel:
+            listen(origin, self._view, self._keys, self._channel)
+        elif isinstance(self._carrier, LuaCarrier):
+            self._logger.info(
+                "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
+                self._name,
+                type(self._carrier.client).__name__,
+            )
 
     def execute(self, intent: Intent) -> Reply:
         """Carry out an intent.

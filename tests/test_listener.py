@@ -355,6 +355,26 @@ def test_server_without_subscribe_reads_through(preferred, caplog):
         assert not view_of(breaker).is_believed
 
 
+def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(client, caplog):
+    """A cluster's, or a wrapper of somebody's own."""
+
+    class Wrapper:
+        def evalsha(self, *arguments: object) -> object:
+            return client.evalsha(*arguments)
+
+        def eval(self, *arguments: object) -> object:
+            return client.eval(*arguments)
+
+    caplog.set_level(logging.INFO, "pybreaker_redis")
+    breaker = breaker_on(Wrapper())
+    for _ in range(3):
+        breaker.call(up)
+    (said,) = caplog.messages
+    assert "Wrapper; every look at the circuit is a round trip" in said
+    breaker_on(client, max_staleness=0).open()
+    assert breaker.current_state == "open"
+
+
 def test_garbage_on_the_channel_is_ignored(client):
     """Anybody may publish there."""
     breaker = settled(breaker_on(client))
