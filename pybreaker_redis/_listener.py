@@ -20,6 +20,7 @@ import time
 import weakref
 from functools import partial
 
+from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._client import Origin
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._forks import renew_in_children
@@ -54,6 +55,7 @@ class Listener:
         self._origin = origin
         self._lock = threading.Lock()
         self._views: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
+        self._of_channel: dict[str, tuple[weakref.ref[View], ...]] = {}
         self._thread: threading.Thread | None = None
         self._refused = False
         self.session: Session | None = None
@@ -62,9 +64,18 @@ class Listener:
         """Listen for a view, too; starts the thread if there is none."""
         with self._lock:
             self._views[view] = keys, channel
+            others = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() not in (None, view))
+            self._of_channel[channel] = (*others, weakref.ref(view))
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
                 self._thread.start()
+
+    def tell(self, source: View, channel: str, circuit: Circuit, now_ms: float) -> None:
+        """What one storage of this process was answered, its others know at once, and need not wait for the push."""
+        for ref in self._of_channel.get(channel, ()):
+            view = ref()
+            if view is not None and view is not source:
+                view.hear(circuit, now_ms)
 
     def _hearings(self) -> list[Hearing]:
         with self._lock:
@@ -156,21 +167,23 @@ class _Listeners:
 _listeners = _Listeners()
 
 
-def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str) -> None:
-    """Have a view kept true from now on, as long as it lives and as long as that is possible."""
+def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str) -> Listener | None:
+    """Have a view kept true from now on, as long as it lives and as long as that is possible; by whom, if it is."""
     if sys.is_finalizing():
         # Before Python 3.12 a thread that is started now would be waited for forever.
-        return
+        return None
     uwsgi = sys.modules.get("uwsgi")
     if uwsgi and uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0:
         # In the master: a thread here would deadlock the workers that are forked from it.
-        return
+        return None
     listener = _listeners.of(origin)
     if uwsgi and not {"enable-threads", "threads"} & uwsgi.opt.keys():
         listener.say_refused("uWSGI runs without --enable-threads")
-        return
+        return None
     try:
         listener.add(view, keys, channel)
     except RuntimeError as error:
         # The interpreter is about to shut down, or the process may have no more threads.
         listener.say_refused(error)
+        return None
+    return listener

@@ -18,7 +18,7 @@ from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
 from pybreaker_redis._keys import channel_of
-from pybreaker_redis._listener import listen
+from pybreaker_redis._listener import Listener, listen
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._view import View
@@ -65,6 +65,7 @@ class SharedCircuit:
         #: What is believed, by the local clock: it is looked at often, and changes rarely.
         self._moved: tuple[tuple[Circuit, float], Circuit] = ((Circuit(), 0.0), Circuit())
         self._listens_in: int | None = None
+        self._listener: Listener | None = None
 
     def believed(self, intent: Intent) -> Reply | None:
         """The answer to an intent that changes nothing, as far as it is known without asking."""
@@ -91,7 +92,7 @@ class SharedCircuit:
         self._listens_in = os.getpid()
         origin = origin_of(self._carrier.client)
         if origin and self._channel:
-            listen(origin, self._view, self._keys, self._channel)
+            self._listener = listen(origin, self._view, self._keys, self._channel)
         elif isinstance(self._carrier, LuaCarrier):
             self._logger.info(
                 "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
@@ -159,6 +160,8 @@ class SharedCircuit:
         except ScriptingUnavailable as reason:
             reply = self._do_without_scripts(carrier, reason).execute(intent, known, create)
         self._view.fill(ticket, reply.circuit, reply.now_ms)
+        if self._listener is not None:
+            self._listener.tell(self._view, self._channel, reply.circuit, reply.now_ms)
         self._log(reply)
         return reply
 

@@ -153,6 +153,21 @@ def test_storages_of_one_circuit_in_one_process_both_hear(server, client):
     assert client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, one_slot=False), 0))[0][1] == 1
 
 
+def test_storages_of_one_circuit_in_one_process_do_not_wait_for_the_push(server, client):
+    """What one was answered a moment ago, the same thread need not ask through the other."""
+    one, two = settled(breaker_on(client, fail_max=3)), settled(breaker_on(client, fail_max=3))
+    for _ in range(20):
+        fails(one)
+        two.call(up)
+        assert one.fail_counter == 0
+        fails(two, 2)
+        assert one.current_state == two.current_state == "closed"
+        fails(one)
+        assert two.current_state == one.current_state == "open"
+        two.close()
+        assert one.current_state == "closed"
+
+
 def test_databases_do_not_hear_each_other(server, client):
     """Keys are distinct in each database, channels are common to all."""
     here = settled(breaker_on(client))
