@@ -6,6 +6,7 @@ import functools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 from pybreaker import CircuitMemoryStorage as StockMemoryStorage
 
-from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _forks
 from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis._intents import Load
 from pybreaker_redis.memory import MemoryCarrier
@@ -974,3 +975,23 @@ def test_staleness_that_is_no_number_is_refused_at_once(given: object) -> None:
     """Naming the argument and what was given."""
     with pytest.raises(TypeError, match="max_staleness must be a number of seconds, not"):
         CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(), max_staleness=given)  # type: ignore[arg-type]
+
+
+def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is kept alive for it."""
+    monkeypatch.setattr(_forks, "_alive", weakref.WeakSet())
+    renewed: list[str] = []
+
+    class Inherited:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def after_fork(self) -> None:
+            renewed.append(self.name)
+
+    kept, gone = Inherited("kept"), Inherited("gone")
+    _forks.renew_in_children(kept)
+    _forks.renew_in_children(gone)
+    del gone
+    _forks._renew()
+    assert renewed == ["kept"]

@@ -492,6 +492,18 @@ class TestRecord:
         found = parse((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0", "0"))
         assert believe(found, None, CLOSED, NOW).circuit == Circuit(OPEN, opened_at_ms=NOW, generation=4)
 
+    def test_opened_by_a_newcomer_on_an_emptied_server_goes_on_in_a_new_generation(self) -> None:
+        """Whoever knows it closed, and later, costs nobody a trip; the opening time keeps its milliseconds."""
+        found = parse((OPEN, "5", "0", "2"), ("1", OPEN, "2500", "", "0", "0"))
+        circuit = believe(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
+        assert circuit == Circuit(OPEN, fail_counter=5, opened_at_ms=2500, generation=7)
+
+    def test_older_circuit_does_not_close_one_that_is_known_to_be_open(self) -> None:
+        """A server that has lost a trip gets it back."""
+        known = Circuit(OPEN, opened_at_ms=NOW - 10, generation=6)
+        found = parse((CLOSED, "0", "0", None), ("5", CLOSED, "", "", "0", "0"))
+        assert believe(found, known, CLOSED, NOW).circuit == known
+
     def test_closed_by_others_remembers_when_it_was_open(self) -> None:
         """A lost time is restored from the mark as long as it holds nobody up."""
         found = parse((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0", "0"))
