@@ -196,6 +196,7 @@ print("well", flush=True)
 """
 
 
+@pytest.mark.usefixtures("nobody_listens")
 @pytest.mark.parametrize("forks", [pytest.param(100, marks=pytest.mark.slow), 4])
 def test_forks_under_traffic_leave_no_stale_child_and_no_deaf_parent(server: PrivateServer, forks: int) -> None:
     """A child inherits beliefs, locks and a listener without a thread, and uses none of them."""
