@@ -29,6 +29,7 @@ class Kind:
         forks: Whether workers are children of a master; else the node itself answers.
         hears: Whether threads in the background run while no request does.
         reloads: Whether SIGHUP replaces the workers.
+        ends_within: Seconds after SIGTERM by which it must have ended.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kind:
     forks: bool = True
     hears: bool = True
     reloads: bool = False
+    ends_within: float = 5.0
 
     @property
     def by_broker(self) -> bool:
@@ -88,7 +90,9 @@ def _uwsgi(name: str, *arguments: str) -> Kind:
     )
 
 
-def _celery(pool: str, concurrency: int, *, recycle: tuple[str, ...] = (), **expected: int) -> Kind:
+def _celery(
+    pool: str, concurrency: int, *, recycle: tuple[str, ...] = (), ends_within: float = 5.0, **expected: int
+) -> Kind:
     return Kind(
         f"celery-{pool}",
         (
@@ -98,6 +102,7 @@ def _celery(pool: str, concurrency: int, *, recycle: tuple[str, ...] = (), **exp
         ),
         recycle=recycle,
         needs=("celery",),
+        ends_within=ends_within,
         **expected,
     )
 
@@ -118,7 +123,8 @@ KINDS = (
     _uwsgi("uwsgi-threads", "--enable-threads"),
     _uwsgi("uwsgi-lazy", "--lazy-apps"),
     _uwsgi("uwsgi-lazy-threads", "--lazy-apps", "--enable-threads", "--threads", "2"),
-    _celery("prefork", 4, workers=4, recycle=("--max-tasks-per-child", "40")),
+    # A child of billiard's pool may wait up to 30 s for its parent to take note of the last task, whatever it runs.
+    _celery("prefork", 4, workers=4, recycle=("--max-tasks-per-child", "40"), ends_within=45.0),
     # Threads of one process share a breaker: it takes two to be a fleet.
     _celery("threads", 4, workers=2, nodes=2, preloads=False, forks=False),
 )

@@ -24,9 +24,6 @@ LASTING = 60.0
 #: Seconds after which a worker must have heard what was pushed, however busy the machine is.
 PUSHED_WITHIN = 5.0
 
-#: Seconds after SIGTERM by which a host must have ended.
-END_WITHIN = 5.0
-
 #: The name of the thread that listens.
 LISTENER = "pybreaker_redis listener"
 
@@ -123,13 +120,13 @@ def test_call_in_master_before_it_forks_disturbs_no_worker(lasting_shop, kind):
 
 
 @on_every_host
-def test_sigterm_ends_host_and_its_connections(open_shop, listening):
+def test_sigterm_ends_host_and_its_connections(open_shop, kind, listening):
     """A host whose workers listen ends when it is told to, in good order, and the server is rid of it."""
     shop = open_shop()
     shop.call_all("ok")
     for node in shop.nodes:
         node.signal(signal.SIGTERM)
-    assert {node.wait(END_WITHIN) for node in shop.nodes} == {0}
+    assert {node.wait(kind.ends_within) for node in shop.nodes} == {0}
     assert not any(node.group() for node in shop.nodes)
     shop.wait_for("no connection left", lambda: listening() == 0)
 
