@@ -32,6 +32,9 @@ class Door(Protocol):
             NoAnswer: There is none.
         """
 
+    def idle(self) -> bool:
+        """Whether the host, too, knows that all is answered."""
+
     def close(self) -> None:
         """No more requests."""
 
@@ -67,13 +70,21 @@ class HttpDoor:
         answer: dict[str, Any] = json.loads(body)
         return answer
 
+    def idle(self) -> bool:
+        """When an answer has come, its worker may go."""
+        return True
+
     def close(self) -> None:
         """Nothing is kept open."""
 
 
+#: The database of Celery's broker; the circuit is in another one of the same server.
+BROKER_DB = 1
+
+
 def broker_of(server: PrivateServer) -> str:
-    """The address of Celery's broker: another database of the circuit's own server."""
-    return f"redis+socket://{server.unix_socket}?virtual_host=1"
+    """The address of Celery's broker."""
+    return f"redis+socket://{server.unix_socket}?virtual_host={BROKER_DB}"
 
 
 class BrokerDoor:
@@ -83,6 +94,7 @@ class BrokerDoor:
         from celery import Celery
 
         self._celery = Celery(broker=broker_of(server))
+        self._unacknowledged = server.client(db=BROKER_DB)
         self._client = server.client(socket_timeout=2 * ANSWER_WITHIN)
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -95,6 +107,10 @@ class BrokerDoor:
         answer: dict[str, Any] = json.loads(reply[1])
         return answer
 
+    def idle(self) -> bool:
+        """A child may have answered before its master has heard that it took the task, and acknowledged that."""
+        return not self._unacknowledged.hlen("unacked")
+
     def close(self) -> None:
         """Give all connections back."""
         from kombu import pools
@@ -102,3 +118,4 @@ class BrokerDoor:
         self._celery.close()
         pools.reset()  # they are everybody's, and nobody else's here
         self._client.close()
+        self._unacknowledged.close()

@@ -79,6 +79,8 @@ def _uwsgi(name: str, *arguments: str) -> Kind:
         (
             *(str(_UWSGI), "--master", "--processes", "3", "--http-socket", "{socket}", "--need-app"),
             *("--module", "tests.hosts.app:application", "--home", sys.prefix),
+            # To reload is to execute this anew; pyuwsgi would execute a Python outside of the virtual environment.
+            *("--binary-path", str(_UWSGI)),
             *("--die-on-term", "--no-orphans", *arguments),
         ),
         # Else a worker lives for a minute at least.

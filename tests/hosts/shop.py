@@ -210,6 +210,10 @@ class Shop:
         lines = self._visits.read_text().splitlines() if self._visits.exists() else []
         return [visit for line in lines if (visit := Visit(*json.loads(line))).began >= since]
 
+    def idle(self) -> bool:
+        """Whether the host knows that it has answered everybody."""
+        return self._door.idle()
+
     # The crowd ----------------------------------------------------------------------------------------------------
 
     def ask(self, what: str) -> Answer:
