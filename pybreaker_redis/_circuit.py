@@ -28,9 +28,9 @@ MAX_NOISE_MS = 60 * 1000
 NOISE_MS = 1000
 
 
-def after(count: int) -> int:
-    """The next count or generation; the last one is its own successor, so that it can be read again."""
-    return min(count + 1, MAX_COUNT - 1)
+def after(count: int, times: int = 1) -> int:
+    """The next count or generation, so many times; the last is its own successor, so that it can be read again."""
+    return min(count + times, MAX_COUNT - 1)
 
 
 class Admission(NamedTuple):

@@ -72,19 +72,21 @@ class Fenced(Intent):
 
 @dataclass(frozen=True, slots=True)
 class RecordFailure(Fenced):
-    """A guarded call failed: one more consecutive failure.
+    """A guarded call failed: one more consecutive failure.  Or several: those that a process has counted by itself.
 
     However fast calls fail, the noise moves on twice in its time: each move is told to everybody.
 
     Attributes:
         noise_ms: For how long successes are to be reported to somebody who listens, milliseconds; 0: nobody listens.
+        times: How many there were.
     """
 
     noise_ms: int = 0
+    times: int = 1
     script: ClassVar[str] = "record_failure"
 
     def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        counted = replace(circuit, fail_counter=after(circuit.fail_counter))
+        counted = replace(circuit, fail_counter=after(circuit.fail_counter, self.times))
         if self.noise_ms and circuit.state == CLOSED and circuit.noisy_until_ms < now_ms + self.noise_ms / 2:
             return replace(counted, noisy_until_ms=now_ms + self.noise_ms)
         return counted
@@ -128,6 +130,30 @@ class Trip(Fenced):
 
     def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
         return circuit.moved(OPEN, success_counter=0, opened_at_ms=now_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class ShareTrip(Intent):
+    """A process that was cut off has opened the circuit meanwhile: so it is open for all, for the rest of its time.
+
+    Refused if anybody has moved the circuit since the process was cut off, or is just probing, or if it is open anyway
+    and opened later.  So of many that return only one trips.
+
+    Attributes:
+        generation: The circuit's when the process was cut off.
+        open_ms: For how long it has been open there, milliseconds; a length of time, so that clocks do not matter.
+    """
+
+    generation: int
+    open_ms: int
+    script: ClassVar[str] = "share_trip"
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        opened_at_ms = max(0, now_ms - self.open_ms)
+        was_open = circuit.state == OPEN and (circuit.opened_at_ms or 0) >= opened_at_ms
+        if circuit.generation != self.generation or circuit.is_probed(now_ms) or was_open:
+            return Decision(False, circuit)
+        return Decision(True, circuit.moved(OPEN, success_counter=0, opened_at_ms=opened_at_ms))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +255,7 @@ INTENTS: tuple[type[Intent], ...] = (
     RecordSuccess,
     CountProbe,
     Trip,
+    ShareTrip,
     ClaimProbe,
     Close,
     SetState,

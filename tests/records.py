@@ -26,6 +26,7 @@ from pybreaker_redis._intents import (
     ResetProbes,
     SetOpenedAt,
     SetState,
+    ShareTrip,
     Trip,
 )
 from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, believe, parse, writes
@@ -76,6 +77,7 @@ class Wish:
             # The shortest number stands for none: a failure that nobody would hear of.
             RecordFailure: lambda: RecordFailure(generation, token, 0 if self.number == 1 else self.number),
             CountProbe: lambda: CountProbe(generation, token, self.number),
+            ShareTrip: lambda: ShareTrip(generation or 0, self.number),
             ClaimProbe: lambda: ClaimProbe(generation or 0, self.token or TOKENS[0], self.number),
         }
         make = makes.get(self.kind)
@@ -86,7 +88,9 @@ class Wish:
 _generations = st.sampled_from([0, 0, 0, 0, 0, 0, None, -1, -2, 1])
 _tokens = st.sampled_from([None, None, None, None, "", *TOKENS])
 _leases = st.sampled_from([1, 50, LEASE_MS, LEASE_MS])
-_kinds = st.sampled_from([RecordFailure, RecordSuccess, CountProbe, Trip, Trip, ClaimProbe, ClaimProbe, Close])
+_kinds = st.sampled_from(
+    [RecordFailure, RecordSuccess, CountProbe, Trip, Trip, ShareTrip, ClaimProbe, ClaimProbe, Close]
+)
 
 wishes = st.one_of(
     st.builds(Wish, _kinds, _generations, _tokens, _leases),

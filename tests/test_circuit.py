@@ -38,6 +38,7 @@ from pybreaker_redis._intents import (
     ResetProbes,
     SetOpenedAt,
     SetState,
+    ShareTrip,
     Trip,
 )
 from pybreaker_redis._record import believe, parse, parse_push, writes
@@ -215,6 +216,34 @@ class TestTransitions:
     def test_second_of_two_trips_is_refused(self) -> None:
         """One outage is one transition."""
         assert_refused(Trip(7, ""), granted(Trip(7, ""), closed))
+
+    @pytest.mark.parametrize("circuit", [closed, opened, unclaimed], ids=["closed", "open", "unclaimed"])
+    def test_trip_of_a_process_that_was_cut_off_keeps_its_time(self, circuit: Circuit) -> None:
+        """It is open for the rest of its time, not for another whole timeout; it is a move like any other."""
+        shared = granted(ShareTrip(7, 20), circuit)
+        assert shared == Circuit(
+            OPEN, fail_counter=circuit.fail_counter, success_counter=0, opened_at_ms=NOW - 20, generation=8
+        )
+        assert_refused(ShareTrip(7, 10), shared)
+
+    @pytest.mark.parametrize(
+        ("intent", "circuit"),
+        [
+            (ShareTrip(6, 20), closed),
+            (ShareTrip(8, 20), closed),
+            (ShareTrip(7, 20), probed),
+            (ShareTrip(7, 20), replace(opened, opened_at_ms=NOW - 20)),
+            (ShareTrip(7, 20), replace(opened, opened_at_ms=NOW)),
+        ],
+        ids=["moved since", "never in that generation", "being probed", "opened then", "opened later"],
+    )
+    def test_trip_of_a_process_that_was_cut_off_gives_way(self, intent: ShareTrip, circuit: Circuit) -> None:
+        """Whoever has moved the circuit since, is testing the dependency or opened it later knows more."""
+        assert_refused(intent, circuit)
+
+    def test_trip_from_before_the_epoch_is_one_at_the_epoch(self) -> None:
+        """Redis holds no negative times."""
+        assert granted(ShareTrip(7, NOW + 5), closed).opened_at_ms == 0
 
     def test_open_circuit_gives_its_probe_to_the_first_who_asks(self) -> None:
         """One claim, one generation, a count that begins at nothing; when it opened stays known."""

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from pybreaker_redis._carrier import Carrier
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, created
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import ClaimProbe, CountProbe, Load, RecordFailure, Trip
 from pybreaker_redis._keys import circuit_keys
@@ -142,7 +142,7 @@ class Run:
         assert reply == self.paper.execute(intent, self.known, self.create), (self.name, intent)
         assert found(self.client, self.keys) == self.paper.values, (self.name, intent)
         if self.memory is None:
-            self.memory = MemoryCarrier(self.create, self.clock)
+            self.memory = MemoryCarrier(created(self.create, self.clock()), self.clock)
         in_memory = self.memory.execute(intent, None, "")
         assert (reply.accepted, reply.circuit) == (in_memory.accepted, in_memory.circuit), (self.name, intent)
         self.known = reply.circuit

@@ -32,6 +32,7 @@ from pybreaker_redis._intents import (
     RecordFailure,
     RecordSuccess,
     SetOpenedAt,
+    ShareTrip,
     Trip,
 )
 from pybreaker_redis._keys import NAMES, circuit_keys
@@ -390,12 +391,15 @@ REFUSED: list[tuple[str, Intent]] = [
             Trip(3, "a0"),
             Close(3, "a0"),
             ClaimProbe(3, "b1", 500),
+            ShareTrip(3, 500),
         )
     ],
     (CLOSED, ClaimProbe(4, "b1", 500)),
     (OPEN, RecordFailure(4, "")),
     (OPEN, Trip(4, "")),
     (OPEN, SetOpenedAt(1)),
+    (OPEN, ShareTrip(4, 60_000)),
+    (HALF_OPEN, ShareTrip(4, 0)),
     (HALF_OPEN, ClaimProbe(4, "b1", 500)),
     (HALF_OPEN, RecordFailure(4, "b1")),
     (HALF_OPEN, CountProbe(4, "", 500)),

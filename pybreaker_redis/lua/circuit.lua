@@ -44,9 +44,9 @@ local function count(raw)
   return number and number < MAX_COUNT and number or nil
 end
 
--- The next count or generation; the last one is its own successor, so that it can be read again.
-local function after(number)
-  return math.min(number + 1, MAX_COUNT - 1)
+-- The next count or generation, so many times; the last is its own successor, so that it can be read again.
+local function after(number, times)
+  return math.min(number + (times or 1), MAX_COUNT - 1)
 end
 
 local function decimal(number)
