@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: Seconds that may be asked for: shorter than this nothing can be seen, longer nobody watches.
 SHORTEST, LONGEST = 2.0, 600.0
 
-SECONDS_HELP = "how long, roughly, and no less than it takes to see it all, about 6 (default: %(default)g)"
+SECONDS_HELP = "how long, roughly, and no less than it takes to see it all, about 9 (default: %(default)g)"
 
 
 def _seconds(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pty
 import queue
@@ -21,9 +22,9 @@ import redis
 
 from pybreaker_redis import __main__ as command_line
 from pybreaker_redis import __version__
-from pybreaker_redis._demo import binaries, play, scenario, server, show, stage
+from pybreaker_redis._demo import binaries, play, scenario, server, show, stage, worker
 from pybreaker_redis._demo.binaries import FoundServer
-from pybreaker_redis._demo.events import Event
+from pybreaker_redis._demo.events import Event, parse
 from pybreaker_redis._demo.server import PrivateServer
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +114,12 @@ def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
     assert re.search(r"worker [123] killed: .* \| worker 4 (open|half-open|closed): ", output)
     assert re.search(r"from the prober's death to the next probe \(probe_lease 1 s\): [\d.]+ s", output)
     assert "calls at the dependency at the same time, until the circuit closed: 1 at the most" in output
+    assert len(re.findall(r" s  worker \d: the server is away, goes by its own circuit\n", output)) == 3
+    assert re.search(r" s  worker 4: open \(its own\)\n", output)
+    assert re.search(r"slowest call while the server was away: [\d.]+ ms", output)
+    assert re.search(r"calls that reached the dead dependency meanwhile \(.*\): \d\d, of \d\d at the most", output)
+    assert re.search(r"from the start of the empty server until all workers went by one open circuit: [\d.]+ s", output)
+    assert "calls at the dependency at the same time, from then until that circuit closed: 1 at the most" in output
     assert "\x1b" not in output
     assert demo.is_gone()
     assert not list(demo.directory.iterdir())
@@ -161,6 +168,7 @@ def test_demo_on_a_terminal_shows_a_live_table(demo: Demo):
     assert "╭" in output
     assert "there now: worker" in output
     assert re.search(r"worker [123] +│ .*killed", output)
+    assert re.search(r"worker [1234] +│ .*open \(its own\)", output)
     assert "Everything happened as promised." in output.splitlines()[-1]
     assert demo.is_gone()
 
@@ -235,7 +243,8 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(stage, "FAREWELL", 0.2)
 
     def choose(*plays: Callable[[stage.Stage], None]) -> None:
-        monkeypatch.setattr(play, "ACTS", tuple(scenario.Act(one.__name__, one) for one in plays))
+        known = {act.play: act for act in scenario.ACTS}
+        monkeypatch.setattr(play, "ACTS", tuple(known.get(one, scenario.Act(one.__name__, one)) for one in plays))
 
     return choose
 
@@ -248,16 +257,20 @@ def test_demo_on_the_server_that_is_named_leaves_no_keys(
     client: redis.Redis,
     server: PrivateServer,
 ):
-    """A server that is not ours is used as a guest uses it."""
+    """A server that is not ours is used as a guest uses it: nobody kills it, and the demo says what it leaves out."""
+    pid = server.pid
 
     def look(_: stage.Stage) -> None:
         assert client.keys("demo-*")
 
     monkeypatch.setenv("PYBREAKER_REDIS_URL", server.url)
-    acts(scenario.healthy, look)
+    acts(scenario.healthy, scenario.server_killed, look)
     assert play.play(seconds=2.0, plain=True) == play.KEPT
     output = capsys.readouterr().out
-    assert "from PYBREAKER_REDIS_URL" in output
+    assert "from PYBREAKER_REDIS_URL\n" in output
+    assert "\nAct 2 of 3 left out: it kills the server, and the one from PYBREAKER_REDIS_URL is not ours\n" in output
+    assert "the server: killed" not in output
+    assert server.pid == pid
     assert "a private" not in output
     assert client.dbsize() == 0
 
@@ -277,21 +290,80 @@ def test_worker_that_never_sees_the_trip_breaks_the_promise(
     assert "BROKEN PROMISE: did not happen in time: every worker rejects calls" in capsys.readouterr().out
 
 
+@pytest.fixture
+def workers_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the processes of the demo run some code before their own."""
+
+    def write(code: str) -> None:
+        (tmp_path / "sitecustomize.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+
+    return write
+
+
+STOCK = """
+import pybreaker, pybreaker_redis
+
+def stock(*given, probe_lease, **named):
+    return pybreaker.CircuitRedisStorage(*given, **named)
+
+pybreaker_redis.CircuitRedisStorage = stock
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process", "preferred")
+@pytest.mark.parametrize("act", [scenario.prober_killed, scenario.server_killed])
 def test_stock_storage_breaks_the_promise(
-    acts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    act: Callable[[stage.Stage], None], acts, workers_begin_with, capsys: pytest.CaptureFixture[str]
 ):
-    """The act can fail: with pybreaker's own storage a dead prober leaves the gate open to everybody."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import pybreaker, pybreaker_redis\n"
-        "pybreaker_redis.CircuitRedisStorage = (\n"
-        "    lambda *given, probe_lease, **named: pybreaker.CircuitRedisStorage(*given, **named))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    acts(scenario.healthy, scenario.prober_killed)
+    """The acts can fail: with pybreaker's own storage a dead prober leaves all gates open, a dead server no circuit."""
+    workers_begin_with(STOCK)
+    acts(scenario.healthy, act)
     assert play.play(seconds=2.0, plain=True) == play.BROKEN
     assert "BROKEN PROMISE" in capsys.readouterr().out
+
+
+LEAKING = """
+from pybreaker_redis import CircuitRedisStorage
+
+count = CircuitRedisStorage.increment_counter
+
+def increment_counter(self):
+    if self.health().condition == "away":
+        raise ConnectionError("no Redis")
+    count(self)
+
+CircuitRedisStorage.increment_counter = increment_counter
+"""
+
+
+@pytest.mark.usefixtures("in_process", "preferred")
+def test_error_that_reaches_a_caller_breaks_the_promise(acts, workers_begin_with, capsys: pytest.CaptureFixture[str]):
+    """Callers are ready for the errors of their dependency and for the breaker's; those of Redis are none of them."""
+    workers_begin_with(LEAKING)
+    acts(scenario.healthy, scenario.server_killed)
+    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    output = capsys.readouterr().out
+    assert re.search(r"BROKEN PROMISE: a call of worker \d ended with ConnectionError\('no Redis'\)\n", output)
+
+
+@pytest.mark.usefixtures("in_process", "preferred")
+def test_circuit_that_is_not_open_in_the_server_breaks_the_promise(
+    acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """That all workers reject is not enough: the next one to come would not know."""
+    recorded = stage.Stage.recorded
+
+    def look_elsewhere(on: stage.Stage, state: str) -> list[Event]:
+        monkeypatch.setattr(on, "_namespace", "no-such-circuit")
+        monkeypatch.setattr(stage, "GRACE", 0.5)
+        return recorded(on, state)
+
+    monkeypatch.setattr(stage.Stage, "recorded", look_elsewhere)
+    acts(scenario.healthy, scenario.server_killed)
+    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert "did not happen in time: the circuit is open in the server, for all" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("in_process", "preferred")
@@ -315,11 +387,23 @@ class Told(stage.Stage):
 
     def switch(self, health: str) -> Event:
         """Nothing is switched."""
-        return Event("dependency", "health", {"hanging": 10.0, "up": 20.0}[health], state=health)
+        return Event("dependency", "health", {"hanging": 10.0, "down": 10.0, "up": 20.0}[health], state=health)
 
     def replace(self, name: str) -> Event:
         """Nobody is killed."""
         return Event(name, "killed", 12.1, state="killed")
+
+    def kill_server(self) -> Event:
+        """There is none."""
+        return Event("the server", "server", 10.0, state="killed")
+
+    def start_server(self) -> Event:
+        """There is none."""
+        return Event("the server", "server", 14.0, state="started")
+
+    def recorded(self, state: str) -> list[Event]:
+        """It is as it should be."""
+        return [Event("the server", "server", 15.0, state=state)]
 
     def until(self, promise: str, found: Callable[[], list[Event]], **_: float) -> list[Event]:
         """Nothing is waited for."""
@@ -378,6 +462,53 @@ def test_probes_that_do_not_follow_one_another_break_the_promise(
     ]
 
 
+def alone(number: int) -> Iterator[Event]:
+    """All that a worker does while the server is away, and after it."""
+    name = f"worker {number}"
+    for began in (10.2, 10.4, 10.6, 10.8, 11.0):
+        yield from call(number, began, began + 0.1, "down")
+        yield Event(name, "failure", began + 0.1, took=0.1, state="closed")
+    yield Event(name, "rejected", 11.2, state="open")
+    yield from call(number, 13.2, 13.3, "down")
+    yield Event(name, "failure", 13.3, took=0.1, state="open")
+    yield Event(name, "back", 14.3)
+    yield Event(name, "rejected", 14.4 + number / 100, took=0.001, state="open")
+    yield Event(name, "success", 20.6, state="closed")
+
+
+@pytest.mark.parametrize(
+    ("more", "reached", "broken"),
+    [
+        ((), 18, None),
+        (call(3, 11.15, 11.19, "down"), 19, "worker 3 made 6 calls by itself before it rejected one"),
+        (call(2, 13.5, 13.6, "down"), 19, "worker 2 tried the dead dependency more often than once per reset_timeout"),
+        (call(3, 15.5, 15.7, "down"), 18, "2 calls were at the dependency at the same time"),
+        ((Event("worker 1", "failure", 14.2, state="closed"),), 18, "worker 1 had opened its circuit"),
+        # Let through by a worker's own circuit, the server was hardly back; or by the one that is closed again.
+        ((*call(3, 14.1, 14.2, "down"), *call(2, 14.1, 14.2, "down")), 18, None),
+        ((*call(3, 20.3, 20.5, "up"), *call(2, 20.3, 20.5, "up")), 18, None),
+    ],
+)
+def test_outage_that_harms_the_dependency_breaks_the_promise(more: tuple[Event, ...], reached: int, broken: str | None):
+    """A worker that is alone spares the dependency as it would for itself; together they probe one at a time again."""
+    told = Told(
+        *(event for number in (1, 2, 3) for event in alone(number)),
+        *call(1, 15.4, 15.6, "down"),
+        Event("worker 1", "failure", 15.6, took=0.1, state="open"),
+        *call(2, 20.1, 20.2, "up"),
+        *more,
+    )
+    told.reset_timeout = 2.0
+    with pytest.raises(stage.BrokenPromise, match=broken) if broken else contextlib.nullcontext():
+        scenario.server_killed(told)
+    assert [value for _, value in told.findings] == [
+        "100.0 ms",
+        f"{reached}, of 18 at the most",
+        "0.43 s",
+        f"{2 if broken and broken[0] == '2' else 1} at the most",
+    ]
+
+
 # -- what it looks like ------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +532,23 @@ def test_table_needs_a_terminal_and_rich(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(show.importlib.util, "find_spec", lambda _: installed)
     assert type(show.choose(plain=quiet == "--plain")).__name__ == expected
+
+
+def test_figures_of_who_came_last_are_shown(capsys: pytest.CaptureFixture[str]):
+    """A run may end before the next figures are due; what happened last is not lost."""
+    with show.Lines() as lines:
+        lines.event(Event("worker 4", "success", 0.0, state="closed"))
+    assert "worker 4 closed: 1 ok, 0 failed, 0 rejected" in capsys.readouterr().out
+
+
+def test_worker_reports_that_the_server_is_away_and_logs_nothing(capfd: pytest.CaptureFixture[str]):
+    """What the library says of the server is part of the story; whatever else it logs would disturb the picture."""
+    lookout = worker.Lookout("worker 1")
+    lookout.handle(logging.makeLogRecord({"msg": "Redis has lost it"}))
+    lookout.handle(logging.makeLogRecord({"msg": "Redis is away", "pybreaker_redis": {"event": "away"}}))
+    output, errors = capfd.readouterr()
+    report = parse(output)
+    assert (report.source, report.kind, errors) == ("worker 1", "away", "")
 
 
 def test_report_to_nobody_is_lost_in_silence():

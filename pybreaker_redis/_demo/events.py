@@ -17,10 +17,17 @@ Kind = Literal[
     "success",
     "failure",
     "rejected",
+    # neither: it ended with an error that no caller of the dependency should ever see
+    "leaked",
+    # a worker found the server that holds the circuit away, and back
+    "away",
+    "back",
     # a worker's breaker told its listeners of a new state
     "state",
     # the stage killed a worker
     "killed",
+    # the stage killed the server, started it, read in it how the circuit is
+    "server",
     # the dependency: it listens, its health was switched, a call reached it, and has been answered or given up
     "ready",
     "health",
@@ -41,12 +48,15 @@ class Event:
     at: float
     #: How long a call took, in seconds.
     took: float = 0.0
-    #: Of a worker: the state of its circuit afterwards.  Of the dependency: its health; of a call, as it began.
+    #: Of a worker: the state of its circuit afterwards.  Of the dependency: its health; of a call, as it began.  Of the
+    #: server: ``killed``, ``started``, or the state of the circuit in it.
     state: str = ""
     #: The worker whose call it is, of ``reached`` and ``left``.
     caller: str = ""
     #: The port, of ``ready``.
     port: int = 0
+    #: What has ended the call, of ``leaked``.
+    error: str = ""
 
 
 def emit(event: Event) -> None:

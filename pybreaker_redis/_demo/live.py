@@ -47,7 +47,7 @@ class Table(Show):
         for name, tally in sorted(self._tallies.copy().items()):
             grid.add_row(
                 name,
-                text.Text(tally.state, COLOURS[tally.state]),
+                text.Text(tally.circuit, COLOURS[tally.state]),
                 *(str(count) for count in (tally.success, tally.failure, tally.rejected)),
                 f"{tally.took * 1000:.1f} ms",
             )

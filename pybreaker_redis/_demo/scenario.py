@@ -30,6 +30,8 @@ class Act:
     title: str
     #: Makes it happen.
     play: Callable[[Stage], None]
+    #: Left out where the server is not ours.
+    kills_server: bool = False
 
 
 def healthy(stage: Stage) -> None:
@@ -120,6 +122,89 @@ def prober_killed(stage: Stage) -> None:
         raise BrokenPromise(f"{crowd} calls were at the dependency at the same time")
 
 
+def server_killed(stage: Stage) -> None:
+    """The server dies, and so does the dependency: each worker protects itself; when the server is back all agree."""
+    killed = stage.kill_server()
+    stage.switch("down")
+    alone = stage.until("every worker rejects calls", lambda: stage.each_worker("rejected", since=killed.at))
+    stage.until(
+        "every worker tries the dependency for itself",
+        lambda: stage.each_worker("failure", since=max(e.at for e in alone)),
+        expected=stage.reset_timeout,
+    )
+    started = stage.start_server()
+    back = stage.until("every worker finds the server back", lambda: stage.each_worker("back", since=killed.at))
+    # With this rejection, whatever a worker's own circuit has let through is over.
+    together = stage.until(
+        "every worker rejects calls by what all share",
+        lambda: stage.each_worker("rejected", since=max(e.at for e in back)),
+        expected=stage.reset_timeout,
+    )
+    agreed = max(e.at for e in together)
+    stage.until("the circuit is open in the server, for all", lambda: stage.recorded("open"))
+    stage.until(
+        "one worker tries the dependency for all",
+        lambda: stage.seen("failure", since=agreed),
+        at_least=stage.beat / 2,
+        expected=stage.reset_timeout,
+    )
+    up = stage.switch("up")
+    stage.until(
+        "every worker's calls succeed again",
+        lambda: stage.each_worker("success", since=up.at),
+        at_least=1.5 * stage.beat,
+        expected=stage.reset_timeout,
+    )
+    closed = stage.seen("left", state="up", since=up.at)[0].at
+    crowd = _most_at_once(stage, agreed, closed)
+
+    calls = [e for kind in ("success", "failure", "rejected") for e in stage.seen(kind, since=killed.at)]
+    guards = [_guard(stage, name, killed.at, started.at) for name in stage.names]
+    reached, bound = sum(guard.reached for guard in guards), sum(guard.bound for guard in guards)
+    stage.note("slowest call while the server was away", _ms(max(e.took for e in calls if e.at < started.at)))
+    stage.note(
+        f"calls that reached the dead dependency meanwhile ({FAIL_MAX} of each worker, and one per reset_timeout)",
+        f"{reached}, of {bound} at the most",
+    )
+    stage.note("from the start of the empty server until all workers went by one open circuit", _s(agreed - started.at))
+    stage.note("calls at the dependency at the same time, from then until that circuit closed", f"{crowd} at the most")
+    for guard in guards:
+        if guard.unhindered > FAIL_MAX:
+            raise BrokenPromise(f"{guard.worker} made {guard.unhindered} calls by itself before it rejected one")
+        if guard.reached > guard.bound:
+            raise BrokenPromise(f"{guard.worker} tried the dead dependency more often than once per reset_timeout")
+    for call in calls:
+        if started.at < call.at <= agreed and call.state == "closed":
+            raise BrokenPromise(
+                f"{call.source} had opened its circuit, and went by a closed one when the server was back"
+            )
+    if crowd != 1:
+        raise BrokenPromise(f"{crowd} calls were at the dependency at the same time, after all workers had agreed")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """How a worker guarded the dead dependency while it was alone."""
+
+    worker: str
+    #: Its calls that reached the dependency.
+    reached: int
+    #: Those of them that did so before it rejected one.
+    unhindered: int
+    #: How many may have reached it.
+    bound: int
+
+
+def _guard(stage: Stage, worker: str, since: float, until: float) -> Guard:
+    reached = [e.at for e in stage.seen("reached", state="down", since=since) if e.caller == worker and e.at < until]
+    rejected = stage.seen("rejected", source=worker, since=since)[0].at
+    # The call that opened its circuit cannot have done so before it began.
+    failures = [e.at - e.took for e in stage.seen("failure", source=worker, since=since) if e.at < rejected]
+    open_for = until - max(failures, default=since)
+    bound = FAIL_MAX + int(open_for / stage.reset_timeout)
+    return Guard(worker, len(reached), sum(at < rejected for at in reached), bound)
+
+
 def _most_at_once(stage: Stage, since: float, until: float) -> int:
     there = most = 0
     for event in sorted(stage.seen("reached") + stage.seen("left"), key=lambda e: e.at):
@@ -142,4 +227,9 @@ ACTS = (
     Act(f"the dependency dies: {FAIL_MAX} failures, counted over all workers, open the circuit for all", outage),
     Act("the dependency is back: one probe closes the circuit for all", recovery),
     Act("it hangs, and the worker that probes it is killed: another takes over, one call at a time", prober_killed),
+    Act(
+        "server and dependency are dead: each worker protects itself; an empty server comes back: all agree again",
+        server_killed,
+        kills_server=True,
+    ),
 )

@@ -26,11 +26,19 @@ class Tally:
 
     #: Of its circuit; or ``killed``.
     state: str = "closed"
+    #: Whether it goes by a circuit of its own, because it found the server away.
+    alone: bool = False
     success: int = 0
     failure: int = 0
     rejected: int = 0
+    leaked: int = 0
     #: Seconds that the last call took.
     took: float = 0.0
+
+    @property
+    def circuit(self) -> str:
+        """Its state, and whose it is if that is not everybody's."""
+        return f"{self.state} (its own)" if self.alone else self.state
 
 
 class Show(ABC):
@@ -65,18 +73,30 @@ class Show(ABC):
             self._there.add(event.caller)
         elif event.kind == "left":
             self._there.discard(event.caller)
+        elif event.kind == "server":
+            self._happened(event, event.state)
+        elif event.kind in ("away", "back"):
+            tally = self._tallies.setdefault(event.source, Tally())
+            tally.alone = event.kind == "away"
+            self._happened(
+                event,
+                "the server is away, goes by its own circuit" if tally.alone else "goes by the shared circuit again",
+            )
         elif event.kind not in ("ready", "health"):
             tally = self._tallies.setdefault(event.source, Tally())
             tally.state = event.state
             if event.kind in ("state", "killed"):
-                self.say(f"{event.at - self._start:7.2f} s  {event.source}: {event.state}")
+                self._happened(event, tally.circuit)
             else:
                 setattr(tally, event.kind, getattr(tally, event.kind) + 1)
                 tally.took = event.took
 
+    def _happened(self, event: Event, what: str) -> None:
+        self.say(f"{event.at - self._start:7.2f} s  {event.source}: {what}")
+
 
 class Lines(Show):
-    """Plain lines: what is said, and once a second the figures."""
+    """Plain lines: what is said, and the figures once a second and in the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +106,7 @@ class Lines(Show):
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._say_figures(time.monotonic())
 
     def say(self, text: str) -> None:
         """Print it now: somebody may be watching a pipe."""
@@ -97,12 +117,15 @@ class Lines(Show):
         super().event(event)
         if event.at >= self._next:
             self._next = event.at + INTERVAL
-            figures = " | ".join(
-                f"{name} {tally.state}: {tally.success} ok, {tally.failure} failed, {tally.rejected} rejected"
-                for name, tally in sorted(self._tallies.items())
-            )
-            figures += f" | at the dependency: {self._who_is_there()}"
-            self.say(f"{event.at - self._start:7.2f} s  {figures}")
+            self._say_figures(event.at)
+
+    def _say_figures(self, at: float) -> None:
+        figures = [
+            f"{name} {tally.circuit}: {tally.success} ok, {tally.failure} failed, {tally.rejected} rejected"
+            for name, tally in sorted(self._tallies.items())
+        ]
+        figures.append(f"at the dependency: {self._who_is_there()}")
+        self.say(f"{at - self._start:7.2f} s  {' | '.join(figures)}")
 
 
 def choose(*, plain: bool) -> Show:

@@ -1,6 +1,7 @@
 """The processes of the demo, and everything that they have reported.
 
-Knows: processes, pipes, the events so far.  Does not know: what ought to happen (the acts do), how it is shown.
+Knows: processes, pipes, the server if it is ours, the events so far.  Does not know: what ought to happen (the acts
+do), how it is shown.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pybreaker_redis._demo.events import Kind
+    from pybreaker_redis._demo.server import PrivateServer
     from pybreaker_redis._demo.show import Show
 
 #: How many worker processes there are.
@@ -31,11 +33,14 @@ WORKERS = 3
 #: Consecutive failures, of all workers together, that open the circuit.
 FAIL_MAX = 5
 
-#: Beats that the acts take, all together.
+#: Beats that the acts take, all together but for those without the server.
 BEATS = 8
 
 #: Seconds that the run takes beyond them: processes start, calls that hang give up, the lease of a dead prober ends.
 FIXED = PROBE_LEASE + 4 * PATIENCE
+
+#: The same of those acts: each worker finds out that the dependency is dead, and later that the server is back.
+BEATS_ALONE, FIXED_ALONE = 3, 2.5
 
 #: Seconds of a beat, at least: less than this nobody could follow.
 SHORTEST_BEAT = 0.25
@@ -51,7 +56,7 @@ FAREWELL = 3.0
 
 
 class BrokenPromise(Exception):
-    """Something that an act promises did not happen; the message says what."""
+    """Something that is promised did not happen, or something happened that never should; the message says what."""
 
 
 class Child:
@@ -116,11 +121,15 @@ class Stage:
         namespace: The circuit.
         seconds: How long the whole run is to last, roughly.
         show: Is told everything.
+        server: The same server, if it may be killed.
     """
 
-    def __init__(self, url: str, namespace: str, seconds: float, show: Show) -> None:
+    def __init__(
+        self, url: str, namespace: str, seconds: float, show: Show, server: PrivateServer | None = None
+    ) -> None:
+        beats, fixed = (BEATS + BEATS_ALONE, FIXED + FIXED_ALONE) if server else (BEATS, FIXED)
         #: The time, in seconds, that the acts count in.
-        self.beat = max(SHORTEST_BEAT, (seconds - FIXED) / BEATS)
+        self.beat = max(SHORTEST_BEAT, (seconds - fixed) / beats)
         #: Seconds that the circuit stays open.
         self.reset_timeout = self.beat
         #: Those of the workers that are alive.
@@ -130,6 +139,7 @@ class Stage:
         self._url = url
         self._namespace = namespace
         self._show = show
+        self._server = server
         self._events: list[Event] = []
         self._inbox: queue.Queue[Event] = queue.Queue()
         #: By name; also those that were killed.
@@ -174,6 +184,29 @@ class Stage:
         self._children["dependency"].tell(health)
         return self.until(f"the dependency goes {health}", lambda: self.seen("health", since=asked))[0]
 
+    def kill_server(self) -> Event:
+        """Kill the server that holds the circuit, without warning; returns the moment before."""
+        assert self._server
+        killed = Event("the server", "server", time.monotonic(), state="killed")
+        self._server.kill()
+        self._inbox.put(killed)
+        return killed
+
+    def start_server(self) -> Event:
+        """Start it again, at the same address and with nothing in it; returns the moment before."""
+        assert self._server
+        started = Event("the server", "server", time.monotonic(), state="started")
+        self._server.restart(keep_data=False)
+        self._inbox.put(started)
+        return started
+
+    def recorded(self, state: str) -> list[Event]:
+        """The server's own word for it, if the circuit in it is in this state."""
+        assert self._server
+        with contextlib.closing(self._server.client(decode_responses=True)) as client:
+            found = client.get(f"{self._namespace}:pybreaker:state")
+        return [Event("the server", "server", time.monotonic(), state=state)] if found == state else []
+
     def seen(self, kind: Kind, *, source: str = "", state: str = "", since: float = 0.0) -> list[Event]:
         """What has been reported so far.
 
@@ -209,7 +242,7 @@ class Stage:
             What *found* returned.
 
         Raises:
-            BrokenPromise: It did not happen in time.
+            BrokenPromise: It did not happen in time, or a worker's call ended with an error that it must not see.
         """
         start = time.monotonic()
         while not (events := found()) or time.monotonic() < start + at_least:
@@ -225,6 +258,8 @@ class Stage:
     def _take(self, event: Event) -> None:
         self._events.append(event)
         self._show.event(event)
+        if event.kind == "leaked":
+            raise BrokenPromise(f"a call of {event.source} ended with {event.error}")
 
     def note(self, label: str, value: str) -> None:
         """Add a line to the summary."""

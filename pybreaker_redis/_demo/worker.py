@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import select
 import sys
 import time
@@ -33,6 +34,9 @@ PATIENCE = 0.5
 
 #: Seconds after which the probe of a worker that was killed is offered again.  Longer than any call.
 PROBE_LEASE = 2 * PATIENCE
+
+#: Characters of an error that are reported: a report is a single write.
+LONGEST_ERROR = 500
 
 
 @dataclass(frozen=True)
@@ -64,23 +68,46 @@ class Herald(CircuitBreakerListener):
         emit(Event(self._name, "state", time.monotonic(), state=new_state.name))
 
 
+class Lookout(logging.Handler):
+    """Reports when this worker finds the server away, and when it is back; whatever else is logged is not printed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._worker = name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Report what the record says, if it is about that."""
+        said: dict[str, Any] | None = getattr(record, "pybreaker_redis", None)
+        if said:
+            emit(Event(self._worker, said["event"], time.monotonic()))
+
+
+class DependencyFailed(Exception):
+    """The dependency is down, or hangs."""
+
+
 def ask(port: int, name: str) -> None:
     """Call the dependency, and say who calls.
 
     Raises:
-        ConnectionError: It is down.
-        TimeoutError: It hangs.
+        DependencyFailed: There was no good answer, or not in time.
     """
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
-        connection.request("GET", "/", headers={"User-Agent": name})
-        status = connection.getresponse().status
+    try:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+            connection.request("GET", "/", headers={"User-Agent": name})
+            status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        raise DependencyFailed from error
     if status != http.HTTPStatus.OK:
-        raise ConnectionError(f"the dependency answered {status}")
+        raise DependencyFailed(f"the dependency answered {status}")
 
 
 def main() -> None:
     """Call, report, wait a little, until standard input ends."""
     settings = Settings(**json.loads(sys.argv[1]))
+    logger = logging.getLogger("pybreaker_redis")
+    logger.addHandler(Lookout(settings.name))
+    logger.setLevel(logging.INFO)
     client = redis.Redis.from_url(settings.url)
     breaker = CircuitBreaker(
         fail_max=settings.fail_max,
@@ -93,15 +120,19 @@ def main() -> None:
     # The wait between calls ends at once when the demo closes our standard input, or dies.
     while not select.select([sys.stdin], [], [], PACE)[0]:
         outcome: Kind = "success"
+        leaked = ""
         started = time.monotonic()
         try:
             breaker.call(ask, settings.port, settings.name)
         except CircuitBreakerError:
             outcome = "rejected"
-        except OSError:
+        except DependencyFailed:
             outcome = "failure"
+        except Exception as error:  # noqa: BLE001
+            # No caller should have to be ready for it.
+            outcome, leaked = "leaked", repr(error)[:LONGEST_ERROR]
         now = time.monotonic()
-        emit(Event(settings.name, outcome, now, took=now - started, state=breaker.current_state))
+        emit(Event(settings.name, outcome, now, took=now - started, state=breaker.current_state, error=leaked))
 
 
 if __name__ == "__main__":
