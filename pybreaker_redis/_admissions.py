@@ -35,6 +35,10 @@ class Admissions:
         self.current = self._variable.get
         self._breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = weakref.WeakValueDictionary()
 
+    def go_by(self, shortcut: Shortcut) -> None:
+        """It is another circuit that the storage speaks for."""
+        self._shortcut = shortcut
+
     def know(self, breakers: Iterable[CircuitBreaker]) -> None:
         """Take note of breakers that use the storage, before their state can differ from the circuit's."""
         for breaker in breakers:

@@ -15,6 +15,27 @@ def check_state(argument: str, state: str) -> None:
         raise ValueError(msg)
 
 
+def check_fallback(fallback_circuit_state: str) -> None:
+    """Refuse what a circuit of one's own cannot begin in."""
+    if fallback_circuit_state not in (*STATES, "last"):
+        accepted = ", ".join(map(repr, (*STATES, "last")))
+        msg = f"fallback_circuit_state must be one of {accepted}, not {fallback_circuit_state!r}"
+        raise ValueError(msg)
+
+
+def wait(timeout: float | None) -> float | None:
+    """Validate for how many seconds to wait for Redis."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        msg = f"timeout must be a number of seconds or None, not {timeout!r}"
+        raise TypeError(msg)
+    if not 0.01 <= timeout <= 60:  # noqa: PLR2004
+        msg = f"timeout must be None or lie between 0.01 and 60 seconds, not {timeout!r}"
+        raise ValueError(msg)
+    return float(timeout)
+
+
 def lease_ms(probe_lease: float) -> int:
     """Validate a lease in seconds; whole milliseconds."""
     if isinstance(probe_lease, bool) or not isinstance(probe_lease, (int, float)):

@@ -1,13 +1,20 @@
-"""Where does a client's server listen, and how does one get a connection of one's own there?
+"""Where does a client's server listen, and how does one get there on connections of one's own?
 
-Knows: connection pools of redis-py and its kin.  Does not know: what is said on a connection.
+Knows: clients and connection pools of redis-py and its kin.  Does not know: what is said on a connection.
 """
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pybreaker_redis._deadline import deadlined
+
+#: Most connections of one's own to a server.  One is enough unless threads ask at the same time.
+MOST_CONNECTIONS = 50
 
 #: What a connection of one's own leaves out: waiting and trying again is decided elsewhere, and what belongs to the
 #: client's own connections (caches, names, notifications of maintenance) is not ours.
@@ -27,7 +34,6 @@ _LEFT_OUT = frozenset(
         "socket_timeout",
     )
 )
-
 
 #: Which server, which database, which user: what else a connection is given makes no difference to what it reaches.
 _TELLS_APART = frozenset(
@@ -78,8 +84,10 @@ class Origin:
         return connection
 
     def __str__(self) -> str:
-        where = self.words.get("path") or f"{self.words.get('host', 'localhost')}:{self.words.get('port', 6379)}"
-        return f"{where}/{self.db}"
+        words = self.words
+        service = getattr(words.get("connection_pool"), "service_name", None)
+        where = words.get("path") or f"{words.get('host', 'localhost')}:{words.get('port', 6379)}"
+        return f"{f'the master {service!r}' if service else where}/{self.db}"
 
 
 class _Word:
@@ -111,9 +119,101 @@ def origin_of(client: Any) -> Origin | None:
     connection_class = getattr(pool, "connection_class", None)
     if not isinstance(words, Mapping) or connection_class is None:
         return None
-    libraries = {cls.__module__.partition(".")[0] for cls in (*type(pool).__mro__, *connection_class.__mro__)}
-    if libraries & {"fakeredis", "rediscluster"}:
+    if _libraries(client) & {"fakeredis", "rediscluster"}:
         return None
-    kept = {name: value for name, value in words.items() if name not in _LEFT_OUT and not name.startswith("maint_")}
+    left_out = {*_LEFT_OUT, *(name for name in words if name.startswith(("maint_", "orig_")))}
+    kept = {name: value for name, value in words.items() if name not in left_out}
     place = tuple((name, _Word(value)) for name, value in sorted(kept.items()) if name in _TELLS_APART)
     return Origin(connection_class, place, kept, int(words.get("db") or 0))
+
+
+def _libraries(client: Any) -> set[str]:
+    """The packages that the client's connections come from."""
+    pool = getattr(client, "connection_pool", None)
+    connection_class = getattr(pool, "connection_class", None)
+    classes = (*type(pool).__mro__, *getattr(connection_class, "__mro__", ()))
+    return {cls.__module__.partition(".")[0] for cls in classes}
+
+
+def bounded(client: Any, timeout: float) -> Any:
+    """The same client on connections of its own, which try once and keep deadlines (`_deadline.py`).
+
+    It is a copy, so subclasses that rename keys or trace commands go on doing so.  Sentinels are asked on such
+    connections, too, each for its share of the time.
+
+    Args:
+        client: Of a single server, or of a master that Sentinels know.
+        timeout: Seconds to wait for a connection while all of them are in use.
+
+    Returns:
+        The copy, or ``None`` if there is no making one: it is a cluster's, not redis-py's kin, or no client at all.
+    """
+    try:
+        return _copy(client, timeout)
+    except Exception:  # noqa: BLE001
+        # Whatever pools, connections and clients of somebody's own raise that are not made like the library's.
+        return None
+
+
+def longest_wait(client: Any) -> float | None:
+    """How many seconds a command may take at most, as far as the client's settings tell; ``None``: without end.
+
+    Zero for what never waits, as fakeredis, and for what cannot be judged.
+    """
+    words = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
+    if not isinstance(words, Mapping):
+        # redis-py's cluster.
+        words = getattr(getattr(client, "nodes_manager", None), "connection_kwargs", None)
+    if not isinstance(words, Mapping) or "fakeredis" in _libraries(client):
+        return 0.0
+    if words.get("socket_timeout") is None:
+        return None
+    retries = getattr(words.get("retry"), "_retries", 0)
+    return float(words["socket_timeout"]) * (1 + (retries if isinstance(retries, int) else 0))
+
+
+def _copy(client: Any, timeout: float, longest: float | None = None) -> Any:
+    origin = origin_of(client)
+    library = _library_of(client.connection_pool)
+    if origin is None or library is None:
+        msg = f"not redis-py's kin: {client!r}"
+        raise TypeError(msg)
+    own = copy.copy(client)
+    own.connection_pool = pool = _pool(client.connection_pool, library, origin, timeout, longest)
+    # Now rather than in the middle of a call: the kinds of connection that need something else raise here.
+    pool.connection_class(**pool.connection_kwargs)
+    own.auto_close_connection_pool = False
+    # The one connection of a client that has no more.
+    own.connection = None
+    return own
+
+
+def _pool(pool: Any, library: Any, origin: Origin, timeout: float, longest: float | None) -> Any:
+    connection_class = deadlined(origin.connection_class, longest)
+    words = {**origin.words, "decode_responses": False, "socket_timeout": timeout}
+    if "path" not in words:
+        # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
+        words["socket_connect_timeout"] = timeout
+    notifications = sys.modules.get(f"{library.__name__.partition('.')[0]}.maint_notifications")
+    if notifications:
+        # They would ask every new connection for one answer more, and lengthen its timeouts at will.
+        words["maint_notifications_config"] = notifications.MaintNotificationsConfig(enabled=False)
+    if not hasattr(pool, "sentinel_manager"):
+        words.update(max_connections=MOST_CONNECTIONS, timeout=timeout, connection_class=connection_class)
+        return library.BlockingConnectionPool(**words)
+    manager = copy.copy(pool.sentinel_manager)
+    # Some time has to be left for the next Sentinel, and for the master.
+    share = timeout / (len(manager.sentinels) + 1)
+    manager.sentinels = [_copy(sentinel, timeout, share) for sentinel in manager.sentinels]
+    del words["connection_pool"]
+    words.update(connection_class=connection_class, is_master=pool.is_master, check_connection=pool.check_connection)
+    return type(pool)(pool.service_name, manager, **words)
+
+
+def _library_of(pool: Any) -> Any:
+    """The module that the pool's kind comes from, which has the other kinds, too; or ``None``."""
+    for cls in type(pool).__mro__:
+        module = sys.modules.get(cls.__module__)
+        if cls.__name__ == "ConnectionPool" and hasattr(module, "BlockingConnectionPool"):
+            return module
+    return None

@@ -46,11 +46,12 @@ class Offset:
 
     def __init__(self) -> None:
         self._bounds: tuple[float, float] | None = None
+        self._doubted = False
 
     @property
     def known(self) -> bool:
-        """Whether there was any answer yet."""
-        return self._bounds is not None
+        """Whether there was any answer yet, from the server that answers now."""
+        return self._bounds is not None and not self._doubted
 
     @property
     def ms(self) -> float:
@@ -61,17 +62,17 @@ class Offset:
         """Take in an answer that was asked for at `before_ms` and had come by `after_ms`."""
         # The server's time has been cut to whole milliseconds.
         low, high = server_ms - after_ms, server_ms + 1 - before_ms
-        if self._bounds is None:
-            self._bounds = low, high
+        if self._bounds is None or self._doubted:
+            self._bounds, self._doubted = (low, high), False
         elif low <= self._bounds[1] and high >= self._bounds[0]:
             self._bounds = max(low, self._bounds[0]), min(high, self._bounds[1])
         elif not waiting and not self._bounds[0] - self.MATTERS <= low <= self._bounds[1] + self.MATTERS:
             self._bounds = low, high
 
     def forget(self) -> None:
-        """It may be another server that answers next."""
-        self._bounds = None
+        """It may be another server that answers next; until then it is what it was."""
+        self._doubted = True
 
     def set(self, ms: float) -> None:
         """Forget what was learned: it is this, as of now."""
-        self._bounds = ms, ms
+        self._bounds, self._doubted = (ms, ms), False

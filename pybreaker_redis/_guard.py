@@ -1,78 +1,228 @@
 """May I ask Redis now?
 
-Knows: when it last failed, a monotonic clock.  Does not know: what was asked.
+Knows: what errors mean, when Redis last failed, a monotonic clock.  Does not know: what was asked, who asks again.
+
+Whatever a client raises, it is one of five things (`meaning_of`).  Two of them say something of the server, so that all
+circuits of this process that live there are concerned; the others are a single circuit's own business.
 """
 
 from __future__ import annotations
 
+import enum
+import math
+import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis.errors import is_a
 
-#: Seconds without asking after a failure, at least; as many as the failed attempt took, if that is more.
-PAUSE = 1.0
+#: The first pause before Redis is asked again is shorter than this, seconds; each further one may be twice as long.
+FIRST_PAUSE = 0.05
+#: Longest pause, seconds: over so much time a fleet is spread that comes back.
+LONGEST_PAUSE = 1.0
+#: What is to be fresher than that has a shorter one, down to so many seconds.
+SHORTEST_LONGEST_PAUSE = 0.1
 
-#: Seconds after which an attempt that has not ended is no reason any more for others not to try.
-LONGEST_ATTEMPT = 30.0
+#: The same where no thread asks, so that a caller has to do it, and to wait for the answer.
+FIRST_TURN = 1.0
+LONGEST_TURN = 30.0
+
+#: How much longer each attempt may wait than the last one, if that got no answer in its time, up to so many seconds.
+PATIENCE = 1.5
+LONGEST_PATIENCE = 30.0
+
+
+class Meaning(enum.Enum):
+    """What an error says."""
+
+    AWAY = "away"
+    """Nobody answers, or not yet: of the server."""
+    READ_ONLY = "read-only"
+    """It answers, and takes no writes at present: of the server."""
+    FORBIDDEN = "forbidden"
+    """This user may not do this: of the circuit."""
+    FAULT = "fault"
+    """What was sent or what came back makes no sense, or what was to give a client failed: of the circuit."""
+
+
+#: Names of error classes, and what they mean; of a class's own and its ancestors' names the first that stands here
+#: decides.  By name, because valkey's client and redis-py-cluster have classes of their own, called alike.
+_OF_CLASSES = {
+    "ReadOnlyError": Meaning.READ_ONLY,
+    "OutOfMemoryError": Meaning.READ_ONLY,
+    "NoPermissionError": Meaning.FORBIDDEN,
+    # A server that is loading, a pool without a connection to spare, a wrong password: all of these are this, too.
+    "ConnectionError": Meaning.AWAY,
+    "TimeoutError": Meaning.AWAY,
+    "ClusterError": Meaning.AWAY,
+    "RedisClusterException": Meaning.AWAY,
+    "ValkeyClusterException": Meaning.AWAY,
+    "WatchError": Meaning.AWAY,
+    "OSError": Meaning.AWAY,
+}
+
+#: First words of the server's own errors, and what they mean, where the client has no class for them.
+_OF_CODES = {
+    "READONLY": Meaning.READ_ONLY,
+    "OOM": Meaning.READ_ONLY,
+    "MISCONF": Meaning.READ_ONLY,
+    "NOREPLICAS": Meaning.READ_ONLY,
+    "NOPERM": Meaning.FORBIDDEN,
+    "BUSY": Meaning.AWAY,
+    "LOADING": Meaning.AWAY,
+    "MASTERDOWN": Meaning.AWAY,
+    "CLUSTERDOWN": Meaning.AWAY,
+    "TRYAGAIN": Meaning.AWAY,
+    "NOAUTH": Meaning.AWAY,
+    "WRONGPASS": Meaning.AWAY,
+}
+
+
+def meaning_of(error: BaseException) -> Meaning:
+    """What an error means, of whatever client library."""
+    if is_a(error, "ResponseError"):
+        # Inside scripts, older servers put the code of a command's error into a sentence.
+        words = str(error).replace(":", " ").split()
+        for word in words:
+            if word.lstrip("-@") in _OF_CODES:
+                return _OF_CODES[word.lstrip("-@")]
+        if "permission" in str(error) or "can't access" in str(error):
+            return Meaning.FORBIDDEN
+    for cls in type(error).__mro__:
+        if cls.__name__ in _OF_CLASSES:
+            return _OF_CLASSES[cls.__name__]
+    return Meaning.FAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """What is the matter.
+
+    Attributes:
+        since: When it began, seconds on the guard's clock.
+        meaning: Of the last error.
+        error: The last one: its class and what it said.
+        is_timeout: Whether that was that no answer came in time.
+        attempts: How often Redis was asked in vain since.
+        next_at: When it will be asked again, seconds on the guard's clock.
+        patience: Seconds to wait for the answer then.
+    """
+
+    since: float
+    meaning: Meaning
+    error: str
+    is_timeout: bool
+    attempts: int
+    next_at: float
+    patience: float
 
 
 class Guard:
-    """Keeps callers away from a Redis that has just failed; one of them at a time looks whether it is back.
+    """Keeps callers away from what has just failed.
+
+    As long as it is somebody's business to ask again (`kept`), callers never do.  Else one of them at a time has to.
 
     Args:
+        timeout: Seconds to wait for an answer at first.
+        kept: See below.
         clock: Seconds, monotonic.
+
+    Attributes:
+        outage: What is the matter; ``None`` while all is well.
+        kept: Whether somebody else asks again, or will as soon as something fails.
+        longest_pause: Until it is asked again by somebody else, seconds.
+        since: When this outage began, or the last one ended, or else this guard; seconds on `clock`.
+        last_error: Of this or the last outage: its class and what it said; empty if there was none.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, timeout: float, *, kept: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self.outage: Outage | None = None
+        self.kept = kept
+        self.clock = clock
+        self.longest_pause = LONGEST_PAUSE
+        self._timeout = timeout
         self._lock = threading.Lock()
-        self._away_since: float | None = None
-        self._asked_at = 0.0
-        self._ask_again_at = 0.0
-        #: Whether it was a write that failed: then an answer to a read does not mean that all is well again.
-        self.refuses_writes = False
+        self.since = clock()
+        self.last_error = ""
+        self._turns = 0
+        self._returned_at = -math.inf
         renew_in_children(self)
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
+        """In a child: nobody holds the lock, and whoever asked again was left behind."""
         self._lock = threading.Lock()
+        self.kept = False
+
+    def hurry(self, max_staleness: float) -> None:
+        """Something has to be known again so many seconds after Redis is back, or twice as many."""
+        if max_staleness:
+            self.longest_pause = min(self.longest_pause, max(max_staleness, SHORTEST_LONGEST_PAUSE))
 
     def may_ask(self) -> bool:
-        """Whether Redis is well, or it is the caller's turn to look whether it is again."""
-        if self._away_since is None:
-            return True
+        """Whether all is well, or nobody else asks again and it is the caller's turn."""
+        return self.outage is None or (not self.kept and self.begin())
+
+    def begin(self) -> bool:
+        """Whether it is time to ask again; then nobody else is to, until that has ended."""
         with self._lock:
-            now = self._clock()
-            if now < self._ask_again_at:
+            outage = self.outage
+            if outage is None or self.clock() < outage.next_at:
                 return False
-            self._asked_at, self._ask_again_at = now, now + LONGEST_ATTEMPT
+            # An attempt that has not ended after so long is no reason any more not to make another.
+            self.outage = replace(outage, next_at=self.clock() + LONGEST_PATIENCE + outage.patience)
             return True
 
-    def failed(self, *, writing: bool) -> float | None:
-        """Redis gave no usable answer.
+    def failed(self, error: BaseException) -> Outage | None:
+        """There was no usable answer.
 
         Returns:
-            Seconds until the next attempt, if Redis had been well until now.
+            What is the matter, if all had been well until now.
         """
+        meaning = meaning_of(error)
         with self._lock:
-            now = self._clock()
-            first = self._away_since is None
-            pause = PAUSE if first else max(PAUSE, now - self._asked_at)
-            self._ask_again_at = now + pause
-            self.refuses_writes = self.refuses_writes or writing
-            if not first:
-                return None
-            self._away_since = now
-            return pause
+            now, before = self.clock(), self.outage
+            attempts = before.attempts + 1 if before else 0
+            patience = before.patience if before else self._timeout
+            # What fails again soon after it went well has not really gone well.
+            self._turns = 0 if not before and now - self._returned_at > LONGEST_TURN else self._turns + 1
+            self.since = before.since if before else now
+            self.last_error = f"{type(error).__name__}: {error}"
+            if before and is_a(error, "TimeoutError"):
+                patience = min(patience * PATIENCE, LONGEST_PATIENCE)
+            self.outage = Outage(
+                since=self.since,
+                meaning=meaning,
+                error=self.last_error,
+                is_timeout=is_a(error, "TimeoutError"),
+                attempts=attempts,
+                next_at=now + self._pause(attempts),
+                patience=patience,
+            )
+            return None if before else self.outage
 
     def answered(self) -> float | None:
-        """Redis answered.  Seconds that it had been away, or ``None`` if it had not."""
-        if self._away_since is None:
-            return None
+        """All is well.  Seconds that it was not, or ``None`` if it had been."""
         with self._lock:
-            since: float | None = self._away_since
-            self._away_since, self.refuses_writes = None, False
-        # Two first answers may have come together; then the other one has taken it.
-        return None if since is None else self._clock() - since
+            outage, self.outage = self.outage, None
+            # Two first answers may have come together; then the other one has taken it.
+            if outage is None:
+                return None
+            self.since = self._returned_at = self.clock()
+            return self.since - outage.since
+
+    def keep(self, kept: bool) -> Outage | None:
+        """Somebody else asks again from now on, or nobody does; what is the matter, if anything is."""
+        with self._lock:
+            self.kept = kept
+            if self.outage is not None:
+                self.outage = replace(self.outage, next_at=self.clock() + self._pause(self.outage.attempts))
+            return self.outage
+
+    def _pause(self, attempts: int) -> float:
+        if self.kept:
+            # "Full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+            return random.uniform(0, min(self.longest_pause, FIRST_PAUSE * 2 ** min(attempts, 30)))
+        return min(LONGEST_TURN, FIRST_TURN * 2.0 ** min(self._turns, 30))

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pybreaker_redis._client import Origin
 from pybreaker_redis.errors import PushUnavailable, is_a
@@ -24,6 +25,21 @@ NAME = "pybreaker_redis"
 
 #: Most pushes that are taken before other things have their turn.
 MOST_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """How changes are heard, and of what server.
+
+    Attributes:
+        how: ``tracking`` (whoever makes them) or ``channel`` (what is published).
+        protocol: 2 or 3.
+        server: What the server calls itself, and its version, as in ``valkey 8.1.0``; empty if it did not say.
+    """
+
+    how: Literal["tracking", "channel"]
+    protocol: int
+    server: str
 
 
 class Push(list[Any]):
@@ -40,6 +56,7 @@ class Line:
 
     Attributes:
         tracks: Whether changes of keys that `ask` has read are heard, besides what is published.
+        server: What the server calls itself, and its version; empty if it does not say.
 
     Raises:
         Exception: Whatever the library raises when nobody answers.
@@ -50,6 +67,7 @@ class Line:
         self._hear = hear
         self._connections: list[Any] = []
         self.tracks = False
+        self.server = ""
         try:
             one = self._connect_resp3(origin)
             self._is_one = one is not None
@@ -60,6 +78,11 @@ class Line:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def heard(self) -> Heard:
+        """How changes are heard here."""
+        return Heard("tracking" if self.tracks else "channel", 3 if self._is_one else 2, self.server)
 
     def subscribe(self, channels: Sequence[str]) -> None:
         """Hear what is published on these channels; returns when the server has said that it will be heard.
@@ -176,6 +199,8 @@ class Line:
         if self._is_one:
             (answer,) = self.ask([("CLIENT", "TRACKING", "ON", "OPTOUT")])
             self.tracks = not is_a(answer, "ResponseError")
+        self._send(self._asking, [("HELLO",)])
+        self.server = _described(self._read(self._asking))
 
     def _sockets_now(self) -> list[Any]:
         return [getattr(connection, "_sock", None) for connection in self._connections]
@@ -219,6 +244,15 @@ def refusal(answer: Any) -> Exception:
     if for_good or "unknown command" in str(answer).lower():
         return PushUnavailable(str(answer))
     return answer if isinstance(answer, Exception) else ConnectionError(f"unasked: {answer!r}")
+
+
+def _described(hello: Any) -> str:
+    """What a server says of itself: a dictionary, with RESP2 a list; an error where it does not say."""
+    if isinstance(hello, list):
+        hello = dict(zip(hello[::2], hello[1::2], strict=False))
+    items = hello.items() if isinstance(hello, dict) else ()
+    said = {_text(name): _text(value) for name, value in items}
+    return f"{said.get('server', '')} {said.get('version', '')}".strip()
 
 
 def _text(value: Any) -> str:

@@ -14,18 +14,19 @@ from __future__ import annotations
 import logging
 import os
 import random
-import sys
 import threading
 import time
 import weakref
 from functools import partial
+from typing import Protocol
 
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._client import Origin
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._line import Line
+from pybreaker_redis._line import Heard, Line
 from pybreaker_redis._session import LONGEST_WAIT, Hearing, Session
+from pybreaker_redis._threads import NoThreads, start
 from pybreaker_redis._view import View
 from pybreaker_redis.errors import PushUnavailable
 
@@ -41,7 +42,21 @@ LONGEST_PAUSE = 5.0
 #: Seconds until a server that refuses to publish is asked again.
 REFUSED_PAUSE = 60.0
 
+#: Seconds between two looks at whether a server is back.
+AWAY_WAIT = 0.05
+
 _logger = logging.getLogger("pybreaker_redis")
+
+
+class Home(Protocol):
+    """The server that is listened to, for everything but listening."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it is known that nobody answers."""
+
+    def doubt(self) -> None:
+        """The line is dead: see whether the server is, too."""
 
 
 class Listener:
@@ -53,22 +68,38 @@ class Listener:
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
+        self._server: Home | None = None
         self._lock = threading.Lock()
         self._views: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
         self._of_channel: dict[str, tuple[weakref.ref[View], ...]] = {}
         self._thread: threading.Thread | None = None
         self._refused = False
+        self._hurried = False
         self.session: Session | None = None
 
-    def add(self, view: View, keys: tuple[str, ...], channel: str) -> None:
-        """Listen for a view, too; starts the thread if there is none."""
+    def add(self, view: View, keys: tuple[str, ...], channel: str, server: Home) -> None:
+        """Listen for a view, too; starts the thread if there is none.
+
+        Raises:
+            NoThreads: None can be started.
+        """
         with self._lock:
+            self._server = server
             self._views[view] = keys, channel
             others = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() not in (None, view))
             self._of_channel[channel] = (*others, weakref.ref(view))
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
-                self._thread.start()
+                self._thread = start(self._run, THREAD_NAME)
+
+    def hurry(self) -> None:
+        """What was refused is permitted again: there is no reason to wait."""
+        self._hurried = True
+
+    @property
+    def heard(self) -> Heard | None:
+        """How, and of what server, if at all."""
+        session = self.session
+        return session.line.heard if session else None
 
     def tell(self, source: View, channel: str, circuit: Circuit, now_ms: float) -> None:
         """What one storage of this process was answered, its others know at once, and need not wait for the push."""
@@ -112,13 +143,26 @@ class Listener:
             else:
                 continue
             self._forget_all()
+            assert self._server
+            self._server.doubt()
             self._rest(pause)
 
     def _rest(self, seconds: float) -> None:
-        """Wait, but not for long once nobody needs this thread any more."""
+        """Wait, but not for long once nobody needs this thread any more.
+
+        While the server is away it is for somebody else to ask again; once it is back there is no reason to wait.
+        """
+        assert self._server
         until = monotonic() + seconds
-        while self._views and (left := until - monotonic()) > 0:
-            time.sleep(min(left, LONGEST_WAIT))
+        was_away = self._hurried = False
+        while self._views and not self._hurried:
+            if self._server.is_away:
+                was_away = True
+                time.sleep(AWAY_WAIT)
+            elif was_away or (left := until - monotonic()) <= 0:
+                return
+            else:
+                time.sleep(min(left, LONGEST_WAIT))
 
     def _forget_all(self) -> None:
         for item in self._hearings():
@@ -167,23 +211,13 @@ class _Listeners:
 _listeners = _Listeners()
 
 
-def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str) -> Listener | None:
+def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str, server: Home) -> Listener | None:
     """Have a view kept true from now on, as long as it lives and as long as that is possible; by whom, if it is."""
-    if sys.is_finalizing():
-        # Before Python 3.12 a thread that is started now would be waited for forever.
-        return None
-    uwsgi = sys.modules.get("uwsgi")
-    if uwsgi and uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0:
-        # In the master: a thread here would deadlock the workers that are forked from it.
-        return None
     listener = _listeners.of(origin)
-    if uwsgi and not {"enable-threads", "threads"} & uwsgi.opt.keys():
-        listener.say_refused("uWSGI runs without --enable-threads")
-        return None
     try:
-        listener.add(view, keys, channel)
-    except RuntimeError as error:
-        # The interpreter is about to shut down, or the process may have no more threads.
-        listener.say_refused(error)
+        listener.add(view, keys, channel, server)
+    except NoThreads as reason:
+        if str(reason):
+            listener.say_refused(reason)
         return None
     return listener

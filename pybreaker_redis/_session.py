@@ -180,7 +180,8 @@ class Session:
                 view.doubt(ticket)
                 return
             self._agreed[view] = known, read
-        view.confirm(ticket, server_ms, quiet=read[0] == b"0" and known.noisy_until_ms <= server_ms)
+        failures = int(read[0])
+        view.confirm(ticket, server_ms, failures=failures, quiet=not failures and known.noisy_until_ms <= server_ms)
 
 
 def _found(failures: Any, plain: Any, mark: Any) -> Found:

@@ -18,7 +18,8 @@ from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
 from pybreaker_redis._keys import channel_of
-from pybreaker_redis._listener import Listener, listen
+from pybreaker_redis._line import Heard
+from pybreaker_redis._listener import Home, Listener, listen
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._view import View
@@ -75,24 +76,36 @@ class SharedCircuit:
             circuit = self._view.believed()
         if circuit is None:
             return None
+        return Reply(True, self._moved_to_local_clock(circuit), self._view.server_ms - self._view.offset.ms)
+
+    @property
+    def known(self) -> Circuit | None:
+        """The circuit as it was seen last; ``None`` if never."""
+        known = self._view.known
+        return None if known is None else self._moved_to_local_clock(known)
+
+    def _moved_to_local_clock(self, circuit: Circuit) -> Circuit:
         offset_ms = self._view.offset.ms
         known, by_local_clock = self._moved
         if known != (circuit, offset_ms):
             by_local_clock = _by_local_clock(Reply(True, circuit, 0), offset_ms).circuit
             self._moved = (circuit, offset_ms), by_local_clock
-        return Reply(True, by_local_clock, self._view.server_ms - offset_ms)
+        return by_local_clock
 
-    def listen(self) -> None:
+    def listen(self, server: Home) -> None:
         """Have changes of the circuit heard in this process, so that they need not be asked for.
 
-        Nothing to do while it was never reached: until then nobody knows what there is to listen to.
+        Nothing to do while nobody has asked: until then nobody knows what there is to listen to.
+
+        Args:
+            server: Where the circuit lives.
         """
         if self._carrier is None or self._listens_in == os.getpid() or not self._view.max_staleness:
             return
         self._listens_in = os.getpid()
         origin = origin_of(self._carrier.client)
         if origin and self._channel:
-            self._listener = listen(origin, self._view, self._keys, self._channel)
+            self._listener = listen(origin, self._view, self._keys, self._channel, server)
         elif isinstance(self._carrier, LuaCarrier):
             self._logger.info(
                 "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
@@ -100,8 +113,27 @@ class SharedCircuit:
                 type(self._carrier.client).__name__,
             )
 
-    def execute(self, intent: Intent) -> Reply:
+    def is_permitted(self) -> None:
+        """What was refused is permitted again."""
+        if self._listener is not None:
+            self._listener.hurry()
+
+    @property
+    def mode(self) -> str:
+        """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
+        return self._carrier.mode if self._carrier else ""
+
+    @property
+    def push(self) -> Heard | None:
+        """How changes are heard, and of what server; ``None`` if they are not."""
+        return self._listener.heard if self._listener and self._view.is_heard_of else None
+
+    def execute(self, intent: Intent, *, tell: bool = True) -> Reply:
         """Carry out an intent.
+
+        Args:
+            intent: What is wanted.
+            tell: Whether to say in the log what was found; else the caller does.
 
         Raises:
             Exception: No usable answer; whatever the client raises then.
@@ -111,7 +143,7 @@ class SharedCircuit:
         offset = self._view.offset
         before_ms = self._clock()
         try:
-            reply = self._carry_out(intent)
+            reply = self._carry_out(intent, tell=tell)
         except Exception:
             offset.forget()
             raise
@@ -130,7 +162,7 @@ class SharedCircuit:
         Raises:
             Exception: It does not.
         """
-        self._get_carrier().client.setnx(self._keys[0], self._fallback_state)
+        self._get_carrier().client.setnx(self._keys[0], self.last_known_state)
 
     @property
     def last_known_state(self) -> str:
@@ -142,13 +174,13 @@ class SharedCircuit:
         if not offset.known:
             self.execute(Load())
         at_ms = math.floor(intent.at_ms + offset.ms)
-        reply = self._carry_out(SetOpenedAt(at_ms))
+        reply = self._carry_out(SetOpenedAt(at_ms), tell=True)
         if reply.accepted and reply.circuit.opened_at_ms == at_ms:
             # Redis keeps whole milliseconds; what was said shall be read again as it was said.
             offset.set(at_ms - intent.at_ms)
         return _by_local_clock(reply, offset.ms)
 
-    def _carry_out(self, intent: Intent) -> Reply:
+    def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known = self._view.known
         create = self._initial_state if known is None else self._fallback_state
         carrier = self._get_carrier()
@@ -158,11 +190,16 @@ class SharedCircuit:
         try:
             reply = carrier.execute(intent, known, create)
         except ScriptingUnavailable as reason:
-            reply = self._do_without_scripts(carrier, reason).execute(intent, known, create)
+            now = self._carrier
+            optimistic = now if isinstance(now, OptimisticCarrier) else OptimisticCarrier(carrier.client, self._keys)
+            # If that is refused, too, it is not about scripts, and they may be permitted again.
+            reply = optimistic.execute(intent, known, create)
+            self._do_without_scripts(optimistic, reason)
         self._view.fill(ticket, reply.circuit, reply.now_ms)
         if self._listener is not None:
             self._listener.tell(self._view, self._channel, reply.circuit, reply.now_ms)
-        self._log(reply)
+        if tell:
+            self._log(reply)
         return reply
 
     def _lock(self) -> threading.Lock:
@@ -183,19 +220,18 @@ class SharedCircuit:
                 self._carrier = LuaCarrier(client, self._keys, self._channel)
             return self._carrier
 
-    def _do_without_scripts(self, carrier: LuaCarrier | OptimisticCarrier, reason: Exception) -> OptimisticCarrier:
+    def _do_without_scripts(self, optimistic: OptimisticCarrier, reason: Exception) -> None:
         with self._lock():
             if isinstance(self._carrier, OptimisticCarrier):
-                return self._carrier
+                return
             # Nobody would hear of what is done without scripts, so nobody relies on hearing.
             self._channel = ""
-            optimistic = self._carrier = OptimisticCarrier(carrier.client, self._keys)
+            self._carrier = optimistic
         self._logger.warning(
             "circuit %r: the server runs no scripts (%s); using transactions, which take more round trips",
             self._name,
             reason,
         )
-        return optimistic
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state

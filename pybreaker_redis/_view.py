@@ -13,6 +13,7 @@ the higher generation, and within a generation the one with the later time of th
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -83,6 +84,21 @@ class View:
         return self._seen_ms + (self._now() - self._seen_at) * 1000
 
     @property
+    def may_believe(self) -> bool:
+        """Whether the process goes by the shared circuit."""
+        return self._reachable
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was seen last; `math.inf` if never."""
+        return math.inf if self.known is None else self._now() - self._seen_at
+
+    @property
+    def is_heard_of(self) -> bool:
+        """Whether changes are being heard."""
+        return self._heard
+
+    @property
     def is_believed(self) -> bool:
         """Whether nobody has to ask just now."""
         return self._now() < self.shortcut.until
@@ -103,7 +119,6 @@ class View:
     def fill(self, ticket: Ticket, circuit: Circuit, now_ms: float) -> None:
         """An answer has come: this was true at `now_ms`."""
         with self._lock:
-            self._reachable = True
             quiet = circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms
             if ticket.changes == self._changes:
                 # Nothing has come in between, so it is the later one, though the server's clock may have been set back.
@@ -112,10 +127,14 @@ class View:
                 self._believe(ticket)
 
     def is_unreachable(self) -> None:
-        """Redis did not answer: nothing is believed until it does, or reports would go another way than looks."""
+        """The process goes by a circuit of its own, so nothing is believed: reports would go another way than looks."""
         with self._lock:
             self._reachable = False
             self._forget()
+
+    def is_reachable(self) -> None:
+        """The process goes by the shared circuit again."""
+        self._reachable = True
 
     # For the listener ---------------------------------------------------------------------------------------------
 
@@ -133,16 +152,19 @@ class View:
             if self._heard:
                 self._take(circuit, now_ms, quiet=False)
 
-    def confirm(self, ticket: Ticket, now_ms: float, *, quiet: bool) -> None:
-        """A poll has found the circuit as it is known.
+    def confirm(self, ticket: Ticket, now_ms: float, *, failures: int, quiet: bool) -> None:
+        """A poll has found the circuit as it is known, counters aside.
 
         Args:
             ticket: Taken before the poll; if anything has changed since, the next poll will tell.
             now_ms: The server's time.
+            failures: The counter of failures.
             quiet: Whether there was neither noise nor a failure to forget.
         """
         with self._lock:
             if ticket.changes == self._changes:
+                if self.known is not None and self.known.fail_counter != failures:
+                    self.known = replace(self.known, fail_counter=failures)
                 self._see(now_ms)
                 self._quiet = quiet
                 self._believe(ticket)

@@ -23,24 +23,23 @@ class MemoryCarrier:
     """The model behind a lock.
 
     Args:
-        state: In which the circuit begins.
+        circuit: How it begins.
         clock: Milliseconds since the epoch.
-        first_generation: Added to every generation, where several records must not be mistaken for one another.
         shortcut: To be kept true.
+        event: What is said of it in the first answer.
     """
 
     def __init__(
         self,
-        state: str,
+        circuit: Circuit,
         clock: Callable[[], float] = now_ms,
-        first_generation: int = 0,
         shortcut: Shortcut | None = None,
+        event: str = "created",
     ) -> None:
         self._lock = threading.Lock()
         self._clock = clock
-        circuit = created(state, clock())
-        self._circuit = replace(circuit, generation=circuit.generation + first_generation)
-        self._event = "created"
+        self._circuit = circuit
+        self._event = event
         self._shortcut = shortcut or Shortcut()
         renew_in_children(self)
 
@@ -87,7 +86,7 @@ class CircuitMemoryStorage(IntentStorage):
     def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
         check_state("state", state)
         super().__init__("memory", probe_lease, Shortcut())
-        self._carrier = MemoryCarrier(state, shortcut=self._shortcut)
+        self._carrier = MemoryCarrier(created(state, now_ms()), shortcut=self._shortcut)
         self._ask(self._callers.current(), Load())
 
     def _execute(self, intent: Intent) -> Reply:

@@ -29,6 +29,8 @@ from typing import Any, Literal
 import pybreaker
 import redis
 
+from tests.servers import ONCE
+
 #: Seconds that a step of a worker may take before the test fails and the fleet is killed.
 DEADLINE = 30.0
 
@@ -78,6 +80,9 @@ class Spec:
         success_threshold: As in ``pybreaker.CircuitBreaker``.
         probe_lease: Seconds; for our storage only.
         max_staleness: Seconds; for our storage only.
+        timeout: Seconds; for our storage only.  Longer than usual, because fleets have more processes than the machine
+            has cores: where Redis is not the subject it shall not be taken for away.
+        fallback: As in ``pybreaker.CircuitRedisStorage``.
         clock_skew: Seconds by which this worker's wall clock is ahead.
         listener: ``record`` notes each change of state, ``look`` also reads ``current_state`` in it, ``raise`` raises.
     """
@@ -91,6 +96,8 @@ class Spec:
     success_threshold: int = 1
     probe_lease: float | None = None
     max_staleness: float | None = None
+    timeout: float = 10.0
+    fallback: str = "closed"
     clock_skew: float = 0.0
     listener: Literal["record", "look", "raise"] = "record"
 
@@ -166,7 +173,8 @@ class Worker:
         self.index = index
         self.spec = spec
         self.heard: list[Heard] = []
-        self.client = redis.Redis(unix_socket_path=spec.unix_socket)
+        # pybreaker's storage has no timeout but the client's: with retries it would hardly make a call in an outage.
+        self.client = redis.Redis(unix_socket_path=spec.unix_socket, **ONCE)
         self.storage = make_storage(spec, self.client)
         self.breaker = pybreaker.CircuitBreaker(
             fail_max=spec.fail_max,
@@ -227,13 +235,13 @@ class Worker:
 def make_storage(spec: Spec, client: Any) -> Any:
     """The storage that `spec` asks for."""
     if spec.make == "stock":
-        return pybreaker.CircuitRedisStorage("closed", client, namespace=spec.namespace)
+        return pybreaker.CircuitRedisStorage("closed", client, spec.namespace, spec.fallback)
     # Stock cases must run where the package itself cannot be imported, for example while it is being changed.
     from pybreaker_redis import CircuitRedisStorage
 
-    given = {"probe_lease": spec.probe_lease, "max_staleness": spec.max_staleness}
+    given = {"probe_lease": spec.probe_lease, "max_staleness": spec.max_staleness, "timeout": spec.timeout}
     extra: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return CircuitRedisStorage("closed", client, namespace=spec.namespace, **extra)
+    return CircuitRedisStorage("closed", client, spec.namespace, spec.fallback, **extra)
 
 
 # -- what a worker can be told to do -----------------------------------------------------------------------------------

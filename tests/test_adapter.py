@@ -20,7 +20,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListene
 from pybreaker import CircuitMemoryStorage as StockMemoryStorage
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _forks
-from pybreaker_redis._circuit import CLOSED
+from pybreaker_redis._circuit import CLOSED, Circuit, created
 from pybreaker_redis._intents import Load
 from pybreaker_redis.memory import MemoryCarrier
 
@@ -882,7 +882,7 @@ def test_late_failure_surfaces_as_the_very_exception(storage_of, state):
 def memory_at(clock: Callable[[], float], **words: Any) -> CircuitMemoryStorage:
     """An open circuit in memory whose time, in milliseconds, is told."""
     storage = CircuitMemoryStorage("open", **words)
-    storage._carrier = MemoryCarrier("open", clock)
+    storage._carrier = MemoryCarrier(created("open", clock()), clock)
     return storage
 
 
@@ -957,7 +957,7 @@ def test_calls_that_bypass_the_breaker_are_admitted_anew(storage_of, last):
 
 def test_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_holds() -> None:
     """There nobody would ever let go of it."""
-    carrier = MemoryCarrier(CLOSED)
+    carrier = MemoryCarrier(Circuit())
     carrier._lock.acquire()
     carrier.after_fork()
     assert carrier.execute(Load()).circuit.state == CLOSED

@@ -16,17 +16,18 @@ PACKAGE = Path(pybreaker_redis.__file__).parent
 ROWS = (
     ("__init__",),
     ("storage",),
+    ("_own",),
     ("memory",),
     ("_adapter",),
     ("_caller", "_arguments"),
     ("_admissions", "_frames"),
-    ("_shared", "_guard"),
-    ("_scripts", "_optimistic", "_listener"),
+    ("_shared", "_server"),
+    ("_scripts", "_optimistic", "_listener", "_said"),
     ("_session",),
-    ("_view", "_line"),
+    ("_view", "_line", "_guard"),
     ("_carrier", "_record", "_shortcut", "_client"),
-    ("_intents",),
-    ("_circuit", "_keys", "_clock", "_forks", "errors"),
+    ("_intents", "_deadline"),
+    ("_circuit", "_keys", "_clock", "_forks", "_threads", "errors", "health"),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
 
@@ -47,9 +48,9 @@ def ours(module: str) -> set[str]:
     return {parts[1] for parts in names if parts[0] == "pybreaker_redis" and parts[1] in MODULES}
 
 
-def test_public_names_are_two() -> None:
+def test_public_names_are_three() -> None:
     """The public surface is small, and grows only on purpose."""
-    assert pybreaker_redis.__all__ == ("CircuitMemoryStorage", "CircuitRedisStorage")
+    assert pybreaker_redis.__all__ == ("CircuitMemoryStorage", "CircuitRedisStorage", "Health")
 
 
 def test_every_module_has_its_row() -> None:
@@ -64,7 +65,7 @@ def test_imports_follow_the_flow(module: str) -> None:
     assert ours(module) <= later
 
 
-@pytest.mark.parametrize("module", ["_circuit", "_keys", "_clock", "_forks", "errors", "_frames"])
+@pytest.mark.parametrize("module", ["_circuit", "_keys", "_clock", "_forks", "_threads", "errors", "health", "_frames"])
 def test_foundations_import_nothing_of_ours(module: str) -> None:
     """What everything stands on stands alone."""
     assert ours(module) == set()
@@ -75,10 +76,14 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
     [
         ("redis", {"_optimistic"}),
         ("pybreaker", {"_adapter", "_admissions", "_frames"}),
-        # The optimistic carrier and the listener wait between attempts; else it is defaults that tests replace.
-        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_shortcut", "_view"}),
-        ("datetime", {"_clock", "_adapter"}),
-        ("threading", {"_caller", "_guard", "_listener", "_shared", "_view", "memory", "storage"}),
+        # Optimistic carrier, listener and keeper wait between attempts; else it is defaults that tests replace.
+        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_server", "_shortcut", "_view"}),
+        ("datetime", {"_clock", "_adapter", "health", "storage"}),
+        (
+            "threading",
+            {"_caller", "_guard", "_listener", "_own", "_server", "_shared", "_threads", "_view", "memory"},
+        ),
+        ("socket", {"_deadline"}),
     ],
 )
 def test_only_these_modules_know(library: str, allowed: set[str]) -> None:

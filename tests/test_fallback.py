@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
+import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -17,13 +16,9 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._guard import LONGEST_ATTEMPT, PAUSE, Guard
-from pybreaker_redis.storage import LOCAL_GENERATIONS
+from pybreaker_redis._own import FIRST_GENERATION
 from tests.servers import ONCE
-
-
-class Down(Exception):
-    """The dependency is down."""
+from tests.viewed import NAMESPACE, Down, breaker_on, down, settled, up, wait_for
 
 
 class Asynchronous:
@@ -33,16 +28,6 @@ class Asynchronous:
 
     def evalsha(self) -> None:
         """There is one."""
-
-
-def up() -> str:
-    """A call to the healthy dependency."""
-    return "answer"
-
-
-def down() -> None:
-    """A call to the dead dependency."""
-    raise Down
 
 
 def refusing_client(directory: Any) -> redis.Redis:
@@ -72,9 +57,9 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
     time.sleep(0.06)
     assert breaker.call(up) == "answer"
     assert breaker.current_state == "closed"
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("circuit 'shop': Redis gave no usable answer (ConnectionError: ")
-    assert caplog.messages[0].endswith("using this process's own state, next attempt in 1.0 s")
+    (message,) = caplog.messages
+    assert message.startswith(f"circuit 'shop': Redis at {tmp_path}/nobody.sock/0 is away (ConnectionError: ")
+    assert re.search(r"; using this process's own state, next attempt in 0\.0\d s, waiting up to 0\.25 s$", message)
 
 
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])
@@ -90,141 +75,103 @@ def test_own_circuit_begins_in_the_fallback_state(tmp_path, state):
         assert breaker.call(up) == "answer"
 
 
-def test_shared_circuit_is_used_again_once_redis_answers(killable_server: PrivateServer, caplog):
-    """Reports of calls from before, during and after an outage count where they belong, and the log says when."""
-    caplog.set_level(logging.INFO, "pybreaker_redis")
-    clock = [100.0]
-    client = killable_server.client(**ONCE)
-    storage = CircuitRedisStorage("closed", client)
-    storage._guard = Guard(lambda: clock[0])
-    breaker = CircuitBreaker(fail_max=5, state_storage=storage)
-    with pytest.raises(Down):
-        breaker.call(down)
+def test_failure_that_meets_the_outage_counts(killable_server: PrivateServer):
+    """The call was admitted by the very circuit that the own one goes on from: nobody gets one more for free."""
+    with contextlib.closing(killable_server.client(**ONCE)) as client:
+        breaker = settled(breaker_on(client, fail_max=3))
+        reached = []
 
-    def meanwhile_redis_goes() -> None:
-        killable_server.stop()
-        raise Down
+        def dead() -> None:
+            reached.append(breaker.current_state)
+            raise Down
 
-    def meanwhile_redis_returns() -> None:
-        clock[0] += PAUSE
-        assert storage.state == "closed"
-        raise Down
+        killable_server.kill()
+        for _ in range(10):
+            with contextlib.suppress(Down, CircuitBreakerError):
+                breaker.call(dead)
+        assert len(reached) == 3
 
-    with pytest.raises(Down):
-        breaker.call(meanwhile_redis_goes)
-    assert storage.counter == 0, "a call that Redis admitted is not settled in this process's own circuit"
-    with pytest.raises(Down):
-        breaker.call(down)
-    assert storage.counter == 1
 
-    killable_server.restart(keep_data=True)
-    with pytest.raises(Down):
-        breaker.call(meanwhile_redis_returns)
-    assert storage.counter == 0, "a call that this process admitted is not settled in Redis"
-    storage.increment_counter()
-    assert client.get("pybreaker:fail_counter") == b"1"
-    assert caplog.messages[-1] == "circuit 'pybreaker': Redis answers again after 1.0 s"
-    client.close()
+def test_calls_are_settled_where_they_were_admitted(killable_server: PrivateServer):
+    """Once the own circuit has moved, and once the shared one is back, results of the other's calls change nothing."""
+    with contextlib.closing(killable_server.client(**ONCE)) as client:
+        breaker = settled(breaker_on(client, fail_max=5))
+        storage = breaker._state_storage
+
+        def meanwhile_redis_goes_and_the_own_circuit_moves() -> None:
+            killable_server.stop()
+            storage.state = "open"
+            storage.state = "closed"
+            raise Down
+
+        def meanwhile_redis_returns() -> None:
+            killable_server.restart(keep_data=True)
+            wait_for(lambda: storage.health().condition == "connected", "it is back")
+            raise Down
+
+        with pytest.raises(Down):
+            breaker.call(meanwhile_redis_goes_and_the_own_circuit_moves)
+        assert storage.counter == 0, "a call that Redis admitted is not settled in this process's own circuit"
+        with pytest.raises(Down):
+            breaker.call(down)
+        assert storage.counter == 1
+        with pytest.raises(Down):
+            breaker.call(meanwhile_redis_returns)
+        assert storage.counter == 0, "a call that this process admitted is not settled in Redis"
+        storage.increment_counter()
+        assert client.get(f"{NAMESPACE}:pybreaker:fail_counter") == b"1"
 
 
 def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer):
     """What a process thought in the last outage is not what it thinks in the next; nor are their generations alike."""
-    clock = [100.0]
-    client = killable_server.client(**ONCE)
-    storage = CircuitRedisStorage("closed", client)
-    storage._guard = Guard(lambda: clock[0])
-    breaker = CircuitBreaker(state_storage=storage)
-    generations = []
-    for _ in range(2):
-        killable_server.stop()
-        assert breaker.current_state == "closed"
-        assert breaker.call(up) == "answer"
-        generations.append(storage._admissions.current().generation)
-        breaker.open()
-        assert breaker.current_state == "open"
-        killable_server.restart(keep_data=False)
-        clock[0] += PAUSE
-        assert breaker.current_state == "closed"
-    assert LOCAL_GENERATIONS <= generations[0] < generations[1] < 0
-    client.close()
-
-
-def test_guard_lets_one_ask_at_a_time():
-    """After a failure nobody asks for a while, then one; as long as that takes, nobody else does."""
-    clock = [0.0]
-    guard = Guard(lambda: clock[0])
-    assert guard.may_ask()
-    assert guard.answered() is None
-    assert guard.failed(writing=False) == PAUSE
-    assert not guard.may_ask()
-    clock[0] = 2.0
-    assert guard.may_ask()
-    assert not guard.may_ask()
-    clock[0] = 7.0
-    assert guard.failed(writing=False) is None
-    clock[0] = 11.9
-    assert not guard.may_ask(), "it pauses for as long as the attempt took"
-    clock[0] = 12.0
-    assert guard.may_ask()
-    clock[0] += LONGEST_ATTEMPT
-    assert guard.may_ask(), "an attempt that never ended is not waited for without end"
-    assert guard.answered() == 12.0 + LONGEST_ATTEMPT
-    assert guard.answered() is None
-    assert guard.may_ask()
-
-
-def test_guard_survives_answers_that_come_together():
-    """Found by review: two threads with the first answers after an outage used to collide."""
-    guard = Guard()
-    gone: list[float] = []
-
-    def answer() -> None:
-        for _ in range(2_000):
-            guard.failed(writing=True)
-            seconds = guard.answered()
-            if seconds is not None:
-                gone.append(seconds)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(6) as pool:
-            for done in [pool.submit(answer) for _ in range(6)]:
-                done.result()
-    finally:
-        sys.setswitchinterval(interval)
-    assert gone
-    assert not guard.refuses_writes
-
-
-def test_redis_that_takes_no_writes_is_away_until_it_does(server: PrivateServer, caplog):
-    """Answers to reads end no outage that a refused write began: the dead dependency stays spared, the log short."""
-    caplog.set_level(logging.INFO, "pybreaker_redis")
-    clock = [100.0]
-    with contextlib.closing(server.client()) as client:
-        storage = CircuitRedisStorage("closed", client, namespace="shop")
-        storage._guard = Guard(lambda: clock[0])
-        breaker = CircuitBreaker(fail_max=2, reset_timeout=60, state_storage=storage)
-        assert breaker.call(up) == "answer"
-        client.execute_command("REPLICAOF", "127.0.0.1", "1")
-        reached = 0
-        for _ in range(20):
-            clock[0] += PAUSE
-            try:
+    with contextlib.closing(killable_server.client(**ONCE)) as client:
+        breaker = settled(breaker_on(client))
+        storage = breaker._state_storage
+        generations = []
+        for _ in range(2):
+            killable_server.kill()
+            wait_for(lambda: storage.health().condition == "away", "it is gone")
+            assert breaker.call(up) == "answer"
+            generations.append(storage._admissions.current().generation)
+            with pytest.raises(Down):
                 breaker.call(down)
-            except Down:
-                reached += 1
-            except CircuitBreakerError as error:
-                reached += "reached" in str(error)
-        assert reached <= 3
-        assert breaker.current_state == "open"
-        assert len(caplog.messages) == 1
-        assert "read only replica" in caplog.messages[0]
-        client.execute_command("REPLICAOF", "no", "one")
-        clock[0] += PAUSE
-        assert breaker.current_state == "closed"
-        assert len(caplog.messages) == 2
-        assert caplog.messages[1].startswith("circuit 'shop': Redis answers again after ")
+            assert storage.counter == 1
+            killable_server.restart(keep_data=False)
+            wait_for(lambda: storage.health().condition == "connected", "it is back")
+            assert storage.counter == 1, "what it has counted is told"
+            settled(breaker)
+        assert FIRST_GENERATION < generations[0] < generations[1] < 0
+
+
+@pytest.mark.parametrize("fallback", ["closed", "open", "half-open", "last"])
+def test_circuit_that_is_known_to_be_open_stays_open_without_redis(killable_server: PrivateServer, fallback: str):
+    """Whatever the fallback: that Redis has gone does not mean that the dependency is back."""
+    with contextlib.closing(killable_server.client(**ONCE)) as client:
+        breaker = settled(breaker_on(client, reset_timeout=60, fallback_circuit_state=fallback))
+        breaker.open()
+        opened_at = breaker._state_storage.opened_at
+        killable_server.kill()
+        wait_for(lambda: breaker._state_storage.health().condition == "away", "it is gone")
+        for _ in range(5):
+            with pytest.raises(CircuitBreakerError):
+                breaker.call(up)
+        assert breaker._state_storage.opened_at == opened_at, "for the rest of its time"
+
+
+@pytest.mark.parametrize(("fallback", "state"), [("closed", "closed"), ("open", "open"), ("last", "closed")])
+def test_closed_circuit_goes_on_in_the_fallback_state(killable_server: PrivateServer, fallback: str, state: str):
+    """`fallback_circuit_state` is what to make of it that nobody knows any more."""
+    with contextlib.closing(killable_server.client(**ONCE)) as client:
+        breaker = settled(breaker_on(client, fallback_circuit_state=fallback))
+        killable_server.kill()
+        wait_for(lambda: breaker._state_storage.health().condition == "away", "it is gone")
+        assert breaker.current_state == state
+
+
+def test_own_circuit_that_never_met_redis_begins_as_a_new_one(tmp_path):
+    """`last` without anything known: as a circuit that does not exist yet."""
+    storage = CircuitRedisStorage("open", refusing_client(tmp_path), fallback_circuit_state="last")
+    assert CircuitBreaker(state_storage=storage).current_state == "open"
 
 
 @pytest.mark.parametrize(
@@ -275,6 +222,11 @@ def test_breaker_created_late_begins_as_last_known(server: PrivateServer):
     [
         ({"state": "ajar"}, ValueError, "state must be one of 'closed', 'open', 'half-open', not 'ajar'"),
         ({"fallback_circuit_state": None}, ValueError, "fallback_circuit_state must be one of .*, not None"),
+        ({"fallback_circuit_state": "ajar"}, ValueError, "must be one of 'closed', 'open', 'half-open', 'last', not"),
+        ({"timeout": "1"}, TypeError, "timeout must be a number of seconds or None, not '1'"),
+        ({"timeout": True}, TypeError, "timeout must be a number of seconds or None, not True"),
+        ({"timeout": 0}, ValueError, "timeout must be None or lie between 0.01 and 60 seconds, not 0"),
+        ({"timeout": float("nan")}, ValueError, "timeout must be None or lie between 0.01 and 60 seconds, not nan"),
         ({"namespace": b"shop"}, TypeError, "namespace must be a str or None, not b'shop'"),
         ({"redis_object": None}, TypeError, "redis_object must be a synchronous client or a callable .*, not None"),
         ({"redis_object": "redis://"}, TypeError, "redis_object must be .*, not 'redis://'"),

@@ -24,7 +24,6 @@ from pybreaker_redis import _listener
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
-from tests.servers import ONCE
 from tests.viewed import NAMESPACE, breaker_on, counted, down, fails, lines, settled, up, view_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
@@ -218,8 +217,9 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, mo
 def test_frozen_server_is_believed_for_max_staleness_at_most(killable_server, protocol):
     """SIGSTOP: no error, no end of file, just nothing."""
     timeout = 0.1
-    with contextlib.closing(killable_server.client(socket_timeout=timeout, **ONCE)) as client:
-        breaker = settled(breaker_on(client, max_staleness=STALENESS, fallback_circuit_state="open"))
+    with contextlib.closing(killable_server.client()) as client:
+        words = {"max_staleness": STALENESS, "timeout": timeout, "fallback_circuit_state": "open"}
+        breaker = settled(breaker_on(client, **words))
         began = time.monotonic()
         os.kill(killable_server.pid or 0, signal.SIGSTOP)
         try:

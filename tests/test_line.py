@@ -69,6 +69,8 @@ class Connection:
         """Note them."""
         assert not check_health
         self.sent += commands
+        if commands == [("HELLO",)]:
+            self.script.appendleft([b"server", b"redis", b"version", b"8.2.3"])
 
     def can_read(self, *, timeout: float) -> bool:
         """Whether there is more in the script."""

@@ -25,7 +25,7 @@ import pytest
 import redis
 import time_machine
 
-from pybreaker_redis import CircuitRedisStorage, _listener
+from pybreaker_redis import CircuitRedisStorage, _listener, _server
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._keys import channel_of, circuit_keys
@@ -315,6 +315,7 @@ def test_connection_class_that_nobody_else_can_make_reads_through(server, client
     """No guess is made about what it needs."""
     breaker = breaker_on(client)
     breaker.call(up)
+    client.ping()  # so that it has a connection left
     client.connection_pool.connection_class = Odd
     wait_for(lambda: lines(client), "the first one hears")
     other = breaker_on(client, "odd")
@@ -596,7 +597,9 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     """During an outage threads take the guard's lock and that of the process's own circuit, at every call."""
     breaker = breaker_on(client)
     storage = breaker._state_storage
-    for item in (storage, storage._guard, view_of(breaker)):
+    breaker.call(up)
+    guards = (storage._faults, storage._server.guard)
+    for item in (storage._own, storage._server, *guards, view_of(breaker), _server._servers):
         item._lock.acquire()
         item.after_fork()
         assert item._lock.acquire(timeout=1)

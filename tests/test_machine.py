@@ -166,11 +166,11 @@ class Machine(RuleBasedStateMachine):
 
     def truth(self) -> Circuit:
         """The record, by the server's clock."""
-        return self.observer._shared._carry_out(Load()).circuit
+        return self.observer._shared._carry_out(Load(), tell=True).circuit
 
     def now_ms(self) -> float:
         """The server's clock."""
-        return self.observer._shared._carry_out(Load()).now_ms
+        return self.observer._shared._carry_out(Load(), tell=True).now_ms
 
     @contextlib.contextmanager
     def step(self, *, may_close: bool = False, may_count: bool = False) -> Iterator[Circuit]:

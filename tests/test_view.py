@@ -88,7 +88,7 @@ class TestStaleness:
         clock.now += 1.0
         ticket = view.ticket()
         clock.now += 0.5
-        view.confirm(ticket, 2000, quiet=True)
+        view.confirm(ticket, 2000, failures=0, quiet=True)
         clock.now += 1.4999
         assert view.believed() == closed
         clock.now += 0.0001
@@ -102,17 +102,20 @@ class TestStaleness:
         fill(view, closed, 1001)
         assert view.believed() is None
 
-    def test_unreachable_redis_ends_all_belief_until_it_answers(self, view: View) -> None:
+    def test_unreachable_redis_ends_all_belief_until_it_is_reachable_again(self, view: View) -> None:
         """Calls must not be admitted by what Redis said and settled in a circuit of one's own."""
         fill(view, closed)
         ticket = view.ticket()
         view.is_unreachable()
         assert view.believed() is None
-        view.confirm(view.ticket(), 1100, quiet=True)
+        view.confirm(view.ticket(), 1100, failures=0, quiet=True)
         assert view.believed() is None, "that the listener still gets answers does not help callers"
         view.fill(ticket, closed, 1200)
         assert view.believed() is None, "an answer that was asked for before"
         fill(view, closed, 1300)
+        assert view.believed() is None, "an answer to somebody who only looks whether Redis is back"
+        view.is_reachable()
+        fill(view, closed, 1400)
         assert view.believed() == closed
 
     def test_child_believes_nothing(self, view: View) -> None:
@@ -129,7 +132,7 @@ def test_server_whose_clock_is_set_back_is_believed_all_the_same(view: View) -> 
     view.doubt(view.ticket())
     fill(view, closed, 1000)
     assert view.believed() == closed
-    view.confirm(view.ticket(), 500, quiet=True)
+    view.confirm(view.ticket(), 500, failures=0, quiet=True)
     assert view.server_ms == 500
 
 
@@ -196,7 +199,7 @@ class TestOrder:
         view.hear(opened, 1500)
         view.doubt(slow)
         assert view.believed() == opened
-        view.confirm(slow, 1400, quiet=True)
+        view.confirm(slow, 1400, failures=0, quiet=True)
         assert view.shortcut.quiet is None
 
 
@@ -260,9 +263,9 @@ class TestQuiet:
     def test_poll_tells_of_quiet_and_of_noise(self, view: View) -> None:
         """It reads the counter too: stock workers count without making noise."""
         fill(view, closed)
-        view.confirm(view.ticket(), 1500, quiet=False)
+        view.confirm(view.ticket(), 1500, failures=1, quiet=False)
         assert not self.quiet(view)
-        view.confirm(view.ticket(), 2000, quiet=True)
+        view.confirm(view.ticket(), 2000, failures=0, quiet=True)
         assert self.quiet(view)
 
     def test_other_generation_is_not_quiet(self, view: View) -> None:
@@ -302,7 +305,7 @@ class TestShortcut:
         """Or every beat would send every thread the long way."""
         fill(view, closed)
         before = view.shortcut.admission
-        view.confirm(view.ticket(), 1500, quiet=True)
+        view.confirm(view.ticket(), 1500, failures=0, quiet=True)
         fill(view, closed, 1600)
         assert view.shortcut.admission is before
 

@@ -1,0 +1,126 @@
+"""How long may this still take?
+
+Knows: the running operation's deadline, sockets, connection classes of redis-py and its kin.  Does not know: what the
+operation is.
+
+A socket's timeout begins anew with every piece that arrives, and with every answer of a handshake: a server that sends
+a byte now and then, or answers each of five questions slowly, is waited for many times as long as was meant.  So the
+sockets made here look at one deadline for all of an operation: connecting, authenticating, sending, receiving.
+
+Looking up the host's name is the one thing that has no deadline: the system's resolver takes none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+from pybreaker_redis._clock import monotonic
+
+_until: ContextVar[float | None] = ContextVar("deadline of an operation", default=None)
+
+
+@contextlib.contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """Whatever is done on deadlined connections meanwhile ends within so many seconds.
+
+    Args:
+        seconds: From now on; ``None``: no deadline but the connection's own timeouts.
+    """
+    token = _until.set(None if seconds is None else monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _until.reset(token)
+
+
+def seconds_left() -> float | None:
+    """Until the deadline, zero if it has passed; ``None`` if there is none."""
+    until = _until.get()
+    return None if until is None else max(0.0, until - monotonic())
+
+
+class _Socket:
+    """A connected socket that keeps the deadline of whatever is done with it; all else is the socket's own.
+
+    Args:
+        wrapped: The socket, plain or TLS.
+        longest: Seconds to wait for a single piece, deadline or not.
+    """
+
+    def __init__(self, wrapped: socket.socket, longest: float | None) -> None:
+        self._wrapped = wrapped
+        self._longest = longest
+        self._given = wrapped.gettimeout()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+    def settimeout(self, seconds: float | None) -> None:
+        self._given = seconds
+        self._wrapped.settimeout(seconds)
+
+    def recv(self, *arguments: Any) -> bytes:
+        with self._in_time():
+            return self._wrapped.recv(*arguments)
+
+    def recv_into(self, *arguments: Any) -> int:
+        with self._in_time():
+            return self._wrapped.recv_into(*arguments)
+
+    def sendall(self, *arguments: Any) -> None:
+        with self._in_time():
+            self._wrapped.sendall(*arguments)
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """What is there already is taken even when the time is over: then it was not the peer who was slow."""
+        left = seconds_left()
+        if left is None or self._given == 0:
+            yield
+            return
+        self._wrapped.settimeout(_least(left, self._longest))
+        try:
+            yield
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            msg = "the deadline has passed"
+            raise TimeoutError(msg) from error
+
+
+@cache
+def deadlined(connection_class: type[Any], longest: float | None = None) -> type[Any]:
+    """The same kind of connection, keeping deadlines.
+
+    Args:
+        connection_class: Of redis-py or its kin.
+        longest: Seconds to wait for a single piece, deadline or not: where others are asked if one does not answer.
+    """
+
+    class Deadlined(connection_class):  # type: ignore[misc]
+        socket_timeout: float | None
+        socket_connect_timeout: float | None
+
+        def _connect(self) -> Any:
+            left = seconds_left()
+            if left is None:
+                return super()._connect()
+            # Nothing to connect with in no time; a timeout of zero would mean not to wait at all.
+            seconds = max(0.001, _least(left, longest))
+            own = self.socket_timeout, getattr(self, "socket_connect_timeout", None)
+            self.socket_timeout = self.socket_connect_timeout = seconds
+            try:
+                return _Socket(super()._connect(), longest)
+            finally:
+                self.socket_timeout, self.socket_connect_timeout = own
+
+    Deadlined.__name__ = Deadlined.__qualname__ = connection_class.__name__
+    return Deadlined
+
+
+def _least(left: float, longest: float | None) -> float:
+    return left if longest is None else min(left, longest)

@@ -1,0 +1,158 @@
+"""What does this process do by itself while a circuit is out of reach?
+
+Knows: the model behind a lock, the circuit as it was known last.  Does not know: why it is out of reach, Redis.
+
+A circuit of one's own goes on from the shared one: as that was, if it was not closed, because a circuit that is known
+to be open never opens its gate because Redis has gone.  As long as it has not moved, reports of calls that were
+admitted in that very generation of the shared circuit count.  From then on the two have different generations, so that
+what one has admitted is never settled in the other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import CLOSED, Circuit, after, created
+from pybreaker_redis._clock import now_ms
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._intents import Fenced, Intent, RecordFailure, RecordSuccess, ShareTrip
+from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis.memory import MemoryCarrier
+
+#: Where the generations of circuits of one's own begin: below zero, where shared ones never are.
+FIRST_GENERATION = -(10**12)
+
+#: How a circuit of one's own begins whatever the shared one was: as it was.
+LAST = "last"
+
+
+class OwnCircuit:
+    """One circuit of this process's own, as often as it is needed.  Times are by the local clock.
+
+    Args:
+        fallback: ``closed``, ``open``, ``half-open``, how to go on from a closed circuit; ``last``: closed.
+        initial: In which state to begin if nothing is known and `fallback` is ``last``.
+        clock: Milliseconds since the epoch.
+
+    Attributes:
+        shortcut: What follows for calls while it is in use.
+    """
+
+    def __init__(self, fallback: str, initial: str, clock: Callable[[], float] = now_ms) -> None:
+        self.shortcut = Shortcut(0)
+        self._fallback = fallback
+        self._initial = initial
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._carrier: MemoryCarrier | None = None
+        #: The shared circuit that it went on from, how it began, and how it is.
+        self._base: Circuit | None = None
+        self._missed = 0
+        self._begun = self._now = Circuit(generation=FIRST_GENERATION)
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock."""
+        self._lock = threading.Lock()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is one."""
+        return self._carrier is not None
+
+    @property
+    def state(self) -> str:
+        """Its state."""
+        return self._now.state
+
+    @property
+    def generation(self) -> int:
+        """Its own; another one after each of its transitions."""
+        return self._now.generation
+
+    def execute(self, intent: Intent, known: Circuit | None, *, answers: bool) -> Reply:
+        """Carry out an intent; the first one makes the circuit.
+
+        Args:
+            intent: What is wanted.
+            known: The shared circuit as it was seen last.  If others have moved it since, it is gone on from again.
+            answers: Whether Redis can be read, so that the shared circuit is what it is known to be.
+        """
+        with self._lock:
+            if self._carrier is None or self._was_overtaken(known):
+                self._begin(known, answers=answers)
+            assert self._carrier
+            moved = self._now.generation != self._begun.generation
+            if isinstance(intent, Fenced) and self._base and not moved and intent.generation == self._base.generation:
+                intent = replace(intent, generation=self._begun.generation)
+            reply = self._carrier.execute(intent)
+            self._now = reply.circuit
+            if isinstance(intent, RecordFailure) and intent.generation == self._begun.generation and not reply.accepted:
+                # It began open, and has no use for the failure that made it begin; the shared one has.
+                self._missed += 1
+            return reply
+
+    def reports(self, known: Circuit | None) -> list[Intent]:
+        """What the others have to be told of it: that it has opened, if it has since it began and is not closed again.
+
+        Or, if it never moved, what it has counted.  That it has recovered they are not told: where the shared circuit
+        is open, one probe will find it out.
+
+        Args:
+            known: The shared circuit as it is now; whoever never saw it before has something to say to a closed one.
+        """
+        with self._lock:
+            base = self._base or (known if known and known.state == CLOSED else None)
+            if self._carrier is None or base is None:
+                return []
+            now, begun = self._now, self._begun
+            if now.state != CLOSED and (now.opened_at_ms or 0) > (begun.opened_at_ms or 0):
+                return [ShareTrip(base.generation, max(0, round(self._clock() - (now.opened_at_ms or 0))))]
+            if now.generation != begun.generation:
+                return []
+            reports: list[Intent] = []
+            failures = now.fail_counter - begun.fail_counter + self._missed
+            if now.fail_counter < begun.fail_counter:
+                # Some call has succeeded in between.
+                reports.append(RecordSuccess(base.generation, ""))
+                failures = now.fail_counter
+            if failures > 0:
+                reports.append(RecordFailure(base.generation, "", times=failures))
+            return reports
+
+    def end(self, generation: int) -> bool:
+        """There is no need for it any more.
+
+        Args:
+            generation: Its own, as far as the others were told of it.
+
+        Returns:
+            Whether that was all; else it goes on, and they have to be told again.
+        """
+        with self._lock:
+            if generation != self._now.generation:
+                return False
+            self._carrier = None
+            self.shortcut.until = 0
+            self.shortcut.shut()
+            return True
+
+    def _was_overtaken(self, known: Circuit | None) -> bool:
+        return known is not None and self._base is not None and known.generation > self._base.generation
+
+    def _begin(self, known: Circuit | None, *, answers: bool) -> None:
+        goes_on = known and (answers or known.state != CLOSED or self._fallback in (LAST, CLOSED))
+        if known and goes_on:
+            circuit = replace(known, noisy_until_ms=0)
+        else:
+            circuit = created(self._initial if self._fallback == LAST else self._fallback, self._clock())
+        self._base = known
+        self._missed = 0
+        # Never one that a call may have been admitted in before.
+        self._begun = self._now = replace(circuit, generation=after(self._now.generation))
+        self.shortcut.shut()
+        self.shortcut = Shortcut(0)
+        self._carrier = MemoryCarrier(self._begun, self._clock, self.shortcut, event="" if goes_on else "created")

@@ -1,0 +1,277 @@
+"""What does this process share about one server?
+
+Knows: the client, the guard, which circuits live there, the thread that asks again.  Does not know: states of circuits,
+commands.
+
+When the server fails, every circuit of the process that lives there is out of reach at once, and one thread alone asks
+again.  When it answers, that thread first brings back what the circuits have learned by themselves, and then lets the
+callers in.  So a caller waits for Redis once in an outage, at most.  Where no thread may be started (uWSGI without
+``--enable-threads``) callers take turns, one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from typing import Any, Protocol
+
+from pybreaker_redis import _said, _threads
+from pybreaker_redis._client import bounded, origin_of
+from pybreaker_redis._clock import monotonic
+from pybreaker_redis._deadline import deadline
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, Outage, meaning_of
+
+THREAD_NAME = "pybreaker_redis keeper"
+
+#: Longest sleep of the thread that asks again, seconds: then it looks whether anybody still needs it.
+LONGEST_SLEEP = 0.5
+
+_logger = logging.getLogger("pybreaker_redis")
+
+
+class Tenant(Protocol):
+    """A circuit of this process that lives on the server."""
+
+    #: What people call it.
+    circuit_name: str
+
+    #: For how many seconds it may be gone by though no change is heard.
+    max_staleness: float
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it goes on in this process alone at present, so that there may be something to bring back."""
+
+    def lose(self) -> None:
+        """The server is out of reach: what is known of the circuit is not to be believed any more."""
+
+    def load(self) -> None:
+        """Ask for the circuit.
+
+        Raises:
+            Exception: No usable answer.
+        """
+
+    def check_writable(self) -> None:
+        """Write something that changes nothing.
+
+        Raises:
+            Exception: It cannot be written.
+        """
+
+    def rejoin(self) -> str:
+        """Bring back what was learned alone, and go by the shared circuit again.
+
+        Returns:
+            What that came to, in a word or two; empty if there was nothing.
+
+        Raises:
+            Exception: No usable answer; then it goes on alone.
+        """
+
+
+class Server:
+    """A server, as this process reaches it.
+
+    Args:
+        client: The user's.
+        timeout: Seconds for all of an operation; ``None``: as long as the client takes.
+
+    Attributes:
+        client: To be used: one on connections of its own if it can be had, and if there is a timeout.
+        guard: Whether it may be asked now.
+    """
+
+    def __init__(self, client: Any, timeout: float | None) -> None:
+        own = None if timeout is None else bounded(client, timeout)
+        self.client = client if own is None else own
+        self.guard = Guard(timeout or FIRST_TURN, kept=True)
+        self._name = str(origin_of(client) or type(client).__name__)
+        self._timeout = timeout
+        self._tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        renew_in_children(self)
+        if own is None and timeout is not None:
+            _said.may_wait(client)
+
+    def __str__(self) -> str:
+        return self._name
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock, nobody asks again."""
+        self._lock = threading.Lock()
+        self._thread = None
+        self._pid = os.getpid()
+
+    def admit(self, tenant: Tenant) -> None:
+        """From now on this circuit lives here."""
+        self._tenants.add(tenant)
+        self.guard.hurry(tenant.max_staleness)
+
+    @property
+    def tenants(self) -> int:
+        """How many circuits of this process live here."""
+        return len(self._tenants)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether nobody answers."""
+        outage = self.guard.outage
+        return outage is not None and outage.meaning is Meaning.AWAY
+
+    def may_ask(self) -> bool:
+        """Whether a caller may ask Redis now."""
+        if self.guard.outage is None:
+            return True
+        return not self._is_kept() and self.guard.may_ask()
+
+    def failed(self, error: BaseException, tenant: Tenant) -> None:
+        """A circuit got no usable answer, and that says something of the server."""
+        outage = self.guard.failed(error)
+        # In this order: an answer that another thread gets meanwhile must not be believed while the guard keeps callers
+        # away, or calls would be admitted by Redis and settled here.
+        for item in [tenant] if outage is None else list(self._tenants):
+            item.lose()
+        if outage is not None:
+            outage = self.guard.keep(self._is_kept()) or outage
+            besides = len(self._tenants) - 1
+            _said.away(str(self), outage, timeout=self._timeout, circuit=tenant.circuit_name, besides=besides)
+
+    def answered(self, outcome: str) -> None:
+        """A circuit whose turn it was got an answer."""
+        _said.back(str(self), self.guard.answered(), Counter([outcome]))
+
+    def doubt(self) -> None:
+        """What was heard here is silent: see whether the server is there."""
+        if self.guard.outage is not None:
+            return
+        for tenant in list(self._tenants):
+            try:
+                with deadline(self._timeout):
+                    tenant.load()
+            except Exception as error:  # noqa: BLE001
+                if meaning_of(error) is not Meaning.AWAY:
+                    continue
+                self.failed(error, tenant)
+            return
+
+    # The thread ---------------------------------------------------------------------------------------------------
+
+    def _is_kept(self) -> bool:
+        """See to it that there is a thread that asks again; whether there is."""
+        if self._pid != os.getpid():
+            # Forked behind Python's back, as by uWSGI.
+            self.after_fork()
+        with self._lock:
+            if self._thread is None:
+                with contextlib.suppress(_threads.NoThreads):
+                    # It looks at the attribute under the lock, so it cannot end before it is noted.
+                    self._thread = _threads.start(self._ask_again, THREAD_NAME)
+            kept = self._thread is not None
+        if kept != self.guard.kept:
+            self.guard.keep(kept)
+        return kept
+
+    def _ask_again(self) -> None:
+        while True:
+            with self._lock:
+                outage = self.guard.outage
+                if outage is None or not self._tenants:
+                    self._thread = None
+                    return
+            left = outage.next_at - monotonic()
+            if left > 0:
+                time.sleep(min(left, LONGEST_SLEEP))
+            elif self.guard.begin():
+                self._try_to_return(outage)
+
+    def _try_to_return(self, outage: Outage) -> None:
+        try:
+            outcomes = self._return(outage.patience)
+        except Exception as error:  # noqa: BLE001
+            # Whatever a client raises: it is not well yet.
+            self.guard.failed(error)
+            _logger.debug("%s: attempt %d failed (%s)", self, outage.attempts + 1, error)
+        else:
+            seconds = self.guard.answered()
+            # Callers who were still under way have begun anew.
+            for tenant in [tenant for tenant in list(self._tenants) if tenant.is_alone]:
+                try:
+                    with deadline(self._timeout):
+                        tenant.rejoin()
+                except Exception as error:  # noqa: BLE001
+                    # It is for the next caller to say what is the matter.
+                    _logger.debug("not brought back: %s", error)
+            _said.back(str(self), seconds, outcomes)
+
+    def _return(self, patience: float) -> Counter[str]:
+        """Have the circuits rejoin; whatever is a single circuit's own trouble keeps only that one away."""
+        tenants = list(self._tenants)
+        asked = [tenant for tenant in tenants if tenant.is_alone] or tenants[:1]
+        for tenant in asked:
+            seconds = None if self._timeout is None else max(patience, self._timeout)
+            with deadline(seconds), _unless_its_own(Meaning.AWAY):
+                tenant.load()
+            # The others are asked on the same connection.
+            patience = 0
+        # Where a server takes no writes, loading has failed only if something had to be repaired.
+        for tenant in asked:
+            with deadline(self._timeout), _unless_its_own(Meaning.AWAY, Meaning.READ_ONLY):
+                tenant.check_writable()
+                break
+        outcomes: Counter[str] = Counter()
+        for tenant in tenants:
+            with deadline(self._timeout), _unless_its_own(Meaning.AWAY, Meaning.READ_ONLY):
+                outcomes[tenant.rejoin()] += 1
+        return outcomes
+
+
+@contextlib.contextmanager
+def _unless_its_own(*meanings: Meaning) -> Iterator[None]:
+    """Errors of these meanings are the server's; all others are a single circuit's, and pass here."""
+    try:
+        yield
+    except Exception as error:
+        if meaning_of(error) in meanings:
+            raise
+        _logger.debug("not brought back: %s", error)
+
+
+class _Servers:
+    """The servers of this process, as long as circuits live there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_key: weakref.WeakValueDictionary[Hashable, Server] = weakref.WeakValueDictionary()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock."""
+        self._lock = threading.Lock()
+
+    def of(self, client: Any, timeout: float | None) -> Server:
+        origin = origin_of(client)
+        shared: Any = getattr(client, "connection_pool", client)
+        key = (origin, timeout) if origin and timeout is not None else (id(shared), timeout)
+        with self._lock:
+            server = self._of_key.get(key)
+            if server is None:
+                server = self._of_key[key] = Server(client, timeout)
+            return server
+
+
+_servers = _Servers()
+
+
+def server_of(client: Any, timeout: float | None) -> Server:
+    """The server behind a client; the same for all clients that reach it, as the same user, with the same timeout."""
+    return _servers.of(client, timeout)

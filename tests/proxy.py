@@ -1,0 +1,163 @@
+"""A proxy between a client and a server, that misbehaves when it is told to.
+
+Knows: sockets, threads, what can go wrong on the way.  Does not know: Redis, circuits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Literal
+
+#: How it treats what passes: as it is; held back as long as that lasts; answers cut in the middle, nothing after;
+#: answers byte by byte; answers late.
+Manner = Literal["pass", "silent", "half", "dribble", "slow"]
+
+#: Seconds between two looks at whether it is still to be like this.
+TICK = 0.005
+
+#: Seconds between two bytes.
+BYTE = 0.03
+
+
+class Proxy:
+    """Listens on a loopback port and passes everything on to a unix socket.
+
+    Attributes:
+        port: Where it listens.
+        manner: How it treats what passes from now on.
+        delay: For ``slow``: between how many seconds and how many.
+        doomed: So many further requests end their connection instead of being passed on.
+    """
+
+    def __init__(self, unix_socket: str) -> None:
+        self.manner: Manner = "pass"
+        self.delay = (0.0, 0.0)
+        self.doomed = 0
+        self._unix_socket = unix_socket
+        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._listening: socket.socket | None = None
+        self._open = True
+        self.port = 0
+        self.listen()
+
+    def listen(self) -> None:
+        """Accept connections, again on the same port."""
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", self.port))
+        listening.listen(128)
+        self.port = listening.getsockname()[1]
+        self._listening = listening
+        self._start(self._accept, listening)
+
+    def refuse(self) -> None:
+        """Close all connections and accept no more."""
+        if self._listening:
+            # To close a socket does not wake who waits for it.
+            with contextlib.suppress(OSError):
+                self._listening.shutdown(socket.SHUT_RDWR)
+            self._listening.close()
+        self._listening = None
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close all connections."""
+        with self._lock:
+            pairs = list(self._pairs)
+        for pair in pairs:
+            _close(*pair)
+
+    def __enter__(self) -> Proxy:  # typing.Self is new in 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        self.refuse()
+        for thread in self._threads:
+            thread.join(5)
+
+    def _start(self, target: object, *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)  # type: ignore[arg-type]
+        self._threads = [other for other in self._threads if other.is_alive()] + [thread]
+        thread.start()
+
+    def _accept(self, listening: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listening.accept()
+            except OSError:
+                return
+            far = socket.socket(socket.AF_UNIX)
+            try:
+                far.connect(self._unix_socket)
+            except OSError:
+                _close(near, far)
+                continue
+            with self._lock:
+                self._pairs.add((near, far))
+            self._start(self._pass_on, near, far, near, far)
+            self._start(self._answer, far, near, near, far)
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, *pair: socket.socket) -> None:
+        with self._both_ending(*pair):
+            while piece := source.recv(65536):
+                if self.doomed > 0:
+                    self.doomed -= 1
+                    return
+                self._wait_while("silent")
+                target.sendall(piece)
+
+    def _answer(self, source: socket.socket, target: socket.socket, *pair: socket.socket) -> None:
+        with self._both_ending(*pair):
+            while piece := source.recv(65536):
+                self._wait_while("silent")
+                if self.manner == "half":
+                    target.sendall(piece[: len(piece) // 2])
+                    self._wait_while("half")
+                    return
+                if self.manner == "slow":
+                    time.sleep(random.uniform(*self.delay))
+                if self.manner == "dribble":
+                    self._dribble(target, piece)
+                else:
+                    target.sendall(piece)
+
+    def _dribble(self, target: socket.socket, piece: bytes) -> None:
+        for number, byte in enumerate(piece):
+            if self.manner != "dribble":
+                target.sendall(piece[number:])
+                return
+            target.sendall(bytes([byte]))
+            time.sleep(BYTE)
+
+    @contextlib.contextmanager
+    def _both_ending(self, near: socket.socket, far: socket.socket) -> Iterator[None]:
+        """When either side hangs up, the other one is hung up on."""
+        try:
+            with contextlib.suppress(OSError):
+                yield
+        finally:
+            with self._lock:
+                self._pairs.discard((near, far))
+            _close(near, far)
+
+    def _wait_while(self, manner: Manner) -> None:
+        while self.manner == manner and self._open:
+            time.sleep(TICK)
+
+
+def _close(*sockets: socket.socket) -> None:
+    for item in sockets:
+        with contextlib.suppress(OSError):
+            item.shutdown(socket.SHUT_RDWR)
+        item.close()
