@@ -124,6 +124,8 @@ class View:
                 # Nothing has come in between, so it is the later one, though the server's clock may have been set back.
                 self._seen_ms = min(self._seen_ms, now_ms)
             if self._take(circuit, now_ms, quiet=quiet):
+                # Within a millisecond only the counters may have changed.
+                self.known = circuit
                 self._believe(ticket)
 
     def is_unreachable(self) -> None:
@@ -150,6 +152,9 @@ class View:
         """A change was pushed.  How old the news is nobody knows, so they extend no belief."""
         with self._lock:
             if self._heard:
+                if self.known is not None and self.known.generation == circuit.generation:
+                    # Counters are never told; a poll will say how they are.
+                    circuit = replace(circuit, fail_counter=self.known.fail_counter)
                 self._take(circuit, now_ms, quiet=False)
 
     def confirm(self, ticket: Ticket, now_ms: float, *, failures: int, quiet: bool) -> None:

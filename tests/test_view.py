@@ -336,3 +336,16 @@ def test_open_circuit_rejects_everybody_until_a_breaker_was_otherwise(view: View
     assert view.shortcut.rejection is None
     fill(view, replace(opened, opened_at_ms=950), 1200)
     assert view.shortcut.rejection is not rejection
+
+
+def test_counter_is_the_last_that_was_answered_or_polled(view: View) -> None:
+    """Pushes tell of no counters; a circuit of this process's own goes on from the one that is known."""
+    fill(view, replace(closed, fail_counter=1), 1000)
+    fill(view, replace(closed, fail_counter=2), 1000)
+    assert view.known == replace(closed, fail_counter=2), "within the same millisecond"
+    view.hear(replace(closed, noisy_until_ms=2100), 1100)
+    assert view.known == replace(closed, fail_counter=2, noisy_until_ms=2100)
+    view.confirm(view.ticket(), 1200, failures=0, quiet=False)
+    assert view.known == replace(closed, fail_counter=0, noisy_until_ms=2100)
+    view.hear(replace(opened, generation=closed.generation + 1), 1300)
+    assert view.known.fail_counter == opened.fail_counter
