@@ -134,6 +134,7 @@ class Guard:
         outage: What is the matter; ``None`` while all is well.
         kept: Whether somebody else asks again, or will as soon as something fails.
         longest_pause: Until it is asked again by somebody else, seconds.
+        returned_at: When the last outage ended; long ago if there was none.
         since: When this outage began, or the last one ended, or else this guard; seconds on `clock`.
         last_error: Of this or the last outage: its class and what it said; empty if there was none.
     """
@@ -148,7 +149,7 @@ class Guard:
         self.since = clock()
         self.last_error = ""
         self._turns = 0
-        self._returned_at = -math.inf
+        self.returned_at = -math.inf
         renew_in_children(self)
 
     def after_fork(self) -> None:
@@ -187,7 +188,7 @@ class Guard:
             attempts = before.attempts + 1 if before else 0
             patience = before.patience if before else self._timeout
             # What fails again soon after it went well has not really gone well.
-            self._turns = 0 if not before and now - self._returned_at > LONGEST_TURN else self._turns + 1
+            self._turns = 0 if not before and now - self.returned_at > LONGEST_TURN else self._turns + 1
             self.since = before.since if before else now
             self.last_error = f"{type(error).__name__}: {error}"
             if before and is_a(error, "TimeoutError"):
@@ -210,7 +211,7 @@ class Guard:
             # Two first answers may have come together; then the other one has taken it.
             if outage is None:
                 return None
-            self.since = self._returned_at = self.clock()
+            self.since = self.returned_at = self.clock()
             return self.since - outage.since
 
     def keep(self, kept: bool) -> Outage | None:

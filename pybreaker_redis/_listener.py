@@ -117,7 +117,8 @@ class Listener:
         with self._lock:
             if self._views:
                 return False
-            self._thread = None
+            # It has connections, which nobody needs any more either.
+            self._thread = self._server = None
             return True
 
     def _run(self) -> None:

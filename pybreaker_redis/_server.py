@@ -134,8 +134,16 @@ class Server:
             return True
         return not self._is_kept() and self.guard.may_ask()
 
-    def failed(self, error: BaseException, tenant: Tenant) -> None:
-        """A circuit got no usable answer, and that says something of the server."""
+    def failed(self, error: BaseException, tenant: Tenant, began: float) -> None:
+        """A circuit got no usable answer, and that says something of the server.
+
+        Args:
+            error: What there was instead.
+            tenant: The circuit.
+            began: When it asked, monotonic seconds: if the server was back after that, it says nothing any more.
+        """
+        if self.guard.outage is None and began < self.guard.returned_at:
+            return
         outage = self.guard.failed(error)
         # In this order: an answer that another thread gets meanwhile must not be believed while the guard keeps callers
         # away, or calls would be admitted by Redis and settled here.
@@ -154,6 +162,7 @@ class Server:
         """What was heard here is silent: see whether the server is there."""
         if self.guard.outage is not None:
             return
+        began = monotonic()
         for tenant in list(self._tenants):
             try:
                 with deadline(self._timeout):
@@ -161,7 +170,7 @@ class Server:
             except Exception as error:  # noqa: BLE001
                 if meaning_of(error) is not Meaning.AWAY:
                     continue
-                self.failed(error, tenant)
+                self.failed(error, tenant, began)
             return
 
     # The thread ---------------------------------------------------------------------------------------------------

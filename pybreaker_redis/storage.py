@@ -14,7 +14,7 @@ from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._arguments import check_fallback, check_state, staleness, wait
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED
-from pybreaker_redis._clock import from_ms, now_ms
+from pybreaker_redis._clock import from_ms, monotonic, now_ms
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, meaning_of
 from pybreaker_redis._intents import Intent, Load, RecordSuccess, ShareTrip
@@ -149,13 +149,14 @@ class CircuitRedisStorage(IntentStorage):
         if isinstance(intent, RecordSuccess) and (reply := self._shared.believed(intent)):
             return reply
         if self._may_ask():
+            began = monotonic()
             try:
                 with deadline(self._timeout):
                     return self._execute_shared(intent)
             except Exception as error:  # noqa: BLE001
                 # Clients of other libraries raise errors of their own, and callables that return a client whatever
                 # they like.  None of it may reach a guarded call; the log says what it was.
-                self._failed(error)
+                self._failed(error, began)
         return self._execute_own(intent)
 
     def _state_unasked(self) -> str:
@@ -176,7 +177,7 @@ class CircuitRedisStorage(IntentStorage):
         outcome = ""
         if self.is_alone or not self._view.may_believe:
             # It is a caller's turn to ask, or the server was back before this circuit was.
-            self.load()
+            self.load(tell=True)
             self.check_writable()
             outcome = self.rejoin()
         reply = self._shared.execute(intent)
@@ -209,9 +210,9 @@ class CircuitRedisStorage(IntentStorage):
         self._go_by(shortcut)
         return reply
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, began: float) -> None:
         if self._server is not None and meaning_of(error) in (Meaning.AWAY, Meaning.READ_ONLY):
-            self._server.failed(error, self)
+            self._server.failed(error, self, began)
             return
         outage = self._faults.failed(error)
         self.lose()
@@ -240,13 +241,17 @@ class CircuitRedisStorage(IntentStorage):
         """The server is out of reach: what is known of the shared circuit is not believed any more."""
         self._view.is_unreachable()
 
-    def load(self) -> None:
+    def load(self, *, tell: bool = False) -> None:
         """Ask for the shared circuit.
+
+        Args:
+            tell: Whether to say in the log what was found; else `rejoin` returns it.
 
         Raises:
             Exception: No usable answer; whatever the client raises then.
         """
-        self._event = self._shared.execute(Load(), tell=False).event
+        event = self._shared.execute(Load(), tell=tell).event
+        self._event = "" if tell else event
 
     def check_writable(self) -> None:
         """See whether the server takes writes.

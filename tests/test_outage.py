@@ -408,6 +408,48 @@ def test_threads_that_ask_at_once_wait_no_longer_than_one(site: Site, caplog):
     assert "and 7 more: Redis at" in lines_of(caplog)[0]
 
 
+def test_question_from_before_the_return_says_nothing_when_it_is_given_up(site: Site, caplog):
+    """A server that has thawed is not away because somebody has waited for it while it was frozen."""
+    caplog.set_level(logging.INFO, "pybreaker_redis")
+    breaker = settled(breaker_on(site.client()))
+    server, storage = breaker._state_storage._server, breaker._state_storage
+    began = time.monotonic()
+    site.proxy.refuse()
+    wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
+    site.proxy.listen()
+    wait_for(lambda: health_of(breaker).condition == "connected", "it is back")
+    server.failed(redis.TimeoutError("Timeout reading from socket"), storage, began)
+    assert health_of(breaker).condition == "connected"
+    assert len(lines_of(caplog)) == 2
+
+
+def test_connections_end_with_the_last_storage(site: Site, nobody_listens):
+    """Neither the thread nor a registry keeps them open."""
+    connected = site.administrator.info("clients")["connected_clients"]
+    breaker = settled(breaker_on(site.client()))
+    assert site.administrator.info("clients")["connected_clients"] > connected
+    del breaker
+
+    def are_gone() -> bool:
+        gc.collect()
+        return bool(site.administrator.info("clients")["connected_clients"] == connected)
+
+    wait_for(are_gone, "nobody is connected any more")
+
+
+def test_100_outages_leave_no_connection_behind(site: Site):
+    """What failed is closed, not kept."""
+    breaker = settled(breaker_on(site.client()))
+    connected = site.administrator.info("clients")["connected_clients"]
+    for _ in range(100):
+        site.proxy.hang_up()
+        site.proxy.refuse()
+        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
+        site.proxy.listen()
+        wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: site.administrator.info("clients")["connected_clients"] <= connected, "as many as before")
+
+
 @pytest.mark.slow
 def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
     """As many attempts to return, calls, trips and probes as in an hour, in less time."""
