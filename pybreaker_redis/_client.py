@@ -123,8 +123,13 @@ def origin_of(client: Any) -> Origin | None:
         return None
     left_out = {*_LEFT_OUT, *(name for name in words if name.startswith(("maint_", "orig_")))}
     kept = {name: value for name, value in words.items() if name not in left_out}
-    place = tuple((name, _Word(value)) for name, value in sorted(kept.items()) if name in _TELLS_APART)
-    return Origin(connection_class, place, kept, int(words.get("db") or 0))
+    # However it is said, by a URL or in words, it is the same place.
+    usual = {} if "path" in kept or "connection_pool" in kept else {"host": "localhost", "port": 6379}
+    said = {name: value for name, value in kept.items() if name in _TELLS_APART and value is not None}
+    place = {**usual, **said, "db": int(words.get("db") or 0)}
+    return Origin(
+        connection_class, tuple((name, _Word(place[name])) for name in sorted(place)), kept, int(words.get("db") or 0)
+    )
 
 
 def _libraries(client: Any) -> set[str]:
@@ -169,7 +174,9 @@ def longest_wait(client: Any) -> float | None:
     if words.get("socket_timeout") is None:
         return None
     retries = getattr(words.get("retry"), "_retries", 0)
-    return float(words["socket_timeout"]) * (1 + (retries if isinstance(retries, int) else 0))
+    if not isinstance(retries, int) or retries < 0:
+        return None
+    return float(words["socket_timeout"]) * (1 + retries)
 
 
 def _copy(client: Any, timeout: float, longest: float | None = None) -> Any:

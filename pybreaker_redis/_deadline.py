@@ -22,6 +22,8 @@ from typing import Any
 
 from pybreaker_redis._clock import monotonic
 
+_PASSED = "the deadline has passed"
+
 _until: ContextVar[float | None] = ContextVar("deadline of an operation", default=None)
 
 
@@ -50,13 +52,14 @@ class _Socket:
 
     Args:
         wrapped: The socket, plain or TLS.
+        given: Seconds to wait where there is no deadline; ``None``: without end.
         longest: Seconds to wait for a single piece, deadline or not.
     """
 
-    def __init__(self, wrapped: socket.socket, longest: float | None) -> None:
+    def __init__(self, wrapped: socket.socket, given: float | None, longest: float | None) -> None:
         self._wrapped = wrapped
         self._longest = longest
-        self._given = wrapped.gettimeout()
+        self._given = given
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapped, name)
@@ -74,6 +77,9 @@ class _Socket:
             return self._wrapped.recv_into(*arguments)
 
     def sendall(self, *arguments: Any) -> None:
+        if seconds_left() == 0:
+            # Whoever asked has given up: what is not sent is not done either.
+            raise TimeoutError(_PASSED)
         with self._in_time():
             self._wrapped.sendall(*arguments)
 
@@ -82,14 +88,14 @@ class _Socket:
         """What is there already is taken even when the time is over: then it was not the peer who was slow."""
         left = seconds_left()
         if left is None or self._given == 0:
+            self._wrapped.settimeout(self._given)
             yield
             return
         self._wrapped.settimeout(_least(left, self._longest))
         try:
             yield
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            msg = "the deadline has passed"
-            raise TimeoutError(msg) from error
+            raise TimeoutError(_PASSED) from error
 
 
 @cache
@@ -101,22 +107,35 @@ def deadlined(connection_class: type[Any], longest: float | None = None) -> type
         longest: Seconds to wait for a single piece, deadline or not: where others are asked if one does not answer.
     """
 
+    def left_or(given: float | None) -> float | None:
+        left = seconds_left()
+        # A timeout of zero would mean not to wait at all.
+        return given if left is None else max(0.001, _least(left, longest))
+
     class Deadlined(connection_class):  # type: ignore[misc]
-        socket_timeout: float | None
-        socket_connect_timeout: float | None
+        # One name has many addresses, and TLS begins when TCP is done: what is left is looked up each time.  The names
+        # that the values are kept under are redis-py's own, from 8 on.
+        _socket_timeout: float | None = None
+        _socket_connect_timeout: float | None = None
+
+        @property
+        def socket_timeout(self) -> float | None:
+            return left_or(self._socket_timeout)
+
+        @socket_timeout.setter
+        def socket_timeout(self, seconds: float | None) -> None:
+            self._socket_timeout = seconds
+
+        @property
+        def socket_connect_timeout(self) -> float | None:
+            return left_or(self._socket_connect_timeout)
+
+        @socket_connect_timeout.setter
+        def socket_connect_timeout(self, seconds: float | None) -> None:
+            self._socket_connect_timeout = seconds
 
         def _connect(self) -> Any:
-            left = seconds_left()
-            if left is None:
-                return super()._connect()
-            # Nothing to connect with in no time; a timeout of zero would mean not to wait at all.
-            seconds = max(0.001, _least(left, longest))
-            own = self.socket_timeout, getattr(self, "socket_connect_timeout", None)
-            self.socket_timeout = self.socket_connect_timeout = seconds
-            try:
-                return _Socket(super()._connect(), longest)
-            finally:
-                self.socket_timeout, self.socket_connect_timeout = own
+            return _Socket(super()._connect(), self._socket_timeout, longest)
 
     Deadlined.__name__ = Deadlined.__qualname__ = connection_class.__name__
     return Deadlined

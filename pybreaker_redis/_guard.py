@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -58,6 +59,7 @@ _OF_CLASSES = {
     "ConnectionError": Meaning.AWAY,
     "TimeoutError": Meaning.AWAY,
     "ClusterError": Meaning.AWAY,
+    "TryAgainError": Meaning.AWAY,
     "RedisClusterException": Meaning.AWAY,
     "ValkeyClusterException": Meaning.AWAY,
     "WatchError": Meaning.AWAY,
@@ -81,19 +83,34 @@ _OF_CODES = {
 }
 
 
+#: Parts of what servers say in their own words, and what they mean: of commands in scripts, and before any password.
+_OF_PHRASES = {
+    "permission": Meaning.FORBIDDEN,
+    "can't access": Meaning.FORBIDDEN,
+    "can't run this command": Meaning.FORBIDDEN,
+    "unauthenticated": Meaning.AWAY,
+}
+
+#: A code begins an error, or, inside that of a script, the error of a command.
+_CODE = re.compile(r"(?:^|[-@])([A-Z]+)\b")
+
+#: What redis-py puts before the error of a command in a pipeline, with the command, ends like this.
+_IN_PIPELINE = "of pipeline caused error: "
+
+
 def meaning_of(error: BaseException) -> Meaning:
     """What an error means, of whatever client library."""
-    if is_a(error, "ResponseError"):
-        # Inside scripts, older servers put the code of a command's error into a sentence.
-        words = str(error).replace(":", " ").split()
-        for word in words:
-            if word.lstrip("-@") in _OF_CODES:
-                return _OF_CODES[word.lstrip("-@")]
-        if "permission" in str(error) or "can't access" in str(error):
-            return Meaning.FORBIDDEN
     for cls in type(error).__mro__:
         if cls.__name__ in _OF_CLASSES:
             return _OF_CLASSES[cls.__name__]
+    if is_a(error, "ResponseError"):
+        said = str(error).rpartition(_IN_PIPELINE)[2]
+        for code in _CODE.findall(said):
+            if code in _OF_CODES:
+                return _OF_CODES[code]
+        for phrase, meaning in _OF_PHRASES.items():
+            if phrase in said:
+                return meaning
     return Meaning.FAULT
 
 
@@ -149,13 +166,17 @@ class Guard:
         self.since = clock()
         self.last_error = ""
         self._turns = 0
+        #: Whether somebody was told to ask, and has not come back yet.
+        self._asked = False
         self.returned_at = -math.inf
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock, and whoever asked again was left behind."""
         self._lock = threading.Lock()
-        self.kept = False
+        self.kept = self._asked = False
+        if self.outage is not None:
+            self.outage = replace(self.outage, next_at=self.clock())
 
     def hurry(self, max_staleness: float) -> None:
         """Something has to be known again so many seconds after Redis is back, or twice as many."""
@@ -172,6 +193,7 @@ class Guard:
             outage = self.outage
             if outage is None or self.clock() < outage.next_at:
                 return False
+            self._asked = True
             # An attempt that has not ended after so long is no reason any more not to make another.
             self.outage = replace(outage, next_at=self.clock() + LONGEST_PATIENCE + outage.patience)
             return True
@@ -185,12 +207,20 @@ class Guard:
         meaning = meaning_of(error)
         with self._lock:
             now, before = self.clock(), self.outage
+            self.last_error = f"{type(error).__name__}: {error}"
+            if before and not self._asked:
+                # Somebody who had asked before it was known that nobody answers; that is no further attempt.
+                self.outage = replace(before, meaning=meaning, error=self.last_error)
+                return None
+            self._asked = False
+            if before is None:
+                # What fails again soon after it went well has not really gone well.
+                self._turns = 0 if now - self.returned_at > LONGEST_TURN else self._turns + 1
+                self.since = now
+            else:
+                self._turns += 1
             attempts = before.attempts + 1 if before else 0
             patience = before.patience if before else self._timeout
-            # What fails again soon after it went well has not really gone well.
-            self._turns = 0 if not before and now - self.returned_at > LONGEST_TURN else self._turns + 1
-            self.since = before.since if before else now
-            self.last_error = f"{type(error).__name__}: {error}"
             if before and is_a(error, "TimeoutError"):
                 patience = min(patience * PATIENCE, LONGEST_PATIENCE)
             self.outage = Outage(
@@ -207,7 +237,7 @@ class Guard:
     def answered(self) -> float | None:
         """All is well.  Seconds that it was not, or ``None`` if it had been."""
         with self._lock:
-            outage, self.outage = self.outage, None
+            outage, self.outage, self._asked = self.outage, None, False
             # Two first answers may have come together; then the other one has taken it.
             if outage is None:
                 return None

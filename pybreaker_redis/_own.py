@@ -64,14 +64,9 @@ class OwnCircuit:
         return self._carrier is not None
 
     @property
-    def state(self) -> str:
-        """Its state."""
-        return self._now.state
-
-    @property
-    def generation(self) -> int:
-        """Its own; another one after each of its transitions."""
-        return self._now.generation
+    def now(self) -> Circuit:
+        """As it is, or was when it ended; its generation is another one after each of its transitions."""
+        return self._now
 
     def execute(self, intent: Intent, known: Circuit | None, *, answers: bool) -> Reply:
         """Carry out an intent; the first one makes the circuit.
@@ -123,6 +118,16 @@ class OwnCircuit:
                 reports.append(RecordFailure(base.generation, "", times=failures))
             return reports
 
+    def told(self, failures: int) -> None:
+        """The others have been told of what was counted up to now.
+
+        Args:
+            failures: The counter as it was when the reports were made.
+        """
+        with self._lock:
+            self._begun = replace(self._begun, fail_counter=failures)
+            self._missed = 0
+
     def end(self, generation: int) -> bool:
         """There is no need for it any more.
 
@@ -133,7 +138,8 @@ class OwnCircuit:
             Whether that was all; else it goes on, and they have to be told again.
         """
         with self._lock:
-            if generation != self._now.generation:
+            counted = self._now.fail_counter != self._begun.fail_counter or self._missed
+            if generation != self._now.generation or (counted and generation == self._begun.generation):
                 return False
             self._carrier = None
             self.shortcut.until = 0

@@ -162,7 +162,7 @@ class CircuitRedisStorage(IntentStorage):
     def _state_unasked(self) -> str:
         # pybreaker's constructor reads the state.  Modules create breakers when they are imported, before settings are
         # sure to be there and in masters that fork later: no time to connect.  The first call hears what is true.
-        return self._own.state if self.is_alone else self._shared.last_known_state
+        return self._own.now.state if self.is_alone else self._shared.last_known_state
 
     def _client(self) -> Any:
         server = server_of(self._given(), self._timeout)
@@ -272,12 +272,13 @@ class CircuitRedisStorage(IntentStorage):
         """
         outcome, self._event = self._event, ""
         for _ in range(ROUNDS):
-            generation = self._own.generation
+            now = self._own.now
             for report in self._own.reports(self._view.known):
                 accepted = self._shared.execute(report, tell=False).accepted
                 if accepted and isinstance(report, ShareTrip):
                     outcome = "opened for all"
-            if self._own.end(generation):
+            self._own.told(now.fail_counter)
+            if self._own.end(now.generation):
                 self._go_by(self._view.shortcut)
                 self._view.is_reachable()
                 break

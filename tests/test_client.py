@@ -1,0 +1,774 @@
+"""Clients of all kinds, and the connections of our own that are made like theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import fakeredis
+import pytest
+import redis
+import redis.sentinel
+import valkey
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._client import MOST_CONNECTIONS, Origin, bounded, longest_wait, origin_of
+from pybreaker_redis._deadline import deadline
+from pybreaker_redis._demo.server import PrivateServer, free_port
+from pybreaker_redis._server import server_of
+from tests import servers
+from tests.conftest import no_server
+from tests.servers import ONCE
+from tests.viewed import wait_for
+
+TIMEOUT = 0.3
+MORE = 0.1
+
+# redis-py before 6 leaves the socket of a failed connection to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+try:
+    from redis import CredentialProvider, UsernamePasswordCredentialProvider
+except ImportError:
+    CredentialProvider = None  # type: ignore[assignment,misc]
+
+
+class Prefixing(redis.Redis):
+    """Renames keys, as people do who share a server; knows more than redis-py's own."""
+
+    prefix = ""
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        """With the prefix before the key."""
+        if args[0] in ("GET", "SET"):
+            args = (args[0], self.prefix + args[1], *args[2:])
+        return super().execute_command(*args, **options)
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reached(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
+    """A server with a port, a socket, and a user ``shop``, for all tests here."""
+    found = request.getfixturevalue("found_binary")
+    with PrivateServer(found, port=free_port()) as server:
+        with contextlib.closing(server.client()) as client:
+            client.execute_command("ACL", "SETUSER", "shop", "on", ">secret", "~*", "&*", "+@all")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def found_binary() -> str:
+    """Of the preferred server."""
+    if not servers.at_hand():
+        no_server()
+    return servers.at_hand()[0].binary
+
+
+@pytest.fixture(autouse=True)
+def empty(request: pytest.FixtureRequest) -> None:
+    """Nothing is left of earlier tests."""
+    if "reached" in request.fixturenames:
+        with contextlib.closing(request.getfixturevalue("reached").client()) as client:
+            client.flushall()
+
+
+Kind = Callable[[PrivateServer], Any]
+
+
+def by_port(server: PrivateServer, **words: Any) -> redis.Redis:
+    """The plainest of all."""
+    return redis.Redis(host="127.0.0.1", port=server.port, **words)
+
+
+def retrying(retries: int) -> dict[str, Any]:
+    """Words for a client that tries so often again, as far as its library can be told."""
+    if not ONCE:
+        return {}
+    return {"retry": redis.retry.Retry(redis.backoff.NoBackoff(), retries)}
+
+
+def pooled(server: PrivateServer) -> redis.Redis:
+    """With a pool that waits."""
+    pool = redis.BlockingConnectionPool(host="127.0.0.1", port=server.port, max_connections=1, timeout=7)
+    return redis.Redis(connection_pool=pool)
+
+
+def by_django(server: PrivateServer) -> Any:
+    """As Django projects have it."""
+    settings = pytest.importorskip("django.conf").settings
+    cache = pytest.importorskip("django_redis.cache")
+    if not settings.configured:
+        settings.configure()
+    # What `django_redis.get_redis_connection` returns, without the caches that other tests have configured.
+    return cache.RedisCache(server.url, {"OPTIONS": {"SOCKET_TIMEOUT": 9}}).client.get_client(write=True)
+
+
+#: Every kind of client of a single server.
+KINDS: dict[str, Kind] = {
+    "tcp": by_port,
+    "password": lambda server: by_port(server, username="shop", password="secret"),
+    "decoding": lambda server: by_port(server, decode_responses=True, encoding="latin-1"),
+    "database": lambda server: by_port(server, db=3),
+    "url": lambda server: redis.Redis.from_url(f"{server.url}?socket_timeout=9"),
+    "unix": lambda server: redis.Redis(unix_socket_path=server.unix_socket, db=2),
+    "patient": lambda server: by_port(server, socket_timeout=30, health_check_interval=1, **retrying(3)),
+    "named": lambda server: by_port(server, client_name="shop"),
+    "blocking pool": pooled,
+    "subclass": lambda server: Prefixing(host="127.0.0.1", port=server.port),
+    "single connection": lambda server: by_port(server, single_connection_client=True),
+    "strict": lambda server: redis.StrictRedis(host="127.0.0.1", port=server.port),
+    "valkey": lambda server: valkey.Valkey(host="127.0.0.1", port=server.port),
+    "django": by_django,
+}
+if CredentialProvider:
+    KINDS["credentials"] = lambda server: by_port(
+        server, credential_provider=UsernamePasswordCredentialProvider("shop", "secret")
+    )
+if "protocol" in inspect.signature(redis.Redis).parameters:
+    KINDS["resp2"] = lambda server: by_port(server, protocol=2)
+    KINDS["resp3"] = lambda server: by_port(server, protocol=3)
+
+
+@pytest.fixture(params=KINDS)
+def client(request: pytest.FixtureRequest, reached: PrivateServer) -> Iterator[Any]:
+    """Each kind of client in turn."""
+    made = KINDS[request.param](reached)
+    yield made
+    made.close()
+    made.connection_pool.disconnect()
+
+
+def in_use(pool: Any) -> int:
+    """How many connections a pool has made."""
+    free = [made for made in getattr(pool, "_available_connections", ()) if made is not None]
+    return len({*map(id, getattr(pool, "_connections", ())), *map(id, free)})
+
+
+def take(pool: Any) -> Any:
+    """A connection of the pool; older libraries want to know what for."""
+    needed = inspect.signature(pool.get_connection).parameters["command_name"].default is inspect.Parameter.empty
+    return pool.get_connection(*(["PING"] if needed else []))
+
+
+def words_of(pool: Any) -> dict[str, Any]:
+    """What a pool's connections are given."""
+    return dict(pool.connection_kwargs)
+
+
+# -- a client's copy ---------------------------------------------------------------------------------------------------
+
+
+class TestBounded:
+    """The same client on connections of its own."""
+
+    def test_copy_reaches_the_same_database_as_the_same_user(self, client: Any) -> None:
+        """What one writes the other reads."""
+        own = bounded(client, TIMEOUT)
+        assert own is not None
+        with deadline(TIMEOUT):
+            own.set("key", "written")
+            assert bytes_of(client.get("key")) == b"written"
+            assert bytes_of(own.get("key")) == b"written"
+            user = own.execute_command("ACL", "WHOAMI")
+        assert bytes_of(user) == bytes_of(client.execute_command("ACL", "WHOAMI"))
+        own.connection_pool.disconnect()
+
+    def test_copy_answers_in_bytes(self, client: Any) -> None:
+        """Whatever lies there is ours to judge: a client that decodes would fail on some of it."""
+        own = bounded(client, TIMEOUT)
+        with deadline(TIMEOUT):
+            own.set("key", b"\xff\xfe")
+            assert own.get("key") == b"\xff\xfe"
+            assert (
+                own.eval("return redis.call('GET', KEYS[1])", 1, getattr(client, "prefix", "") + "key") == b"\xff\xfe"
+            )
+        own.connection_pool.disconnect()
+
+    def test_copy_leaves_the_client_as_it_was(self, client: Any) -> None:
+        """Its pool, its connections and its settings are the user's; closing ours closes none of them."""
+        client.set("mine", 1)
+        pool = client.connection_pool
+        before = in_use(pool), words_of(pool), pool.connection_class, dict(vars(client))
+        own = bounded(client, TIMEOUT)
+        assert own.connection_pool is not pool
+        with deadline(TIMEOUT):
+            own.get("mine")
+        own.close()
+        own.connection_pool.disconnect()
+        del own
+        gc.collect()
+        assert client.connection_pool is pool
+        assert (in_use(pool), words_of(pool), pool.connection_class, dict(vars(client))) == before
+        assert int(client.get("mine")) == 1
+
+    def test_copy_is_of_the_same_kind(self, client: Any) -> None:
+        """Subclasses that rename keys or trace commands go on doing so."""
+        own = bounded(client, TIMEOUT)
+        assert type(own) is type(client)
+        assert own is not client
+        assert issubclass(own.connection_pool.connection_class, client.connection_pool.connection_class)
+
+    def test_copy_neither_repeats_nor_names_nor_asks_after_its_health(self, client: Any) -> None:
+        """Trying again is decided elsewhere, and what belongs to the user's connections is not ours."""
+        own = bounded(client, TIMEOUT)
+        with deadline(TIMEOUT):
+            own.ping()
+        made = take(own.connection_pool)
+        assert made.socket_timeout == TIMEOUT
+        assert not made.health_check_interval
+        assert not made.client_name
+        retries = getattr(getattr(made, "retry", None), "_retries", 0)
+        assert retries == 0
+        assert not made.retry_on_timeout
+        own.connection_pool.release(made)
+        own.connection_pool.disconnect()
+
+    def test_copy_does_not_wait_longer_than_its_deadline(self, reached: PrivateServer, client: Any) -> None:
+        """Whatever the client's own timeouts and retries are: a server that is frozen, a connection or none."""
+        own = bounded(client, TIMEOUT)
+        for connected in (True, False):
+            if connected:
+                with deadline(TIMEOUT):
+                    own.ping()
+            else:
+                own.connection_pool.disconnect()
+            reached.pause()
+            began = time.monotonic()
+            try:
+                with pytest.raises(Exception) as caught, deadline(TIMEOUT):  # noqa: PT011 (looked at below)
+                    own.set("key", 1)
+            finally:
+                took = time.monotonic() - began
+                reached.resume()
+            assert "TimeoutError" in {cls.__name__ for cls in type(caught.value).__mro__}
+            assert took < TIMEOUT + MORE
+        wait_for(lambda: pings(client), "the server answers again")
+        own.connection_pool.disconnect()
+
+
+def pings(client: Any) -> bool:
+    """Whether the server answers."""
+    with contextlib.suppress(Exception):
+        return bool(client.ping())
+    return False
+
+
+def bytes_of(value: Any) -> bytes:
+    """As it lies in Redis."""
+    return value if isinstance(value, bytes) else str(value).encode("latin-1")
+
+
+def test_subclass_goes_on_renaming_keys(reached: PrivateServer) -> None:
+    """In what it was given after it was made, too."""
+    client = Prefixing(host="127.0.0.1", port=reached.port)
+    client.prefix = "shop:"
+    own = bounded(client, TIMEOUT)
+    with deadline(TIMEOUT):
+        own.set("key", "value")
+    assert by_port(reached).get("shop:key") == b"value"
+    own.connection_pool.disconnect()
+
+
+def test_callbacks_of_the_client_are_kept(reached: PrivateServer) -> None:
+    """As far as they are the client's, they are the copy's."""
+    client = by_port(reached)
+    client.set_response_callback("GET", lambda answer, **_: ("seen", answer))
+    own = bounded(client, TIMEOUT)
+    with deadline(TIMEOUT):
+        own.set("key", "value")
+        assert own.get("key") == ("seen", b"value")
+    own.connection_pool.disconnect()
+
+
+def test_pool_of_ones_own_waits_no_longer_than_the_timeout_for_a_connection(reached: PrivateServer) -> None:
+    """All of them are in use, so Redis does not answer."""
+    own = bounded(by_port(reached), TIMEOUT)
+    with deadline(10):
+        taken = [take(own.connection_pool) for _ in range(MOST_CONNECTIONS)]
+        began = time.monotonic()
+        with pytest.raises(redis.ConnectionError):
+            own.ping()
+        assert TIMEOUT <= time.monotonic() - began < TIMEOUT + MORE
+    for made in taken:
+        own.connection_pool.release(made)
+    own.connection_pool.disconnect()
+
+
+def test_wrong_password_is_wrong_for_the_copy(reached: PrivateServer) -> None:
+    """It has no other credentials than the client's."""
+    own = bounded(by_port(reached, username="shop", password="wrong"), TIMEOUT)
+    with pytest.raises((redis.exceptions.AuthenticationError, redis.ResponseError)), deadline(TIMEOUT):
+        own.ping()
+    own.connection_pool.disconnect()
+
+
+@pytest.mark.skipif(CredentialProvider is None, reason="this redis-py has no credential providers")
+def test_credentials_are_asked_for_anew_by_each_connection(reached: PrivateServer) -> None:
+    """They may be valid for a quarter of an hour, as in clouds."""
+    asked = []
+
+    class Rotating(CredentialProvider):  # type: ignore[misc,valid-type]
+        """Of the user's own."""
+
+        def get_credentials(self) -> tuple[str, str]:
+            """New ones each time."""
+            asked.append(1)
+            return "shop", "secret"
+
+    own = bounded(by_port(reached, credential_provider=Rotating()), TIMEOUT)
+    for times in (1, 2):
+        with deadline(TIMEOUT):
+            assert own.ping()
+        own.connection_pool.disconnect()
+        assert len(asked) == times
+
+
+def test_handshake_of_the_copy_asks_for_no_more_than_the_clients(reached: PrivateServer) -> None:
+    """Every question more is a wait more, where Redis is far."""
+    client = by_port(reached)
+    client.ping()
+    observer = by_port(reached)
+
+    def asked_by(asking: Any) -> dict[str, int]:
+        asking.connection_pool.disconnect()
+        observer.config_resetstat()
+        with deadline(TIMEOUT):
+            asking.ping()
+        stats = observer.info("commandstats")
+        return {name: stat["calls"] for name, stat in stats.items() if not name.startswith("cmdstat_config")}
+
+    own = bounded(client, TIMEOUT)
+    theirs, ours = asked_by(client), asked_by(own)
+    assert all(count <= theirs.get(name, 0) for name, count in ours.items()), (theirs, ours)
+    own.connection_pool.disconnect()
+    observer.close()
+    client.close()
+
+
+class Unusual(redis.Redis):
+    """A client that is made in a way of its own."""
+
+    def __copy__(self) -> Any:
+        """There is no making another."""
+        msg = "there is only one"
+        raise RuntimeError(msg)
+
+
+def cluster(kind: Any = None) -> Any:
+    """A cluster's client that was never connected."""
+    kind = kind or getattr(redis, "RedisCluster", None)
+    if kind is None:
+        pytest.skip("this redis-py has no clusters")
+    made = object.__new__(kind)
+    made.nodes_manager = MagicMock(connection_kwargs={"socket_timeout": 5.0})
+    # What ends with it was never begun.
+    made.close = lambda: None
+    return made
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        cluster,
+        lambda: cluster(valkey.ValkeyCluster),
+        fakeredis.FakeRedis,
+        lambda: fakeredis.FakeStrictRedis(decode_responses=True),
+        MagicMock,
+        lambda: MagicMock(spec=redis.Redis),
+        lambda: Unusual(unix_socket_path="/nowhere"),
+        object,
+        lambda: None,
+    ],
+    ids=[
+        "cluster",
+        "valkey's cluster",
+        "fakeredis",
+        "decoding fake",
+        "mock",
+        "mock of a client",
+        "unusual",
+        "object",
+        "nothing",
+    ],
+)
+def test_no_copy_of_what_has_no_single_server(make: Callable[[], Any]) -> None:
+    """It is used as it is, and nothing is raised."""
+    assert bounded(make(), TIMEOUT) is None
+
+
+def test_copy_of_a_dead_servers_client_connects_to_nobody(tmp_path: Path) -> None:
+    """It is made when a circuit is first used, and that may be in an outage."""
+    own = bounded(redis.Redis(unix_socket_path=str(tmp_path / "nobody")), TIMEOUT)
+    assert own is not None
+    with pytest.raises(redis.ConnectionError), deadline(TIMEOUT):
+        own.ping()
+
+
+# -- Sentinel ----------------------------------------------------------------------------------------------------------
+
+
+class Sentinels:
+    """A master, a replica, and Sentinels that know them.
+
+    Args:
+        binary: Of the servers.
+        count: How many Sentinels.
+    """
+
+    def __init__(self, binary: str, count: int) -> None:
+        self.master = PrivateServer(binary, port=free_port())
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(self.master)
+        self.sentinels = []
+        for _ in range(count):
+            port = free_port()
+            made = PrivateServer(binary, port=port)
+            configuration = made.directory / "sentinel.conf"
+            configuration.write_text(
+                f"port {port}\nbind 127.0.0.1\nunixsocket {made.unix_socket}\ndir {made.directory}\n"
+                f"sentinel monitor shop 127.0.0.1 {self.master.port} 1\n"
+                "sentinel down-after-milliseconds shop 60000\n"
+            )
+            made._arguments = lambda path=configuration: [str(path), "--sentinel"]  # type: ignore[method-assign]
+            self.sentinels.append(self.stack.enter_context(made))
+
+    def manager(self, **words: Any) -> redis.sentinel.Sentinel:
+        """As people make it."""
+        places = [("127.0.0.1", made.port) for made in self.sentinels]
+        return redis.sentinel.Sentinel(places, sentinel_kwargs={**ONCE}, **words)
+
+
+@pytest.fixture
+def sentinels(found_binary: str) -> Iterator[Callable[[int], Sentinels]]:
+    """So many Sentinels of a master."""
+    with contextlib.ExitStack() as stack:
+
+        def start(count: int) -> Sentinels:
+            made = Sentinels(found_binary, count)
+            stack.push(made.stack)
+            return made
+
+        yield start
+
+
+class TestSentinel:
+    """A master that Sentinels know."""
+
+    def test_copy_reaches_the_master(self, sentinels: Callable[[int], Sentinels]) -> None:
+        """As the Sentinels say; the user's Sentinels are left as they are."""
+        manager = sentinels(2).manager(socket_timeout=20)
+        client = manager.master_for("shop", db=1)
+        pools = [sentinel.connection_pool for sentinel in manager.sentinels]
+        before = words_of(client.connection_pool), [words_of(pool) for pool in pools]
+        own = bounded(client, TIMEOUT)
+        with deadline(10):
+            own.set("key", "value")
+            assert own.get("key") == b"value"
+        assert client.get("key") == b"value"
+        assert own.connection_pool.sentinel_manager is not manager
+        assert [sentinel.connection_pool for sentinel in manager.sentinels] == pools
+        assert (words_of(client.connection_pool), [words_of(pool) for pool in pools]) == before
+        assert client.connection_pool.sentinel_manager is manager
+        hang_up(own, client)
+
+    def test_copy_follows_the_master(self, sentinels: Callable[[int], Sentinels]) -> None:
+        """After a failover the Sentinels name another one, and that is where the next connection goes."""
+        shop = sentinels(1)
+        own = bounded(shop.manager().master_for("shop"), TIMEOUT)
+        with deadline(10):
+            assert own.ping()
+        with PrivateServer(shop.master.binary, port=free_port()) as other:
+            with contextlib.closing(shop.sentinels[0].client()) as operator:
+                operator.execute_command("SENTINEL", "REMOVE", "shop")
+                operator.execute_command("SENTINEL", "MONITOR", "shop", "127.0.0.1", str(other.port), "1")
+            shop.master.kill()
+            with contextlib.suppress(redis.ConnectionError), deadline(10):
+                own.ping()
+            with deadline(10):
+                own.set("key", "there")
+            with contextlib.closing(other.client()) as client:
+                assert client.get("key") == b"there"
+            hang_up(own)
+
+    def test_frozen_sentinel_leaves_time_for_the_next_one(self, sentinels: Callable[[int], Sentinels]) -> None:
+        """Each has its share of the time, and one is left for the master."""
+        shop = sentinels(2)
+        client = shop.manager(socket_timeout=30).master_for("shop")
+        own = bounded(client, 3 * TIMEOUT)
+        shop.sentinels[0].pause()
+        began = time.monotonic()
+        with deadline(3 * TIMEOUT):
+            assert own.ping()
+        assert TIMEOUT * 0.9 <= time.monotonic() - began < 2 * TIMEOUT
+        hang_up(own, client)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_frozen_sentinels_are_waited_for_no_longer_than_the_deadline(
+        self, sentinels: Callable[[int], Sentinels], count: int
+    ) -> None:
+        """All of them together."""
+        shop = sentinels(count)
+        client = shop.manager(socket_timeout=30).master_for("shop")
+        own = bounded(client, TIMEOUT)
+        for sentinel in shop.sentinels:
+            sentinel.pause()
+        began = time.monotonic()
+        with pytest.raises(redis.ConnectionError), deadline(TIMEOUT):
+            own.ping()
+        assert time.monotonic() - began < TIMEOUT + MORE
+        hang_up(own, client)
+
+    def test_frozen_master_is_waited_for_no_longer_than_the_deadline(
+        self, sentinels: Callable[[int], Sentinels]
+    ) -> None:
+        """It takes connections, and the Sentinels have not noticed yet."""
+        shop = sentinels(1)
+        client = shop.manager(socket_timeout=30).master_for("shop")
+        own = bounded(client, TIMEOUT)
+        shop.master.pause()
+        began = time.monotonic()
+        with pytest.raises((redis.TimeoutError, redis.ConnectionError)), deadline(TIMEOUT):
+            own.ping()
+        assert time.monotonic() - began < TIMEOUT + MORE
+        hang_up(own, client)
+
+    def test_clients_of_one_master_share_a_server_if_one_pool_serves_them(
+        self, sentinels: Callable[[int], Sentinels]
+    ) -> None:
+        """And say by which name they know it."""
+        client = sentinels(1).manager().master_for("shop")
+        again = redis.Redis(connection_pool=client.connection_pool)
+        assert server_of(client, TIMEOUT) is server_of(again, TIMEOUT)
+        assert str(origin_of(client)) == "the master 'shop'/0"
+
+
+def hang_up(*clients: Any) -> None:
+    """Also on the Sentinels."""
+    for client in clients:
+        client.connection_pool.disconnect()
+        for sentinel in client.connection_pool.sentinel_manager.sentinels:
+            sentinel.connection_pool.disconnect()
+
+
+# -- how long it may take ----------------------------------------------------------------------------------------------
+
+
+class TestLongestWait:
+    """How many seconds a command may take at most, as far as the settings tell."""
+
+    def test_client_without_a_timeout_waits_without_end(self) -> None:
+        """Whatever its retries are."""
+        assert longest_wait(redis.Redis(socket_timeout=None)) is None
+
+    def test_every_retry_waits_as_long(self) -> None:
+        """redis-py 8 retries ten times unless told otherwise."""
+        assert longest_wait(redis.Redis(socket_timeout=0.5, **ONCE)) == 0.5
+        if ONCE:
+            assert longest_wait(redis.Redis(socket_timeout=0.5, **retrying(3))) == 2.0
+
+    @pytest.mark.skipif(not ONCE, reason="this redis-py never tries again")
+    def test_client_that_tries_for_ever_waits_without_end(self) -> None:
+        """A negative number of retries means that."""
+        assert longest_wait(redis.Redis(socket_timeout=0.5, **retrying(-1))) is None
+
+    @pytest.mark.parametrize("make", [fakeredis.FakeRedis, MagicMock, object], ids=["fakeredis", "mock", "object"])
+    def test_what_never_waits_or_cannot_be_judged_is_not_complained_of(self, make: Callable[[], Any]) -> None:
+        """Nothing is known of it, or it is known not to wait."""
+        assert longest_wait(make()) == 0.0
+
+    def test_cluster_is_judged_by_its_nodes(self) -> None:
+        """It has no pool of its own."""
+        made = cluster()
+        assert longest_wait(made) == 5.0
+        made.nodes_manager.connection_kwargs["socket_timeout"] = None
+        assert longest_wait(made) is None
+
+
+class TestWarning:
+    """What is said of a client whose waits cannot be bounded."""
+
+    @staticmethod
+    def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+        """The lines about it."""
+        return [line for line in caplog.messages if "no connections with deadlines" in line]
+
+    @pytest.mark.parametrize(
+        ("seconds", "complaint"), [(None, "without end"), (5.0, "for 5 s"), (1.0, None), (0.1, None)], ids=str
+    )
+    def test_long_wait_is_said_once(
+        self, caplog: pytest.LogCaptureFixture, seconds: float | None, complaint: str | None
+    ) -> None:
+        """Not for each circuit, not for each call; not for a wait that nobody minds."""
+        client = Unusual(unix_socket_path="/nowhere", socket_timeout=seconds, **ONCE)
+        servers = [server_of(client, TIMEOUT) for _ in range(3)]
+        assert servers[0] is servers[1] is servers[2]
+        assert servers[0].client is client
+        if complaint is None:
+            assert self.said(caplog) == []
+        else:
+            (line,) = self.said(caplog)
+            assert line.startswith("Unusual: ")
+            assert f"a guarded call may wait for Redis {complaint}: give the client a socket_timeout" in line
+
+    def test_storages_say_it_when_they_are_first_used(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Once for all of them."""
+        client = Unusual(unix_socket_path="/nowhere", socket_timeout=5, **ONCE)
+        storages = [CircuitRedisStorage("closed", client, name) for name in ("one", "other")]
+        assert self.said(caplog) == []
+        for storage in storages:
+            assert storage.state == "closed"
+            assert storage.state == "closed"
+        assert len(self.said(caplog)) == 1
+
+    def test_nothing_is_said_of_who_wants_it_so(self, caplog: pytest.LogCaptureFixture) -> None:
+        """`timeout=None` is to use the client as it is."""
+        client = Unusual(unix_socket_path="/nowhere", socket_timeout=None, **ONCE)
+        assert server_of(client, None).client is client
+        assert self.said(caplog) == []
+
+    def test_nothing_is_said_of_a_client_that_is_bounded(self, caplog: pytest.LogCaptureFixture, client: Any) -> None:
+        """However long it would wait itself."""
+        assert server_of(client, TIMEOUT).client is not client
+        assert self.said(caplog) == []
+
+
+# -- one server --------------------------------------------------------------------------------------------------------
+
+
+class TestServer:
+    """What storages share."""
+
+    def test_clients_of_one_server_and_user_share_pool_and_guard(self, reached: PrivateServer) -> None:
+        """When it goes, all circuits know at once, and one thread alone asks again."""
+        one, other = by_port(reached), by_port(reached, socket_timeout=3, max_connections=7)
+        assert one.connection_pool is not other.connection_pool
+        assert server_of(one, TIMEOUT) is server_of(other, TIMEOUT)
+        assert server_of(one, TIMEOUT).client.connection_pool is server_of(other, TIMEOUT).client.connection_pool
+
+    def test_storages_of_one_server_share_pool_and_guard(self, reached: PrivateServer) -> None:
+        """As an application has it that makes a client wherever it needs one."""
+        storages = [CircuitRedisStorage("closed", by_port(reached), name) for name in ("one", "other")]
+        for storage in storages:
+            assert storage.state == "closed"
+        one, other = (storage._server for storage in storages)
+        assert one is not None
+        assert one is other
+        assert one.tenants == 2
+        assert one.guard is other.guard
+        with contextlib.closing(by_port(reached)) as operator:
+            assert {storage.health().circuits for storage in storages} == {2}
+            own = [made for made in operator.client_list() if made["cmd"].startswith("eval")]
+        assert len(own) == 1, "one connection does for both"
+        one.client.connection_pool.disconnect()
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            {"db": 1},
+            {"username": "shop", "password": "secret"},
+            {"port": 1},
+            {"host": "127.0.0.2"},
+            {"password": "other"},
+        ],
+        ids="+".join,
+    )
+    def test_clients_of_other_servers_users_or_databases_share_nothing(self, words: dict[str, Any]) -> None:
+        """What one may, another need not; and what has gone for one may be there for the other."""
+        given = {"host": "127.0.0.1", "port": 6379}
+        one, other = redis.Redis(**given), redis.Redis(**{**given, **words})
+        assert server_of(one, TIMEOUT) is not server_of(other, TIMEOUT)
+
+    def test_other_timeout_is_another_server(self) -> None:
+        """A pool waits as long as it was made to."""
+        client = redis.Redis(unix_socket_path="/nowhere")
+        kept = server_of(client, TIMEOUT)
+        assert kept is not server_of(client, 2 * TIMEOUT)
+        assert kept is not server_of(client, None)
+        assert kept is server_of(client, TIMEOUT)
+
+    @pytest.mark.parametrize(
+        ("url", "words"),
+        [
+            ("redis://there:7000/0", {"host": "there", "port": 7000}),
+            ("redis://there:7000", {"host": "there", "port": 7000}),
+            ("redis://there:7000/2", {"host": "there", "port": 7000, "db": 2}),
+            (
+                "redis://shop:secret@there:7000/0",
+                {"host": "there", "port": 7000, "username": "shop", "password": "secret"},
+            ),
+            ("unix:///there.sock", {"unix_socket_path": "/there.sock"}),
+            ("redis://localhost", {}),
+        ],
+    )
+    def test_url_and_words_that_lead_to_the_same_place_are_one_server(self, url: str, words: dict[str, Any]) -> None:
+        """Some of an application is configured by a URL, as django-redis is, and some by words."""
+        one, other = server_of(redis.Redis.from_url(url), TIMEOUT), server_of(redis.Redis(**words), TIMEOUT)
+        assert one is other
+
+    def test_clients_of_two_libraries_share_nothing(self) -> None:
+        """Their pools do not go together."""
+        one, other = redis.Redis(unix_socket_path="/there"), valkey.Valkey(unix_socket_path="/there")
+        assert server_of(one, TIMEOUT) is not server_of(other, TIMEOUT)
+
+    def test_client_without_an_origin_is_a_server_of_its_own(self) -> None:
+        """Nobody knows whether two of them are the same."""
+        one, other = MagicMock(), MagicMock()
+        kept = server_of(one, TIMEOUT)
+        assert kept is server_of(one, TIMEOUT)
+        assert kept is not server_of(other, TIMEOUT)
+        assert kept.client is one
+        assert str(kept) == "MagicMock"
+
+    def test_server_ends_with_the_last_storage(self) -> None:
+        """A process that makes clients for each request does not collect servers."""
+        client = redis.Redis(unix_socket_path="/nowhere")
+        storage = CircuitRedisStorage("closed", client)
+        assert storage.state == "closed"
+        server = weakref.ref(server_of(client, storage._timeout))
+        assert server() is storage._server
+        ended = server().guard.outage  # type: ignore[union-attr]
+        assert ended is not None, "nobody is there"
+        del storage
+        gc.collect()
+        wait_for(lambda: gc.collect() is not None and server() is None, "the thread that asks again lets go of it")
+
+
+class TestOrigin:
+    """Where a client's commands go."""
+
+    @pytest.mark.parametrize(
+        ("client", "said"),
+        [
+            (redis.Redis, "localhost:6379/0"),
+            (lambda: redis.Redis(host="there", port=1, db=2), "there:1/2"),
+            (lambda: redis.Redis(unix_socket_path="/there"), "/there/0"),
+            (lambda: redis.Redis.from_url("redis://there/3"), "there:6379/3"),
+            (lambda: redis.Redis(password="secret"), "localhost:6379/0"),
+        ],
+    )
+    def test_origin_says_where_it_is_and_no_secrets(self, client: Callable[[], Any], said: str) -> None:
+        """For lines in the log."""
+        assert str(origin_of(client())) == said
+
+    @pytest.mark.parametrize("make", [cluster, fakeredis.FakeRedis, MagicMock, object])
+    def test_what_has_no_single_place_has_no_origin(self, make: Callable[[], Any]) -> None:
+        """Clusters are many places, and fakeredis is none."""
+        assert origin_of(make()) is None
+
+    def test_origin_connects_once_without_retries(self, tmp_path: Path) -> None:
+        """Its timeouts are those that it is given."""
+        origin = origin_of(redis.Redis(unix_socket_path=str(tmp_path / "nobody"), socket_timeout=60))
+        assert isinstance(origin, Origin)
+        began = time.monotonic()
+        with pytest.raises(redis.ConnectionError):
+            origin.connect(timeout=TIMEOUT)
+        assert time.monotonic() - began < TIMEOUT
