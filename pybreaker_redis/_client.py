@@ -83,6 +83,20 @@ class Origin:
         connection.connect()
         return connection
 
+    def has_moved(self, connection: Any) -> bool:
+        """Whether Sentinels know another master than the one that a connection leads to.
+
+        To ask them also has the pool's idle connections closed if they do.  Who cannot be asked knows nothing else.
+        """
+        pool = self.words.get("connection_pool")
+        if not getattr(pool, "is_master", False):
+            return False
+        try:
+            address = tuple(pool.get_master_address())  # type: ignore[union-attr]
+        except Exception:  # noqa: BLE001
+            return False
+        return address != (connection.host, connection.port)
+
     def __str__(self) -> str:
         words = self.words
         service = getattr(words.get("connection_pool"), "service_name", None)

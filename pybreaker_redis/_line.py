@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pybreaker_redis._client import Origin
+from pybreaker_redis._deadline import deadline
 from pybreaker_redis.errors import PushUnavailable, is_a
 
 #: How the connections are called in ``CLIENT LIST``.
@@ -63,6 +64,7 @@ class Line:
     """
 
     def __init__(self, origin: Origin, timeout: float, hear: Callable[[Push], None]) -> None:
+        self._origin = origin
         self._timeout = timeout
         self._hear = hear
         self._connections: list[Any] = []
@@ -124,11 +126,21 @@ class Line:
         return answers
 
     def beat(self) -> bool:
-        """Ask for a sign of life where nothing else is asked.
+        """Ask for a sign of life where nothing else is asked, and Sentinels whether this is still the place.
+
+        A master that was demoted keeps its connections for seconds, and hears what is published on the new one, but
+        not when it is cut off from it.
 
         Returns:
             Whether there is such a place; then the answer is heard as a push of the kind ``pong``.
+
+        Raises:
+            ConnectionResetError: Sentinels know another master.
         """
+        with deadline(self._timeout):
+            if self._origin.has_moved(self._asking):
+                msg = "the master has moved"
+                raise ConnectionResetError(msg)
         if self._is_one:
             return False
         self._send(self._hearing, [("PING",)])

@@ -15,7 +15,6 @@ from unittest.mock import MagicMock
 import fakeredis
 import pytest
 import redis
-import redis.sentinel
 import valkey
 
 from pybreaker_redis import CircuitRedisStorage
@@ -25,6 +24,7 @@ from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._server import server_of
 from tests import servers
 from tests.conftest import no_server
+from tests.sentinels import Sentinels
 from tests.servers import ONCE
 from tests.viewed import wait_for
 
@@ -414,37 +414,6 @@ def test_copy_of_a_dead_servers_client_connects_to_nobody(tmp_path: Path) -> Non
 
 
 # -- Sentinel ----------------------------------------------------------------------------------------------------------
-
-
-class Sentinels:
-    """A master, a replica, and Sentinels that know them.
-
-    Args:
-        binary: Of the servers.
-        count: How many Sentinels.
-    """
-
-    def __init__(self, binary: str, count: int) -> None:
-        self.master = PrivateServer(binary, port=free_port())
-        self.stack = contextlib.ExitStack()
-        self.stack.enter_context(self.master)
-        self.sentinels = []
-        for _ in range(count):
-            port = free_port()
-            made = PrivateServer(binary, port=port)
-            configuration = made.directory / "sentinel.conf"
-            configuration.write_text(
-                f"port {port}\nbind 127.0.0.1\nunixsocket {made.unix_socket}\ndir {made.directory}\n"
-                f"sentinel monitor shop 127.0.0.1 {self.master.port} 1\n"
-                "sentinel down-after-milliseconds shop 60000\n"
-            )
-            made._arguments = lambda path=configuration: [str(path), "--sentinel"]  # type: ignore[method-assign]
-            self.sentinels.append(self.stack.enter_context(made))
-
-    def manager(self, **words: Any) -> redis.sentinel.Sentinel:
-        """As people make it."""
-        places = [("127.0.0.1", made.port) for made in self.sentinels]
-        return redis.sentinel.Sentinel(places, sentinel_kwargs={**ONCE}, **words)
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""A master that Sentinels watch, all of them real.
+
+Knows: processes, how a Sentinel is configured.  Does not know: circuits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import redis
+import redis.sentinel
+
+from pybreaker_redis._demo.server import PrivateServer, free_port
+from tests.servers import ONCE
+from tests.viewed import wait_for
+
+
+class Sentinels:
+    """A master, and Sentinels that know it.
+
+    Args:
+        binary: Of the servers.
+        count: How many Sentinels.
+        down_after: Seconds of silence after which they take the master for dead.
+    """
+
+    def __init__(self, binary: str, count: int, *, down_after: float = 60) -> None:
+        self.master = PrivateServer(binary, port=free_port())
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(self.master)
+        self.sentinels = []
+        for _ in range(count):
+            port = free_port()
+            made = PrivateServer(binary, port=port)
+            configuration = made.directory / "sentinel.conf"
+            configuration.write_text(
+                f"port {port}\nbind 127.0.0.1\nunixsocket {made.unix_socket}\ndir {made.directory}\n"
+                f"sentinel monitor shop 127.0.0.1 {self.master.port} 1\n"
+                f"sentinel down-after-milliseconds shop {down_after * 1000:.0f}\n"
+                "sentinel failover-timeout shop 3000\n"
+            )
+            made._arguments = lambda path=configuration: [str(path), "--sentinel"]  # type: ignore[method-assign]
+            self.sentinels.append(self.stack.enter_context(made))
+
+    def manager(self, **words: Any) -> redis.sentinel.Sentinel:
+        """As people make it."""
+        places = [("127.0.0.1", made.port) for made in self.sentinels]
+        return redis.sentinel.Sentinel(places, sentinel_kwargs={**ONCE}, **words)
+
+    def add_replica(self) -> PrivateServer:
+        """One more server, that follows the master and can take its place."""
+        replica = PrivateServer(
+            self.master.binary, port=free_port(), args=["--replicaof", f"127.0.0.1 {self.master.port}"]
+        )
+        self.stack.enter_context(replica)
+        with contextlib.closing(self.sentinels[0].client()) as sentinel, contextlib.closing(replica.client()) as client:
+            wait_for(lambda: client.info("replication")["master_link_status"] == "up", "the replica follows")
+            wait_for(lambda: sentinel.execute_command("SENTINEL", "REPLICAS", "shop"), "it is known", within=30)
+        return replica
+
+    def master_port(self) -> int:
+        """Where they say that the master listens."""
+        with contextlib.closing(self.sentinels[0].client()) as sentinel:
+            return int(sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "shop")[1])
+
+    def fail_over(self) -> None:
+        """An operator's command: let a replica take over."""
+
+        def has_begun() -> bool:
+            try:
+                sentinel.execute_command("SENTINEL", "FAILOVER", "shop")
+            except redis.ResponseError:
+                # None is good enough yet: they look at replicas every ten seconds.
+                return False
+            return True
+
+        with contextlib.closing(self.sentinels[0].client()) as sentinel:
+            wait_for(has_begun, "a replica is good enough", within=30)
