@@ -5,6 +5,9 @@ Knows: what is accepted.  Does not know: what it is for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from pybreaker_redis._circuit import MAX_LEASE_MS, STATES
 
 
@@ -21,6 +24,24 @@ def check_fallback(fallback_circuit_state: str) -> None:
         accepted = ", ".join(map(repr, (*STATES, "last")))
         msg = f"fallback_circuit_state must be one of {accepted}, not {fallback_circuit_state!r}"
         raise ValueError(msg)
+
+
+def check_namespace(namespace: str | None) -> None:
+    """Refuse what cannot be a prefix of keys."""
+    if namespace is not None and not isinstance(namespace, str):
+        msg = f"namespace must be a str or None, not {namespace!r}"
+        raise TypeError(msg)
+
+
+def client_source(redis_object: Any) -> Callable[[], Any]:
+    """Validate a client or a callable that returns one; something to be called in either case."""
+    is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
+    asynchronous = is_client and "asyncio" in type(redis_object).__module__
+    if asynchronous or not (is_client or callable(redis_object)):
+        msg = f"redis_object must be a synchronous client or a callable that returns one, not {redis_object!r}"
+        raise TypeError(msg)
+    source: Callable[[], Any] = (lambda: redis_object) if is_client else redis_object
+    return source
 
 
 def wait(timeout: float | None) -> float | None:

@@ -5,12 +5,16 @@ Knows: one thread's side of the conversation with one storage.  Does not know: w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pybreaker_redis._admissions import BY_HAND
 from pybreaker_redis._circuit import HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._clock import monotonic
+from pybreaker_redis._deadline import deadline
 
 
 @dataclass(slots=True)
@@ -27,6 +31,8 @@ class Caller:
         refused: Whether that failure came too late to count.
         count: The counter as its last report left it, until it is read.
         fence: What the trip in progress speaks for.
+        waited: For how many seconds it has waited for an answer since its call began.
+        has_reported: Whether it has reported since; then a further report is that of another call.
         telling: Whether a breaker may still be telling its listeners of a new state.
     """
 
@@ -39,7 +45,32 @@ class Caller:
     refused: bool = False
     count: int | None = None
     fence: Admission = BY_HAND
+    waited: float = 0.0
+    has_reported: bool = True
     telling: bool = False
+
+    def begins(self) -> None:
+        """It looks at the circuit, so it may be about to call."""
+        self.waited, self.has_reported = 0.0, False
+
+    @contextlib.contextmanager
+    def waits(self, timeout: float | None, *, reports: bool = False) -> Iterator[None]:
+        """What is asked for one call ends within one timeout, all of it together.
+
+        Args:
+            timeout: Seconds; ``None``: as long as it takes.
+            reports: Whether it is said now how the call has ended.
+        """
+        if reports and self.has_reported:
+            # Of a call that was admitted without a look.
+            self.waited = 0.0
+        self.has_reported = self.has_reported or reports
+        began = monotonic()
+        try:
+            with deadline(None if timeout is None else timeout - self.waited):
+                yield
+        finally:
+            self.waited += monotonic() - began
 
     def claim(self, token: str) -> None:
         """It has got the probe."""

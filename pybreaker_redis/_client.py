@@ -174,6 +174,16 @@ def bounded(client: Any, timeout: float) -> Any:
         return None
 
 
+def on_pool(client: Any, pool: Any) -> Any:
+    """A copy of a client that uses another pool; what else makes it different from others it keeps."""
+    own = copy.copy(client)
+    own.connection_pool = pool
+    own.auto_close_connection_pool = False
+    # The one connection of a client that has no more.
+    own.connection = None
+    return own
+
+
 def longest_wait(client: Any) -> float | None:
     """How many seconds a command may take at most, as far as the client's settings tell; ``None``: without end.
 
@@ -199,14 +209,10 @@ def _copy(client: Any, timeout: float, longest: float | None = None) -> Any:
     if origin is None or library is None:
         msg = f"not redis-py's kin: {client!r}"
         raise TypeError(msg)
-    own = copy.copy(client)
-    own.connection_pool = pool = _pool(client.connection_pool, library, origin, timeout, longest)
+    pool = _pool(client.connection_pool, library, origin, timeout, longest)
     # Now rather than in the middle of a call: the kinds of connection that need something else raise here.
     pool.connection_class(**pool.connection_kwargs)
-    own.auto_close_connection_pool = False
-    # The one connection of a client that has no more.
-    own.connection = None
-    return own
+    return on_pool(client, pool)
 
 
 def _pool(pool: Any, library: Any, origin: Origin, timeout: float, longest: float | None) -> Any:

@@ -187,6 +187,11 @@ class Guard:
         """Whether all is well, or nobody else asks again and it is the caller's turn."""
         return self.outage is None or (not self.kept and self.begin())
 
+    def is_due(self) -> bool:
+        """Whether somebody may ask, or might be told to: a look that tells nobody to."""
+        outage = self.outage
+        return outage is None or self.clock() >= outage.next_at
+
     def begin(self) -> bool:
         """Whether it is time to ask again; then nobody else is to, until that has ended."""
         with self._lock:

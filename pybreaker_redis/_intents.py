@@ -136,8 +136,8 @@ class Trip(Fenced):
 class ShareTrip(Intent):
     """A process that was cut off has opened the circuit meanwhile: so it is open for all, for the rest of its time.
 
-    Refused if anybody has moved the circuit since the process was cut off, or is just probing, or if it is open anyway
-    and opened later.  So of many that return only one trips.
+    Refused if anybody has moved the circuit since the process was cut off, or if it is open anyway and opened later.
+    So of many that return only one trips.
 
     Attributes:
         generation: The circuit's when the process was cut off.
@@ -151,7 +151,7 @@ class ShareTrip(Intent):
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         opened_at_ms = max(0, now_ms - self.open_ms)
         was_open = circuit.state == OPEN and (circuit.opened_at_ms or 0) >= opened_at_ms
-        if circuit.generation != self.generation or circuit.is_probed(now_ms) or was_open:
+        if circuit.generation != self.generation or was_open:
             return Decision(False, circuit)
         return Decision(True, circuit.moved(OPEN, success_counter=0, opened_at_ms=opened_at_ms))
 

@@ -10,8 +10,9 @@ what one has admitted is never settled in the other.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pybreaker_redis._carrier import Reply
@@ -46,7 +47,7 @@ class OwnCircuit:
         self._fallback = fallback
         self._initial = initial
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock, self._returning = threading.Lock(), threading.Lock()
         self._carrier: MemoryCarrier | None = None
         #: The shared circuit that it went on from, how it began, and how it is.
         self._base: Circuit | None = None
@@ -55,8 +56,21 @@ class OwnCircuit:
         renew_in_children(self)
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
-        self._lock = threading.Lock()
+        """In a child: nobody holds the lock, and nobody may go by what was known without a look."""
+        self._lock, self._returning = threading.Lock(), threading.Lock()
+        self.shortcut.until = 0
+        self.shortcut.shut()
+
+    @contextlib.contextmanager
+    def returning(self) -> Iterator[bool]:
+        """Whether the caller is the one who brings back what was learned; another one at the same time is not."""
+        returning = self._returning
+        is_first = returning.acquire(blocking=False)
+        try:
+            yield is_first
+        finally:
+            if is_first:
+                returning.release()
 
     @property
     def in_use(self) -> bool:
@@ -118,6 +132,10 @@ class OwnCircuit:
                 reports.append(RecordFailure(base.generation, "", times=failures))
             return reports
 
+    def is_told_in_vain(self, replies: list[Reply]) -> bool:
+        """Whether it has to be told again: it goes on from nothing, and somebody has just restored what was lost."""
+        return self._base is None and any(not reply.accepted and reply.circuit.state == CLOSED for reply in replies)
+
     def told(self, failures: int) -> None:
         """The others have been told of what was counted up to now.
 
@@ -147,7 +165,9 @@ class OwnCircuit:
             return True
 
     def _was_overtaken(self, known: Circuit | None) -> bool:
-        return known is not None and self._base is not None and known.generation > self._base.generation
+        if known is None or self._base is None:
+            return known is not None and known.state != CLOSED
+        return known.generation > self._base.generation
 
     def _begin(self, known: Circuit | None, *, answers: bool) -> None:
         goes_on = known and (answers or known.state != CLOSED or self._fallback in (LAST, CLOSED))

@@ -8,6 +8,7 @@ carry what they say as a dictionary, too, in the attribute ``pybreaker_redis``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from typing import Any
@@ -32,7 +33,8 @@ def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, be
         besides: How many more circuits of this process live there.
     """
     pause = outage.next_at - outage.since
-    _logger.warning(
+    _say(
+        logging.WARNING,
         "circuit %r%s: Redis at %s %s (%s%s); using this process's own state, next attempt in %.2f s, waiting up to "
         "%.2f s",
         circuit,
@@ -47,6 +49,33 @@ def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, be
     )
 
 
+def in_trouble(circuit: str, outage: Outage) -> None:
+    """A circuit has met an error that is its own: it is refused something, or nothing makes sense.
+
+    Args:
+        circuit: Which.
+        outage: What is the matter.
+    """
+    _say(
+        logging.WARNING,
+        "circuit %r: Redis gave no usable answer (%s); using this process's own state, next attempt in %.1f s",
+        circuit,
+        outage.error,
+        outage.next_at - outage.since,
+    )
+
+
+def permitted(circuit: str, seconds: float | None) -> None:
+    """A circuit is served again.
+
+    Args:
+        circuit: Which.
+        seconds: For how long it was not; ``None``: it always was, so nothing is said.
+    """
+    if seconds is not None:
+        _say(logging.INFO, "circuit %r: Redis serves it again after %.1f s", circuit, seconds)
+
+
 def back(server: str, seconds: float | None, outcomes: Counter[str]) -> None:
     """A server answers again.
 
@@ -58,7 +87,8 @@ def back(server: str, seconds: float | None, outcomes: Counter[str]) -> None:
     if seconds is None:
         return
     said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome)
-    _logger.info(
+    _say(
+        logging.INFO,
         "Redis at %s is back after %.1f s; circuits: %s",
         server,
         seconds,
@@ -71,9 +101,16 @@ def may_wait(client: Any) -> None:
     """No connections with deadlines can be made like this client's: say so if it may wait for long."""
     longest = longest_wait(client)
     if longest is None or longest > LONGEST_UNSAID_WAIT:
-        _logger.warning(
+        _say(
+            logging.WARNING,
             "%s: no connections with deadlines can be made of its kind, so a guarded call may wait for Redis %s: give "
             "the client a socket_timeout, a socket_connect_timeout, and few retries",
             type(client).__name__,
             "without end" if longest is None else f"for {longest:.0f} s",
         )
+
+
+def _say(level: int, message: str, *arguments: object, **words: Any) -> None:
+    # What a handler raises is for nobody who makes a call, nor for those who keep circuits going.
+    with contextlib.suppress(Exception):
+        _logger.log(level, message, *arguments, **words)

@@ -19,14 +19,15 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from pybreaker_redis import _said, _threads
-from pybreaker_redis._client import bounded, origin_of
+from pybreaker_redis._client import bounded, on_pool, origin_of
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, Outage, meaning_of
+from pybreaker_redis._tenant import Tenant
 
 THREAD_NAME = "pybreaker_redis keeper"
 
@@ -34,47 +35,6 @@ THREAD_NAME = "pybreaker_redis keeper"
 LONGEST_SLEEP = 0.5
 
 _logger = logging.getLogger("pybreaker_redis")
-
-
-class Tenant(Protocol):
-    """A circuit of this process that lives on the server."""
-
-    #: What people call it.
-    circuit_name: str
-
-    #: For how many seconds it may be gone by though no change is heard.
-    max_staleness: float
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether it goes on in this process alone at present, so that there may be something to bring back."""
-
-    def lose(self) -> None:
-        """The server is out of reach: what is known of the circuit is not to be believed any more."""
-
-    def load(self) -> None:
-        """Ask for the circuit.
-
-        Raises:
-            Exception: No usable answer.
-        """
-
-    def check_writable(self) -> None:
-        """Write something that changes nothing.
-
-        Raises:
-            Exception: It cannot be written.
-        """
-
-    def rejoin(self) -> str:
-        """Bring back what was learned alone, and go by the shared circuit again.
-
-        Returns:
-            What that came to, in a word or two; empty if there was nothing.
-
-        Raises:
-            Exception: No usable answer; then it goes on alone.
-        """
 
 
 class Server:
@@ -85,13 +45,14 @@ class Server:
         timeout: Seconds for all of an operation; ``None``: as long as the client takes.
 
     Attributes:
-        client: To be used: one on connections of its own if it can be had, and if there is a timeout.
         guard: Whether it may be asked now.
     """
 
     def __init__(self, client: Any, timeout: float | None) -> None:
         own = None if timeout is None else bounded(client, timeout)
-        self.client = client if own is None else own
+        self._pool = own and own.connection_pool
+        #: As long as it lives nobody else has its id.
+        self._client = client
         self.guard = Guard(timeout or FIRST_TURN, kept=True)
         self._name = str(origin_of(client) or type(client).__name__)
         self._timeout = timeout
@@ -112,10 +73,20 @@ class Server:
         self._thread = None
         self._pid = os.getpid()
 
+    def client_like(self, client: Any) -> Any:
+        """What to use in the place of a client: the same on the server's own connections, where they can be had."""
+        return client if self._pool is None else on_pool(client, self._pool)
+
     def admit(self, tenant: Tenant) -> None:
         """From now on this circuit lives here."""
-        self._tenants.add(tenant)
+        with self._lock:
+            self._tenants.add(tenant)
         self.guard.hurry(tenant.max_staleness)
+
+    def _present(self) -> list[Tenant]:
+        # Whoever comes while they are counted would make it fail.
+        with self._lock:
+            return list(self._tenants)
 
     @property
     def tenants(self) -> int:
@@ -147,15 +118,20 @@ class Server:
         outage = self.guard.failed(error)
         # In this order: an answer that another thread gets meanwhile must not be believed while the guard keeps callers
         # away, or calls would be admitted by Redis and settled here.
-        for item in [tenant] if outage is None else list(self._tenants):
+        for item in [tenant] if outage is None else self._present():
             item.lose()
         if outage is not None:
-            outage = self.guard.keep(self._is_kept()) or outage
             besides = len(self._tenants) - 1
             _said.away(str(self), outage, timeout=self._timeout, circuit=tenant.circuit_name, besides=besides)
+            self._is_kept()
 
     def answered(self, outcome: str) -> None:
-        """A circuit whose turn it was got an answer."""
+        """A circuit got an answer.  If it was its turn to ask, the server is back.
+
+        Else it had asked before; the thread that asks again has to bring back the others, too.
+        """
+        if self.guard.kept:
+            return
         _said.back(str(self), self.guard.answered(), Counter([outcome]))
 
     def doubt(self) -> None:
@@ -163,7 +139,7 @@ class Server:
         if self.guard.outage is not None:
             return
         began = monotonic()
-        for tenant in list(self._tenants):
+        for tenant in self._present():
             try:
                 with deadline(self._timeout):
                     tenant.load()
@@ -181,7 +157,8 @@ class Server:
             # Forked behind Python's back, as by uWSGI.
             self.after_fork()
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = None
                 with contextlib.suppress(_threads.NoThreads):
                     # It looks at the attribute under the lock, so it cannot end before it is noted.
                     self._thread = _threads.start(self._ask_again, THREAD_NAME)
@@ -195,6 +172,8 @@ class Server:
             with self._lock:
                 outage = self.guard.outage
                 if outage is None or not self._tenants:
+                    # With nobody left to ask for, the next one finds out for himself.
+                    self.guard.answered()
                     self._thread = None
                     return
             left = outage.next_at - monotonic()
@@ -213,7 +192,7 @@ class Server:
         else:
             seconds = self.guard.answered()
             # Callers who were still under way have begun anew.
-            for tenant in [tenant for tenant in list(self._tenants) if tenant.is_alone]:
+            for tenant in [tenant for tenant in self._present() if tenant.is_alone]:
                 try:
                     with deadline(self._timeout):
                         tenant.rejoin()
@@ -224,7 +203,7 @@ class Server:
 
     def _return(self, patience: float) -> Counter[str]:
         """Have the circuits rejoin; whatever is a single circuit's own trouble keeps only that one away."""
-        tenants = list(self._tenants)
+        tenants = self._present()
         asked = [tenant for tenant in tenants if tenant.is_alone] or tenants[:1]
         for tenant in asked:
             seconds = None if self._timeout is None else max(patience, self._timeout)
@@ -240,7 +219,7 @@ class Server:
         outcomes: Counter[str] = Counter()
         for tenant in tenants:
             with deadline(self._timeout), _unless_its_own(Meaning.AWAY, Meaning.READ_ONLY):
-                outcomes[tenant.rejoin()] += 1
+                outcomes[tenant.rejoin() or ""] += 1
         return outcomes
 
 

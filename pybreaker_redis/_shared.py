@@ -113,6 +113,14 @@ class SharedCircuit:
                 type(self._carrier.client).__name__,
             )
 
+    def connect(self) -> None:
+        """Get the client, if it was not asked for yet.
+
+        Raises:
+            Exception: Whatever the callable that returns it raises.
+        """
+        self._get_carrier()
+
     def is_permitted(self) -> None:
         """What was refused is permitted again."""
         if self._listener is not None:

@@ -5,32 +5,39 @@ Knows: the shared circuit, the circuit of one's own, which of them to go by.  Do
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from datetime import datetime
 from typing import Any
 
+from pybreaker_redis import _said
 from pybreaker_redis._adapter import IntentStorage
-from pybreaker_redis._arguments import check_fallback, check_state, staleness, wait
+from pybreaker_redis._arguments import check_fallback, check_namespace, check_state, client_source, staleness, wait
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED
-from pybreaker_redis._clock import from_ms, monotonic, now_ms
-from pybreaker_redis._deadline import deadline
+from pybreaker_redis._clock import monotonic, now_ms
+from pybreaker_redis._examination import examine
 from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, meaning_of
-from pybreaker_redis._intents import Intent, Load, RecordSuccess, ShareTrip
+from pybreaker_redis._intents import CountProbe, Intent, Load, RecordFailure, RecordSuccess
 from pybreaker_redis._keys import BASE, circuit_keys
 from pybreaker_redis._own import LAST, OwnCircuit
 from pybreaker_redis._server import Server, server_of
 from pybreaker_redis._shared import SharedCircuit
 from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._signals import raised_by_a_handler
 from pybreaker_redis._view import View
-from pybreaker_redis.health import Condition, Health
+from pybreaker_redis.health import Health
 
 #: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
 FOLLOWS_WITHIN = 0.1
+#: The same where it cannot be read: then nothing is to be noticed but that it can.
+LOOKS_WITHIN = 0.5
 
 #: How often what a circuit learned alone is looked at again because it has moved just then.
 ROUNDS = 3
+
+#: What is said of a call when it has ended.
+_REPORTS = (RecordFailure, RecordSuccess, CountProbe)
 
 
 class CircuitRedisStorage(IntentStorage):
@@ -60,7 +67,6 @@ class CircuitRedisStorage(IntentStorage):
     """
 
     BASE_NAMESPACE = BASE
-
     logger = logging.getLogger("pybreaker_redis")
 
     def __init__(
@@ -77,26 +83,17 @@ class CircuitRedisStorage(IntentStorage):
     ) -> None:
         check_state("state", state)
         check_fallback(fallback_circuit_state)
-        if namespace is not None and not isinstance(namespace, str):
-            msg = f"namespace must be a str or None, not {namespace!r}"
-            raise TypeError(msg)
-        is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
-        asynchronous = is_client and "asyncio" in type(redis_object).__module__
-        if asynchronous or not (is_client or callable(redis_object)):
-            msg = f"redis_object must be a synchronous client or a callable that returns one, not {redis_object!r}"
-            raise TypeError(msg)
+        check_namespace(namespace)
         self.max_staleness = staleness(max_staleness)
         view = self._view = View(self.max_staleness)
         super().__init__("redis", probe_lease, view.shortcut)
         self.circuit_name = namespace or BASE
         self._timeout = wait(timeout)
-        self._given = (lambda: redis_object) if is_client else redis_object
+        self._given = client_source(redis_object)
         self._server: Server | None = None
-        #: What is only this circuit's trouble.
-        self._faults = Guard(self._timeout or FIRST_TURN, kept=False)
         self._own = OwnCircuit(fallback_circuit_state, state)
-        #: Whether the shared circuit can be read, though it refuses something.
-        self._may_read = False
+        #: What is only this circuit's trouble, and whether it can be read though it refuses something.
+        self._faults, self._may_read = Guard(self._timeout or FIRST_TURN, kept=False), False
         #: What was to be said of the shared circuit when it was loaded.
         self._event = ""
         self._shared = SharedCircuit(
@@ -112,24 +109,20 @@ class CircuitRedisStorage(IntentStorage):
 
     def health(self) -> Health:
         """What this process knows about the circuit's Redis; asks nobody, and may be called as often as one likes."""
-        server, faults = self._server, self._faults
-        guard = faults if server is None or faults.outage else server.guard
-        outage = guard.outage
-        condition: Condition = "unused" if server is None else "connected"
-        if outage is not None:
-            condition = "refused" if guard is faults else "away" if outage.meaning is Meaning.AWAY else "read-only"
+        server = self._server
+        trouble = examine(server.guard if server else None, self._faults)
         heard = self._shared.push
         return Health(
             circuit=self.circuit_name,
             server="" if server is None else str(server),
             server_version=heard.server if heard else "",
-            condition=condition,
-            since=None if condition == "unused" else self._wall_clock(guard),
+            condition=trouble.condition,
+            since=trouble.since,
             state=self._state_unasked(),
             is_own=self.is_alone,
-            last_error=faults.last_error or (server.guard.last_error if server else ""),
-            next_attempt=None if outage is None else max(0.0, outage.next_at - guard.clock()),
-            attempts=outage.attempts if outage else 0,
+            last_error=trouble.last_error,
+            next_attempt=trouble.next_attempt,
+            attempts=trouble.attempts,
             view_age=None if self._view.age == math.inf else self._view.age,
             push=heard.how if heard else "none",
             mode=self._shared.mode,
@@ -139,24 +132,37 @@ class CircuitRedisStorage(IntentStorage):
     # Which circuit to go by -----------------------------------------------------------------------------------------
 
     def _look(self) -> Reply:
-        return self._shared.believed(Load()) or self._execute(Load())
+        if not self.is_alone and (reply := self._shared.believed(Load())):
+            if self._shortcut is not self._view.shortcut:
+                self._go_by(self._view.shortcut)
+            return reply
+        return self._execute(Load())
+
+    def _read_state(self) -> str:
+        self._callers.current().begins()
+        return super()._read_state()
 
     def _called(self) -> None:
         if self._server is not None:
             self._shared.listen(self._server)
 
     def _execute(self, intent: Intent) -> Reply:
-        if isinstance(intent, RecordSuccess) and (reply := self._shared.believed(intent)):
+        if isinstance(intent, RecordSuccess) and not self.is_alone and (reply := self._shared.believed(intent)):
             return reply
         if self._may_ask():
             began = monotonic()
             try:
-                with deadline(self._timeout):
-                    return self._execute_shared(intent)
-            except Exception as error:  # noqa: BLE001
+                with self._callers.current().waits(self._timeout, reports=isinstance(intent, _REPORTS)):
+                    shared = self._execute_shared(intent)
+            except Exception as error:
+                if raised_by_a_handler(error):
+                    raise
                 # Clients of other libraries raise errors of their own, and callables that return a client whatever
                 # they like.  None of it may reach a guarded call; the log says what it was.
                 self._failed(error, began)
+            else:
+                if shared is not None:
+                    return shared
         return self._execute_own(intent)
 
     def _state_unasked(self) -> str:
@@ -165,26 +171,34 @@ class CircuitRedisStorage(IntentStorage):
         return self._own.now.state if self.is_alone else self._shared.last_known_state
 
     def _client(self) -> Any:
-        server = server_of(self._given(), self._timeout)
+        client = self._given()
+        self._server = server = server_of(client, self._timeout)
         server.admit(self)
-        self._server = server
-        return server.client
+        return server.client_like(client)
 
     def _may_ask(self) -> bool:
-        return self._faults.may_ask() and (self._server is None or self._server.may_ask())
+        # To be told that it is one's turn is to have to ask.
+        return self._faults.is_due() and (self._server is None or self._server.may_ask()) and self._faults.may_ask()
 
-    def _execute_shared(self, intent: Intent) -> Reply:
+    def _execute_shared(self, intent: Intent) -> Reply | None:
+        """Carry out an intent on the shared circuit; ``None`` if it is not the time to ask for that."""
+        if self._server is None:
+            self._shared.connect()
+            if self._server is not None and not self._server.may_ask():
+                # The other circuits of that server know already that it is away.
+                return None
         outcome = ""
         if self.is_alone or not self._view.may_believe:
             # It is a caller's turn to ask, or the server was back before this circuit was.
             self.load(tell=True)
             self.check_writable()
-            outcome = self.rejoin()
+            if (brought_back := self.rejoin()) is None:
+                return None
+            outcome = brought_back
         reply = self._shared.execute(intent)
         if self._faults.outage:
             self._may_read = False
-            seconds = self._faults.answered() or 0.0
-            self.logger.info("circuit %r: Redis serves it again after %.1f s", self.circuit_name, seconds)
+            _said.permitted(self.circuit_name, self._faults.answered())
             self._shared.is_permitted()
         if self._server and self._server.guard.outage:
             self._server.answered(outcome)
@@ -198,12 +212,11 @@ class CircuitRedisStorage(IntentStorage):
         answers = outage is not None and (outage.meaning is Meaning.READ_ONLY or self._may_read)
         reply = self._own.execute(intent, self._shared.known, answers=answers)
         shortcut = self._own.shortcut
-        until = 0.0
-        if outage is not None:
-            until = math.inf if guard.kept else outage.next_at
-        if answers:
-            until = min(until, shortcut.now() + min(FOLLOWS_WITHIN, self.max_staleness))
-        shortcut.until = until
+        # Not for long: whoever goes by it is to notice what others do, and that it has ended.
+        follows_within = min(FOLLOWS_WITHIN, self.max_staleness) if answers else LOOKS_WITHIN
+        shortcut.until = shortcut.now() + follows_within
+        if outage is not None and not guard.kept:
+            shortcut.until = min(shortcut.until, outage.next_at)
         if guard.outage is not outage:
             # It has ended, or been asked about, just now: nobody may go by this circuit unasked.
             shortcut.until = 0
@@ -217,13 +230,11 @@ class CircuitRedisStorage(IntentStorage):
         outage = self._faults.failed(error)
         self.lose()
         if outage is not None:
-            self._may_read = outage.meaning is Meaning.FORBIDDEN and self._can_load()
-            self.logger.warning(
-                "circuit %r: Redis gave no usable answer (%s); using this process's own state, next attempt in %.1f s",
-                self.circuit_name,
-                outage.error,
-                outage.next_at - self._faults.clock(),
-            )
+            if outage.meaning is Meaning.FORBIDDEN:
+                with contextlib.suppress(Exception), self._callers.current().waits(self._timeout):
+                    self.load()
+                    self._may_read = True
+            _said.in_trouble(self.circuit_name, outage)
 
     def _go_by(self, shortcut: Shortcut) -> None:
         if self._shortcut is not shortcut:
@@ -251,7 +262,7 @@ class CircuitRedisStorage(IntentStorage):
             Exception: No usable answer; whatever the client raises then.
         """
         event = self._shared.execute(Load(), tell=tell).event
-        self._event = "" if tell else event
+        self._event = "" if tell or event == "created" else event
 
     def check_writable(self) -> None:
         """See whether the server takes writes.
@@ -261,36 +272,29 @@ class CircuitRedisStorage(IntentStorage):
         """
         self._shared.check_writable()
 
-    def rejoin(self) -> str:
+    def rejoin(self) -> str | None:
         """Go by the shared circuit again, and open it for all if one's own has opened.
 
         Returns:
-            What has come of it, in words; empty if there was nothing to bring back.
+            What has come of it, in words; empty if there was nothing to bring back; ``None`` if somebody is just at it.
 
         Raises:
             Exception: No usable answer; then the process goes on by itself.
         """
-        outcome, self._event = self._event, ""
-        for _ in range(ROUNDS):
-            now = self._own.now
-            for report in self._own.reports(self._view.known):
-                accepted = self._shared.execute(report, tell=False).accepted
-                if accepted and isinstance(report, ShareTrip):
+        with self._own.returning() as is_first:
+            if not is_first:
+                return None
+            outcome, self._event = self._event, ""
+            for _ in range(ROUNDS):
+                now = self._own.now
+                replies = [self._shared.execute(report, tell=False) for report in self._own.reports(self._view.known)]
+                if self._own.is_told_in_vain(replies):
+                    continue
+                if replies and replies[0].accepted and replies[0].circuit.state != CLOSED:
                     outcome = "opened for all"
-            self._own.told(now.fail_counter)
-            if self._own.end(now.generation):
-                self._go_by(self._view.shortcut)
-                self._view.is_reachable()
-                break
-        return outcome
-
-    def _can_load(self) -> bool:
-        try:
-            with deadline(self._timeout):
-                self.load()
-        except Exception:  # noqa: BLE001
-            return False
-        return True
-
-    def _wall_clock(self, guard: Guard) -> datetime:
-        return from_ms(now_ms() - (guard.clock() - guard.since) * 1000)
+                self._own.told(now.fail_counter)
+                if self._own.end(now.generation):
+                    self._go_by(self._view.shortcut)
+                    self._view.is_reachable()
+                    break
+            return outcome

@@ -19,7 +19,7 @@ ROWS = (
     ("_own",),
     ("memory",),
     ("_adapter",),
-    ("_caller", "_arguments"),
+    ("_caller", "_arguments", "_examination"),
     ("_admissions", "_frames"),
     ("_shared", "_server"),
     ("_scripts", "_optimistic", "_listener", "_said"),
@@ -27,7 +27,7 @@ ROWS = (
     ("_view", "_line", "_guard"),
     ("_carrier", "_record", "_shortcut", "_client"),
     ("_intents", "_deadline"),
-    ("_circuit", "_keys", "_clock", "_forks", "_threads", "errors", "health"),
+    ("_circuit", "_keys", "_clock", "_forks", "_signals", "_tenant", "_threads", "errors", "health"),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
 
@@ -65,7 +65,9 @@ def test_imports_follow_the_flow(module: str) -> None:
     assert ours(module) <= later
 
 
-@pytest.mark.parametrize("module", ["_circuit", "_keys", "_clock", "_forks", "_threads", "errors", "health", "_frames"])
+@pytest.mark.parametrize(
+    "module", ["_circuit", "_keys", "_clock", "_forks", "_signals", "_threads", "errors", "health", "_frames"]
+)
 def test_foundations_import_nothing_of_ours(module: str) -> None:
     """What everything stands on stands alone."""
     assert ours(module) == set()
@@ -78,7 +80,7 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
         ("pybreaker", {"_adapter", "_admissions", "_frames"}),
         # Optimistic carrier, listener and keeper wait between attempts; else it is defaults that tests replace.
         ("time", {"_clock", "_guard", "_listener", "_optimistic", "_server", "_shortcut", "_view"}),
-        ("datetime", {"_clock", "_adapter", "health", "storage"}),
+        ("datetime", {"_clock", "_adapter", "_examination", "health"}),
         (
             "threading",
             {"_caller", "_guard", "_listener", "_own", "_server", "_shared", "_threads", "_view", "memory"},

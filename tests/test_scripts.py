@@ -399,7 +399,6 @@ REFUSED: list[tuple[str, Intent]] = [
     (OPEN, Trip(4, "")),
     (OPEN, SetOpenedAt(1)),
     (OPEN, ShareTrip(4, 60_000)),
-    (HALF_OPEN, ShareTrip(4, 0)),
     (HALF_OPEN, ClaimProbe(4, "b1", 500)),
     (HALF_OPEN, RecordFailure(4, "b1")),
     (HALF_OPEN, CountProbe(4, "", 500)),

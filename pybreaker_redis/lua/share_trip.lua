@@ -4,14 +4,13 @@
 -- ARGV[9]     open_ms     for how long it has been open there
 -- RETURNS     {accepted 0|1, record…}
 -- TIME        the server's: a length of time is the same by all clocks
--- WRITES      only if accepted: whoever moved the circuit meanwhile, is probing it or opened it later knows better
+-- WRITES      only if accepted: whoever moved the circuit meanwhile or opened it later knows better
 local generation, open_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
 
 return run(function()
   local opened_at_ms = math.max(0, now - open_ms)
-  local probed = circuit.state == 'half-open' and not probe_is_free()
   local was_open = circuit.state == 'open' and (circuit.opened_at_ms or 0) >= opened_at_ms
-  if circuit.generation ~= generation or probed or was_open then return false end
+  if circuit.generation ~= generation or was_open then return false end
   move('open')
   circuit.success_counter = 0
   circuit.opened_at_ms = opened_at_ms

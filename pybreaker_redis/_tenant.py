@@ -1,0 +1,49 @@
+"""What does a server ask of a circuit of this process that lives there?
+
+Knows: names.  Does not know: circuits, servers.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Tenant(Protocol):
+    """A circuit of this process that lives on the server."""
+
+    #: What people call it.
+    circuit_name: str
+
+    #: For how many seconds it may be gone by though no change is heard.
+    max_staleness: float
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it goes on in this process alone at present, so that there may be something to bring back."""
+
+    def lose(self) -> None:
+        """The server is out of reach: what is known of the circuit is not to be believed any more."""
+
+    def load(self) -> None:
+        """Ask for the circuit.
+
+        Raises:
+            Exception: No usable answer.
+        """
+
+    def check_writable(self) -> None:
+        """Write something that changes nothing.
+
+        Raises:
+            Exception: It cannot be written.
+        """
+
+    def rejoin(self) -> str | None:
+        """Bring back what was learned alone, and go by the shared circuit again.
+
+        Returns:
+            What that came to, in a word or two; empty if there was nothing, ``None`` if somebody is just at it.
+
+        Raises:
+            Exception: No usable answer; then it goes on alone.
+        """

@@ -1,0 +1,289 @@
+"""What goes wrong with a Redis that comes and goes while everything else goes on: forks, threads, signals, slowness.
+
+Most of these were found by review, and stand here as they were shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+import pybreaker
+import pytest
+import redis
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._server import THREAD_NAME
+from tests.faults import FAULTS, Site
+from tests.test_outage import SLACK, TIMEOUT, WAITED, calls, health_of, is_back, site
+from tests.viewed import Down, breaker_on, down, settled, up, view_of, wait_for
+
+__all__ = ["site"]
+
+
+def is_away(breaker: pybreaker.CircuitBreaker) -> bool:
+    """Whether this process knows that Redis is away."""
+    with contextlib.suppress(pybreaker.CircuitBreakerError):
+        breaker.call(up)
+    return health_of(breaker).condition == "away"
+
+
+def rejected(breaker: pybreaker.CircuitBreaker) -> bool:
+    """Whether a call is."""
+    try:
+        breaker.call(up)
+    except pybreaker.CircuitBreakerError:
+        return True
+    return False
+
+
+def test_answer_that_was_under_way_does_not_end_the_outage(site: Site):
+    """That is for whoever brings back all circuits: else the others would go by their own for ever."""
+    first, second = (settled(breaker_on(site.client(), name, fail_max=2, reset_timeout=60)) for name in ("a", "b"))
+    site.proxy.refuse()
+    wait_for(lambda: is_away(first) and is_away(second), "both are alone")
+    calls(second, 0.05, failing=1.0)
+    server = first._state_storage._server
+    server.answered("")
+    assert health_of(first).condition == "away"
+    site.proxy.listen()
+    wait_for(lambda: is_back(first) and is_back(second), "both are back")
+    assert site.administrator.get("b:pybreaker:state") == b"open"
+
+
+def test_circuits_that_are_first_used_in_an_outage_wait_for_nothing(site: Site):
+    """A worker that has waited for one need not wait for ten."""
+    settled_one = settled(breaker_on(site.client()))
+    site.server.pause()
+    try:
+        wait_for(lambda: is_away(settled_one), "it is away")
+        for number in range(10):
+            storage = CircuitRedisStorage("closed", site.client(), f"new {number}")
+            breaker = pybreaker.CircuitBreaker(state_storage=storage)
+            began = time.monotonic()
+            assert breaker.call(up) == "answer"
+            assert time.monotonic() - began < WAITED
+    finally:
+        site.server.resume()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nobody forks here")
+def test_child_that_is_forked_in_an_outage_comes_back_by_itself(site: Site):
+    """Its parent's threads are not there; what it inherited it does not go by."""
+    breaker = settled(breaker_on(site.client(), reset_timeout=60))
+    site.proxy.refuse()
+    wait_for(lambda: is_away(breaker), "it is away")
+    breaker.call(up)
+    child = os.fork()
+    if not child:
+        code = 1
+        with contextlib.suppress(BaseException):
+            # Only calls that succeed: they take the short way, if there is one.
+            wait_for(lambda: rejected(breaker) and health_of(breaker).condition == "connected", "it hears", within=8)
+            code = 0
+        os._exit(code)
+    site.proxy.listen()
+    wait_for(lambda: is_back(breaker), "the parent is back")
+    breaker.open()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_circuit_that_others_have_opened_is_followed_when_only_reads_work(site: Site):
+    """The server comes back open, and takes no writes: nobody tries what it says is dead."""
+    with contextlib.closing(site.server.client()) as direct:
+        ours = settled(breaker_on(site.client(), reset_timeout=60))
+        late = breaker_on(site.client(), "viewed, seen late", reset_timeout=60)
+        other, late_other = breaker_on(direct, reset_timeout=60), breaker_on(direct, "viewed, seen late")
+        site.proxy.refuse()
+        wait_for(lambda: is_away(ours) and is_away(late), "it is away")
+        other.open()
+        late_other.open()
+        site.administrator.config_set("maxmemory", 1)
+        site.proxy.listen()
+        wait_for(lambda: health_of(ours).condition == "read-only", "no writes")
+        wait_for(lambda: rejected(ours) and rejected(late), "what others have done is followed")
+        site.administrator.config_set("maxmemory", 0)
+        wait_for(lambda: is_back(ours) and is_back(late), "all is well")
+
+
+def test_handler_that_raises_stops_nothing(site: Site):
+    """A log that cannot be written is no reason to stay away from Redis."""
+
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> NoReturn:
+            raise OSError("disk full")
+
+    logger, handler = logging.getLogger("pybreaker_redis"), Broken()
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        breaker = settled(breaker_on(site.client()))
+        for _ in range(3):
+            site.proxy.refuse()
+            wait_for(lambda: is_away(breaker), "it is away")
+            site.proxy.listen()
+            wait_for(lambda: is_back(breaker), "it is back")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
+    """Whatever it died of: nobody else would ever ask."""
+    breaker = settled(breaker_on(site.client()))
+    server = breaker._state_storage._server
+    died = threading.Event()
+
+    def dies() -> NoReturn:
+        monkeypatch.undo()
+        died.set()
+        raise SystemExit
+
+    monkeypatch.setattr(server.guard, "begin", dies)
+    site.proxy.refuse()
+    wait_for(lambda: is_away(breaker), "it is away")
+    assert died.wait(5)
+    site.proxy.listen()
+    wait_for(lambda: is_back(breaker), "it is back")
+
+
+def test_listener_does_not_wait_for_a_server_that_nobody_asks_for(site: Site):
+    """Two timeouts are two guards and one listener; one of the two loses its last circuit in the outage."""
+    breaker = settled(breaker_on(site.client()))
+    other = settled(breaker_on(site.client(), "other", timeout=0.3))
+    site.proxy.refuse()
+    for item in (breaker, other):
+        wait_for(lambda item=item: is_away(item), "both are alone")
+    del other, item
+    gc.collect()
+    site.proxy.listen()
+    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: view_of(breaker).is_heard_of or breaker.call(up) is None, "it hears")
+
+
+def test_refused_circuit_is_asked_for_when_the_server_is_back(site: Site):
+    """A turn is spent on asking, not on hearing that the server is away."""
+    breaker = settled(breaker_on(site.client()))
+    (refused,) = (fault for fault in FAULTS if fault.name == "may do nothing")
+    with refused.during(site):
+        wait_for(lambda: calls(breaker, 0.01, failing=0.5) and health_of(breaker).condition == "refused", "refused")
+        site.proxy.refuse()
+        site.proxy.listen()
+    wait_for(lambda: is_back(breaker), "it is served again", within=15)
+
+
+class TimeIsUp(Exception):
+    """As Celery's soft time limit."""
+
+
+def test_exception_of_a_signal_handler_reaches_whoever_it_was_meant_for(site: Site):
+    """Celery's soft time limit is one; that it struck in a wait for Redis makes no difference."""
+
+    def handler(number: int, frame: object) -> NoReturn:
+        raise TimeIsUp
+
+    breaker = breaker_on(site.client(), max_staleness=0, timeout=5.0)
+    breaker.call(up)
+    usual = signal.signal(signal.SIGALRM, handler)
+    site.server.pause()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(TimeIsUp):
+            breaker.call(up)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)
+        site.server.resume()
+    assert breaker.call(up) == "answer"
+    assert health_of(breaker).last_error == ""
+
+
+def test_slow_answers_add_up_to_one_timeout(site: Site):
+    """A call that trips asks several times; all of that together is one wait."""
+    breaker = breaker_on(site.client(), fail_max=1, max_staleness=0)
+    breaker.call(up)
+    site.proxy.delay = (0.1, 0.1)
+    site.proxy.manner = "slow"
+    began = time.monotonic()
+    with contextlib.suppress(pybreaker.CircuitBreakerError, Down):
+        breaker.call(down)
+    took = time.monotonic() - began
+    site.proxy.manner = "pass"
+    assert took < TIMEOUT + SLACK
+
+
+@pytest.fixture
+def hasty_switches() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches):
+    """The circuits of a server are counted while others are added."""
+    breaker = settled(breaker_on(site.client()))
+    server = breaker._state_storage._server
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            storages = [CircuitRedisStorage("closed", client, f"brief {number}") for number in range(5)]
+            for storage in storages:
+                server.admit(storage)
+
+    def fail() -> None:
+        for _ in range(100):
+            server.failed(redis.ConnectionError("gone"), breaker._state_storage, time.monotonic())
+            server.guard.answered()
+
+    client = site.client()
+    with ThreadPoolExecutor(4) as pool:
+        coming = [pool.submit(come_and_go) for _ in range(2)]
+        failing = [pool.submit(fail) for _ in range(2)]
+        try:
+            for done in failing:
+                done.result(60)
+        finally:
+            over.set()
+        for done in coming:
+            done.result(60)
+    wait_for(lambda: is_back(breaker), "it is back")
+
+
+def test_exit_in_an_outage_is_prompt(site: Site):
+    """No thread is waited for."""
+    program = f"""
+import redis, pybreaker, threading, time
+from pybreaker_redis import CircuitRedisStorage
+client = redis.Redis(host="127.0.0.1", port={site.proxy.port}, username="app", password="any")
+breaker = pybreaker.CircuitBreaker(state_storage=CircuitRedisStorage("closed", client, "exits"))
+breaker.call(int)
+while not any(thread.name == {THREAD_NAME!r} for thread in threading.enumerate()):
+    breaker.call(int)
+    time.sleep(0.01)
+print(time.time())
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: site.administrator.exists("exits:pybreaker:state"), "it has called")
+    site.server.pause()
+    try:
+        said, _ = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert time.time() - float(said) < 1.5
+    finally:
+        site.server.resume()
