@@ -56,10 +56,8 @@ class OwnCircuit:
         renew_in_children(self)
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock, and nobody may go by what was known without a look."""
+        """In a child: nobody holds the locks."""
         self._lock, self._returning = threading.Lock(), threading.Lock()
-        self.shortcut.until = 0
-        self.shortcut.shut()
 
     @contextlib.contextmanager
     def returning(self) -> Iterator[bool]:

@@ -22,6 +22,7 @@ from pybreaker_redis import _deadline
 from pybreaker_redis._deadline import deadline, deadlined, seconds_left
 from pybreaker_redis._demo.server import PrivateServer
 from tests.servers import ONCE
+from tests.viewed import wait_for
 
 #: Seconds for an operation, and how much longer it may take until that is noticed.
 TIMEOUT = 0.3
@@ -648,3 +649,17 @@ class TestClass:
         with pytest.raises(redis.ConnectionError), deadline(TIMEOUT):
             kind(path=str(tmp_path / "nobody"), socket_timeout=1, **ONCE).connect()
         assert seen == ["connecting"]
+
+
+def test_nothing_is_sent_once_the_deadline_has_passed() -> None:
+    """Whoever has given up a failure must not find it counted: what is not sent is not done either."""
+    near, far = socket.socketpair()
+    with near, far:
+        late = _deadline._Socket(near, None, None)
+        with deadline(0.001):
+            wait_for(lambda: seconds_left() == 0, "the deadline passes")
+            with pytest.raises(TimeoutError):
+                late.sendall(b"EVALSHA")
+        far.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            far.recv(1)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NoReturn
 
 import pybreaker
@@ -183,6 +184,22 @@ def test_refused_circuit_is_asked_for_when_the_server_is_back(site: Site):
         site.proxy.refuse()
         site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is served again", within=15)
+
+
+def test_turn_is_left_to_a_circuit_that_may_ask(site: Site, monkeypatch):
+    """Where callers take turns: one whose own trouble keeps it from asking does not take the server's."""
+    breaker = settled(breaker_on(site.client()))
+    storage = breaker._state_storage
+    guard = storage._server.guard
+    monkeypatch.setattr(storage._server, "_is_kept", lambda: False)
+    guard.keep(False)
+    storage._server.failed(redis.ConnectionError("gone"), storage, time.monotonic())
+    storage._faults.failed(TypeError("no sense"))
+    guard.outage = due = replace(guard.outage, next_at=0.0)
+    breaker.call(up)
+    assert guard.outage is due
+    monkeypatch.undo()
+    wait_for(lambda: is_back(breaker), "it is back")
 
 
 class TimeIsUp(Exception):
