@@ -16,6 +16,9 @@ from pybreaker_redis._circuit import HALF_OPEN, OPEN, Admission, Circuit
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
 
+#: Part of the timeout that is left for the last of several questions that belong to one call.
+LEAST_SHARE = 0.2
+
 
 @dataclass(slots=True)
 class Caller:
@@ -67,7 +70,8 @@ class Caller:
         self.has_reported = self.has_reported or reports
         began = monotonic()
         try:
-            with deadline(None if timeout is None else timeout - self.waited):
+            # Not nothing: it may have been this process that was slow, which is no reason to take Redis for away.
+            with deadline(None if timeout is None else max(timeout - self.waited, timeout * LEAST_SHARE)):
                 yield
         finally:
             self.waited += monotonic() - began

@@ -217,7 +217,7 @@ class CircuitRedisStorage(IntentStorage):
         shortcut.until = shortcut.now() + follows_within
         if outage is not None and not guard.kept:
             shortcut.until = min(shortcut.until, outage.next_at)
-        if guard.outage is not outage:
+        if outage is None or guard.outage is not outage:
             # It has ended, or been asked about, just now: nobody may go by this circuit unasked.
             shortcut.until = 0
         self._go_by(shortcut)
