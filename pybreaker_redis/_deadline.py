@@ -17,6 +17,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,18 @@ from pybreaker_redis._clock import monotonic
 
 _PASSED = "the deadline has passed"
 
-_until: ContextVar[float | None] = ContextVar("deadline of an operation", default=None)
+#: Seconds that an operation gets once more, if its time is over before anything was sent: then it was this process that
+#: was slow, as with many busy threads, and that is no reason to take the server for away.
+GRACE = 0.05
+
+
+@dataclass(slots=True)
+class _Deadline:
+    until: float
+    is_late: bool = False
+
+
+_current: ContextVar[_Deadline | None] = ContextVar("deadline of an operation", default=None)
 
 
 @contextlib.contextmanager
@@ -34,17 +46,17 @@ def deadline(seconds: float | None) -> Iterator[None]:
     Args:
         seconds: From now on; ``None``: no deadline but the connection's own timeouts.
     """
-    token = _until.set(None if seconds is None else monotonic() + seconds)
+    token = _current.set(None if seconds is None else _Deadline(monotonic() + seconds))
     try:
         yield
     finally:
-        _until.reset(token)
+        _current.reset(token)
 
 
 def seconds_left() -> float | None:
     """Until the deadline, zero if it has passed; ``None`` if there is none."""
-    until = _until.get()
-    return None if until is None else max(0.0, until - monotonic())
+    current = _current.get()
+    return None if current is None else max(0.0, current.until - monotonic())
 
 
 class _Socket:
@@ -77,9 +89,12 @@ class _Socket:
             return self._wrapped.recv_into(*arguments)
 
     def sendall(self, *arguments: Any) -> None:
-        if seconds_left() == 0:
-            # Whoever asked has given up: what is not sent is not done either.
-            raise TimeoutError(_PASSED)
+        current = _current.get()
+        if current is not None and not seconds_left():
+            if current.is_late:
+                # Whoever asked has given up: what is not sent is not done either.
+                raise TimeoutError(_PASSED)
+            current.until, current.is_late = monotonic() + GRACE, True
         with self._in_time():
             self._wrapped.sendall(*arguments)
 

@@ -656,10 +656,14 @@ def test_nothing_is_sent_once_the_deadline_has_passed() -> None:
     near, far = socket.socketpair()
     with near, far:
         late = _deadline._Socket(near, None, None)
+        far.setblocking(False)
         with deadline(0.001):
             wait_for(lambda: seconds_left() == 0, "the deadline passes")
+            late.sendall(b"a little late")
+            assert 0 < (seconds_left() or 0) <= _deadline.GRACE, "it was this process that was slow"
+            assert far.recv(100) == b"a little late"
+            wait_for(lambda: seconds_left() == 0, "the grace passes")
             with pytest.raises(TimeoutError):
                 late.sendall(b"EVALSHA")
-        far.setblocking(False)
         with pytest.raises(BlockingIOError):
             far.recv(1)

@@ -127,8 +127,9 @@ from tests.viewed import breaker_on, lines, listeners, settled, up, view_of, wai
 
 socket, forks = sys.argv[1], int(sys.argv[2])
 client = redis.Redis(unix_socket_path=socket)
-breaker = settled(breaker_on(client, reset_timeout=60))
-other = breaker_on(redis.Redis(unix_socket_path=socket), max_staleness=0)
+# Busy threads let nobody answer in time.
+breaker = settled(breaker_on(client, reset_timeout=60, timeout=10))
+other = breaker_on(redis.Redis(unix_socket_path=socket), max_staleness=0, timeout=10)
 stop = threading.Event()
 
 def traffic():
@@ -138,7 +139,7 @@ def traffic():
         except pybreaker.CircuitBreakerError:
             time.sleep(0.001)
 
-threads = [threading.Thread(target=traffic) for _ in range(4)]
+threads = [threading.Thread(target=traffic, daemon=True) for _ in range(4)]
 for thread in threads:
     thread.start()
 
