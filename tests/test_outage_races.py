@@ -255,10 +255,9 @@ def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches)
     """The circuits of a server are counted while others are added."""
     breaker = settled(breaker_on(site.client()))
     server = breaker._state_storage._server
-    over = threading.Event()
 
     def come_and_go() -> None:
-        while not over.is_set():
+        for _ in range(100):
             storages = [CircuitRedisStorage("closed", client, f"brief {number}") for number in range(5)]
             for storage in storages:
                 server.admit(storage)
@@ -270,14 +269,7 @@ def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches)
 
     client = site.client()
     with ThreadPoolExecutor(4) as pool:
-        coming = [pool.submit(come_and_go) for _ in range(2)]
-        failing = [pool.submit(fail) for _ in range(2)]
-        try:
-            for done in failing:
-                done.result(60)
-        finally:
-            over.set()
-        for done in coming:
+        for done in [pool.submit(work) for work in (come_and_go, come_and_go, fail, fail)]:
             done.result(60)
     wait_for(lambda: is_back(breaker), "it is back")
 
