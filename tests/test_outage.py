@@ -33,6 +33,9 @@ SLACK = 0.05
 #: A call that takes longer than this has waited for something, seconds.
 WAITED = 0.1
 
+#: Calls of a spell, on however busy a machine.
+FEWEST = 12
+
 every_fault = pytest.mark.parametrize("fault", FAULTS, ids=str)
 
 
@@ -81,7 +84,7 @@ def calls(breaker: pybreaker.CircuitBreaker, seconds: float, *, failing: float) 
             raise Down
 
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while time.monotonic() < until or len(spell.took) < FEWEST:
         began = time.monotonic()
         try:
             breaker.call(dependency)
@@ -270,7 +273,7 @@ def test_fallback_open_does_not_recurse(site: Site, make, promised, fault: Fault
                     breaker.call(call)
                 except (Down, pybreaker.CircuitBreakerError):
                     pass
-                except (RecursionError, redis.RedisError) as error:
+                except Exception as error:  # noqa: BLE001
                     unexpected.append(type(error).__name__)
         finally:
             logging.disable(logging.NOTSET)
