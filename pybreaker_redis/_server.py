@@ -179,7 +179,8 @@ class Server:
             left = outage.next_at - monotonic()
             if left > 0:
                 time.sleep(min(left, LONGEST_SLEEP))
-            elif self.guard.begin():
+            else:
+                self.guard.begin()
                 self._try_to_return(outage)
 
     def _try_to_return(self, outage: Outage) -> None:

@@ -82,7 +82,7 @@ def _storage(client: Any, state: str = "closed", namespace: str | None = None, *
     from pybreaker_redis import CircuitRedisStorage
 
     # Tests write to the keys behind a storage's back: it shall look every time.
-    return CircuitRedisStorage(state, client, namespace=namespace, **{"max_staleness": 0, **options})
+    return CircuitRedisStorage(state, client, namespace=namespace, **{"max_staleness": 0, "timeout": 10, **options})
 
 
 def _of_servers() -> Iterator[Carrier]:

@@ -52,7 +52,7 @@ class Place:
 
     def breaker(self, namespace: str, state: str = CLOSED, **words: Any) -> CircuitBreaker:
         """An unmodified breaker on our storage."""
-        storage = CircuitRedisStorage(state, self.client, namespace=namespace, max_staleness=0)
+        storage = CircuitRedisStorage(state, self.client, namespace=namespace, max_staleness=0, timeout=10)
         return CircuitBreaker(state_storage=storage, **{"reset_timeout": RESET_TIMEOUT, "fail_max": 10**9, **words})
 
     def now_ms(self) -> int:

@@ -88,6 +88,17 @@ def test_circuit_that_is_told_in_vain_goes_on_alone(site: Site, monkeypatch):
     wait_for(lambda: is_back(breaker), "it is back")
 
 
+def test_circuit_that_moves_while_it_is_brought_back_is_told_again(site: Site, monkeypatch):
+    """Calls go on meanwhile."""
+    breaker = settled(breaker_on(site.client()))
+    storage = breaker._state_storage
+    storage.lose()
+    ended, end = iter([False, True]), storage._own.end
+    monkeypatch.setattr(storage._own, "end", lambda generation: end(generation) and next(ended))
+    assert storage.rejoin() == ""
+    assert storage._view.may_believe
+
+
 def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
     """The thread that asks again has others to bring back."""
     breaker = settled(breaker_on(site.client()))
