@@ -25,8 +25,8 @@ from pybreaker_redis._clock import monotonic
 
 _PASSED = "the deadline has passed"
 
-#: Seconds that an operation gets once more, if its time is over before anything was sent: then it was this process that
-#: was slow, as with many busy threads, and that is no reason to take the server for away.
+#: Seconds that an operation gets once more, if its time is over when something is to be sent: whoever has answered all
+#: that was asked was not slow, this process was, as with many busy threads; no reason to take the server for away.
 GRACE = 0.05
 
 

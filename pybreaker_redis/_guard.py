@@ -2,7 +2,7 @@
 
 Knows: what errors mean, when Redis last failed, a monotonic clock.  Does not know: what was asked, who asks again.
 
-Whatever a client raises, it is one of five things (`meaning_of`).  Two of them say something of the server, so that all
+Whatever a client raises, it is one of four things (`meaning_of`).  Two of them say something of the server, so that all
 circuits of this process that live there are concerned; the others are a single circuit's own business.
 """
 

@@ -6,7 +6,6 @@ Knows: servers, the proxy in front of one.  Does not know: what is promised whil
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Site:
 
     def close(self) -> None:
         """The proxy has no more connections."""
-        self.proxy.__exit__(None, None, None)
+        self.proxy.close()
         self.administrator.close()
 
 
@@ -250,10 +249,5 @@ FAULTS = (
 @contextlib.contextmanager
 def site_of(server: PrivateServer) -> Iterator[Site]:
     """The server with a proxy in front."""
-    site = Site(server)
-    try:
+    with contextlib.closing(Site(server)) as site:
         yield site
-    finally:
-        site.close()
-        if server.pid:
-            os.kill(server.pid, 0)

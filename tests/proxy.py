@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Literal
 
 #: How it treats what passes: as it is; held back as long as that lasts; answers cut in the middle, nothing after;
@@ -75,12 +74,8 @@ class Proxy:
         for pair in pairs:
             _close(*pair)
 
-    def __enter__(self) -> Proxy:  # typing.Self is new in 3.11
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """For good: no connection and no thread is left."""
         self._open = False
         self.refuse()
         for thread in self._threads:

@@ -40,7 +40,7 @@ from pybreaker_redis._scripts import LuaCarrier, script
 from tests import servers
 from tests.conftest import no_server
 from tests.servers import ONCE, FoundServer
-from tests.viewed import wait_for
+from tests.viewed import Clock, wait_for
 
 TIMEOUT = 0.25
 
@@ -404,17 +404,6 @@ def test_pool_without_a_connection_to_spare_is_away(server: PrivateServer) -> No
 
 
 # -- when it may be asked again ----------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Monotonic seconds that stand still."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        """Seconds."""
-        return self.now
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from pybreaker_redis._intents import (
     Trip,
 )
 from pybreaker_redis._own import FIRST_GENERATION, LAST, OwnCircuit
+from tests.viewed import Clock
 
 LEASE_MS = 30_000
 
@@ -35,21 +36,10 @@ KNOWN = {
 }
 
 
-class Clock:
-    """Milliseconds since the epoch that stand still."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        """Milliseconds."""
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
     """The local clock."""
-    return Clock()
+    return Clock(1000.0)
 
 
 class Process:

@@ -8,22 +8,12 @@ import pytest
 
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._view import View
+from tests.viewed import Clock
 
 STALENESS = 2.0
 
 closed = Circuit(CLOSED, generation=4)
 opened = Circuit(OPEN, opened_at_ms=900, generation=5)
-
-
-class Clock:
-    """Monotonic seconds that stand still."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        """Seconds."""
-        return self.now
 
 
 @pytest.fixture

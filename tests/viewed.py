@@ -32,6 +32,17 @@ class Down(Exception):
     """The dependency is down."""
 
 
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self, now: float = 100.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """What it shows."""
+        return self.now
+
+
 def up() -> str:
     """The dependency is well."""
     return "answer"
