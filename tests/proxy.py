@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 #: How it treats what passes: as it is; held back as long as that lasts; answers cut in the middle, nothing after;
-#: answers byte by byte; answers late.
-Manner = Literal["pass", "silent", "half", "dribble", "slow"]
+#: answers byte by byte; answers late; what a subscriber would be told goes nowhere.
+Manner = Literal["pass", "silent", "half", "dribble", "slow", "mute"]
 
 #: Seconds between two looks at whether it is still to be like this.
 TICK = 0.005
@@ -40,6 +40,7 @@ class Proxy:
         self.doomed = 0
         self._unix_socket = unix_socket
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._subscribed: set[tuple[socket.socket, ...]] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._listening: socket.socket | None = None
@@ -100,6 +101,9 @@ class Proxy:
                 continue
             with self._lock:
                 self._pairs.add((near, far))
+            if self._listening is not listening:
+                # It came in the moment in which all others were hung up on.
+                _close(near, far)
             self._start(self._pass_on, near, far, near, far)
             self._start(self._answer, far, near, near, far)
 
@@ -110,12 +114,16 @@ class Proxy:
                     self.doomed -= 1
                     return
                 self._wait_while("silent")
+                if b"SUBSCRIBE" in piece:
+                    self._subscribed.add(pair)
                 target.sendall(piece)
 
     def _answer(self, source: socket.socket, target: socket.socket, *pair: socket.socket) -> None:
         with self._both_ending(*pair):
             while piece := source.recv(65536):
                 self._wait_while("silent")
+                if self.manner == "mute" and pair in self._subscribed:
+                    continue
                 if self.manner == "half":
                     target.sendall(piece[: len(piece) // 2])
                     self._wait_while("half")
@@ -144,6 +152,7 @@ class Proxy:
         finally:
             with self._lock:
                 self._pairs.discard((near, far))
+                self._subscribed.discard((near, far))
             _close(near, far)
 
     def _wait_while(self, manner: Manner) -> None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pybreaker
@@ -24,6 +22,7 @@ from pybreaker_redis import _listener
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
+from tests.proxy import Proxy
 from tests.viewed import NAMESPACE, breaker_on, counted, down, fails, lines, settled, up, view_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
@@ -273,71 +272,17 @@ def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_serv
 # -- a proxy that swallows ---------------------------------------------------------------------------------------------
 
 
-class Proxy:
-    """Between a client and a server; on demand, what the server says on subscribed connections goes nowhere."""
-
-    def __init__(self, server: PrivateServer, directory: Path) -> None:
-        self.unix_socket = str(directory / "proxy.sock")
-        self.swallows = False
-        self._server = server
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(self.unix_socket)
-        self._listening.listen()
-        self._sockets: list[socket.socket] = []
-        self._carrying: list[threading.Thread] = []
-        self._accepting = threading.Thread(target=self._accept, daemon=True)
-        self._accepting.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listening.accept()
-                far = socket.socket(socket.AF_UNIX)
-                far.connect(self._server.unix_socket)
-                self._sockets += [near, far]
-                subscribed = threading.Event()
-                for source, sink, towards_server in ((near, far, True), (far, near, False)):
-                    words = (source, sink, subscribed, towards_server)
-                    self._carrying.append(threading.Thread(target=self._carry, args=words, daemon=True))
-                    self._carrying[-1].start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket, subscribed: Any, towards_server: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if towards_server and b"SUBSCRIBE" in data:
-                    subscribed.set()
-                if towards_server or not (self.swallows and subscribed.is_set()):
-                    sink.sendall(data)
-        # Not closed, which would not wake up the thread that reads the other way.
-        hang_up(source, sink)
-
-    def close(self) -> None:
-        """Hang up on everybody."""
-        hang_up(self._listening, *self._sockets)
-        for thread in (self._accepting, *self._carrying):
-            thread.join(5)
-        for item in (self._listening, *self._sockets):
-            item.close()
-
-
-def hang_up(*sockets: socket.socket) -> None:
-    """Let both ends know that nothing more comes."""
-    for item in sockets:
-        with contextlib.suppress(OSError):
-            item.shutdown(socket.SHUT_RDWR)
-
-
-def test_stream_that_went_silent_is_given_up(server, tmp_path, protocol, other):
+def test_stream_that_went_silent_is_given_up(server, protocol, other):
     """Everything is sent, nothing arrives: only an answer that is missing tells."""
     with (
-        contextlib.closing(Proxy(server, tmp_path)) as proxy,
-        contextlib.closing(redis.Redis(unix_socket_path=proxy.unix_socket)) as client,
+        contextlib.closing(Proxy(server.unix_socket)) as proxy,
+        contextlib.closing(redis.Redis(host="127.0.0.1", port=proxy.port)) as client,
     ):
         breaker = settled(breaker_on(client, max_staleness=STALENESS))
-        proxy.swallows = True
+        proxy.manner = "mute"
         other.open()
         assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
-        proxy.swallows = False
+        proxy.manner = "pass"
         other.close()
         seconds_until(breaker, "closed")
         settled(breaker)
