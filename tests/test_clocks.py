@@ -318,8 +318,9 @@ def test_host_an_hour_off_waits_exactly_the_timeout_and_holds_nobody(fleet_of: A
     for tripper in (0, 1):
         with fleet_of(2, fail_max=1, reset_timeout=1.0, clock_skew=[skew, 0.0], namespace=f"skew{tripper}") as fleet:
             opened = fleet[tripper].run(call, fail=True)
-            wait_until(opened.began + 0.9)
-            assert all(outcome.rejected for outcome in fleet.run(call))
+            # Those that a busy machine delays beyond the timeout may be the first trial.
+            wait_until(opened.began + 0.6)
+            assert all(outcome.rejected for outcome in fleet.run(call) if outcome.ended < opened.began + 1.0)
             wait_until(opened.ended + 1.1)
             assert not fleet[1 - tripper].run(call).rejected
             assert not fleet[tripper].run(call).rejected

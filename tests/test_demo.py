@@ -38,7 +38,7 @@ class Demo:
     def __init__(self, directory: Path) -> None:
         self.mark = f"DEMO_MARK={uuid.uuid4()}"
         self.directory = directory
-        self.environment = {**os.environ, "TMPDIR": str(directory), "PYTHONPATH": str(ROOT)}
+        self.environment = {**os.environ, "TMPDIR": str(directory), "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
         self.environment.update([self.mark.split("=")])
         for name in ("CI", "NO_COLOR", "PYBREAKER_REDIS_URL"):
             self.environment.pop(name, None)
@@ -90,11 +90,12 @@ def demo(tmp_path: Path, preferred: FoundServer) -> Iterator[Demo]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The demo may run in this process, whose reaction to SIGTERM it changes."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The demo may run in this process, whose reaction to signals it changes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.delenv("PYBREAKER_REDIS_URL", raising=False)
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @needs_proc
@@ -144,7 +145,11 @@ def test_interrupted_demo_ends_in_good_order(demo: Demo, number: signal.Signals)
     running = demo.start("--seconds", "60")
     wait_for_first_act(running)
     running.send_signal(number)
-    _, errors = running.communicate(timeout=60)
+    try:
+        _, errors = running.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGABRT)  # says where it hangs
+        pytest.fail(running.communicate(timeout=20)[1])
     assert (running.returncode, errors) == (130, "interrupted\n")
     assert demo.is_gone()
     assert not list(demo.directory.iterdir())
@@ -382,7 +387,7 @@ class Told(stage.Stage):
     """A stage on which everything has happened already."""
 
     def __init__(self, *events: Event) -> None:
-        super().__init__("", "", 10.0, show.Lines())
+        super().__init__("", "", 10.0, show.Lines(), interruption=stage.Interruption())
         self._events = list(events)
 
     def switch(self, health: str) -> Event:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from pybreaker_redis._demo.binaries import find_servers
 from pybreaker_redis._demo.scenario import ACTS
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._demo.show import choose
-from pybreaker_redis._demo.stage import WORKERS, BrokenPromise, Stage
+from pybreaker_redis._demo.stage import WORKERS, BrokenPromise, Interruption, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,13 +61,13 @@ def play(*, seconds: float, plain: bool) -> int:
     Returns:
         The exit code.
     """
-    # Whoever ends us politely gets the same clean end as with Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interruption = Interruption()
+    interruption.listen()
     show = choose(plain=plain)
     try:
         with _venue() as venue, show:
             show.say(f"server: {venue.description}")
-            verdict, findings = _perform(venue, seconds, show)
+            verdict, findings = _perform(venue, seconds, show, interruption)
     except NoServer as error:
         print(error, file=sys.stderr)
         return NO_SERVER
@@ -82,11 +81,11 @@ def play(*, seconds: float, plain: bool) -> int:
     return BROKEN if verdict else KEPT
 
 
-def _perform(venue: Venue, seconds: float, show: Show) -> tuple[str, list[tuple[str, str]]]:
+def _perform(venue: Venue, seconds: float, show: Show, interruption: Interruption) -> tuple[str, list[tuple[str, str]]]:
     """Play all acts; returns what went wrong, if anything did, and the findings."""
     namespace = f"demo-{secrets.token_hex(4)}"
     verdict = ""
-    stage = Stage(venue.url, namespace, seconds, show, venue.server)
+    stage = Stage(venue.url, namespace, seconds, show, interruption=interruption, server=venue.server)
     try:
         with stage:
             show.say(f"{WORKERS} worker processes, one circuit")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -57,6 +58,35 @@ FAREWELL = 3.0
 
 class BrokenPromise(Exception):
     """Something that is promised did not happen, or something happened that never should; the message says what."""
+
+
+class Interruption:
+    """Ctrl-C, or a supervisor's SIGTERM: noted when it comes, raised where nothing is half done.
+
+    An exception out of a signal handler may leave a lock of ``queue`` or ``subprocess`` locked, or be lost.
+    """
+
+    def __init__(self) -> None:
+        self._noted = False
+
+    def listen(self) -> None:
+        """Note them from now on; whoever sends one twice does not want to wait for a clean end."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # so a shell starts what runs in its background
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        self._noted = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raise what has been noted.
+
+        Raises:
+            KeyboardInterrupt: There was one.
+        """
+        if self._noted:
+            raise KeyboardInterrupt
 
 
 class Child:
@@ -121,11 +151,19 @@ class Stage:
         namespace: The circuit.
         seconds: How long the whole run is to last, roughly.
         show: Is told everything.
+        interruption: May end it early.
         server: The same server, if it may be killed.
     """
 
     def __init__(
-        self, url: str, namespace: str, seconds: float, show: Show, server: PrivateServer | None = None
+        self,
+        url: str,
+        namespace: str,
+        seconds: float,
+        show: Show,
+        *,
+        interruption: Interruption,
+        server: PrivateServer | None = None,
     ) -> None:
         beats, fixed = (BEATS + BEATS_ALONE, FIXED + FIXED_ALONE) if server else (BEATS, FIXED)
         #: The time, in seconds, that the acts count in.
@@ -139,6 +177,7 @@ class Stage:
         self._url = url
         self._namespace = namespace
         self._show = show
+        self._interruption = interruption
         self._server = server
         self._events: list[Event] = []
         self._inbox: queue.Queue[Event] = queue.Queue()
@@ -243,9 +282,11 @@ class Stage:
 
         Raises:
             BrokenPromise: It did not happen in time, or a worker's call ended with an error that it must not see.
+            KeyboardInterrupt: The demo is to end.
         """
         start = time.monotonic()
         while not (events := found()) or time.monotonic() < start + at_least:
+            self._interruption.check()
             if time.monotonic() > start + max(at_least, expected) + GRACE:
                 raise BrokenPromise(f"did not happen in time: {promise}")
             # All that is there before the next look: a look takes the longer the more has been reported.
