@@ -25,6 +25,7 @@ from pybreaker_redis import __version__
 from pybreaker_redis._demo import binaries, play, scenario, server, show, stage, worker
 from pybreaker_redis._demo.binaries import FoundServer
 from pybreaker_redis._demo.events import Event, parse
+from pybreaker_redis._demo.interruption import Interruption
 from pybreaker_redis._demo.server import PrivateServer
 
 ROOT = Path(__file__).parent.parent
@@ -387,7 +388,7 @@ class Told(stage.Stage):
     """A stage on which everything has happened already."""
 
     def __init__(self, *events: Event) -> None:
-        super().__init__("", "", 10.0, show.Lines(), interruption=stage.Interruption())
+        super().__init__("", "", 10.0, show.Lines(), interruption=Interruption())
         self._events = list(events)
 
     def switch(self, health: str) -> Event:

@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 import redis
 
 from pybreaker_redis._demo.binaries import find_servers
+from pybreaker_redis._demo.interruption import Interruption
 from pybreaker_redis._demo.scenario import ACTS
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._demo.show import choose
-from pybreaker_redis._demo.stage import WORKERS, BrokenPromise, Interruption, Stage
+from pybreaker_redis._demo.stage import WORKERS, BrokenPromise, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

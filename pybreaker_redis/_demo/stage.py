@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pybreaker_redis._demo.events import Kind
+    from pybreaker_redis._demo.interruption import Interruption
     from pybreaker_redis._demo.server import PrivateServer
     from pybreaker_redis._demo.show import Show
 
@@ -58,35 +58,6 @@ FAREWELL = 3.0
 
 class BrokenPromise(Exception):
     """Something that is promised did not happen, or something happened that never should; the message says what."""
-
-
-class Interruption:
-    """Ctrl-C, or a supervisor's SIGTERM: noted when it comes, raised where nothing is half done.
-
-    An exception out of a signal handler may leave a lock of ``queue`` or ``subprocess`` locked, or be lost.
-    """
-
-    def __init__(self) -> None:
-        self._noted = False
-
-    def listen(self) -> None:
-        """Note them from now on; whoever sends one twice does not want to wait for a clean end."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # so a shell starts what runs in its background
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, _: object) -> None:
-        self._noted = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def check(self) -> None:
-        """Raise what has been noted.
-
-        Raises:
-            KeyboardInterrupt: There was one.
-        """
-        if self._noted:
-            raise KeyboardInterrupt
 
 
 class Child:
