@@ -132,6 +132,12 @@ class SharedCircuit:
         return self._carrier.mode if self._carrier else ""
 
     @property
+    def age(self) -> float | None:
+        """Seconds since it was seen last; ``None`` if it never was."""
+        age = self._view.age
+        return None if age == math.inf else age
+
+    @property
     def push(self) -> Heard | None:
         """How changes are heard, and of what server; ``None`` if they are not."""
         return self._listener.heard if self._listener and self._view.is_heard_of else None

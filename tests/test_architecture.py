@@ -16,6 +16,7 @@ PACKAGE = Path(pybreaker_redis.__file__).parent
 ROWS = (
     ("__init__",),
     ("storage",),
+    ("_tenancy",),
     ("_own",),
     ("memory",),
     ("_adapter",),

@@ -628,7 +628,7 @@ class TestServer:
         storages = [CircuitRedisStorage("closed", by_port(reached), name) for name in ("one", "other")]
         for storage in storages:
             assert storage.state == "closed"
-        one, other = (storage._server for storage in storages)
+        one, other = (storage._tenancy.server for storage in storages)
         assert one is not None
         assert one is other
         assert one.tenants == 2
@@ -702,8 +702,8 @@ class TestServer:
         client = redis.Redis(unix_socket_path="/nowhere")
         storage = CircuitRedisStorage("closed", client)
         assert storage.state == "closed"
-        server = weakref.ref(server_of(client, storage._timeout))
-        assert server() is storage._server
+        server = weakref.ref(server_of(client, storage._tenancy._timeout))
+        assert server() is storage._tenancy.server
         ended = server().guard.outage  # type: ignore[union-attr]
         assert ended is not None, "nobody is there"
         del storage

@@ -598,8 +598,8 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     breaker = breaker_on(client)
     storage = breaker._state_storage
     breaker.call(up)
-    guards = (storage._faults, storage._server.guard)
-    for item in (storage._own, storage._server, *guards, view_of(breaker), _server._servers):
+    guards = (storage._tenancy._faults, storage._tenancy.server.guard)
+    for item in (storage._tenancy.own, storage._tenancy.server, *guards, view_of(breaker), _server._servers):
         item._lock.acquire()
         item.after_fork()
         assert item._lock.acquire(timeout=1)

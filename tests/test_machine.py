@@ -166,11 +166,11 @@ class Machine(RuleBasedStateMachine):
 
     def truth(self) -> Circuit:
         """The record, by the server's clock."""
-        return self.observer._shared._carry_out(Load(), tell=True).circuit
+        return self.observer._tenancy.shared._carry_out(Load(), tell=True).circuit
 
     def now_ms(self) -> float:
         """The server's clock."""
-        return self.observer._shared._carry_out(Load(), tell=True).now_ms
+        return self.observer._tenancy.shared._carry_out(Load(), tell=True).now_ms
 
     @contextlib.contextmanager
     def step(self, *, may_close: bool = False, may_count: bool = False) -> Iterator[Circuit]:
@@ -367,7 +367,7 @@ class Machine(RuleBasedStateMachine):
             self.home.client.delete(*(f"machine:pybreaker:{name}" for name in names))
             if "fail_counter" in names:
                 self.failures = 0
-            known = self.workers[index].storage._shared._view.known
+            known = self.workers[index].storage._tenancy.shared._view.known
             if known is not None and known.generation == before.generation:
                 _ = self.workers[index].storage.state
             after = self.truth()

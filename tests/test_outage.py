@@ -416,7 +416,7 @@ def test_question_from_before_the_return_says_nothing_when_it_is_given_up(site: 
     """A server that has thawed is not away because somebody has waited for it while it was frozen."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(site.client()))
-    server, storage = breaker._state_storage._server, breaker._state_storage
+    server, storage = breaker._state_storage._tenancy.server, breaker._state_storage
     began = time.monotonic()
     site.proxy.refuse()
     wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
@@ -460,7 +460,7 @@ def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
     monkeypatch.setattr(_guard, "LONGEST_PAUSE", 0.001)
     monkeypatch.setattr(_guard, "FIRST_PAUSE", 0.001)
     breaker = settled(breaker_on(site.client(), fail_max=3, reset_timeout=0.01))
-    breaker._state_storage._server.guard.longest_pause = 0.001
+    breaker._state_storage._tenancy.server.guard.longest_pause = 0.001
     site.proxy.refuse()
     site.server.kill()
 

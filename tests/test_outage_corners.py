@@ -16,6 +16,7 @@ from pybreaker_redis._guard import Meaning
 from pybreaker_redis._line import Line
 from pybreaker_redis._session import Hearing, Session
 from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis._view import View
 from tests.faults import Site
 from tests.test_outage import calls, health_of, is_back, site
@@ -29,7 +30,7 @@ def test_client_as_it_is_goes_through_an_outage(site: Site):
     """`timeout=None`: its own connections, its own waits, and all the rest."""
     client = site.client()
     breaker = settled(breaker_on(client, timeout=None))
-    assert breaker._state_storage._server._pool is None
+    assert breaker._state_storage._tenancy.server._pool is None
     site.proxy.refuse()
     wait_for(lambda: is_away(breaker), "it is away")
     site.proxy.listen()
@@ -57,7 +58,7 @@ def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypat
 def test_process_that_was_forked_behind_pythons_back_has_a_thread_of_its_own(site: Site):
     """The process id tells."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._server
+    server = breaker._state_storage._tenancy.server
     server._pid, lock = 0, server._lock
     assert server._is_kept()
     assert server._lock is not lock
@@ -67,12 +68,12 @@ def test_two_that_bring_back_the_same_circuit_are_one_too_many(site: Site):
     """The second one goes by what it has for the moment."""
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
-    storage.lose()
-    with storage._own.returning() as is_first:
+    storage._tenancy.lose()
+    with storage._tenancy.own.returning() as is_first:
         assert is_first
-        assert storage.rejoin() is None
+        assert storage._tenancy.rejoin() is None
         assert breaker.call(up) == "answer"
-        assert storage.is_alone
+        assert storage._tenancy.is_alone
     wait_for(lambda: is_back(breaker), "it is back")
 
 
@@ -80,10 +81,10 @@ def test_circuit_that_is_told_in_vain_goes_on_alone(site: Site, monkeypatch):
     """Not for ever: the next call tries again."""
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
-    storage.lose()
-    monkeypatch.setattr(storage._own, "is_told_in_vain", lambda replies: True)
-    assert storage.rejoin() == ""
-    assert not storage._view.may_believe
+    storage._tenancy.lose()
+    monkeypatch.setattr(storage._tenancy.own, "is_told_in_vain", lambda replies: True)
+    assert storage._tenancy.rejoin() == ""
+    assert not storage._tenancy._view.may_believe
     monkeypatch.undo()
     wait_for(lambda: is_back(breaker), "it is back")
 
@@ -92,11 +93,11 @@ def test_circuit_that_moves_while_it_is_brought_back_is_told_again(site: Site, m
     """Calls go on meanwhile."""
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
-    storage.lose()
-    ended, end = iter([False, True]), storage._own.end
-    monkeypatch.setattr(storage._own, "end", lambda generation: end(generation) and next(ended))
-    assert storage.rejoin() == ""
-    assert storage._view.may_believe
+    storage._tenancy.lose()
+    ended, end = iter([False, True]), storage._tenancy.own.end
+    monkeypatch.setattr(storage._tenancy.own, "end", lambda generation: end(generation) and next(ended))
+    assert storage._tenancy.rejoin() == ""
+    assert storage._tenancy._view.may_believe
 
 
 def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
@@ -106,11 +107,11 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
     site.proxy.refuse()
     wait_for(lambda: is_away(breaker), "it is away")
     breaker.call(up)
-    outage = storage._server.guard.outage
+    outage = storage._tenancy.server.guard.outage
     with monkeypatch.context() as patched:
-        patched.setattr(storage._server, "_return", lambda patience: Counter())
-        patched.setattr(CircuitRedisStorage, "rejoin", lambda self: 1 / 0)
-        storage._server._try_to_return(outage)
+        patched.setattr(storage._tenancy.server, "_return", lambda patience: Counter())
+        patched.setattr(Tenancy, "rejoin", lambda self: 1 / 0)
+        storage._tenancy.server._try_to_return(outage)
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
 
@@ -138,12 +139,12 @@ def test_circuit_that_may_only_be_read_is_followed(site: Site):
     site.permit("+@all", "-@write")
     calls(breaker, 0.02, failing=1.0)
     assert health_of(breaker).condition == "refused"
-    assert storage._may_read
-    storage._failed(TypeError("once more"), 0.0)
+    assert storage._tenancy._may_read
+    storage._tenancy._failed(TypeError("once more"), 0.0)
     assert health_of(breaker).condition == "refused"
     site.permit("+@all")
     wait_for(lambda: is_back(breaker), "it is served again")
-    CircuitRedisStorage("closed", site.client())._shared.is_permitted()
+    CircuitRedisStorage("closed", site.client())._tenancy.shared.is_permitted()
 
 
 def test_shortcut_that_has_had_its_day_is_left(site: Site):
@@ -152,7 +153,7 @@ def test_shortcut_that_has_had_its_day_is_left(site: Site):
     storage = breaker._state_storage
     storage._go_by(Shortcut(0))
     breaker.call(up)
-    assert storage._shortcut is storage._view.shortcut
+    assert storage._shortcut is storage._tenancy._view.shortcut
 
 
 def test_sentinels_that_know_another_master_end_the_line():

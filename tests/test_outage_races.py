@@ -54,7 +54,7 @@ def test_answer_that_was_under_way_does_not_end_the_outage(site: Site):
     site.proxy.refuse()
     wait_for(lambda: is_away(first) and is_away(second), "both are alone")
     calls(second, 0.05, failing=1.0)
-    server = first._state_storage._server
+    server = first._state_storage._tenancy.server
     server.answered("")
     assert health_of(first).condition == "away"
     site.proxy.listen()
@@ -145,7 +145,7 @@ def test_handler_that_raises_stops_nothing(site: Site):
 def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
     """Whatever it died of: nobody else would ever ask."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._server
+    server = breaker._state_storage._tenancy.server
     died = threading.Event()
 
     def dies() -> NoReturn:
@@ -190,11 +190,11 @@ def test_turn_is_left_to_a_circuit_that_may_ask(site: Site, monkeypatch):
     """Where callers take turns: one whose own trouble keeps it from asking does not take the server's."""
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
-    guard = storage._server.guard
-    monkeypatch.setattr(storage._server, "_is_kept", lambda: False)
+    guard = storage._tenancy.server.guard
+    monkeypatch.setattr(storage._tenancy.server, "_is_kept", lambda: False)
     guard.keep(False)
-    storage._server.failed(redis.ConnectionError("gone"), storage, time.monotonic())
-    storage._faults.failed(TypeError("no sense"))
+    storage._tenancy.server.failed(redis.ConnectionError("gone"), storage._tenancy, time.monotonic())
+    storage._tenancy._faults.failed(TypeError("no sense"))
     guard.outage = due = replace(guard.outage, next_at=0.0)
     breaker.call(up)
     assert guard.outage is due
@@ -254,17 +254,17 @@ def hasty_switches() -> Iterator[None]:
 def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches):
     """The circuits of a server are counted while others are added."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._server
+    server = breaker._state_storage._tenancy.server
 
     def come_and_go() -> None:
         for _ in range(100):
             storages = [CircuitRedisStorage("closed", client, f"brief {number}") for number in range(5)]
             for storage in storages:
-                server.admit(storage)
+                server.admit(storage._tenancy)
 
     def fail() -> None:
         for _ in range(100):
-            server.failed(redis.ConnectionError("gone"), breaker._state_storage, time.monotonic())
+            server.failed(redis.ConnectionError("gone"), breaker._state_storage._tenancy, time.monotonic())
             server.guard.answered()
 
     client = site.client()

@@ -71,7 +71,7 @@ def breaker_on(client: Any, namespace: str = NAMESPACE, **words: Any) -> pybreak
 
 def view_of(breaker: pybreaker.CircuitBreaker) -> Any:
     """What this process believes about the breaker's circuit."""
-    return breaker._state_storage._shared._view  # type: ignore[attr-defined]
+    return breaker._state_storage._tenancy.shared._view  # type: ignore[attr-defined]
 
 
 def settled(breaker: pybreaker.CircuitBreaker) -> pybreaker.CircuitBreaker:

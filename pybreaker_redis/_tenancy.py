@@ -1,0 +1,269 @@
+"""Which circuit does this process go by: the shared one, or its own?
+
+Knows: both circuits, the server they belong to, what each error means for them.  Does not know: pybreaker, commands,
+scripts, threads.
+
+The shared one as long as Redis serves it.  What is one circuit's own trouble (`_faults`) leaves the others alone; what
+is the server's (`_server.py`) concerns all that live there, and so does its return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from pybreaker_redis import _said
+from pybreaker_redis._caller import Callers
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import CLOSED
+from pybreaker_redis._clock import monotonic, now_ms
+from pybreaker_redis._examination import Trouble, examine
+from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, meaning_of
+from pybreaker_redis._intents import CountProbe, Intent, Load, RecordFailure, RecordSuccess
+from pybreaker_redis._own import LAST, OwnCircuit
+from pybreaker_redis._server import Server, server_of
+from pybreaker_redis._shared import SharedCircuit
+from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._signals import raised_by_a_handler
+from pybreaker_redis._view import View
+
+#: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
+FOLLOWS_WITHIN = 0.1
+#: The same where it cannot be read: then nothing is to be noticed but that it can.
+LOOKS_WITHIN = 0.5
+
+#: How often what a circuit learned alone is looked at again because it has moved just then.
+ROUNDS = 3
+
+#: What is said of a call when it has ended.
+_REPORTS = (RecordFailure, RecordSuccess, CountProbe)
+
+
+class Tenancy:
+    """A circuit of this process: one of the tenants of its server (`Tenant`), and what it is while that is away.
+
+    Args:
+        name: Of the circuit, for people.
+        given: Returns the user's client; called once, when the circuit is first used.
+        keys: Of the circuit, in the order of the scripts.
+        initial_state: Of a circuit that does not exist yet.
+        fallback: How a circuit of one's own begins.
+        timeout: Seconds to wait for an answer; ``None``: as long as the client takes.
+        view: What this process believes of the shared circuit.
+        callers: One for each thread.
+
+    Attributes:
+        circuit_name: See above.
+        max_staleness: Seconds for which the view may be believed.
+        own: The circuit of this process alone.
+        shared: The circuit in Redis.
+        server: Where that lives; ``None`` while it was not used.
+        shortcut: Of the circuit that this process goes by.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        given: Callable[[], Any],
+        keys: tuple[str, ...],
+        *,
+        initial_state: str,
+        fallback: str,
+        timeout: float | None,
+        view: View,
+        callers: Callers,
+        logger: logging.Logger,
+    ) -> None:
+        self.circuit_name = name
+        self.max_staleness = view.max_staleness
+        self.server: Server | None = None
+        self.own = OwnCircuit(fallback, initial_state)
+        self.shortcut: Shortcut = view.shortcut
+        self._given = given
+        self._timeout = timeout
+        self._view = view
+        self._callers = callers
+        #: What is only this circuit's trouble, and whether it can be read though it refuses something.
+        self._faults, self._may_read = Guard(timeout or FIRST_TURN, kept=False), False
+        #: What was to be said of the shared circuit when it was loaded.
+        self._event = ""
+        self.shared = SharedCircuit(
+            self._client,
+            keys,
+            name=name,
+            initial_state=initial_state,
+            fallback_state=CLOSED if fallback == LAST else fallback,
+            clock=now_ms,
+            view=view,
+            logger=logger,
+        )
+
+    @property
+    def trouble(self) -> Trouble:
+        """What is the matter, if anything is."""
+        return examine(self.server.guard if self.server else None, self._faults)
+
+    @property
+    def last_known_state(self) -> str:
+        """Of the circuit that this process goes by, without asking."""
+        return self.own.now.state if self.is_alone else self.shared.last_known_state
+
+    def believed(self, intent: Intent) -> Reply | None:
+        """The shared circuit's answer to an intent that changes nothing, as far as it is known without asking."""
+        if self.is_alone:
+            return None
+        reply = self.shared.believed(intent)
+        if reply is not None:
+            self.shortcut = self._view.shortcut
+        return reply
+
+    def listen(self) -> None:
+        """Have changes of the shared circuit heard from now on."""
+        if self.server is not None:
+            self.shared.listen(self.server)
+
+    def execute(self, intent: Intent) -> Reply:
+        """Carry out an intent on the circuit that this process goes by; no error of Redis comes from here."""
+        if isinstance(intent, RecordSuccess) and (reply := self.believed(intent)):
+            return reply
+        if self._may_ask():
+            began = monotonic()
+            try:
+                with self._callers.current().waits(self._timeout, reports=isinstance(intent, _REPORTS)):
+                    shared = self._execute_shared(intent)
+            except Exception as error:
+                if raised_by_a_handler(error):
+                    raise
+                # Clients of other libraries raise errors of their own, and callables that return a client whatever
+                # they like.  None of it may reach a guarded call; the log says what it was.
+                self._failed(error, began)
+            else:
+                if shared is not None:
+                    return shared
+        return self._execute_own(intent)
+
+    def _client(self) -> Any:
+        client = self._given()
+        self.server = server = server_of(client, self._timeout)
+        server.admit(self)
+        return server.client_like(client)
+
+    def _may_ask(self) -> bool:
+        # To be told that it is one's turn is to have to ask.
+        return self._faults.is_due() and (self.server is None or self.server.may_ask()) and self._faults.may_ask()
+
+    def _execute_shared(self, intent: Intent) -> Reply | None:
+        """Carry out an intent on the shared circuit; ``None`` if it is not the time to ask for that."""
+        if self.server is None:
+            self.shared.connect()
+            if self.server is not None and not self.server.may_ask():
+                # The other circuits of that server know already that it is away.
+                return None
+        outcome = ""
+        if self.is_alone or not self._view.may_believe:
+            # It is a caller's turn to ask, or the server was back before this circuit was.
+            self.load(tell=True)
+            self.check_writable()
+            if (brought_back := self.rejoin()) is None:
+                return None
+            outcome = brought_back
+        reply = self.shared.execute(intent)
+        if self._faults.outage:
+            self._may_read = False
+            _said.permitted(self.circuit_name, self._faults.answered())
+            self.shared.is_permitted()
+        if self.server and self.server.guard.outage:
+            self.server.answered(outcome)
+        return reply
+
+    def _execute_own(self, intent: Intent) -> Reply:
+        if not self.is_alone:
+            self.lose()
+        guard = self._faults if self.server is None or self._faults.outage else self.server.guard
+        outage = guard.outage
+        answers = outage is not None and (outage.meaning is Meaning.READ_ONLY or self._may_read)
+        reply = self.own.execute(intent, self.shared.known, answers=answers)
+        shortcut = self.own.shortcut
+        # Not for long: whoever goes by it is to notice what others do, and that it has ended.
+        follows_within = min(FOLLOWS_WITHIN, self.max_staleness) if answers else LOOKS_WITHIN
+        shortcut.until = shortcut.now() + follows_within
+        if outage is not None and not guard.kept:
+            shortcut.until = min(shortcut.until, outage.next_at)
+        if outage is None or guard.outage is not outage:
+            # It has ended, or been asked about, just now: nobody may go by this circuit unasked.
+            shortcut.until = 0
+        self.shortcut = shortcut
+        return reply
+
+    def _failed(self, error: Exception, began: float) -> None:
+        if self.server is not None and meaning_of(error) in (Meaning.AWAY, Meaning.READ_ONLY):
+            self.server.failed(error, self, began)
+            return
+        outage = self._faults.failed(error)
+        self.lose()
+        if outage is not None:
+            if outage.meaning is Meaning.FORBIDDEN:
+                with contextlib.suppress(Exception), self._callers.current().waits(self._timeout):
+                    self.load()
+                    self._may_read = True
+            _said.in_trouble(self.circuit_name, outage)
+
+    # For the server, when it goes and when it is back ---------------------------------------------------------------
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this process goes by its own circuit."""
+        return self.own.in_use
+
+    def lose(self) -> None:
+        """The server is out of reach: what is known of the shared circuit is not believed any more."""
+        self._view.is_unreachable()
+
+    def load(self, *, tell: bool = False) -> None:
+        """Ask for the shared circuit.
+
+        Args:
+            tell: Whether to say in the log what was found; else `rejoin` returns it.
+
+        Raises:
+            Exception: No usable answer; whatever the client raises then.
+        """
+        event = self.shared.execute(Load(), tell=tell).event
+        self._event = "" if tell or event == "created" else event
+
+    def check_writable(self) -> None:
+        """See whether the server takes writes.
+
+        Raises:
+            Exception: It does not.
+        """
+        self.shared.check_writable()
+
+    def rejoin(self) -> str | None:
+        """Go by the shared circuit again, and open it for all if one's own has opened.
+
+        Returns:
+            What has come of it, in words; empty if there was nothing to bring back; ``None`` if somebody is just at it.
+
+        Raises:
+            Exception: No usable answer; then the process goes on by itself.
+        """
+        with self.own.returning() as is_first:
+            if not is_first:
+                return None
+            outcome, self._event = self._event, ""
+            for _ in range(ROUNDS):
+                now = self.own.now
+                replies = [self.shared.execute(report, tell=False) for report in self.own.reports(self._view.known)]
+                if self.own.is_told_in_vain(replies):
+                    continue
+                if replies and replies[0].accepted and replies[0].circuit.state != CLOSED:
+                    outcome = "opened for all"
+                self.own.told(now.fail_counter)
+                if self.own.end(now.generation):
+                    self.shortcut = self._view.shortcut
+                    self._view.is_reachable()
+                    break
+            return outcome
