@@ -54,12 +54,22 @@ class Origin:
         place: What tells servers, databases and users apart.
         words: What the connection's constructor takes.
         db: The database.
+        one_by_one: Whether keys of different circuits may not be asked for in one command: there, or somewhere behind
+            it, is a cluster.
     """
 
     connection_class: Any
     place: tuple[tuple[str, _Word], ...]
     words: Mapping[str, Any] = field(compare=False)
     db: int
+    one_by_one: bool = False
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port; ``None`` for a unix socket, and for a master that Sentinels know."""
+        if "path" in self.words or "connection_pool" in self.words:
+            return None
+        return self.words.get("host") or "localhost", int(self.words.get("port") or 6379)
 
     def connect(self, *, timeout: float, **words: Any) -> Any:
         """A new connection, connected.
@@ -184,6 +194,12 @@ def on_pool(client: Any, pool: Any) -> Any:
     return own
 
 
+def watched_pool(client: Any) -> Any:
+    """The pool of a client whose master Sentinels watch; ``None`` of any other client."""
+    pool = getattr(client, "connection_pool", None)
+    return pool if hasattr(pool, "sentinel_manager") and getattr(pool, "is_master", False) else None
+
+
 def longest_wait(client: Any) -> float | None:
     """How many seconds a command may take at most, as far as the client's settings tell; ``None``: without end.
 
@@ -205,7 +221,7 @@ def longest_wait(client: Any) -> float | None:
 
 def _copy(client: Any, timeout: float, longest: float | None = None) -> Any:
     origin = origin_of(client)
-    library = _library_of(client.connection_pool)
+    library = library_of(client)
     if origin is None or library is None:
         msg = f"not redis-py's kin: {client!r}"
         raise TypeError(msg)
@@ -237,9 +253,9 @@ def _pool(pool: Any, library: Any, origin: Origin, timeout: float, longest: floa
     return type(pool)(pool.service_name, manager, **words)
 
 
-def _library_of(pool: Any) -> Any:
-    """The module that the pool's kind comes from, which has the other kinds, too; or ``None``."""
-    for cls in type(pool).__mro__:
+def library_of(client: Any) -> Any:
+    """The module that the kind of the client's pool comes from, which has the other kinds, too; or ``None``."""
+    for cls in type(client.connection_pool).__mro__:
         module = sys.modules.get(cls.__module__)
         if cls.__name__ == "ConnectionPool" and hasattr(module, "BlockingConnectionPool"):
             return module

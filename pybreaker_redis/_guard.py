@@ -2,7 +2,7 @@
 
 Knows: what errors mean, when Redis last failed, a monotonic clock.  Does not know: what was asked, who asks again.
 
-Whatever a client raises, it is one of four things (`meaning_of`).  Two of them say something of the server, so that all
+Whatever a client raises, it is one of five things (`meaning_of`).  Two of them say something of the server, so that all
 circuits of this process that live there are concerned; the others are a single circuit's own business.
 """
 
@@ -31,6 +31,9 @@ SHORTEST_LONGEST_PAUSE = 0.1
 FIRST_TURN = 1.0
 LONGEST_TURN = 30.0
 
+#: Pause where a slot is under way, seconds: that does not take long, and to ask does not either.
+MIGRATING_PAUSE = 0.1
+
 #: How much longer each attempt may wait than the last one, if that got no answer in its time, up to so many seconds.
 PATIENCE = 1.5
 LONGEST_PATIENCE = 30.0
@@ -45,6 +48,8 @@ class Meaning(enum.Enum):
     """It answers, and takes no writes at present: of the server."""
     FORBIDDEN = "forbidden"
     """This user may not do this: of the circuit."""
+    MIGRATING = "migrating"
+    """Its slot of a cluster is under way from one node to another: of the circuit."""
     FAULT = "fault"
     """What was sent or what came back makes no sense, or what was to give a client failed: of the circuit."""
 
@@ -59,7 +64,9 @@ _OF_CLASSES = {
     "ConnectionError": Meaning.AWAY,
     "TimeoutError": Meaning.AWAY,
     "ClusterError": Meaning.AWAY,
-    "TryAgainError": Meaning.AWAY,
+    # redis-py's class for MOVED is one of this kind, too.
+    "AskError": Meaning.MIGRATING,
+    "TryAgainError": Meaning.MIGRATING,
     "RedisClusterException": Meaning.AWAY,
     "ValkeyClusterException": Meaning.AWAY,
     "WatchError": Meaning.AWAY,
@@ -77,7 +84,9 @@ _OF_CODES = {
     "LOADING": Meaning.AWAY,
     "MASTERDOWN": Meaning.AWAY,
     "CLUSTERDOWN": Meaning.AWAY,
-    "TRYAGAIN": Meaning.AWAY,
+    "ASK": Meaning.MIGRATING,
+    "MOVED": Meaning.MIGRATING,
+    "TRYAGAIN": Meaning.MIGRATING,
     "NOAUTH": Meaning.AWAY,
     "WRONGPASS": Meaning.AWAY,
 }
@@ -234,7 +243,7 @@ class Guard:
                 error=self.last_error,
                 is_timeout=is_a(error, "TimeoutError"),
                 attempts=attempts,
-                next_at=now + self._pause(attempts),
+                next_at=now + (MIGRATING_PAUSE if meaning is Meaning.MIGRATING else self._pause(attempts)),
                 patience=patience,
             )
             return None if before else self.outage

@@ -5,6 +5,7 @@ Knows: stock pybreaker's names, hash tags.  Does not know: what lies under the n
 
 from __future__ import annotations
 
+import binascii
 import re
 
 #: First part of every name, as in stock pybreaker.
@@ -14,7 +15,10 @@ BASE = "pybreaker"
 NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
 
 #: Redis looks at the first pair of braces only, and ignores it if there is nothing in it.
-_TAG = re.compile(r"[^{]*\{[^}]+\}")
+_TAG = re.compile(r"[^{]*\{([^}]+)\}")
+
+#: Into so many a cluster divides the keys.
+SLOTS = 16384
 
 
 def circuit_keys(namespace: str | None, *, one_slot: bool) -> tuple[str, ...]:
@@ -28,6 +32,12 @@ def circuit_keys(namespace: str | None, *, one_slot: bool) -> tuple[str, ...]:
     if one_slot and not (namespace and _TAG.match(namespace)):
         prefix = f"{{{namespace}}}:{BASE}" if namespace else f"{{{BASE}}}"
     return tuple(f"{prefix}:{name}" for name in NAMES)
+
+
+def slot_of(key: str) -> int:
+    """The slot of a cluster that a key lies in: the CRC16 of its tag, or else of all of it (Redis Cluster's rule)."""
+    tag = _TAG.match(key)
+    return binascii.crc_hqx((tag[1] if tag else key).encode(), 0) % SLOTS
 
 
 def channel_of(keys: tuple[str, ...], db: int) -> str:

@@ -57,6 +57,7 @@ class Line:
 
     Attributes:
         tracks: Whether changes of keys that `ask` has read are heard, besides what is published.
+        one_by_one: Whether keys of different circuits may not be asked for in one command.
         server: What the server calls itself, and its version; empty if it does not say.
 
     Raises:
@@ -69,6 +70,7 @@ class Line:
         self._hear = hear
         self._connections: list[Any] = []
         self.tracks = False
+        self.one_by_one = origin.one_by_one
         self.server = ""
         try:
             one = self._connect_resp3(origin)

@@ -91,6 +91,13 @@ class Listener:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = start(self._run, THREAD_NAME)
 
+    def remove(self, view: View) -> None:
+        """Listen no more for a view: its circuit lives elsewhere by now."""
+        with self._lock:
+            _, channel = self._views.pop(view, ((), ""))
+            self._of_channel[channel] = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() is not view)
+        view.is_heard(False)
+
     def hurry(self) -> None:
         """What was refused is permitted again: there is no reason to wait."""
         self._hurried = True

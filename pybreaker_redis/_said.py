@@ -97,6 +97,23 @@ def back(server: str, seconds: float | None, outcomes: Counter[str]) -> None:
     )
 
 
+def left(server: str, seconds: float | None) -> None:
+    """All circuits that lived on a server live elsewhere by now.
+
+    Args:
+        server: Which.
+        seconds: For how long it had not answered; ``None``: it had, so nothing is said.
+    """
+    if seconds is not None:
+        _say(
+            logging.INFO,
+            "Redis at %s: its circuits live on other nodes of the cluster after %.1f s",
+            server,
+            seconds,
+            extra={"pybreaker_redis": {"event": "moved", "server": server, "seconds": seconds}},
+        )
+
+
 def may_wait(client: Any) -> None:
     """No connections with deadlines can be made like this client's: say so if it may wait for long."""
     longest = longest_wait(client)

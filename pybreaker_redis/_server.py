@@ -83,6 +83,13 @@ class Server:
             self._tenants.add(tenant)
         self.guard.hurry(tenant.max_staleness)
 
+    def dismiss(self, tenant: Tenant) -> None:
+        """From now on this circuit lives elsewhere."""
+        with self._lock:
+            self._tenants.discard(tenant)
+        if not self._tenants:
+            _said.left(str(self), self.guard.answered())
+
     def _present(self) -> list[Tenant]:
         # Whoever comes while they are counted would make it fail.
         with self._lock:
@@ -184,6 +191,10 @@ class Server:
                 self._try_to_return(outage)
 
     def _try_to_return(self, outage: Outage) -> None:
+        for tenant in self._present():
+            # Whoever lives elsewhere by now need not wait for this one.
+            with deadline(self._timeout), _unless_its_own():
+                tenant.moves()
         try:
             outcomes = self._return(outage.patience)
         except Exception as error:  # noqa: BLE001

@@ -142,12 +142,15 @@ class Session:
     def _poll(self, hearings: Iterable[Hearing]) -> None:
         """Read circuits again, and the server's clock; with no circuits it is a sign of life."""
         asked = [(item, item.view.ticket()) for item in hearings]
+        keys = [item.keys[1] for item, _ in asked]
+        # The counters of all circuits in one command, but for those in a cluster.
+        batches = [[key] for key in keys] if self.line.one_by_one else [keys] * bool(keys)
+        # Whoever counts a failure shall not have to tell everybody.
+        before = [("CLIENT", "CACHING", "NO")] if self.line.tracks else []
         commands: list[tuple[Any, ...]] = [("TIME",)]
-        if asked:
-            if self.line.tracks:
-                # Whoever counts a failure shall not have to tell everybody.
-                commands.append(("CLIENT", "CACHING", "NO"))
-            commands.append(("MGET", *(item.keys[1] for item, _ in asked)))
+        for batch in batches:
+            commands += [*before, ("MGET", *batch)]
+        counted = len(commands)
         for item, _ in asked:
             item.view.shortcut.taken = False
             commands.append(("MGET", item.keys[0], item.keys[3]))
@@ -158,19 +161,26 @@ class Session:
         self._polled_at = monotonic()
         if not asked:
             return
-        fail_counters, *values = answers[-1 - 2 * len(asked) :]
-        if isinstance(fail_counters, Exception):
-            # By an ACL, or a cluster: whoever may not read what he hears of goes by nothing.
-            raise refusal(fail_counters)
+        fail_counters = self._each_of(answers[1 + len(before) : counted : 1 + len(before)])
         self.polled = True
-        server_ms = _milliseconds(answers[0])
+        server_ms, values = _milliseconds(answers[0]), answers[counted:]
         for (item, ticket), failures, plain, mark in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
             known = item.view.known
-            if known is None or isinstance(plain, Exception):
+            if known is None or isinstance(failures, Exception) or isinstance(plain, Exception):
                 item.view.doubt(ticket)
             else:
                 item.view.offset.learn(server_ms, before_ms, after_ms, waiting=known.state != CLOSED)
                 self._judge(item.view, ticket, known, (failures, plain, mark), server_ms)
+
+    def _each_of(self, answers: list[Any]) -> list[Any]:
+        """The counters, or what there is instead of one: of those in a cluster each may be gone to another node."""
+        if self.line.one_by_one:
+            return [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
+        (counters,) = answers
+        if isinstance(counters, Exception):
+            # By an ACL: whoever may not read what he hears of goes by nothing.
+            raise refusal(counters)
+        return list(counters)
 
     def _judge(self, view: View, ticket: Ticket, known: Circuit, read: tuple[Any, Any, Any], server_ms: int) -> None:
         # In steady state the same is read again and again: to think of it once is enough.

@@ -1,6 +1,6 @@
 """What is true of the circuit in Redis, by this process's clock?
 
-Knows: which carrier serves, the view, the local clock.  Does not know: what if nobody answers.
+Knows: the view, the local clock, who carries out what is wanted.  Does not know: what if nobody answers.
 """
 
 from __future__ import annotations
@@ -8,30 +8,28 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis._carrier import Reply
+from pybreaker_redis._carriers import Carrier, Carriers
 from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
-from pybreaker_redis._client import origin_of
 from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
-from pybreaker_redis._keys import channel_of
 from pybreaker_redis._line import Heard
 from pybreaker_redis._listener import Home, Listener, listen
-from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._view import View
-from pybreaker_redis.errors import ScriptingUnavailable
+from pybreaker_redis._whereabouts import Seat
 
 
 class SharedCircuit:
     """One circuit in Redis.  Times go in and come out by the local clock; in Redis they are the server's.
 
     Args:
-        client: Returns the Redis client; called once, when the circuit is first used.
-        keys: Of the circuit, in the order of the scripts.
+        seat: Returns where it lies; called when the circuit is first used, and when it has moved.
+        has_moved: Returns whether an error, for somebody who asked with a client, says that the circuit lies elsewhere:
+            then nothing was done, and the same is asked once more, there.
         name: For log lines.
         initial_state: Of a circuit that does not exist yet.
         fallback_state: Of a circuit that vanished and was not open.
@@ -42,8 +40,8 @@ class SharedCircuit:
 
     def __init__(
         self,
-        client: Callable[[], Any],
-        keys: tuple[str, ...],
+        seat: Callable[[], Seat],
+        has_moved: Callable[[Exception, Any], bool],
         *,
         name: str,
         initial_state: str,
@@ -52,17 +50,14 @@ class SharedCircuit:
         view: View,
         logger: logging.Logger,
     ) -> None:
-        self._client = client
-        self._keys = keys
+        self._carriers = Carriers(seat, name=name, logger=logger)
+        self._has_moved = has_moved
         self._name = name
         self._initial_state = initial_state
         self._fallback_state = fallback_state
         self._clock = clock
         self._view = view
         self._logger = logger
-        self._locks: dict[int, threading.Lock] = {}
-        self._carrier: LuaCarrier | OptimisticCarrier | None = None
-        self._channel = ""
         #: What is believed, by the local clock: it is looked at often, and changes rarely.
         self._moved: tuple[tuple[Circuit, float], Circuit] = ((Circuit(), 0.0), Circuit())
         self._listens_in: int | None = None
@@ -100,17 +95,19 @@ class SharedCircuit:
         Args:
             server: Where the circuit lives.
         """
-        if self._carrier is None or self._listens_in == os.getpid() or not self._view.max_staleness:
+        carriers = self._carriers
+        if carriers.now is None or self._listens_in == os.getpid() or not self._view.max_staleness:
             return
         self._listens_in = os.getpid()
-        origin = origin_of(self._carrier.client)
-        if origin and self._channel:
-            self._listener = listen(origin, self._view, self._keys, self._channel, server)
-        elif isinstance(self._carrier, LuaCarrier):
+        origin = carriers.origin
+        if origin:
+            origin = replace(origin, one_by_one=carriers.one_slot)
+            self._listener = listen(origin, self._view, carriers.keys, carriers.channel, server)
+        elif carriers.mode == LuaCarrier.mode:
             self._logger.info(
                 "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
                 self._name,
-                type(self._carrier.client).__name__,
+                type(carriers.now.client).__name__,
             )
 
     def connect(self) -> None:
@@ -119,7 +116,7 @@ class SharedCircuit:
         Raises:
             Exception: Whatever the callable that returns it raises.
         """
-        self._get_carrier()
+        self._carriers.get()
 
     def is_permitted(self) -> None:
         """What was refused is permitted again."""
@@ -129,7 +126,7 @@ class SharedCircuit:
     @property
     def mode(self) -> str:
         """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
-        return self._carrier.mode if self._carrier else ""
+        return self._carriers.mode
 
     @property
     def age(self) -> float | None:
@@ -176,7 +173,8 @@ class SharedCircuit:
         Raises:
             Exception: It does not.
         """
-        self._get_carrier().client.setnx(self._keys[0], self.last_known_state)
+        client = self._carriers.get().client
+        client.setnx(self._carriers.keys[0], self.last_known_state)
 
     @property
     def last_known_state(self) -> str:
@@ -197,55 +195,38 @@ class SharedCircuit:
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known = self._view.known
         create = self._initial_state if known is None else self._fallback_state
-        carrier = self._get_carrier()
-        if isinstance(intent, RecordFailure) and self._channel:
+        carriers = self._carriers
+        carrier = carriers.get()
+        if isinstance(intent, RecordFailure) and carriers.channel:
             intent = replace(intent, noise_ms=NOISE_MS)
         ticket = self._view.ticket()
         try:
-            reply = carrier.execute(intent, known, create)
-        except ScriptingUnavailable as reason:
-            now = self._carrier
-            optimistic = now if isinstance(now, OptimisticCarrier) else OptimisticCarrier(carrier.client, self._keys)
-            # If that is refused, too, it is not about scripts, and they may be permitted again.
-            reply = optimistic.execute(intent, known, create)
-            self._do_without_scripts(optimistic, reason)
+            reply = carriers.execute(carrier, intent, known, create)
+        except Exception as error:
+            if not self._has_moved(error, carrier.client):
+                raise
+            self.leave(carrier)
+            ticket = self._view.ticket()
+            reply = carriers.execute(carriers.get(), intent, known, create)
         self._view.fill(ticket, reply.circuit, reply.now_ms)
         if self._listener is not None:
-            self._listener.tell(self._view, self._channel, reply.circuit, reply.now_ms)
+            self._listener.tell(self._view, carriers.channel, reply.circuit, reply.now_ms)
         if tell:
             self._log(reply)
         return reply
 
-    def _lock(self) -> threading.Lock:
-        """This process's, and of the kind that is in use when it is first needed: gevent replaces them.
+    def leave(self, carrier: Carrier | None = None) -> None:
+        """It lies elsewhere by now.
 
-        It is held while a callable returns a client, and who knows what that waits for.
+        Args:
+            carrier: That has found it out; ``None``: whichever there is.
         """
-        return self._locks.setdefault(os.getpid(), threading.Lock())
-
-    def _get_carrier(self) -> LuaCarrier | OptimisticCarrier:
-        if self._carrier is not None:
-            return self._carrier
-        with self._lock():
-            if self._carrier is None:
-                client = self._client()
-                origin = origin_of(client)
-                self._channel = channel_of(self._keys, origin.db) if origin else ""
-                self._carrier = LuaCarrier(client, self._keys, self._channel)
-            return self._carrier
-
-    def _do_without_scripts(self, optimistic: OptimisticCarrier, reason: Exception) -> None:
-        with self._lock():
-            if isinstance(self._carrier, OptimisticCarrier):
-                return
-            # Nobody would hear of what is done without scripts, so nobody relies on hearing.
-            self._channel = ""
-            self._carrier = optimistic
-        self._logger.warning(
-            "circuit %r: the server runs no scripts (%s); using transactions, which take more round trips",
-            self._name,
-            reason,
-        )
+        if self._carriers.leave(carrier):
+            listener, self._listener, self._listens_in = self._listener, None, None
+            if listener is not None:
+                listener.remove(self._view)
+            # There is another clock.
+            self._view.offset.forget()
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from pybreaker_redis import _said
 from pybreaker_redis._caller import Callers
@@ -28,6 +27,7 @@ from pybreaker_redis._shared import SharedCircuit
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._signals import raised_by_a_handler
 from pybreaker_redis._view import View
+from pybreaker_redis._whereabouts import Seat, Whereabouts
 
 #: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
 FOLLOWS_WITHIN = 0.1
@@ -46,8 +46,7 @@ class Tenancy:
 
     Args:
         name: Of the circuit, for people.
-        given: Returns the user's client; called once, when the circuit is first used.
-        keys: Of the circuit, in the order of the scripts.
+        whereabouts: Of the shared circuit.
         initial_state: Of a circuit that does not exist yet.
         fallback: How a circuit of one's own begins.
         timeout: Seconds to wait for an answer; ``None``: as long as the client takes.
@@ -66,8 +65,7 @@ class Tenancy:
     def __init__(
         self,
         name: str,
-        given: Callable[[], Any],
-        keys: tuple[str, ...],
+        whereabouts: Whereabouts,
         *,
         initial_state: str,
         fallback: str,
@@ -81,7 +79,7 @@ class Tenancy:
         self.server: Server | None = None
         self.own = OwnCircuit(fallback, initial_state)
         self.shortcut: Shortcut = view.shortcut
-        self._given = given
+        self._whereabouts = whereabouts
         self._timeout = timeout
         self._view = view
         self._callers = callers
@@ -90,8 +88,8 @@ class Tenancy:
         #: What was to be said of the shared circuit when it was loaded.
         self._event = ""
         self.shared = SharedCircuit(
-            self._client,
-            keys,
+            self._seat,
+            whereabouts.has_moved,
             name=name,
             initial_state=initial_state,
             fallback_state=CLOSED if fallback == LAST else fallback,
@@ -144,11 +142,13 @@ class Tenancy:
                     return shared
         return self._execute_own(intent)
 
-    def _client(self) -> Any:
-        client = self._given()
-        self.server = server = server_of(client, self._timeout)
-        server.admit(self)
-        return server.client_like(client)
+    def _seat(self) -> Seat:
+        seat = self._whereabouts.seat()
+        before, self.server = self.server, server_of(seat.client, self._timeout)
+        self.server.admit(self)
+        if before not in (None, self.server):
+            before.dismiss(self)
+        return replace(seat, client=self.server.client_like(seat.client))
 
     def _may_ask(self) -> bool:
         # To be told that it is one's turn is to have to ask.
@@ -164,6 +164,8 @@ class Tenancy:
         outcome = ""
         if self.is_alone or not self._view.may_believe:
             # It is a caller's turn to ask, or the server was back before this circuit was.
+            if self.is_alone and self._whereabouts.look_again():
+                self.shared.leave()
             self.load(tell=True)
             self.check_writable()
             if (brought_back := self.rejoin()) is None:
@@ -220,6 +222,28 @@ class Tenancy:
     def lose(self) -> None:
         """The server is out of reach: what is known of the shared circuit is not believed any more."""
         self._view.is_unreachable()
+
+    def moves(self) -> bool:
+        """Whether the circuit lies on another node by now; then it lives there from now on.
+
+        Raises:
+            Exception: Nobody could be asked.
+        """
+        if not self._whereabouts.look_again():
+            return False
+        self.shared.leave()
+        self.shared.connect()
+        assert self.server
+        if self.server.guard.outage is None:
+            began = monotonic()
+            try:
+                self.load()
+                self.check_writable()
+                self.rejoin()
+            except Exception as error:  # noqa: BLE001
+                # It is for those there to ask again.
+                self._failed(error, began)
+        return True
 
     def load(self, *, tell: bool = False) -> None:
         """Ask for the shared circuit.

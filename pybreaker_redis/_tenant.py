@@ -24,6 +24,13 @@ class Tenant(Protocol):
     def lose(self) -> None:
         """The server is out of reach: what is known of the circuit is not to be believed any more."""
 
+    def moves(self) -> bool:
+        """Whether it lives elsewhere by now; then it goes on there.
+
+        Raises:
+            Exception: Nobody could be asked.
+        """
+
     def load(self) -> None:
         """Ask for the circuit.
 

@@ -12,10 +12,11 @@ from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._arguments import check_fallback, check_namespace, check_state, client_source, staleness, wait
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._intents import Intent, Load
-from pybreaker_redis._keys import BASE, circuit_keys
+from pybreaker_redis._keys import BASE
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis._view import View
+from pybreaker_redis._whereabouts import Whereabouts
 from pybreaker_redis.health import Health
 
 
@@ -68,8 +69,7 @@ class CircuitRedisStorage(IntentStorage):
         name = namespace or BASE
         self._tenancy = Tenancy(
             name,
-            client_source(redis_object),
-            circuit_keys(namespace, one_slot=cluster_mode),
+            Whereabouts(client_source(redis_object), namespace, one_slot=cluster_mode),
             initial_state=state,
             fallback=fallback_circuit_state,
             timeout=wait(timeout),

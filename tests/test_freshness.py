@@ -205,7 +205,7 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, mo
         return ask(line, commands)
 
     monkeypatch.setattr(Line, "ask", replace_then_ask)
-    origin = origin_of(breaker._state_storage._tenancy.shared._carrier.client)
+    origin = origin_of(breaker._state_storage._tenancy.shared._carriers.now.client)
     listener = _listener._listeners.of(origin)
     wait_for(lambda: replaced and listener.session and listener.session.line is not replaced[0], "a new line")
     settled(breaker)

@@ -189,7 +189,7 @@ def test_session_without_a_pong_is_over_and_what_is_not_known_is_not_confirmed()
     view = View(1.0)
     view.is_heard(True)
     answers = [(1, 0), [b"0"], [b"closed", None], [None] * 6]
-    session.line = SimpleNamespace(tracks=False, ask=lambda commands: answers)
+    session.line = SimpleNamespace(tracks=False, one_by_one=False, ask=lambda commands: answers)
     session._agreed = weakref.WeakKeyDictionary()
     session._poll([Hearing(view, ("s", "f", "p", "o", "c"), "channel")])
     assert not view.is_believed

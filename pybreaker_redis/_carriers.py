@@ -1,0 +1,128 @@
+"""Who carries out intents on the shared circuit: scripts, or transactions, and on which server?
+
+Knows: both carriers, where the circuit lies.  Does not know: the view, the local clock, who listens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import Circuit
+from pybreaker_redis._client import Origin, origin_of
+from pybreaker_redis._intents import Intent
+from pybreaker_redis._keys import channel_of
+from pybreaker_redis._optimistic import OptimisticCarrier
+from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis._whereabouts import Seat
+from pybreaker_redis.errors import ScriptingUnavailable
+
+Carrier = LuaCarrier | OptimisticCarrier
+
+
+class Carriers:
+    """The carrier of one circuit: scripts, until it turns out that the server runs none.
+
+    Args:
+        seat: Returns where the circuit lies; called when it is first used, and when it has moved.
+        name: For log lines.
+        logger: Where to say that there are no scripts.
+
+    Attributes:
+        now: The carrier; ``None`` while nobody has asked.
+        keys: Of the circuit; empty while nobody has asked.
+        channel: Of the circuit; empty if nobody would hear of what this process does.
+        one_slot: Whether keys of other circuits cannot be asked for together with these.
+    """
+
+    def __init__(self, seat: Callable[[], Seat], *, name: str, logger: logging.Logger) -> None:
+        self.now: Carrier | None = None
+        self.keys: tuple[str, ...] = ()
+        self.channel = ""
+        self.one_slot = False
+        self._seat = seat
+        self._name = name
+        self._logger = logger
+        self._locks: dict[int, threading.Lock] = {}
+
+    @property
+    def mode(self) -> str:
+        """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
+        return self.now.mode if self.now else ""
+
+    @property
+    def origin(self) -> Origin | None:
+        """Of the server, if changes are told there, and further connections to it can be made."""
+        return origin_of(self.now.client) if self.now and self.channel else None
+
+    def get(self) -> Carrier:
+        """The carrier; the first time, and when the circuit has moved, it has to be found out which.
+
+        Raises:
+            Exception: Whatever the callable raises that returns the client.
+        """
+        if self.now is not None:
+            return self.now
+        with self._lock():
+            if self.now is None:
+                seat = self._seat()
+                origin = origin_of(seat.client)
+                self.keys, self.one_slot = seat.keys, seat.one_slot
+                self.channel = channel_of(self.keys, origin.db) if origin else ""
+                self.now = LuaCarrier(seat.client, self.keys, self.channel)
+            return self.now
+
+    def leave(self, carrier: Carrier | None) -> bool:
+        """The circuit lies elsewhere by now.
+
+        Args:
+            carrier: That has found it out; ``None``: whichever there is.
+
+        Returns:
+            Whether that was news: else another one has taken its place since.
+        """
+        with self._lock():
+            if carrier not in (None, self.now):
+                return False
+            self.now = None
+            return True
+
+    def execute(self, carrier: Carrier, intent: Intent, known: Circuit | None, create: str) -> Reply:
+        """Have an intent carried out, without scripts if need be; see `_carrier.Carrier.execute`.
+
+        Raises:
+            Exception: No usable answer.
+        """
+        try:
+            return carrier.execute(intent, known, create)
+        except ScriptingUnavailable as reason:
+            now: Any = self.now
+            optimistic = now if isinstance(now, OptimisticCarrier) else OptimisticCarrier(carrier.client, self.keys)
+            # If that is refused, too, it is not about scripts, and they may be permitted again.
+            reply = optimistic.execute(intent, known, create)
+            self._do_without_scripts(optimistic, reason)
+            return reply
+
+    def _do_without_scripts(self, optimistic: OptimisticCarrier, reason: Exception) -> None:
+        with self._lock():
+            if isinstance(self.now, OptimisticCarrier):
+                return
+            # Nobody would hear of what is done without scripts, so nobody relies on hearing.
+            self.channel = ""
+            self.now = optimistic
+        self._logger.warning(
+            "circuit %r: the server runs no scripts (%s); using transactions, which take more round trips",
+            self._name,
+            reason,
+        )
+
+    def _lock(self) -> threading.Lock:
+        """This process's, and of the kind that is in use when it is first needed: gevent replaces them.
+
+        It is held while a callable returns a client, and who knows what that waits for.
+        """
+        return self._locks.setdefault(os.getpid(), threading.Lock())

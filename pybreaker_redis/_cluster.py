@@ -1,0 +1,234 @@
+"""Which node of a cluster serves a slot, and how does one get there?
+
+Knows: cluster clients of redis-py and its kin and of redis-py-cluster, CLUSTER SLOTS, redirections.  Does not know:
+what is asked of a node.
+
+All keys of a circuit lie in one slot, so on a cluster a circuit lives on one node at a time, and that is a server like
+any other: with connections of our own, deadlines, a guard, somebody who listens.  What a cluster adds is that the
+circuit may move: a node says so when it is asked (MOVED), and of one that is gone the others know who has taken over.
+The user's cluster client is looked at, and never asked: it would wait and try again as it likes.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pybreaker_redis._client import library_of, on_pool, origin_of
+from pybreaker_redis._clock import monotonic
+from pybreaker_redis._deadline import deadline, deadlined, seconds_left
+from pybreaker_redis.errors import is_a
+
+#: Host and port.
+Address = tuple[str, int]
+
+#: Seconds to wait for a single node that is asked about the others, at most.
+LONGEST_LOOK = 1.0
+
+#: Seconds until they are asked again: all circuits of a process that are looked for then are looked for at once.
+LOOK_PAUSE = 0.05
+
+#: What a node says of a slot that it does not serve: its number, and where it is served.
+_REDIRECTION = re.compile(r"(\d+) (\S*):(\d+)")
+
+
+class Cluster:
+    """A cluster, as this process knows it.
+
+    Args:
+        client: Of the cluster, or of one node of it.
+        node: Returns a client of a node; connects to nobody.
+        seeds: Nodes to begin with.
+        found: Returns the node that serves a slot, as far as the client knows, or ``None``.
+        remap: What an address is called from here.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        node: Callable[[Address], Any],
+        seeds: list[Address],
+        found: Callable[[int], Address | None],
+        remap: Callable[[Address], Address],
+    ) -> None:
+        #: As long as it lives nobody else has its id.
+        self._client = client
+        self._make = node
+        self._found = found
+        self._remap = remap
+        self._known = set(seeds)
+        self._nodes: dict[Address, Any] = {}
+        self._slots: list[tuple[range, Address]] = []
+        self._moved: dict[int, Address] = {}
+        self._looked_at = -LOOK_PAUSE
+
+    def node(self, address: Address) -> Any:
+        """A client of one node; always the same."""
+        return self._nodes.get(address) or self._nodes.setdefault(address, self._make(address))
+
+    def primary_of(self, slot: int) -> Address:
+        """The node that serves a slot; asks others only if nothing is known of it.
+
+        Raises:
+            ConnectionError: Nobody knows.
+        """
+        address = self._known_primary_of(slot)
+        if address is None:
+            self.look_again()
+            address = self._known_primary_of(slot)
+        if address is None:
+            msg = f"no node of the cluster says who serves slot {slot}"
+            raise ConnectionError(msg)
+        return address
+
+    def _known_primary_of(self, slot: int) -> Address | None:
+        if slot in self._moved:
+            return self._moved[slot]
+        for slots, address in self._slots:
+            if slot in slots:
+                return address
+        return None if self._slots else self._found(slot)
+
+    def moved(self, slot: int, address: Address) -> None:
+        """A node has said that another one serves a slot."""
+        self._moved[slot] = address
+        self._known.add(address)
+
+    def look_again(self, avoid: Address | None = None) -> None:
+        """Ask the nodes who serves which slot, until one answers.
+
+        Args:
+            avoid: The one that is asked last: it has failed, or may be cut off from the others.
+        """
+        if monotonic() < self._looked_at + LOOK_PAUSE:
+            return
+        self._looked_at = monotonic()
+        others = [address for address in tuple(self._known) if address != avoid]
+        # Not all processes the same one.
+        random.shuffle(others)
+        asked = others if avoid is None else [*others, avoid]
+        for address in asked:
+            left = seconds_left()
+            try:
+                # Whoever does not answer leaves time for the next one.
+                with deadline(LONGEST_LOOK if left is None else left / min(len(asked), 2)):
+                    slots = self._ask(address)
+            except Exception:  # noqa: BLE001
+                # Whatever a library raises: the next one may know.
+                continue
+            if slots:
+                self._slots, self._moved = slots, {}
+                return
+
+    def _ask(self, address: Address) -> list[tuple[range, Address]]:
+        origin = origin_of(self.node(address))
+        assert origin
+        bounded = replace(origin, connection_class=deadlined(origin.connection_class))
+        connection = bounded.connect(timeout=LONGEST_LOOK)
+        try:
+            connection.send_command("CLUSTER", "SLOTS")
+            answer = connection.read_response()
+        finally:
+            connection.disconnect()
+        slots = []
+        for first, last, *nodes in answer:
+            addresses = [self._address(node, address) for node in nodes]
+            self._known.update(addresses)
+            slots.append((range(int(first), int(last) + 1), addresses[0]))
+        return slots
+
+    def _address(self, node: Any, asked: Address) -> Address:
+        host, port = node[:2]
+        host = host.decode() if isinstance(host, bytes) else host
+        # A node that has not been told its own name says nothing.
+        return self._remap((host if host and host != "?" else asked[0], int(port)))
+
+    def redirected(self, error: BaseException, asked: Address) -> Address | None:
+        """Where a node has sent whoever asked it for a slot; ``None`` if it has not.
+
+        Args:
+            error: What it answered.
+            asked: The node.
+        """
+        if not has_moved(error):
+            return None
+        match = _REDIRECTION.search(str(error))
+        return self._address((match[2], match[3]), asked) if match else None
+
+
+def has_moved(error: BaseException) -> bool:
+    """Whether a node says that it does not serve the slot, and who does."""
+    # Of redis-py's classes `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
+    return is_a(error, "MovedError") or str(error).startswith("MOVED ")
+
+
+def cluster_of(client: Any) -> Cluster | None:
+    """The cluster behind a cluster's client; the same each time.  ``None`` for any other client."""
+    for manager, adapter in (
+        (getattr(client, "nodes_manager", None), _redis_py),
+        (_nodes_of(client), _redis_py_cluster),
+    ):
+        if manager is not None:
+            known = _clusters.get(id(manager))
+            if known is None:
+                known = _clusters[id(manager)] = adapter(client, manager)
+            return known
+    return None
+
+
+def cluster_behind(client: Any) -> Cluster | None:
+    """The cluster that a client of one node, or of an endpoint, leads to; ``None`` if it is no such client."""
+    origin, library = origin_of(client), library_of(client)
+    if origin is None or library is None or origin.address is None:
+        return None
+    connection_class, words = origin.connection_class, client.connection_pool.connection_kwargs
+
+    def node(address: Address) -> Any:
+        there = {**words, "host": address[0], "port": address[1]}
+        return on_pool(client, library.ConnectionPool(connection_class=connection_class, **there))
+
+    return Cluster(client, node, [origin.address], lambda _: None, lambda address: address)
+
+
+_clusters: weakref.WeakValueDictionary[int, Cluster] = weakref.WeakValueDictionary()
+
+
+def _nodes_of(client: Any) -> Any:
+    """What redis-py-cluster's pool knows of its nodes."""
+    pool = getattr(client, "connection_pool", None)
+    return getattr(pool, "nodes", None) if type(pool).__module__.startswith("rediscluster") else None
+
+
+def _redis_py(client: Any, manager: Any) -> Cluster:
+    def node(address: Address) -> Any:
+        return manager.create_redis_node(*address, **manager.connection_kwargs)
+
+    def found(slot: int) -> Address | None:
+        nodes = manager.slots_cache.get(slot)
+        return (nodes[0].host, nodes[0].port) if nodes else None
+
+    def remap(address: Address) -> Address:
+        return manager.remap_host_port(*address) if hasattr(manager, "remap_host_port") else address
+
+    seeds = [*manager.startup_nodes.values(), *manager.nodes_cache.values()]
+    return Cluster(client, node, [(node.host, node.port) for node in seeds], found, remap)
+
+
+def _redis_py_cluster(client: Any, manager: Any) -> Cluster:
+    def node(address: Address) -> Any:
+        return manager.get_redis_link(*address)
+
+    def found(slot: int) -> Address | None:
+        nodes = manager.slots.get(slot)
+        return (nodes[0]["host"], int(nodes[0]["port"])) if nodes else None
+
+    def remap(address: Address) -> Address:
+        host, port = manager.remap_internal_node_object(list(address))
+        return host, int(port)
+
+    seeds = [*manager.startup_nodes, *manager.nodes.values()]
+    return Cluster(client, node, [(node["host"], int(node["port"])) for node in seeds], found, remap)

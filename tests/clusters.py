@@ -1,0 +1,176 @@
+"""Three primaries and their replicas, all of them real.
+
+Knows: processes, how nodes become a cluster, how slots and roles move.  Does not know: circuits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import socket
+from typing import Any
+
+import redis
+
+from pybreaker_redis._demo.server import PrivateServer, free_port
+from pybreaker_redis._keys import SLOTS
+from tests.servers import ONCE
+from tests.viewed import wait_for
+
+PRIMARIES = 3
+
+#: Seconds of silence after which a node is taken for dead.
+NODE_TIMEOUT = 1.0
+
+#: Nodes talk to each other on a port that lies so much higher.
+BUS = 10000
+
+
+def bus_port() -> int:
+    """A free port, whose neighbour for talks among the nodes is free, too."""
+    while True:
+        port = free_port()
+        if port + BUS > 65535:  # noqa: PLR2004
+            port -= 2 * BUS
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + BUS))
+            return port
+
+
+class Nodes:
+    """A cluster; a context manager, which makes it and ends it.
+
+    Args:
+        binary: Of the servers.
+        replicas: How many each primary has.
+    """
+
+    def __init__(self, binary: str, *, replicas: int = 1) -> None:
+        self.stack = contextlib.ExitStack()
+        self.all = [
+            self.stack.enter_context(PrivateServer(binary, port=bus_port(), args=_ARGUMENTS))
+            for _ in range(PRIMARIES * (1 + replicas))
+        ]
+        self._of_port = {node.port: node for node in self.all}
+
+    def __enter__(self) -> Nodes:
+        with contextlib.ExitStack() as undo:
+            undo.push(self.stack)
+            self._join()
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def _join(self) -> None:
+        for number, node in enumerate(self.all):
+            self.run(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            if number < PRIMARIES:
+                first, last = number * SLOTS // PRIMARIES, (number + 1) * SLOTS // PRIMARIES
+                self.run(node, "CLUSTER", "ADDSLOTS", *range(first, last))
+            if number:
+                self.run(node, "CLUSTER", "MEET", "127.0.0.1", self.all[0].port)
+        everybody = {self.id(node) for node in self.all}
+
+        def knows_all(node: PrivateServer) -> bool:
+            return everybody == {line.split()[0] for line in self.text(node, "CLUSTER", "NODES").splitlines()}
+
+        wait_for(lambda: all(knows_all(node) for node in self.all), "they know each other", within=30)
+        for number, node in enumerate(self.all[PRIMARIES:]):
+            self.run(node, "CLUSTER", "REPLICATE", self.id(self.all[number % PRIMARIES]))
+        self.wait_until_whole()
+
+    def wait_until_whole(self) -> None:
+        """Until each node that lives says that all is well, and every replica follows."""
+
+        def is_whole(node: PrivateServer) -> bool:
+            if "cluster_state:ok" not in self.text(node, "CLUSTER", "INFO"):
+                return False
+            with contextlib.closing(node.client(**ONCE)) as client:
+                role = client.info("replication")
+            return role["role"] == "master" or role["master_link_status"] == "up"
+
+        wait_for(lambda: all(is_whole(node) for node in self.all if node.pid), "the cluster is whole", within=60)
+
+    def run(self, node: PrivateServer, *command: Any) -> Any:
+        """Have one node carry out a command."""
+        with contextlib.closing(node.client(**ONCE)) as client:
+            # Not `execute_command` of a name with callbacks: they differ from release to release.
+            connection = client.connection_pool.get_connection("_") if _TAKES_NAME else client.connection_pool.get_connection()
+            try:
+                connection.send_command(*command)
+                return connection.read_response()
+            finally:
+                connection.disconnect()
+                client.connection_pool.release(connection)
+
+    def text(self, node: PrivateServer, *command: Any) -> str:
+        """The same, as text."""
+        answer = self.run(node, *command)
+        return answer.decode() if isinstance(answer, bytes) else str(answer)
+
+    def id(self, node: PrivateServer) -> str:
+        """What the others call it."""
+        return self.text(node, "CLUSTER", "MYID")
+
+    def primary_of(self, slot: int) -> PrivateServer:
+        """Who serves a slot, in the words of a node that lives and belongs to the rest."""
+        for node in self.all:
+            if not node.pid or "cluster_state:ok" not in self.text(node, "CLUSTER", "INFO"):
+                continue
+            for first, last, primary, *_ in self.run(node, "CLUSTER", "SLOTS"):
+                if first <= slot <= last:
+                    return self._of_port[int(primary[1])]
+        raise LookupError(slot)
+
+    def replica_of(self, primary: PrivateServer) -> PrivateServer:
+        """One that follows it."""
+        own = self.id(primary)
+        for line in self.text(primary, "CLUSTER", "NODES").splitlines():
+            _, address, flags, master, *_ = line.split()
+            if master == own and "slave" in flags and "fail" not in flags:
+                return self._of_port[int(address.partition("@")[0].rpartition(":")[2])]
+        raise LookupError(own)
+
+    def fail_over(self, slot: int) -> PrivateServer:
+        """An operator's command: the replica takes over; returns it."""
+        replica = self.replica_of(self.primary_of(slot))
+        self.run(replica, "CLUSTER", "FAILOVER")
+        wait_for(lambda: self.primary_of(slot) is replica, "the replica has taken over", within=30)
+        return replica
+
+    def move(self, slot: int, *, pause: Any = lambda: None) -> PrivateServer:
+        """Have another primary serve a slot, keys and all, as ``redis-cli --cluster reshard`` does; returns it.
+
+        Args:
+            pause: Called in the middle: the slot is under way, and no key has moved yet.
+        """
+        source = self.primary_of(slot)
+        target = next(node for node in map(self.primary_of, (0, SLOTS // 2, SLOTS - 1)) if node is not source)
+        self.run(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.id(source))
+        self.run(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", self.id(target))
+        pause()
+        while keys := self.run(source, "CLUSTER", "GETKEYSINSLOT", slot, 100):
+            self.run(source, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for node in (target, source):
+            self.run(node, "CLUSTER", "SETSLOT", slot, "NODE", self.id(target))
+        wait_for(lambda: self.primary_of(slot) is target, "the slot has moved", within=30)
+        return target
+
+    def restart(self, node: PrivateServer) -> None:
+        """Have one that was killed come back; it follows whoever has taken its place."""
+        node.start()
+        self.wait_until_whole()
+
+
+_ARGUMENTS = [
+    *("--cluster-enabled", "yes", "--cluster-node-timeout", f"{NODE_TIMEOUT * 1000:.0f}"),
+    *("--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"),
+]
+
+#: redis-py before 5.3 wants to know what a connection is for.
+_TAKES_NAME = (
+    inspect.signature(redis.ConnectionPool.get_connection).parameters["command_name"].default is inspect.Parameter.empty
+)
