@@ -156,6 +156,15 @@ def test_interrupted_demo_ends_in_good_order(demo: Demo, number: signal.Signals)
     assert not list(demo.directory.iterdir())
 
 
+@pytest.mark.usefixtures("in_process")
+def test_interruption_that_is_ignored_stays_so():
+    """A shell starts what runs in its background like that: Ctrl-C is for what runs in front."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Interruption().listen()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+
+
 def wait_for_first_act(running: subprocess.Popen[str]) -> None:
     """Read what a demo says until everything has been started."""
     assert running.stdout
