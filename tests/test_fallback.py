@@ -46,7 +46,7 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
     """No error of Redis reaches a call, and the dead dependency is spared all the same."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     storage = CircuitRedisStorage("closed", refusing_client(tmp_path), namespace="shop")
-    breaker = CircuitBreaker(fail_max=2, reset_timeout=0.05, state_storage=storage)
+    breaker = CircuitBreaker(fail_max=2, reset_timeout=0.5, state_storage=storage)
     assert breaker.call(up) == "answer"
     with pytest.raises(Down):
         breaker.call(down)
@@ -54,7 +54,7 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
         breaker.call(down)
     with pytest.raises(CircuitBreakerError, match="not elapsed"):
         breaker.call(up)
-    time.sleep(0.06)
+    time.sleep(0.51)
     assert breaker.call(up) == "answer"
     assert breaker.current_state == "closed"
     (message,) = caplog.messages

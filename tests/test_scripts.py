@@ -263,13 +263,13 @@ def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactio
     """Where scripts are unknown or forbidden, everything works, at the price of more round trips."""
     with opened(binary) as make_client, contextlib.closing(make_client(decode_responses=decoded)) as client:
         storage = CircuitRedisStorage(CLOSED, client, "scriptless")
-        breaker = CircuitBreaker(fail_max=3, reset_timeout=0.05, state_storage=storage)
+        breaker = CircuitBreaker(fail_max=3, reset_timeout=0.5, state_storage=storage)
         for _ in range(3):
             fail(breaker)
         assert breaker.current_state == OPEN
         with pytest.raises(CircuitBreakerError):
             breaker.call(lambda: None)
-        time.sleep(0.06)
+        time.sleep(0.51)
         breaker.call(lambda: None)
         assert breaker.current_state == CLOSED
         assert [command for command in client.sent if command.startswith("EVAL")] in (["EVALSHA"], ["EVALSHA", "EVAL"])
