@@ -30,7 +30,7 @@ def bus_port() -> int:
     """A free port, whose neighbour for talks among the nodes is free, too."""
     while True:
         port = free_port()
-        if port + BUS > 65535:  # noqa: PLR2004
+        if port + BUS > 65535:
             port -= 2 * BUS
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", port))
@@ -98,7 +98,9 @@ class Nodes:
         """Have one node carry out a command."""
         with contextlib.closing(node.client(**ONCE)) as client:
             # Not `execute_command` of a name with callbacks: they differ from release to release.
-            connection = client.connection_pool.get_connection("_") if _TAKES_NAME else client.connection_pool.get_connection()
+            connection = (
+                client.connection_pool.get_connection("_") if _TAKES_NAME else client.connection_pool.get_connection()
+            )
             try:
                 connection.send_command(*command)
                 return connection.read_response()
@@ -125,6 +127,16 @@ class Nodes:
                     return self._of_port[int(primary[1])]
         raise LookupError(slot)
 
+    def wait_until_replaced(self, killed: PrivateServer, slot: int) -> None:
+        """Until another node serves a slot."""
+
+        def is_replaced() -> bool:
+            with contextlib.suppress(LookupError):
+                return self.primary_of(slot) is not killed
+            return False
+
+        wait_for(is_replaced, "another one takes over", within=30)
+
     def replica_of(self, primary: PrivateServer) -> PrivateServer:
         """One that follows it."""
         own = self.id(primary)
@@ -145,6 +157,7 @@ class Nodes:
         """Have another primary serve a slot, keys and all, as ``redis-cli --cluster reshard`` does; returns it.
 
         Args:
+            slot: Which.
             pause: Called in the middle: the slot is under way, and no key has moved yet.
         """
         source = self.primary_of(slot)

@@ -180,7 +180,7 @@ def fleet_of(make: Make, server: PrivateServer, tmp_path: Path) -> Callable[...,
     def build(workers: int, **words: Any) -> Fleet:
         skew = words.pop("clock_skew", 0.0)
         skews = skew if isinstance(skew, list) else [skew] * workers
-        spec = {"make": make, "unix_socket": server.unix_socket, "log": str(tmp_path / "calls"), **words}
+        spec = {"make": make, "place": server.unix_socket, "log": str(tmp_path / "calls"), **words}
         return Fleet(Spec(**spec, clock_skew=seconds) for seconds in skews)
 
     return build

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pybreaker
-import redis
 
-from tests.servers import ONCE
+from tests.places import client_at
 
 #: Seconds that a step of a worker may take before the test fails and the fleet is killed.
 DEADLINE = 30.0
@@ -72,7 +71,7 @@ class Spec:
 
     Attributes:
         make: Whose storage.
-        unix_socket: Where the server listens.
+        place: Of the server: the path of its unix socket, or what `places.client_at` takes.
         log: File in which the dependency notes its calls, one for the fleet.
         namespace: The circuit.
         fail_max: As in ``pybreaker.CircuitBreaker``.
@@ -88,7 +87,7 @@ class Spec:
     """
 
     make: Make
-    unix_socket: str
+    place: str
     log: str
     namespace: str = "fleet"
     fail_max: int = 5
@@ -174,7 +173,7 @@ class Worker:
         self.spec = spec
         self.heard: list[Heard] = []
         # pybreaker's storage has no timeout but the client's: with retries it would hardly make a call in an outage.
-        self.client = redis.Redis(unix_socket_path=spec.unix_socket, **ONCE)
+        self.client = client_at(spec.place if ":" in spec.place else f"unix:{spec.place}")
         self.storage = make_storage(spec, self.client)
         self.breaker = pybreaker.CircuitBreaker(
             fail_max=spec.fail_max,
