@@ -191,6 +191,7 @@ def test_killed_primary_is_replaced_without_an_error(cluster: Nodes, caplog, rep
         f"the circuit was there {time.monotonic() - took_over:.2f} s later"
     )
     assert lies(cluster) == b"open"
+    wait_for(lambda: len(lines_of(caplog)) == 2, "both lines")
     away, moved = lines_of(caplog)
     assert "is away" in away
     assert "its circuits live on other nodes of the cluster" in moved

@@ -7,10 +7,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import redis
+import redis.sentinel
 
+from pybreaker_redis._demo.server import PrivateServer, free_port
 from tests.sentinels import Sentinels
-from tests.test_outage import calls, health_of, is_back
-from tests.viewed import breaker_on, lines, settled, wait_for
+from tests.test_outage import calls, health_of, is_back, lines_of
+from tests.viewed import breaker_on, fails, lines, settled, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +48,51 @@ def test_planned_failover_is_followed_within_seconds(shop: Sentinels, report):
         wait_for(lambda: new.get("viewed:pybreaker:state") == b"open", "it is written there")
     report(f"planned Sentinel failover: the listener has moved {took:.1f} s after the decision")
     assert took < 3
+
+
+def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, monkeypatch, caplog):
+    """It says so itself, and nothing was written there: the Sentinels know where to, and nobody notices."""
+    caplog.set_level("INFO", "pybreaker_redis")
+    with (
+        PrivateServer(preferred.binary, port=free_port()) as old,
+        PrivateServer(preferred.binary, port=free_port()) as new,
+    ):
+        master = old
+        monkeypatch.setattr(
+            redis.sentinel.Sentinel, "discover_master", lambda manager, name: ("127.0.0.1", master.port)
+        )
+        client = redis.sentinel.Sentinel([]).master_for("shop")
+        breaker = breaker_on(client, fail_max=100, max_staleness=0)
+        fails(breaker)
+        with contextlib.closing(old.client()) as demoted, contextlib.closing(new.client()) as promoted:
+            # Sentinels would besides close the connections; a network that is cut in two does not.
+            promoted.replicaof("127.0.0.1", old.port)
+            wait_for(lambda: promoted.get("viewed:pybreaker:fail_counter") == b"1", "it follows", within=30)
+            promoted.replicaof("NO", "ONE")
+            demoted.replicaof("127.0.0.1", new.port)
+            master = new
+            fails(breaker)
+            assert promoted.get("viewed:pybreaker:fail_counter") == b"2"
+        assert lines_of(caplog) == []
+
+
+def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_server):
+    """The Sentinels say at once who is the master now; what waits to be used in the pool leads to the old one."""
+    shop = Sentinels(killable_server.binary, 1)
+    with shop.stack:
+        client = shop.manager().master_for("shop")
+        breaker = breaker_on(client, max_staleness=0)
+        breaker.call(lambda: None)
+        asked = breaker._state_storage._tenancy.shared._carriers.now.client
+        whereabouts = breaker._state_storage._tenancy._whereabouts
+        (idle,) = asked.connection_pool._available_connections
+        for said in ("READONLY You can't write", "The previous master is now a slave"):
+            asked.ping()
+            assert whereabouts.has_moved(redis.ConnectionError(said), asked)
+            assert idle._sock is None
+        assert whereabouts.has_moved(redis.ReadOnlyError("You can't write"), asked)
+        assert not whereabouts.has_moved(redis.ConnectionError("gone"), asked)
+        assert not whereabouts.has_moved(redis.ReadOnlyError("You can't write"), killable_server.client())
 
 
 def test_master_that_dies_is_replaced_without_an_error(shop: Sentinels, report):
