@@ -204,8 +204,11 @@ def _nodes_of(client: Any) -> Any:
 
 
 def _redis_py(client: Any, manager: Any) -> Cluster:
+    # valkey-py has renamed what is called after Redis.
+    create = getattr(manager, "create_redis_node", None) or manager.create_valkey_node
+
     def node(address: Address) -> Any:
-        return manager.create_redis_node(*address, **manager.connection_kwargs)
+        return create(*address, **manager.connection_kwargs)
 
     def found(slot: int) -> Address | None:
         nodes = manager.slots_cache.get(slot)

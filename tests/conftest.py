@@ -15,13 +15,16 @@ import redis
 from pybreaker_redis import _listener
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
-from tests import servers
+from tests import matrix, places, servers
 from tests.fleet import Fleet, Make, Shared, Spec, Visits
 from tests.servers import FoundServer
 from tests.viewed import PROTOCOLS, listeners, wait_for
 
 _figures = pytest.StashKey[list[str]]()
 _used = pytest.StashKey[dict[str, int]]()
+_matrix = pytest.StashKey[matrix.Results]()
+_cell = pytest.StashKey[tuple[str, str]]()
+_heard = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes several seconds because what it promises is about seconds")
     config.stash[_figures] = []
     config.stash[_used] = {}
+    config.stash[_matrix] = matrix.Results(places.client_name())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -53,6 +57,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.line(f"{name}: used by {count} tests")
         for line in servers.summary()[1:]:
             terminalreporter.line(line)
+    cells = config.stash[_matrix].cells
+    if cells:
+        terminalreporter.section(f"matrix, {config.stash[_matrix].client}")
+        for server, kinds in cells.items():
+            terminalreporter.line(f"{server}: " + ", ".join(f"{kind}: {cell}" for kind, cell in kinds.items()))
+        if os.environ.get(matrix.VARIABLE):
+            config.stash[_matrix].write(Path(os.environ[matrix.VARIABLE]))
     if config.stash[_figures]:
         terminalreporter.section("figures")
         for figure in config.stash[_figures]:
@@ -142,6 +153,43 @@ def client(server: PrivateServer) -> Iterator[redis.Redis]:
     """A plain client of the preferred server."""
     with contextlib.closing(server.client()) as client:
         yield client
+
+
+# -- the matrix --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrix_cell(request: pytest.FixtureRequest) -> Callable[[places.Place], None]:
+    """Note what becomes of this test in the cell of a place."""
+
+    def note(place: places.Place) -> None:
+        version = ".".join(place.found.version.split(".")[:2])
+        request.node.stash[_cell] = f"{place.found.product} {version}", place.kind
+
+    return note
+
+
+@pytest.fixture
+def matrix_heard(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Note how changes are heard there."""
+
+    def note(heard: str) -> None:
+        request.node.stash[_heard] = heard
+
+    return note
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    """What belongs to a cell goes there."""
+    report = yield
+    if _cell in item.stash:
+        results = item.config.stash[_matrix]
+        if report.failed:
+            results.failed(*item.stash[_cell])
+        elif report.when == "call":
+            results.passed(*item.stash[_cell], item.stash.get(_heard, ""))
+    return report
 
 
 # -- fleets ------------------------------------------------------------------------------------------------------------

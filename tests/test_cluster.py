@@ -452,11 +452,13 @@ def test_redis_py_cluster_is_understood():
 
 
 def test_cluster_whose_nodes_have_no_translation():
-    """redis-py before it had one."""
-    manager = SimpleNamespace(startup_nodes={}, nodes_cache={}, slots_cache={}, connection_kwargs={})
+    """A client that has none, and calls its nodes after Valkey."""
+    words = {"startup_nodes": {}, "nodes_cache": {}, "slots_cache": {}, "connection_kwargs": {}}
+    manager = SimpleNamespace(**words, create_valkey_node=lambda host, port: (host, port))
     found = cluster_of(SimpleNamespace(nodes_manager=manager))
     assert found
     assert found.redirected(type("MovedError", (Exception,), {})("5 there:7"), ("a", 1)) == ("there", 7)
+    assert found.node(("there", 7)) == ("there", 7)
 
 
 def test_nodes_are_servers_like_any_other(cluster: Nodes):

@@ -1,0 +1,137 @@
+"""What works with which server and which client, as test runs have shown it; a table of the README.
+
+Knows: results, how the table looks.  Does not know: what was tested.
+
+``python -m tests.matrix DIRECTORY`` prints the table of all runs that wrote their results there (`VARIABLE`), and with
+``--check`` fails if the README says something else about what was run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+#: Names the directory that a run writes its results to.
+VARIABLE = "PYBREAKER_REDIS_MATRIX"
+
+README = Path(__file__).parent.parent / "README.rst"
+MARKER = ".. matrix-table"
+
+#: Columns and rows, in the order in which the table has them.
+CLIENTS = (
+    "redis-py 8",
+    "redis-py 7",
+    "redis-py 6",
+    "redis-py 5",
+    "redis-py 4.6",
+    "redis-py 3.5, redis-py-cluster",
+    "valkey-py 6",
+)
+SERVERS = ("Valkey 9.1", "Redis 8.2", "Redis 7.0", "Redis 6.2")
+KINDS = ("single server", "Sentinel", "Cluster")
+
+#: What stands for a cell in which a test has failed, and for one that was not run.
+FAILED, NOT_RUN = "**fails**", "not run"
+
+
+@dataclass
+class Results:
+    """Of one run, with one client library.
+
+    Attributes:
+        client: Its name.
+        cells: By server and kind of place: how changes are heard there, or that a test has failed.
+    """
+
+    client: str
+    cells: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def passed(self, server: str, kind: str, heard: str) -> None:
+        """A test has passed; changes were heard like this."""
+        cells = self.cells.setdefault(server, {})
+        if cells.get(kind) != FAILED:
+            cells[kind] = heard or cells.get(kind, "")
+
+    def failed(self, server: str, kind: str) -> None:
+        """A test has failed."""
+        self.cells.setdefault(server, {})[kind] = FAILED
+
+    def write(self, directory: Path) -> None:
+        """To be read by `table`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^\w.]+", "-", self.client)
+        (directory / f"{name}-{os.getpid()}.json").write_text(json.dumps([self.client, self.cells]))
+
+
+def read(directory: Path) -> dict[tuple[str, str, str], str]:
+    """All cells that were run: by server, kind and client."""
+    cells: dict[tuple[str, str, str], str] = {}
+    for path in sorted(directory.glob("*.json")):
+        client, found = json.loads(path.read_text())
+        for server, kinds in found.items():
+            for kind, cell in kinds.items():
+                if cells.get((server, kind, client)) != FAILED:
+                    cells[server, kind, client] = cell
+    return cells
+
+
+def table(cells: dict[tuple[str, str, str], str]) -> str:
+    """What stands in the README."""
+    rows = [("server", "", *CLIENTS)]
+    for server in SERVERS:
+        for kind in KINDS:
+            name = server if kind == KINDS[0] else "\\"
+            rows.append((name, kind, *(cells.get((server, kind, client), NOT_RUN) for client in CLIENTS)))
+    # A heading may take several lines; a cell of these tables may not.
+    heading = [text.replace(", ", "\n").replace(" ", "\n", 1).split("\n") for text in rows[0]]
+    height = max(map(len, heading))
+    lines = [tuple((text + [""] * height)[line] for text in heading) for line in range(height)]
+    widths = [max(len(row[column]) for row in (*lines, *rows[1:])) for column in range(len(rows[0]))]
+    rule = "  ".join("=" * width for width in widths)
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([rule, *map(line, lines), rule, *map(line, rows[1:]), rule])
+
+
+def written() -> str:
+    """The table that stands in the README."""
+    after = README.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")[2]
+    return after.partition("\n\n")[0]
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; with ``--check`` compare it, with ``--write`` put it into the README."""
+    directory, *options = arguments
+    cells = read(Path(directory))
+    made = table(cells)
+    print(made)
+    missing = [
+        f"{server}, {kind}, {client}"
+        for server in SERVERS
+        for kind in KINDS
+        for client in CLIENTS
+        if (server, kind, client) not in cells
+    ]
+    for cell in missing:
+        print("not run:", cell)
+    for server, kind, client in sorted(cells):
+        if server not in SERVERS or kind not in KINDS or client not in CLIENTS:
+            print("run, but not in the table:", server, kind, client)
+    if "--write" in options:
+        page = README.read_text(encoding="utf-8")
+        README.write_text(page.replace(written(), made), encoding="utf-8")
+    if "--check" in options and (FAILED in made or (made != written() and not missing)):
+        print("the README says something else:", written(), sep="\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
