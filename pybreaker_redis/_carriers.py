@@ -18,7 +18,7 @@ from pybreaker_redis._keys import channel_of
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._whereabouts import Seat
-from pybreaker_redis.errors import ScriptingUnavailable
+from pybreaker_redis.errors import ScriptingUnavailable, is_a
 
 Carrier = LuaCarrier | OptimisticCarrier
 
@@ -100,7 +100,13 @@ class Carriers:
             now: Any = self.now
             optimistic = now if isinstance(now, OptimisticCarrier) else OptimisticCarrier(carrier.client, self.keys)
             # If that is refused, too, it is not about scripts, and they may be permitted again.
-            reply = optimistic.execute(intent, known, create)
+            try:
+                reply = optimistic.execute(intent, known, create)
+            except Exception as error:
+                if is_a(error, "NoPermissionError") and is_a(reason.__cause__ or reason, "NoPermissionError"):
+                    # Rights to run scripts are what this user should have, and what the log should name.
+                    raise (reason.__cause__ or reason) from error
+                raise
             self._do_without_scripts(optimistic, reason)
             return reply
 

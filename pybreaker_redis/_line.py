@@ -97,20 +97,31 @@ class Line:
             PushUnavailable: The server refuses, or knows no channels.
             Exception: It does not answer.
         """
-        self._send(self._hearing, [("SUBSCRIBE", *channels)])
+        refused = self._say("SUBSCRIBE", channels)
+        if refused is not None:
+            raise refusal(refused)
+
+    def unsubscribe(self, channels: Sequence[str]) -> None:
+        """Hear no more of these channels; who may not even say so goes on hearing of what nobody needs.
+
+        Raises:
+            Exception: The server does not answer.
+        """
+        self._say("UNSUBSCRIBE", channels)
+
+    def _say(self, command: str, channels: Sequence[str]) -> Exception | None:
+        """The error, if that was the answer; else each channel is confirmed by one."""
+        self._send(self._hearing, [(command, *channels)])
         missing = len(channels)
         while missing:
             answer = self._read(self._hearing)
-            if is_a(answer, "ResponseError"):
-                raise refusal(answer)
-            if answer and _text(answer[0]) == "subscribe":
+            if isinstance(answer, Exception):
+                return answer
+            if answer and _text(answer[0]) == command.lower():
                 missing -= 1
             else:
                 self._hear(Push(answer))
-
-    def unsubscribe(self, channels: Sequence[str]) -> None:
-        """Hear no more of these channels, from some time on."""
-        self._send(self._hearing, [("UNSUBSCRIBE", *channels)])
+        return None
 
     def ask(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Send commands in one batch; their answers, errors among them as values.
