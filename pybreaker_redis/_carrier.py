@@ -5,11 +5,30 @@ Knows: intents and circuits.  Does not know: which carrier it is.
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._intents import Intent
+
+
+class Lack(enum.Enum):
+    """What a server may not have, or not for this user, and circuits can do without."""
+
+    SCRIPTS = "scripts"
+    """Circuits are moved by transactions."""
+    NAMES = "names"
+    """Of scripts: each is sent as a whole."""
+    PUBLISHING = "publishing"
+    """Nobody is told when a circuit moves."""
+    TRACKING = "tracking"
+    """Nobody is told of what others than these scripts do."""
+
+
+#: Told what is missing, and in what words that was said.
+SayLack = Callable[[Lack, object], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,12 @@ Knows: both carriers, where the circuit lies.  Does not know: the view, the loca
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from pybreaker_redis._carrier import Reply
+from pybreaker_redis._carrier import Lack, Reply, SayLack
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._client import Origin, origin_of
 from pybreaker_redis._intents import Intent
@@ -19,7 +18,7 @@ from pybreaker_redis._keys import channel_of
 from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._whereabouts import Seat
-from pybreaker_redis.errors import ScriptingUnavailable
+from pybreaker_redis.errors import ScriptingUnavailable, is_a
 
 Carrier = LuaCarrier | OptimisticCarrier
 
@@ -29,8 +28,7 @@ class Carriers:
 
     Args:
         seat: Returns where the circuit lies; called when it is first used, and when it has moved.
-        name: For log lines.
-        logger: Where to say that there are no scripts.
+        say_lack: Told what the server does not have.
 
     Attributes:
         now: The carrier; ``None`` while nobody has asked.
@@ -39,14 +37,13 @@ class Carriers:
         one_slot: Whether keys of other circuits cannot be asked for together with these.
     """
 
-    def __init__(self, seat: Callable[[], Seat], *, name: str, logger: logging.Logger) -> None:
+    def __init__(self, seat: Callable[[], Seat], say_lack: SayLack) -> None:
         self.now: Carrier | None = None
         self.keys: tuple[str, ...] = ()
         self.channel = ""
         self.one_slot = False
         self._seat = seat
-        self._name = name
-        self._logger = logger
+        self._say_lack = say_lack
         self._locks: dict[int, threading.Lock] = {}
 
     @property
@@ -73,7 +70,7 @@ class Carriers:
                 origin = origin_of(seat.client)
                 self.keys, self.one_slot = seat.keys, seat.one_slot
                 self.channel = channel_of(self.keys, origin.db) if origin else ""
-                self.now = LuaCarrier(seat.client, self.keys, self.channel)
+                self.now = LuaCarrier(seat.client, self.keys, self.channel, say_lack=self._say_lack)
             return self.now
 
     def leave(self, carrier: Carrier | None) -> bool:
@@ -103,7 +100,13 @@ class Carriers:
             now: Any = self.now
             optimistic = now if isinstance(now, OptimisticCarrier) else OptimisticCarrier(carrier.client, self.keys)
             # If that is refused, too, it is not about scripts, and they may be permitted again.
-            reply = optimistic.execute(intent, known, create)
+            try:
+                reply = optimistic.execute(intent, known, create)
+            except Exception as error:
+                if is_a(error, "NoPermissionError") and is_a(reason.__cause__ or reason, "NoPermissionError"):
+                    # Rights to run scripts are what this user should have, and what the log should name.
+                    raise (reason.__cause__ or reason) from error
+                raise
             self._do_without_scripts(optimistic, reason)
             return reply
 
@@ -114,11 +117,7 @@ class Carriers:
             # Nobody would hear of what is done without scripts, so nobody relies on hearing.
             self.channel = ""
             self.now = optimistic
-        self._logger.warning(
-            "circuit %r: the server runs no scripts (%s); using transactions, which take more round trips",
-            self._name,
-            reason,
-        )
+        self._say_lack(Lack.SCRIPTS, reason)
 
     def _lock(self) -> threading.Lock:
         """This process's, and of the kind that is in use when it is first needed: gevent replaces them.

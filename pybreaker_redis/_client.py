@@ -6,6 +6,7 @@ Knows: clients and connection pools of redis-py and its kin.  Does not know: wha
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -234,6 +235,11 @@ def _copy(client: Any, timeout: float, longest: float | None = None) -> Any:
 def _pool(pool: Any, library: Any, origin: Origin, timeout: float, longest: float | None) -> Any:
     connection_class = deadlined(origin.connection_class, longest)
     words = {**origin.words, "decode_responses": False, "socket_timeout": timeout}
+    knows_protocols = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
+    if knows_protocols and longest is None:
+        # Nothing is pushed here, and RESP2 every server speaks; redis-py 8 asks for more unless told not to.  What
+        # Sentinels answer is understood in the protocol alone that their client was made for.
+        words["protocol"] = 2
     if "path" not in words:
         # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
         words["socket_connect_timeout"] = timeout

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pybreaker_redis._client import Origin
 from pybreaker_redis._deadline import deadline
-from pybreaker_redis.errors import PushUnavailable, is_a
+from pybreaker_redis.errors import PushUnavailable, is_a, lacks
 
 #: How the connections are called in ``CLIENT LIST``.
 NAME = "pybreaker_redis"
@@ -57,6 +57,7 @@ class Line:
 
     Attributes:
         tracks: Whether changes of keys that `ask` has read are heard, besides what is published.
+        untracked: Why they are not.
         one_by_one: Whether keys of different circuits may not be asked for in one command.
         server: What the server calls itself, and its version; empty if it does not say.
 
@@ -70,6 +71,7 @@ class Line:
         self._hear = hear
         self._connections: list[Any] = []
         self.tracks = False
+        self.untracked = ""
         self.one_by_one = origin.one_by_one
         self.server = ""
         try:
@@ -95,20 +97,31 @@ class Line:
             PushUnavailable: The server refuses, or knows no channels.
             Exception: It does not answer.
         """
-        self._send(self._hearing, [("SUBSCRIBE", *channels)])
+        refused = self._say("SUBSCRIBE", channels)
+        if refused is not None:
+            raise refusal(refused)
+
+    def unsubscribe(self, channels: Sequence[str]) -> None:
+        """Hear no more of these channels; who may not even say so goes on hearing of what nobody needs.
+
+        Raises:
+            Exception: The server does not answer.
+        """
+        self._say("UNSUBSCRIBE", channels)
+
+    def _say(self, command: str, channels: Sequence[str]) -> Exception | None:
+        """The error, if that was the answer; else each channel is confirmed by one."""
+        self._send(self._hearing, [(command, *channels)])
         missing = len(channels)
         while missing:
             answer = self._read(self._hearing)
-            if is_a(answer, "ResponseError"):
-                raise refusal(answer)
-            if answer and _text(answer[0]) == "subscribe":
+            if isinstance(answer, Exception):
+                return answer
+            if answer and _text(answer[0]) == command.lower():
                 missing -= 1
             else:
                 self._hear(Push(answer))
-
-    def unsubscribe(self, channels: Sequence[str]) -> None:
-        """Hear no more of these channels, from some time on."""
-        self._send(self._hearing, [("UNSUBSCRIBE", *channels)])
+        return None
 
     def ask(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Send commands in one batch; their answers, errors among them as values.
@@ -194,12 +207,14 @@ class Line:
         """
         try:
             connection = self._connect(origin, protocol=3)
-        except Exception:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001
             # redis-py before 5, or a server or a proxy without HELLO, each with an error of its own.  Or nobody is
             # there: then the next attempt says so.
+            self.untracked = f"no RESP3: {error}"
             return None
         if _mark_pushes(connection):
             return connection
+        self.untracked = "no RESP3: this client library takes pushes for answers"
         # redis-py 5 with hiredis: pushes would be taken for answers.
         self._connections.remove(connection)
         connection.disconnect()
@@ -213,6 +228,7 @@ class Line:
         if self._is_one:
             (answer,) = self.ask([("CLIENT", "TRACKING", "ON", "OPTOUT")])
             self.tracks = not is_a(answer, "ResponseError")
+            self.untracked = "" if self.tracks else str(answer)
         self._send(self._asking, [("HELLO",)])
         self.server = _described(self._read(self._asking))
 
@@ -254,8 +270,7 @@ def _mark_pushes(connection: Any) -> bool:
 
 def refusal(answer: Any) -> Exception:
     """What to raise for an answer that is not what it should be: who is refused for good need not ask again soon."""
-    for_good = is_a(answer, "NoPermissionError") or is_a(answer, "ClusterCrossSlotError")
-    if for_good or "unknown command" in str(answer).lower():
+    if any(is_a(answer, name) for name in ("NoPermissionError", "ClusterCrossSlotError")) or lacks(answer):
         return PushUnavailable(str(answer))
     return answer if isinstance(answer, Exception) else ConnectionError(f"unasked: {answer!r}")
 

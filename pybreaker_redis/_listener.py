@@ -20,6 +20,7 @@ import weakref
 from functools import partial
 from typing import Protocol
 
+from pybreaker_redis._carrier import Lack
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._client import Origin
 from pybreaker_redis._clock import monotonic
@@ -42,6 +43,9 @@ LONGEST_PAUSE = 5.0
 #: Seconds until a server that refuses to publish is asked again.
 REFUSED_PAUSE = 60.0
 
+#: So many lines in a row that came to nothing though the server answers are said: somebody hangs up on them.
+MANY_FAILURES = 5
+
 #: Seconds between two looks at whether a server is back.
 AWAY_WAIT = 0.05
 
@@ -57,6 +61,9 @@ class Home(Protocol):
 
     def doubt(self) -> None:
         """The line is dead: see whether the server is, too."""
+
+    def say_lack(self, lack: Lack, reason: object) -> None:
+        """It does not have something: say so, the first time."""
 
 
 class Listener:
@@ -129,23 +136,27 @@ class Listener:
             return True
 
     def _run(self) -> None:
-        failures = 0
+        failures, reason = 0, ""
         while not self._leave():
             try:
                 session = self.session = Session(partial(Line, self._origin, self._timeout()), self._hearings)
                 try:
+                    if not session.line.tracks:
+                        assert self._server
+                        self._server.say_lack(Lack.TRACKING, session.line.untracked)
                     session.serve()
                 finally:
                     self.session = None
                     session.line.close()
                     if session.polled:
                         failures, self._refused = 0, False
-            except PushUnavailable as reason:
-                self.say_refused(reason)
+            except PushUnavailable as error:
+                self.say_refused(error)
                 pause = REFUSED_PAUSE
             except Exception as error:  # noqa: BLE001
                 # Whatever a client library raises: the way out is a new line.
-                _logger.debug("no push from %s (%s: %s)", self._origin, type(error).__name__, error)
+                reason = f"{type(error).__name__}: {error}"
+                _logger.debug("no push from %s (%s)", self._origin, reason)
                 pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))
                 failures += 1
             else:
@@ -153,6 +164,10 @@ class Listener:
             self._forget_all()
             assert self._server
             self._server.doubt()
+            if self._server.is_away:
+                failures = 0
+            elif failures >= MANY_FAILURES:
+                self.say_refused(reason)
             self._rest(pause)
 
     def _rest(self, seconds: float) -> None:
@@ -186,7 +201,7 @@ class Listener:
             _logger.warning(
                 "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip",
                 self._origin,
-                reason,
+                str(reason).partition(", with args")[0],
             )
 
 

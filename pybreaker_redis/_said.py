@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from typing import Any
 
+from pybreaker_redis._carrier import Lack
 from pybreaker_redis._client import longest_wait
 from pybreaker_redis._guard import Meaning, Outage
 
@@ -112,6 +113,39 @@ def left(server: str, seconds: float | None) -> None:
             seconds,
             extra={"pybreaker_redis": {"event": "moved", "server": server, "seconds": seconds}},
         )
+
+
+#: How much it matters that something is missing, and what becomes of it.
+_LACKS = {
+    Lack.SCRIPTS: (
+        logging.WARNING,
+        "runs no scripts (%s); using transactions, which take more round trips, also for every look at a circuit",
+    ),
+    Lack.NAMES: (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 12 KiB"),
+    Lack.PUBLISHING: (
+        logging.WARNING,
+        "lets nobody publish changes of circuits (%s); processes that it does not tell itself notice them late",
+    ),
+    Lack.TRACKING: (
+        logging.INFO,
+        "does not tell of changes itself (%s); what nobody publishes, as redis-cli, is noticed within max_staleness",
+    ),
+}
+
+
+def lacking(server: str, lack: Lack, reason: object) -> None:
+    """A server does not have something, and circuits do without.
+
+    Args:
+        server: Which.
+        lack: What is missing.
+        reason: What it has answered.
+    """
+    level, message = _LACKS[lack]
+    # What a command was given is of no interest here, and may be long.
+    said = str(reason).partition(", with args")[0]
+    extra = {"pybreaker_redis": {"event": "lack", "server": server, "lack": lack.value, "error": said}}
+    _say(level, "Redis at %s " + message, server, said, extra=extra)
 
 
 def may_wait(client: Any) -> None:

@@ -11,10 +11,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from pybreaker_redis._carrier import Reply
+from pybreaker_redis._carrier import Lack, Reply, SayLack
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._intents import Intent
-from pybreaker_redis.errors import ScriptingUnavailable, is_a
+from pybreaker_redis.errors import ScriptingUnavailable, is_a, lacks
 
 #: How a script spells "by hand" and "never".
 _NONE = -1
@@ -27,38 +27,65 @@ class LuaCarrier:
         client: Of the server.
         keys: Of the circuit, in the order of the scripts.
         channel: On which those who listen are told when the circuit moves or gets noisy; empty: nobody is told.
+        say_lack: Told what the server does not have, each time that it is missed.
     """
 
     mode = "lua"
 
-    def __init__(self, client: Any, keys: tuple[str, ...], channel: str = "") -> None:
+    def __init__(
+        self,
+        client: Any,
+        keys: tuple[str, ...],
+        channel: str = "",
+        *,
+        say_lack: SayLack = lambda lack, reason: None,
+    ) -> None:
         self.client = client
         self._keys = keys
         self._channel = channel
+        self._say_lack = say_lack
+        #: Whether the server knows scripts by their names.
+        self._knows_names = True
 
     def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
         """Run the intent's script; see `Carrier.execute`.
 
         Raises:
-            ScriptingUnavailable: The server has no EVALSHA, or forbids it to this user.
+            ScriptingUnavailable: The server has neither EVALSHA nor EVAL, or forbids them to this user.
             redis.exceptions.RedisError: No usable answer.
         """
         source, digest = script(intent.script)
         own = (_argument(getattr(intent, field.name)) for field in fields(intent))
         arguments = (*self._keys, create, *_known(known), self._channel, *own)
         try:
-            try:
-                answer = self.client.evalsha(digest, len(self._keys), *arguments)
-            except Exception as error:
-                if not is_a(error, "NoScriptError"):
-                    raise
-                # First use on this server, or SCRIPT FLUSH, or a failover: EVAL leaves the script in the cache.
-                answer = self.client.eval(source, len(self._keys), *arguments)
+            *values, unheard = self._run(source, digest, arguments)
         except Exception as error:
-            if _forbids_scripts(error):
+            # Older versions of fakeredis look for lupa only when a script is to run.
+            if lacks(error, "eval") or isinstance(error, ModuleNotFoundError):
                 raise ScriptingUnavailable(str(error)) from error
             raise
-        return _reply(answer)
+        if unheard:
+            self._say_lack(Lack.PUBLISHING, unheard.decode() if isinstance(unheard, bytes) else unheard)
+        return _reply(values)
+
+    def _run(self, source: str, digest: str, arguments: tuple[Any, ...]) -> list[Any]:
+        missed = None
+        if self._knows_names:
+            try:
+                answer: list[Any] = self.client.evalsha(digest, len(self._keys), *arguments)
+            except Exception as error:
+                if lacks(error, "evalsha"):
+                    missed = error
+                elif not is_a(error, "NoScriptError"):
+                    raise
+                # First use on this server, or SCRIPT FLUSH, or a failover: EVAL leaves the script in the cache.
+            else:
+                return answer
+        answer = self.client.eval(source, len(self._keys), *arguments)
+        if missed is not None:
+            self._knows_names = False
+            self._say_lack(Lack.NAMES, missed)
+        return answer
 
 
 @cache
@@ -101,13 +128,3 @@ def _reply(answer: list[Any]) -> Reply:
         noisy_until_ms=noisy_ms,
     )
     return Reply(bool(accepted), circuit, now_ms, event)
-
-
-def _forbids_scripts(error: Exception) -> bool:
-    if isinstance(error, ModuleNotFoundError):
-        # Older versions of fakeredis look for lupa only when a script is to run.
-        return True
-    text = str(error).lower()
-    return ("unknown command" in text or is_a(error, "NoPermissionError")) and (
-        "'eval'" in text or "'evalsha'" in text or "`eval`" in text or "`evalsha`" in text
-    )

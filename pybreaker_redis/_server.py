@@ -22,6 +22,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 from pybreaker_redis import _said, _threads
+from pybreaker_redis._carrier import Lack
 from pybreaker_redis._client import bounded, on_pool, origin_of
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
@@ -57,6 +58,7 @@ class Server:
         self._name = str(origin_of(client) or type(client).__name__)
         self._timeout = timeout
         self._tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
+        self._lacks: set[Lack] = set()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -140,6 +142,14 @@ class Server:
         if self.guard.kept:
             return
         _said.back(str(self), self.guard.answered(), Counter([outcome]))
+
+    def say_lack(self, lack: Lack, reason: object) -> None:
+        """A circuit has missed something that this server does not have: say so, the first time."""
+        with self._lock:
+            is_new = lack not in self._lacks
+            self._lacks.add(lack)
+        if is_new:
+            _said.lacking(str(self), lack, reason)
 
     def doubt(self) -> None:
         """What was heard here is silent: see whether the server is there."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pybreaker_redis._carrier import Reply
+from pybreaker_redis._carrier import Reply, SayLack
 from pybreaker_redis._carriers import Carrier, Carriers
 from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
 from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
@@ -35,6 +35,7 @@ class SharedCircuit:
         fallback_state: Of a circuit that vanished and was not open.
         clock: The local clock, milliseconds since the epoch.
         view: What this process believes; kept true from here and by the listener.
+        say_lack: Told what the server does not have.
         logger: Where to say what was found.
     """
 
@@ -48,9 +49,10 @@ class SharedCircuit:
         fallback_state: str,
         clock: Callable[[], float],
         view: View,
+        say_lack: SayLack,
         logger: logging.Logger,
     ) -> None:
-        self._carriers = Carriers(seat, name=name, logger=logger)
+        self._carriers = Carriers(seat, say_lack)
         self._has_moved = has_moved
         self._name = name
         self._initial_state = initial_state
@@ -174,7 +176,7 @@ class SharedCircuit:
             Exception: It does not.
         """
         client = self._carriers.get().client
-        client.setnx(self._carriers.keys[0], self.last_known_state)
+        client.set(self._carriers.keys[0], self.last_known_state, nx=True)
 
     @property
     def last_known_state(self) -> str:

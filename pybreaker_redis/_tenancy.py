@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from pybreaker_redis import _said
 from pybreaker_redis._caller import Callers
-from pybreaker_redis._carrier import Reply
+from pybreaker_redis._carrier import Lack, Reply
 from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis._clock import monotonic, now_ms
 from pybreaker_redis._examination import Trouble, examine
@@ -95,6 +95,7 @@ class Tenancy:
             fallback_state=CLOSED if fallback == LAST else fallback,
             clock=now_ms,
             view=view,
+            say_lack=self._say_lack,
             logger=logger,
         )
 
@@ -149,6 +150,10 @@ class Tenancy:
         if before not in (None, self.server):
             before.dismiss(self)
         return replace(seat, client=self.server.client_like(seat.client))
+
+    def _say_lack(self, lack: Lack, reason: object) -> None:
+        assert self.server
+        self.server.say_lack(lack, reason)
 
     def _may_ask(self) -> bool:
         # To be told that it is one's turn is to have to ask.

@@ -31,6 +31,8 @@ class Proxy:
         port: Where it listens.
         manner: How it treats what passes from now on.
         delay: For ``slow``: between how many seconds and how many.
+        forbidden: Whoever sends this is hung up on; empty: nobody.
+        hung_up_on: How many have been.
         doomed: So many further requests end their connection instead of being passed on.
     """
 
@@ -38,6 +40,8 @@ class Proxy:
         self.manner: Manner = "pass"
         self.delay = (0.0, 0.0)
         self.doomed = 0
+        self.forbidden = b""
+        self.hung_up_on = 0
         self._unix_socket = unix_socket
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._subscribed: set[tuple[socket.socket, ...]] = set()
@@ -114,6 +118,9 @@ class Proxy:
                     self.doomed -= 1
                     return
                 self._wait_while("silent")
+                if self.forbidden and self.forbidden in piece:
+                    self.hung_up_on += 1
+                    return
                 if b"SUBSCRIBE" in piece:
                     self._subscribed.add(pair)
                 target.sendall(piece)

@@ -15,7 +15,7 @@
 -- ARGV[7]  channel          where to tell the others; empty: nowhere
 -- ARGV[8+] belong to the intent
 -- RETURNS  {accepted 0|1, now ms, state, fail_counter, success_counter, opened_at ms or -1, generation, probe_token,
---          probe_until ms, noisy_until ms, event}
+--          probe_until ms, noisy_until ms, event, why the others could not be told or empty}
 -- TIME     the server's; clocks of callers are never compared
 -- WRITES   only values that differ, so a refused intent on a sound record writes nothing; who writes the hash publishes
 --
@@ -29,6 +29,7 @@ local STATES = {['closed'] = true, ['open'] = true, ['half-open'] = true}
 
 local circuit, now
 local found = {}
+local unheard = ''
 
 -- A plain decimal of at most 15 digits: what a Lua number holds exactly.
 local function whole(raw)
@@ -207,7 +208,10 @@ local function save()
     redis.call('HSET', KEYS[5], 'generation', fields[1], 'state', fields[2], 'opened_at_ms', fields[3],
                'probe_token', fields[4], 'probe_until_ms', fields[5], 'noisy_until_ms', fields[6])
     -- A channel that is forbidden, or a server without channels, must not undo the transition.
-    if ARGV[7] ~= '' then redis.pcall('PUBLISH', ARGV[7], decimal(now) .. ' ' .. table.concat(fields, ' ')) end
+    if ARGV[7] ~= '' then
+      local told = redis.pcall('PUBLISH', ARGV[7], decimal(now) .. ' ' .. table.concat(fields, ' '))
+      unheard = type(told) == 'table' and told.err or ''
+    end
   end
 end
 
@@ -231,5 +235,5 @@ local function run(intent)
   save()
   return {accepted and 1 or 0, now, circuit.state, circuit.fail_counter, circuit.success_counter,
           circuit.opened_at_ms or -1, circuit.generation, circuit.probe_token, circuit.probe_until_ms,
-          circuit.noisy_until_ms, event}
+          circuit.noisy_until_ms, event, unheard}
 end
