@@ -12,6 +12,9 @@ from typing import Any
 
 from pybreaker_redis._circuit import MAX_LEASE_MS, STATES
 
+#: Seconds; ten years.
+LONGEST_TTL = 10 * 365 * 24 * 3600
+
 #: Whole and not nested: no brace, or text in braces between text without.
 _TAGGED = re.compile(r"[^{}]*(?:\{[^{}]+\}[^{}]*)*")
 
@@ -95,3 +98,17 @@ def staleness(max_staleness: float) -> float:
         msg = f"max_staleness must be 0 or lie between 0.01 and 60 seconds, not {max_staleness!r}"
         raise ValueError(msg)
     return float(max_staleness)
+
+
+def kept_ms(ttl: float | None) -> int:
+    """Validate for how many seconds to keep a circuit that nobody writes to; whole milliseconds, 0: for ever."""
+    if ttl is None:
+        return 0
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        msg = f"ttl must be a number of seconds or None, not {ttl!r}"
+        raise TypeError(msg)
+    # Shorter than nobody may go by what has expired, and than failures may lie apart that count together.
+    if not 60 <= ttl <= LONGEST_TTL:  # noqa: PLR2004
+        msg = f"ttl must be None or lie between 60 and {LONGEST_TTL} seconds, not {ttl!r}"
+        raise ValueError(msg)
+    return round(ttl * 1000)

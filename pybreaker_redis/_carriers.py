@@ -30,6 +30,7 @@ class Carriers:
     Args:
         seat: Returns where the circuit lies; called when it is first used, and when it has moved.
         name: For log lines.
+        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
         logger: Where to say that there are no scripts.
 
     Attributes:
@@ -39,13 +40,14 @@ class Carriers:
         one_slot: Whether keys of other circuits cannot be asked for together with these.
     """
 
-    def __init__(self, seat: Callable[[], Seat], *, name: str, logger: logging.Logger) -> None:
+    def __init__(self, seat: Callable[[], Seat], *, name: str, ttl_ms: int, logger: logging.Logger) -> None:
         self.now: Carrier | None = None
         self.keys: tuple[str, ...] = ()
         self.channel = ""
         self.one_slot = False
         self._seat = seat
         self._name = name
+        self._ttl_ms = ttl_ms
         self._logger = logger
         self._locks: dict[int, threading.Lock] = {}
 
@@ -73,7 +75,7 @@ class Carriers:
                 origin = origin_of(seat.client)
                 self.keys, self.one_slot = seat.keys, seat.one_slot
                 self.channel = channel_of(self.keys, origin.db) if origin else ""
-                self.now = LuaCarrier(seat.client, self.keys, self.channel)
+                self.now = LuaCarrier(seat.client, self.keys, self.channel, self._ttl_ms)
             return self.now
 
     def leave(self, carrier: Carrier | None) -> bool:
@@ -100,10 +102,11 @@ class Carriers:
         try:
             return carrier.execute(intent, known, create)
         except ScriptingUnavailable as reason:
-            now: Any = self.now
-            optimistic = now if isinstance(now, OptimisticCarrier) else OptimisticCarrier(carrier.client, self.keys)
+            optimistic: Any = self.now
+            if not isinstance(optimistic, OptimisticCarrier):
+                optimistic = OptimisticCarrier(carrier.client, self.keys, self._ttl_ms)
             # If that is refused, too, it is not about scripts, and they may be permitted again.
-            reply = optimistic.execute(intent, known, create)
+            reply: Reply = optimistic.execute(intent, known, create)
             self._do_without_scripts(optimistic, reason)
             return reply
 

@@ -27,14 +27,15 @@ class LuaCarrier:
         client: Of the server.
         keys: Of the circuit, in the order of the scripts.
         channel: On which those who listen are told when the circuit moves or gets noisy; empty: nobody is told.
+        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
     """
 
     mode = "lua"
 
-    def __init__(self, client: Any, keys: tuple[str, ...], channel: str = "") -> None:
+    def __init__(self, client: Any, keys: tuple[str, ...], channel: str = "", ttl_ms: int = 0) -> None:
         self.client = client
         self._keys = keys
-        self._channel = channel
+        self._told = channel, ttl_ms
 
     def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
         """Run the intent's script; see `Carrier.execute`.
@@ -45,7 +46,7 @@ class LuaCarrier:
         """
         source, digest = script(intent.script)
         own = (_argument(getattr(intent, field.name)) for field in fields(intent))
-        arguments = (*self._keys, create, *_known(known), self._channel, *own)
+        arguments = (*self._keys, create, *_known(known), *self._told, *own)
         try:
             try:
                 answer = self.client.evalsha(digest, len(self._keys), *arguments)

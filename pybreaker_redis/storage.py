@@ -9,7 +9,15 @@ import logging
 from typing import Any
 
 from pybreaker_redis._adapter import IntentStorage
-from pybreaker_redis._arguments import check_fallback, check_namespace, check_state, client_source, staleness, wait
+from pybreaker_redis._arguments import (
+    check_fallback,
+    check_namespace,
+    check_state,
+    client_source,
+    kept_ms,
+    staleness,
+    wait,
+)
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._intents import Intent, Load
 from pybreaker_redis._keys import BASE
@@ -40,6 +48,8 @@ class CircuitRedisStorage(IntentStorage):
             change: from 0.01 to 60, or 0 to ask Redis at every look.
         timeout: Seconds that a guarded call waits for Redis at most, on connections of its own made like the client's:
             from 0.01 to 60; ``None``: on the client's connections, as long as those take.
+        ttl: Seconds after the last write when the keys of the circuit expire: from 60 to 315360000, ten years; while it
+            is not closed a day, if that is more.  ``None``: never.  Give all who use the circuit the same.
 
     Raises:
         ValueError: An unknown state, or a number out of range.
@@ -60,6 +70,7 @@ class CircuitRedisStorage(IntentStorage):
         probe_lease: float = 30.0,
         max_staleness: float = 1.0,
         timeout: float | None = 0.25,
+        ttl: float | None = None,
     ) -> None:
         check_state("state", state)
         check_fallback(fallback_circuit_state)
@@ -73,6 +84,7 @@ class CircuitRedisStorage(IntentStorage):
             initial_state=state,
             fallback=fallback_circuit_state,
             timeout=wait(timeout),
+            ttl_ms=kept_ms(ttl),
             view=view,
             callers=self._callers,
             logger=self.logger,

@@ -28,7 +28,7 @@ ROWS = (
     ("_session",),
     ("_view", "_line", "_guard", "_cluster"),
     ("_carrier", "_record", "_shortcut", "_client"),
-    ("_intents", "_deadline"),
+    ("_intents", "_lifetime", "_deadline"),
     ("_circuit", "_keys", "_clock", "_forks", "_signals", "_tenant", "_threads", "errors", "health"),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
