@@ -6,7 +6,7 @@ Knows: what may be asked for, pybreaker's settings.  Does not know: Redis, who c
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._arguments import (
@@ -23,9 +23,12 @@ from pybreaker_redis._intents import Intent, Load
 from pybreaker_redis._keys import BASE
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._tenancy import Tenancy
+from pybreaker_redis._urls import client_of
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Whereabouts
 from pybreaker_redis.health import Health
+
+_Storage = TypeVar("_Storage", bound="CircuitRedisStorage")
 
 
 class CircuitRedisStorage(IntentStorage):
@@ -89,6 +92,27 @@ class CircuitRedisStorage(IntentStorage):
             callers=self._callers,
             logger=self.logger,
         )
+
+    @classmethod
+    def from_url(
+        cls: type[_Storage], url: str, state: str = "closed", namespace: str | None = None, **words: Any
+    ) -> _Storage:
+        """A storage on the server, the master or the cluster that a URL names.
+
+        Args:
+            url: ``redis://``, ``unix://``, ``redis+sentinel://host,host/service``, ``redis+cluster://host,host``; with
+                ``rediss`` by TLS; with ``valkey`` and ``valkeys`` the same.  The query has further words for the
+                client; unless it says something else, that waits for 1 s and tries once.
+            state: As for the class.
+            namespace: As for the class.
+            words: All others of the class, by keyword.
+
+        Raises:
+            ValueError: The URL names no client.
+            TypeError: It is no text.
+            ModuleNotFoundError: It names a cluster, and no library is installed that knows clusters.
+        """
+        return cls(state, client_of(url), namespace, **words)
 
     def health(self) -> Health:
         """What this process knows about the circuit's Redis; asks nobody, and may be called as often as one likes."""
