@@ -5,10 +5,18 @@ Knows: what is accepted.  Does not know: what it is for.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 from pybreaker_redis._circuit import MAX_LEASE_MS, STATES
+
+#: Seconds; ten years.
+LONGEST_TTL = 10 * 365 * 24 * 3600
+
+#: Whole and not nested: no brace, or text in braces between text without.
+_TAGGED = re.compile(r"[^{}]*(?:\{[^{}]+\}[^{}]*)*")
 
 
 def check_state(argument: str, state: str) -> None:
@@ -27,10 +35,23 @@ def check_fallback(fallback_circuit_state: str) -> None:
 
 
 def check_namespace(namespace: str | None) -> None:
-    """Refuse what cannot be a prefix of keys."""
-    if namespace is not None and not isinstance(namespace, str):
+    """Refuse what cannot be a prefix of keys, or would be another one than it looks."""
+    if namespace is None:
+        return
+    if not isinstance(namespace, str):
         msg = f"namespace must be a str or None, not {namespace!r}"
         raise TypeError(msg)
+    if not namespace:
+        msg = "namespace must have at least one character, not '': name the circuit, or leave it out"
+    elif bad := [char for char in namespace if unicodedata.category(char) in ("Cc", "Cs")]:
+        # Nobody could read them in a log or type them into redis-cli, and lone surrogates are not text.
+        msg = f"namespace must not contain control characters or lone surrogates, as {bad[0]!r} in {namespace!r}"
+    elif not _TAGGED.fullmatch(namespace):
+        # Of these a cluster takes another hash tag than people do, or none.
+        msg = f"namespace must have braces in pairs, not nested, around some text, as 'shop:{{eu}}', not {namespace!r}"
+    else:
+        return
+    raise ValueError(msg)
 
 
 def client_source(redis_object: Any) -> Callable[[], Any]:
@@ -77,3 +98,17 @@ def staleness(max_staleness: float) -> float:
         msg = f"max_staleness must be 0 or lie between 0.01 and 60 seconds, not {max_staleness!r}"
         raise ValueError(msg)
     return float(max_staleness)
+
+
+def kept_ms(ttl: float | None) -> int:
+    """Validate for how many seconds to keep a circuit that nobody writes to; whole milliseconds, 0: for ever."""
+    if ttl is None:
+        return 0
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        msg = f"ttl must be a number of seconds or None, not {ttl!r}"
+        raise TypeError(msg)
+    # Shorter than nobody may go by what has expired, and than failures may lie apart that count together.
+    if not 60 <= ttl <= LONGEST_TTL:  # noqa: PLR2004
+        msg = f"ttl must be None or lie between 60 and {LONGEST_TTL} seconds, not {ttl!r}"
+        raise ValueError(msg)
+    return round(ttl * 1000)

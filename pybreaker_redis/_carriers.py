@@ -29,6 +29,7 @@ class Carriers:
     Args:
         seat: Returns where the circuit lies; called when it is first used, and when it has moved.
         say_lack: Told what the server does not have.
+        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
 
     Attributes:
         now: The carrier; ``None`` while nobody has asked.
@@ -37,13 +38,14 @@ class Carriers:
         one_slot: Whether keys of other circuits cannot be asked for together with these.
     """
 
-    def __init__(self, seat: Callable[[], Seat], say_lack: SayLack) -> None:
+    def __init__(self, seat: Callable[[], Seat], say_lack: SayLack, *, ttl_ms: int) -> None:
         self.now: Carrier | None = None
         self.keys: tuple[str, ...] = ()
         self.channel = ""
         self.one_slot = False
         self._seat = seat
         self._say_lack = say_lack
+        self._ttl_ms = ttl_ms
         self._locks: dict[int, threading.Lock] = {}
 
     @property
@@ -70,7 +72,7 @@ class Carriers:
                 origin = origin_of(seat.client)
                 self.keys, self.one_slot = seat.keys, seat.one_slot
                 self.channel = channel_of(self.keys, origin.db) if origin else ""
-                self.now = LuaCarrier(seat.client, self.keys, self.channel, say_lack=self._say_lack)
+                self.now = LuaCarrier(seat.client, self.keys, self.channel, self._ttl_ms, say_lack=self._say_lack)
             return self.now
 
     def leave(self, carrier: Carrier | None) -> bool:
@@ -97,11 +99,12 @@ class Carriers:
         try:
             return carrier.execute(intent, known, create)
         except ScriptingUnavailable as reason:
-            now: Any = self.now
-            optimistic = now if isinstance(now, OptimisticCarrier) else OptimisticCarrier(carrier.client, self.keys)
+            optimistic: Any = self.now
+            if not isinstance(optimistic, OptimisticCarrier):
+                optimistic = OptimisticCarrier(carrier.client, self.keys, self._ttl_ms)
             # If that is refused, too, it is not about scripts, and they may be permitted again.
             try:
-                reply = optimistic.execute(intent, known, create)
+                reply: Reply = optimistic.execute(intent, known, create)
             except Exception as error:
                 if is_a(error, "NoPermissionError") and is_a(reason.__cause__ or reason, "NoPermissionError"):
                     # Rights to run scripts are what this user should have, and what the log should name.

@@ -15,6 +15,7 @@ from redis.exceptions import WatchError
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._intents import Intent, Load
+from pybreaker_redis._lifetime import COUNTS_MS, lifetime_ms
 from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, Found, Writes, believe, parse, writes
 from pybreaker_redis.errors import is_a
 
@@ -23,18 +24,28 @@ ATTEMPTS = 200
 #: Longest pause between two attempts, seconds.
 LONGEST_PAUSE = 0.02
 
+#: How the server says that a key has no TTL.
+ENDLESS = -1
+
 #: Whether redis-py can be asked not to decode the answer to a single command.
 CAN_LEAVE_UNDECODED = hasattr(redis.client, "NEVER_DECODE")
 
 
 class OptimisticCarrier:
-    """A circuit in Redis, moved by transactions: a load is one round trip, anything else about seven."""
+    """A circuit in Redis, moved by transactions: a load is one round trip, anything else about seven.
+
+    Args:
+        client: Of the server.
+        keys: Of the circuit, in the order of the scripts.
+        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
+    """
 
     mode = "optimistic"
 
-    def __init__(self, client: Any, keys: tuple[str, ...]) -> None:
+    def __init__(self, client: Any, keys: tuple[str, ...], ttl_ms: int = 0) -> None:
         self.client = _undecoded(client)
         self._keys = keys
+        self._ttl_ms = ttl_ms
 
     def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
         """Read under WATCH, decide in Python, write under MULTI, again if somebody was faster; see `Carrier.execute`.
@@ -43,20 +54,26 @@ class OptimisticCarrier:
             redis.exceptions.WatchError: Somebody was faster 200 times.
             redis.exceptions.RedisError: No usable answer.
         """
+        endless = False
         if isinstance(intent, Load):
             with self.client.pipeline(transaction=False) as pipe:
                 self._ask(pipe)
-                reply, changes = _decide(intent, *_understand(pipe.execute(raise_on_error=False)), known, create)
-            if not changes:
+                if self._ttl_ms:
+                    pipe.pttl(self._keys[0])
+                *answers, left = (*pipe.execute(raise_on_error=False), None)[:5]
+                reply, changes = _decide(intent, *_understand(answers), known, create)
+            endless = left == ENDLESS
+            if not (changes or endless):
                 return reply
         for attempt in range(ATTEMPTS):
             with self.client.pipeline() as pipe:
                 pipe.watch(*self._keys)
                 reply, changes = _decide(intent, *_understand(self._ask(pipe)), known, create)
-                if not changes:
+                if not (changes or endless):
                     return reply
                 pipe.multi()
                 self._write(pipe, changes)
+                self._keep(pipe, reply)
                 try:
                     pipe.execute()
                 except Exception as error:
@@ -99,6 +116,12 @@ class OptimisticCarrier:
             pipe.delete(keys["circuit"])
         if changes.mark:
             pipe.hset(keys["circuit"], mapping=changes.mark)
+
+    def _keep(self, pipe: Any, reply: Reply) -> None:
+        if self._ttl_ms:
+            at_ms = int(reply.now_ms) + lifetime_ms(reply.circuit.state, self._ttl_ms) + COUNTS_MS
+            for key in self._keys:
+                pipe.pexpireat(key, at_ms)
 
 
 def _undecoded(client: Any) -> Any:

@@ -27,6 +27,7 @@ class LuaCarrier:
         client: Of the server.
         keys: Of the circuit, in the order of the scripts.
         channel: On which those who listen are told when the circuit moves or gets noisy; empty: nobody is told.
+        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
         say_lack: Told what the server does not have, each time that it is missed.
     """
 
@@ -37,12 +38,13 @@ class LuaCarrier:
         client: Any,
         keys: tuple[str, ...],
         channel: str = "",
+        ttl_ms: int = 0,
         *,
         say_lack: SayLack = lambda lack, reason: None,
     ) -> None:
         self.client = client
         self._keys = keys
-        self._channel = channel
+        self._told = channel, ttl_ms
         self._say_lack = say_lack
         #: Whether the server knows scripts by their names.
         self._knows_names = True
@@ -56,7 +58,7 @@ class LuaCarrier:
         """
         source, digest = script(intent.script)
         own = (_argument(getattr(intent, field.name)) for field in fields(intent))
-        arguments = (*self._keys, create, *_known(known), self._channel, *own)
+        arguments = (*self._keys, create, *_known(known), *self._told, *own)
         try:
             *values, unheard = self._run(source, digest, arguments)
         except Exception as error:

@@ -33,6 +33,7 @@ class SharedCircuit:
         name: For log lines.
         initial_state: Of a circuit that does not exist yet.
         fallback_state: Of a circuit that vanished and was not open.
+        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
         clock: The local clock, milliseconds since the epoch.
         view: What this process believes; kept true from here and by the listener.
         say_lack: Told what the server does not have.
@@ -47,16 +48,19 @@ class SharedCircuit:
         name: str,
         initial_state: str,
         fallback_state: str,
+        ttl_ms: int,
         clock: Callable[[], float],
         view: View,
         say_lack: SayLack,
         logger: logging.Logger,
     ) -> None:
-        self._carriers = Carriers(seat, say_lack)
+        self._carriers = Carriers(seat, say_lack, ttl_ms=ttl_ms)
         self._has_moved = has_moved
         self._name = name
         self._initial_state = initial_state
-        self._fallback_state = fallback_state
+        # What expired was well: it is closed as it was.
+        self._fallback_state = CLOSED if ttl_ms else fallback_state
+        self._expires = bool(ttl_ms)
         self._clock = clock
         self._view = view
         self._logger = logger
@@ -210,6 +214,9 @@ class SharedCircuit:
             self.leave(carrier)
             ticket = self._view.ticket()
             reply = carriers.execute(carriers.get(), intent, known, create)
+        if self._expires and reply.event == "restored" and reply.circuit.state == CLOSED:
+            # It has expired, as it was to, and nobody can tell that from a loss.
+            reply = replace(reply, event="created")
         self._view.fill(ticket, reply.circuit, reply.now_ms)
         if self._listener is not None:
             self._listener.tell(self._view, carriers.channel, reply.circuit, reply.now_ms)

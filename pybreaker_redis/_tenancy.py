@@ -50,6 +50,7 @@ class Tenancy:
         initial_state: Of a circuit that does not exist yet.
         fallback: How a circuit of one's own begins.
         timeout: Seconds to wait for an answer; ``None``: as long as the client takes.
+        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
         view: What this process believes of the shared circuit.
         callers: One for each thread.
 
@@ -70,6 +71,7 @@ class Tenancy:
         initial_state: str,
         fallback: str,
         timeout: float | None,
+        ttl_ms: int,
         view: View,
         callers: Callers,
         logger: logging.Logger,
@@ -93,6 +95,7 @@ class Tenancy:
             name=name,
             initial_state=initial_state,
             fallback_state=CLOSED if fallback == LAST else fallback,
+            ttl_ms=ttl_ms,
             clock=now_ms,
             view=view,
             say_lack=self._say_lack,
@@ -238,8 +241,7 @@ class Tenancy:
             return False
         self.shared.leave()
         self.shared.connect()
-        assert self.server
-        if self.server.guard.outage is None:
+        if self.server and self.server.guard.outage is None:
             began = monotonic()
             try:
                 self.load()

@@ -6,18 +6,29 @@ Knows: what may be asked for, pybreaker's settings.  Does not know: Redis, who c
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 from pybreaker_redis._adapter import IntentStorage
-from pybreaker_redis._arguments import check_fallback, check_namespace, check_state, client_source, staleness, wait
+from pybreaker_redis._arguments import (
+    check_fallback,
+    check_namespace,
+    check_state,
+    client_source,
+    kept_ms,
+    staleness,
+    wait,
+)
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._intents import Intent, Load
 from pybreaker_redis._keys import BASE
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._tenancy import Tenancy
+from pybreaker_redis._urls import client_of
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Whereabouts
 from pybreaker_redis.health import Health
+
+_Storage = TypeVar("_Storage", bound="CircuitRedisStorage")
 
 
 class CircuitRedisStorage(IntentStorage):
@@ -40,6 +51,8 @@ class CircuitRedisStorage(IntentStorage):
             change: from 0.01 to 60, or 0 to ask Redis at every look.
         timeout: Seconds that a guarded call waits for Redis at most, on connections of its own made like the client's:
             from 0.01 to 60; ``None``: on the client's connections, as long as those take.
+        ttl: Seconds after the last write when the keys of the circuit expire: from 60 to 315360000, ten years; while it
+            is not closed a day, if that is more.  ``None``: never.  Give all who use the circuit the same.
 
     Raises:
         ValueError: An unknown state, or a number out of range.
@@ -60,6 +73,7 @@ class CircuitRedisStorage(IntentStorage):
         probe_lease: float = 30.0,
         max_staleness: float = 1.0,
         timeout: float | None = 0.25,
+        ttl: float | None = None,
     ) -> None:
         check_state("state", state)
         check_fallback(fallback_circuit_state)
@@ -73,10 +87,32 @@ class CircuitRedisStorage(IntentStorage):
             initial_state=state,
             fallback=fallback_circuit_state,
             timeout=wait(timeout),
+            ttl_ms=kept_ms(ttl),
             view=view,
             callers=self._callers,
             logger=self.logger,
         )
+
+    @classmethod
+    def from_url(
+        cls: type[_Storage], url: str, state: str = "closed", namespace: str | None = None, **words: Any
+    ) -> _Storage:
+        """A storage on the server, the master or the cluster that a URL names.
+
+        Args:
+            url: ``redis://``, ``unix://``, ``redis+sentinel://host,host/service``, ``redis+cluster://host,host``; with
+                ``rediss`` by TLS; with ``valkey`` and ``valkeys`` the same.  The query has further words for the
+                client; unless it says something else, that waits for 1 s and tries once.
+            state: As for the class.
+            namespace: As for the class.
+            words: All others of the class, by keyword.
+
+        Raises:
+            ValueError: The URL names no client.
+            TypeError: It is no text.
+            ModuleNotFoundError: It names a cluster, and no library is installed that knows clusters.
+        """
+        return cls(state, client_of(url), namespace, **words)
 
     def health(self) -> Health:
         """What this process knows about the circuit's Redis; asks nobody, and may be called as often as one likes."""

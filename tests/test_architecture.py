@@ -20,7 +20,7 @@ ROWS = (
     ("_own",),
     ("memory",),
     ("_adapter",),
-    ("_caller", "_arguments", "_examination"),
+    ("_caller", "_arguments", "_examination", "_urls"),
     ("_admissions", "_frames"),
     ("_shared", "_server"),
     ("_carriers",),
@@ -28,7 +28,7 @@ ROWS = (
     ("_session",),
     ("_view", "_line", "_guard", "_cluster"),
     ("_carrier", "_record", "_shortcut", "_client"),
-    ("_intents", "_deadline"),
+    ("_intents", "_lifetime", "_deadline"),
     ("_circuit", "_keys", "_clock", "_forks", "_signals", "_tenant", "_threads", "errors", "health"),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
@@ -78,7 +78,7 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("redis", {"_optimistic"}),
+        ("redis", {"_optimistic", "_urls"}),
         ("pybreaker", {"_adapter", "_admissions", "_frames"}),
         # Optimistic carrier, listener and keeper wait between attempts; else it is defaults that tests replace.
         ("time", {"_clock", "_guard", "_listener", "_optimistic", "_server", "_shortcut", "_view"}),

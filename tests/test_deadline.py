@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -155,27 +153,6 @@ def unix_socket() -> Iterator[str]:
     server = PrivateServer("none")
     yield str(server.directory / "peer.sock")
     server.close()
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A certificate of the local host, signed by itself, and its key."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl to make a certificate with")
-    directory = tmp_path_factory.mktemp("tls")
-    paths = str(directory / "certificate.pem"), str(directory / "key.pem")
-    made = subprocess.run(
-        [
-            *(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-out", paths[0], "-keyout", paths[1]),
-        ],
-        capture_output=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip("this openssl makes no such certificate")
-    return paths
 
 
 @pytest.fixture(params=["tcp", "unix", "tls"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,9 @@ from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, created
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import ClaimProbe, CountProbe, Load, RecordFailure, Trip
 from pybreaker_redis._keys import circuit_keys
+from pybreaker_redis._lifetime import COUNTS_MS, lifetime_ms
 from pybreaker_redis._optimistic import OptimisticCarrier
+from pybreaker_redis._record import VALUE_NAMES
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis.memory import MemoryCarrier
 from tests.records import (
@@ -49,17 +52,21 @@ thorough = settings(
 )
 
 
+#: How much the server's clock moves on within one transaction, before Redis 7, and is then found, milliseconds.
+CLOCK_MS = 50
+
+
 @dataclass
 class Bench:
     """Carriers to be compared.
 
     Attributes:
         plain: A client that does not decode, to look at the keys.
-        makes: How to make each carrier.
+        makes: How to make each carrier: of the keys, and of a TTL if there is one.
     """
 
     plain: Any
-    makes: dict[str, Callable[[tuple[str, ...]], Carrier]] = field(default_factory=dict)
+    makes: dict[str, Callable[..., Carrier]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -72,10 +79,10 @@ def bench_on(server: PrivateServer) -> Iterator[Bench]:
         yield Bench(
             plain,
             {
-                "lua": lambda keys: LuaCarrier(plain, keys),
-                "lua, decoded": lambda keys: LuaCarrier(texts, keys),
-                "optimistic": lambda keys: OptimisticCarrier(plain, keys),
-                "optimistic, decoded": lambda keys: OptimisticCarrier(texts, keys),
+                "lua": lambda keys, ttl_ms=0: LuaCarrier(plain, keys, ttl_ms=ttl_ms),
+                "lua, decoded": lambda keys, ttl_ms=0: LuaCarrier(texts, keys, ttl_ms=ttl_ms),
+                "optimistic": lambda keys, ttl_ms=0: OptimisticCarrier(plain, keys, ttl_ms),
+                "optimistic, decoded": lambda keys, ttl_ms=0: OptimisticCarrier(texts, keys, ttl_ms),
             },
         )
 
@@ -89,8 +96,8 @@ def bench_on_fakeredis() -> Iterator[Bench]:
     yield Bench(
         plain,
         {
-            "optimistic": lambda keys: OptimisticCarrier(plain, keys),
-            "optimistic, decoded": lambda keys: OptimisticCarrier(texts, keys),
+            "optimistic": lambda keys, ttl_ms=0: OptimisticCarrier(plain, keys, ttl_ms),
+            "optimistic, decoded": lambda keys, ttl_ms=0: OptimisticCarrier(texts, keys, ttl_ms),
         },
     )
 
@@ -133,10 +140,12 @@ class Run:
     clock: SettableClock = field(default_factory=SettableClock)
     memory: MemoryCarrier | None = None
     known: Circuit | None = None
+    ttl_ms: int = 0
 
     def step(self, wish: Wish) -> bool:
         """One intent, and everything compared; whether it was accepted."""
         intent = Load() if self.known is None else wish.intent(self.known, self.clock.now_ms)
+        before = deepcopy(self.paper.values), self.ends() if self.ttl_ms else {}
         reply = self.carrier.execute(intent, self.known, self.create)
         self.paper.now_ms = self.clock.now_ms = reply.now_ms
         assert reply == self.paper.execute(intent, self.known, self.create), (self.name, intent)
@@ -146,7 +155,49 @@ class Run:
         in_memory = self.memory.execute(intent, None, "")
         assert (reply.accepted, reply.circuit) == (in_memory.accepted, in_memory.circuit), (self.name, intent)
         self.known = reply.circuit
+        if self.ttl_ms:
+            self.check_ends(*before, looks=isinstance(intent, Load))
         return reply.accepted
+
+    def ends(self) -> dict[str, int | None]:
+        """When each of the keys expires, ms since the epoch; ``None``: never."""
+        with self.client.pipeline() as pipe:
+            pipe.time()
+            for key in self.keys:
+                pipe.pttl(key)
+            (seconds, microseconds), *left = pipe.execute()
+        now_ms = seconds * 1000 + microseconds // 1000
+        # -1: it has no end, -2: it is not there.
+        return {name: None if ms == -1 else now_ms + ms for name, ms in zip(VALUE_NAMES, left, strict=True) if ms != -2}
+
+    def check_ends(self, values: dict[str, Any], ends: dict[str, int | None], *, looks: bool) -> None:
+        """Whoever writes has all keys end together, not sooner than promised; whoever does not leaves that alone."""
+        after = self.ends()
+        written = values != self.paper.values
+        if not written and not (looks and ends["state"] is None):
+            assert after.keys() == ends.keys()
+            for name, end in ends.items():
+                assert end == after[name] or abs((end or 0) - (after[name] or 0)) <= CLOCK_MS, (self.name, name)
+            return
+        assert self.known is not None
+        promised = self.clock.now_ms + lifetime_ms(self.known.state, self.ttl_ms)
+        for name, end in after.items():
+            assert end is not None, f"{self.name}: {name} has no end"
+            assert promised - CLOCK_MS <= end <= promised + COUNTS_MS + CLOCK_MS, (self.name, name)
+        assert max(after.values()) - min(after.values()) <= CLOCK_MS, self.name  # type: ignore[operator,type-var]
+
+    def age(self) -> None:
+        """As if nobody had written for some time: all keys are nearer to their end, by the same instant."""
+        with self.client.pipeline() as pipe:
+            end = min((end for end in self.ends().values() if end is not None), default=None)
+            for key in self.keys:
+                pipe.pexpireat(key, end - 2 * COUNTS_MS) if end else pipe.ping()
+            pipe.execute()
+
+    def persist(self) -> None:
+        """As if somebody had written all of it who knows of no TTL."""
+        for key in self.keys:
+            self.client.persist(key)
 
     def let_lease_run_out(self) -> None:
         """As if 30 seconds had passed for the prober, who is dead."""
@@ -166,12 +217,12 @@ class Run:
             self.client.script_flush()
 
 
-def runs(bench: Bench, create: str) -> list[Run]:
+def runs(bench: Bench, create: str, ttl_ms: int = 0) -> list[Run]:
     """A circuit of its own for each carrier."""
     made = []
     for name, make in bench.makes.items():
         keys = circuit_keys(fresh_namespace(), one_slot=False)
-        made.append(Run(name, make(keys), bench.plain, keys, create))
+        made.append(Run(name, make(keys, ttl_ms), bench.plain, keys, create, ttl_ms=ttl_ms))
     return made
 
 
@@ -183,15 +234,19 @@ histories = st.lists(
 )
 
 
-def live_through(bench: Bench, create: str, history: list[Wish | str]) -> None:
+def live_through(bench: Bench, create: str, history: list[Wish | str], ttl_ms: int = 0) -> None:
     """The same history on every carrier, compared at every step."""
-    for run in runs(bench, create):
+    for run in runs(bench, create, ttl_ms):
         accepted = [run.step(Wish(Load))]
         for step in history:
             if isinstance(step, Wish):
                 accepted.append(run.step(step))
             elif step == "SCRIPT FLUSH":
                 run.flush_scripts()
+            elif step == "nobody writes":
+                run.age()
+            elif step == "somebody without a TTL writes":
+                run.persist()
             else:
                 run.let_lease_run_out()
         assert run.known is not None
@@ -230,6 +285,37 @@ def test_any_history_on_fakeredis_leaves_the_same_records_on_every_carrier(
 ) -> None:
     """Users' own tests on fakeredis see what production will see."""
     live_through(fake_bench, create, history)
+
+
+#: A day is what a circuit that is not closed lives for at least: one TTL is shorter, one longer.
+ttls = st.sampled_from([60_000, 2 * 24 * 3600 * 1000])
+ageing = st.lists(
+    st.one_of(*[wishes] * 6, *map(st.just, ["nobody writes", "nobody writes", "somebody without a TTL writes"])),
+    min_size=1,
+    max_size=12,
+)
+with_ttl = given(create=states, history=ageing, ttl_ms=ttls)
+
+
+@settings(thorough, max_examples=40)
+@with_ttl
+@example(create=CLOSED, history=RECOVERY, ttl_ms=60_000)
+@example(create=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
+def test_any_history_with_a_ttl_on_a_server_ends_all_keys_together(
+    bench: Bench, create: str, history: list[Wish | str], ttl_ms: int
+) -> None:
+    """The same records again; besides, who writes renews the TTL of all five keys, and who is refused of none."""
+    live_through(bench, create, history, ttl_ms)
+
+
+@settings(thorough, max_examples=40)
+@with_ttl
+@example(create=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
+def test_any_history_with_a_ttl_on_fakeredis_ends_all_keys_together(
+    fake_bench: Bench, create: str, history: list[Wish | str], ttl_ms: int
+) -> None:
+    """The same on fakeredis."""
+    live_through(fake_bench, create, history, ttl_ms)
 
 
 def now_of(client: Any) -> int:

@@ -106,16 +106,16 @@ def test_every_script_has_an_intent_and_every_intent_a_script() -> None:
 
 @every_intent
 def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent]) -> None:
-    """ARGV[8] and on are the intent's fields: who adds one, adds it in both places."""
+    """ARGV[9] and on are the intent's fields: who adds one, adds it in both places."""
     arguments = {key: text.split()[0] for key, text in header(intent.script).items() if key.startswith("ARGV")}
-    expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 8)}
+    expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 9)}
     assert arguments == expected
     assert list(arguments) == list(expected)
 
 
 @every_intent
 def test_script_uses_the_arguments_that_its_header_names_under_their_names(intent: type[Intent]) -> None:
-    """`local generation, token = tonumber(ARGV[8]), ARGV[9]`: what is read first is called what it is."""
+    """`local generation, token = tonumber(ARGV[9]), ARGV[10]`: what is read first is called what it is."""
     source = body(intent.script)
     named = [field.name for field in fields(intent)]
     if not named:
@@ -123,7 +123,7 @@ def test_script_uses_the_arguments_that_its_header_names_under_their_names(inten
         return
     declared, values = re.findall(r"local ([\w, ]+) = (.*ARGV.*)", source)[0]
     assert declared.split(", ") == named
-    assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 8)]
+    assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 9)]
     assert source.count("ARGV") == len(named)
 
 
@@ -149,7 +149,7 @@ def test_shared_beginning_names_keys_fields_and_arguments_as_python_does() -> No
     assert [said[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(NAMES)
     assert re.findall(r"\w+", said["KEYS[5]"].partition("as of")[0])[2:] == list(MARK_FIELDS)
     known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until"]
-    assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 8)] == ["create", *known, "channel"]
+    assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 9)] == ["create", *known, "channel", "ttl"]
     assert {"RETURNS", "TIME", "WRITES"} <= said.keys()
     returned = said["RETURNS"].strip("{}").split(",")
     # The reply holds the circuit; why nobody could be told is for the carrier itself.

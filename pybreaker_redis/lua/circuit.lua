@@ -13,21 +13,25 @@
 -- ARGV[5]  known_token      of the probe; empty: none
 -- ARGV[6]  known_until      ms since the epoch
 -- ARGV[7]  channel          where to tell the others; empty: nowhere
--- ARGV[8+] belong to the intent
+-- ARGV[8]  ttl              ms for which an untouched circuit is kept at least; 0: for ever, and no TTL is looked at
+-- ARGV[9+] belong to the intent
 -- RETURNS  {accepted 0|1, now ms, state, fail_counter, success_counter, opened_at ms or -1, generation, probe_token,
 --          probe_until ms, noisy_until ms, event, why the others could not be told or empty}
 -- TIME     the server's; clocks of callers are never compared
--- WRITES   only values that differ, so a refused intent on a sound record writes nothing; who writes the hash publishes
+-- WRITES   only values that differ, so a refused intent on a sound record writes nothing; who writes the hash publishes;
+--          who writes anything sees to the TTLs of all five
 --
--- The reasons for these rules stand in _record.py, the rules themselves in both: keep them alike.
+-- The reasons for these rules stand in _record.py and _lifetime.py, the rules themselves in both: keep them alike.
 
 local MAX_LEASE_MS = 24 * 3600 * 1000
 local MAX_COUNT = 10 ^ 12
 local MAX_NOISE_MS = 60 * 1000
+local COUNTS_MS = 1000
 local BY_HAND = -1
 local STATES = {['closed'] = true, ['open'] = true, ['half-open'] = true}
 
 local circuit, now
+local ttl = tonumber(ARGV[8])
 local found = {}
 local unheard = ''
 
@@ -185,34 +189,58 @@ local function believe()
   return event ~= '' and event or repairs(future or backward)
 end
 
-local function save()
+-- All five end together: what is left of a circuit without the rest would be taken for damage.
+local function keep(moved, counted, looks)
+  if ttl == 0 or not (moved or counted or looks) then return end
+  local lifetime = circuit.state == 'closed' and ttl or math.max(ttl, MAX_LEASE_MS)
+  local left = redis.call('PTTL', KEYS[1])
+  -- Everybody who tracks a key is told of its new TTL, so counts renew those of the others once a second only.
+  if moved or (counted and left < lifetime) or (looks and left == -1) then
+    local at = decimal(now + lifetime + COUNTS_MS)
+    for i = 1, 5 do redis.call('PEXPIREAT', KEYS[i], at) end
+  end
+end
+
+local function save(looks)
   local opened_at = circuit.opened_at_ms and decimal(seconds(circuit.opened_at_ms)) or false
   local plain = {circuit.state, decimal(circuit.fail_counter), decimal(circuit.success_counter), opened_at}
+  local moved, counted = found.unreadable_mark, false
   for i = 1, 4 do
     if plain[i] ~= found.plain[i] then
-      if plain[i] then redis.call('SET', KEYS[i], plain[i]) else redis.call('DEL', KEYS[i]) end
+      local counts = (i == 2 or i == 3) and found.plain[i]
+      moved, counted = moved or not counts, counted or counts
+      if not plain[i] then
+        redis.call('DEL', KEYS[i])
+      elseif ttl > 0 and counts then
+        redis.call('SET', KEYS[i], plain[i], 'KEEPTTL')
+      else
+        redis.call('SET', KEYS[i], plain[i])
+      end
     end
   end
 
   if found.unreadable_mark then redis.call('DEL', KEYS[5]) end
   local needed = circuit.generation > 0 or circuit.noisy_until_ms > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
-  if not (found.mark or needed) then return end
-  local fields = {decimal(circuit.generation), circuit.state,
-                  circuit.opened_at_ms and decimal(circuit.opened_at_ms) or '',
-                  circuit.probe_token, decimal(circuit.probe_until_ms), decimal(circuit.noisy_until_ms)}
-  local changed = false
-  for i = 1, 6 do
-    changed = changed or fields[i] ~= found.fields[i]
-  end
-  if changed then
-    redis.call('HSET', KEYS[5], 'generation', fields[1], 'state', fields[2], 'opened_at_ms', fields[3],
-               'probe_token', fields[4], 'probe_until_ms', fields[5], 'noisy_until_ms', fields[6])
-    -- A channel that is forbidden, or a server without channels, must not undo the transition.
-    if ARGV[7] ~= '' then
-      local told = redis.pcall('PUBLISH', ARGV[7], decimal(now) .. ' ' .. table.concat(fields, ' '))
-      unheard = type(told) == 'table' and told.err or ''
+  if found.mark or needed then
+    local fields = {decimal(circuit.generation), circuit.state,
+                    circuit.opened_at_ms and decimal(circuit.opened_at_ms) or '',
+                    circuit.probe_token, decimal(circuit.probe_until_ms), decimal(circuit.noisy_until_ms)}
+    local changed = false
+    for i = 1, 6 do
+      changed = changed or fields[i] ~= found.fields[i]
+    end
+    if changed then
+      moved = true
+      redis.call('HSET', KEYS[5], 'generation', fields[1], 'state', fields[2], 'opened_at_ms', fields[3],
+                 'probe_token', fields[4], 'probe_until_ms', fields[5], 'noisy_until_ms', fields[6])
+      -- A channel that is forbidden, or a server without channels, must not undo the transition.
+      if ARGV[7] ~= '' then
+        local told = redis.pcall('PUBLISH', ARGV[7], decimal(now) .. ' ' .. table.concat(fields, ' '))
+        unheard = type(told) == 'table' and told.err or ''
+      end
     end
   end
+  keep(moved, counted, looks)
 end
 
 -- Whether a call that was admitted in this generation, holding this token, may still speak for the circuit.
@@ -227,12 +255,12 @@ local function probe_is_free()
   return circuit.state == 'half-open' and (circuit.probe_token == '' or circuit.probe_until_ms <= now)
 end
 
--- Read, let the intent decide, save, answer.
-local function run(intent)
+-- Read, let the intent decide, save, answer.  Who only looks wants no more of the keys than that they are there.
+local function run(intent, looks)
   read()
   local event = believe()
   local accepted = intent()
-  save()
+  save(looks)
   return {accepted and 1 or 0, now, circuit.state, circuit.fail_counter, circuit.success_counter,
           circuit.opened_at_ms or -1, circuit.generation, circuit.probe_token, circuit.probe_until_ms,
           circuit.noisy_until_ms, event, unheard}

@@ -1,13 +1,13 @@
 -- claim_probe: hand the one half-open probe to one caller.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[8]     generation  that the caller saw open
--- ARGV[9]     token       unique per claim; a claim that a client repeats is granted again
--- ARGV[10]     lease_ms    until an unreported probe is offered again, > 0
+-- ARGV[9]     generation  that the caller saw open
+-- ARGV[10]    token       unique per claim; a claim that a client repeats is granted again
+-- ARGV[11]    lease_ms    until an unreported probe is offered again, > 0
 -- RETURNS     {accepted 0|1, record…}
 -- TIME        the server's; clocks of callers are never compared
 -- WRITES      only if accepted
 -- A refusal touches nothing, TTLs included: it would keep a dead prober's lease alive.
-local generation, token, lease_ms = tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
+local generation, token, lease_ms = tonumber(ARGV[9]), ARGV[10], tonumber(ARGV[11])
 
 return run(function()
   if circuit.probe_token == token then return true end
