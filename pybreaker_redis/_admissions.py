@@ -46,6 +46,11 @@ class Admissions:
                 self._breakers[id(breaker)] = breaker
                 self._shortcut.shut()
 
+    @property
+    def are_several(self) -> bool:
+        """Whether more than one breaker uses the storage."""
+        return len(self._breakers) > 1
+
     def to(self, circuit: Circuit, *, noticed: bool) -> Admission:
         """What a call may speak for that is admitted, or rejected, now.
 

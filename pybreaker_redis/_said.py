@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from pybreaker_redis._carrier import Lack
@@ -146,6 +147,35 @@ def lacking(server: str, lack: Lack, reason: object) -> None:
     said = str(reason).partition(", with args")[0]
     extra = {"pybreaker_redis": {"event": "lack", "server": server, "lack": lack.value, "error": said}}
     _say(level, "Redis at %s " + message, server, said, extra=extra)
+
+
+def differ(circuit: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Two storages of this process are one circuit, and not alike.
+
+    Args:
+        circuit: Which.
+        settings: What each of them was given, by the name of the argument.
+    """
+    _say(
+        logging.WARNING,
+        "circuit %r: two storages of this process differ: %s; give both the same, or let their breakers use one",
+        circuit,
+        ", ".join(f"{name}={one!r} and {name}={other!r}" for name, (one, other) in settings.items()),
+    )
+
+
+def nameless(circuit: str) -> None:
+    """Several breakers of this process are one circuit because none of them was given a name.
+
+    Args:
+        circuit: Which.
+    """
+    _say(
+        logging.WARNING,
+        "circuit %r: several breakers of this process use it, because their storages have no namespace: what opens one "
+        "opens all; give each storage one of its own, as in CircuitRedisStorage(..., namespace='payments')",
+        circuit,
+    )
 
 
 def may_wait(client: Any) -> None:

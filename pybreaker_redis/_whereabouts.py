@@ -38,12 +38,21 @@ class Whereabouts:
         given: Returns the user's client; called once.
         namespace: Of the circuit.
         one_slot: Whether to put its keys into one slot in any case; for a cluster's client they are.
+        settles: Called once, with the client and the keys, when it is known where it lies.
     """
 
-    def __init__(self, given: Callable[[], Any], namespace: str | None, *, one_slot: bool) -> None:
+    def __init__(
+        self,
+        given: Callable[[], Any],
+        namespace: str | None,
+        *,
+        one_slot: bool,
+        settles: Callable[[Any, tuple[str, ...]], None],
+    ) -> None:
         self._given = given
         self._namespace = namespace
         self._one_slot = one_slot
+        self._settles: Callable[[Any, tuple[str, ...]], None] | None = settles
         self._client: Any = None
         self._cluster: Cluster | None = None
         self._address: Address | None = None
@@ -71,6 +80,9 @@ class Whereabouts:
         if self._cluster is not None:
             self._address = self._cluster.primary_of(self._slot)
             client = self._cluster.node(self._address)
+        if self._settles:
+            settles, self._settles = self._settles, None
+            settles(client, self._keys)
         return Seat(client, self._keys, self._one_slot)
 
     def has_moved(self, error: Exception, asked: Any) -> bool:

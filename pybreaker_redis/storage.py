@@ -23,6 +23,7 @@ from pybreaker_redis._intents import Intent, Load
 from pybreaker_redis._keys import BASE
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._tenancy import Tenancy
+from pybreaker_redis._twins import Twin
 from pybreaker_redis._urls import client_of
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Whereabouts
@@ -81,9 +82,18 @@ class CircuitRedisStorage(IntentStorage):
         view = View(staleness(max_staleness))
         super().__init__("redis", probe_lease, view.shortcut)
         name = namespace or BASE
+        settings = {
+            "state": state,
+            "fallback_circuit_state": fallback_circuit_state,
+            "probe_lease": probe_lease,
+            "max_staleness": max_staleness,
+            "timeout": timeout,
+            "ttl": ttl,
+        }
+        self._twin = Twin(name, settings, is_nameless=namespace is None)
         self._tenancy = Tenancy(
             name,
-            Whereabouts(client_source(redis_object), namespace, one_slot=cluster_mode),
+            Whereabouts(client_source(redis_object), namespace, one_slot=cluster_mode, settles=self._twin.meet),
             initial_state=state,
             fallback=fallback_circuit_state,
             timeout=wait(timeout),
@@ -150,6 +160,8 @@ class CircuitRedisStorage(IntentStorage):
         return super()._read_state()
 
     def _called(self) -> None:
+        if self._admissions.are_several:
+            self._twin.share()
         self._tenancy.listen()
 
     def _execute(self, intent: Intent) -> Reply:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
-from pybreaker_redis import _listener
+from pybreaker_redis import _listener, _twins
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
 from tests import matrix, places, servers
@@ -282,6 +282,12 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(Line, "_connect_resp3", lambda self, origin: None)
     chosen: int = request.param
     return chosen
+
+
+@pytest.fixture(autouse=True)
+def nobody_has_twins() -> None:
+    """Storages of earlier tests may still be there, with other settings: what is said of that is for tests of that."""
+    _twins._twins._circuits.clear()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ ROWS = (
     ("_own",),
     ("memory",),
     ("_adapter",),
-    ("_caller", "_arguments", "_examination", "_urls"),
+    ("_caller", "_arguments", "_examination", "_urls", "_twins"),
     ("_admissions", "_frames"),
     ("_shared", "_server"),
     ("_carriers",),
@@ -85,7 +85,7 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
         ("datetime", {"_clock", "_adapter", "_examination", "health"}),
         (
             "threading",
-            {"_caller", "_guard", "_listener", "_own", "_server", "_carriers", "_threads", "_view", "memory"},
+            {"_caller", "_carriers", "_guard", "_listener", "_own", "_server", "_threads", "_twins", "_view", "memory"},
         ),
         ("socket", {"_deadline"}),
     ],
