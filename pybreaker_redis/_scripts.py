@@ -70,7 +70,7 @@ class LuaCarrier:
             self._say_lack(Lack.PUBLISHING, unheard.decode() if isinstance(unheard, bytes) else unheard)
         return _reply(values)
 
-    def _run(self, source: str, digest: str, arguments: tuple[Any, ...]) -> list[Any]:
+    def _run(self, source: bytes, digest: str, arguments: tuple[Any, ...]) -> list[Any]:
         missed = None
         if self._knows_names:
             try:
@@ -91,11 +91,14 @@ class LuaCarrier:
 
 
 @cache
-def script(name: str) -> tuple[str, str]:
-    """Source and SHA-1 of a script: `circuit.lua`, which they all share, and the intent's own file behind it."""
+def script(name: str) -> tuple[bytes, str]:
+    """Source and SHA-1 of a script: `circuit.lua`, which they all share, and the intent's own file behind it.
+
+    Bytes: a client may have an encoding that does not have all of its characters.
+    """
     folder = resources.files(__package__) / "lua"
-    source = "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("circuit", name))
-    return source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+    source = b"\n".join((folder / f"{part}.lua").read_bytes() for part in ("circuit", name))
+    return source, hashlib.sha1(source, usedforsecurity=False).hexdigest()
 
 
 def _known(circuit: Circuit | None) -> tuple[int | str, ...]:

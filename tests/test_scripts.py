@@ -176,6 +176,13 @@ def test_unknown_script_is_sent_once_and_then_called_by_name(every_server: Priva
         assert client.sent == ["EVALSHA", "EVAL", "EVALSHA"]
 
 
+def test_script_is_sent_whatever_the_encoding_of_the_client(server: PrivateServer) -> None:
+    """Comments have characters that not every encoding has."""
+    with contextlib.closing(server.client(encoding="ascii", decode_responses=True)) as client:
+        client.script_flush()
+        assert LuaCarrier(client, KEYS).execute(RecordFailure(None, ""), None, CLOSED).circuit.fail_counter == 1
+
+
 @every_intent
 def test_name_of_script_is_what_the_server_calls_it(server: PrivateServer, intent: type[Intent]) -> None:
     """EVALSHA with a digest of our own making finds what EVAL has left."""
