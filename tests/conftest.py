@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import redis
+import trustme
 
 from pybreaker_redis import _listener, _twins
 from pybreaker_redis._demo.server import PrivateServer
@@ -199,23 +198,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A certificate of the local host, signed by itself, and its key."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl to make a certificate with")
+    """A certificate of the local host, and its key."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost", "127.0.0.1")
     directory = tmp_path_factory.mktemp("tls")
-    paths = str(directory / "certificate.pem"), str(directory / "key.pem")
-    made = subprocess.run(
-        [
-            *(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-out", paths[0], "-keyout", paths[1]),
-        ],
-        capture_output=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip("this openssl makes no such certificate")
-    return paths
+    shown, key = directory / "certificate.pem", directory / "key.pem"
+    # With that of the authority, so that the same file tells whom to trust.
+    shown.write_bytes(b"".join(blob.bytes() for blob in (*issued.cert_chain_pems, authority.cert_pem)))
+    issued.private_key_pem.write_to_path(key)
+    return str(shown), str(key)
 
 
 # -- fleets ------------------------------------------------------------------------------------------------------------
