@@ -180,3 +180,7 @@ def test_child_that_was_forked_while_somebody_met_waits_for_nobody(client: redis
         if not pid:
             os._exit(not _twins._twins._lock.acquire(timeout=5))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    # What the child did, where it can be seen.
+    lock = _twins._twins._lock
+    _twins._twins.after_fork()
+    assert _twins._twins._lock is not lock
