@@ -13,7 +13,7 @@ from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import HALF_OPEN, OPEN
 from pybreaker_redis._clock import now_ms
-from pybreaker_redis._intents import Intent, Load, SetState
+from pybreaker_redis._intents import Intent, Load
 
 
 def seconds_shut(reply: Reply, reset_timeout: float) -> float:
@@ -56,10 +56,8 @@ class OperatedStorage(IntentStorage):
             Exception: It was not done; whatever the client raises then.
         """
         for intent in intents:
-            reply = self._insist(intent)
-            if isinstance(intent, SetState) and reply.circuit.state == HALF_OPEN:
-                # Whoever asked for it is its first prober, until somebody else claims.
-                self._callers.current().half_opened = reply.circuit.generation
+            # Who half-opens it has no right to the trial: an operator's process is rarely the one that calls.
+            self._insist(intent)
 
     def look_at(self, storages: Sequence[OperatedStorage]) -> list[Reply]:
         """What is true of circuits that live where this one does, times by the local clock.

@@ -202,7 +202,7 @@ class BreakerRegistry:
         self._command(name, Close(None, ""))
 
     def half_open(self, name: str, /) -> None:
-        """Let the next call pass, as a probe; raises as `open` does."""
+        """Let the next call pass as a probe, whoever makes it; raises as `open` does."""
         self._command(name, ResetProbes(), SetState(HALF_OPEN))
 
     def reset(self, name: str, /) -> None:
