@@ -12,7 +12,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerState, 
 
 from pybreaker_redis._circuit import OPEN
 from pybreaker_redis._clock import now_ms, to_ms
-from pybreaker_redis._frames import COMPARES_FAILURES, PROBE_FAILED
+from pybreaker_redis._frames import COMPARES_FAILURES, PROBE_FAILED, tells_own_move
 from pybreaker_redis._operated import OperatedStorage
 
 
@@ -39,6 +39,15 @@ def breaker_of(error: CircuitBreakerError) -> CircuitBreaker | None:
             break
         step = step.tb_next
     return breaker
+
+
+def has_moved(breaker: CircuitBreaker) -> bool:
+    """Whether the new state that a breaker tells its listeners of, on this thread, is its own doing.
+
+    Else the circuit was moved by somebody else, be it before the breaker has asked or just then.
+    """
+    storage = storage_of(breaker)
+    return tells_own_move() and not (isinstance(storage, OperatedStorage) and not storage.won)
 
 
 def retry_after(breaker_or_error: CircuitBreaker | CircuitBreakerError) -> float:

@@ -49,6 +49,11 @@ class OperatedStorage(IntentStorage):
             return 0.0
         return seconds_shut(reply, reset_timeout)
 
+    @property
+    def won(self) -> bool:
+        """Whether what this thread wanted last of the circuit was granted; of two that trip at once it is for one."""
+        return self._callers.current().won
+
     def command(self, *intents: Intent) -> None:
         """Do what an operator wants.
 

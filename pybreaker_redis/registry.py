@@ -92,7 +92,7 @@ class BreakerRegistry:
         self._lock = threading.Lock()
         renew_in_children(self)
         # Whatever cannot be a client is refused now, not at the first call.
-        self._storage("", self._defaults)
+        self._storage("")
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock."""
@@ -241,24 +241,24 @@ class BreakerRegistry:
         settings = _settings.checked(settings, stacklevel=3)
         with self._lock:
             declared = self._declared.get(name, {})
-            present = self._effective(declared) if name in self._made else declared
+            present = self._effective(name) if name in self._made else declared
             _settings.check_agreement(name, present, settings)
             self._declared[name] = {**declared, **settings}
 
-    def _effective(self, declared: dict[str, Any]) -> dict[str, Any]:
+    def _effective(self, name: str) -> dict[str, Any]:
         usual = {**_settings.OF_BREAKER, "exclude": (), **_settings.OF_STORAGE}
-        return {**usual, **self._defaults, **declared}
+        return {**usual, **self._defaults, **self._declared.get(name, {})}
 
     def _make(self, name: str) -> CircuitBreaker:
-        settings = self._effective(self._declared[name])
         return CircuitBreaker(
             name=name,
             listeners=self._listeners,
-            state_storage=self._storage(name, settings),
-            **_settings.part(settings, _settings.OF_BREAKER),
+            state_storage=self._storage(name),
+            **_settings.part(self._effective(name), _settings.OF_BREAKER),
         )
 
-    def _storage(self, name: str, settings: dict[str, Any]) -> OperatedStorage:
+    def _storage(self, name: str) -> OperatedStorage:
+        settings = self._effective(name)
         if self._redis is None:
             return CircuitMemoryStorage(CLOSED, **_settings.part(settings, _settings.OF_MEMORY))
         return CircuitRedisStorage(

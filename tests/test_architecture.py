@@ -14,7 +14,9 @@ PACKAGE = Path(pybreaker_redis.__file__).parent
 
 #: The order of the flow: a module imports only modules that stand in a later row.
 ROWS = (
-    ("registry",),
+    ("fixtures",),
+    ("prometheus", "testing"),
+    ("registry", "listeners"),
     ("_settings",),
     ("__init__",),
     ("storage",),
@@ -83,15 +85,23 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
     ("library", "allowed"),
     [
         ("redis", {"_optimistic", "_urls"}),
-        ("pybreaker", {"_adapter", "_admissions", "_breakers", "_frames", "_guarded", "_settings", "registry"}),
-        # Optimistic carrier, listener and keeper wait between attempts; else it is defaults that tests replace.
-        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_server", "_shortcut", "_view"}),
-        ("datetime", {"_clock", "_adapter", "_examination", "health", "registry"}),
+        (
+            "pybreaker",
+            {
+                *("_adapter", "_admissions", "_breakers", "_frames", "_guarded", "_settings"),
+                *("listeners", "prometheus", "registry", "testing"),
+            },
+        ),
+        ("prometheus_client", {"prometheus"}),
+        ("pytest", {"fixtures"}),
+        # Optimistic carrier, listener and keeper wait between attempts; else it is what tests replace, or move.
+        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_server", "_shortcut", "_view", "testing"}),
+        ("datetime", {"_clock", "_adapter", "_examination", "health", "registry", "testing"}),
         (
             "threading",
             {
                 *("_caller", "_carriers", "_guard", "_listener", "_own", "_server", "_threads", "_twins", "_view"),
-                *("memory", "registry"),
+                *("memory", "prometheus", "registry"),
             },
         ),
         ("socket", {"_deadline"}),
