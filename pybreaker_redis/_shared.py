@@ -23,6 +23,9 @@ from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat
 
+#: How often a circuit may turn out to lie elsewhere while it is asked: its keys need a tag, and another node has them.
+MOST_MOVES = 2
+
 
 class SharedCircuit:
     """One circuit in Redis.  Times go in and come out by the local clock; in Redis they are the server's.
@@ -30,7 +33,7 @@ class SharedCircuit:
     Args:
         seat: Returns where it lies; called when the circuit is first used, and when it has moved.
         has_moved: Returns whether an error, for somebody who asked with a client, says that the circuit lies elsewhere:
-            then nothing was done, and the same is asked once more, there.
+            then nothing was done, and the same is asked again, there.
         name: For log lines.
         initial_state: Of a circuit that does not exist yet.
         fallback_state: Of a circuit that vanished and was not open.
@@ -227,18 +230,18 @@ class SharedCircuit:
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known, create = self._view.known, self._create
         carriers = self._carriers
-        carrier = carriers.get()
-        if isinstance(intent, RecordFailure) and carriers.channel:
-            intent = replace(intent, noise_ms=NOISE_MS)
-        ticket = self._view.ticket()
-        try:
-            reply = carriers.execute(carrier, intent, known, create)
-        except Exception as error:
-            if not self._has_moved(error, carrier.client):
-                raise
-            self.leave(carrier)
+        for moves in range(MOST_MOVES + 1):
+            carrier = carriers.get()
+            if isinstance(intent, RecordFailure) and carriers.channel:
+                intent = replace(intent, noise_ms=NOISE_MS)
             ticket = self._view.ticket()
-            reply = carriers.execute(carriers.get(), intent, known, create)
+            try:
+                reply = carriers.execute(carrier, intent, known, create)
+                break
+            except Exception as error:
+                if moves == MOST_MOVES or not self._has_moved(error, carrier.client):
+                    raise
+                self.leave(carrier)
         if self._expires and reply.event == "restored" and reply.circuit.state == CLOSED:
             # It has expired, as it was to, and nobody can tell that from a loss.
             reply = replace(reply, event="created")

@@ -40,7 +40,7 @@ def _look_at(group: list[tuple[SharedCircuit, Question]]) -> dict[SharedCircuit,
     try:
         replies = look([question for _, question in group])
     except Exception as error:
-        if meaning_of(error) is not Meaning.FAULT:
+        if meaning_of(error) not in (Meaning.FAULT, Meaning.MIGRATING):
             raise
         # They lie elsewhere by now, or in a cluster that nobody knew of.  Who asks for one circuit finds out where.
         return {circuit: circuit.execute(Load()) for circuit, _ in group}

@@ -17,9 +17,15 @@ import redis
 import time_machine
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
-from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _survey
 from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._optimistic import look
 from pybreaker_redis.registry import BreakerRegistry, retry_after
+from tests import servers
+from tests.clusters import Nodes
+from tests.conftest import no_server
+from tests.places import cluster_client
+from tests.servers import ONCE
 from tests.test_round_trips import Meter
 from tests.viewed import Down, breaker_on, down, fails, settled, up
 
@@ -47,6 +53,16 @@ def made(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[Make
     """Registries with their circuits in each of the places."""
     with contextlib.ExitStack() as stack:
         yield lambda **words: stack.enter_context(BreakerRegistry(HOMES[request.param](server), **words))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    """Three primaries of the preferred server."""
+    found = servers.at_hand()
+    if not found:
+        no_server()
+    with Nodes(found[0].binary, replicas=0) as nodes:
+        yield nodes
 
 
 def error_of(call: Callable[..., Any], *arguments: Any) -> CircuitBreakerError:
@@ -192,7 +208,7 @@ class TestSettings:
         breakers = BreakerRegistry(client, timeout=0.5)
         storage: Any = breakers.get("payments", max_staleness=3, cluster_mode=True)._state_storage
         assert isinstance(storage, CircuitRedisStorage)
-        assert (storage._tenancy._timeout, storage._tenancy.max_staleness) == (0.5, 3)
+        assert (storage._timeout, storage._tenancy.max_staleness) == (0.5, 3)
         breakers["payments"].call(up)
         assert client.exists("{payments}:pybreaker:state")
 
@@ -471,14 +487,33 @@ class TestStatus:
             assert len(client.keys()) == 4
             assert client.mget(damage) == list(damage.values())
 
-    def test_where_no_pipeline_can_be_each_is_asked(self, server: PrivateServer, monkeypatch: Any) -> None:
-        """A cluster is many servers: its clients say no place that one could go to."""
-        monkeypatch.setattr("pybreaker_redis._shared.origin_of", lambda client: None)
-        with BreakerRegistry(server.client(), fail_max=1) as breakers:
-            fails(breakers.get("payments"))
-            breakers.configure("search")
-            states = {name: status.state for name, status in breakers.status().items()}
-        assert states == {"payments": "open", "search": "closed"}
+    @pytest.mark.usefixtures("nobody_listens")
+    def test_costs_one_round_trip_for_each_node_of_a_cluster(self, cluster: Nodes, monkeypatch: Any) -> None:
+        """Circuits lie wherever their names put them; a status is none the less one page."""
+        with BreakerRegistry(cluster_client(cluster.all[0].port), fail_max=2) as breakers:
+            for number in range(12):
+                fails(breakers.get(f"circuit {number}"), number % 3)
+            looks: list[int] = []
+            monkeypatch.setattr(_survey, "look", lambda questions: looks.append(len(questions)) or look(questions))
+            states = [status.state for status in breakers.status().values()]
+        assert states == ["closed", "closed", "open"] * 4
+        assert len(looks) == 3
+        assert sum(looks) == 12
+
+    @pytest.mark.parametrize("cluster_mode", [False, True])
+    def test_plain_client_of_one_node_finds_the_others(self, cluster: Nodes, cluster_mode: bool) -> None:
+        """Where they are not, or where keys may not be asked for together, each is asked for by itself."""
+        client = redis.Redis(port=cluster.all[0].port, **ONCE)
+        with (
+            contextlib.closing(client),
+            BreakerRegistry(client, prefix=f"{cluster_mode}", cluster_mode=cluster_mode) as breakers,
+        ):
+            for number in range(6):
+                breakers.configure(f"plain {number}")
+            assert {status.state for status in breakers.status().values()} == {"closed"}
+            for name in breakers:
+                breakers.open(name)
+            assert {status.state for status in breakers.status().values()} == {"open"}
 
     def test_raises_what_the_client_raises(self, killable_server: PrivateServer) -> None:
         """An operator must not take this process's own circuits for everybody's."""
@@ -560,7 +595,7 @@ class TestCommands:
         self, killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Longer than a guarded call, and not for ever."""
-        monkeypatch.setattr("pybreaker_redis._tenancy.PATIENCE", 0.4)
+        monkeypatch.setattr("pybreaker_redis.storage.PATIENCE", 0.4)
         with BreakerRegistry(killable_server.client(), timeout=0.1) as breakers:
             breakers.configure("payments")
             breakers.open("payments")
