@@ -24,7 +24,7 @@ from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests import servers
 from tests.clusters import Nodes
 from tests.conftest import no_server
-from tests.places import cluster_client
+from tests.places import HAS_CLUSTERS, cluster_client
 from tests.servers import ONCE
 from tests.test_round_trips import Meter
 from tests.viewed import Down, breaker_on, down, fails, settled, up
@@ -488,6 +488,7 @@ class TestStatus:
             assert client.mget(damage) == list(damage.values())
 
     @pytest.mark.usefixtures("nobody_listens")
+    @pytest.mark.skipif(not HAS_CLUSTERS, reason="this redis-py has no clusters")
     def test_costs_one_round_trip_for_each_node_of_a_cluster(self, cluster: Nodes, monkeypatch: Any) -> None:
         """Circuits lie wherever their names put them; a status is none the less one page."""
         with BreakerRegistry(cluster_client(cluster.all[0].port), fail_max=2) as breakers:
