@@ -230,18 +230,21 @@ class SharedCircuit:
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known, create = self._view.known, self._create
         carriers = self._carriers
-        for moves in range(MOST_MOVES + 1):
+        moves = 0
+        while True:
             carrier = carriers.get()
             if isinstance(intent, RecordFailure) and carriers.channel:
                 intent = replace(intent, noise_ms=NOISE_MS)
             ticket = self._view.ticket()
             try:
                 reply = carriers.execute(carrier, intent, known, create)
-                break
             except Exception as error:
                 if moves == MOST_MOVES or not self._has_moved(error, carrier.client):
                     raise
                 self.leave(carrier)
+                moves += 1
+            else:
+                break
         if self._expires and reply.event == "restored" and reply.circuit.state == CLOSED:
             # It has expired, as it was to, and nobody can tell that from a loss.
             reply = replace(reply, event="created")

@@ -14,6 +14,7 @@ from typing import Any
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
 from pybreaker_redis import _settings
+from pybreaker_redis._arguments import check_namespace
 from pybreaker_redis._breakers import retry_after, storage_of
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN
@@ -91,8 +92,8 @@ class BreakerRegistry:
         self._made: dict[str, CircuitBreaker] = {}
         self._lock = threading.Lock()
         renew_in_children(self)
-        # Whatever cannot be a client is refused now, not at the first call.
-        self._storage("")
+        # What cannot be a client, or a prefix, is refused now, not when there is a name.
+        self._storage("any")
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock."""
@@ -238,6 +239,7 @@ class BreakerRegistry:
         if known is not None and all(item in known.items() for item in settings.items()):
             return
         _settings.check_name(name)
+        check_namespace(f"{self._prefix}{name}")
         settings = _settings.checked(settings, stacklevel=3)
         with self._lock:
             declared = self._declared.get(name, {})

@@ -24,7 +24,7 @@ from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests import servers
 from tests.clusters import Nodes
 from tests.conftest import no_server
-from tests.places import HAS_CLUSTERS, cluster_client
+from tests.places import cluster_client, has_clusters
 from tests.servers import ONCE
 from tests.test_round_trips import Meter
 from tests.viewed import Down, breaker_on, down, fails, settled, up
@@ -297,6 +297,20 @@ class TestSettings:
         with pytest.raises(TypeError, match="name"):
             BreakerRegistry().get(name)
 
+    @pytest.mark.parametrize("name", ["pay\nments", "pay{ments", "{}payments"])
+    def test_name_that_is_no_namespace_is_refused(self, name: str) -> None:
+        """As soon as it is said, and with Redis or without: a laptop shall not accept what production refuses."""
+        for breakers in (BreakerRegistry(), BreakerRegistry("redis://localhost", prefix="shop")):
+            with pytest.raises(ValueError, match="namespace"):
+                breakers.configure(name)
+            assert name not in breakers
+
+    @pytest.mark.parametrize("url", ["localhost", "http://localhost", "redis://localhost:port"])
+    def test_url_that_names_nothing_is_refused_at_once(self, url: str) -> None:
+        """As by `CircuitRedisStorage.from_url`; the one that is left to connect to may be away."""
+        with pytest.raises(ValueError, match="url"):
+            BreakerRegistry(url)
+
     @pytest.mark.parametrize("nothing", [7, redis.Redis, object()])
     def test_what_cannot_be_a_client_is_refused_at_once(self, nothing: Any) -> None:
         """Not at the first call."""
@@ -488,7 +502,7 @@ class TestStatus:
             assert client.mget(damage) == list(damage.values())
 
     @pytest.mark.usefixtures("nobody_listens")
-    @pytest.mark.skipif(not HAS_CLUSTERS, reason="this redis-py has no clusters")
+    @pytest.mark.skipif(not has_clusters(), reason="this redis-py has no clusters")
     def test_costs_one_round_trip_for_each_node_of_a_cluster(self, cluster: Nodes, monkeypatch: Any) -> None:
         """Circuits lie wherever their names put them; a status is none the less one page."""
         with BreakerRegistry(cluster_client(cluster.all[0].port), fail_max=2) as breakers:
