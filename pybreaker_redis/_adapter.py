@@ -132,8 +132,7 @@ class IntentStorage(CircuitBreakerStorage):
         if self._admitted() is shortcut.quiet and shortcut.now() < shortcut.until:
             return
         caller = self._callers.current()
-        asker = _frames.asker()
-        if asker is _frames.REPORTS_SUCCESS:
+        if (asker := _frames.asker()) is _frames.REPORTS_SUCCESS:
             self._ask(caller, RecordSuccess(*self._reported_admission(caller)))
         elif asker is _frames.BUILDS_CLOSED:
             self._built(caller, CLOSED)
@@ -156,8 +155,7 @@ class IntentStorage(CircuitBreakerStorage):
             pybreaker.CircuitBreakerError: This was the way into half-open, and somebody else has the probe.
         """
         caller = self._callers.current()
-        asker = _frames.asker()
-        if asker is _frames.CLOSES:
+        if (asker := _frames.asker()) is _frames.CLOSES:
             probed = _frames.asked_through(_frames.COUNTS_PROBE)
             self._ask(caller, Close(*(self._reported_admission(caller) if probed else BY_HAND)))
         elif asker is _frames.BUILDS_OPEN:
@@ -266,6 +264,8 @@ class IntentStorage(CircuitBreakerStorage):
 
     def _ask(self, caller: Caller, intent: Intent | None = None) -> Reply:
         reply = self._look() if intent is None else self._execute(intent)
+        if not isinstance(intent, Load | None):
+            caller.won = reply.accepted
         if reply.circuit.state == HALF_OPEN and (reply.event == "created" or isinstance(intent, SetState)):
             # Whoever asked for it is its first prober, until somebody else claims.
             caller.half_opened = reply.circuit.generation

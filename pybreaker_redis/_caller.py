@@ -36,6 +36,7 @@ class Caller:
         fence: What the trip in progress speaks for.
         waited: For how many seconds it has waited for an answer since its call began.
         has_reported: Whether it has reported since; then a further report is that of another call.
+        won: Whether what it wanted last was granted; if that was a transition, whether it is the one who made it.
         telling: Whether a breaker may still be telling its listeners of a new state.
     """
 
@@ -50,6 +51,7 @@ class Caller:
     fence: Admission = BY_HAND
     waited: float = 0.0
     has_reported: bool = True
+    won: bool = True
     telling: bool = False
 
     def begins(self) -> None:

@@ -108,6 +108,19 @@ def told_breakers() -> list[CircuitBreaker]:
     return told
 
 
+def tells_own_move() -> bool:
+    """Whether the new state that listeners are being told of, on this thread, was brought about by its breaker.
+
+    Else the circuit was moved elsewhere, and the breaker has noticed.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _TELLS_LISTENERS:
+        frame = frame.f_back
+    # Behind it lies the setter of `breaker.state`, and behind that whoever has set it.
+    mover = frame and frame.f_back and frame.f_back.f_back
+    return mover is not None and mover.f_code in (OPENS, HALF_OPENS, CLOSES)
+
+
 def _frames_of_pybreaker() -> Iterator[FrameType]:
     """The frames behind the calling storage method, up to where pybreaker runs something that is not its own."""
     frame: FrameType | None = sys._getframe(1)

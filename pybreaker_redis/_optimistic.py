@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -29,6 +31,23 @@ ENDLESS = -1
 
 #: Whether redis-py can be asked not to decode the answer to a single command.
 CAN_LEAVE_UNDECODED = hasattr(redis.client, "NEVER_DECODE")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What has to be known to look at a circuit.
+
+    Attributes:
+        client: Of its server.
+        keys: Of the circuit, in the order of the scripts.
+        known: The circuit as this process saw it last.
+        create: The state of a circuit that nobody knows.
+    """
+
+    client: Any
+    keys: tuple[str, ...]
+    known: Circuit | None
+    create: str
 
 
 class OptimisticCarrier:
@@ -57,7 +76,7 @@ class OptimisticCarrier:
         endless = False
         if isinstance(intent, Load):
             with self.client.pipeline(transaction=False) as pipe:
-                self._ask(pipe)
+                _ask(pipe, self._keys)
                 if self._ttl_ms:
                     pipe.pttl(self._keys[0])
                 *answers, left = (*pipe.execute(raise_on_error=False), None)[:5]
@@ -68,7 +87,7 @@ class OptimisticCarrier:
         for attempt in range(ATTEMPTS):
             with self.client.pipeline() as pipe:
                 pipe.watch(*self._keys)
-                reply, changes = _decide(intent, *_understand(self._ask(pipe)), known, create)
+                reply, changes = _decide(intent, *_understand(_ask(pipe, self._keys)), known, create)
                 if not (changes or endless):
                     return reply
                 pipe.multi()
@@ -84,26 +103,6 @@ class OptimisticCarrier:
                     return reply
         msg = f"circuit {self._keys[0]!r}: {ATTEMPTS} transactions in a row were overtaken by others"
         raise WatchError(msg)
-
-    def _ask(self, pipe: Any) -> list[Any]:
-        """Queue the reads, or run them at once on a pipeline that watches."""
-        commands = (
-            ("MGET", *self._keys[:4]),
-            ("EXISTS", self._keys[3]),
-            ("HMGET", self._keys[4], *MARK_FIELDS),
-            ("TIME",),
-        )
-        answers = []
-        for command in commands:
-            try:
-                # Whatever bytes lie there are ours to judge: a client that decodes would fail on some of them.
-                options = {"NEVER_DECODE": True} if command[0] in ("MGET", "HMGET") else {}
-                answers.append(pipe.execute_command(*command, **options))
-            except Exception as error:
-                if not is_a(error, "ResponseError"):
-                    raise
-                answers.append(error)
-        return answers
 
     def _write(self, pipe: Any, changes: Writes) -> None:
         keys = dict(zip(VALUE_NAMES, self._keys, strict=True))
@@ -122,6 +121,39 @@ class OptimisticCarrier:
             at_ms = int(reply.now_ms) + lifetime_ms(reply.circuit.state, self._ttl_ms) + COUNTS_MS
             for key in self._keys:
                 pipe.pexpireat(key, at_ms)
+
+
+def look(questions: Sequence[Question]) -> list[Reply]:
+    """Look at circuits of one server in one round trip, and change nothing; one at least.
+
+    Raises:
+        Exception: No usable answer; whatever the client raises then.
+    """
+    with _undecoded(questions[0].client).pipeline(transaction=False) as pipe:
+        for question in questions:
+            _ask(pipe, question.keys)
+        answers = pipe.execute(raise_on_error=False)
+    step = len(answers) // len(questions)
+    return [
+        _decide(Load(), *_understand(answers[step * index :][:step]), question.known, question.create)[0]
+        for index, question in enumerate(questions)
+    ]
+
+
+def _ask(pipe: Any, keys: tuple[str, ...]) -> list[Any]:
+    """Queue the reads of one circuit, or run them at once on a pipeline that watches."""
+    commands = (("MGET", *keys[:4]), ("EXISTS", keys[3]), ("HMGET", keys[4], *MARK_FIELDS), ("TIME",))
+    answers = []
+    for command in commands:
+        try:
+            # Whatever bytes lie there are ours to judge: a client that decodes would fail on some of them.
+            options = {"NEVER_DECODE": True} if command[0] in ("MGET", "HMGET") else {}
+            answers.append(pipe.execute_command(*command, **options))
+        except Exception as error:
+            if not is_a(error, "ResponseError"):
+                raise
+            answers.append(error)
+    return answers
 
 
 def _undecoded(client: Any) -> Any:

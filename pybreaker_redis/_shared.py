@@ -18,9 +18,13 @@ from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
 from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
 from pybreaker_redis._line import Heard
 from pybreaker_redis._listener import Home, Listener, listen
+from pybreaker_redis._optimistic import Question
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat
+
+#: How often a circuit may turn out to lie elsewhere while it is asked: its keys need a tag, and another node has them.
+MOST_MOVES = 2
 
 
 class SharedCircuit:
@@ -29,7 +33,7 @@ class SharedCircuit:
     Args:
         seat: Returns where it lies; called when the circuit is first used, and when it has moved.
         has_moved: Returns whether an error, for somebody who asked with a client, says that the circuit lies elsewhere:
-            then nothing was done, and the same is asked once more, there.
+            then nothing was done, and the same is asked again, there.
         name: For log lines.
         initial_state: Of a circuit that does not exist yet.
         fallback_state: Of a circuit that vanished and was not open.
@@ -169,9 +173,34 @@ class SharedCircuit:
             # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
             # one, `opened_at` is found there.
             offset.set(reply.now_ms - after_ms)
-        else:
-            offset.learn(reply.now_ms, before_ms, after_ms, waiting=reply.circuit.state != CLOSED)
+            return _by_local_clock(reply, offset.ms)
+        return self.answered(reply, before_ms, after_ms)
+
+    @property
+    def question(self) -> Question:
+        """What has to be known to look at it together with others.
+
+        Raises:
+            Exception: Whatever the callable raises that returns the client.
+        """
+        known, client = self._view.known, self._carriers.get().client
+        return Question(client, self._carriers.keys, known, self._create)
+
+    def answered(self, reply: Reply, before_ms: float, after_ms: float) -> Reply:
+        """An answer by the local clock.
+
+        Args:
+            reply: By the server's.
+            before_ms: The local time when it was asked for.
+            after_ms: The local time when it had come.
+        """
+        offset = self._view.offset
+        offset.learn(reply.now_ms, before_ms, after_ms, waiting=reply.circuit.state != CLOSED)
         return _by_local_clock(reply, offset.ms)
+
+    @property
+    def _create(self) -> str:
+        return self._initial_state if self._view.known is None else self._fallback_state
 
     def check_writable(self) -> None:
         """See whether the server takes writes, by one that changes nothing unless the circuit is gone.
@@ -199,21 +228,23 @@ class SharedCircuit:
         return _by_local_clock(reply, offset.ms)
 
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
-        known = self._view.known
-        create = self._initial_state if known is None else self._fallback_state
+        known, create = self._view.known, self._create
         carriers = self._carriers
-        carrier = carriers.get()
-        if isinstance(intent, RecordFailure) and carriers.channel:
-            intent = replace(intent, noise_ms=NOISE_MS)
-        ticket = self._view.ticket()
-        try:
-            reply = carriers.execute(carrier, intent, known, create)
-        except Exception as error:
-            if not self._has_moved(error, carrier.client):
-                raise
-            self.leave(carrier)
+        moves = 0
+        while True:
+            carrier = carriers.get()
+            if isinstance(intent, RecordFailure) and carriers.channel:
+                intent = replace(intent, noise_ms=NOISE_MS)
             ticket = self._view.ticket()
-            reply = carriers.execute(carriers.get(), intent, known, create)
+            try:
+                reply = carriers.execute(carrier, intent, known, create)
+            except Exception as error:
+                if moves == MOST_MOVES or not self._has_moved(error, carrier.client):
+                    raise
+                self.leave(carrier)
+                moves += 1
+            else:
+                break
         if self._expires and reply.event == "restored" and reply.circuit.state == CLOSED:
             # It has expired, as it was to, and nobody can tell that from a loss.
             reply = replace(reply, event="created")

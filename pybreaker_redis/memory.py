@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._arguments import check_state
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit, created
 from pybreaker_redis._clock import now_ms
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._intents import Decision, Intent, Load, SetOpenedAt
+from pybreaker_redis._operated import OperatedStorage
 from pybreaker_redis._shortcut import Shortcut
 
 
@@ -66,7 +66,7 @@ class _SayOpenedAt(SetOpenedAt):
         return Decision(True, replace(circuit, opened_at_ms=self.at_ms))
 
 
-class CircuitMemoryStorage(IntentStorage):
+class CircuitMemoryStorage(OperatedStorage):
     """A circuit for the threads of one process; in place of `pybreaker.CircuitMemoryStorage`.
 
     Unlike pybreaker's own it is safe without the breaker's lock, lets one caller probe at a time even under

@@ -6,9 +6,9 @@ Knows: what may be asked for, pybreaker's settings.  Does not know: Redis, who c
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._arguments import (
     check_fallback,
     check_namespace,
@@ -19,9 +19,12 @@ from pybreaker_redis._arguments import (
     wait,
 )
 from pybreaker_redis._carrier import Reply
+from pybreaker_redis._deadline import deadline
 from pybreaker_redis._intents import Intent, Load
 from pybreaker_redis._keys import BASE
+from pybreaker_redis._operated import OperatedStorage
 from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._survey import survey
 from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis._twins import Twin
 from pybreaker_redis._urls import client_of
@@ -31,8 +34,11 @@ from pybreaker_redis.health import Health
 
 _Storage = TypeVar("_Storage", bound="CircuitRedisStorage")
 
+#: Seconds that an operator waits for Redis, unless a guarded call would wait longer.
+PATIENCE = 2.0
 
-class CircuitRedisStorage(IntentStorage):
+
+class CircuitRedisStorage(OperatedStorage):
     """A circuit that all processes with the same Redis and namespace share; in place of pybreaker's own class.
 
     Nothing is sent to Redis before the circuit is first used.  No error of Redis reaches a guarded call: while there is
@@ -81,6 +87,7 @@ class CircuitRedisStorage(IntentStorage):
         check_namespace(namespace)
         view = View(staleness(max_staleness))
         super().__init__("redis", probe_lease, view.shortcut)
+        self._timeout = wait(timeout)
         name = namespace or BASE
         settings = {
             "state": state,
@@ -96,7 +103,7 @@ class CircuitRedisStorage(IntentStorage):
             Whereabouts(client_source(redis_object), namespace, one_slot=cluster_mode, settles=self._twin.meet),
             initial_state=state,
             fallback=fallback_circuit_state,
-            timeout=wait(timeout),
+            timeout=self._timeout,
             ttl_ms=kept_ms(ttl),
             view=view,
             callers=self._callers,
@@ -144,6 +151,22 @@ class CircuitRedisStorage(IntentStorage):
             mode=shared.mode,
             circuits=server.tenants if server else 0,
         )
+
+    # For operators --------------------------------------------------------------------------------------------------
+
+    def look_at(self, storages: Sequence[OperatedStorage]) -> list[Reply]:
+        """See `OperatedStorage.look_at`; one round trip for all, in a cluster one for each node."""
+        tenancies = [storage._tenancy for storage in storages if isinstance(storage, CircuitRedisStorage)]  # noqa: SLF001
+        with deadline(self._patience):
+            return survey(tenancy.shared for tenancy in tenancies)
+
+    def _insist(self, intent: Intent) -> Reply:
+        with deadline(self._patience):
+            return self._tenancy.shared.execute(intent)
+
+    @property
+    def _patience(self) -> float | None:
+        return None if self._timeout is None else max(self._timeout, PATIENCE)
 
     # Which circuit to go by -----------------------------------------------------------------------------------------
 

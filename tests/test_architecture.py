@@ -14,14 +14,20 @@ PACKAGE = Path(pybreaker_redis.__file__).parent
 
 #: The order of the flow: a module imports only modules that stand in a later row.
 ROWS = (
+    ("fixtures",),
+    ("prometheus", "testing"),
+    ("registry", "listeners"),
+    ("_settings",),
     ("__init__",),
     ("storage",),
     ("_tenancy",),
     ("_own",),
-    ("memory",),
+    ("memory", "_breakers"),
+    ("_operated",),
     ("_adapter",),
     ("_caller", "_arguments", "_examination", "_urls", "_twins"),
     ("_admissions", "_frames"),
+    ("_survey",),
     ("_shared", "_server"),
     ("_carriers",),
     ("_scripts", "_optimistic", "_listener", "_said", "_whereabouts"),
@@ -29,7 +35,7 @@ ROWS = (
     ("_view", "_line", "_guard", "_cluster"),
     ("_carrier", "_record", "_shortcut", "_client"),
     ("_intents", "_lifetime", "_deadline"),
-    ("_circuit", "_keys", "_clock", "_forks", "_signals", "_tenant", "_threads", "errors", "health"),
+    ("_circuit", "_keys", "_clock", "_forks", "_signals", "_tenant", "_threads", "errors", "health", "_guarded"),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
 
@@ -79,13 +85,24 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
     ("library", "allowed"),
     [
         ("redis", {"_optimistic", "_urls"}),
-        ("pybreaker", {"_adapter", "_admissions", "_frames"}),
-        # Optimistic carrier, listener and keeper wait between attempts; else it is defaults that tests replace.
-        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_server", "_shortcut", "_view"}),
-        ("datetime", {"_clock", "_adapter", "_examination", "health"}),
+        (
+            "pybreaker",
+            {
+                *("_adapter", "_admissions", "_breakers", "_frames", "_guarded", "_settings"),
+                *("listeners", "prometheus", "registry", "testing"),
+            },
+        ),
+        ("prometheus_client", {"prometheus"}),
+        ("pytest", {"fixtures"}),
+        # Optimistic carrier, listener and keeper wait between attempts; else it is what tests replace, or move.
+        ("time", {"_clock", "_guard", "_listener", "_optimistic", "_server", "_shortcut", "_view", "testing"}),
+        ("datetime", {"_clock", "_adapter", "_examination", "health", "registry", "testing"}),
         (
             "threading",
-            {"_caller", "_carriers", "_guard", "_listener", "_own", "_server", "_threads", "_twins", "_view", "memory"},
+            {
+                *("_caller", "_carriers", "_guard", "_listener", "_own", "_server", "_threads", "_twins", "_view"),
+                *("memory", "prometheus", "registry"),
+            },
         ),
         ("socket", {"_deadline"}),
     ],

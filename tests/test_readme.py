@@ -32,6 +32,7 @@ def parse(name: str) -> docutils.nodes.document:
 def surroundings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the README takes for granted: a server that ``REDIS_URL`` names, and a Django project with a Redis cache."""
     settings = pytest.importorskip("django.conf").settings
+    pytest.importorskip("prometheus_client")
     monkeypatch.setenv("REDIS_URL", server.url)
     if not settings.configured:
         settings.configure()
@@ -89,7 +90,7 @@ def test_page_is_valid(name: str):
 def test_map_names_every_module():
     """A newcomer finds the module to change; a module that is gone is not on the map."""
     page = (ROOT / "README.rst").read_text(encoding="utf-8")
-    shown = set(re.findall(r"^``([\w./]+)``  ", page, re.MULTILINE))
+    shown = set(re.findall(r"^``([\w./]+(?:\.py|/))``  ", page, re.MULTILINE))
     package = ROOT / "pybreaker_redis"
     modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert shown == modules | {"_demo/"}

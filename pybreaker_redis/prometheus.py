@@ -1,0 +1,137 @@
+"""What does Prometheus see of the breakers?
+
+Knows: prometheus-client, what listeners are told, the registry's status.  Does not know: how circuits are shared.
+
+Calls are each process's own, so they are counted there, and where several processes are scraped as one,
+prometheus-client adds them up.  How a circuit is, is the same for all: it is asked for once, at the scrape, and never
+kept in a process, where it would be added up, or go on after its process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
+
+from pybreaker_redis._breakers import has_moved
+from pybreaker_redis._circuit import STATES
+from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter
+    from prometheus_client.core import GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    _MISSING = "pybreaker_redis.prometheus needs prometheus-client: pip install 'pybreaker_redis[prometheus]'"
+    raise ImportError(_MISSING, name=error.name) from error
+
+__all__ = ("BreakerCollector", "PrometheusListener")
+
+
+class _Counters:
+    """The counters in one of prometheus-client's registries, which takes each name once."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.calls = Counter(
+            "pybreaker_calls",
+            "Guarded calls that were made, by how they ended.",
+            ["breaker", "result"],
+            registry=registry,
+        )
+        self.transitions = Counter(
+            "pybreaker_transitions",
+            "Changes of state that were brought about.",
+            ["breaker", "state"],
+            registry=registry,
+        )
+
+
+_lock = threading.Lock()
+_counters: WeakKeyDictionary[CollectorRegistry, _Counters] = WeakKeyDictionary()
+
+
+class PrometheusListener(CircuitBreakerListener):
+    """Counts calls and transitions: ``pybreaker_calls_total`` and ``pybreaker_transitions_total``.
+
+    The labels are ``breaker`` and ``result`` (``success``, ``failure``), and ``breaker`` and ``state``.  pybreaker
+    tells no listener of a call that is rejected.  A transition is counted in the process that has brought it about, so
+    once.
+
+    Args:
+        registry: Of prometheus-client; several listeners in one count together.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        with _lock:
+            counters = _counters.get(registry) or _counters.setdefault(registry, _Counters(registry))
+        self._calls, self._transitions = counters.calls, counters.transitions
+
+    def success(self, cb: CircuitBreaker) -> None:
+        """See `pybreaker.CircuitBreakerListener`."""
+        self._calls.labels(cb.name, "success").inc()
+
+    def failure(self, cb: CircuitBreaker, exc: BaseException) -> None:
+        """See `pybreaker.CircuitBreakerListener`."""
+        self._calls.labels(cb.name, "failure").inc()
+
+    def state_change(
+        self,
+        cb: CircuitBreaker,
+        old_state: CircuitBreakerState | None,
+        new_state: CircuitBreakerState,
+    ) -> None:
+        """See `pybreaker.CircuitBreakerListener`."""
+        # Who opens an open circuit by hand begins its timeout anew.
+        if has_moved(cb) and (old_state is None or old_state.name != new_state.name):
+            self._transitions.labels(cb.name, new_state.name).inc()
+
+
+class BreakerCollector(Collector):
+    """How the circuits are, asked for at each scrape, in one round trip.
+
+    ``pybreaker_circuit_state`` (labels ``breaker`` and ``state``) is 1 for the state that the circuit is in and 0 for
+    the others; ``pybreaker_circuit_failures`` and ``pybreaker_circuit_retry_after_seconds`` (label ``breaker``) are its
+    consecutive failures and the time until it may be tried.  ``pybreaker_circuits_up`` is 1, or 0 if they cannot be had
+    because Redis does not answer; then there are none of the others.
+
+    Args:
+        breakers: Whose circuits.
+    """
+
+    def __init__(self, breakers: BreakerRegistry) -> None:
+        self._breakers = breakers
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus-client calls at a scrape."""
+        try:
+            status = self._breakers.status()
+        except Exception:  # noqa: BLE001
+            # A scrape that fails would take all other metrics of the process along.
+            yield _gauge("up", 0)
+        else:
+            yield _gauge("up", 1)
+            yield from _families(status)
+
+    def describe(self) -> list[Metric]:
+        """What there will be, without asking anybody: it is registered when modules are imported."""
+        return [_gauge("up", 1), *_families({})]
+
+
+def _gauge(name: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"pybreaker_circuits_{name}", "Whether the circuits could be asked for.", value=value)
+
+
+def _families(status: dict[str, CircuitStatus]) -> list[GaugeMetricFamily]:
+    state = GaugeMetricFamily("pybreaker_circuit_state", "1 for the circuit's state.", labels=["breaker", "state"])
+    failures = GaugeMetricFamily("pybreaker_circuit_failures", "Consecutive failures.", labels=["breaker"])
+    retry_after = GaugeMetricFamily(
+        "pybreaker_circuit_retry_after_seconds", "Until the circuit may be tried; 0: now.", labels=["breaker"]
+    )
+    for name, circuit in status.items():
+        for each in STATES:
+            state.add_metric([name, each], circuit.state == each)
+        failures.add_metric([name], circuit.fail_counter)
+        retry_after.add_metric([name], circuit.retry_after)
+    return [state, failures, retry_after]

@@ -1,0 +1,291 @@
+"""Which breakers does this application have?
+
+Knows: names, settings, the client that all have in common.  Does not know: how a circuit is shared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pybreaker import CircuitBreaker, CircuitBreakerListener
+
+from pybreaker_redis import _settings
+from pybreaker_redis._arguments import check_namespace
+from pybreaker_redis._breakers import retry_after, storage_of
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN
+from pybreaker_redis._clock import from_ms
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._guarded import NO_FALLBACK, P, T, guarded_by
+from pybreaker_redis._intents import Close, Intent, RecordSuccess, ResetProbes, SetState, Trip
+from pybreaker_redis._operated import OperatedStorage, seconds_shut
+from pybreaker_redis._urls import client_of
+from pybreaker_redis.memory import CircuitMemoryStorage
+from pybreaker_redis.storage import CircuitRedisStorage
+
+__all__ = ("BreakerRegistry", "CircuitStatus", "retry_after")
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitStatus:
+    """How a circuit is, for everybody who shares it.
+
+    Attributes:
+        name: Of its breaker.
+        state: ``closed``, ``open``, ``half-open``.
+        fail_counter: Consecutive failures.
+        success_counter: Consecutive successes while half-open.
+        opened_at: When it opened last, aware, by the local clock; ``None`` if it never did.
+        retry_after: Seconds until a call may pass; 0 if one may pass now.
+        fail_max: At how many failures it opens.
+        reset_timeout: For how many seconds it stays open.
+    """
+
+    name: str
+    state: str
+    fail_counter: int
+    success_counter: int
+    opened_at: datetime | None
+    retry_after: float
+    fail_max: int
+    reset_timeout: float
+
+
+class BreakerRegistry:
+    """The breakers of an application: one for each name, all with the same Redis.
+
+    Each is a standard `pybreaker.CircuitBreaker`, made when it is first asked for.  Nothing is sent before a breaker
+    is used.
+
+    Args:
+        redis: A client, a callable that returns one, or a URL as for `CircuitRedisStorage.from_url`; ``None``: each
+            process for itself.
+        prefix: Goes before each name, with a colon in between, in the namespaces of the circuits.
+        listeners: Of every breaker.
+        defaults: Settings of breakers for which nothing else is said: those of `pybreaker.CircuitBreaker` (*fail_max*,
+            *reset_timeout*, *success_threshold*, *exclude*, *throw_new_error_on_trip*) and of `CircuitRedisStorage`
+            (*probe_lease*, *max_staleness*, *timeout*, *fallback_circuit_state* and so on).  Without Redis those that
+            are about Redis change nothing.
+
+    Raises:
+        TypeError: There is no such setting, or a value is not what it should be.
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        redis: Any = None,
+        *,
+        prefix: str = "",
+        listeners: Iterable[CircuitBreakerListener] = (),
+        **defaults: Any,
+    ) -> None:
+        self._redis = client_of(redis) if isinstance(redis, str) else redis
+        self._prefix = f"{prefix}:" if prefix else ""
+        self._listeners = tuple(listeners)
+        self._defaults = _settings.checked(defaults, stacklevel=2)
+        self._declared: dict[str, dict[str, Any]] = {}
+        self._made: dict[str, CircuitBreaker] = {}
+        self._lock = threading.Lock()
+        renew_in_children(self)
+        # What cannot be a client, or a prefix, is refused now, not when there is a name.
+        self._storage("any")
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock."""
+        self._lock = threading.Lock()
+
+    # The breakers ---------------------------------------------------------------------------------------------------
+
+    def get(self, name: str, /, **settings: Any) -> CircuitBreaker:
+        """The breaker of that name, always the same one; it is made if there was none.
+
+        Args:
+            name: Of the breaker, and of its circuit.
+            settings: What it shall have other than the defaults.
+
+        Raises:
+            ValueError: It has other settings already, or a number is out of range.
+            TypeError: There is no such setting, or a value is not what it should be.
+        """
+        if not settings and (breaker := self._made.get(name)):
+            return breaker
+        self._declare(name, settings)
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = self._make(name)
+            return self._made[name]
+
+    def configure(self, name: str, /, **settings: Any) -> None:
+        """Say what settings a breaker shall have, before it is first asked for; see `get`.
+
+        Raises:
+            ValueError: It has other settings already, or a number is out of range.
+            TypeError: There is no such setting, or a value is not what it should be.
+        """
+        self._declare(name, settings)
+
+    def __getitem__(self, name: str) -> CircuitBreaker:
+        """A breaker that was asked for, configured or guards something.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        if name not in self._declared:
+            known = ", ".join(map(repr, self)) or "none"
+            msg = f"no breaker {name!r}; there are: {known}"
+            raise KeyError(msg)
+        return self.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._declared
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._declared))
+
+    def __len__(self) -> int:
+        return len(self._declared)
+
+    def guard(
+        self, name: str, /, *, fallback: Any = NO_FALLBACK, **settings: Any
+    ) -> Callable[[Callable[P, T]], Callable[P, T]]:
+        """Have every call of a function guarded by a breaker.
+
+        The breaker is looked up at the first call, so that it may be configured after the function was defined.
+
+        Args:
+            name: Of the breaker.
+            fallback: What a call returns that was rejected or has tripped the circuit, in place of raising
+                `pybreaker.CircuitBreakerError`.  If it can be called: what it returns, given the arguments of the call.
+            settings: See `get`.
+
+        Returns:
+            A decorator for functions.
+
+        Raises:
+            TypeError: The function, or the fallback, is asynchronous: it would return before anything is done, so
+                nothing would be guarded.
+        """
+        self._declare(name, settings)
+        return guarded_by(lambda: self.get(name), fallback)
+
+    # For operators --------------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, CircuitStatus]:
+        """How all circuits are, in one round trip; on a cluster in one for each node.
+
+        Raises:
+            Exception: Redis gives no usable answer; whatever the client raises then.
+        """
+        breakers = {name: self.get(name) for name in self}
+        storages = [_operated(breaker) for breaker in breakers.values()]
+        replies = storages[0].look_at(storages) if storages else []
+        return {
+            name: _status(name, breaker, reply)
+            for (name, breaker), reply in zip(breakers.items(), replies, strict=True)
+        }
+
+    def open(self, name: str, /) -> None:
+        """Open a circuit for everybody, for its reset timeout from now on.
+
+        Raises:
+            KeyError: There is no breaker of that name.
+            Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
+        """
+        self._command(name, Trip(None, ""))
+
+    def close(self, name: str, /) -> None:
+        """Close a circuit for everybody, and forget all counts; raises as `open` does."""
+        self._command(name, Close(None, ""))
+
+    def half_open(self, name: str, /) -> None:
+        """Let the next call pass as a probe, whoever makes it; raises as `open` does."""
+        self._command(name, ResetProbes(), SetState(HALF_OPEN))
+
+    def reset(self, name: str, /) -> None:
+        """Forget all counts of a circuit, and leave it in the state that it is in; raises as `open` does."""
+        self._command(name, RecordSuccess(None, ""), ResetProbes())
+
+    def _command(self, name: str, *intents: Intent) -> None:
+        breaker = self[name]
+        _operated(breaker).command(*intents)
+        # The listeners of this process hear of it now, those of others when they notice.
+        _ = breaker.state
+
+    # The end --------------------------------------------------------------------------------------------------------
+
+    def shut_down(self) -> None:
+        """Let go of all breakers, and of the connections that only they use.
+
+        What was configured stays, and whoever asks for a breaker again gets a new one.  To close a circuit is `close`.
+        """
+        with self._lock:
+            self._made.clear()
+
+    def __enter__(self) -> BreakerRegistry:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shut_down()
+
+    # Behind it ------------------------------------------------------------------------------------------------------
+
+    def _declare(self, name: str, settings: dict[str, Any]) -> None:
+        known = self._declared.get(name)
+        if known is not None and all(item in known.items() for item in settings.items()):
+            return
+        _settings.check_name(name)
+        check_namespace(f"{self._prefix}{name}")
+        settings = _settings.checked(settings, stacklevel=3)
+        with self._lock:
+            declared = self._declared.get(name, {})
+            present = self._effective(name) if name in self._made else declared
+            _settings.check_agreement(name, present, settings)
+            self._declared[name] = {**declared, **settings}
+
+    def _effective(self, name: str) -> dict[str, Any]:
+        usual = {**_settings.OF_BREAKER, "exclude": (), **_settings.OF_STORAGE}
+        return {**usual, **self._defaults, **self._declared.get(name, {})}
+
+    def _make(self, name: str) -> CircuitBreaker:
+        return CircuitBreaker(
+            name=name,
+            listeners=self._listeners,
+            state_storage=self._storage(name),
+            **_settings.part(self._effective(name), _settings.OF_BREAKER),
+        )
+
+    def _storage(self, name: str) -> OperatedStorage:
+        settings = self._effective(name)
+        if self._redis is None:
+            return CircuitMemoryStorage(CLOSED, **_settings.part(settings, _settings.OF_MEMORY))
+        return CircuitRedisStorage(
+            CLOSED,
+            self._redis,
+            namespace=f"{self._prefix}{name}",
+            **_settings.part(settings, _settings.OF_STORAGE),
+        )
+
+
+def _operated(breaker: CircuitBreaker) -> OperatedStorage:
+    storage = storage_of(breaker)
+    assert isinstance(storage, OperatedStorage)
+    return storage
+
+
+def _status(name: str, breaker: CircuitBreaker, reply: Reply) -> CircuitStatus:
+    circuit = reply.circuit
+    return CircuitStatus(
+        name=name,
+        state=circuit.state,
+        fail_counter=circuit.fail_counter,
+        success_counter=circuit.success_counter,
+        opened_at=None if circuit.opened_at_ms is None else from_ms(circuit.opened_at_ms),
+        retry_after=seconds_shut(reply, breaker.reset_timeout),
+        fail_max=breaker.fail_max,
+        reset_timeout=breaker.reset_timeout,
+    )

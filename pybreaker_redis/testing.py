@@ -1,0 +1,174 @@
+"""How does one test code that is guarded?
+
+Knows: breakers, their storages, clocks.  Does not know: test runners; `fixtures.py` knows pytest.
+
+Nothing here needs Redis, and nothing here sleeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, tzinfo
+from typing import Any
+
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitBreakerStorage
+
+from pybreaker_redis import _clock
+from pybreaker_redis._circuit import CLOSED, OPEN
+from pybreaker_redis.registry import BreakerRegistry
+
+__all__ = ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_prefix")
+
+
+#: Names that a module imports for itself are nothing that it exports.
+_pybreaker: Any = pybreaker
+
+
+class _Fixed(CircuitBreakerStorage):
+    """A circuit that stays as it is, whatever becomes of calls."""
+
+    counter = 0
+    success_counter = 0
+
+    def __init__(self, state: str, breaker: CircuitBreaker) -> None:
+        super().__init__("fixed")
+        self._state = state
+        # With a timeout of next to nothing it would be over before it has been looked at.
+        self._ahead = timedelta(seconds=0 if breaker.reset_timeout > 1 else 1)
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        pass
+
+    @property
+    def opened_at(self) -> datetime:
+        return datetime.now(_pybreaker.UTC) + self._ahead
+
+    @opened_at.setter
+    def opened_at(self, at: datetime) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _in_place(breaker: CircuitBreaker, storage: CircuitBreakerStorage) -> Iterator[None]:
+    """Another circuit for a breaker; afterwards its own again, as it was.  No listener is told."""
+    with breaker._lock:
+        before = breaker._state_storage, breaker._state
+        breaker._state_storage = storage
+        breaker._state = breaker._create_new_state(storage.state)
+    try:
+        yield
+    finally:
+        with breaker._lock:
+            breaker._state_storage, breaker._state = before
+
+
+@contextlib.contextmanager
+def force_open(breaker: CircuitBreaker) -> Iterator[None]:
+    """Have every call through a breaker rejected, as if its circuit had opened just then.
+
+    Its circuit, wherever it is, is neither asked nor changed, and no listener is told.  For a ``with`` block, or as a
+    decorator of a test.
+    """
+    with _in_place(breaker, _Fixed(OPEN, breaker)):
+        yield
+
+
+@contextlib.contextmanager
+def force_closed(breaker: CircuitBreaker) -> Iterator[None]:
+    """Let every call through a breaker pass, however many fail; see `force_open`."""
+    with _in_place(breaker, _Fixed(CLOSED, breaker)):
+        yield
+
+
+@contextlib.contextmanager
+def in_memory(breakers: BreakerRegistry) -> Iterator[BreakerRegistry]:
+    """Give every breaker of a registry a new circuit in this process, closed; afterwards its own again.
+
+    They stay the same objects, so it does not matter who holds them.  What is made meanwhile has its proper circuit
+    afterwards.  Redis is not asked.
+    """
+    with contextlib.ExitStack() as stack:
+        made = dict(breakers._made)
+        redis, breakers._redis = breakers._redis, None
+        for name, breaker in made.items():
+            stack.enter_context(_in_place(breaker, breakers._storage(name)))
+        try:
+            yield breakers
+        finally:
+            breakers._redis = redis
+            for name in breakers._made.keys() - made:
+                breaker = breakers._made[name]
+                breaker._state_storage = breakers._storage(name)
+                breaker._state = breaker._create_new_state(CLOSED)
+
+
+class BreakerClock:
+    """A clock for breakers, and for nothing else, that goes on as the real one does and can be advanced.
+
+    As long as the ``with`` block lasts, all breakers and storages of this process go by it.  If freezegun or
+    time-machine move the real one, it moves along.
+
+    Attributes:
+        ahead: Seconds by which it has been advanced.
+    """
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def advance(self, seconds: float) -> None:
+        """So much time passes for breakers: timeouts and, in memory, leases of probes; in Redis leases go by Redis."""
+        self.ahead += seconds
+
+    def time(self) -> float:
+        """Seconds since the epoch, as `time.time`."""
+        return time.time() + self.ahead
+
+    def __enter__(self) -> BreakerClock:
+        # What pybreaker compares with, and what storages say.
+        for module, name, moved in ((_pybreaker, "UTC", _Ahead(self)), (_clock, "time", self)):
+            self._before.append((module, name, getattr(module, name)))
+            setattr(module, name, moved)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        while self._before:
+            setattr(*self._before.pop())
+
+
+class _Ahead(tzinfo):
+    """UTC, but what is now is told as it will be.
+
+    pybreaker asks for ``datetime.now(UTC)``.  freezegun puts a class of its own in the place of `datetime`, at times
+    where something else has been put meanwhile; nobody touches the time zone.
+    """
+
+    def __init__(self, clock: BreakerClock) -> None:
+        self._clock = clock
+
+    def fromutc(self, dt: datetime) -> datetime:
+        return dt + timedelta(seconds=self._clock.ahead)
+
+    def utcoffset(self, dt: datetime | None) -> timedelta:
+        return timedelta(0)
+
+    def dst(self, dt: datetime | None) -> None:
+        return None
+
+    def tzname(self, dt: datetime | None) -> str:
+        return "UTC"
+
+
+def unique_prefix(test: str = "test") -> str:
+    """A prefix for a `BreakerRegistry` that no other test has, in no other process: for tests on one real server."""
+    return f"{test}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}-{secrets.token_hex(4)}"
