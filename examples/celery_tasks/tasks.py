@@ -24,6 +24,8 @@ breakers = BreakerRegistry(
     prefix="tasks",
     fail_max=3,
     reset_timeout=float(os.environ.get("RESET_TIMEOUT", "30")),
+    # Longer than the slowest call; whoever is rejected while somebody tries comes back when this is over.
+    probe_lease=float(os.environ.get("PROBE_LEASE", "10")),
     throw_new_error_on_trip=False,
 )
 
@@ -31,7 +33,7 @@ breakers = BreakerRegistry(
 @breakers.guard("payments")
 def charge() -> str:
     """Ask the service that takes the money for a receipt."""
-    with urllib.request.urlopen(PAYMENTS_URL, timeout=30) as answer:
+    with urllib.request.urlopen(PAYMENTS_URL, timeout=5) as answer:
         receipt: str = answer.read().decode()
         return receipt
 

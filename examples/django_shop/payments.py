@@ -15,6 +15,6 @@ def charge() -> str:
         OSError: It has failed.
         pybreaker.CircuitBreakerError: It is left alone because it has failed too often.
     """
-    with urllib.request.urlopen(settings.PAYMENTS_URL, timeout=30) as answer:
+    with urllib.request.urlopen(settings.PAYMENTS_URL, timeout=5) as answer:
         receipt: str = answer.read().decode()
         return receipt

@@ -22,7 +22,7 @@ def charge() -> str:
         OSError: It has failed.
         pybreaker.CircuitBreakerError: It is left alone because it has failed too often.
     """
-    with urllib.request.urlopen(current_app.config["PAYMENTS_URL"], timeout=30) as answer:
+    with urllib.request.urlopen(current_app.config["PAYMENTS_URL"], timeout=5) as answer:
         receipt: str = answer.read().decode()
         return receipt
 
