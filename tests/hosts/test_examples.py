@@ -75,9 +75,10 @@ def test_trip_in_one_worker_is_a_fast_503_by_all(open_example):
     example = open_example(reset_timeout=60.0)
     example.call_all("ok")
     tripped = example.trip()
-    # A worker that did not know would go on calling, and each call would take its time.
-    answers = example.call_all("rejected")
-    example.wait_for("all know", lambda: time.monotonic() > tripped + MAX_STALENESS)
+    # A worker that does not know would go on with success, and so never find out by itself.
+    example.set_dependency("up")
+    example.call_all("rejected")
+    example.wait_for("all must know", lambda: time.monotonic() > tripped + MAX_STALENESS)
     answers = example.call_all("rejected")
     assert {answer.outcome for answer in answers} == {"rejected"}
     assert not example.visits(since=tripped + MAX_STALENESS)
