@@ -18,6 +18,7 @@ from tests.viewed import down, up
 if not settings.configured:
     settings.configure(
         ALLOWED_HOSTS=["*"],
+        SECRET_KEY="of tests",
         ROOT_URLCONF=__name__,
         INSTALLED_APPS=["pybreaker_redis.contrib.django"],
         MIDDLEWARE=["pybreaker_redis.contrib.django.http.CircuitBreakerMiddleware"],
