@@ -21,7 +21,7 @@ if not settings.configured:
         SECRET_KEY="of tests",
         ROOT_URLCONF=__name__,
         INSTALLED_APPS=["pybreaker_redis.contrib.django"],
-        MIDDLEWARE=["pybreaker_redis.contrib.django.http.CircuitBreakerMiddleware"],
+        MIDDLEWARE=["pybreaker_redis.contrib.django.middleware.CircuitBreakerMiddleware"],
         REST_FRAMEWORK={
             "DEFAULT_AUTHENTICATION_CLASSES": [],
             "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],

@@ -138,7 +138,9 @@ def test_call_that_opens_the_circuit_counts_as_told(shop: Shop):
     """With pybreaker's default the error of that call is a circuit's, and the task comes back; else it is its own."""
     shop.breaker.close()
     task = shop.task()
-    assert shop.work(task).state == "RETRY"
+    ended = shop.work(task)
+    assert ended.state == "RETRY"
+    assert ended.wait > RESET_TIMEOUT - 5
     shop.breaker.close()
     shop.breaker._throw_new_error_on_trip = False
     assert shop.work(task).state == "FAILURE"

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,6 +111,33 @@ def test_breakers_follow_the_settings(project):
     assert django_project.charge() == "answer"
     project(USE_TZ=True)
     assert breakers["payments"].fail_max == 7
+    project(PYBREAKER={})
+    assert len(breakers) == 0
+    project(PYBREAKER={"BREAKERS": BREAKERS})
+    assert breakers["payments"].fail_max == 2
+
+
+def test_settings_that_change_let_go_of_what_was_there(project, server: PrivateServer):
+    """A test run does not collect the connections of all its tests."""
+    project(PYBREAKER={"URL": server.url, "BREAKERS": BREAKERS})
+    registry = breakers.registry
+    trip()
+    project(PYBREAKER={"BREAKERS": BREAKERS})
+    assert breakers.registry is not registry
+    assert not registry._made
+
+
+def test_child_does_not_wait_for_a_thread_of_its_parent(project):
+    """Whoever made the breakers at the moment of the fork is not there to let go of the lock."""
+    project(PYBREAKER={"BREAKERS": BREAKERS})
+    parents = threading.Thread(target=breakers._lock.acquire)
+    parents.start()
+    parents.join()
+    breakers.after_fork()
+    child = threading.Thread(target=lambda: breakers["payments"], daemon=True)
+    child.start()
+    child.join(5)
+    assert not child.is_alive()
 
 
 def test_names_in_settings_stand_for_classes(project):

@@ -108,6 +108,27 @@ def test_wrong_configuration_is_refused_at_the_start(config: dict[str, Any], sai
         create_app(**config)
 
 
+def test_guard_may_have_a_fallback():
+    """As with the registry's own: in place of a circuit's error, and of no other."""
+    guarded = breakers.guard("payments", fallback=lambda: "later")(charge)
+    with opened(create_app()).app_context():
+        assert guarded() == "later"
+    with create_app().app_context():
+        assert guarded() == "answer"
+        with pytest.raises(Down):
+            breakers.guard("payments", fallback=0)(down)()
+
+
+def test_coroutine_function_cannot_be_guarded():
+    """It would return before anything is done: whoever decorates one is told so, at import."""
+
+    async def charge_soon() -> None:
+        """Not what it seems."""
+
+    with pytest.raises(TypeError, match="asynchronous"):
+        breakers.guard("payments")(charge_soon)
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ SECRET_KEY = os.environ.get("SECRET_KEY", "only an example's")
 ALLOWED_HOSTS = ["*"]
 ROOT_URLCONF = "urls"
 INSTALLED_APPS = ["pybreaker_redis.contrib.django"]
-MIDDLEWARE = ["pybreaker_redis.contrib.django.http.CircuitBreakerMiddleware"]
+MIDDLEWARE = ["pybreaker_redis.contrib.django.middleware.CircuitBreakerMiddleware"]
 CACHES = {
     "default": {
         "BACKEND": "django_redis.cache.RedisCache",

@@ -5,6 +5,6 @@ from __future__ import annotations
 from pybreaker_redis.contrib._extras import needs
 
 with needs("django"):
-    from pybreaker_redis.contrib.django.breakers import breakers
+    from pybreaker_redis.contrib.django.registry import breakers
 
 __all__ = ("breakers",)

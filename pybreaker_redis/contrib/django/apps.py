@@ -11,7 +11,7 @@ from django.apps import AppConfig
 from django.core import checks
 from django.core.signals import setting_changed
 
-from pybreaker_redis.contrib.django.breakers import breakers, problems
+from pybreaker_redis.contrib.django.registry import breakers, problems
 
 
 class PybreakerConfig(AppConfig):

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from django.conf import settings
+from django.core import checks
 from django.core.cache import caches
 from django.core.cache.backends.dummy import DummyCache
 from django.core.cache.backends.locmem import LocMemCache
 from django.core.cache.backends.redis import RedisCache
-from django.core.checks import CheckMessage, Error
-from django.core.checks import Warning as Warned
 from django.core.exceptions import ImproperlyConfigured
 
 from pybreaker_redis._forks import renew_in_children
@@ -52,19 +51,21 @@ class DjangoBreakers(Breakers):
         """
         if (registry := self._registry) is None:
             with self._lock:
-                registry = self._registry = self._registry or _made()
+                # One without breakers counts as false.
+                registry = self._registry = _made() if self._registry is None else self._registry
         return registry
 
     def forget(self, *, setting: str, **_: Any) -> None:
         """Settings have changed: begin anew."""
-        if setting in ("PYBREAKER", "CACHES"):
+        if setting in ("PYBREAKER", "CACHES") and (registry := self._registry) is not None:
             self._registry = None
+            registry.shut_down()
 
 
 breakers = DjangoBreakers()
 
 
-def problems() -> Iterator[CheckMessage]:
+def problems() -> Iterator[checks.CheckMessage]:
     """What is wrong with the settings; nothing is sent."""
     given = _given()
     if not isinstance(given, Mapping):
@@ -83,15 +84,15 @@ def problems() -> Iterator[CheckMessage]:
     else:
         if (redis := _redis(given)) is None:
             hint = "That is for tests, and for a single process; else name a Redis by PYBREAKER['CACHE'] or ['URL']."
-            yield Warned("Every process has circuits of its own.", hint=hint, id="pybreaker_redis.W001")
+            yield checks.Warning("Every process has circuits of its own.", hint=hint, id="pybreaker_redis.W001")
         try:
             registry_from(given, redis)
         except ValueError as error:
             yield _wrong(6, f"PYBREAKER: {error}.", "The README says what there is, and in what range.")
 
 
-def _wrong(number: int, message: str, hint: str) -> CheckMessage:
-    return Error(message, hint=hint, id=f"pybreaker_redis.E{number:03}")
+def _wrong(number: int, message: str, hint: str) -> checks.CheckMessage:
+    return checks.Error(message, hint=hint, id=f"pybreaker_redis.E{number:03}")
 
 
 def _made() -> BreakerRegistry:
