@@ -134,6 +134,14 @@ def test_rejections_need_not_count(shop: Shop):
     assert [shop.work(task, retries=had).retries for had in (0, 1, 2)] == [0, 1, 2]
 
 
+def test_handlers_of_the_task_see_how_often_it_was_retried(shop: Shop):
+    """Not what is sent in its place, so that it need not count."""
+    seen = []
+    task = shop.task(rejections_count=False, on_retry=lambda *_: seen.append(task.request.retries))
+    shop.work(task, retries=2)
+    assert seen == [2]
+
+
 def test_call_that_opens_the_circuit_counts_as_told(shop: Shop):
     """With pybreaker's default the error of that call is a circuit's, and the task comes back; else it is its own."""
     shop.breaker.close()

@@ -42,11 +42,8 @@ class BreakerTask(Task):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run, for a worker or for somebody who calls it."""
-        if self.request.called_directly:
-            return super().__call__(*args, **kwargs)
         try:
-            # As Celery runs tasks without a `__call__` of their own: the request is there already.
-            return self.run(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
         except CircuitBreakerError as error:
             if self.request.is_eager:
                 raise
@@ -57,7 +54,7 @@ class BreakerTask(Task):
 
         Raises:
             celery.exceptions.Retry: It will be.
-            CircuitBreakerError: It has no retries left.
+            CircuitBreakerError: It has no retries left, or was called as a function.
         """
         request = self.request
         # Celery sends the task off with one retry more than it has had.
