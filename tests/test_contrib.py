@@ -162,6 +162,17 @@ def test_retry_after_is_a_whole_second_at_least():
     assert answer_to(pybreaker.CircuitBreakerError("from elsewhere"), "").retry_after == 1
 
 
+def test_retry_after_is_not_too_early():
+    """A fraction of a second counts as one."""
+    breaker = BreakerRegistry(reset_timeout=100.5).get("payments")
+    breaker.open()
+    with pytest.raises(pybreaker.CircuitBreakerError) as raised:
+        breaker.call(down)
+    most = retry_after(raised.value)
+    told = answer_to(raised.value, "").retry_after
+    assert retry_after(raised.value) <= told < most + 1
+
+
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 

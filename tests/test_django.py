@@ -109,8 +109,9 @@ def test_breakers_follow_the_settings(project):
     assert breakers["payments"] is not first
     assert breakers["payments"].fail_max == 7
     assert django_project.charge() == "answer"
+    kept = breakers["payments"]
     project(USE_TZ=True)
-    assert breakers["payments"].fail_max == 7
+    assert breakers["payments"] is kept
     project(PYBREAKER={})
     assert len(breakers) == 0
     project(PYBREAKER={"BREAKERS": BREAKERS})
@@ -130,14 +131,24 @@ def test_settings_that_change_let_go_of_what_was_there(project, server: PrivateS
 def test_child_does_not_wait_for_a_thread_of_its_parent(project):
     """Whoever made the breakers at the moment of the fork is not there to let go of the lock."""
     project(PYBREAKER={"BREAKERS": BREAKERS})
-    parents = threading.Thread(target=breakers._lock.acquire)
-    parents.start()
-    parents.join()
-    breakers.after_fork()
-    child = threading.Thread(target=lambda: breakers["payments"], daemon=True)
-    child.start()
-    child.join(5)
-    assert not child.is_alive()
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with breakers._lock:
+            held.set()
+            over.wait()
+
+    threads = [threading.Thread(target=hold), threading.Thread(target=lambda: breakers["payments"])]
+    threads[0].start()
+    held.wait()
+    try:
+        breakers.after_fork()
+        threads[1].start()
+        threads[1].join(5)
+        assert not threads[1].is_alive()
+    finally:
+        over.set()
+        threads[0].join()
 
 
 def test_names_in_settings_stand_for_classes(project):
