@@ -36,6 +36,8 @@ def change_settings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> I
     from django.test import override_settings
 
     from tests import django_project  # noqa: F401 (it configures Django)
+
+    pytest.importorskip("prometheus_client")
     monkeypatch.setenv("REDIS_URL", server.url)
     with contextlib.ExitStack() as stack:
         yield lambda **settings: stack.enter_context(override_settings(**settings))
