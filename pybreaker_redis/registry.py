@@ -92,7 +92,7 @@ class BreakerRegistry:
         self._lock = threading.Lock()
         renew_in_children(self)
         # Whatever cannot be a client is refused now, not at the first call.
-        self._storage("")
+        self._storage("any")
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock."""
