@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import docutils.core
@@ -29,19 +31,19 @@ def parse(name: str) -> docutils.nodes.document:
 
 
 @pytest.fixture
-def surroundings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the README takes for granted: a server that ``REDIS_URL`` names, and a Django project with a Redis cache."""
-    settings = pytest.importorskip("django.conf").settings
+def change_settings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """What the README takes for granted: a server that ``REDIS_URL`` names, and a Django project."""
+    from django.test import override_settings
+
+    from tests import django_project  # noqa: F401 (it configures Django)
+
     pytest.importorskip("prometheus_client")
     monkeypatch.setenv("REDIS_URL", server.url)
-    if not settings.configured:
-        settings.configure()
-    cache = {"BACKEND": "django_redis.cache.RedisCache", "LOCATION": server.url}
-    monkeypatch.setattr(settings, "CACHES", {"default": cache})
+    with contextlib.ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(override_settings(**settings))
 
 
-@pytest.mark.usefixtures("surroundings")
-def test_python_blocks_run_in_order():
+def test_python_blocks_run_in_order(change_settings: Callable[..., None]):
     """A reader who copies everything from top to bottom ends with a working program."""
     namespace: dict[str, object] = {"__name__": "readme"}
     shown = list(blocks("python"))
@@ -49,6 +51,19 @@ def test_python_blocks_run_in_order():
     for line, source in shown:
         # Tracebacks name the README and a line near the block.
         exec(compile("\n" * max(0, line - 1) + source, "README.rst", "exec"), namespace)
+        if source.startswith("# settings.py"):
+            change_settings(**{name: value for name, value in namespace.items() if name.isupper()})
+
+
+def test_settings_of_the_page_pass_the_checks(change_settings: Callable[..., None]):
+    """Django has nothing to say about the settings that the page shows."""
+    from django.core.checks import run_checks
+
+    (source,) = (source for _, source in blocks("python") if source.startswith("# settings.py"))
+    namespace: dict[str, object] = {"os": os}
+    exec(source, namespace)
+    change_settings(**{name: value for name, value in namespace.items() if name.isupper()})
+    assert run_checks(tags=["pybreaker_redis"]) == []
 
 
 @pytest.mark.parametrize("which", ["demo", "test"])
@@ -92,5 +107,8 @@ def test_map_names_every_module():
     page = (ROOT / "README.rst").read_text(encoding="utf-8")
     shown = set(re.findall(r"^``([\w./]+(?:\.py|/))``  ", page, re.MULTILINE))
     package = ROOT / "pybreaker_redis"
-    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert shown == modules | {"_demo/"}
+    modules = {path.name for path in package.glob("*.py")} - {"__main__.py"}
+    modules |= {str(path.relative_to(package)) for path in (package / "contrib").rglob("*.py")}
+    folders = ("_demo/", "contrib/django/management/")
+    modules = {name for name in modules if not name.endswith("__init__.py") and not name.startswith(folders)}
+    assert shown == modules | set(folders)

@@ -130,7 +130,7 @@ class Shop:
             scratch = Scratch()
             stack.callback(scratch.remove)
             unix_socket = str(scratch.path / "host.sock")
-            self._door = BrokerDoor(self._server) if self.kind.by_broker else HttpDoor(unix_socket)
+            self._door = self._make_door(unix_socket)
             stack.callback(self._door.close)
             self._crowd = ThreadPoolExecutor(CROWD)
             stack.callback(self._crowd.shutdown, cancel_futures=True)
@@ -150,6 +150,9 @@ class Shop:
         # Nobody waits any longer for a call that the test has left held.
         self.set_dependency("down")
         self._closing.close()
+
+    def _make_door(self, unix_socket: str) -> Door:
+        return BrokerDoor(self._server) if self.kind.by_broker else HttpDoor(unix_socket)
 
     def _environment(self) -> dict[str, str]:
         return {

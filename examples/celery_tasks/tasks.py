@@ -1,0 +1,44 @@
+"""Payments that need not be made at once.
+
+``celery --workdir examples/celery_tasks --app tasks worker --concurrency 4``
+"""
+
+import os
+import urllib.request
+
+from celery import Celery
+
+from pybreaker_redis.contrib.celery import BreakerTask
+from pybreaker_redis.registry import BreakerRegistry
+
+BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/1")
+PAYMENTS_URL = os.environ.get("PAYMENTS_URL", "http://localhost:8001/")
+
+app = Celery("payments", broker=BROKER_URL, backend=BROKER_URL)
+app.conf.update(broker_connection_retry_on_startup=True, worker_prefetch_multiplier=1)
+
+# A task whose call has failed gets the service's own error, also if it was that call which opened the circuit; what is
+# rejected has not called.
+breakers = BreakerRegistry(
+    os.environ.get("REDIS_URL", "redis://localhost:6379/0"),
+    prefix="tasks",
+    fail_max=3,
+    reset_timeout=float(os.environ.get("RESET_TIMEOUT", "30")),
+    # Longer than the slowest call; whoever is rejected while somebody tries comes back when this is over.
+    probe_lease=float(os.environ.get("PROBE_LEASE", "10")),
+    throw_new_error_on_trip=False,
+)
+
+
+@breakers.guard("payments")
+def charge() -> str:
+    """Ask the service that takes the money for a receipt."""
+    with urllib.request.urlopen(PAYMENTS_URL, timeout=5) as answer:
+        receipt: str = answer.read().decode()
+        return receipt
+
+
+@app.task(base=BreakerTask, rejections_count=False)
+def pay() -> str:
+    """Pay as soon as the service is there; after a day it is too late, as whoever sends this says by ``expires``."""
+    return charge()

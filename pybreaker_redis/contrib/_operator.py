@@ -1,0 +1,66 @@
+"""What does an operator ask of the circuits, and what is printed?
+
+Knows: words of a command line, the registry.  Does not know: which framework's command it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pybreaker_redis.registry import BreakerRegistry
+
+#: What can be asked for; the first is what is meant if nothing is said.
+ACTIONS = ("status", "open", "close", "half-open", "reset")
+
+
+class OperatorRefused(Exception):
+    """It could not be done; the message is a line for whoever asked."""
+
+
+def operate(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str:
+    """Do what is asked for.
+
+    Args:
+        registry: Whose circuits.
+        action: One of `ACTIONS`.
+        names: Of circuits; none at all is all of them, but only to look at.
+
+    Returns:
+        What to print.
+
+    Raises:
+        OperatorRefused: An unknown circuit, or Redis has not done it.
+    """
+    if unknown := sorted(set(names) - set(registry)):
+        known = ", ".join(sorted(registry)) or "none"
+        raise OperatorRefused(f"no circuit is called {', '.join(map(repr, unknown))}; configured: {known}")
+    if not names and action != "status":
+        raise OperatorRefused(f"name the circuits to {action}: {', '.join(sorted(registry)) or 'none is configured'}")
+    moves = {
+        "open": registry.open,
+        "close": registry.close,
+        "half-open": registry.half_open,
+        "reset": registry.reset,
+    }
+    try:
+        for name in names:
+            if action != "status":
+                moves[action](name)
+        return _table(registry, names or sorted(registry))
+    except Exception as error:
+        # An operator who has seen no error relies on it; of which library's kind it is, is of no interest.
+        raise OperatorRefused(f"Redis has not done it: {type(error).__name__}: {error}") from error
+
+
+def _table(registry: BreakerRegistry, names: Sequence[str]) -> str:
+    states = registry.status()
+    rows = [("circuit", "state", "failures", "opened at", "retry after")]
+    for name in names:
+        status = states[name]
+        opened_at = status.opened_at.isoformat(timespec="seconds") if status.opened_at else "never"
+        rest = f"{status.retry_after:.1f} s" if status.retry_after else "-"
+        rows.append((name, status.state, str(status.fail_counter), opened_at, rest))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

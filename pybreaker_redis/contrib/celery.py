@@ -1,0 +1,86 @@
+"""When does a task come back whose circuit was open?
+
+Knows: Celery's retries, its brokers.  Does not know: circuits.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NoReturn
+
+from pybreaker import CircuitBreakerError
+
+from pybreaker_redis.contrib._extras import needs
+from pybreaker_redis.registry import retry_after
+
+with needs("celery"):
+    from celery import Task
+
+
+class BreakerTask(Task):
+    """A task that comes back when the circuit that has rejected it may be tried again.
+
+    Whatever raises `CircuitBreakerError` out of the task counts as that: with the breaker's *throw_new_error_on_trip*,
+    which is pybreaker's default, also the call that has failed and opened the circuit.  With ``False`` that call raises
+    its own error, so the task fails, or does as ``autoretry_for`` has it.
+
+    Called as a function, and in eager mode, it raises the error at once: there, nobody can wait.
+    """
+
+    abstract = True
+
+    #: Whether a rejection is one of the task's ``max_retries``.  If not, the task waits as long as the circuit does; an
+    #: end of that is what ``expires`` is for.
+    rejections_count = True
+
+    #: How long it is put off at random, so that not all come back at once: a share of the wait, or of a second if that
+    #: is more.
+    rejection_jitter = 0.5
+
+    #: ``autoretry_for`` leaves rejections to this class.
+    dont_autoretry_for = (CircuitBreakerError,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, for a worker or for somebody who calls it."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except CircuitBreakerError as error:
+            if self.request.is_eager:
+                raise
+            self.retry_rejected(error)
+
+    def retry_rejected(self, error: CircuitBreakerError) -> NoReturn:
+        """Have a worker run the task again when the circuit may be tried.
+
+        Raises:
+            celery.exceptions.Retry: It will be.
+            CircuitBreakerError: It has no retries left, or was called as a function.
+        """
+        request = self.request
+        # Celery sends the task off with one retry more than it has had.
+        had = request.retries
+        try:
+            request.retries = had if self.rejections_count else had - 1
+            raise self.retry(exc=error, countdown=self.countdown(error))
+        finally:
+            request.retries = had
+
+    def countdown(self, error: CircuitBreakerError) -> float:
+        """Seconds until the circuit may be tried again, and a little more; less than a broker waits for its workers."""
+        wait = retry_after(error)
+        if visible_for := self.visibility_timeout():
+            # A worker has a task that waits; were it not back in time, the broker would give it to another one, too.
+            wait = min(wait, visible_for / 2)
+        return wait + random.uniform(0, self.rejection_jitter * max(wait, 1.0))
+
+    def visibility_timeout(self) -> float | None:
+        """Seconds after which the broker takes a task for lost; ``None`` if it never does so."""
+        connection = self.app.connection_for_write()
+        channel = getattr(connection.get_transport_cls(), "Channel", None)
+        stated = (
+            connection.transport_options.get("visibility_timeout"),
+            getattr(channel, "visibility_timeout", None),
+            getattr(channel, "default_visibility_timeout", None),
+        )
+        # A class may have a property of that name, which is no number.
+        return next((float(seconds) for seconds in stated if isinstance(seconds, (int, float))), None)

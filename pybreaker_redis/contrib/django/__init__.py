@@ -1,0 +1,10 @@
+"""Breakers for a Django project, from one dictionary in its settings; add this package to ``INSTALLED_APPS``."""
+
+from __future__ import annotations
+
+from pybreaker_redis.contrib._extras import needs
+
+with needs("django"):
+    from pybreaker_redis.contrib.django.registry import breakers
+
+__all__ = ("breakers",)

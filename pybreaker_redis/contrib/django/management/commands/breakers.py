@@ -1,0 +1,31 @@
+"""What does ``manage.py breakers`` do?
+
+Knows: Django's commands.  Does not know: circuits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from pybreaker_redis.contrib._operator import ACTIONS, OperatorRefused, operate
+from pybreaker_redis.contrib.django import breakers
+
+
+class Command(BaseCommand):
+    """Look at the project's circuits, and move them."""
+
+    help = "Shows the circuits of PYBREAKER['BREAKERS'], or opens, closes, half-opens or resets some of them."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What to do, and with which circuits."""
+        parser.add_argument("action", nargs="?", default=ACTIONS[0], choices=ACTIONS)
+        parser.add_argument("names", nargs="*", metavar="circuit")
+
+    def handle(self, *_: Any, action: str, names: list[str], **options: Any) -> str:
+        """Do it, and print how the circuits are then."""
+        try:
+            return operate(breakers.registry, action, names)
+        except OperatorRefused as error:
+            raise CommandError(str(error)) from error

@@ -1,0 +1,119 @@
+"""Which breakers do the project's settings describe, where is their Redis, and is that right?
+
+Knows: ``PYBREAKER``, ``CACHES``.  Does not know: requests, commands.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from django.conf import settings
+from django.core import checks
+from django.core.cache import caches
+from django.core.cache.backends.dummy import DummyCache
+from django.core.cache.backends.locmem import LocMemCache
+from django.core.cache.backends.redis import RedisCache
+from django.core.exceptions import ImproperlyConfigured
+
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis.contrib._breakers import Breakers
+from pybreaker_redis.contrib._settings import KEYS, registry_from
+from pybreaker_redis.registry import BreakerRegistry
+
+#: The keys of ``PYBREAKER``.
+ALL_KEYS = ("CACHE", "URL", *KEYS)
+
+#: Caches that live in one process.
+LOCAL = (LocMemCache, DummyCache)
+
+
+class DjangoBreakers(Breakers):
+    """The breakers of ``settings.PYBREAKER``, made when they are first asked for and anew when the settings change."""
+
+    def __init__(self) -> None:
+        self._registry: BreakerRegistry | None = None
+        renew_in_children(self)
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock."""
+        # Making a registry may import modules, by dotted names in the settings, that ask for a breaker.
+        self._lock = threading.RLock()
+
+    @property
+    def registry(self) -> BreakerRegistry:
+        """The registry of the present settings.
+
+        Raises:
+            ImproperlyConfigured: They are not right; ``manage.py check`` says the same.
+        """
+        if (registry := self._registry) is None:
+            with self._lock:
+                # One without breakers counts as false.
+                registry = self._registry = _made() if self._registry is None else self._registry
+        return registry
+
+    def forget(self, *, setting: str, **_: Any) -> None:
+        """Settings have changed: begin anew."""
+        if setting in ("PYBREAKER", "CACHES") and (registry := self._registry) is not None:
+            self._registry = None
+            registry.shut_down()
+
+
+breakers = DjangoBreakers()
+
+
+def problems() -> Iterator[checks.CheckMessage]:
+    """What is wrong with the settings; nothing is sent."""
+    given = _given()
+    if not isinstance(given, Mapping):
+        yield _wrong(1, "PYBREAKER is no dictionary.", f"Its keys are {', '.join(ALL_KEYS)}.")
+        return
+    for key in sorted(given.keys() - set(ALL_KEYS), key=str):
+        yield _wrong(2, f"PYBREAKER has an unknown key {key!r}.", f"Its keys are {', '.join(ALL_KEYS)}.")
+    alias = given.get("CACHE")
+    if alias and given.get("URL"):
+        yield _wrong(3, "PYBREAKER has both CACHE and URL.", "Leave one of them out.")
+    elif alias and alias not in settings.CACHES:
+        yield _wrong(4, f"PYBREAKER['CACHE'] is {alias!r}.", f"CACHES has {', '.join(settings.CACHES)}.")
+    elif alias and not (isinstance(caches[alias], (RedisCache, *LOCAL)) or hasattr(caches[alias], "client")):
+        hint = "Name one of django-redis or of Django's own RedisCache, or give a URL."
+        yield _wrong(5, f"PYBREAKER['CACHE'] is {alias!r}, which is not in Redis.", hint)
+    else:
+        if (redis := _redis(given)) is None:
+            hint = "That is for tests, and for a single process; else name a Redis by PYBREAKER['CACHE'] or ['URL']."
+            yield checks.Warning("Every process has circuits of its own.", hint=hint, id="pybreaker_redis.W001")
+        try:
+            registry_from(given, redis)
+        except ValueError as error:
+            yield _wrong(6, f"PYBREAKER: {error}.", "The README says what there is, and in what range.")
+
+
+def _wrong(number: int, message: str, hint: str) -> checks.CheckMessage:
+    return checks.Error(message, hint=hint, id=f"pybreaker_redis.E{number:03}")
+
+
+def _made() -> BreakerRegistry:
+    for problem in problems():
+        if problem.is_serious():
+            raise ImproperlyConfigured(f"{problem.msg} {problem.hint}")
+    return registry_from(_given(), _redis(_given()))
+
+
+def _given() -> Any:
+    return getattr(settings, "PYBREAKER", {})
+
+
+def _redis(given: Mapping[str, Any]) -> Any:
+    alias = given.get("CACHE")
+    if not alias:
+        return given.get("URL")
+    return None if isinstance(caches[alias], LOCAL) else lambda: _client(caches[alias])
+
+
+def _client(cache: Any) -> Any:
+    # Django's own cache has no public way to its client; the others have the same one, as django-redis documents it.
+    client = cache._cache if isinstance(cache, RedisCache) else cache.client  # noqa: SLF001
+    return client.get_client(write=True)

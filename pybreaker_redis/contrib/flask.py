@@ -1,0 +1,100 @@
+"""Which breakers does a Flask application have, and what do its clients get while one of them is open?
+
+Knows: Flask's configuration, errors and commands.  Does not know: Redis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pybreaker import CircuitBreakerError
+
+from pybreaker_redis.contrib import _breakers
+from pybreaker_redis.contrib._answer import UNAVAILABLE, answer_to
+from pybreaker_redis.contrib._extras import needs
+from pybreaker_redis.contrib._operator import ACTIONS, OperatorRefused, operate
+from pybreaker_redis.contrib._settings import KEYS, registry_from
+from pybreaker_redis.registry import BreakerRegistry
+
+with needs("flask"):
+    import click
+    from flask import Flask, Response, current_app, request
+    from flask.cli import with_appcontext
+    from werkzeug.exceptions import ServiceUnavailable
+
+#: What the keys of an application's configuration begin with, and what they may be.
+PREFIX = "PYBREAKER_"
+ALL_KEYS = tuple(PREFIX + key for key in ("URL", *KEYS))
+
+#: Under which name an application has its registry.
+EXTENSION = "pybreaker_redis"
+
+
+class Breakers(_breakers.Breakers):
+    """The breakers of the application that is being served: one of these for any number of applications.
+
+    An application configures them by ``PYBREAKER_URL``, ``PYBREAKER_PREFIX``, ``PYBREAKER_DEFAULTS``,
+    ``PYBREAKER_BREAKERS`` and ``PYBREAKER_LISTENERS``.
+
+    Args:
+        app: The application, if it is there already; else see `init_app`.
+        redis: A client, a URL, or a callable that returns a client: for applications without ``PYBREAKER_URL``.
+    """
+
+    def __init__(self, app: Flask | None = None, *, redis: Any = None) -> None:
+        self._redis = redis
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Give an application its breakers, an answer for while one of them is open, and ``flask breakers``.
+
+        An application's own handler of `CircuitBreakerError` stays, and its own handler of 503 writes the answer.
+
+        Raises:
+            ValueError: The application's configuration is not right; the message says what.
+        """
+        given = {key: app.config[key] for key in app.config if key.startswith(PREFIX)}
+        if unknown := sorted(given.keys() - set(ALL_KEYS)):
+            raise ValueError(f"unknown in the configuration: {', '.join(unknown)}; there are {', '.join(ALL_KEYS)}")
+        settings = {key.removeprefix(PREFIX): value for key, value in given.items()}
+        app.extensions[EXTENSION] = registry_from(settings, settings.get("URL") or self._redis)
+        if CircuitBreakerError not in app.error_handler_spec[None][None]:
+            app.register_error_handler(CircuitBreakerError, _answer)
+        app.cli.add_command(_command)
+
+    @property
+    def registry(self) -> BreakerRegistry:
+        """The registry of the application that is being served.
+
+        Raises:
+            RuntimeError: There is none, as outside of requests and ``app.app_context()``, or it has not been to
+                `init_app`.
+        """
+        if EXTENSION not in current_app.extensions:
+            raise RuntimeError(f"{current_app} has no breakers: call init_app(app)")
+        registry: BreakerRegistry = current_app.extensions[EXTENSION]
+        return registry
+
+
+def _answer(error: CircuitBreakerError) -> Response:
+    answer = answer_to(error, request.headers.get("Accept", ""))
+    plain = Response(answer.body, UNAVAILABLE, content_type=answer.content_type)
+    unavailable = ServiceUnavailable(retry_after=answer.retry_after)
+    # The application's own page, if it has one; else it gives back what it was given.
+    shown = current_app.handle_http_exception(unavailable)
+    response: Response = plain if shown is unavailable else current_app.make_response(shown)
+    response.headers.setdefault("Retry-After", str(answer.retry_after))
+    return response
+
+
+@click.command("breakers")
+@click.argument("action", type=click.Choice(ACTIONS), default=ACTIONS[0])
+@click.argument("names", metavar="[CIRCUIT]...", nargs=-1)
+@with_appcontext
+def _command(action: str, names: tuple[str, ...]) -> None:
+    """Shows the application's circuits, or opens, closes, half-opens or resets some of them."""
+    try:
+        click.echo(operate(current_app.extensions[EXTENSION], action, names))
+    except OperatorRefused as error:
+        raise click.ClickException(str(error)) from error

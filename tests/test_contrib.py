@@ -1,0 +1,194 @@
+"""What the integrations have in common: each needs its extra, none is needed, answers, operators."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.abc
+import io
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pybreaker
+import pytest
+
+import pybreaker_redis
+from pybreaker_redis.contrib._answer import answer_to, wants_json
+from pybreaker_redis.contrib._extras import needs
+from pybreaker_redis.contrib._operator import OperatorRefused, operate
+from pybreaker_redis.registry import BreakerRegistry, retry_after
+from tests.viewed import down
+
+PACKAGE = Path(pybreaker_redis.__file__).parent
+CONTRIB = PACKAGE / "contrib"
+EXTRAS = ("celery", "django", "flask")
+
+#: What belongs to an integration alone.
+PARTS = {
+    "celery": [CONTRIB / "celery.py"],
+    "django": sorted((CONTRIB / "django").rglob("*.py")),
+    "flask": [CONTRIB / "flask.py"],
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything that a module imports, wherever the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+# -- the rooms ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_without_its_framework_an_integration_says_what_to_install(extra: str, monkeypatch: pytest.MonkeyPatch):
+    """Whoever forgets the extra is told its name, not that of a module in our depths."""
+
+    class NotInstalled(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == extra:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == extra or name.startswith(f"pybreaker_redis.contrib.{extra}"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
+    with pytest.raises(ImportError, match=rf"pip install 'pybreaker_redis\[{extra}\]'"):
+        importlib.import_module(f"pybreaker_redis.contrib.{extra}")
+
+
+def test_what_a_framework_itself_lacks_is_not_taken_for_it():
+    """A broken installation is not mended by installing the extra."""
+    with pytest.raises(ImportError) as raised, needs("flask"):
+        import nowhere.at_all  # noqa: F401
+    assert raised.value.name == "nowhere"
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_each_integration_has_its_extra(extra: str):
+    """What the error tells to install can be installed."""
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    assert extra in setup["options.extras_require"][extra].lower()
+
+
+def test_core_does_not_know_the_integrations():
+    """Who uses none of them pays for none of them; and no integration knows another."""
+    core = {path for path in PACKAGE.rglob("*.py") if CONTRIB not in path.parents}
+    assert not [path for path in core if any(name.startswith("pybreaker_redis.contrib") for name in imports(path))]
+    for extra, parts in PARTS.items():
+        others = tuple(f"pybreaker_redis.contrib.{other}" for other in EXTRAS if other != extra)
+        assert not [path for path in parts if any(name.startswith(others) for name in imports(path))]
+
+
+def test_importing_the_core_imports_no_framework():
+    """Frameworks are large."""
+    code = "import sys, pybreaker_redis.registry; print(sorted({'celery', 'django', 'flask'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_integration_is_thin(extra: str):
+    """Below 150 lines of code: what is more belongs into the core, where everybody has it."""
+    assert sum(lines_of_code(path) for path in PARTS[extra]) < 150
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that do something: no comments, no docstrings, nothing empty."""
+    source = path.read_text(encoding="utf-8")
+    texts = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    used = {line for token in tokens if token.type not in silent for line in range(token.start[0], token.end[0] + 1)}
+    return len(used - texts)
+
+
+@pytest.mark.parametrize("path", sorted(CONTRIB.rglob("[!_]*.py")), ids=lambda path: path.stem)
+def test_module_states_its_question(path: Path):
+    """As in the core."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring
+    assert "Knows:" in docstring
+    assert "Does not know:" in docstring
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accept", "json"),
+    [
+        ("", False),
+        ("*/*", False),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", False),
+        ("application/json", True),
+        ("application/json, text/plain, */*", True),
+        ("application/problem+json", True),
+        ("Application/JSON; charset=utf-8; Q=0.5", True),
+        ("application/json;q=0", False),
+        ("text/html, application/json", True),
+        ("text/html, application/json;q=0.9", False),
+        ("text/html;q=0.5, application/json;q=0.9", True),
+        ("application/json;q=much", False),
+    ],
+)
+def test_json_is_for_who_asks_for_it(accept: str, json: bool):
+    """Whoever names JSON gets it, unless they like a page better."""
+    assert wants_json(accept) is json
+
+
+def test_retry_after_is_a_whole_second_at_least():
+    """HTTP knows no fractions, and 0 would be an invitation to come back at once."""
+    breaker = BreakerRegistry(reset_timeout=0).get("payments")
+    breaker.open()
+    breaker.half_open()
+    with pytest.raises(pybreaker.CircuitBreakerError) as raised:
+        breaker.call(down)
+    assert retry_after(raised.value) == 0
+    assert answer_to(raised.value, "").retry_after == 1
+    assert answer_to(pybreaker.CircuitBreakerError("from elsewhere"), "").retry_after == 1
+
+
+def test_retry_after_is_not_too_early():
+    """A fraction of a second counts as one."""
+    breaker = BreakerRegistry(reset_timeout=100.5).get("payments")
+    breaker.open()
+    with pytest.raises(pybreaker.CircuitBreakerError) as raised:
+        breaker.call(down)
+    most = retry_after(raised.value)
+    told = answer_to(raised.value, "").retry_after
+    assert retry_after(raised.value) <= told < most + 1
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def test_operator_of_nothing_is_told_so():
+    """A project without circuits has a table with nothing in it, and nothing to move."""
+    registry = BreakerRegistry()
+    assert len(operate(registry, "status", []).splitlines()) == 1
+    with pytest.raises(OperatorRefused, match="'payments'; configured: none"):
+        operate(registry, "open", ["payments"])
+    with pytest.raises(OperatorRefused, match="none is configured"):
+        operate(registry, "close", [])
+
+
+def test_status_may_be_of_some_circuits():
+    """Who asks for one need not read all."""
+    registry = BreakerRegistry()
+    registry.configure("payments")
+    registry.configure("stock")
+    assert [line.split()[0] for line in operate(registry, "status", ["stock"]).splitlines()] == ["circuit", "stock"]
