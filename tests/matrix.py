@@ -125,8 +125,8 @@ def main(arguments: list[str]) -> int:
         if server not in SERVERS or kind not in KINDS or client not in CLIENTS:
             print("run, but not in the table:", server, kind, client)
     if "--write" in options:
-        page = README.read_text(encoding="utf-8")
-        README.write_text(page.replace(written(), made), encoding="utf-8")
+        before, marker, after = README.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")
+        README.write_text(before + marker + made + after.removeprefix(written()), encoding="utf-8")
     if "--check" in options and (FAILED in made or (made != written() and not missing)):
         print("the README says something else:", written(), sep="\n")
         return 1
