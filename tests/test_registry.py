@@ -422,8 +422,14 @@ class TestGuard:
 
     @pytest.mark.parametrize(
         "function",
-        [_coroutine, _asynchronous_generator, functools.partial(functools.partial(_coroutine), None), _Called()],
-        ids=["async def", "asynchronous generator", "partial", "object"],
+        [
+            _coroutine,
+            _asynchronous_generator,
+            functools.partial(_coroutine, None),
+            _Called(),
+            functools.partial(_Called()),
+        ],
+        ids=["async def", "asynchronous generator", "partial", "object", "partial of an object"],
     )
     def test_asynchronous_function_is_refused(self, function: Any) -> None:
         """It would return before anything is done, so that nothing would be guarded, silently."""
@@ -560,6 +566,8 @@ class TestCommands:
         breakers = made(fail_max=2, reset_timeout=60, success_threshold=2, listeners=[heard])
         payments = breakers.get("payments")
         breakers.open("payments")
+        # Nobody has to call for the listeners of this process to hear of it.
+        assert heard.states == [("payments", "closed", "open")]
         assert error_of(payments.call, up)
         breakers.half_open("payments")
         assert payments.call(up) == "answer"
