@@ -43,7 +43,7 @@ LONGEST_PAUSE = 5.0
 #: Seconds until a server that refuses to publish is asked again.
 REFUSED_PAUSE = 60.0
 
-#: So many lines in a row that came to nothing though the server answers are said: somebody hangs up on them.
+#: So many lines in a row that came to nothing are said: somebody hangs up on them.  While Redis is away none is made.
 MANY_FAILURES = 5
 
 #: Seconds between two looks at whether a server is back.
@@ -164,9 +164,7 @@ class Listener:
             self._forget_all()
             assert self._server
             self._server.doubt()
-            if self._server.is_away:
-                failures = 0
-            elif failures >= MANY_FAILURES:
+            if failures >= MANY_FAILURES:
                 self.say_refused(reason)
             self._rest(pause)
 

@@ -133,6 +133,15 @@ def test_push_in_the_middle_of_anything_is_heard_at_once_and_taken_for_no_answer
     assert heard == news
 
 
+def test_refusal_to_hear_no_more_is_taken_for_no_answer():
+    """Who may not unsubscribe goes on hearing, and nothing else."""
+    forbidden = NoPermissionError("NOPERM no unsubscribe")
+    line = Client(resp3=[*OK, Push([b"subscribe", b"a", 1]), forbidden, [b"0", b"0"]]).line([])
+    line.subscribe(["a"])
+    line.unsubscribe(["a"])
+    assert line.ask([("TIME",)]) == [[b"0", b"0"]]
+
+
 def test_error_that_nobody_asked_for_ends_the_line():
     """What a server says before it hangs up, or a proxy that is out of step."""
     line = Client(resp3=[*OK, ResponseError("ERR max clients"), b"OK"]).line([])

@@ -176,6 +176,29 @@ def test_unknown_script_is_sent_once_and_then_called_by_name(every_server: Priva
         assert client.sent == ["EVALSHA", "EVAL", "EVALSHA"]
 
 
+def test_server_that_knows_no_names_is_sent_each_script_and_not_asked_again(preferred: servers.FoundServer) -> None:
+    """EVALSHA alone is missing: scripts are as atomic without."""
+    with _renamed(preferred.binary, "EVALSHA") as make_client, contextlib.closing(make_client()) as client:
+        carrier = LuaCarrier(client, KEYS)
+        for failures in (1, 2, 3):
+            assert carrier.execute(RecordFailure(None, ""), None, CLOSED).circuit.fail_counter == failures
+        assert client.sent == ["EVALSHA", "EVAL", "EVAL", "EVAL"]
+
+
+def test_who_may_run_neither_scripts_nor_transactions_is_told_of_the_scripts(
+    server: PrivateServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An administrator grants what the log names."""
+    with contextlib.closing(server.client()) as administrator:
+        rights = ("~*", "+@all", "-@scripting", "-watch")
+        administrator.execute_command("ACL", "SETUSER", "neither", "on", "nopass", *rights)
+    with contextlib.closing(server.client(username="neither", password="any")) as client:
+        CircuitRedisStorage(CLOSED, client, "neither").increment_counter()
+    (said,) = caplog.messages
+    assert "'eval" in said
+    assert "watch" not in said
+
+
 def test_script_is_sent_whatever_the_encoding_of_the_client(server: PrivateServer) -> None:
     """Comments have characters that not every encoding has."""
     with contextlib.closing(server.client(encoding="ascii", decode_responses=True)) as client:
