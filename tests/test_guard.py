@@ -45,6 +45,7 @@ from tests.viewed import Clock, wait_for
 TIMEOUT = 0.25
 
 AWAY, READ_ONLY, FORBIDDEN, FAULT = Meaning.AWAY, Meaning.READ_ONLY, Meaning.FORBIDDEN, Meaning.FAULT
+MIGRATING = Meaning.MIGRATING
 
 KEYS = circuit_keys("guarded", one_slot=True)
 
@@ -64,7 +65,7 @@ CLASSES = {
     "RedisClusterException": ("Redis Cluster cannot be connected.", AWAY),
     "ValkeyClusterException": ("Valkey Cluster cannot be connected.", AWAY),
     "SlotNotCoveredError": ('Slot "1" is not covered by the cluster.', AWAY),
-    "TryAgainError": ("Multiple keys request during rehashing of slot", AWAY),
+    "TryAgainError": ("Multiple keys request during rehashing of slot", MIGRATING),
     "WatchError": ("Watched variable changed.", AWAY),
     "ReadOnlyError": ("You can't write against a read only replica.", READ_ONLY),
     "OutOfMemoryError": ("command not allowed when used memory > 'maxmemory'.", READ_ONLY),
@@ -138,7 +139,9 @@ SAID = [
     ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", AWAY),
     ("CLUSTERDOWN The cluster is down", AWAY),
     ("CLUSTERDOWN Hash slot not served", AWAY),
-    ("TRYAGAIN Multiple keys request during rehashing of slot", AWAY),
+    ("TRYAGAIN Multiple keys request during rehashing of slot", MIGRATING),
+    ("ASK 3999 127.0.0.1:6381", MIGRATING),
+    ("MOVED 3999 127.0.0.1:6381", MIGRATING),
     ("NOAUTH Authentication required.", AWAY),
     ("WRONGPASS invalid username-password pair or user is disabled.", AWAY),
 ]

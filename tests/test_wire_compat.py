@@ -70,7 +70,7 @@ def mixed(server: PrivateServer, tmp_path: Path) -> Mixed:
     def build(*makes: str, **words: Any) -> Fleet:
         # What stock workers write is noticed at the next look, or within `max_staleness`: here it has to be now.
         words = {"max_staleness": 0, **words}
-        spec = {"unix_socket": server.unix_socket, "log": str(tmp_path / "calls"), "namespace": NAMESPACE, **words}
+        spec = {"place": server.unix_socket, "log": str(tmp_path / "calls"), "namespace": NAMESPACE, **words}
         return Fleet(Spec(make=make, **spec) for make in makes)
 
     return build

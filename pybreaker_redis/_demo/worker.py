@@ -78,7 +78,7 @@ class Lookout(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Report what the record says, if it is about that."""
         said: dict[str, Any] | None = getattr(record, "pybreaker_redis", None)
-        if said:
+        if said and said["event"] in ("away", "back"):
             emit(Event(self._worker, said["event"], time.monotonic()))
 
 
