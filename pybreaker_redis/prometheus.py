@@ -9,6 +9,7 @@ kept in a process, where it would be added up, or go on after its process.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
@@ -48,7 +49,11 @@ class _Counters:
         )
 
 
-_lock = threading.Lock()
+# A child that is forked while another thread makes counters would wait for it for ever; with a lock of its own it would
+# find a name taken by a counter that it does not have.  So whoever forks waits: making counters waits for nobody else.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
 _counters: WeakKeyDictionary[CollectorRegistry, _Counters] = WeakKeyDictionary()
 
 

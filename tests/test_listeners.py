@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,8 +24,9 @@ from tests.viewed import fails, up, wait_for
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
-from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
+from prometheus_client import CollectorRegistry, Counter, generate_latest  # noqa: E402
 
+from pybreaker_redis import prometheus  # noqa: E402
 from pybreaker_redis.prometheus import BreakerCollector, PrometheusListener  # noqa: E402
 
 
@@ -226,6 +228,38 @@ class TestPrometheus:
         for thread in threads:
             thread.join()
         assert not failed
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+    def test_child_that_is_forked_while_a_listener_is_made_has_it_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It neither waits for a thread that has stayed behind, nor finds a name taken by a counter that it lacks."""
+        metrics, first_made, forks = CollectorRegistry(), threading.Event(), threading.Event()
+
+        class SlowCounter(Counter):
+            def __init__(self, *args: Any, **words: Any) -> None:
+                super().__init__(*args, **words)
+                if self._is_parent():
+                    first_made.set()
+                    assert forks.wait(10)
+
+        monkeypatch.setattr(prometheus, "Counter", SlowCounter)
+        thread = threading.Thread(target=PrometheusListener, args=[metrics])
+        thread.start()
+        assert first_made.wait(10)
+        # What was registered last is called first.
+        os.register_at_fork(before=forks.set)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            status = 1
+            try:
+                PrometheusListener(metrics).success(CircuitBreaker(name="payments"))
+                status = (
+                    0 if samples(metrics) == {'pybreaker_calls_total{breaker="payments",result="success"}': 1} else 2
+                )
+            finally:
+                os._exit(status)
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 #: One worker of several that are scraped as one: it makes some calls, says what it did, and stays for the scrape.
