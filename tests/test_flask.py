@@ -77,6 +77,22 @@ def test_environment_may_configure_it(monkeypatch: pytest.MonkeyPatch):
         assert breakers.get("payments").fail_max == 7
 
 
+def test_metrics_are_those_of_the_application():
+    """A listener by its dotted name, and a collector that is made at the scrape."""
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from pybreaker_redis.prometheus import BreakerCollector
+
+    app = create_app(PYBREAKER_LISTENERS=["pybreaker_redis.prometheus.PrometheusListener"])
+    metrics = prometheus_client.CollectorRegistry()
+    labels = {"breaker": "payments", "result": "success"}
+    before = prometheus_client.REGISTRY.get_sample_value("pybreaker_calls_total", labels) or 0
+    app.test_client().get("/pay")
+    with app.app_context():
+        metrics.register(BreakerCollector(breakers.registry))
+    assert metrics.get_sample_value("pybreaker_circuit_state", {"breaker": "payments", "state": "closed"}) == 1
+    assert prometheus_client.REGISTRY.get_sample_value("pybreaker_calls_total", labels) == before + 1
+
+
 def test_each_application_has_circuits_of_its_own():
     """Several applications in one process, as tests make them, do not open each other's circuits."""
     first, second = opened(create_app()), create_app()

@@ -55,7 +55,7 @@ def dependency() -> None:
         raise DependencyDown(mood)
 
 
-def call() -> dict[str, Any]:
+def call(breaker: pybreaker.CircuitBreaker = BREAKER) -> dict[str, Any]:
     """A guarded call."""
     reached = False
 
@@ -65,7 +65,7 @@ def call() -> dict[str, Any]:
         dependency()
 
     try:
-        BREAKER.call(guarded)
+        breaker.call(guarded)
     except (DependencyDown, pybreaker.CircuitBreakerError):
         return {"outcome": "failed" if reached else "rejected"}
     return {"outcome": "ok"}

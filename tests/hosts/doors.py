@@ -58,17 +58,25 @@ class HttpDoor:
 
     def ask(self, what: str) -> dict[str, Any]:
         """The answer."""
-        try:
-            with closing(_UnixConnection(self._unix_socket)) as connection:
-                connection.request("GET", f"/{what}", headers={"Connection": "close"})
-                response = connection.getresponse()
-                body = response.read()
-        except (OSError, http.client.HTTPException) as exc:
-            raise NoAnswer(f"{type(exc).__name__}: {exc}") from exc
+        response, body = self.get(what)
         if response.status != http.HTTPStatus.OK:
             raise NoAnswer(f"{response.status} {response.reason}")
         answer: dict[str, Any] = json.loads(body)
         return answer
+
+    def get(self, path: str) -> tuple[http.client.HTTPResponse, str]:
+        """A response, whatever its status, and its body.
+
+        Raises:
+            NoAnswer: There is none.
+        """
+        try:
+            with closing(_UnixConnection(self._unix_socket)) as connection:
+                connection.request("GET", f"/{path}", headers={"Connection": "close"})
+                response = connection.getresponse()
+                return response, response.read().decode()
+        except (OSError, http.client.HTTPException) as exc:
+            raise NoAnswer(f"{type(exc).__name__}: {exc}") from exc
 
     def idle(self) -> bool:
         """When an answer has come, its worker may go."""

@@ -5,8 +5,6 @@ Knows: the examples' addresses, environment and answers.  Does not know: pytest,
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import http.server
 import sys
 import threading
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pybreaker_redis._demo.server import PrivateServer
-from tests.hosts.doors import Door, HttpDoor, NoAnswer, _UnixConnection
+from tests.hosts.doors import Door, HttpDoor, NoAnswer
 from tests.hosts.kinds import Kind
 from tests.hosts.shop import Shop, Visit
 
@@ -105,13 +103,7 @@ CELERY = (
 class _ExampleDoor(HttpDoor):
     def ask(self, what: str) -> dict[str, Any]:
         """Who has answered what; an error page is no answer."""
-        try:
-            with contextlib.closing(_UnixConnection(self._unix_socket)) as connection:
-                connection.request("GET", "/pay" if what == "call" else "/ready", headers={"Connection": "close"})
-                response = connection.getresponse()
-                body = response.read().decode()
-        except (OSError, http.client.HTTPException) as exc:
-            raise NoAnswer(f"{type(exc).__name__}: {exc}") from exc
+        response, body = self.get("pay" if what == "call" else "ready")
         outcome = OUTCOMES.get(HTTPStatus(response.status))
         if outcome is None:
             raise NoAnswer(f"{response.status}: {body}")

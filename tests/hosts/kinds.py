@@ -20,7 +20,8 @@ class Kind:
 
     Attributes:
         name: Of this way, for test ids.
-        command: Program and arguments; ``{socket}`` is where to listen, ``{node}`` is unique.
+        command: Program and arguments; ``{socket}`` is where to listen, ``{node}`` is unique, ``{directory}`` is
+            the test's own.
         recycle: Further arguments, with which a worker ends after some requests.
         needs: Modules that must be there, and paths of programs.
         workers: Processes that answer, all nodes together.

@@ -58,6 +58,7 @@ class Answer:
         state: Of the circuit, to one that looks.
         threads: Names of the process's threads, to one that looks.
         gevent: Whether they are greenlets.
+        page: Of metrics, to one that scrapes.
     """
 
     pid: int
@@ -67,6 +68,7 @@ class Answer:
     state: str = ""
     threads: tuple[str, ...] = ()
     gevent: bool = False
+    page: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Shop:
             stack.callback(self._crowd.shutdown, cancel_futures=True)
             self.set_dependency("up")
             for number in range(self.kind.nodes):
-                words = {"socket": unix_socket, "node": f"node{number}"}
+                words = {"socket": unix_socket, "node": f"node{number}", "directory": self._directory}
                 parts = self.kind.command + (self.kind.recycle if self._recycle else ())
                 command = [part.format_map(words) for part in parts]
                 node = Node(command, self._directory / f"node{number}.log", self._environment())
