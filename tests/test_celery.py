@@ -185,6 +185,9 @@ def test_wait_ends_before_the_broker_takes_the_task_for_lost(
         assert longest / 2 <= task.countdown(error) <= 0.75 * longest
     shop.celery.conf.broker_transport_options = {"visibility_timeout": 600}
     assert 300 <= task.countdown(error) <= 450
+    # However widely they are to be scattered.
+    task.rejection_jitter = 10.0
+    assert all(300 <= task.countdown(error) <= 450 for _ in range(20))
 
 
 def rejection(shop: Shop) -> CircuitBreakerError:

@@ -5,6 +5,7 @@ Knows: Celery's retries, its brokers.  Does not know: circuits.
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, NoReturn
 
@@ -67,11 +68,10 @@ class BreakerTask(Task):
 
     def countdown(self, error: CircuitBreakerError) -> float:
         """Seconds until the circuit may be tried again, and a little more; less than a broker waits for its workers."""
-        wait = retry_after(error)
-        if visible_for := self.visibility_timeout():
-            # A worker has a task that waits; were it not back in time, the broker would give it to another one, too.
-            wait = min(wait, visible_for / 2)
-        return wait + random.uniform(0, self.rejection_jitter * max(wait, 1.0))
+        # A worker has a task that waits; were it not back in time, the broker would give it to another one, too.
+        visible_for = self.visibility_timeout() or math.inf
+        wait = min(retry_after(error), visible_for / 2)
+        return wait + random.uniform(0, min(self.rejection_jitter * max(wait, 1.0), visible_for / 4))
 
     def visibility_timeout(self) -> float | None:
         """Seconds after which the broker takes a task for lost; ``None`` if it never does so."""
