@@ -213,10 +213,11 @@ class Server:
             _logger.debug("%s: attempt %d failed (%s)", self, outage.attempts + 1, error)
         else:
             seconds = self.guard.answered()
-            # Callers who were still under way have begun anew.
+            # Callers who were still under way have begun anew, or for the first time: then nothing is known of theirs.
             for tenant in [tenant for tenant in self._present() if tenant.is_alone]:
                 try:
                     with deadline(self._timeout):
+                        tenant.load()
                         tenant.rejoin()
                 except Exception as error:  # noqa: BLE001
                     # It is for the next caller to say what is the matter.

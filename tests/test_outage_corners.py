@@ -21,7 +21,7 @@ from pybreaker_redis._view import View
 from tests.faults import Site
 from tests.test_outage import calls, health_of, is_back, site
 from tests.test_outage_races import is_away
-from tests.viewed import breaker_on, settled, up, wait_for
+from tests.viewed import breaker_on, fails, settled, up, wait_for
 
 __all__ = ["site"]
 
@@ -114,6 +114,23 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
         storage._tenancy.server._try_to_return(outage)
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
+
+
+def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, monkeypatch):
+    """It was first used when the others were just being brought back; what it has learned is not lost either."""
+    breaker = settled(breaker_on(site.client()))
+    site.proxy.refuse()
+    wait_for(lambda: is_away(breaker), "it is away")
+    server = breaker._state_storage._tenancy.server
+    outage = server.guard.outage
+    newcomer = breaker_on(site.client(), "newcomer", fail_max=1)
+    fails(newcomer)
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "_return", lambda patience: Counter())
+        site.proxy.listen()
+        server._try_to_return(outage)
+    assert site.administrator.get("newcomer:pybreaker:state") == b"open"
+    assert not newcomer._state_storage._tenancy.is_alone
 
 
 def test_trouble_of_one_circuit_keeps_no_other_away():
