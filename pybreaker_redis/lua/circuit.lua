@@ -70,10 +70,10 @@ local function read()
   -- MGET reports a value of another type as missing.  The others are written anyway when they are; this one is not.
   if not found.plain[4] and redis.call('EXISTS', KEYS[4]) == 1 then found.plain[4] = '?' end
   local fields = {'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms', 'noisy_until_ms'}
-  local raw = redis.pcall('HMGET', KEYS[5], unpack(fields))
+  local raw = redis.pcall('HMGET', KEYS[5], (unpack or table.unpack)(fields))
   local is_hash = not raw.err
   -- Who may not read it must not take it for damage.
-  if raw.err and not string.find(raw.err, 'WRONGTYPE', 1, true) then redis.call('HMGET', KEYS[5], unpack(fields)) end
+  if raw.err and not string.find(raw.err, 'WRONGTYPE', 1, true) then redis.call('HMGET', KEYS[5], (unpack or table.unpack)(fields)) end
   found.fields = is_hash and raw or {false, false, false, false, false, false}
   local marked = false
   for i = 1, 6 do
