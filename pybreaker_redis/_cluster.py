@@ -110,9 +110,18 @@ class Cluster:
         others = [address for address in tuple(self._known) if address != avoid]
         # Not all processes the same one.
         random.shuffle(others)
-        asked = others if avoid is None else [*others, avoid]
+        left = seconds_left()
+        # The other half of the time is for the node that is found.
+        with deadline(None if left is None else left / 2):
+            self._ask_in_turn(others if avoid is None else [*others, avoid])
+        # However long that took: the next circuit need not wait for the same.
+        self._looked_at = monotonic()
+
+    def _ask_in_turn(self, asked: list[Address]) -> None:
         for address in asked:
             left = seconds_left()
+            if left == 0:
+                return
             try:
                 # Whoever does not answer leaves time for the next one.
                 with deadline(LONGEST_LOOK if left is None else left / min(len(asked), 2)):

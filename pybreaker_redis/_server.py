@@ -202,8 +202,8 @@ class Server:
 
     def _try_to_return(self, outage: Outage) -> None:
         for tenant in self._present():
-            # Whoever lives elsewhere by now need not wait for this one.
-            with deadline(self._timeout), _unless_its_own():
+            # Whoever lives elsewhere by now need not wait for this one.  To look for it takes half of the time.
+            with deadline(self._timeout and 2 * self._timeout), _unless_its_own():
                 tenant.moves()
         try:
             outcomes = self._return(outage.patience)

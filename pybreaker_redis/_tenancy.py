@@ -171,8 +171,8 @@ class Tenancy:
                 return None
         outcome = ""
         if self.is_alone or not self._view.may_believe:
-            # It is a caller's turn to ask, or the server was back before this circuit was.
-            if self.is_alone and self._whereabouts.look_again():
+            # It is a caller's turn to ask, or the server was back before the circuit: then it says where that lies.
+            if self.is_alone and self.server and self.server.guard.outage and self._whereabouts.look_again():
                 self.shared.leave()
             self.load(tell=True)
             self.check_writable()

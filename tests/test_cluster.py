@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import redis
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._cluster import Cluster, cluster_behind, cluster_of
+from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._keys import circuit_keys, slot_of
 from pybreaker_redis._server import Server, server_of
 from tests import servers
@@ -243,6 +245,17 @@ def test_slot_that_moves_takes_its_circuit_along(every_cluster: Nodes, caplog):
     assert len([line for line in lines_of(caplog) if "no usable answer" in line]) <= 2
 
 
+def test_stuck_slot_makes_nobody_look_for_its_node(cluster: Nodes, monkeypatch):
+    """The node that answers says where the circuit lies; to ask silent ones ten times a second makes callers wait."""
+    breaker = settled(breaker_on(client_of(cluster), NAMESPACE, fail_max=10**6))
+    fails(breaker)
+    looked: list[Any] = []
+    monkeypatch.setattr(Cluster, "look_again", lambda self, avoid=None: looked.append(avoid))
+    cluster.move(SLOT, pause=lambda: calls(breaker, 0.5, failing=0.5))
+    wait_for(lambda: is_back(breaker), "it is shared again")
+    assert looked == []
+
+
 def test_open_circuit_survives_every_move(cluster: Nodes):
     """Failover and reshard: nothing is let through, and the opening time is the same."""
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, reset_timeout=60))
@@ -368,6 +381,30 @@ def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch)
     for _ in range(10):
         found.look_again()
     assert len(asked) == 1
+
+
+def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes):
+    """Hundreds of circuits of one node are looked for one after the other; whoever answers needs some time, too."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        found = known(("127.0.0.1", silent.getsockname()[1]))
+        with deadline(0.3):
+            found.look_again()
+            left = seconds_left()
+        assert left is not None
+        assert 0.05 < left <= 0.15
+        began = time.monotonic()
+        found.look_again()
+        assert time.monotonic() < began + 0.04
+
+
+def test_time_that_is_over_is_not_spent_on_further_nodes(monkeypatch):
+    """However many they are."""
+    found = known(*((f"10.0.0.{number}", 1) for number in range(5)))
+    asked: list[Any] = []
+    monkeypatch.setattr(Cluster, "_ask", lambda self, address: asked.append(address))
+    with deadline(0):
+        found.look_again()
+    assert asked == []
 
 
 def test_node_without_slots_knows_nothing(server, monkeypatch):
