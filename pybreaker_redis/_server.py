@@ -57,7 +57,8 @@ class Server:
         self.guard = Guard(timeout or FIRST_TURN, kept=True)
         self._name = str(origin_of(client) or type(client).__name__)
         self._timeout = timeout
-        self._tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
+        #: When each came, monotonic seconds, and which thread has brought it.
+        self._tenants: weakref.WeakKeyDictionary[Tenant, tuple[float, int]] = weakref.WeakKeyDictionary()
         self._lacks: set[Lack] = set()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -82,13 +83,13 @@ class Server:
     def admit(self, tenant: Tenant) -> None:
         """From now on this circuit lives here."""
         with self._lock:
-            self._tenants.add(tenant)
+            self._tenants[tenant] = monotonic(), threading.get_ident()
         self.guard.hurry(tenant.max_staleness)
 
     def dismiss(self, tenant: Tenant) -> None:
         """From now on this circuit lives elsewhere."""
         with self._lock:
-            self._tenants.discard(tenant)
+            self._tenants.pop(tenant, None)
         if not self._tenants:
             _said.left(str(self), self.guard.answered())
 
@@ -120,9 +121,13 @@ class Server:
         Args:
             error: What there was instead.
             tenant: The circuit.
-            began: When it asked, monotonic seconds: if the server was back after that, it says nothing any more.
+            began: When it asked, monotonic seconds: if the server was back after that, or another thread has brought the
+                circuit here from where it was asked for, it says nothing any more.
         """
-        if self.guard.outage is None and began < self.guard.returned_at:
+        came, thread = self._tenants.get(tenant, (began, 0))
+        if self.guard.outage is None and (
+            began < self.guard.returned_at or (began < came and thread != threading.get_ident())
+        ):
             return
         outage = self.guard.failed(error)
         # In this order: an answer that another thread gets meanwhile must not be believed while the guard keeps callers
