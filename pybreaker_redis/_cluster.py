@@ -75,6 +75,7 @@ class Cluster:
 
         Raises:
             ConnectionError: Nobody knows.
+            LookupError: Nobody serves it, though others are served.
         """
         address = self._known_primary_of(slot)
         if address is None:
@@ -82,7 +83,7 @@ class Cluster:
             address = self._known_primary_of(slot)
         if address is None:
             msg = f"no node of the cluster says who serves slot {slot}"
-            raise ConnectionError(msg)
+            raise LookupError(msg) if self._slots else ConnectionError(msg)
         return address
 
     def _known_primary_of(self, slot: int) -> Address | None:
@@ -173,6 +174,11 @@ def has_moved(error: BaseException) -> bool:
     """Whether a node says that it does not serve the slot, and who does."""
     # Of redis-py's classes `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
     return is_a(error, "MovedError") or str(error).startswith("MOVED ")
+
+
+def serves_no_more(error: BaseException) -> bool:
+    """Whether a node says that it knows of nobody who serves the slot: there is none, or it was taken out itself."""
+    return "Hash slot not served" in str(error)
 
 
 def cluster_of(client: Any) -> Cluster | None:

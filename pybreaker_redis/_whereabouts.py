@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pybreaker_redis._client import origin_of, watched_pool
-from pybreaker_redis._cluster import Address, Cluster, cluster_behind, cluster_of, has_moved
+from pybreaker_redis._cluster import Address, Cluster, cluster_behind, cluster_of, has_moved, serves_no_more
 from pybreaker_redis._keys import circuit_keys, slot_of
 from pybreaker_redis.errors import is_a
 
@@ -91,6 +91,10 @@ class Whereabouts:
         Args:
             error: What came instead of an answer.
             asked: The client that was asked with.
+
+        Raises:
+            ConnectionError: The node does not know, nor does anybody else.
+            LookupError: Nobody serves its slot: that is its own trouble, not that of all who live there.
         """
         if not self._one_slot and (is_a(error, "ClusterCrossSlotError") or str(error).startswith("CROSSSLOT")):
             # A plain client, and a cluster behind it.
@@ -98,6 +102,11 @@ class Whereabouts:
             return True
         if has_moved(error):
             return self._follow(error)
+        if serves_no_more(error) and self._cluster is not None:
+            if self.look_again():
+                return True
+            # Even if others still name this node: it knows best.
+            raise LookupError(str(error)) from error
         pool = watched_pool(asked)
         if pool is None or not _is_demoted(error):
             return False
@@ -110,6 +119,7 @@ class Whereabouts:
 
         Raises:
             ConnectionError: Nobody knows.
+            LookupError: Nobody serves its slot, though others are served.
         """
         if self._cluster is None:
             return False

@@ -270,6 +270,55 @@ def test_open_circuit_survives_every_move(cluster: Nodes):
     assert (lies(cluster), lies(cluster, "opened_at")) == (b"open", opened_at)
 
 
+def test_slot_that_nobody_serves_is_one_circuits_own_trouble(cluster: Nodes, caplog):
+    """Where a cluster goes on without some of its slots, the others' circuits go on being shared."""
+    caplog.set_level(logging.INFO, "pybreaker_redis")
+    client, node = client_of(cluster), cluster.primary_of(SLOT)
+    names = (f"circuit {number}" for number in range(1000))
+    beside = next(name for name in names if cluster.primary_of(slot_of(f"{{{name}}}")) is node)
+    mine, other = (breaker_on(client, name, max_staleness=0) for name in (NAMESPACE, beside))
+    fresh = breaker_on(client_of(cluster), NAMESPACE, max_staleness=0)
+    for one in cluster.all:
+        cluster.run(one, "CONFIG", "SET", "cluster-require-full-coverage", "no")
+    try:
+        for one in cluster.all:
+            cluster.run(one, "CLUSTER", "DELSLOTS", SLOT)
+        fails(mine)
+        fails(other, 3)
+        assert (health_of(mine).condition, health_of(other).condition) == ("refused", "connected")
+        fresh.call(up)
+        assert health_of(fresh).is_own
+    finally:
+        cluster.run(node, "CLUSTER", "ADDSLOTS", SLOT)
+        cluster.wait_until_whole()
+        for one in cluster.all:
+            cluster.run(one, "CONFIG", "SET", "cluster-require-full-coverage", "yes")
+    assert other.fail_counter == 3
+    wait_for(lambda: is_back(mine), "it is shared again")
+    said = lines_of(caplog)
+    assert not any("is away" in line for line in said)
+
+
+def test_node_that_was_taken_out_of_the_cluster_is_left(cluster: Nodes):
+    """It answers, and knows of nobody any more who serves a slot; the others do."""
+    breaker = breaker_on(client_of(cluster), NAMESPACE, max_staleness=0)
+    breaker.call(up)
+    old = cluster.primary_of(SLOT)
+    new = cluster.fail_over(SLOT)
+    cluster.wait_until_whole()
+    cluster.run(old, "CLUSTER", "RESET")
+    try:
+        fails(breaker)
+        wait_for(lambda: is_back(breaker), "it is shared again")
+        assert health_of(breaker).server == f"127.0.0.1:{new.port}/0"
+    finally:
+        cluster.run(old, "CLUSTER", "MEET", "127.0.0.1", new.port)
+        wait_for(lambda: cluster.id(new) in cluster.text(old, "CLUSTER", "NODES"), "they know each other")
+        wait_for(lambda: "cluster_state:ok" in cluster.text(old, "CLUSTER", "INFO"), "it knows the others", within=30)
+        cluster.run(old, "CLUSTER", "REPLICATE", cluster.id(new))
+        cluster.wait_until_whole()
+
+
 def test_callers_take_turns_where_no_thread_may_be_started(cluster: Nodes, monkeypatch):
     """Under uWSGI without threads: whose turn it is to ask finds out who has taken over, too."""
     breaker = breaker_on(client_of(cluster), NAMESPACE, fail_max=3, reset_timeout=60, max_staleness=0)
@@ -463,6 +512,20 @@ def test_client_that_leads_nowhere_else_is_not_followed(tmp_path):
     assert not whereabouts.has_moved(moved("1 there:1"), whereabouts._client)
     whereabouts._client = redis.Redis(port=1)
     assert not whereabouts.has_moved(moved("no such thing"), whereabouts._client)
+
+
+def test_node_knows_best_what_it_does_not_serve(cluster: Nodes):
+    """The others may name it for a while; a client of one node alone has nobody else to ask."""
+    error = redis.ResponseError("CLUSTERDOWN Hash slot not served")
+    for client in (client_of(cluster), redis.Redis(port=cluster.primary_of(SLOT).port, **ONCE)):
+        storage = CircuitRedisStorage("closed", client, NAMESPACE, cluster_mode=True)
+        pybreaker.CircuitBreaker(state_storage=storage).call(up)
+        whereabouts = storage._tenancy._whereabouts
+        if cluster_of(client):
+            with pytest.raises(LookupError, match="not served"):
+                whereabouts.has_moved(error, client)
+        else:
+            assert not whereabouts.has_moved(error, client)
 
 
 def test_addresses_are_those_by_which_they_are_reached_from_here():
