@@ -121,8 +121,8 @@ class Server:
         Args:
             error: What there was instead.
             tenant: The circuit.
-            began: When it asked, monotonic seconds: if the server was back after that, or another thread has brought the
-                circuit here from where it was asked for, it says nothing any more.
+            began: When it asked, monotonic seconds: if the server was back after that, or another thread has since
+                brought the circuit here from where it was asked for, it says nothing any more.
         """
         came, thread = self._tenants.get(tenant, (began, 0))
         if self.guard.outage is None and (

@@ -359,7 +359,7 @@ def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, ca
     cluster.fail_over(SLOT)
     there.pause()
     try:
-        # As the thread does that asks again for the old one's circuits; not every node knows at once who has taken over.
+        # As the thread does that asks again for the old one; not every node knows of the new one at once.
         wait_for(tenancy.moves, "it has moved")
         assert health_of(breaker).condition == "away"
         assert not tenancy.moves()
