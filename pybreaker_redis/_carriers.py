@@ -51,12 +51,14 @@ class Carriers:
     @property
     def mode(self) -> str:
         """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
-        return self.now.mode if self.now else ""
+        now = self.now
+        return now.mode if now else ""
 
     @property
     def origin(self) -> Origin | None:
         """Of the server, if changes are told there, and further connections to it can be made."""
-        return origin_of(self.now.client) if self.now and self.channel else None
+        now = self.now
+        return origin_of(now.client) if now and self.channel else None
 
     def get(self) -> Carrier:
         """The carrier; the first time, and when the circuit has moved, it has to be found out which.

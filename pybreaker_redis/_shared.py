@@ -106,18 +106,24 @@ class SharedCircuit:
             server: Where the circuit lives.
         """
         carriers = self._carriers
-        if carriers.now is None or self._listens_in == os.getpid() or not self._view.max_staleness:
+        # Another thread may leave it meanwhile.
+        carrier = carriers.now
+        if carrier is None or self._listens_in == os.getpid() or not self._view.max_staleness:
             return
         self._listens_in = os.getpid()
         origin = carriers.origin
         if origin:
             origin = replace(origin, one_by_one=carriers.one_slot)
-            self._listener = listen(origin, self._view, carriers.keys, carriers.channel, server)
+            self._listener = listener = listen(origin, self._view, carriers.keys, carriers.channel, server)
+            if listener is not None and carriers.now is not carrier:
+                # Nobody else would ever cease to listen there.
+                listener.remove(self._view)
+                self._listener = self._listens_in = None
         elif carriers.mode == LuaCarrier.mode:
             self._logger.info(
                 "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
                 self._name,
-                type(carriers.now.client).__name__,
+                type(carrier.client).__name__,
             )
 
     def connect(self) -> None:
@@ -262,8 +268,10 @@ class SharedCircuit:
             carrier: That has found it out; ``None``: whichever there is.
         """
         if self._carriers.leave(carrier):
-            listener, self._listener, self._listens_in = self._listener, None, None
-            if listener is not None:
+            listener, self._listener = self._listener, None
+            listens_in, self._listens_in = self._listens_in, None
+            # A parent's thread may have held its lock when this process was forked.
+            if listener is not None and listens_in == os.getpid():
                 listener.remove(self._view)
             # There is another clock.
             self._view.offset.forget()
