@@ -40,7 +40,7 @@ class Cluster:
     """A cluster, as this process knows it.
 
     Args:
-        client: Of the cluster, or of one node of it.
+        client: Of the cluster, or of one node of it and its pool: kept, because it is known by their ids.
         node: Returns a client of a node; connects to nobody.
         seeds: Nodes to begin with.
         found: Returns the node that serves a slot, as far as the client knows, or ``None``.
@@ -60,6 +60,7 @@ class Cluster:
         self._make = node
         self._found = found
         self._remap = remap
+        self._seeds = set(seeds)
         self._known = set(seeds)
         self._nodes: dict[Address, Any] = {}
         self._slots: list[tuple[range, Address]] = []
@@ -108,9 +109,9 @@ class Cluster:
         if monotonic() < self._looked_at + LOOK_PAUSE:
             return
         self._looked_at = monotonic()
-        others = [address for address in tuple(self._known) if address != avoid]
-        # Not all processes the same one.
-        random.shuffle(others)
+        known = self._known - {avoid}
+        # Not all processes the same one; and those last that had to begin with, but have been replaced since.
+        others = [*_shuffled(known), *_shuffled(self._seeds - known - {avoid})]
         left = seconds_left()
         # The other half of the time is for the node that is found.
         with deadline(None if left is None else left / 2):
@@ -144,11 +145,14 @@ class Cluster:
             answer = connection.read_response()
         finally:
             connection.disconnect()
-        slots = []
+        slots, known = [], {address}
         for first, last, *nodes in answer:
             addresses = [self._address(node, address) for node in nodes]
-            self._known.update(addresses)
+            known.update(addresses)
             slots.append((range(int(first), int(last) + 1), addresses[0]))
+        if slots:
+            # Those that have been replaced by others, with new addresses, would be waited for in vain.
+            self._known = known
         return slots
 
     def _address(self, node: Any, asked: Address) -> Address:
@@ -168,6 +172,10 @@ class Cluster:
             return None
         match = _REDIRECTION.search(str(error))
         return self._address((match[2], match[3]), asked) if match else None
+
+
+def _shuffled(addresses: set[Address]) -> list[Address]:
+    return random.sample(list(addresses), len(addresses))
 
 
 def has_moved(error: BaseException) -> bool:
@@ -196,17 +204,25 @@ def cluster_of(client: Any) -> Cluster | None:
 
 
 def cluster_behind(client: Any) -> Cluster | None:
-    """The cluster that a client of one node, or of an endpoint, leads to; ``None`` if it is no such client."""
+    """The cluster that a client of one node, or of an endpoint, leads to; the same each time.
+
+    ``None`` if it is no such client.
+    """
     origin, library = origin_of(client), library_of(client)
     if origin is None or library is None or origin.address is None:
         return None
-    connection_class, words = origin.connection_class, client.connection_pool.connection_kwargs
+    pool = client.connection_pool
+    connection_class, words = origin.connection_class, pool.connection_kwargs
 
     def node(address: Address) -> Any:
         there = {**words, "host": address[0], "port": address[1]}
         return on_pool(client, library.ConnectionPool(connection_class=connection_class, **there))
 
-    return Cluster(client, node, [origin.address], lambda _: None, lambda address: address)
+    known = _clusters.get(id(pool))
+    if known is None:
+        cluster = Cluster((client, pool), node, [origin.address], lambda _: None, lambda address: address)
+        known = _clusters[id(pool)] = cluster
+    return known
 
 
 _clusters: weakref.WeakValueDictionary[int, Cluster] = weakref.WeakValueDictionary()

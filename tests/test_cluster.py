@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import socket
 import threading
@@ -17,10 +18,11 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis import CircuitRedisStorage, _shared
 from pybreaker_redis._cluster import Cluster, cluster_behind, cluster_of
 from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._keys import circuit_keys, slot_of
+from pybreaker_redis._listener import Listener, listen
 from pybreaker_redis._server import Server, server_of
 from tests import servers
 from tests.clusters import Nodes
@@ -350,6 +352,39 @@ def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(clust
     assert lines_of(caplog) == []
 
 
+def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: Nodes, monkeypatch):
+    """One thread has begun to listen to the old node while another was told of the move."""
+    breaker = breaker_on(client_of(cluster), NAMESPACE)
+    breaker.call(up)
+    shared = breaker._state_storage._tenancy.shared
+    shared.leave()
+    shared.connect()
+    heard: list[Listener] = []
+
+    def late(*arguments: Any) -> Listener | None:
+        shared.leave()
+        shared.connect()
+        heard.append(listen(*arguments))
+        return heard[-1]
+
+    monkeypatch.setattr(_shared, "listen", late)
+    breaker._state_storage._tenancy.listen()
+    assert not any(item.view is shared._view for item in heard[0]._hearings())
+    monkeypatch.undo()
+    settled(breaker)
+
+
+def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster: Nodes):
+    """Its listener may have been forked in the middle of anything, its lock held for ever."""
+    shared = settled(breaker_on(client_of(cluster), NAMESPACE))._state_storage._tenancy.shared
+    listener, shared._listens_in = shared._listener, os.getppid()
+    with listener._lock:
+        leaves = threading.Thread(target=shared.leave, daemon=True)
+        leaves.start()
+        leaves.join(2)
+        assert not leaves.is_alive()
+
+
 def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, caplog):
     """Whoever is sent there goes on by himself, and somebody asks there again."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
@@ -436,7 +471,36 @@ def test_nodes_that_do_not_answer_are_passed_over(cluster: Nodes):
     found = known(dead, living)
     found.look_again(avoid=living)
     assert found.primary_of(SLOT) == ("127.0.0.1", cluster.primary_of(SLOT).port)
-    assert found._known == {dead, *(("127.0.0.1", node.port) for node in cluster.all)}
+    assert found._known == {("127.0.0.1", node.port) for node in cluster.all}
+
+
+def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatch):
+    """New ones may come with new addresses, year after year; the ones to begin with may be names that stay."""
+    gone, first = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[0].port)
+    found = known(first)
+    found.moved(SLOT, gone)
+    while gone in found._known:
+        found._looked_at = 0
+        found.look_again()
+    found._seeds = {gone}
+    asked: list[Any] = []
+    monkeypatch.setattr(Cluster, "_ask", lambda self, address: asked.append(address))
+    found._looked_at = 0
+    found.look_again(avoid=first)
+    assert len(asked) == len(cluster.all) + 1
+    assert asked[-2:] == [gone, first]
+
+
+def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(cluster: Nodes):
+    """Else each of hundreds would ask for itself when their node has gone."""
+    client = redis.Redis(port=cluster.all[0].port, **ONCE)
+    one, other = (breaker_on(client, f"circuit {number}", cluster_mode=True) for number in range(2))
+    clusters = [breaker._state_storage._tenancy._whereabouts for breaker in (one, other)]
+    assert cluster_behind(client) is cluster_behind(client)
+    for whereabouts in clusters:
+        whereabouts.seat()
+        assert whereabouts.has_moved(redis.ResponseError("MOVED 1 127.0.0.1:1"), client)
+    assert len({id(whereabouts._cluster) for whereabouts in clusters}) == 1
 
 
 def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch):
