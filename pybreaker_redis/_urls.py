@@ -24,10 +24,12 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, unquote
 
 import redis
+
+from pybreaker_redis._deadline import deadline, deadlined, seconds_left
 
 #: Seconds for each wait, unless the URL says something else: without, redis-py waits for ever, or for a minute.
 TIMEOUT = 1.0
@@ -251,12 +253,48 @@ def _cluster(place: _Place) -> Any:
     assert name
     library = importlib.import_module(name)
     words: dict[str, Any] = {**place.words, **place.tls}
+    hosts = _answering_first(place)
     if name == "rediscluster":
         # Else it would ask with a command that managed servers do not have.
         words["skip_full_coverage_check"] = True
-        words["startup_nodes"] = [{"host": host, "port": port} for host, port in place.hosts]
+        words["startup_nodes"] = [{"host": host, "port": port} for host, port in hosts]
     else:
-        words["startup_nodes"] = [library.ClusterNode(host, port) for host, port in place.hosts]
         # Of nodes, not of the cluster: that has to try again while its nodes move.
         del words["retry"]
+        nodes = [library.ClusterNode(host, port) for host, port in hosts]
+        if seconds_left() is not None:
+            # From 8 on it begins with any of them.
+            client = library.RedisCluster(**words, startup_nodes=nodes[:1])
+            client.nodes_manager.startup_nodes.update((node.name, node) for node in nodes[1:])
+            return client
+        words["startup_nodes"] = nodes
     return library.RedisCluster(**words)
+
+
+def _answering_first(place: _Place) -> list[tuple[str, int]]:
+    """The hosts, first one that answers: a cluster's client connects when it is made, and keeps no deadline.
+
+    Raises:
+        Exception: None does in time.
+    """
+    error, kind = Exception("no host"), cast("Any", place.connection_class)
+    words = {name: value for name, value in place.words.items() if name != "max_connections"}
+    for number, (host, port) in enumerate(place.hosts):
+        left = seconds_left()
+        if left is None:
+            return list(place.hosts)
+        # Whoever does not answer leaves time for the next one.
+        with deadline(left / min(len(place.hosts) - number, 2)):
+            connection = deadlined(kind)(host=host, port=port, **words)
+            try:
+                connection.connect()
+                connection.send_command("PING")
+                connection.read_response()
+            except Exception as failure:  # noqa: BLE001
+                # Whatever the library raises: the next one may answer.
+                error = failure
+            else:
+                return [(host, port), *(other for other in place.hosts if other != (host, port))]
+            finally:
+                connection.disconnect()
+    raise error

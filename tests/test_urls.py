@@ -8,6 +8,7 @@ import importlib.util
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from pybreaker import CircuitBreaker
 
 from pybreaker_redis import CircuitRedisStorage, _urls
 from pybreaker_redis._client import longest_wait
+from pybreaker_redis._cluster import cluster_of
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._keys import SLOTS
 from pybreaker_redis._urls import SCHEMES, TIMEOUT, client_of, masked
@@ -219,6 +221,26 @@ def test_url_of_a_cluster_leads_there(cluster: PrivateServer, library: str, time
     if hasattr(client, "nodes_manager"):
         words = client.nodes_manager.connection_kwargs
         assert (words["socket_timeout"], words["socket_connect_timeout"]) == (0.7, TIMEOUT)
+
+
+@has_cluster
+def test_silent_nodes_of_a_cluster_keep_a_call_waiting_for_one_timeout(cluster: PrivateServer) -> None:
+    """A cluster's client connects when it is made, to any of its nodes, and keeps no deadline of anybody."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        nobody = f"redis+cluster://127.0.0.1:{silent.getsockname()[1]}"
+        for url, is_own in (
+            (f"{nobody},{nobody.rpartition('/')[2]}", True),
+            (f"{nobody},127.0.0.1:{cluster.port}", False),
+        ):
+            storage = CircuitRedisStorage.from_url(url, namespace=fresh_namespace(), max_staleness=0)
+            began = time.monotonic()
+            CircuitBreaker(state_storage=storage).call(up)
+            assert time.monotonic() < began + 0.25 + 0.4
+            assert storage.health().is_own == is_own
+        # Whoever is silent now may be the one who is left later.
+        known = cluster_of(storage._tenancy._whereabouts._client)
+        assert known
+        assert ("127.0.0.1", silent.getsockname()[1]) in known._seeds
 
 
 @has_cluster
