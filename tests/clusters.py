@@ -148,7 +148,15 @@ class Nodes:
 
     def fail_over(self, slot: int) -> PrivateServer:
         """An operator's command: the replica takes over; returns it."""
-        replica = self.replica_of(self.primary_of(slot))
+        followers: list[PrivateServer] = []
+
+        def is_followed() -> bool:
+            with contextlib.suppress(LookupError):
+                followers.append(self.replica_of(self.primary_of(slot)))
+            return bool(followers)
+
+        wait_for(is_followed, "the primary knows its replica", within=30)
+        replica = followers[0]
 
         def has_taken_over(within: float) -> bool:
             self.run(replica, "CLUSTER", "FAILOVER")
