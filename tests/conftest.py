@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -273,6 +274,15 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(Line, "_connect_resp3", lambda self, origin: None)
     chosen: int = request.param
     return chosen
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_lingers() -> Iterator[None]:
+    """Storages go with the garbage collector, their threads and sockets, too: not in the middle of other tests."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

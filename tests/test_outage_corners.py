@@ -13,7 +13,7 @@ import redis
 from pybreaker_redis import CircuitRedisStorage, _said, _server, _threads
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._guard import Meaning
-from pybreaker_redis._line import Line
+from pybreaker_redis._line import Line, Push
 from pybreaker_redis._session import Hearing, Session
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._tenancy import Tenancy
@@ -201,6 +201,8 @@ def test_session_without_a_pong_is_over_and_what_is_not_known_is_not_confirmed()
     """A connection that is only listened to tells nobody that it is dead; nor does a poll know what to compare with."""
     session = object.__new__(Session)
     session._awaits_pong = True
+    # What nobody has asked for, and nobody knows, is no sign of life either.
+    session._take(Push([b"greeting", b"channel"]))
     with pytest.raises(TimeoutError, match="PING"):
         session._beat()
     view = View(1.0)

@@ -15,8 +15,6 @@ from tests.sentinels import Sentinels
 from tests.test_outage import calls, health_of, is_back, lines_of
 from tests.viewed import breaker_on, fails, lines, settled, wait_for
 
-pytestmark = pytest.mark.slow
-
 #: Seconds.
 DOWN_AFTER = 1.0
 
@@ -29,6 +27,7 @@ def shop(preferred) -> Iterator[Sentinels]:
         yield made
 
 
+@pytest.mark.slow
 def test_planned_failover_is_followed_within_seconds(shop: Sentinels, report):
     """The line goes where the master is, though the old one keeps it open; the circuit is shared all the time."""
     client = shop.manager().master_for("shop")
@@ -95,6 +94,7 @@ def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_serv
         assert not whereabouts.has_moved(redis.ReadOnlyError("You can't write"), killable_server.client())
 
 
+@pytest.mark.slow
 def test_master_that_dies_is_replaced_without_an_error(shop: Sentinels, report):
     """Until they have decided each process protects itself; then what it has learned is the new master's."""
     client = shop.manager().master_for("shop")
