@@ -114,7 +114,8 @@ def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_bat
     wait_for(lambda: "evalsha" not in use_all(beat * 1.1), "all are believed", within=60)
     beats = 2
     asked = use_all(beats * beat)
-    assert asked.get("evalsha", 0) < 20, asked
+    # Of tens of thousands of calls; a beat that a busy machine delays costs each circuit one.
+    assert asked.get("evalsha", 0) < 100, asked
     assert asked["time"] <= beats + 2, "one batch for each beat"
     # Two commands for each circuit and three for all of them.
     assert sum(asked.values()) <= (beats + 2) * (2 * 1000 + 3)
