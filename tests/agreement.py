@@ -22,7 +22,7 @@ from tests.viewed import Down, breaker_on, down, fails, up, wait_for
 STALENESS = 0.3
 
 #: A round trip and the time to notice, on a machine that does other things too, seconds.
-SLACK = 0.3
+SLACK = 0.7
 
 
 class Two:
@@ -36,7 +36,8 @@ class Two:
     """
 
     def __init__(self, here: Any, there: Any, namespace: str, operator: redis.Redis) -> None:
-        words = {"fail_max": 2, "reset_timeout": 60, "max_staleness": STALENESS}
+        # A busy machine takes its time to shake hands by TLS; that Redis is away is not the subject here.
+        words = {"fail_max": 2, "reset_timeout": 60, "max_staleness": STALENESS, "timeout": 2.0}
         self.here, self.there = (breaker_on(client, namespace, **words) for client in (here, there))
         self.both = (self.here, self.there)
         self.namespace = namespace
