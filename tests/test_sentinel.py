@@ -65,10 +65,10 @@ def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, monkeypat
         fails(breaker)
         with contextlib.closing(old.client()) as demoted, contextlib.closing(new.client()) as promoted:
             # Sentinels would besides close the connections; a network that is cut in two does not.
-            promoted.replicaof("127.0.0.1", old.port)
+            promoted.execute_command("REPLICAOF", "127.0.0.1", old.port)
             wait_for(lambda: promoted.get("viewed:pybreaker:fail_counter") == b"1", "it follows", within=30)
-            promoted.replicaof("NO", "ONE")
-            demoted.replicaof("127.0.0.1", new.port)
+            promoted.execute_command("REPLICAOF", "NO", "ONE")
+            demoted.execute_command("REPLICAOF", "127.0.0.1", new.port)
             master = new
             fails(breaker)
             assert promoted.get("viewed:pybreaker:fail_counter") == b"2"
