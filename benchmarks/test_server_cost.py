@@ -45,7 +45,7 @@ _members: list[pybreaker.CircuitBreaker] = []
 def enlist(worker: Worker, members: int) -> None:
     """Begin to stand for so many processes, each with a storage, connections and a listener of its own."""
     for number in range(members):
-        client = redis.Redis(unix_socket_path=address(worker.spec.unix_socket, number))
+        client = redis.Redis(unix_socket_path=address(worker.spec.place, number))
         storage = make_storage(worker.spec, client)
         _members.append(pybreaker.CircuitBreaker(fail_max=NEVER, state_storage=storage))
         for _ in range(2):
