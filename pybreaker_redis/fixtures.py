@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pybreaker_redis._extras import needs
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing import BreakerClock, unique_prefix
 
-try:
+with needs("pytest", extra="testing"):
     import pytest
-except ImportError as error:
-    _MISSING = "pybreaker_redis.fixtures needs pytest: pip install 'pybreaker_redis[testing]'"
-    raise ImportError(_MISSING, name=error.name) from error
 
 __all__ = ("breaker_clock", "breaker_prefix", "memory_breakers")
 

@@ -18,15 +18,13 @@ from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerStat
 
 from pybreaker_redis._breakers import has_moved
 from pybreaker_redis._circuit import STATES
+from pybreaker_redis._extras import needs
 from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
 
-try:
+with needs("prometheus_client", extra="prometheus"):
     from prometheus_client import REGISTRY, CollectorRegistry, Counter
     from prometheus_client.core import GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector
-except ImportError as error:
-    _MISSING = "pybreaker_redis.prometheus needs prometheus-client: pip install 'pybreaker_redis[prometheus]'"
-    raise ImportError(_MISSING, name=error.name) from error
 
 __all__ = ("BreakerCollector", "PrometheusListener")
 

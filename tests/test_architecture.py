@@ -35,7 +35,19 @@ ROWS = (
     ("_view", "_line", "_guard", "_cluster"),
     ("_carrier", "_record", "_shortcut", "_client"),
     ("_intents", "_lifetime", "_deadline"),
-    ("_circuit", "_keys", "_clock", "_forks", "_signals", "_tenant", "_threads", "errors", "health", "_guarded"),
+    (
+        "_circuit",
+        "_keys",
+        "_clock",
+        "_forks",
+        "_signals",
+        "_tenant",
+        "_threads",
+        "errors",
+        "health",
+        "_guarded",
+        "_extras",
+    ),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__main__")
 

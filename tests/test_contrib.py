@@ -15,8 +15,8 @@ import pybreaker
 import pytest
 
 import pybreaker_redis
+from pybreaker_redis._extras import needs
 from pybreaker_redis.contrib._answer import answer_to, wants_json
-from pybreaker_redis.contrib._extras import needs
 from pybreaker_redis.contrib._operator import OperatorRefused, operate
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests.viewed import down

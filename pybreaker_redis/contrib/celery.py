@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis.contrib._extras import needs
+from pybreaker_redis._extras import needs
 from pybreaker_redis.registry import retry_after
 
 with needs("celery"):

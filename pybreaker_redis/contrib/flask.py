@@ -9,9 +9,9 @@ from typing import Any
 
 from pybreaker import CircuitBreakerError
 
+from pybreaker_redis._extras import needs
 from pybreaker_redis.contrib import _breakers
 from pybreaker_redis.contrib._answer import UNAVAILABLE, answer_to
-from pybreaker_redis.contrib._extras import needs
 from pybreaker_redis.contrib._operator import ACTIONS, OperatorRefused, operate
 from pybreaker_redis.contrib._settings import KEYS, registry_from
 from pybreaker_redis.registry import BreakerRegistry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pybreaker_redis.contrib._extras import needs
+from pybreaker_redis._extras import needs
 
 with needs("django"):
     from pybreaker_redis.contrib.django.registry import breakers
