@@ -65,13 +65,18 @@ def client_source(redis_object: Any) -> Callable[[], Any]:
     return source
 
 
+def check_seconds(argument: str, seconds: Any, *, or_none: bool = False) -> None:
+    """Refuse what is no number, naming the argument, and whether it might be ``None``."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        msg = f"{argument} must be a number of seconds{' or None' if or_none else ''}, not {seconds!r}"
+        raise TypeError(msg)
+
+
 def wait(timeout: float | None) -> float | None:
     """Validate for how many seconds to wait for Redis."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        msg = f"timeout must be a number of seconds or None, not {timeout!r}"
-        raise TypeError(msg)
+    check_seconds("timeout", timeout, or_none=True)
     if not 0.01 <= timeout <= 60:  # noqa: PLR2004
         msg = f"timeout must be None or lie between 0.01 and 60 seconds, not {timeout!r}"
         raise ValueError(msg)
@@ -80,9 +85,7 @@ def wait(timeout: float | None) -> float | None:
 
 def lease_ms(probe_lease: float) -> int:
     """Validate a lease in seconds; whole milliseconds."""
-    if isinstance(probe_lease, bool) or not isinstance(probe_lease, (int, float)):
-        msg = f"probe_lease must be a number of seconds, not {probe_lease!r}"
-        raise TypeError(msg)
+    check_seconds("probe_lease", probe_lease)
     if not 1 <= probe_lease * 1000 <= MAX_LEASE_MS:
         msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {probe_lease!r}"
         raise ValueError(msg)
@@ -91,9 +94,7 @@ def lease_ms(probe_lease: float) -> int:
 
 def staleness(max_staleness: float) -> float:
     """Validate for how many seconds a record may be believed."""
-    if isinstance(max_staleness, bool) or not isinstance(max_staleness, (int, float)):
-        msg = f"max_staleness must be a number of seconds, not {max_staleness!r}"
-        raise TypeError(msg)
+    check_seconds("max_staleness", max_staleness)
     if max_staleness != 0 and not 0.01 <= max_staleness <= 60:  # noqa: PLR2004
         msg = f"max_staleness must be 0 or lie between 0.01 and 60 seconds, not {max_staleness!r}"
         raise ValueError(msg)
@@ -104,9 +105,7 @@ def kept_ms(ttl: float | None) -> int:
     """Validate for how many seconds to keep a circuit that nobody writes to; whole milliseconds, 0: for ever."""
     if ttl is None:
         return 0
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
-        msg = f"ttl must be a number of seconds or None, not {ttl!r}"
-        raise TypeError(msg)
+    check_seconds("ttl", ttl, or_none=True)
     # Shorter than nobody may go by what has expired, and than failures may lie apart that count together.
     if not 60 <= ttl <= LONGEST_TTL:  # noqa: PLR2004
         msg = f"ttl must be None or lie between 60 and {LONGEST_TTL} seconds, not {ttl!r}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from pybreaker import CircuitBreaker
 
+from pybreaker_redis._arguments import check_seconds
 from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
@@ -102,9 +103,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_seconds(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name} must be a number of seconds, not {value!r}"
-        raise TypeError(msg)
+    check_seconds(name, value)
     if not 0 <= value < math.inf:
         msg = f"{name} must be 0 or more seconds, and not without end, not {value!r}"
         raise ValueError(msg)
