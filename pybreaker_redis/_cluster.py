@@ -32,8 +32,9 @@ LONGEST_LOOK = 1.0
 #: Seconds until they are asked again: all circuits of a process that are looked for then are looked for at once.
 LOOK_PAUSE = 0.05
 
-#: What a node says of a slot that it does not serve: its number, and where it is served.
-_REDIRECTION = re.compile(r"(\d+) (\S*):(\d+)")
+#: What a node says of a slot that it does not serve: its number, and where it is served.  In a pipeline redis-py puts
+#: the command before it, with keys that may look alike.
+_REDIRECTION = re.compile(r"(\d+) (\S*):(\d+)$")
 
 
 class Cluster:

@@ -614,6 +614,10 @@ def test_news_that_a_circuit_has_moved_are_news_once(client: redis.Redis):
         ("3999 ?:6381", ("asked", 6381)),
         ("3999 2001:db8::7:6381", ("2001:db8::7", 6381)),
         ("Command # 1 (SET a:1 2) of pipeline caused error: 3999 node.example:6381", ("node.example", 6381)),
+        (
+            "Command # 1 (SET 5 eu:7:pybreaker:state open) of pipeline caused error: 3999 10.0.0.7:6381",
+            ("10.0.0.7", 6381),
+        ),
         ("no such thing", None),
     ],
 )
