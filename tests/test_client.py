@@ -32,8 +32,6 @@ from tests.viewed import wait_for
 TIMEOUT = 0.3
 MORE = 0.1
 
-# redis-py before 6 leaves the socket of a failed connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 # -- servers -----------------------------------------------------------------------------------------------------------
 

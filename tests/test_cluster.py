@@ -37,11 +37,7 @@ from tests.test_outage import calls, health_of, is_back, lines_of
 from tests.test_outage_races import is_away
 from tests.viewed import breaker_on, fails, listeners, settled, up, wait_for
 
-# Storages of earlier tests go when the garbage collector comes; what they leave to it is its own.
-pytestmark = [
-    pytest.mark.usefixtures("nobody_listens"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 NAMESPACE = "shop"
 SLOT = slot_of(circuit_keys(NAMESPACE, one_slot=True)[0])

@@ -26,9 +26,6 @@ from tests.viewed import wait_for
 TIMEOUT = 0.3
 MORE = 0.05
 
-# redis-py before 6 leaves the socket of a failed connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 @pytest.fixture(autouse=True)
 def no_certificates_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

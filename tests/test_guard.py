@@ -378,8 +378,6 @@ def test_what_servers_say_means_what_the_table_says(
     client.close()
 
 
-# redis-py before 6 leaves the socket of a failed connection to the garbage collector.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_dead_and_frozen_servers_are_away(killable_server: PrivateServer) -> None:
     """Whether the kernel says so, or nobody says anything."""
     client = killable_server.client(socket_timeout=0.05, **ONCE)

@@ -28,11 +28,7 @@ from tests.servers import ONCE
 from tests.tls import HOST, Secured, secured
 from tests.viewed import breaker_on, fails, settled, up, wait_for
 
-# redis-py before 6 leaves the socket of a failed connection to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("nobody_listens"),
-]
+pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 #: Seconds that a guarded call may wait for Redis, and what a loaded machine adds to that.
 TIMEOUT = 0.25

@@ -26,9 +26,6 @@ from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from tests.viewed import NAMESPACE, breaker_on, counted, fails, settled, up, view_of, wait_for
 
-#: redis-py before 6 leaves the socket of a failed connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-
 TTL = 60
 TTL_MS = TTL * 1000
 

@@ -23,11 +23,7 @@ from tests.proxy import Proxy
 from tests.servers import ONCE
 from tests.viewed import PROTOCOLS, breaker_on, fails, settled, up, wait_for
 
-# The connections of a storage end with it, when both are collected; Python complains if the sockets come first.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("nobody_listens"),
-]
+pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 TRACKS = max(PROTOCOLS) == 3
 

@@ -20,11 +20,7 @@ from pybreaker_redis._line import Line
 from tests.agreement import Two, health_of
 from tests.viewed import PROTOCOLS, breaker_on, fails, lines, up, view_of, wait_for
 
-# The connections of a storage end with it, when both are collected; Python complains if the sockets come first.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("nobody_listens"),
-]
+pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 ROOT = Path(__file__).parent.parent
 

@@ -31,9 +31,6 @@ from tests.viewed import up, wait_for
 
 has_cluster = pytest.mark.skipif(_urls._cluster_library() is None, reason="no library for clusters is installed")
 
-#: redis-py before 6 leaves the socket of a failed connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def words_of(url: str) -> dict[str, Any]:
     """What the connections of a URL's client are made with."""
