@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import pytest
 import redis
-import trustme
 
 from pybreaker_redis import _listener, _twins
 from pybreaker_redis._demo.server import PrivateServer
@@ -19,6 +18,7 @@ from pybreaker_redis._line import Line
 from tests import matrix, places, servers
 from tests.fleet import Fleet, Make, Shared, Spec, Visits
 from tests.servers import FoundServer
+from tests.tls import Certificates, certificates
 from tests.viewed import PROTOCOLS, listeners, wait_for
 
 _figures = pytest.StashKey[list[str]]()
@@ -119,7 +119,7 @@ def no_server() -> NoReturn:
     pytest.skip(reason)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def preferred() -> FoundServer:
     """The binary for tests that need just one."""
     found = servers.at_hand()
@@ -197,16 +197,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A certificate of the local host, and its key."""
-    authority = trustme.CA()
-    issued = authority.issue_cert("localhost", "127.0.0.1")
-    directory = tmp_path_factory.mktemp("tls")
-    shown, key = directory / "certificate.pem", directory / "key.pem"
-    # With that of the authority, so that the same file tells whom to trust.
-    shown.write_bytes(b"".join(blob.bytes() for blob in (*issued.cert_chain_pems, authority.cert_pem)))
-    issued.private_key_pem.write_to_path(key)
-    return str(shown), str(key)
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates of the local host, and of a client."""
+    return certificates(tmp_path_factory.mktemp("tls"))
 
 
 # -- fleets ------------------------------------------------------------------------------------------------------------

@@ -22,11 +22,9 @@ from pybreaker_redis._client import MOST_CONNECTIONS, Origin, bounded, longest_w
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._server import server_of
-from tests import servers
-from tests.conftest import no_server
 from tests.kinds import KINDS, CredentialProvider, Prefixing, by_port, retrying
 from tests.sentinels import Sentinels
-from tests.servers import ONCE
+from tests.servers import ONCE, FoundServer
 from tests.viewed import wait_for
 
 TIMEOUT = 0.3
@@ -37,21 +35,12 @@ MORE = 0.1
 
 
 @pytest.fixture(scope="module")
-def reached(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
+def reached(preferred: FoundServer) -> Iterator[PrivateServer]:
     """A server with a port, a socket, and a user ``shop``, for all tests here."""
-    found = request.getfixturevalue("found_binary")
-    with PrivateServer(found, port=free_port()) as server:
+    with PrivateServer(preferred.binary, port=free_port()) as server:
         with contextlib.closing(server.client()) as client:
             client.execute_command("ACL", "SETUSER", "shop", "on", ">secret", "~*", "&*", "+@all")
         yield server
-
-
-@pytest.fixture(scope="module")
-def found_binary() -> str:
-    """Of the preferred server."""
-    if not servers.at_hand():
-        no_server()
-    return servers.at_hand()[0].binary
 
 
 @pytest.fixture(autouse=True)
@@ -341,12 +330,12 @@ def test_copy_of_a_dead_servers_client_connects_to_nobody(tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def sentinels(found_binary: str) -> Iterator[Callable[[int], Sentinels]]:
+def sentinels(preferred: FoundServer) -> Iterator[Callable[[int], Sentinels]]:
     """So many Sentinels of a master."""
     with contextlib.ExitStack() as stack:
 
         def start(count: int) -> Sentinels:
-            made = Sentinels(found_binary, count)
+            made = Sentinels(preferred.binary, count)
             stack.push(made.stack)
             return made
 

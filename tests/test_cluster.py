@@ -10,7 +10,6 @@ import random
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -55,20 +54,14 @@ def every_cluster(request: pytest.FixtureRequest) -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def _one_cluster() -> Iterator[Nodes]:
-    found: tuple[FoundServer, ...] = servers.at_hand()
-    if not found:
-        no_server()
-    with Nodes(found[0].binary) as nodes:
+def _one_cluster(preferred: FoundServer) -> Iterator[Nodes]:
+    with Nodes(preferred.binary) as nodes:
         yield nodes
 
 
 def emptied(nodes: Nodes) -> Nodes:
     """With nothing in it, and every node there; and nobody listens any more for tests that have ended."""
-    with warnings.catch_warnings():
-        # Clients leave their sockets to it.
-        warnings.simplefilter("ignore")
-        gc.collect()
+    gc.collect()
     for node in nodes.all:
         node.start()
     nodes.wait_until_whole()

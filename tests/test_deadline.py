@@ -20,6 +20,7 @@ from pybreaker_redis import _deadline
 from pybreaker_redis._deadline import deadline, deadlined, seconds_left
 from pybreaker_redis._demo.server import PrivateServer
 from tests.servers import ONCE
+from tests.tls import Certificates
 from tests.viewed import wait_for
 
 #: Seconds for an operation, and how much longer it may take until that is noticed.
@@ -180,9 +181,9 @@ def listen(request: pytest.FixtureRequest, transport: str) -> Iterator[Listen]:
         if transport == "tcp":
             peers.append(Peer(listening, script))
             return "Connection", words
-        certificate, key = request.getfixturevalue("certificate")
+        certified = request.getfixturevalue("certified")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certified.server)
 
         def encrypted(accepted: socket.socket) -> None:
             with context.wrap_socket(accepted, server_side=True) as wrapped:
@@ -191,7 +192,7 @@ def listen(request: pytest.FixtureRequest, transport: str) -> Iterator[Listen]:
                     pass
 
         peers.append(Peer(listening, encrypted))
-        return "SSLConnection", {**words, "ssl_ca_certs": certificate}
+        return "SSLConnection", {**words, "ssl_ca_certs": str(certified.authority)}
 
     yield start
     for peer in peers:
@@ -275,10 +276,10 @@ def test_sending_ends_with_the_deadline(listen: Listen) -> None:
     made._sock = None
 
 
-def test_handshake_of_tls_ends_with_the_deadline(certificate: tuple[str, str]) -> None:
+def test_handshake_of_tls_ends_with_the_deadline(certified: Certificates) -> None:
     """A peer that accepts, and does not speak TLS."""
     peer = Peer(socket.create_server(("127.0.0.1", 0)), silent)
-    words = {"host": "127.0.0.1", "port": peer.listening.getsockname()[1], "ssl_ca_certs": certificate[0]}
+    words = {"host": "127.0.0.1", "port": peer.listening.getsockname()[1], "ssl_ca_certs": str(certified.authority)}
     made = connection(redis, "SSLConnection", **words)
     with fails_within(TIMEOUT + MORE), deadline(TIMEOUT):
         ask(made)
@@ -343,7 +344,7 @@ def test_connecting_to_a_name_with_many_addresses_ends_with_the_deadline(monkeyp
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["tcp", "tls"])
 def test_slow_resolver_leaves_what_is_left(
-    monkeypatch: pytest.MonkeyPatch, certificate: tuple[str, str], encrypted: bool
+    monkeypatch: pytest.MonkeyPatch, certified: Certificates, encrypted: bool
 ) -> None:
     """It takes no deadline; what comes after it has only the rest of the time, not all of it anew."""
     listening, waiting = unreachable()
@@ -355,7 +356,7 @@ def test_slow_resolver_leaves_what_is_left(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)]
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    kind, words = ("SSLConnection", {"ssl_ca_certs": certificate[0]}) if encrypted else ("Connection", {})
+    kind, words = ("SSLConnection", {"ssl_ca_certs": str(certified.authority)}) if encrypted else ("Connection", {})
     made = connection(redis, kind, host="redis.example", port=1, **words)
     with fails_within(TIMEOUT + MORE), deadline(TIMEOUT):
         ask(made)

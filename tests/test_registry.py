@@ -21,11 +21,9 @@ from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _survey
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._optimistic import look
 from pybreaker_redis.registry import BreakerRegistry, retry_after
-from tests import servers
 from tests.clusters import Nodes
-from tests.conftest import no_server
 from tests.places import cluster_client, has_clusters
-from tests.servers import ONCE
+from tests.servers import ONCE, FoundServer
 from tests.test_round_trips import Meter
 from tests.viewed import Down, breaker_on, down, fails, settled, up
 
@@ -56,12 +54,9 @@ def made(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[Make
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Nodes]:
+def cluster(preferred: FoundServer) -> Iterator[Nodes]:
     """Three primaries of the preferred server."""
-    found = servers.at_hand()
-    if not found:
-        no_server()
-    with Nodes(found[0].binary, replicas=0) as nodes:
+    with Nodes(preferred.binary, replicas=0) as nodes:
         yield nodes
 
 

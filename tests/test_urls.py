@@ -7,7 +7,6 @@ import gc
 import importlib.util
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +26,8 @@ from pybreaker_redis._urls import SCHEMES, TIMEOUT, client_of, masked
 from tests.clusters import bus_port
 from tests.records import fresh_namespace
 from tests.sentinels import Sentinels
+from tests.servers import FoundServer
+from tests.tls import Certificates, Terminator
 from tests.viewed import up, wait_for
 
 has_cluster = pytest.mark.skipif(_urls._cluster_library() is None, reason="no library for clusters is installed")
@@ -42,37 +43,26 @@ def words_of(url: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def binary() -> str:
-    """Of the preferred server."""
-    from tests import servers
-    from tests.conftest import no_server
-
-    if not servers.at_hand():
-        no_server()
-    return servers.at_hand()[0].binary
-
-
-@pytest.fixture(scope="module")
-def reached(binary: str) -> Iterator[PrivateServer]:
+def reached(preferred: FoundServer) -> Iterator[PrivateServer]:
     """A server with a port and a socket, and a user whose name and password have to be quoted."""
-    with PrivateServer(binary, port=free_port()) as server:
+    with PrivateServer(preferred.binary, port=free_port()) as server:
         with contextlib.closing(server.client()) as client:
             client.execute_command("ACL", "SETUSER", "sh@p", "on", ">se/c:ret", "~*", "&*", "+@all")
         yield server
 
 
 @pytest.fixture(scope="module")
-def watched(binary: str) -> Iterator[Sentinels]:
+def watched(preferred: FoundServer) -> Iterator[Sentinels]:
     """A master, and two Sentinels."""
-    made = Sentinels(binary, 2)
+    made = Sentinels(preferred.binary, 2)
     with made.stack:
         yield made
 
 
 @pytest.fixture(scope="module")
-def cluster(binary: str) -> Iterator[PrivateServer]:
+def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
     """A cluster of one node."""
-    with PrivateServer(binary, port=bus_port(), args=["--cluster-enabled", "yes"]) as node:
+    with PrivateServer(preferred.binary, port=bus_port(), args=["--cluster-enabled", "yes"]) as node:
         with contextlib.closing(node.client()) as client:
             client.execute_command("CLUSTER ADDSLOTS", *range(SLOTS))
             wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "it serves all slots")
@@ -80,34 +70,11 @@ def cluster(binary: str) -> Iterator[PrivateServer]:
 
 
 @pytest.fixture
-def encrypted(reached: PrivateServer, certificate: tuple[str, str]) -> Iterator[int]:
+def encrypted(reached: PrivateServer, certified: Certificates) -> Iterator[int]:
     """The port of the server by TLS: few binaries that install with pip speak it themselves."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    listening = socket.create_server(("127.0.0.1", 0))
-    made: list[socket.socket] = [listening]
-
-    def carry(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near = context.wrap_socket(listening.accept()[0], server_side=True)
-                far = socket.create_connection(("127.0.0.1", reached.port or 0))
-                made.extend((near, far))
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=carry, args=pair, daemon=True).start()
-
-    threading.Thread(target=serve, daemon=True).start()
-    yield listening.getsockname()[1]
-    for item in made:
-        with contextlib.suppress(OSError):
-            item.shutdown(socket.SHUT_RDWR)
-        item.close()
+    port = free_port()
+    with contextlib.closing(Terminator(reached.unix_socket, certified, port, asks_who=False)):
+        yield port
 
 
 def answers(url: str, where: PrivateServer, timeout: float | None = 10) -> Any:
@@ -152,10 +119,10 @@ def test_user_and_password_are_unquoted(reached: PrivateServer, place: str) -> N
 
 @pytest.mark.parametrize("library", ["rediss", "valkeys"])
 def test_url_with_tls_leads_there_and_certificates_are_checked(
-    reached: PrivateServer, encrypted: int, certificate: tuple[str, str], library: str
+    reached: PrivateServer, encrypted: int, certified: Certificates, library: str
 ) -> None:
     """The words of TLS stand in the query."""
-    url = f"{library}://127.0.0.1:{encrypted}/0?ssl_ca_certs={certificate[0]}"
+    url = f"{library}://127.0.0.1:{encrypted}/0?ssl_ca_certs={certified.authority}"
     client = answers(url, reached)
     assert issubclass(client.connection_pool.connection_class, redis.SSLConnection)
     with pytest.raises((redis.ConnectionError, ssl.SSLError)):

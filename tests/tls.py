@@ -45,8 +45,8 @@ def certificates(folder: Path) -> Certificates:
     made = Certificates(*(folder / f"{name}.pem" for name in ("authority", "server", "client", "stranger")))
     authority.cert_pem.write_to_path(made.authority)
     trustme.CA().cert_pem.write_to_path(made.stranger)
-    for path, issued in ((made.server, authority.issue_cert(HOST)), (made.client, authority.issue_cert("client"))):
-        issued.private_key_and_cert_chain_pem.write_to_path(path)
+    for path, names in ((made.server, (HOST, "127.0.0.1")), (made.client, ("client",))):
+        authority.issue_cert(*names).private_key_and_cert_chain_pem.write_to_path(path)
     return made
 
 
@@ -98,13 +98,14 @@ class Terminator:
         unix_socket: Of the server.
         made: What to show, and what to be shown.
         port: Where to listen.
+        asks_who: Whether clients have to show a certificate, too.
     """
 
-    def __init__(self, unix_socket: str, made: Certificates, port: int) -> None:
+    def __init__(self, unix_socket: str, made: Certificates, port: int, *, asks_who: bool = True) -> None:
         self._unix_socket = unix_socket
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(made.authority))
         self._context.load_cert_chain(made.server)
-        self._context.verify_mode = ssl.CERT_REQUIRED
+        self._context.verify_mode = ssl.CERT_REQUIRED if asks_who else ssl.CERT_NONE
         self._listening = socket.create_server(("127.0.0.1", port))
         self._open: set[socket.socket] = set()
         self._ends = False

@@ -281,6 +281,12 @@ class Shop:
         """One look at each worker that is there."""
         return {answer.pid: answer for answer in self.hear_all("look", lambda _: True)}
 
+    def hold_probe(self) -> tuple[float, Visit]:
+        """Let the dependency keep callers waiting, and call until one waits; since when it does, and the one."""
+        held = self.set_dependency("held")
+        self.ask_until("call", lambda _: bool(self.visits(since=held)), leave=True)
+        return held, self.visits(since=held)[0]
+
     def trip(self) -> float:
         """Let the dependency die, and call until the circuit must be open; when that was, monotonic seconds."""
         self.set_dependency("down")

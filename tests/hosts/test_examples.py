@@ -92,9 +92,7 @@ def test_recovery_is_one_probe(open_example):
     example.call_all("ok")
     example.trip()
     example.call_all("rejected")
-    held = example.set_dependency("held")
-    example.ask_until("call", lambda _: bool(example.visits(since=held)), leave=True)
-    probe = example.visits(since=held)[0]
+    held, probe = example.hold_probe()
 
     def others_rejected(answers: list[Answer]) -> bool:
         rejected = [item.pid for item in answers if item.began > probe.began and item.outcome == "rejected"]

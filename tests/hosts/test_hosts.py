@@ -79,9 +79,7 @@ def test_recovery_is_one_probe_and_then_closed_in_all(open_shop):
     shop.call_all("ok")
     shop.trip()
     shop.call_all("rejected")
-    held = shop.set_dependency("held")
-    shop.ask_until("call", lambda _: bool(shop.visits(since=held)), leave=True)
-    probe = shop.visits(since=held)[0]
+    held, probe = shop.hold_probe()
 
     def others_rejected(answers: list[Answer]) -> bool:
         rejected = [answer.pid for answer in answers if answer.began > probe.began and answer.outcome == "rejected"]
