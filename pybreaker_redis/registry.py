@@ -14,10 +14,10 @@ from typing import Any
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
 from pybreaker_redis import _settings
-from pybreaker_redis._arguments import check_namespace
+from pybreaker_redis._arguments import check_namespace, check_state
 from pybreaker_redis._breakers import retry_after, storage_of
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
 from pybreaker_redis._clock import from_ms
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._guarded import NO_FALLBACK, P, T, guarded_by
@@ -28,6 +28,13 @@ from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
 
 __all__ = ("BreakerRegistry", "CircuitStatus", "retry_after")
+
+#: How an operator puts a circuit into a state.
+_MOVES: dict[str, tuple[Intent, ...]] = {
+    OPEN: (Trip(None, ""),),
+    CLOSED: (Close(None, ""),),
+    HALF_OPEN: (ResetProbes(), SetState(HALF_OPEN)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,25 +196,24 @@ class BreakerRegistry:
             for (name, breaker), reply in zip(breakers.items(), replies, strict=True)
         }
 
-    def open(self, name: str, /) -> None:
-        """Open a circuit for everybody, for its reset timeout from now on.
+    def set_state(self, name: str, state: str, /) -> None:
+        """Put a circuit into another state, for everybody.
+
+        Args:
+            name: Of the breaker.
+            state: ``open``, for its reset timeout from now on; ``closed``, with no counts; ``half-open``, so that the
+                next call is let through as a probe, whoever makes it.
 
         Raises:
             KeyError: There is no breaker of that name.
+            ValueError: There is no such state.
             Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
         """
-        self._command(name, Trip(None, ""))
-
-    def close(self, name: str, /) -> None:
-        """Close a circuit for everybody, and forget all counts; raises as `open` does."""
-        self._command(name, Close(None, ""))
-
-    def half_open(self, name: str, /) -> None:
-        """Let the next call pass as a probe, whoever makes it; raises as `open` does."""
-        self._command(name, ResetProbes(), SetState(HALF_OPEN))
+        check_state("state", state)
+        self._command(name, *_MOVES[state])
 
     def reset(self, name: str, /) -> None:
-        """Forget all counts of a circuit, and leave it in the state that it is in; raises as `open` does."""
+        """Forget all counts of a circuit, and leave it in the state that it is in; raises as `set_state` does."""
         self._command(name, RecordSuccess(None, ""), ResetProbes())
 
     def _command(self, name: str, *intents: Intent) -> None:
@@ -218,10 +224,10 @@ class BreakerRegistry:
 
     # The end --------------------------------------------------------------------------------------------------------
 
-    def shut_down(self) -> None:
-        """Let go of all breakers, and of the connections that only they use.
+    def close(self) -> None:
+        """Let go of all breakers, and of the connections that only they use; no circuit changes.
 
-        What was configured stays, and whoever asks for a breaker again gets a new one.  To close a circuit is `close`.
+        What was configured stays, and whoever asks for a breaker again gets a new one.
         """
         with self._lock:
             self._made.clear()
@@ -230,7 +236,7 @@ class BreakerRegistry:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.shut_down()
+        self.close()
 
     # Behind it ------------------------------------------------------------------------------------------------------
 

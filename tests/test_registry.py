@@ -161,18 +161,18 @@ class TestBreakers:
         with pytest.raises(KeyError, match="there are: none"):
             BreakerRegistry()["payments"]
 
-    def test_shut_down_lets_go_and_begins_anew(self, shared: Make) -> None:
+    def test_close_lets_go_and_begins_anew(self, shared: Make) -> None:
         """When settings change, what was said stays, and nobody gets a breaker of before."""
         breakers = shared()
         first = breakers.get("payments", fail_max=2)
         assert first.call(up) == "answer"
-        breakers.shut_down()
+        breakers.close()
         second = breakers["payments"]
         assert second is not first
         assert second.fail_max == 2
         assert second.call(up) == "answer"
 
-    def test_shut_down_leaves_a_given_client_alone(self, client: redis.Redis) -> None:
+    def test_close_leaves_a_given_client_alone(self, client: redis.Redis) -> None:
         """Whoever has made it closes it."""
         closed: list[int] = []
         client.close, close = lambda: closed.append(1), client.close  # type: ignore[method-assign,assignment]
@@ -380,7 +380,7 @@ class TestGuard:
         """It often needs to know what was asked for; the error is at hand in `sys.exc_info()`, and chained."""
         breakers = BreakerRegistry()
         breakers.configure("payments")
-        breakers.open("payments")
+        breakers.set_state("payments", "open")
         guarded = breakers.guard("payments", fallback=lambda *args, **kwargs: (args, kwargs))(up)
         assert guarded(1, two=2) == ((1,), {"two": 2})  # type: ignore[call-arg]
 
@@ -528,7 +528,7 @@ class TestStatus:
                 breakers.configure(f"plain {number}")
             assert {status.state for status in breakers.status().values()} == {"closed"}
             for name in breakers:
-                breakers.open(name)
+                breakers.set_state(name, "open")
             assert {status.state for status in breakers.status().values()} == {"open"}
 
     def test_raises_what_the_client_raises(self, killable_server: PrivateServer) -> None:
@@ -540,36 +540,50 @@ class TestStatus:
                 breakers.status()
 
 
+#: That an operator can ask for; ``None``: the one that it is in, without its counts.
+STATES = ("open", "closed", "half-open", None)
+
+
+def command(name: str, state: str | None) -> Callable[[BreakerRegistry], None]:
+    """What an operator asks for."""
+    return lambda breakers: breakers.set_state(name, state) if state else breakers.reset(name)
+
+
 class TestCommands:
     """What operators do."""
 
-    @pytest.mark.parametrize(
-        ("command", "state"), [("open", "open"), ("close", "closed"), ("half_open", "half-open"), ("reset", "closed")]
-    )
-    def test_acts_for_everybody(self, shared: Make, command: str, state: str) -> None:
+    @pytest.mark.parametrize("state", STATES)
+    def test_acts_for_everybody(self, shared: Make, state: str | None) -> None:
         """The operator's process is rarely the one that calls."""
         operator, worker = shared(fail_max=9), shared(fail_max=9)
         fails(worker.get("payments"), 3)
         operator.configure("payments")
-        getattr(operator, command)("payments")
+        command("payments", state)(operator)
         (status,) = worker.status().values()
-        assert (status.state, status.fail_counter) == (state, 3 if command in ("open", "half_open") else 0)
+        assert (status.state, status.fail_counter) == (state or "closed", 3 if state in ("open", "half-open") else 0)
+
+    def test_unknown_state_is_refused(self, made: Make) -> None:
+        """Nothing is sent, and all three are named."""
+        breakers = made()
+        breakers.configure("payments")
+        with pytest.raises(ValueError, match="state must be one of 'closed', 'open', 'half-open', not 'shut'"):
+            breakers.set_state("payments", "shut")
 
     def test_each_does_what_it_says(self, made: Make) -> None:
         """In whatever place the circuit is."""
         heard = Heard()
         breakers = made(fail_max=2, reset_timeout=60, success_threshold=2, listeners=[heard])
         payments = breakers.get("payments")
-        breakers.open("payments")
+        breakers.set_state("payments", "open")
         # Nobody has to call for the listeners of this process to hear of it.
         assert heard.states == [("payments", "closed", "open")]
         assert error_of(payments.call, up)
-        breakers.half_open("payments")
+        breakers.set_state("payments", "half-open")
         assert payments.call(up) == "answer"
         assert breakers.status()["payments"].success_counter == 1
         breakers.reset("payments")
         assert breakers.status()["payments"].success_counter == 0
-        breakers.close("payments")
+        breakers.set_state("payments", "closed")
         fails(payments)
         assert breakers.status()["payments"].fail_counter == 1
         breakers.reset("payments")
@@ -584,7 +598,7 @@ class TestCommands:
         """However many processes see the gate open, and whoever has opened it."""
         operator, *workers = (shared(probe_lease=20) for _ in range(3))
         operator.configure("payments")
-        operator.half_open("payments")
+        operator.set_state("payments", "half-open")
         first, second = (worker.get("payments") for worker in workers)
         with first.calling():
             assert error_of(second.call, up)
@@ -592,13 +606,13 @@ class TestCommands:
 
     def test_name_that_nobody_has_said_is_refused(self) -> None:
         """A typing mistake does not open a circuit that nobody uses."""
-        for command in ("open", "close", "half_open", "reset"):
+        for state in STATES:
             with pytest.raises(KeyError, match="stokc"):
-                getattr(BreakerRegistry(), command)("stokc")
+                command("stokc", state)(BreakerRegistry())
 
-    @pytest.mark.parametrize("command", ["open", "close", "half_open", "reset"])
+    @pytest.mark.parametrize("state", STATES)
     def test_raises_what_the_client_raises_and_moves_nothing(
-        self, killable_server: PrivateServer, command: str
+        self, killable_server: PrivateServer, state: str | None
     ) -> None:
         """`breaker.open()` acts in this process alone then: for a call that is right, an operator has to know."""
         with BreakerRegistry(killable_server.client(), fail_max=5) as breakers:
@@ -606,7 +620,7 @@ class TestCommands:
             assert payments.call(up) == "answer"
             killable_server.kill()
             with pytest.raises(redis.exceptions.ConnectionError):
-                getattr(breakers, command)("payments")
+                command("payments", state)(breakers)
             assert payments.call(up) == "answer"
 
     def test_frozen_server_is_waited_for_as_long_as_an_operator_may(
@@ -616,11 +630,11 @@ class TestCommands:
         monkeypatch.setattr("pybreaker_redis.storage.PATIENCE", 0.4)
         with BreakerRegistry(killable_server.client(), timeout=0.1) as breakers:
             breakers.configure("payments")
-            breakers.open("payments")
+            breakers.set_state("payments", "open")
             killable_server.pause()
             began = time.monotonic()
             with pytest.raises(redis.exceptions.TimeoutError):
-                breakers.close("payments")
+                breakers.set_state("payments", "closed")
             assert 0.3 < time.monotonic() - began < 2
             killable_server.resume()
 
@@ -628,7 +642,7 @@ class TestCommands:
         """``timeout=None`` is on the client's connections, as long as those take."""
         with BreakerRegistry(server.client(), timeout=None) as breakers:
             breakers.configure("payments")
-            breakers.open("payments")
+            breakers.set_state("payments", "open")
             assert breakers.status()["payments"].state == "open"
 
 
@@ -665,7 +679,7 @@ class TestRetryAfter:
         """Nobody knows sooner whether the dependency is back, and nobody else is let through before."""
         breakers = made(reset_timeout=60, probe_lease=20)
         payments = breakers.get("payments")
-        breakers.half_open("payments")
+        breakers.set_state("payments", "half-open")
         seen: list[float] = []
         with payments.calling():
             other = threading.Thread(target=lambda: seen.append(retry_after(payments)))
@@ -680,7 +694,7 @@ class TestRetryAfter:
         prober, other = shared(probe_lease=20), shared(probe_lease=20)
         breaker = other.get("payments")
         prober.configure("payments")
-        prober.half_open("payments")
+        prober.set_state("payments", "half-open")
         with prober["payments"].calling():
             error = error_of(breaker.call, up)
             assert 19 < retry_after(error) <= 20.1
@@ -690,7 +704,7 @@ class TestRetryAfter:
         """Half-open, and nobody has claimed the probe yet: whoever comes may."""
         breakers = made()
         breakers.configure("payments")
-        breakers.half_open("payments")
+        breakers.set_state("payments", "half-open")
         assert retry_after(breakers["payments"]) == 0.0
         assert breakers.status()["payments"].retry_after == 0.0
 
@@ -758,7 +772,7 @@ class TestWhoRaised:
 
     def test_trial_of_the_outer_one_fails_in_the_inner_one(self, breakers: BreakerRegistry) -> None:
         """The outer one is open again."""
-        breakers.half_open("outer")
+        breakers.set_state("outer", "half-open")
         assert 499 < retry_after(error_of(self.nested, breakers)) <= 500
 
     def test_trial_meets_an_inner_one_that_rejects(self) -> None:
@@ -766,13 +780,13 @@ class TestWhoRaised:
         breakers = BreakerRegistry(fail_max=1, throw_new_error_on_trip=False)
         breakers.configure("outer", reset_timeout=0)
         breakers.configure("inner", reset_timeout=50)
-        breakers.open("outer")
-        breakers.open("inner")
+        breakers.set_state("outer", "open")
+        breakers.set_state("inner", "open")
         assert 49 < retry_after(error_of(self.nested, breakers)) <= 50
 
     def test_outer_one_rejects(self, breakers: BreakerRegistry) -> None:
         """The inner one was not even asked."""
-        breakers.open("outer")
+        breakers.set_state("outer", "open")
         assert 499 < retry_after(error_of(self.nested, breakers)) <= 500
 
     def test_error_through_a_decorated_function(self, breakers: BreakerRegistry) -> None:

@@ -186,7 +186,7 @@ class TestClock:
         breakers = BreakerRegistry(probe_lease=10, reset_timeout=0)
         payments = breakers.get("payments")
         with BreakerClock() as clock:
-            breakers.half_open("payments")
+            breakers.set_state("payments", "half-open")
             with payments.calling():
                 status = breakers.status()["payments"]
                 assert (status.state, round(status.retry_after)) == ("half-open", 10)

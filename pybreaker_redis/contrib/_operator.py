@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
+
 from pybreaker_redis.registry import BreakerRegistry
 
+#: What puts a circuit into which state.
+_STATES = {"open": STATE_OPEN, "close": STATE_CLOSED, "half-open": STATE_HALF_OPEN}
+
 #: What can be asked for; the first is what is meant if nothing is said.
-ACTIONS = ("status", "open", "close", "half-open", "reset")
+ACTIONS = ("status", *_STATES, "reset")
 
 
 class OperatorRefused(Exception):
@@ -36,16 +41,12 @@ def operate(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str
         raise OperatorRefused(f"no circuit is called {', '.join(map(repr, unknown))}; configured: {known}")
     if not names and action != "status":
         raise OperatorRefused(f"name the circuits to {action}: {', '.join(sorted(registry)) or 'none is configured'}")
-    moves = {
-        "open": registry.open,
-        "close": registry.close,
-        "half-open": registry.half_open,
-        "reset": registry.reset,
-    }
     try:
         for name in names:
-            if action != "status":
-                moves[action](name)
+            if action in _STATES:
+                registry.set_state(name, _STATES[action])
+            elif action == "reset":
+                registry.reset(name)
         return _table(registry, names or sorted(registry))
     except Exception as error:
         # An operator who has seen no error relies on it; of which library's kind it is, is of no interest.

@@ -59,7 +59,7 @@ class DjangoBreakers(Breakers):
         """Settings have changed: begin anew."""
         if setting in ("PYBREAKER", "CACHES") and (registry := self._registry) is not None:
             self._registry = None
-            registry.shut_down()
+            registry.close()
 
 
 breakers = DjangoBreakers()
