@@ -175,11 +175,12 @@ def _words(url: str, query: str) -> dict[str, Any]:
         from redis.retry import Retry
 
         words["retry"] = Retry(NoBackoff(), 0)
-    library: Any = redis.connection.URL_QUERY_ARGUMENT_PARSERS
+    readers: dict[str, Any] = {**redis.connection.URL_QUERY_ARGUMENT_PARSERS, **_READERS}
     for name, (text, *_) in parse_qs(query, keep_blank_values=True).items():
-        read = _READERS.get(name) or library.get(name, str)
+        if name in ("host", "port", "path"):
+            raise _refused(url, f"must have its {name} before the question mark")
         try:
-            words[name] = read(text)
+            words[name] = readers.get(name, str)(text)
         except (TypeError, ValueError):
             shown = "***" if "password" in name else repr(text)
             raise _refused(url, f"must have a usable value of {name}, not {shown}") from None
@@ -249,8 +250,7 @@ def _cluster_library() -> str | None:
 
 
 def _cluster(place: _Place) -> Any:
-    name = _cluster_library()
-    assert name
+    name = _cluster_library() or ""
     library = importlib.import_module(name)
     words: dict[str, Any] = {**place.words, **place.tls}
     hosts = _answering_first(place)
