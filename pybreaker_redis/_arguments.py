@@ -12,8 +12,8 @@ from typing import Any
 
 from pybreaker_redis._circuit import MAX_LEASE_MS, STATES
 
-#: Seconds; ten years.
-LONGEST_TTL = 10 * 365 * 24 * 3600
+#: Of anything, seconds; ten years.
+LONGEST = 10 * 365 * 24 * 3600
 
 #: Whole and not nested: no brace, or text in braces between text without.
 _TAGGED = re.compile(r"[^{}]*(?:\{[^{}]+\}[^{}]*)*")
@@ -34,13 +34,26 @@ def check_fallback(fallback_circuit_state: str) -> None:
         raise ValueError(msg)
 
 
-def check_namespace(namespace: str | None) -> None:
-    """Refuse what cannot be a prefix of keys, or would be another one than it looks."""
+def check_flag(argument: str, flag: Any) -> None:
+    """Refuse what is neither true nor false, such as the text of an environment variable."""
+    if not isinstance(flag, bool):
+        msg = f"{argument} must be True or False, not {flag!r}"
+        raise TypeError(msg)
+
+
+def plain(text: str) -> str:
+    """The text of an enumeration's member, which some Pythons format as its name, and some do not."""
+    return str.__str__(text)
+
+
+def key_prefix(namespace: str | None) -> str | None:
+    """Validate a namespace: it must make a prefix of keys, and no other one than it looks; plain text."""
     if namespace is None:
-        return
+        return None
     if not isinstance(namespace, str):
         msg = f"namespace must be a str or None, not {namespace!r}"
         raise TypeError(msg)
+    namespace = plain(namespace)
     if not namespace:
         msg = "namespace must have at least one character, not '': name the circuit, or leave it out"
     elif bad := [char for char in namespace if unicodedata.category(char) in ("Cc", "Cs")]:
@@ -50,7 +63,7 @@ def check_namespace(namespace: str | None) -> None:
         # Of these a cluster takes another hash tag than people do, or none.
         msg = f"namespace must have braces in pairs, not nested, around some text, as 'shop:{{eu}}', not {namespace!r}"
     else:
-        return
+        return namespace
     raise ValueError(msg)
 
 
@@ -107,7 +120,7 @@ def kept_ms(ttl: float | None) -> int:
         return 0
     check_seconds("ttl", ttl, or_none=True)
     # Shorter than nobody may go by what has expired, and than failures may lie apart that count together.
-    if not 60 <= ttl <= LONGEST_TTL:  # noqa: PLR2004
-        msg = f"ttl must be None or lie between 60 and {LONGEST_TTL} seconds, not {ttl!r}"
+    if not 60 <= ttl <= LONGEST:  # noqa: PLR2004
+        msg = f"ttl must be None or lie between 60 and {LONGEST} seconds, not {ttl!r}"
         raise ValueError(msg)
     return round(ttl * 1000)

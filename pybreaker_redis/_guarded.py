@@ -37,11 +37,11 @@ def guarded_by(breaker: Callable[[], CircuitBreaker], fallback: Any) -> Callable
         @functools.wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
-                return breaker().call(function, *args, **kwargs)
+                return _returned("guarded function", breaker().call(function, *args, **kwargs))
             except CircuitBreakerError:
                 if fallback is NO_FALLBACK:
                     raise
-                result: T = fallback(*args, **kwargs) if callable(fallback) else fallback
+                result: T = _returned("fallback", fallback(*args, **kwargs)) if callable(fallback) else fallback
                 return result
 
         return guarded
@@ -50,12 +50,28 @@ def guarded_by(breaker: Callable[[], CircuitBreaker], fallback: Any) -> Callable
 
 
 def _check_synchronous(what: str, function: Any) -> None:
-    inner = inspect.unwrap(function) if callable(function) else function
+    if isinstance(function, (classmethod, staticmethod)):
+        # Not to be called like that, which would count as a failure of the dependency.
+        kind = type(function).__name__
+        msg = f"the {what} is a {kind}: write @{kind} above the decorator that guards"
+        raise TypeError(msg)
+    inner = function
     while isinstance(inner, functools.partial):
         inner = inner.func
     if any(_is_asynchronous(code) for code in (inner, type(inner).__call__) if callable(inner)):
-        msg = f"the {what} {function!r} is asynchronous, which a pybreaker.CircuitBreaker cannot guard"
-        raise TypeError(msg)
+        raise _asynchronous(what, function)
+
+
+def _returned(what: str, result: T) -> T:
+    """What a call returns, unless that is a call that is still to be made: then nothing of it was guarded."""
+    if inspect.iscoroutine(result):
+        result.close()
+        raise _asynchronous(what, result)
+    return result
+
+
+def _asynchronous(what: str, thing: Any) -> TypeError:
+    return TypeError(f"the {what} {thing!r} is asynchronous, which a pybreaker.CircuitBreaker cannot guard")
 
 
 def _is_asynchronous(code: Any) -> bool:

@@ -11,9 +11,20 @@ from collections.abc import Sequence
 
 from pybreaker_redis._adapter import IntentStorage
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import HALF_OPEN, OPEN
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
 from pybreaker_redis._clock import now_ms
-from pybreaker_redis._intents import Intent, Load
+from pybreaker_redis._intents import Close, Intent, Load, RecordSuccess, ResetProbes, SetState, Trip
+
+#: What puts a circuit into a state.  Who half-opens it has no right to the trial: an operator's process is rarely the
+#: one that calls.
+MOVES: dict[str, tuple[Intent, ...]] = {
+    OPEN: (Trip(None, ""),),
+    CLOSED: (Close(None, ""),),
+    HALF_OPEN: (ResetProbes(), SetState(HALF_OPEN)),
+}
+
+#: What forgets the counts of a circuit, and leaves its state.
+RESET: tuple[Intent, ...] = (RecordSuccess(None, ""), ResetProbes())
 
 
 def seconds_shut(reply: Reply, reset_timeout: float) -> float:
@@ -61,8 +72,10 @@ class OperatedStorage(IntentStorage):
             Exception: It was not done; whatever the client raises then.
         """
         for intent in intents:
-            # Who half-opens it has no right to the trial: an operator's process is rarely the one that calls.
             self._insist(intent)
+
+    def let_go(self) -> None:
+        """Let go of connections and threads that only this circuit needs, until it is used again."""
 
     def look_at(self, storages: Sequence[OperatedStorage]) -> list[Reply]:
         """What is true of circuits that live where this one does, times by the local clock.

@@ -93,6 +93,11 @@ class Server:
         if not self._tenants:
             _said.left(str(self), self.guard.answered())
 
+    def hang_up(self) -> None:
+        """Close the connections, if nobody lives here any more; who comes back connects anew."""
+        if self._pool is not None and not self._tenants:
+            self._pool.disconnect()
+
     def _present(self) -> list[Tenant]:
         # Whoever comes while they are counted would make it fail.
         with self._lock:

@@ -6,14 +6,13 @@ Knows: what breakers and storages take.  Does not know: which breakers there are
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pybreaker import CircuitBreaker
+from pybreaker import CircuitBreaker, CircuitBreakerListener
 
-from pybreaker_redis._arguments import check_seconds
+from pybreaker_redis._arguments import LONGEST, check_flag, check_seconds, plain
 from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
@@ -36,8 +35,8 @@ OF_MEMORY = _usual(CircuitMemoryStorage, "state")
 _OUTAGES = (ConnectionError, TimeoutError)
 
 
-def check_name(name: Any) -> None:
-    """Refuse what cannot be a breaker's name.
+def breaker_name(name: Any) -> str:
+    """Validate a breaker's name; plain text.
 
     Raises:
         TypeError: It is no str, or empty.
@@ -45,6 +44,33 @@ def check_name(name: Any) -> None:
     if not isinstance(name, str) or not name:
         msg = f"a breaker's name must be a str that is not empty, not {name!r}"
         raise TypeError(msg)
+    return plain(name)
+
+
+def checked_prefix(prefix: Any) -> str:
+    """Validate what goes before all names; what goes before them in namespaces.
+
+    Raises:
+        TypeError: It is no str.
+    """
+    if not isinstance(prefix, str):
+        msg = f"prefix must be a str, not {prefix!r}"
+        raise TypeError(msg)
+    return f"{plain(prefix)}:" if prefix else ""
+
+
+def checked_listeners(listeners: Iterable[CircuitBreakerListener]) -> tuple[CircuitBreakerListener, ...]:
+    """Validate listeners.
+
+    Raises:
+        TypeError: One of them is none; most often it is a class.
+    """
+    result = tuple(listeners)
+    for listener in result:
+        if not isinstance(listener, CircuitBreakerListener):
+            msg = f"listeners must be instances of pybreaker.CircuitBreakerListener, not {listener!r}"
+            raise TypeError(msg)
+    return result
 
 
 def checked(settings: Settings, stacklevel: int) -> dict[str, Any]:
@@ -69,11 +95,18 @@ def checked(settings: Settings, stacklevel: int) -> dict[str, Any]:
             _check_count(name, result[name])
     if "reset_timeout" in result:
         _check_seconds("reset_timeout", result["reset_timeout"])
+    if "throw_new_error_on_trip" in result:
+        check_flag("throw_new_error_on_trip", result["throw_new_error_on_trip"])
     if "exclude" in result:
         result["exclude"] = _excluded(result["exclude"], stacklevel + 1)
     # It sends nothing, and judges its own arguments.
     CircuitRedisStorage(CLOSED, lambda: None, **part(result, OF_STORAGE))
     return result
+
+
+def of_breaker(settings: Settings) -> dict[str, Any]:
+    """Settings in the form in which a breaker takes them."""
+    return {**part(settings, OF_BREAKER), "exclude": [_exclusion(item) for item in settings["exclude"]]}
 
 
 def part(settings: Settings, of: Settings) -> dict[str, Any]:
@@ -104,8 +137,8 @@ def _check_count(name: str, value: Any) -> None:
 
 def _check_seconds(name: str, value: Any) -> None:
     check_seconds(name, value)
-    if not 0 <= value < math.inf:
-        msg = f"{name} must be 0 or more seconds, and not without end, not {value!r}"
+    if not 0 <= value <= LONGEST:
+        msg = f"{name} must lie between 0 and {LONGEST} seconds, not {value!r}"
         raise ValueError(msg)
 
 
@@ -125,3 +158,10 @@ def _excluded(exclude: Any, stacklevel: int) -> tuple[Any, ...]:
                 stacklevel=stacklevel + 1,
             )
     return items
+
+
+def _exclusion(item: Any) -> Any:
+    """As pybreaker understands it: a class that has a metaclass it takes for a function, which always says yes."""
+    if isinstance(item, type) and type(item) is not type:
+        return lambda error: isinstance(error, item)
+    return item

@@ -116,10 +116,16 @@ class Tenancy:
         """The shared circuit's answer to an intent that changes nothing, as far as it is known without asking."""
         if self.is_alone:
             return None
-        reply = self.shared.believed(intent)
-        if reply is not None:
+        if (reply := self.shared.believed(intent)) is not None:
             self.shortcut = self._view.shortcut
         return reply
+
+    def leave(self) -> None:
+        """Let go of the server, until the circuit is used again."""
+        self.shared.leave()
+        if self.server is not None:
+            self.server.dismiss(self)
+            self.server.hang_up()
 
     def listen(self) -> None:
         """Have changes of the shared circuit heard from now on."""
@@ -197,13 +203,13 @@ class Tenancy:
         reply = self.own.execute(intent, self.shared.known, answers=answers)
         shortcut = self.own.shortcut
         # Not for long: whoever goes by it is to notice what others do, and that it has ended.
-        follows_within = min(FOLLOWS_WITHIN, self.max_staleness) if answers else LOOKS_WITHIN
-        shortcut.until = shortcut.now() + follows_within
-        if outage is not None and not guard.kept:
-            shortcut.until = min(shortcut.until, outage.next_at)
+        until = shortcut.now() + (min(FOLLOWS_WITHIN, self.max_staleness) if answers else LOOKS_WITHIN)
         if outage is None or guard.outage is not outage:
             # It has ended, or been asked about, just now: nobody may go by this circuit unasked.
-            shortcut.until = 0
+            until = 0
+        elif not guard.kept:
+            until = min(until, outage.next_at)
+        shortcut.until = until
         self.shortcut = shortcut
         return reply
 
@@ -232,11 +238,7 @@ class Tenancy:
         self._view.is_unreachable()
 
     def moves(self) -> bool:
-        """Whether the circuit lies on another node by now; then it lives there from now on.
-
-        Raises:
-            Exception: Nobody could be asked.
-        """
+        """See `Tenant.moves`."""
         if not self._whereabouts.look_again():
             return False
         self.shared.leave()
@@ -265,11 +267,7 @@ class Tenancy:
         self._event = "" if tell or event == "created" else event
 
     def check_writable(self) -> None:
-        """See whether the server takes writes.
-
-        Raises:
-            Exception: It does not.
-        """
+        """See `Tenant.check_writable`."""
         self.shared.check_writable()
 
     def rejoin(self) -> str | None:

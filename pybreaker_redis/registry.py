@@ -5,6 +5,7 @@ Knows: names, settings, the client that all have in common.  Does not know: how 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,27 +15,22 @@ from typing import Any
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
 from pybreaker_redis import _settings
-from pybreaker_redis._arguments import check_namespace, check_state
+from pybreaker_redis._arguments import check_state, key_prefix, plain
 from pybreaker_redis._breakers import retry_after, storage_of
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
+from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis._clock import from_ms
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._guarded import NO_FALLBACK, P, T, guarded_by
-from pybreaker_redis._intents import Close, Intent, RecordSuccess, ResetProbes, SetState, Trip
-from pybreaker_redis._operated import OperatedStorage, seconds_shut
+from pybreaker_redis._intents import Intent
+from pybreaker_redis._operated import MOVES, RESET, OperatedStorage, seconds_shut
 from pybreaker_redis._urls import client_of
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
 
 __all__ = ("BreakerRegistry", "CircuitStatus", "retry_after")
 
-#: How an operator puts a circuit into a state.
-_MOVES: dict[str, tuple[Intent, ...]] = {
-    OPEN: (Trip(None, ""),),
-    CLOSED: (Close(None, ""),),
-    HALF_OPEN: (ResetProbes(), SetState(HALF_OPEN)),
-}
+_logger = logging.getLogger("pybreaker_redis")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +88,8 @@ class BreakerRegistry:
         **defaults: Any,
     ) -> None:
         self._redis = client_of(redis) if isinstance(redis, str) else redis
-        self._prefix = f"{prefix}:" if prefix else ""
-        self._listeners = tuple(listeners)
+        self._prefix = _settings.checked_prefix(prefix)
+        self._listeners = _settings.checked_listeners(listeners)
         self._defaults = _settings.checked(defaults, stacklevel=2)
         self._declared: dict[str, dict[str, Any]] = {}
         self._made: dict[str, CircuitBreaker] = {}
@@ -121,7 +117,7 @@ class BreakerRegistry:
         """
         if not settings and (breaker := self._made.get(name)):
             return breaker
-        self._declare(name, settings)
+        name = self._declare(name, settings)
         with self._lock:
             if name not in self._made:
                 self._made[name] = self._make(name)
@@ -210,17 +206,21 @@ class BreakerRegistry:
             Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
         """
         check_state("state", state)
-        self._command(name, *_MOVES[state])
+        self._command(name, *MOVES[state])
 
     def reset(self, name: str, /) -> None:
         """Forget all counts of a circuit, and leave it in the state that it is in; raises as `set_state` does."""
-        self._command(name, RecordSuccess(None, ""), ResetProbes())
+        self._command(name, *RESET)
 
     def _command(self, name: str, *intents: Intent) -> None:
         breaker = self[name]
         _operated(breaker).command(*intents)
-        # The listeners of this process hear of it now, those of others when they notice.
-        _ = breaker.state
+        try:
+            # The listeners of this process hear of it now, those of others when they notice.
+            _ = breaker.state
+        except Exception:
+            # It is done all the same, and who commanded it has to know.
+            _logger.exception("a listener of breaker %r has failed", name)
 
     # The end --------------------------------------------------------------------------------------------------------
 
@@ -230,7 +230,9 @@ class BreakerRegistry:
         What was configured stays, and whoever asks for a breaker again gets a new one.
         """
         with self._lock:
-            self._made.clear()
+            made, self._made = self._made, {}
+        for breaker in made.values():
+            _operated(breaker).let_go()
 
     def __enter__(self) -> BreakerRegistry:
         return self
@@ -240,18 +242,19 @@ class BreakerRegistry:
 
     # Behind it ------------------------------------------------------------------------------------------------------
 
-    def _declare(self, name: str, settings: dict[str, Any]) -> None:
+    def _declare(self, name: str, settings: dict[str, Any]) -> str:
         known = self._declared.get(name)
         if known is not None and all(item in known.items() for item in settings.items()):
-            return
-        _settings.check_name(name)
-        check_namespace(f"{self._prefix}{name}")
+            return plain(name)
+        name = _settings.breaker_name(name)
+        key_prefix(f"{self._prefix}{name}")
         settings = _settings.checked(settings, stacklevel=3)
         with self._lock:
             declared = self._declared.get(name, {})
             present = self._effective(name) if name in self._made else declared
             _settings.check_agreement(name, present, settings)
             self._declared[name] = {**declared, **settings}
+        return name
 
     def _effective(self, name: str) -> dict[str, Any]:
         usual = {**_settings.OF_BREAKER, "exclude": (), **_settings.OF_STORAGE}
@@ -262,7 +265,7 @@ class BreakerRegistry:
             name=name,
             listeners=self._listeners,
             state_storage=self._storage(name),
-            **_settings.part(self._effective(name), _settings.OF_BREAKER),
+            **_settings.of_breaker(self._effective(name)),
         )
 
     def _storage(self, name: str) -> OperatedStorage:

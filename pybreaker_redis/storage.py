@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from pybreaker_redis._arguments import (
     check_fallback,
-    check_namespace,
+    check_flag,
     check_state,
     client_source,
     kept_ms,
+    key_prefix,
     staleness,
     wait,
 )
@@ -84,7 +85,8 @@ class CircuitRedisStorage(OperatedStorage):
     ) -> None:
         check_state("state", state)
         check_fallback(fallback_circuit_state)
-        check_namespace(namespace)
+        check_flag("cluster_mode", cluster_mode)
+        namespace = key_prefix(namespace)
         view = View(staleness(max_staleness))
         super().__init__("redis", probe_lease, view.shortcut)
         self._timeout = wait(timeout)
@@ -156,9 +158,14 @@ class CircuitRedisStorage(OperatedStorage):
 
     def look_at(self, storages: Sequence[OperatedStorage]) -> list[Reply]:
         """See `OperatedStorage.look_at`; one round trip for all, in a cluster one for each node."""
-        tenancies = [storage._tenancy for storage in storages if isinstance(storage, CircuitRedisStorage)]  # noqa: SLF001
+        in_redis = [storage for storage in storages if isinstance(storage, CircuitRedisStorage)]
         with deadline(self._patience):
-            return survey(tenancy.shared for tenancy in tenancies)
+            found = iter(survey(storage._tenancy.shared for storage in in_redis))  # noqa: SLF001
+        return [next(found) if storage in in_redis else storage._insist(Load()) for storage in storages]  # noqa: SLF001
+
+    def let_go(self) -> None:
+        """See `OperatedStorage.let_go`."""
+        self._tenancy.leave()
 
     def _insist(self, intent: Intent) -> Reply:
         with deadline(self._patience):

@@ -19,7 +19,11 @@ import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerStorage
 
 from pybreaker_redis import _clock
-from pybreaker_redis._circuit import CLOSED, OPEN
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import CLOSED, OPEN, Circuit
+from pybreaker_redis._intents import Intent
+from pybreaker_redis._operated import OperatedStorage
+from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis.registry import BreakerRegistry
 
 __all__ = ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_prefix")
@@ -29,33 +33,18 @@ __all__ = ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_pr
 _pybreaker: Any = pybreaker
 
 
-class _Fixed(CircuitBreakerStorage):
-    """A circuit that stays as it is, whatever becomes of calls."""
-
-    counter = 0
-    success_counter = 0
+class _Fixed(OperatedStorage):
+    """A circuit that stays as it is, whatever becomes of calls, and whatever operators want."""
 
     def __init__(self, state: str, breaker: CircuitBreaker) -> None:
-        super().__init__("fixed")
-        self._state = state
+        super().__init__("fixed", 1.0, Shortcut())
+        self._always = state
         # With a timeout of next to nothing it would be over before it has been looked at.
-        self._ahead = timedelta(seconds=0 if breaker.reset_timeout > 1 else 1)
+        self._ahead_ms = 0 if breaker.reset_timeout > 1 else 1000
 
-    @property
-    def state(self) -> str:
-        return self._state
-
-    @state.setter
-    def state(self, state: str) -> None:
-        pass
-
-    @property
-    def opened_at(self) -> datetime:
-        return datetime.now(_pybreaker.UTC) + self._ahead
-
-    @opened_at.setter
-    def opened_at(self, at: datetime) -> None:
-        pass
+    def _execute(self, intent: Intent) -> Reply:
+        now = _clock.now_ms()
+        return Reply(True, Circuit(self._always, opened_at_ms=now + self._ahead_ms), now)
 
 
 @contextlib.contextmanager
@@ -106,10 +95,10 @@ def in_memory(breakers: BreakerRegistry) -> Iterator[BreakerRegistry]:
             yield breakers
         finally:
             breakers._redis = redis
-            for name in breakers._made.keys() - made:
-                breaker = breakers._made[name]
-                breaker._state_storage = breakers._storage(name)
-                breaker._state = breaker._create_new_state(CLOSED)
+            for name, breaker in breakers._made.items():
+                if breaker is not made.get(name):
+                    breaker._state_storage = breakers._storage(name)
+                    breaker._state = breaker._create_new_state(CLOSED)
 
 
 class BreakerClock:

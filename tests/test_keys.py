@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._arguments import check_namespace
+from pybreaker_redis._arguments import key_prefix
 from pybreaker_redis._keys import NAMES, channel_of, circuit_keys
 
 
@@ -65,7 +65,7 @@ REFUSED = [(namespace, accepted) for accepted, namespaces in MISTAKES.items() fo
 @pytest.mark.parametrize("namespace", [None, *USED])
 def test_namespace_that_works_with_stock_is_taken(namespace):
     """Whoever changes the import keeps the namespaces, whatever language they are in."""
-    check_namespace(namespace)
+    key_prefix(namespace)
 
 
 @pytest.mark.parametrize(("namespace", "accepted"), REFUSED, ids=ascii)
@@ -91,7 +91,7 @@ texts = st.text(st.one_of(st.sampled_from("{}{}a:\0\n"), st.characters()), max_s
 def test_any_namespace_is_refused_or_names_one_circuit_in_one_slot(namespace, one_slot):
     """What is taken can be sent, and printed, and in a cluster all keys lie in one slot: the tag that people see."""
     try:
-        check_namespace(namespace)
+        key_prefix(namespace)
     except ValueError:
         braced = "{" in namespace or "}" in namespace
         assert not namespace or braced or any(category(char) in ("Cc", "Cs") for char in namespace)

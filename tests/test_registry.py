@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import abc
+import asyncio
 import contextlib
+import enum
 import functools
+import gc
 import os
 import pickle
 import threading
@@ -20,12 +24,13 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _survey
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._optimistic import look
+from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests.clusters import Nodes
 from tests.places import cluster_client, has_clusters
 from tests.servers import ONCE, FoundServer
 from tests.test_round_trips import Meter
-from tests.viewed import Down, breaker_on, down, fails, settled, up
+from tests.viewed import Down, breaker_on, down, fails, listeners, settled, up, wait_for
 
 #: How a registry may be told where the circuits are.
 HOMES = {
@@ -174,12 +179,45 @@ class TestBreakers:
 
     def test_close_leaves_a_given_client_alone(self, client: redis.Redis) -> None:
         """Whoever has made it closes it."""
-        closed: list[int] = []
-        client.close, close = lambda: closed.append(1), client.close  # type: ignore[method-assign,assignment]
+        client.ping()
         with BreakerRegistry(client) as breakers:
             breakers.get("payments").call(up)
-        assert not closed
-        client.close = close  # type: ignore[method-assign]
+        (connection,) = client.connection_pool._available_connections
+        assert connection._sock is not None
+
+    @pytest.mark.usefixtures("nobody_listens")
+    def test_close_leaves_no_connection_and_no_thread(self, server: PrivateServer, client: redis.Redis) -> None:
+        """At once: not when the garbage collector finds the breakers, nor when nobody holds them any more."""
+        connected = client.info("clients")["connected_clients"]
+        breakers = BreakerRegistry(server.url)
+        payments = settled(breakers.get("payments"))
+        assert client.info("clients")["connected_clients"] > connected
+        gc.disable()
+        try:
+            breakers.close()
+            wait_for(lambda: client.info("clients")["connected_clients"] == connected, "its connections are closed")
+            wait_for(lambda: not listeners(), "its thread has ended")
+        finally:
+            gc.enable()
+        # Whoever has kept one may go on with it.
+        fails(payments)
+        assert breakers.status()["payments"].fail_counter == 1
+
+    def test_names_that_are_members_of_an_enumeration_are_their_text(self, shared: Make) -> None:
+        """As for pybreaker's own storage, and for whoever says the text."""
+
+        class Name(str, enum.Enum):
+            PAYMENTS = "payments"
+            PREFIX = "shop"
+
+        breakers = shared(prefix=Name.PREFIX)
+        payments = breakers.get(Name.PAYMENTS)
+        assert breakers["payments"] is payments
+        assert (type(payments.name), payments.name, list(breakers)) == (str, "payments", ["payments"])
+        operator = shared(prefix="shop")
+        operator.configure("payments")
+        operator.set_state(Name.PAYMENTS, "open")
+        assert payments.current_state == "open"
 
 
 class TestSettings:
@@ -268,6 +306,9 @@ class TestSettings:
             ("exclude", "KeyError", TypeError),
             ("exclude", [dict], TypeError),
             ("exclude", ["KeyError"], TypeError),
+            ("reset_timeout", 1e12, ValueError),
+            ("throw_new_error_on_trip", "no", TypeError),
+            ("cluster_mode", "no", TypeError),
             ("timeout", "1", TypeError),
             ("probe_lease", 0, ValueError),
             ("fallback_circuit_state", "ajar", ValueError),
@@ -285,6 +326,18 @@ class TestSettings:
             with pytest.raises(error, match=setting):
                 BreakerRegistry(redis_object, **{setting: value})
         assert "payments" not in breakers
+
+    @pytest.mark.parametrize("listener", [LogListener, print, "LogListener"])
+    def test_listener_that_is_none_is_refused_at_once(self, listener: Any) -> None:
+        """A class is not made for its user: every call would fail by it."""
+        with pytest.raises(TypeError, match="listeners must be instances of"):
+            BreakerRegistry(listeners=[listener])
+
+    @pytest.mark.parametrize("prefix", [None, 7, b"shop"])
+    def test_prefix_that_is_none_is_refused_at_once(self, prefix: Any) -> None:
+        """Printed, it would be another one."""
+        with pytest.raises(TypeError, match="prefix must be a str"):
+            BreakerRegistry(prefix=prefix)
 
     @pytest.mark.parametrize("name", ["", None, 7, b"payments"])
     def test_name_that_is_none_is_refused(self, name: Any) -> None:
@@ -335,6 +388,22 @@ class TestSettings:
     def test_excluding_anything_else_gets_none(self, excluded: Any) -> None:
         """Business errors are what it is for; warnings are errors here."""
         assert BreakerRegistry().get("payments", exclude=[excluded]).excluded_exceptions == (excluded,)
+
+    def test_class_with_a_metaclass_excludes_no_other_errors(self) -> None:
+        """Pybreaker takes it for a function, and its instance for yes: nothing would count."""
+
+        class Business(Exception, metaclass=abc.ABCMeta):
+            pass
+
+        def refused() -> None:
+            raise Business
+
+        payments = BreakerRegistry().get("payments", exclude=[Business])
+        with pytest.raises(Business):
+            payments.call(refused)
+        assert payments.fail_counter == 0
+        fails(payments)
+        assert payments.fail_counter == 1
 
 
 class TestGuard:
@@ -434,12 +503,40 @@ class TestGuard:
         with pytest.raises(TypeError, match=r"fallback .* is asynchronous"):
             breakers.guard("payments", fallback=function)(up)
 
-        @functools.wraps(function)
-        def wrapped() -> None:
-            """Looks like a function."""
+    def test_what_returns_a_coroutine_all_the_same_is_refused_when_it_does(self) -> None:
+        """Decorators in between do not always tell."""
+        breakers = BreakerRegistry(fail_max=1)
 
-        with pytest.raises(TypeError, match="asynchronous"):
-            breakers.guard("payments")(wrapped)
+        @functools.wraps(self._coroutine)
+        def undone() -> Any:
+            return self._coroutine()
+
+        with pytest.raises(TypeError, match=r"guarded function .* is asynchronous"):
+            breakers.guard("payments")(undone)()
+        breakers.set_state("payments", "open")
+        with pytest.raises(TypeError, match=r"fallback .* is asynchronous"):
+            breakers.guard("payments", fallback=undone)(up)()
+
+    def test_what_runs_a_coroutine_to_its_end_is_guarded(self) -> None:
+        """Whatever it says that it wraps."""
+        breakers = BreakerRegistry(fail_max=1)
+
+        async def charged() -> None:
+            raise Down
+
+        @breakers.guard("payments")
+        @functools.wraps(charged)
+        def charge() -> None:
+            asyncio.run(charged())
+
+        with pytest.raises(CircuitBreakerError):
+            charge()
+
+    @pytest.mark.parametrize("kind", [classmethod, staticmethod])
+    def test_decorators_in_the_wrong_order_are_refused(self, kind: Any) -> None:
+        """Called like that they raise, which would open the circuit for everybody."""
+        with pytest.raises(TypeError, match=f"write @{kind.__name__} above"):
+            BreakerRegistry().guard("payments")(kind(up))
 
 
 class TestStatus:
@@ -561,6 +658,23 @@ class TestCommands:
         command("payments", state)(operator)
         (status,) = worker.status().values()
         assert (status.state, status.fail_counter) == (state or "closed", 3 if state in ("open", "half-open") else 0)
+
+    def test_listener_that_fails_does_not_make_it_look_undone(
+        self, made: Make, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An operator who sees an error tries again, or worse."""
+
+        class Failing(pybreaker.CircuitBreakerListener):
+            def state_change(self, *_: Any) -> None:
+                raise RuntimeError("of the listener")
+
+        breakers = made(listeners=[Failing()])
+        breakers.configure("payments")
+        breakers.set_state("payments", "open")
+        assert breakers.status()["payments"].state == "open"
+        (record,) = caplog.records
+        assert record.message == "a listener of breaker 'payments' has failed"
+        assert record.exc_info
 
     def test_unknown_state_is_refused(self, made: Make) -> None:
         """Nothing is sent, and all three are named."""

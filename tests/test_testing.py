@@ -138,6 +138,22 @@ class TestForced:
         assert test()
         assert not rejected(breaker)
 
+    def test_its_registry_says_so_and_operators_move_nothing(self, client: redis.Redis) -> None:
+        """A page that shows the circuits is tested like everything else."""
+        breakers = BreakerRegistry(client)
+        payments, _ = breakers.get("payments"), breakers.get("stock")
+        with force_open(payments):
+            states = {name: status.state for name, status in breakers.status().items()}
+            assert states == {"payments": "open", "stock": "closed"}
+            assert 59 < breakers.status()["payments"].retry_after <= 60
+            breakers.set_state("payments", "closed")
+            assert rejected(payments)
+        with force_closed(payments):
+            breakers.set_state("payments", "open")
+            assert not rejected(payments)
+            breakers.close()
+        assert not rejected(payments)
+
     def test_asks_no_redis(self) -> None:
         """Tests of other things run where there is none."""
 
@@ -287,6 +303,16 @@ class TestInMemory:
         assert breakers["stock"] is stock
         assert not rejected(stock)
         assert client.exists("stock:pybreaker:state")
+
+    def test_breaker_that_is_made_anew_meanwhile_has_its_circuit_afterwards(self, client: redis.Redis) -> None:
+        """What is tested may end the registry: that must not leave it in memory, and open, for all later tests."""
+        breakers = BreakerRegistry(client)
+        breakers.get("payments")
+        with in_memory(breakers):
+            breakers.close()
+            breakers.set_state("payments", "open")
+        assert not rejected(breakers["payments"])
+        assert client.exists("payments:pybreaker:state")
 
 
 class TestFixtures:
