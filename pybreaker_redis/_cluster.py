@@ -154,6 +154,7 @@ class Cluster:
         if slots:
             # Those that have been replaced by others, with new addresses, would be waited for in vain.
             self._known = known
+            self._nodes = {there: node for there, node in self._nodes.items() if there in known | self._seeds}
         return slots
 
     def _address(self, node: Any, asked: Address) -> Address:

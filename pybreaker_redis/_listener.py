@@ -11,7 +11,6 @@ pause there is a new line.  Until then callers ask Redis themselves, which is sl
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import threading
@@ -20,6 +19,7 @@ import weakref
 from functools import partial
 from typing import Protocol
 
+from pybreaker_redis import _said
 from pybreaker_redis._carrier import Lack
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._client import Origin
@@ -49,8 +49,6 @@ MANY_FAILURES = 5
 #: Seconds between two looks at whether a server is back.
 AWAY_WAIT = 0.05
 
-_logger = logging.getLogger("pybreaker_redis")
-
 
 class Home(Protocol):
     """The server that is listened to, for everything but listening."""
@@ -76,11 +74,12 @@ class Listener:
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
         self._server: Home | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._views: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
         self._of_channel: dict[str, tuple[weakref.ref[View], ...]] = {}
         self._thread: threading.Thread | None = None
         self._refused = False
+        self._unheard: set[str] = set()
         self._hurried = False
         self.session: Session | None = None
 
@@ -95,6 +94,7 @@ class Listener:
             self._views[view] = keys, channel
             others = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() not in (None, view))
             self._of_channel[channel] = (*others, weakref.ref(view))
+            self._forget_the_gone()
             if self._thread is None or not self._thread.is_alive():
                 self._thread = start(self._run, THREAD_NAME)
 
@@ -103,7 +103,20 @@ class Listener:
         with self._lock:
             _, channel = self._views.pop(view, ((), ""))
             self._of_channel[channel] = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() is not view)
+            self._forget_the_gone()
         view.is_heard(False)
+
+    def _forget_the_gone(self) -> None:
+        # Rarely enough that a thousand circuits do not look through all of them a thousand times.
+        if len(self._of_channel) > 2 * len(self._views) + 16:
+            alive = ((channel, tuple(ref for ref in refs if ref())) for channel, refs in self._of_channel.items())
+            self._of_channel = {channel: refs for channel, refs in alive if refs}
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a thread that listens."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def hurry(self) -> None:
         """What was refused is permitted again: there is no reason to wait."""
@@ -139,7 +152,9 @@ class Listener:
         failures, reason = 0, ""
         while not self._leave():
             try:
-                session = self.session = Session(partial(Line, self._origin, self._timeout()), self._hearings)
+                session = self.session = Session(
+                    partial(Line, self._origin, self._timeout()), self._hearings, self._unheard
+                )
                 try:
                     if not session.line.tracks:
                         assert self._server
@@ -156,7 +171,7 @@ class Listener:
             except Exception as error:  # noqa: BLE001
                 # Whatever a client library raises: the way out is a new line.
                 reason = f"{type(error).__name__}: {error}"
-                _logger.debug("no push from %s (%s)", self._origin, reason)
+                _said.detail("no push from %s (%s)", self._origin, reason)
                 pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))
                 failures += 1
             else:
@@ -196,29 +211,26 @@ class Listener:
         """Say once why nothing is heard."""
         if not self._refused:
             self._refused = True
-            _logger.warning(
-                "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip",
-                self._origin,
-                str(reason).partition(", with args")[0],
-            )
+            _said.unheard(str(self._origin), reason)
 
 
 class _Listeners:
     """The listeners of this process, one for each server."""
 
     def __init__(self) -> None:
-        self._of_origin: dict[Origin, Listener] = {}
+        #: As long as anybody uses one, or it runs.
+        self._of_origin: weakref.WeakValueDictionary[Origin, Listener] = weakref.WeakValueDictionary()
         self.after_fork()
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: none of the parent's threads is there, and its connections are not ours to keep open."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pid = os.getpid()
         for listener in self._of_origin.values():
             if listener.session is not None:
                 listener.session.line.close()
-        self._of_origin = {}
+        self._of_origin.clear()
 
     def of(self, origin: Origin) -> Listener:
         """The listener to a server."""
@@ -232,13 +244,12 @@ class _Listeners:
 _listeners = _Listeners()
 
 
-def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str, server: Home) -> Listener | None:
-    """Have a view kept true from now on, as long as it lives and as long as that is possible; by whom, if it is."""
+def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str, server: Home) -> Listener:
+    """Have a view kept true from now on, as long as it lives and as long as that is possible; by whom."""
     listener = _listeners.of(origin)
     try:
         listener.add(view, keys, channel, server)
     except NoThreads as reason:
         if str(reason):
             listener.say_refused(reason)
-        return None
     return listener

@@ -191,7 +191,61 @@ def may_wait(client: Any) -> None:
         )
 
 
-def _say(level: int, message: str, *arguments: object, **words: Any) -> None:
+def deaf(circuit: str, client: Any) -> None:
+    """Changes of a circuit cannot be heard because no further connections can be made like its client's."""
+    _say(
+        logging.INFO,
+        "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
+        circuit,
+        type(client).__name__,
+    )
+
+
+def repaired(logger: logging.Logger, circuit: str, what: str, state: str) -> None:
+    """What lay in Redis made no sense.
+
+    Args:
+        logger: Of the storage.
+        circuit: Which.
+        what: Was made of it.
+        state: That it is in.
+    """
+    _say(
+        logging.WARNING,
+        "circuit %r: values in Redis were missing or made no sense; %s; it is %s",
+        circuit,
+        what,
+        state,
+        logger=logger,
+    )
+
+
+def restored(logger: logging.Logger, circuit: str, state: str) -> None:
+    """Redis had lost a circuit that this process knew."""
+    _say(logging.WARNING, "circuit %r: Redis has lost it; restored as %s", circuit, state, logger=logger)
+
+
+def unheard(what: str, reason: object) -> None:
+    """Changes of circuits are not told.
+
+    Args:
+        what: Of a server, or of one circuit.
+        reason: What it has answered.
+    """
+    _say(
+        logging.WARNING,
+        "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip",
+        what,
+        str(reason).partition(", with args")[0],
+    )
+
+
+def detail(message: str, *arguments: object) -> None:
+    """What helps whoever looks for a cause, and nobody else."""
+    _say(logging.DEBUG, message, *arguments)
+
+
+def _say(level: int, message: str, *arguments: object, logger: logging.Logger = _logger, **words: Any) -> None:
     # What a handler raises is for nobody who makes a call, nor for those who keep circuits going.
     with contextlib.suppress(Exception):
-        _logger.log(level, message, *arguments, **words)
+        logger.log(level, message, *arguments, **words)

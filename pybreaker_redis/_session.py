@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pybreaker_redis import _said
 from pybreaker_redis._circuit import CLOSED, Circuit
 from pybreaker_redis._clock import monotonic, now_ms
 from pybreaker_redis._line import Line, Push, refusal
 from pybreaker_redis._record import MARK_FIELDS, Found, agrees, parse, parse_push, text
 from pybreaker_redis._view import Ticket, View
+from pybreaker_redis.errors import PushUnavailable, is_a
 
 #: Beats in the time for which a record may be believed: so one of them may come late.
 BEATS = 2
@@ -52,15 +54,23 @@ class Session:
     Args:
         connect: Returns a line that tells of pushes to whom it is given.
         wanted: Returns all that is to be heard; asked again and again.  Nothing here keeps a view alive.
+        unheard: Channels of which it was said that they are refused, on earlier lines, too; kept true from here.
 
     Attributes:
         line: The line; to be closed when the session is over.
         polled: Whether a poll was answered: the line has been of use.
     """
 
-    def __init__(self, connect: Callable[[Callable[[Push], None]], Line], wanted: Callable[[], list[Hearing]]) -> None:
+    def __init__(
+        self,
+        connect: Callable[[Callable[[Push], None]], Line],
+        wanted: Callable[[], list[Hearing]],
+        unheard: set[str],
+    ) -> None:
         self.polled = False
         self._wanted = wanted
+        self._unheard = unheard
+        self._refused: set[str] = set()
         self._views: dict[str, weakref.WeakSet[View]] = {}
         self._channels: dict[str, str] = {}
         self._changed: set[str] = set()
@@ -101,13 +111,19 @@ class Session:
         if not wanted:
             return None
         channels = {item.channel for item in wanted}
-        if missing := channels - self._views.keys():
-            self.line.subscribe(sorted(missing))
+        if missing := channels - self._views.keys() - self._refused:
+            self._subscribe(sorted(missing))
         if gone := self._views.keys() - channels:
             self.line.unsubscribe(sorted(gone))
             self._views = {channel: views for channel, views in self._views.items() if channel in channels}
             self._channels = {key: channel for key, channel in self._channels.items() if channel in channels}
-        new = [item for item in wanted if item.view not in self._views.setdefault(item.channel, weakref.WeakSet())]
+        # One that left and has come back is known already, and was told that it is not heard.
+        new = [
+            item
+            for item in wanted
+            if item.channel not in self._refused
+            and (item.view not in self._views.setdefault(item.channel, weakref.WeakSet()) or not item.view.is_heard_of)
+        ]
         for item in new:
             self._views[item.channel].add(item.view)
             self._channels.update(dict.fromkeys(item.keys, item.channel))
@@ -115,6 +131,23 @@ class Session:
         if new:
             self._poll(new)
         return min(item.view.max_staleness for item in wanted) / BEATS
+
+    def _subscribe(self, channels: list[str]) -> None:
+        """Hear what may be heard: one circuit that this user may not hear of concerns no other."""
+        try:
+            self.line.subscribe(channels)
+        except PushUnavailable as error:
+            for channel in channels:
+                try:
+                    self.line.subscribe([channel])
+                except PushUnavailable:
+                    self._refused.add(channel)
+            if not self._views and self._refused.issuperset(channels):
+                raise
+            for channel in sorted(self._refused - self._unheard):
+                _said.unheard(f"channel {channel!r}", error)
+            self._unheard |= self._refused
+        self._unheard -= set(channels) - self._refused
 
     def _beat(self) -> None:
         if self._awaits_pong:
@@ -161,8 +194,8 @@ class Session:
         self._polled_at = monotonic()
         if not asked:
             return
-        fail_counters = self._each_of(answers[1 + len(before) : counted : 1 + len(before)])
-        self.polled = True
+        fail_counters = self._each_of(answers[1 + len(before) : counted : 1 + len(before)], len(asked))
+        self.polled = self.polled or not all(isinstance(counter, Exception) for counter in fail_counters)
         server_ms, values = _milliseconds(answers[0]), answers[counted:]
         for (item, ticket), failures, plain, mark in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
             known = item.view.known
@@ -172,14 +205,20 @@ class Session:
                 item.view.offset.learn(server_ms, before_ms, after_ms, waiting=known.state != CLOSED)
                 self._judge(item.view, ticket, known, (failures, plain, mark), server_ms)
 
-    def _each_of(self, answers: list[Any]) -> list[Any]:
+    def _each_of(self, answers: list[Any], number: int) -> list[Any]:
         """The counters, or what there is instead of one: of those in a cluster each may be gone to another node."""
         if self.line.one_by_one:
+            if not self.polled and all(is_a(answer, "NoPermissionError") for answer in answers):
+                # Whoever may not read what he hears of goes by nothing.
+                raise refusal(answers[0])
             return [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
         (counters,) = answers
         if isinstance(counters, Exception):
-            # By an ACL: whoever may not read what he hears of goes by nothing.
-            raise refusal(counters)
+            if len(self._views) == 1:
+                raise refusal(counters)
+            # By an ACL, perhaps of one of them: from now on each is asked for by itself.
+            self.line.one_by_one = True
+            return [counters] * number
         return list(counters)
 
     def _judge(self, view: View, ticket: Ticket, known: Circuit, read: tuple[Any, Any, Any], server_ms: int) -> None:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pybreaker_redis import _said
 from pybreaker_redis._carrier import Reply, SayLack
 from pybreaker_redis._carriers import Carrier, Carriers
 from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
+from pybreaker_redis._ear import Ear
 from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
 from pybreaker_redis._line import Heard
-from pybreaker_redis._listener import Home, Listener, listen
+from pybreaker_redis._listener import Home
 from pybreaker_redis._optimistic import Question
-from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat
 
@@ -70,8 +70,7 @@ class SharedCircuit:
         self._logger = logger
         #: What is believed, by the local clock: it is looked at often, and changes rarely.
         self._moved: tuple[tuple[Circuit, float], Circuit] = ((Circuit(), 0.0), Circuit())
-        self._listens_in: int | None = None
-        self._listener: Listener | None = None
+        self._ear = Ear(name, view, self._carriers)
 
     def believed(self, intent: Intent) -> Reply | None:
         """The answer to an intent that changes nothing, as far as it is known without asking."""
@@ -100,31 +99,10 @@ class SharedCircuit:
     def listen(self, server: Home) -> None:
         """Have changes of the circuit heard in this process, so that they need not be asked for.
 
-        Nothing to do while nobody has asked: until then nobody knows what there is to listen to.
-
         Args:
             server: Where the circuit lives.
         """
-        carriers = self._carriers
-        # Another thread may leave it meanwhile.
-        carrier = carriers.now
-        if carrier is None or self._listens_in == os.getpid() or not self._view.max_staleness:
-            return
-        self._listens_in = os.getpid()
-        origin = carriers.origin
-        if origin:
-            origin = replace(origin, one_by_one=carriers.one_slot)
-            self._listener = listener = listen(origin, self._view, carriers.keys, carriers.channel, server)
-            if listener is not None and carriers.now is not carrier:
-                # Nobody else would ever cease to listen there.
-                listener.remove(self._view)
-                self._listener = self._listens_in = None
-        elif carriers.mode == LuaCarrier.mode:
-            self._logger.info(
-                "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
-                self._name,
-                type(carrier.client).__name__,
-            )
+        self._ear.listen(server)
 
     def connect(self) -> None:
         """Get the client, if it was not asked for yet.
@@ -136,8 +114,7 @@ class SharedCircuit:
 
     def is_permitted(self) -> None:
         """What was refused is permitted again."""
-        if self._listener is not None:
-            self._listener.hurry()
+        self._ear.hurry()
 
     @property
     def mode(self) -> str:
@@ -153,7 +130,7 @@ class SharedCircuit:
     @property
     def push(self) -> Heard | None:
         """How changes are heard, and of what server; ``None`` if they are not."""
-        return self._listener.heard if self._listener and self._view.is_heard_of else None
+        return self._ear.heard
 
     def execute(self, intent: Intent, *, tell: bool = True) -> Reply:
         """Carry out an intent.
@@ -255,8 +232,7 @@ class SharedCircuit:
             # It has expired, as it was to, and nobody can tell that from a loss.
             reply = replace(reply, event="created")
         self._view.fill(ticket, reply.circuit, reply.now_ms)
-        if self._listener is not None:
-            self._listener.tell(self._view, carriers.channel, reply.circuit, reply.now_ms)
+        self._ear.tell(reply.circuit, reply.now_ms)
         if tell:
             self._log(reply)
         return reply
@@ -267,26 +243,16 @@ class SharedCircuit:
         Args:
             carrier: That has found it out; ``None``: whichever there is.
         """
-        if self._carriers.leave(carrier):
-            listener, self._listener = self._listener, None
-            listens_in, self._listens_in = self._listens_in, None
-            # A parent's thread may have held its lock when this process was forked.
-            if listener is not None and listens_in == os.getpid():
-                listener.remove(self._view)
+        if self._ear.leave(lambda: self._carriers.leave(carrier)):
             # There is another clock.
             self._view.offset.forget()
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state
         if reply.event.startswith("repaired"):
-            self._logger.warning(
-                "circuit %r: values in Redis were missing or made no sense; %s; it is %s",
-                self._name,
-                reply.event,
-                state,
-            )
+            _said.repaired(self._logger, self._name, reply.event, state)
         elif reply.event == "restored":
-            self._logger.warning("circuit %r: Redis has lost it; restored as %s", self._name, state)
+            _said.restored(self._logger, self._name, state)
 
 
 def _by_local_clock(reply: Reply, offset_ms: float) -> Reply:

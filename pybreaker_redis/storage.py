@@ -5,6 +5,7 @@ Knows: what may be asked for, pybreaker's settings.  Does not know: Redis, who c
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -192,7 +193,9 @@ class CircuitRedisStorage(OperatedStorage):
     def _called(self) -> None:
         if self._admissions.are_several:
             self._twin.share()
-        self._tenancy.listen()
+        # Whatever may go wrong with that, nobody who makes a call is to hear of it.
+        with contextlib.suppress(Exception):
+            self._tenancy.listen()
 
     def _execute(self, intent: Intent) -> Reply:
         reply = self._tenancy.execute(intent)

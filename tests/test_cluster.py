@@ -19,7 +19,7 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _shared
+from pybreaker_redis import CircuitRedisStorage, _ear
 from pybreaker_redis._cluster import Cluster, cluster_behind, cluster_of
 from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._keys import circuit_keys, slot_of
@@ -358,14 +358,17 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
     shared.connect()
     heard: list[Listener] = []
 
+    leaves = threading.Thread(target=shared.leave)
+
     def late(*arguments: Any) -> Listener | None:
-        shared.leave()
-        shared.connect()
+        leaves.start()
+        leaves.join(0.1)
         heard.append(listen(*arguments))
         return heard[-1]
 
-    monkeypatch.setattr(_shared, "listen", late)
+    monkeypatch.setattr(_ear, "listen", late)
     breaker._state_storage._tenancy.listen()
+    leaves.join()
     assert not any(item.view is shared._view for item in heard[0]._hearings())
     monkeypatch.undo()
     settled(breaker)
@@ -374,7 +377,7 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
 def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster: Nodes):
     """Its listener may have been forked in the middle of anything, its lock held for ever."""
     shared = settled(breaker_on(client_of(cluster), NAMESPACE))._state_storage._tenancy.shared
-    listener, shared._listens_in = shared._listener, os.getppid()
+    listener, shared._ear._pid = shared._ear._listener, os.getppid()
     with listener._lock:
         leaves = threading.Thread(target=shared.leave, daemon=True)
         leaves.start()

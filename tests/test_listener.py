@@ -16,7 +16,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import fakeredis
 import freezegun
@@ -25,10 +25,12 @@ import pytest
 import redis
 import time_machine
 
-from pybreaker_redis import CircuitRedisStorage, _listener, _server
+from pybreaker_redis import CircuitRedisStorage, _ear, _listener, _server
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._keys import channel_of, circuit_keys
+from pybreaker_redis._listener import listen
+from pybreaker_redis._view import View
 from tests.servers import ONCE
 from tests.test_freshness import PUSH, seconds_until
 from tests.viewed import (
@@ -286,6 +288,24 @@ def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog
         assert "every look at a circuit is a round trip" in said.message
 
 
+@pytest.mark.parametrize("rights", [("~*", "&mine:*"), ("~mine:*", "&*")], ids=["its channel", "its keys"])
+def test_circuit_that_may_not_be_heard_takes_nothing_from_the_others(server, caplog, rights, protocol):
+    """They are heard as before, be they used before it or after."""
+    administrate(server, "resetchannels", "+@all", *rights)
+    with contextlib.closing(server.client(username="limited", password="x")) as limited:
+        before = settled(breaker_on(limited, "mine:before"))
+        other = breaker_on(limited, "other")
+        assert other.call(up) == "answer"
+        wait_for(lambda: other.call(up) and caplog.messages, "a warning")
+        after = settled(breaker_on(limited, "mine:after"))
+        for breaker in (before, after):
+            assert settled(breaker).call(up) == "answer"
+        assert not view_of(other).is_believed
+        assert len(listeners()) == 1
+        (said,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert "permission" in said.message.lower() or "NOPERM" in said.message
+
+
 def test_user_who_may_not_introduce_himself_or_track_hears_all_the_same(server, client):
     """CLIENT is an administrator's command to some: without it only what is published is heard."""
     administrate(server, "~*", "&*", "+@all", "-client")
@@ -529,6 +549,94 @@ def test_thread_and_connection_end_with_the_last_storage(client):
     wait_for(lambda: not listeners() and not lines(client), "nobody listens")
     settled(breaker_on(client))
     assert len(listeners()) == 1
+
+
+def test_nothing_is_kept_of_circuits_that_are_gone(client):
+    """A process that has a circuit for each of its users, or makes a client for each request, does not grow."""
+    kept = settled(breaker_on(client, "kept"))
+    listener = view_of_listener(kept)
+    for number in range(60):
+        breaker_on(client, f"circuit{number}").call(up)
+    gc.collect()
+    breaker_on(client, "last").call(up)
+    assert len(listener._of_channel) < 30
+    for number in range(5):
+        user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
+        listen(origin_of(user), View(1.0), ("",) * 5, "channel", kept._state_storage._tenancy.server)
+    gc.collect()
+    wait_for(lambda: gc.collect() is not None and len(_listener._listeners._of_origin) == 1, "nobody listens elsewhere")
+
+
+def view_of_listener(breaker):
+    """Who keeps the breaker's view true."""
+    return breaker._state_storage._tenancy.shared._ear._listener
+
+
+# -- when it ended before its time -------------------------------------------------------------------------------------
+
+
+def test_circuit_that_left_and_is_back_is_heard_again(client):
+    """A master that was demoted for a moment: the same line, and the same thread, which had been told to forget it."""
+    breaker = settled(breaker_on(client))
+    for _ in range(3):
+        breaker._state_storage._tenancy.shared.leave()
+        settled(breaker)
+    assert len(listeners()) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_thread_that_died_is_replaced(client, monkeypatch):
+    """Whatever it died of; until then what it heard is believed no longer than it may be."""
+    breaker = settled(breaker_on(client))
+    (died,) = listeners()
+    with monkeypatch.context() as patched:
+        patched.setattr(_listener.Listener, "_forget_all", lambda self: 1 / 0)
+        for line in lines(client):
+            client.client_kill_filter(_id=line["id"])
+        wait_for(lambda: not died.is_alive(), "it dies")
+    # As long after it began as a thread usually dies.
+    breaker._state_storage._tenancy.shared._ear._next_at = 0.0
+    wait_for(lambda: breaker.call(up) and listeners(), "another one")
+    settled(breaker)
+    assert len(listeners()) == 1
+
+
+def test_thread_that_could_not_be_started_is_tried_again(client, monkeypatch, caplog):
+    """The limit of processes may have been reached for a moment."""
+    monkeypatch.setattr(_ear, "REFUSED_PAUSE", 0.1)
+
+    def no_more(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more)
+        breaker = breaker_on(client)
+        assert breaker.call(up) == "answer"
+        assert caplog.messages
+    settled(breaker)
+
+
+@pytest.mark.parametrize("trouble", ["fakeredis", "no thread", "a stub of uwsgi"])
+def test_whatever_keeps_it_from_listening_reaches_no_call(client, monkeypatch, trouble):
+    """Nor does a log that cannot be written, or a module in the place of uWSGI's."""
+
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("disk full")
+
+    def no_more(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    handler, logger = Broken(), logging.getLogger("pybreaker_redis")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    if trouble == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", no_more)
+    if trouble == "a stub of uwsgi":
+        monkeypatch.setitem(sys.modules, "uwsgi", ModuleType("uwsgi"))
+    breaker = breaker_on(fakeredis.FakeRedis() if trouble == "fakeredis" else client)
+    for _ in range(3):
+        assert breaker.call(up) == "answer"
 
 
 PROGRAM = """

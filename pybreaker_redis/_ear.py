@@ -1,0 +1,105 @@
+"""Are changes of this circuit heard in this process?
+
+Knows: one circuit's view, who listens to its server.  Does not know: lines, threads, what is heard.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from pybreaker_redis import _said
+from pybreaker_redis._carriers import Carriers
+from pybreaker_redis._circuit import Circuit
+from pybreaker_redis._clock import monotonic
+from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._line import Heard
+from pybreaker_redis._listener import REFUSED_PAUSE, Home, Listener, listen
+from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis._view import View
+
+
+class Ear:
+    """Has a view kept true by the thread that listens to the circuit's server.
+
+    Args:
+        name: Of the circuit, for log lines.
+        view: To be kept true.
+        carriers: They know where the circuit lies.
+    """
+
+    def __init__(self, name: str, view: View, carriers: Carriers) -> None:
+        self._name = name
+        self._view = view
+        self._carriers = carriers
+        self._listener: Listener | None = None
+        #: In which process that is, and when to try once more if there is none, monotonic seconds.
+        self._pid = os.getpid()
+        self._next_at = 0.0
+        self._lock = threading.RLock()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock, and nobody listens; a parent's thread may have held its own lock."""
+        self._lock = threading.RLock()
+        self._listener, self._next_at, self._pid = None, 0.0, os.getpid()
+
+    def listen(self, server: Home) -> None:
+        """Have changes heard from now on; nothing to do while nobody has asked, or where there is nothing to hear.
+
+        Args:
+            server: Where the circuit lives.
+        """
+        if self._pid != os.getpid():
+            # Forked behind Python's back, as by uWSGI.
+            self.after_fork()
+        listener = self._listener
+        if not self._view.max_staleness or (listener and listener.runs) or monotonic() < self._next_at:
+            return
+        with self._lock:
+            # Another thread may leave meanwhile, or have begun.
+            carrier = self._carriers.now
+            if carrier is None or self._listener is not listener:
+                return
+            # A thread that cannot be started now may be startable later.
+            self._next_at = monotonic() + REFUSED_PAUSE
+            origin = self._carriers.origin
+            if origin is not None:
+                origin = replace(origin, one_by_one=self._carriers.one_slot)
+                keys, channel = self._carriers.keys, self._carriers.channel
+                self._listener = listen(origin, self._view, keys, channel, server)
+            elif self._carriers.mode == LuaCarrier.mode:
+                self._next_at = float("inf")
+                _said.deaf(self._name, carrier.client)
+
+    def leave(self, is_left: Callable[[], bool]) -> bool:
+        """Cease to hear, if the circuit is left.
+
+        Args:
+            is_left: Leaves it; returns whether that was news.
+        """
+        with self._lock:
+            if not is_left():
+                return False
+            listener, self._listener, self._next_at = self._listener, None, 0.0
+            if listener is not None and self._pid == os.getpid():
+                listener.remove(self._view)
+            return True
+
+    def hurry(self) -> None:
+        """What was refused is permitted again."""
+        if (listener := self._listener) is not None:
+            listener.hurry()
+
+    def tell(self, circuit: Circuit, now_ms: float) -> None:
+        """What this storage was answered, the others of the process need not wait for."""
+        if (listener := self._listener) is not None:
+            listener.tell(self._view, self._carriers.channel, circuit, now_ms)
+
+    @property
+    def heard(self) -> Heard | None:
+        """How, and of what server; ``None`` if not at all."""
+        listener = self._listener
+        return listener.heard if listener is not None and self._view.is_heard_of else None
