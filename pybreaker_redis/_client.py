@@ -5,8 +5,10 @@ Knows: clients and connection pools of redis-py and its kin.  Does not know: wha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import queue
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -193,6 +195,24 @@ def on_pool(client: Any, pool: Any) -> Any:
     # The one connection of a client that has no more.
     own.connection = None
     return own
+
+
+def hang_up(pool: Any) -> None:
+    """Close the connections of a pool that nobody uses just now; whoever takes one of them connects anew."""
+    idle = getattr(pool, "pool", None)
+    if idle is None:
+        pool.disconnect(inuse_connections=False)
+        return
+    # What is taken out of a blocking pool is in nobody else's hands.
+    taken = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            taken.append(idle.get_nowait())
+    for connection in reversed(taken):
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.disconnect()
+        idle.put_nowait(connection)
 
 
 def watched_pool(client: Any) -> Any:

@@ -171,7 +171,7 @@ class Guard:
         self.clock = clock
         self.longest_pause = LONGEST_PAUSE
         self._timeout = timeout
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.since = clock()
         self.last_error = ""
         self._turns = 0
@@ -182,7 +182,7 @@ class Guard:
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock, and whoever asked again was left behind."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.kept = self._asked = False
         if self.outage is not None:
             self.outage = replace(self.outage, next_at=self.clock())
@@ -211,6 +211,13 @@ class Guard:
             # An attempt that has not ended after so long is no reason any more not to make another.
             self.outage = replace(outage, next_at=self.clock() + LONGEST_PATIENCE + outage.patience)
             return True
+
+    def give_back(self) -> None:
+        """The caller who was told to ask has not: another one may."""
+        with self._lock:
+            if self._asked and not self.kept and self.outage is not None:
+                self._asked = False
+                self.outage = replace(self.outage, next_at=self.clock() + FIRST_PAUSE)
 
     def failed(self, error: BaseException) -> Outage | None:
         """There was no usable answer.

@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, Circuit, after, created
+from pybreaker_redis._circuit import CLOSED, OPEN, Circuit, after, created
 from pybreaker_redis._clock import now_ms
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._intents import Fenced, Intent, RecordFailure, RecordSuccess, ShareTrip
@@ -28,6 +28,21 @@ FIRST_GENERATION = -(10**12)
 
 #: How a circuit of one's own begins whatever the shared one was: as it was.
 LAST = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What others have to be told of a circuit of one's own.
+
+    Attributes:
+        intents: What is wanted of the shared one.
+        circuit: As it is, one's own.
+        missed: Failures that it had no use for.
+    """
+
+    intents: tuple[Intent, ...]
+    circuit: Circuit
+    missed: int
 
 
 class OwnCircuit:
@@ -47,17 +62,20 @@ class OwnCircuit:
         self._fallback = fallback
         self._initial = initial
         self._clock = clock
-        self._lock, self._returning = threading.Lock(), threading.Lock()
+        self._lock, self._returning = threading.RLock(), threading.Lock()
         self._carrier: MemoryCarrier | None = None
         #: The shared circuit that it went on from, how it began, and how it is.
         self._base: Circuit | None = None
         self._missed = 0
+        self._has_opened = False
         self._begun = self._now = Circuit(generation=FIRST_GENERATION)
         renew_in_children(self)
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the locks."""
-        self._lock, self._returning = threading.Lock(), threading.Lock()
+        """In a child: nobody holds the locks, and what the parent has counted is for the parent to report."""
+        self._lock, self._returning = threading.RLock(), threading.Lock()
+        self._begun = replace(self._begun, fail_counter=self._now.fail_counter)
+        self._missed = 0
 
     @contextlib.contextmanager
     def returning(self) -> Iterator[bool]:
@@ -96,13 +114,16 @@ class OwnCircuit:
             if isinstance(intent, Fenced) and self._base and not moved and intent.generation == self._base.generation:
                 intent = replace(intent, generation=self._begun.generation)
             reply = self._carrier.execute(intent)
+            if reply.circuit.state == OPEN and reply.circuit.generation != self._now.generation:
+                # Not to be told from the times: clocks are set back.
+                self._has_opened = True
             self._now = reply.circuit
             if isinstance(intent, RecordFailure) and intent.generation == self._begun.generation and not reply.accepted:
                 # It began open, and has no use for the failure that made it begin; the shared one has.
                 self._missed += 1
             return reply
 
-    def reports(self, known: Circuit | None) -> list[Intent]:
+    def report(self, known: Circuit | None) -> Report:
         """What the others have to be told of it: that it has opened, if it has since it began and is not closed again.
 
         Or, if it never moved, what it has counted.  That it has recovered they are not told: where the shared circuit
@@ -112,49 +133,43 @@ class OwnCircuit:
             known: The shared circuit as it is now; whoever never saw it before has something to say to a closed one.
         """
         with self._lock:
-            base = self._base or (known if known and known.state == CLOSED else None)
-            if self._carrier is None or base is None:
-                return []
-            now, begun = self._now, self._begun
-            if now.state != CLOSED and (now.opened_at_ms or 0) > (begun.opened_at_ms or 0):
-                return [ShareTrip(base.generation, max(0, round(self._clock() - (now.opened_at_ms or 0))))]
-            if now.generation != begun.generation:
-                return []
-            reports: list[Intent] = []
+            return Report(tuple(self._intents(known)), self._now, self._missed)
+
+    def _intents(self, known: Circuit | None) -> Iterator[Intent]:
+        base = self._base or (known if known and known.state == CLOSED else None)
+        if self._carrier is None or base is None:
+            return
+        now, begun = self._now, self._begun
+        if now.state != CLOSED and self._has_opened:
+            yield ShareTrip(base.generation, max(0, round(self._clock() - (now.opened_at_ms or 0))))
+        elif now.generation == begun.generation:
             failures = now.fail_counter - begun.fail_counter + self._missed
             if now.fail_counter < begun.fail_counter:
-                # Some call has succeeded in between.
-                reports.append(RecordSuccess(base.generation, ""))
+                # Some call has succeeded in between; what others have counted since it knows nothing of.
+                if known is not None and known.fail_counter <= begun.fail_counter:
+                    yield RecordSuccess(base.generation, "")
                 failures = now.fail_counter
             if failures > 0:
-                reports.append(RecordFailure(base.generation, "", times=failures))
-            return reports
+                yield RecordFailure(base.generation, "", times=failures)
 
     def is_told_in_vain(self, replies: list[Reply]) -> bool:
         """Whether it has to be told again: it goes on from nothing, and somebody has just restored what was lost."""
         return self._base is None and any(not reply.accepted and reply.circuit.state == CLOSED for reply in replies)
 
-    def told(self, failures: int) -> None:
-        """The others have been told of what was counted up to now.
-
-        Args:
-            failures: The counter as it was when the reports were made.
-        """
-        with self._lock:
-            self._begun = replace(self._begun, fail_counter=failures)
-            self._missed = 0
-
-    def end(self, generation: int) -> bool:
+    def end(self, told: Report) -> bool:
         """There is no need for it any more.
 
         Args:
-            generation: Its own, as far as the others were told of it.
+            told: What the others have been told of it.
 
         Returns:
-            Whether that was all; else it goes on, and they have to be told again.
+            Whether that was all; else it goes on, and they have to be told the rest.
         """
         with self._lock:
+            self._begun = replace(self._begun, fail_counter=told.circuit.fail_counter)
+            self._missed -= told.missed
             counted = self._now.fail_counter != self._begun.fail_counter or self._missed
+            generation = told.circuit.generation
             if generation != self._now.generation or (counted and generation == self._begun.generation):
                 return False
             self._carrier = None
@@ -175,6 +190,7 @@ class OwnCircuit:
             circuit = created(self._initial if self._fallback == LAST else self._fallback, self._clock())
         self._base = known
         self._missed = 0
+        self._has_opened = False
         # Never one that a call may have been admitted in before.
         self._begun = self._now = replace(circuit, generation=after(self._now.generation))
         self.shortcut.shut()

@@ -12,7 +12,6 @@ callers in.  So a caller waits for Redis once in an outage, at most.  Where no t
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 from pybreaker_redis import _said, _threads
 from pybreaker_redis._carrier import Lack
-from pybreaker_redis._client import bounded, on_pool, origin_of
+from pybreaker_redis._client import bounded, hang_up, on_pool, origin_of
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._forks import renew_in_children
@@ -34,8 +33,6 @@ THREAD_NAME = "pybreaker_redis keeper"
 
 #: Longest sleep of the thread that asks again, seconds: then it looks whether anybody still needs it.
 LONGEST_SLEEP = 0.5
-
-_logger = logging.getLogger("pybreaker_redis")
 
 
 class Server:
@@ -60,7 +57,7 @@ class Server:
         #: When each came, monotonic seconds, and which thread has brought it.
         self._tenants: weakref.WeakKeyDictionary[Tenant, tuple[float, int]] = weakref.WeakKeyDictionary()
         self._lacks: set[Lack] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         renew_in_children(self)
@@ -72,7 +69,7 @@ class Server:
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock, nobody asks again."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._thread = None
         self._pid = os.getpid()
 
@@ -96,7 +93,7 @@ class Server:
     def hang_up(self) -> None:
         """Close the connections, if nobody lives here any more; who comes back connects anew."""
         if self._pool is not None and not self._tenants:
-            self._pool.disconnect()
+            hang_up(self._pool)
 
     def _present(self) -> list[Tenant]:
         # Whoever comes while they are counted would make it fail.
@@ -140,6 +137,9 @@ class Server:
         for item in [tenant] if outage is None else self._present():
             item.lose()
         if outage is not None:
+            if self._pool is not None and outage.meaning is Meaning.AWAY:
+                # They are as dead as the one that has failed; found out one by one, each would be an outage.
+                hang_up(self._pool)
             besides = len(self._tenants) - 1
             _said.away(str(self), outage, timeout=self._timeout, circuit=tenant.circuit_name, besides=besides)
             self._is_kept()
@@ -220,7 +220,7 @@ class Server:
         except Exception as error:  # noqa: BLE001
             # Whatever a client raises: it is not well yet.
             self.guard.failed(error)
-            _logger.debug("%s: attempt %d failed (%s)", self, outage.attempts + 1, error)
+            _said.detail("%s: attempt %d failed (%s)", self, outage.attempts + 1, error)
         else:
             seconds = self.guard.answered()
             # Callers who were still under way have begun anew, or for the first time: then nothing is known of theirs.
@@ -231,7 +231,7 @@ class Server:
                         tenant.rejoin()
                 except Exception as error:  # noqa: BLE001
                     # It is for the next caller to say what is the matter.
-                    _logger.debug("not brought back: %s", error)
+                    _said.detail("not brought back: %s", error)
             _said.back(str(self), seconds, outcomes)
 
     def _return(self, patience: float) -> Counter[str]:
@@ -264,20 +264,20 @@ def _unless_its_own(*meanings: Meaning) -> Iterator[None]:
     except Exception as error:
         if meaning_of(error) in meanings:
             raise
-        _logger.debug("not brought back: %s", error)
+        _said.detail("not brought back: %s", error)
 
 
 class _Servers:
     """The servers of this process, as long as circuits live there."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._of_key: weakref.WeakValueDictionary[Hashable, Server] = weakref.WeakValueDictionary()
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def of(self, client: Any, timeout: float | None) -> Server:
         origin = origin_of(client)

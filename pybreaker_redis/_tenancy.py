@@ -137,7 +137,7 @@ class Tenancy:
         if isinstance(intent, RecordSuccess) and (reply := self.believed(intent)):
             return reply
         if self._may_ask():
-            began = monotonic()
+            began, shared = monotonic(), None
             try:
                 with self._callers.current().waits(self._timeout, reports=isinstance(intent, _REPORTS)):
                     shared = self._execute_shared(intent)
@@ -147,9 +147,14 @@ class Tenancy:
                 # Clients of other libraries raise errors of their own, and callables that return a client whatever
                 # they like.  None of it may reach a guarded call; the log says what it was.
                 self._failed(error, began)
-            else:
-                if shared is not None:
-                    return shared
+            finally:
+                if shared is None:
+                    # If it is still one's turn to ask, nothing has come of it.
+                    self._faults.give_back()
+                    if self.server is not None:
+                        self.server.guard.give_back()
+            if shared is not None:
+                return shared
         return self._execute_own(intent)
 
     def _seat(self) -> Seat:
@@ -226,8 +231,6 @@ class Tenancy:
                     self._may_read = True
             _said.in_trouble(self.circuit_name, outage)
 
-    # For the server, when it goes and when it is back ---------------------------------------------------------------
-
     @property
     def is_alone(self) -> bool:
         """Whether this process goes by its own circuit."""
@@ -284,14 +287,13 @@ class Tenancy:
                 return None
             outcome, self._event = self._event, ""
             for _ in range(ROUNDS):
-                now = self.own.now
-                replies = [self.shared.execute(report, tell=False) for report in self.own.reports(self._view.known)]
+                report = self.own.report(self._view.known)
+                replies = [self.shared.execute(intent, tell=False) for intent in report.intents]
                 if self.own.is_told_in_vain(replies):
                     continue
                 if replies and replies[0].accepted and replies[0].circuit.state != CLOSED:
                     outcome = "opened for all"
-                self.own.told(now.fail_counter)
-                if self.own.end(now.generation):
+                if self.own.end(report):
                     self.shortcut = self._view.shortcut
                     self._view.is_reachable()
                     break

@@ -45,6 +45,7 @@ class Proxy:
         self._unix_socket = unix_socket
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._subscribed: set[tuple[socket.socket, ...]] = set()
+        self._forgotten: set[tuple[socket.socket, ...]] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._listening: socket.socket | None = None
@@ -71,6 +72,11 @@ class Proxy:
             self._listening.close()
         self._listening = None
         self.hang_up()
+
+    def forget(self) -> None:
+        """What is sent on the connections that there are goes nowhere, and nobody is told; new ones are as ever."""
+        with self._lock:
+            self._forgotten |= self._pairs
 
     def hang_up(self) -> None:
         """Close all connections."""
@@ -118,6 +124,8 @@ class Proxy:
                     self.doomed -= 1
                     return
                 self._wait_while("silent")
+                if pair in self._forgotten:
+                    continue
                 if self.forbidden and self.forbidden in piece:
                     self.hung_up_on += 1
                     return
@@ -160,6 +168,7 @@ class Proxy:
             with self._lock:
                 self._pairs.discard((near, far))
                 self._subscribed.discard((near, far))
+                self._forgotten.discard((near, far))
             _close(near, far)
 
     def _wait_while(self, manner: Manner) -> None:

@@ -90,7 +90,11 @@ class Process:
 
     def reports(self, known: Circuit | None = None) -> list[Intent]:
         """What the others have to be told."""
-        return self.own.reports(known or self.known)
+        return list(self.own.report(known or self.known).intents)
+
+    def end(self) -> bool:
+        """Whether it ends when the others have been told."""
+        return self.own.end(self.own.report(self.known))
 
     def trip(self, known: Circuit | None = None) -> ShareTrip | None:
         """That it has opened, if that is what they have to be told."""
@@ -505,9 +509,7 @@ class TestCounts:
         process = Process(clock, KNOWN[CLOSED], OPEN)
         process.ask(RecordFailure(KNOWN[CLOSED].generation, ""))
         assert process.reports() == [RecordFailure(KNOWN[CLOSED].generation, "", times=1)]
-        assert not process.own.end(process.own.now.generation), "before it was told"
-        process.own.told(process.own.now.fail_counter)
-        assert process.own.end(process.own.now.generation)
+        assert process.end()
         process.ask()
         assert process.reports() == [], "it is told once"
 
@@ -542,18 +544,16 @@ class TestCounts:
         process = Process(clock, KNOWN[CLOSED])
         assert process.reports() == []
         process.ask(RecordFailure(process.ask().generation, ""))
-        process.own.told(process.own.now.fail_counter)
-        assert process.own.end(process.own.now.generation)
+        assert process.end()
         assert process.reports() == []
 
     def test_failure_that_was_counted_after_the_reports_keeps_it_from_ending(self, clock: Clock) -> None:
         """Calls go on while the others are being told."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        now = process.own.now
-        process.ask(RecordFailure(now.generation, ""))
-        process.own.told(now.fail_counter)
-        assert not process.own.end(now.generation)
+        report = process.own.report(process.known)
+        process.ask(RecordFailure(process.own.now.generation, ""))
+        assert not process.own.end(report)
         assert process.reports() == [RecordFailure(KNOWN[CLOSED].generation, "", times=1)]
 
 
@@ -574,13 +574,14 @@ class TestEnd:
     def test_end_is_refused_if_the_circuit_has_moved_since(self, clock: Clock) -> None:
         """What the others were not told would be lost."""
         process = Process(clock, KNOWN[CLOSED])
-        generation = process.ask().generation
+        process.ask()
+        report = process.own.report(process.known)
         process.open()
-        assert not process.own.end(generation)
+        assert not process.own.end(report)
         assert process.own.in_use
         assert process.own.now.state == OPEN
         assert process.trip() is not None
-        assert process.own.end(process.own.now.generation)
+        assert process.end()
         assert not process.own.in_use
         assert process.trip() is None
 
@@ -591,23 +592,23 @@ class TestEnd:
         shortcut = process.own.shortcut
         shortcut.until = 1e9
         assert shortcut.admission is not None
-        assert process.own.end(process.own.now.generation)
+        assert process.end()
         assert shortcut.until == 0
         assert (shortcut.admission, shortcut.quiet, shortcut.rejection) == (None, None, None)
 
     def test_end_of_none_is_no_error(self, clock: Clock) -> None:
         """Storages that were not needed meanwhile rejoin like all others."""
         process = Process(clock)
-        assert process.own.end(process.own.now.generation)
+        assert process.end()
 
     def test_second_use_begins_anew(self, clock: Clock) -> None:
         """What a process thought in the last outage is not what it thinks in the next."""
         process = Process(clock, KNOWN[CLOSED])
         process.open()
-        process.own.end(process.own.now.generation)
+        process.end()
         assert process.ask().state == CLOSED
         assert process.trip() is None
-        process.own.end(process.own.now.generation)
+        process.end()
         process.known = KNOWN[OPEN]
         assert process.ask().opened_at_ms == KNOWN[OPEN].opened_at_ms
 
@@ -618,7 +619,7 @@ class TestEnd:
         for _ in range(3):
             seen.append(process.ask().generation)
             seen.extend(process.ask(SetState(state)).generation for state in (OPEN, HALF_OPEN, CLOSED))
-            assert process.own.end(process.own.now.generation)
+            assert process.end()
         # Followed, it is another one, too.
         seen.append(process.ask().generation)
         process.answers, process.known = True, KNOWN[CLOSED].moved(CLOSED)
@@ -632,7 +633,7 @@ class TestEnd:
         """Even if nothing has moved in between."""
         process = Process(clock, KNOWN[CLOSED])
         admitted = process.ask().generation
-        process.own.end(admitted)
+        process.end()
         assert not process.accepted(RecordFailure(admitted, ""))
         assert not RecordFailure(admitted, "").apply(KNOWN[CLOSED], clock.now).accepted
 
