@@ -131,7 +131,17 @@ def parse_push(payload: Raw) -> tuple[Circuit, int] | None:
     now_ms, *fields = (text(payload) or "").split(" ")
     at_ms = _whole(now_ms)
     circuit = _mark(fields) if len(fields) == len(MARK_FIELDS) else None
-    return None if circuit is None or at_ms is None else (circuit, at_ms)
+    if circuit is None or at_ms is None or _lies_in_the_future(circuit, at_ms):
+        return None
+    return circuit, at_ms
+
+
+def _lies_in_the_future(circuit: Circuit, at_ms: int) -> bool:
+    return (
+        (circuit.opened_at_ms or 0) > at_ms
+        or circuit.probe_until_ms > at_ms + MAX_LEASE_MS
+        or circuit.noisy_until_ms > at_ms + MAX_NOISE_MS
+    )
 
 
 def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Believed:

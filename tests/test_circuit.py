@@ -564,6 +564,10 @@ class TestRecord:
         [
             *(b"", b"5", b"x 3 closed 1000  0 0", b"5 3 ajar 1000  0 0", b"5 -3 closed 1000  0 0"),
             *(b"5 3 closed 1000  0", b"5 3 closed 1000  0 0 0", b"\xff\xfe", None, b"5 closed 3 1000  0 0"),
+            # What cannot have been yet; of a time without a date every call would hear.
+            *(b"1005 3 open 999999999999999  0 0", b"1005 3 open 1006  0 0"),
+            f"1005 3 half-open 1000 a0 {1006 + MAX_LEASE_MS} 0".encode(),
+            f"1005 3 closed 1000  0 {1006 + MAX_NOISE_MS}".encode(),
         ],
     )
     def test_push_that_makes_no_sense_is_none(self, payload: bytes | None) -> None:
