@@ -46,7 +46,7 @@ class Carriers:
         self._seat = seat
         self._say_lack = say_lack
         self._ttl_ms = ttl_ms
-        self._locks: dict[int, threading.Lock] = {}
+        self._locks: dict[int, Any] = {}
 
     @property
     def mode(self) -> str:
@@ -124,9 +124,9 @@ class Carriers:
             self.now = optimistic
         self._say_lack(Lack.SCRIPTS, reason)
 
-    def _lock(self) -> threading.Lock:
+    def _lock(self) -> Any:
         """This process's, and of the kind that is in use when it is first needed: gevent replaces them.
 
         It is held while a callable returns a client, and who knows what that waits for.
         """
-        return self._locks.setdefault(os.getpid(), threading.Lock())
+        return self._locks.setdefault(os.getpid(), threading.RLock())

@@ -92,13 +92,13 @@ class _Twins:
     """The circuits of this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._circuits: weakref.WeakValueDictionary[Hashable, _Circuit] = weakref.WeakValueDictionary()
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def join(self, twin: Twin, place: Hashable) -> list[Twin]:
         """Put a storage to those of the same place; returns the others."""

@@ -59,7 +59,7 @@ class View:
         self.offset = Offset()
         self.shortcut = Shortcut(0, now)
         self._now = now
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._seen_ms = 0.0
         self._seen_at = 0.0
         self._quiet = False
@@ -182,7 +182,7 @@ class View:
 
     def after_fork(self) -> None:
         """In a child: nobody there listens, nobody holds the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.is_heard(False)
 
     # Behind it ----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class MemoryCarrier:
         shortcut: Shortcut | None = None,
         event: str = "created",
     ) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._clock = clock
         self._circuit = circuit
         self._event = event
@@ -45,7 +45,7 @@ class MemoryCarrier:
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock there."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def execute(self, intent: Intent, known: Circuit | None = None, create: str = "") -> Reply:
         """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""

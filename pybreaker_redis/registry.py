@@ -93,14 +93,14 @@ class BreakerRegistry:
         self._defaults = _settings.checked(defaults, stacklevel=2)
         self._declared: dict[str, dict[str, Any]] = {}
         self._made: dict[str, CircuitBreaker] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         renew_in_children(self)
         # What cannot be a client, or a prefix, is refused now, not when there is a name.
         self._storage("any")
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     # The breakers ---------------------------------------------------------------------------------------------------
 
