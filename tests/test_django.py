@@ -40,6 +40,25 @@ class Silent(pybreaker.CircuitBreakerListener):
     """Hears, and says nothing."""
 
 
+class Metric(pybreaker.CircuitBreakerListener):
+    """There can be one in a process, as there can be of each metric in a registry of Prometheus."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        if type(self).made:
+            msg = "Duplicated timeseries in CollectorRegistry"
+            raise ValueError(msg)
+        type(self).made += 1
+
+
+class Homeless(pybreaker.CircuitBreakerListener):
+    """Wants a variable of the environment that is not there."""
+
+    def __init__(self) -> None:
+        self.host = {}["STATSD_HOST"]
+
+
 @pytest.fixture
 def project() -> Iterator[Callable[..., None]]:
     """Change settings for the rest of the test, as a project's own tests do."""
@@ -220,6 +239,57 @@ def test_wrong_setting_is_found_by_check_and_refused_in_use(project, id_: str, g
     with pytest.raises(ImproperlyConfigured) as refused:
         breakers.get("payments")
     assert errors[0].msg in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [f"{__name__}.Metric", Metric])
+def test_listener_is_made_once(project, monkeypatch: pytest.MonkeyPatch, given: Any):
+    """By the first use, and by no check: it may register what can be registered once in a process."""
+    monkeypatch.setattr(Metric, "made", 0)
+    project(PYBREAKER={"URL": "redis://nobody.invalid:1", "LISTENERS": [given], "BREAKERS": {**BREAKERS, "stock": {}}})
+    assert checked() == []
+    assert Metric.made == 0
+    assert breakers["payments"].listeners == breakers["stock"].listeners
+    assert checked() == []
+    assert Metric.made == 1
+
+
+def test_no_listener_is_made_for_settings_that_are_refused(project, monkeypatch: pytest.MonkeyPatch):
+    """It would be there already at the next attempt, whose error would be about that."""
+    monkeypatch.setattr(Metric, "made", 0)
+    project(PYBREAKER={"LISTENERS": [Metric], "BREAKERS": {"payments": {"reset_timeout": -1}}})
+    for _ in range(2):
+        with pytest.raises(ImproperlyConfigured, match="reset_timeout"):
+            breakers.get("payments")
+
+
+@pytest.mark.parametrize("given", [f"{__name__}.Homeless", Homeless])
+def test_listener_that_cannot_be_made_is_named_in_use(project, given: Any):
+    """Whatever its constructor raises, which no check calls; and where it was raised can be seen."""
+    project(PYBREAKER={"CACHE": "default", "LISTENERS": [given], "BREAKERS": BREAKERS})
+    assert checked() == ["W001"]
+    with pytest.raises(
+        ImproperlyConfigured, match=r"LISTENERS: .*test_django\.Homeless.*KeyError: 'STATSD_HOST'"
+    ) as raised:
+        breakers.get("payments")
+    error: BaseException | None = raised.value
+    while error is not None and not isinstance(error, KeyError):
+        error = error.__cause__
+    assert error is not None
+
+
+@pytest.mark.parametrize("where", ["LISTENERS", "DEFAULTS"])
+def test_module_that_cannot_be_imported_is_named(project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    """Whatever it raises: neither a check nor the first use ends in somebody else's error."""
+    (tmp_path / "homeless.py").write_text("{}['STATSD_HOST']\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    value = {"LISTENERS": ["homeless.It"], "DEFAULTS": {"exclude": ["homeless.It"]}}[where]
+    project(PYBREAKER={"CACHE": "default", where: value})
+    (error,) = [message for message in run_checks(tags=["pybreaker_redis"]) if message.is_serious()]
+    assert error.id == "pybreaker_redis.E006"
+    assert where in error.msg
+    assert "'homeless.It': KeyError: 'STATSD_HOST'" in error.msg
+    with pytest.raises(ImproperlyConfigured, match="homeless"):
+        breakers.get("payments")
 
 
 def test_right_settings_pass_the_checks(project):

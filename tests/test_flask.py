@@ -17,6 +17,13 @@ from tests.viewed import Down, down, up
 breakers = Breakers()
 
 
+class Homeless(pybreaker.CircuitBreakerListener):
+    """Wants a variable of the environment that is not there."""
+
+    def __init__(self) -> None:
+        self.host = {}["STATSD_HOST"]
+
+
 @breakers.guard("payments")
 def charge() -> str:
     """What the circuit guards; defined before there is any application."""
@@ -115,6 +122,7 @@ def test_there_are_no_breakers_outside_of_an_application():
         ({"PYBREAKER_DEFAULTS": {"fail_maxx": 1}}, "fail_maxx"),
         ({"PYBREAKER_BREAKERS": {"payments": {"fail_max": 0}}}, r"BREAKERS\['payments'\]: fail_max"),
         ({"PYBREAKER_LISTENERS": "nobody"}, "LISTENERS"),
+        ({"PYBREAKER_LISTENERS": [f"{__name__}.Homeless"]}, "LISTENERS: .*Homeless': KeyError: 'STATSD_HOST'"),
         ({"PYBREAKER_URL": "memcached://x"}, "URL"),
     ],
 )

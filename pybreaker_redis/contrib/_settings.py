@@ -21,26 +21,29 @@ KEYS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def registry_from(settings: Mapping[str, Any], redis: Any) -> BreakerRegistry:
+def registry_from(settings: Mapping[str, Any], redis: Any, *, listening: bool = True) -> BreakerRegistry:
     """The circuits that are asked for; nothing is sent.
 
     Args:
         settings: What there is under `KEYS`, the rest is ignored.  Listeners, and what is in an ``exclude``, may be
             given by dotted names.
         redis: As `BreakerRegistry` takes it.
+        listening: Whether listeners are made.  Who only wants to know what is wrong makes none: one may register what
+            can be registered once in a process, as a metric can.
 
     Raises:
-        ValueError: Some value is not right; the message says which.
+        ValueError: Some value is not right, or a listener cannot be made; the message says which.
     """
     for key, kind in KEYS.items():
         if key in settings and not isinstance(settings[key], kind):
             raise ValueError(f"{key} must not be {settings[key]!r}: see the README for what it is")
-    with _naming("URL, PREFIX, DEFAULTS or LISTENERS"):
-        listeners = [_found(listener) for listener in settings.get("LISTENERS", ())]
+    with _naming("LISTENERS"):
+        listeners = [(_made if listening else _found)(listener) for listener in settings.get("LISTENERS", ())]
+    with _naming("URL, PREFIX or DEFAULTS"):
         registry = BreakerRegistry(
             redis,
             prefix=settings.get("PREFIX", ""),
-            listeners=[listener() if isinstance(listener, type) else listener for listener in listeners],
+            listeners=listeners if listening else (),
             **_resolved(settings.get("DEFAULTS", {})),
         )
     for name, own in settings.get("BREAKERS", {}).items():
@@ -64,5 +67,17 @@ def _resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "exclude": [_found(item) for item in exclude]}
 
 
+def _made(listener: Any) -> Any:
+    found = _found(listener)
+    try:
+        return found() if isinstance(found, type) else found
+    except Exception as error:
+        # It is the project's, as is what is imported: it may raise anything.
+        raise ValueError(f"{listener!r}: {type(error).__name__}: {error}") from error
+
+
 def _found(thing: Any) -> Any:
-    return pkgutil.resolve_name(thing) if isinstance(thing, str) else thing
+    try:
+        return pkgutil.resolve_name(thing) if isinstance(thing, str) else thing
+    except Exception as error:
+        raise ValueError(f"{thing!r}: {type(error).__name__}: {error}") from error

@@ -47,7 +47,8 @@ class DjangoBreakers(Breakers):
         """The registry of the present settings.
 
         Raises:
-            ImproperlyConfigured: They are not right; ``manage.py check`` says the same.
+            ImproperlyConfigured: They are not right; ``manage.py check`` says the same.  Or a listener cannot be made,
+                which no check tries.
         """
         if (registry := self._registry) is None:
             with self._lock:
@@ -66,7 +67,7 @@ breakers = DjangoBreakers()
 
 
 def problems() -> Iterator[checks.CheckMessage]:
-    """What is wrong with the settings; nothing is sent."""
+    """What is wrong with the settings, as far as it shows before listeners are made; nothing is sent."""
     given = _given()
     if not isinstance(given, Mapping):
         yield _wrong(1, "PYBREAKER is no dictionary.", f"Its keys are {', '.join(ALL_KEYS)}.")
@@ -86,7 +87,7 @@ def problems() -> Iterator[checks.CheckMessage]:
             hint = "That is for tests, and for a single process; else name a Redis by PYBREAKER['CACHE'] or ['URL']."
             yield checks.Warning("Every process has circuits of its own.", hint=hint, id="pybreaker_redis.W001")
         try:
-            registry_from(given, redis)
+            registry_from(given, redis, listening=False)
         except ValueError as error:
             yield _wrong(6, f"PYBREAKER: {error}.", "The README says what there is, and in what range.")
 
@@ -99,7 +100,10 @@ def _made() -> BreakerRegistry:
     for problem in problems():
         if problem.is_serious():
             raise ImproperlyConfigured(f"{problem.msg} {problem.hint}")
-    return registry_from(_given(), _redis(_given()))
+    try:
+        return registry_from(_given(), _redis(_given()))
+    except ValueError as error:
+        raise ImproperlyConfigured(f"PYBREAKER: {error}.") from error
 
 
 def _given() -> Any:
