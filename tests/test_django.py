@@ -223,6 +223,7 @@ WRONG = {
         ({"URL": "redis://x", "BREAKERS": {"payments": {"reset_timeout": -1}}}, "BREAKERS['payments']: reset_timeout"),
         ({"URL": "redis://x", "BREAKERS": {"payments": 5}}, "BREAKERS['payments']"),
         ({"URL": "memcached://x"}, "URL"),
+        ({"URL": ""}, "URL"),
     ],
 }
 

@@ -68,10 +68,19 @@ def test_client_may_be_given_to_the_extension(client: redis.Redis):
     assert client.get("payments:pybreaker:state") == b"open"
 
 
-def test_without_redis_the_circuit_is_in_memory():
+@pytest.mark.parametrize("config", [{}, {"PYBREAKER_URL": None}])
+def test_without_redis_the_circuit_is_in_memory(config: dict[str, Any]):
     """Enough for development, and for tests."""
-    with create_app().app_context():
+    with create_app(**config).app_context():
         assert isinstance(breakers["payments"]._state_storage, CircuitMemoryStorage)
+
+
+def test_empty_url_is_not_the_client_of_the_extension(client: redis.Redis):
+    """A variable that the environment lacks is no wish for another Redis, or for none."""
+    app = flask.Flask("shop")
+    app.config["PYBREAKER_URL"] = ""
+    with pytest.raises(ValueError, match="URL"):
+        Breakers(app, redis=client)
 
 
 def test_environment_may_configure_it(monkeypatch: pytest.MonkeyPatch):
@@ -124,6 +133,7 @@ def test_there_are_no_breakers_outside_of_an_application():
         ({"PYBREAKER_LISTENERS": "nobody"}, "LISTENERS"),
         ({"PYBREAKER_LISTENERS": [f"{__name__}.Homeless"]}, "LISTENERS: .*Homeless': KeyError: 'STATSD_HOST'"),
         ({"PYBREAKER_URL": "memcached://x"}, "URL"),
+        ({"PYBREAKER_URL": ""}, "URL, .*: url must begin with .*, not ''"),
     ],
 )
 def test_wrong_configuration_is_refused_at_the_start(config: dict[str, Any], said: str):

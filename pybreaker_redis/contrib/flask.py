@@ -58,7 +58,9 @@ class Breakers(_breakers.Breakers):
         if unknown := sorted(given.keys() - set(ALL_KEYS)):
             raise ValueError(f"unknown in the configuration: {', '.join(unknown)}; there are {', '.join(ALL_KEYS)}")
         settings = {key.removeprefix(PREFIX): value for key, value in given.items()}
-        app.extensions[EXTENSION] = registry_from(settings, settings.get("URL") or self._redis)
+        url = settings.get("URL")
+        # An empty one is refused: it is that of a variable that the environment lacks, not a wish for no Redis.
+        app.extensions[EXTENSION] = registry_from(settings, self._redis if url is None else url)
         if CircuitBreakerError not in app.error_handler_spec[None][None]:
             app.register_error_handler(CircuitBreakerError, _answer)
         app.cli.add_command(_command)
