@@ -17,7 +17,7 @@ import pytest
 import pybreaker_redis
 from pybreaker_redis._extras import needs
 from pybreaker_redis.contrib._answer import answer_to, wants_json
-from pybreaker_redis.contrib._operator import OperatorRefused, operate
+from pybreaker_redis.contrib._operator import ACTIONS, OperatorRefused, operate
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests.viewed import down
 
@@ -192,3 +192,17 @@ def test_status_may_be_of_some_circuits():
     registry.configure("payments")
     registry.configure("stock")
     assert [line.split()[0] for line in operate(registry, "status", ["stock"]).splitlines()] == ["circuit", "stock"]
+
+
+@pytest.mark.parametrize("action", [action for action in ACTIONS if action != "status"])
+def test_circuits_of_this_process_alone_are_not_moved_by_a_command(action: str):
+    """It would end with the command, and whoever has been told that it was done would rely on it."""
+    registry = BreakerRegistry()
+    breaker = registry.get("payments")
+    with pytest.raises(OperatorRefused) as refused:
+        operate(registry, action, ["payments"])
+    assert str(refused.value) == (
+        f"the circuits are each process's own (no Redis is configured): there is nothing to {action} from here"
+    )
+    assert breaker.current_state == "closed"
+    assert operate(registry, "status", ["payments"])

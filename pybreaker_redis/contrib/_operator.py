@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
 
+from pybreaker_redis._breakers import storage_of
+from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.registry import BreakerRegistry
 
 #: What puts a circuit into which state.
@@ -34,13 +36,17 @@ def operate(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str
         What to print.
 
     Raises:
-        OperatorRefused: An unknown circuit, or Redis has not done it.
+        OperatorRefused: An unknown circuit, one that ends with the command's process, or Redis has not done it.
     """
     if unknown := sorted(set(names) - set(registry)):
         known = ", ".join(sorted(registry)) or "none"
         raise OperatorRefused(f"no circuit is called {', '.join(map(repr, unknown))}; configured: {known}")
     if not names and action != "status":
         raise OperatorRefused(f"name the circuits to {action}: {', '.join(sorted(registry)) or 'none is configured'}")
+    if action != "status" and _ends_with_us(registry, names[0]):
+        # The command's process ends before anybody makes a call in it.
+        ours = "the circuits are each process's own (no Redis is configured)"
+        raise OperatorRefused(f"{ours}: there is nothing to {action} from here")
     try:
         for name in names:
             if action in _STATES:
@@ -51,6 +57,11 @@ def operate(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str
     except Exception as error:
         # An operator who has seen no error relies on it; of which library's kind it is, is of no interest.
         raise OperatorRefused(f"Redis has not done it: {type(error).__name__}: {error}") from error
+
+
+def _ends_with_us(registry: BreakerRegistry, name: str) -> bool:
+    """Whether a circuit is this process's alone."""
+    return isinstance(storage_of(registry[name]), CircuitMemoryStorage)
 
 
 def _table(registry: BreakerRegistry, names: Sequence[str]) -> str:
