@@ -8,6 +8,7 @@ import flask
 import pybreaker
 import pytest
 import redis
+from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
 from pybreaker_redis import CircuitMemoryStorage
 from pybreaker_redis._demo.server import PrivateServer
@@ -209,6 +210,45 @@ def test_page_of_the_application_for_503_is_shown():
     answer = app.test_client().get("/pay")
     assert (answer.status_code, answer.text) == (503, "<h1>Back soon</h1>")
     assert 28 <= int(answer.headers["Retry-After"]) <= 30
+
+
+@pytest.mark.parametrize("kind", [503, ServiceUnavailable, HTTPException])
+def test_answer_of_a_handler_for_answers_is_its_own(kind: Any):
+    """Whoever has said what a client gets in place of 503 has meant this one, too."""
+    app = opened(create_app())
+    app.register_error_handler(kind, lambda error: ("Elsewhere", 307, {"Location": "/elsewhere"}))
+    assert app.test_client().get("/pay").status_code == 307
+
+
+def test_handler_of_everything_does_not_make_an_error_of_it():
+    """Who answers 500 to whatever else is raised has not meant a circuit, which is no fault of the application's."""
+    app = opened(create_app())
+    app.register_error_handler(Exception, lambda error: ("Something went wrong", 500))
+    answer = app.test_client().get("/pay", headers={"Accept": "application/json"})
+    assert answer.status_code == 503
+    assert answer.json["retry_after"] == int(answer.headers["Retry-After"])
+    assert app.test_client().get("/fail").text == "Something went wrong"
+
+
+def test_handler_of_everything_that_knows_503_makes_the_page():
+    """As Flask's documentation has it: one handler that looks at the error."""
+    app = opened(create_app())
+    app.register_error_handler(Exception, lambda error: (f"<h1>{error.name}</h1>", error.code))
+    answer = app.test_client().get("/pay")
+    assert (answer.status_code, answer.text) == (503, "<h1>Service Unavailable</h1>")
+
+
+def test_handler_of_the_blueprint_goes_before_that_of_the_application():
+    """Whose page it is, is told as Flask tells it."""
+    app = create_app()
+    pages = flask.Blueprint("pages", "shop")
+    pages.get("/pages/pay")(charge)
+    pages.register_error_handler(HTTPException, lambda error: ("Elsewhere", 307, {"Location": "/elsewhere"}))
+    app.register_blueprint(pages)
+    app.register_error_handler(Exception, lambda error: ("Something went wrong", 500))
+    browser = opened(app).test_client()
+    assert browser.get("/pages/pay").status_code == 307
+    assert browser.get("/pay").status_code == 503
 
 
 def test_other_errors_are_none_of_its_business():

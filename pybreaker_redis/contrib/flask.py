@@ -20,7 +20,7 @@ with needs("flask"):
     import click
     from flask import Flask, Response, current_app, request
     from flask.cli import with_appcontext
-    from werkzeug.exceptions import ServiceUnavailable
+    from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
 #: What the keys of an application's configuration begin with, and what they may be.
 PREFIX = "PYBREAKER_"
@@ -49,7 +49,8 @@ class Breakers(_breakers.Breakers):
     def init_app(self, app: Flask) -> None:
         """Give an application its breakers, an answer for while one of them is open, and ``flask breakers``.
 
-        An application's own handler of `CircuitBreakerError` stays, and its own handler of 503 writes the answer.
+        An application's own handler of `CircuitBreakerError` stays, and its own handler of 503, or of every
+        ``HTTPException``, writes the answer; one of every ``Exception`` does if what it writes is a 503.
 
         Raises:
             ValueError: The application's configuration is not right; the message says what.
@@ -81,13 +82,26 @@ class Breakers(_breakers.Breakers):
 
 def _answer(error: CircuitBreakerError) -> Response:
     answer = answer_to(error, request.headers.get("Accept", ""))
-    plain = Response(answer.body, UNAVAILABLE, content_type=answer.content_type)
+    response = Response(answer.body, UNAVAILABLE, content_type=answer.content_type)
     unavailable = ServiceUnavailable(retry_after=answer.retry_after)
     # The application's own page, if it has one; else it gives back what it was given.
     shown = current_app.handle_http_exception(unavailable)
-    response: Response = plain if shown is unavailable else current_app.make_response(shown)
+    if shown is not unavailable:
+        page = current_app.make_response(shown)
+        # What is for whatever may be raised answers 500 to all that it does not know.
+        if page.status_code == UNAVAILABLE or _has_page():
+            response = page
     response.headers.setdefault("Retry-After", str(answer.retry_after))
     return response
+
+
+def _has_page() -> bool:
+    """Whether the handler that Flask finds for 503 is one for answers, not one for all errors."""
+    spec, places = current_app.error_handler_spec, (*request.blueprints, None)
+    # In the order in which Flask looks for it.
+    maps = [spec[place][code] for code in (UNAVAILABLE, None) for place in places]
+    kind = next((kind for known in maps for kind in ServiceUnavailable.__mro__ if kind in known), Exception)
+    return issubclass(kind, HTTPException)
 
 
 @click.command("breakers")
