@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.app.trace import build_tracer
+from celery.app import trace
 from kombu.transport import TRANSPORT_ALIASES, virtual
 from pybreaker import CircuitBreakerError
 
@@ -76,9 +76,14 @@ class Shop:
 
     def work(self, task: Any, *args: Any, retries: int = 0) -> Ended:
         """Run the task as a worker does that is told that it has been retried so often already."""
-        tracer = build_tracer(task.name, task, app=self.celery)
+        tracer = trace.build_tracer(task.name, task, app=self.celery)
         request = {"id": "1", "retries": retries, "delivery_info": {"routing_key": self.celery.conf.task_default_queue}}
-        info = tracer("1", args, {}, request).info
+        # As a worker does, for older ones: a task called by its class is a function that somebody calls, else.
+        trace._install_stack_protection()
+        try:
+            info = tracer("1", args, {}, request).info
+        finally:
+            trace.reset_worker_optimizations(self.celery)
         if info is None:
             return Ended("SUCCESS")
         if info.state != "RETRY":
@@ -163,6 +168,76 @@ def test_autoretry_is_for_other_errors(shop: Shop):
     ended = shop.work(task)
     assert isinstance(ended.error, Down)
     assert ended.wait < 5
+
+
+@pytest.mark.parametrize("options", [{"dont_autoretry_for": (KeyError,)}, {"dont_autoretry_for": ()}])
+@pytest.mark.parametrize("counts", [True, False])
+def test_autoretry_leaves_rejections_alone_whatever_else_it_leaves(shop: Shop, options: dict[str, Any], counts: bool):
+    """A task's own exceptions from `autoretry_for` are for its own errors."""
+    task = shop.task(autoretry_for=(Exception,), default_retry_delay=1, rejections_count=counts, **options)
+    ended = shop.work(task)
+    assert isinstance(ended.error, CircuitBreakerError)
+    assert ended.retries == int(counts)
+    assert ended.wait > RESET_TIMEOUT - 5
+    shop.breaker.close()
+    shop.breaker._throw_new_error_on_trip = False
+    ended = shop.work(task)
+    assert isinstance(ended.error, Down)
+    assert ended.wait < 5
+
+
+def test_autoretry_leaves_rejections_of_a_class_alone(shop: Shop):
+    """Where the task is a class that is registered as well."""
+
+    class Pay(BreakerTask):
+        name = "pay"
+        autoretry_for = (Exception,)
+        dont_autoretry_for = (KeyError,)
+        default_retry_delay = 1
+
+        def run(self) -> str:
+            return shop.breaker.call(up)
+
+    assert shop.work(shop.celery.register_task(Pay())).wait > RESET_TIMEOUT - 5
+
+
+def test_autoretry_may_leave_any_other_error_alone():
+    """A type checker lets a class say which, rather than holding it to what stands here."""
+    assert BreakerTask.__annotations__["dont_autoretry_for"] == "tuple[type[BaseException], ...]"
+
+
+def test_eager_task_is_not_autoretried(shop: Shop):
+    """Nor is one that is called as a function: its caller hears of the rejection."""
+    shop.celery.conf.task_always_eager = True
+    task = shop.task(autoretry_for=(Exception,), dont_autoretry_for=(KeyError,), default_retry_delay=0)
+    for call in (lambda: task.delay().get(), task):
+        with pytest.raises(CircuitBreakerError):
+            call()
+    assert shop.runs == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"autoretry_for": (Exception,), "dont_autoretry_for": (KeyError,)}])
+def test_task_may_retry_rejections_itself(shop: Shop, options: dict[str, Any]):
+    """What it catches and has retried in its own manner is no business of the class, whatever is retried besides."""
+
+    @shop.celery.task(base=BreakerTask, name="pay", bind=True, **options)
+    def pay(self: Any) -> str:
+        try:
+            return shop.breaker.call(up)
+        except CircuitBreakerError as error:
+            raise self.retry(None, None, error, countdown=500)  # noqa: B904
+
+    assert 490 < shop.work(pay).wait <= 500
+
+
+def test_rejection_that_was_never_raised_may_be_retried(shop: Shop):
+    """It has no traceback that would tell whose it is."""
+
+    @shop.celery.task(base=BreakerTask, name="pay", bind=True)
+    def pay(self: Any) -> None:
+        self.retry(exc=CircuitBreakerError("not now"), countdown=500)
+
+    assert 490 < shop.work(pay).wait <= 500
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pybreaker_redis.registry import retry_after
 
 with needs("celery"):
     from celery import Task
+    from celery.app import autoretry
 
 
 class BreakerTask(Task):
@@ -38,8 +39,8 @@ class BreakerTask(Task):
     #: is more.
     rejection_jitter = 0.5
 
-    #: ``autoretry_for`` leaves rejections to this class.
-    dont_autoretry_for = (CircuitBreakerError,)
+    #: What ``autoretry_for`` leaves alone; rejections, which are for this class, it does in any case.
+    dont_autoretry_for: tuple[type[BaseException], ...] = (CircuitBreakerError,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run, for a worker or for somebody who calls it."""
@@ -49,6 +50,15 @@ class BreakerTask(Task):
             if self.request.is_eager:
                 raise
             self.retry_rejected(error)
+
+    def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, *rest: Any, **options: Any) -> Any:
+        """Have a worker run the task again, as Celery does; but not for ``autoretry_for``, if the task was rejected."""
+        # A task's own dont_autoretry_for replaces ours, and Celery takes it from the decorator, where no class sees it.
+        # The first frame of an error is that which has caught it: what the task catches it may have retried.
+        caught = exc.__traceback__ if isinstance(exc, CircuitBreakerError) else None
+        if caught and caught.tb_frame.f_globals is vars(autoretry):
+            raise exc
+        return super().retry(args, kwargs, exc, *rest, **options)
 
     def retry_rejected(self, error: CircuitBreakerError) -> NoReturn:
         """Have a worker run the task again when the circuit may be tried.
