@@ -24,6 +24,7 @@ from django.test import AsyncClient, Client, override_settings
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis.contrib.django import breakers
+from pybreaker_redis.testing import in_memory
 from tests import django_project
 from tests.viewed import Down, down
 
@@ -197,6 +198,16 @@ def test_project_without_the_setting_has_circuits_in_memory(project):
         assert len(breakers) == 0
         assert isinstance(breakers.get("payments")._state_storage, CircuitMemoryStorage)
         assert checked() == ["W001"]
+
+
+def test_tests_may_have_its_circuits_in_memory(project, client: redis.Redis, server: PrivateServer):
+    """As the README says: those of its registry, whose breakers stay what they are."""
+    project(PYBREAKER={"URL": server.url, "BREAKERS": BREAKERS})
+    with in_memory(breakers.registry):
+        breakers["payments"].open()
+        assert Client().get("/pay").status_code == 503
+    assert client.get("payments:pybreaker:state") != b"open"
+    assert Client().get("/pay").content == b"answer"
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from pybreaker_redis import CircuitMemoryStorage
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis.contrib.flask import Breakers
+from pybreaker_redis.testing import in_memory
 from tests.viewed import Down, down, up
 
 breakers = Breakers()
@@ -162,6 +163,16 @@ def test_coroutine_function_cannot_be_guarded():
 
     with pytest.raises(TypeError, match="asynchronous"):
         breakers.guard("payments")(charge_soon)
+
+
+def test_tests_may_have_its_circuits_in_memory(client: redis.Redis, server: PrivateServer):
+    """As the README says: those of its registry, whose breakers stay what they are."""
+    app = create_app(PYBREAKER_URL=server.url)
+    with app.app_context(), in_memory(breakers.registry):
+        breakers["payments"].open()
+        assert app.test_client().get("/pay").status_code == 503
+    assert client.get("payments:pybreaker:state") != b"open"
+    assert app.test_client().get("/pay").text == "answer"
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
