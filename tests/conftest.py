@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
-from pybreaker_redis import _listener, _twins
+from pybreaker_redis import _listener, _server, _twins
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
 from tests import matrix, places, servers
 from tests.fleet import Fleet, Make, Shared, Spec, Visits
 from tests.servers import FoundServer
 from tests.tls import Certificates, certificates
-from tests.viewed import PROTOCOLS, listeners, wait_for
+from tests.viewed import PROTOCOLS, keepers, listeners, wait_for
 
 _figures = pytest.StashKey[list[str]]()
 _used = pytest.StashKey[dict[str, int]]()
@@ -288,5 +288,8 @@ def nobody_listens() -> None:
     for listener in _listener._listeners._of_origin.values():
         # A test that failed is kept, with its storages, for its traceback.
         listener._views.clear()
-    wait_for(lambda: not listeners(), "the listeners of earlier tests end")
+    for server in [*_server._servers._of_key.values()]:
+        # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
+        server._tenants.clear()
+    wait_for(lambda: not listeners() and not keepers(), "the threads of earlier tests end")
     _listener._listeners._of_origin.clear()

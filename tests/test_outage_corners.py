@@ -200,7 +200,7 @@ def test_sentinels_that_know_another_master_end_the_line():
 def test_session_without_a_pong_is_over_and_what_is_not_known_is_not_confirmed():
     """A connection that is only listened to tells nobody that it is dead; nor does a poll know what to compare with."""
     session = object.__new__(Session)
-    session._awaits_pong = True
+    session._awaits_pong, session.polled = True, False
     # What nobody has asked for, and nobody knows, is no sign of life either.
     session._take(Push([b"greeting", b"channel"]))
     with pytest.raises(TimeoutError, match="PING"):

@@ -141,6 +141,28 @@ def test_handler_that_raises_stops_nothing(site: Site):
         logger.setLevel(level)
 
 
+def test_handler_that_is_guarded_itself_waits_for_no_one(site: Site):
+    """Logs are shipped to somewhere that may be down; of that circuit there is something to log, too."""
+    ships = breaker_on(site.client(), "logs")
+    # The same circuit with another setting, which is worth a line at its first use.
+    breaker_on(site.client(), "logs", max_staleness=0.5).call(up)
+
+    class Shipping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            ships.call(up)
+
+    logger = logging.getLogger("pybreaker_redis")
+    handler = Shipping()
+    logger.addHandler(handler)
+    try:
+        thread = threading.Thread(target=logger.warning, args=("of the application",), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    finally:
+        logger.removeHandler(handler)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
     """Whatever it died of: nobody else would ever ask."""

@@ -18,6 +18,7 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._line import NAME
 from pybreaker_redis._listener import THREAD_NAME
+from pybreaker_redis._server import THREAD_NAME as KEEPER_NAME
 
 #: Seconds after which a condition that has not come true never will.
 DEADLINE = 10.0
@@ -96,6 +97,11 @@ def fails(breaker: pybreaker.CircuitBreaker, times: int = 1) -> None:
 def listeners() -> list[threading.Thread]:
     """The listening threads of this process."""
     return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
+
+
+def keepers() -> list[threading.Thread]:
+    """The threads of this process that ask again for a server that is away."""
+    return [thread for thread in threading.enumerate() if thread.name == KEEPER_NAME]
 
 
 def lines(client: redis.Redis) -> list[dict[str, str]]:
