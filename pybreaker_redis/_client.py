@@ -201,7 +201,8 @@ def hang_up(pool: Any) -> None:
     """Close the connections of a pool that nobody uses just now; whoever takes one of them connects anew."""
     idle = getattr(pool, "pool", None)
     if idle is None:
-        pool.disconnect(inuse_connections=False)
+        with contextlib.suppress(Exception):
+            pool.disconnect(inuse_connections=False)
         return
     # What is taken out of a blocking pool is in nobody else's hands.
     taken = []
@@ -209,10 +210,11 @@ def hang_up(pool: Any) -> None:
         while True:
             taken.append(idle.get_nowait())
     for connection in reversed(taken):
-        if connection is not None:
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
+            if connection is not None:
                 connection.disconnect()
-        idle.put_nowait(connection)
+        with contextlib.suppress(queue.Full):
+            idle.put_nowait(connection)
 
 
 def watched_pool(client: Any) -> Any:
