@@ -37,16 +37,20 @@ class Offset:
     Every answer that carries the server's time bounds the offset by the local times around it (F. Cristian,
     "Probabilistic clock synchronization", 1989).  Bounds that agree narrow each other, so a slow first contact does not
     matter for long.  Bounds that contradict mean that the local clock was moved, by a test or an administrator, or has
-    drifted.  They are not believed while somebody waits for a time to pass: who moved the clock must see it pass.  Nor
-    are they if they contradict by little, which changes nothing that matters.
+    drifted.  They are not believed while somebody waits for a time to pass: who moved the clock must see it pass; who
+    set it back would never.  Nor are they if they contradict by little, which changes nothing that matters.
     """
 
     #: Difference that matters, milliseconds.
     MATTERS = 100
 
+    #: The local clock was set back if it shows that much less than before, milliseconds: no answer takes as long.
+    SET_BACK = 10_000
+
     def __init__(self) -> None:
         self._bounds: tuple[float, float] | None = None
         self._doubted = False
+        self._latest_ms = 0.0
 
     @property
     def known(self) -> bool:
@@ -60,14 +64,18 @@ class Offset:
 
     def learn(self, server_ms: float, before_ms: float, after_ms: float, *, waiting: bool) -> None:
         """Take in an answer that was asked for at `before_ms` and had come by `after_ms`."""
+        is_set_back = before_ms < self._latest_ms - self.SET_BACK
+        self._latest_ms = before_ms if is_set_back else max(before_ms, self._latest_ms)
         # The server's time has been cut to whole milliseconds.
         low, high = server_ms - after_ms, server_ms + 1 - before_ms
         if self._bounds is None or self._doubted:
             self._bounds, self._doubted = (low, high), False
         elif low <= self._bounds[1] and high >= self._bounds[0]:
             self._bounds = max(low, self._bounds[0]), min(high, self._bounds[1])
-        elif not waiting and not self._bounds[0] - self.MATTERS <= low <= self._bounds[1] + self.MATTERS:
-            self._bounds = low, high
+        elif is_set_back or not waiting:
+            earliest, latest = self._bounds
+            if not earliest - self.MATTERS <= low <= latest + self.MATTERS:
+                self._bounds = low, high
 
     def forget(self) -> None:
         """It may be another server that answers next; until then it is what it was."""

@@ -32,6 +32,25 @@ def test_moved_clock_is_not_learned():
     assert not offset.known
 
 
+def test_clock_that_was_set_back_is_learned():
+    """Else all circuits that are open just then would stay open for as long as that, in this process."""
+    offset = Offset()
+    offset.learn(5_000_000, before_ms=4_000_000, after_ms=4_000_001, waiting=True)
+    offset.learn(5_000_100, before_ms=400_100, after_ms=400_101, waiting=True)
+    assert offset.ms == 4_599_999
+    offset.learn(5_000_200, before_ms=4_000_200, after_ms=4_000_201, waiting=True)
+    assert offset.ms == 4_599_999, "and not again until it is"
+
+
+def test_answer_that_took_long_sets_no_clock_back():
+    """Of two threads one may have asked long before the other, and be answered later."""
+    offset = Offset()
+    offset.learn(5_000, before_ms=1_000, after_ms=1_001, waiting=True)
+    offset.learn(5_100, before_ms=61_100, after_ms=61_101, waiting=True)
+    offset.learn(5_090, before_ms=58_000, after_ms=61_102, waiting=True)
+    assert offset.ms == 3_999
+
+
 def test_small_contradictions_change_nothing():
     """What was said to the millisecond is not forgotten for a few."""
     offset = Offset()
