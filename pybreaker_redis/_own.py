@@ -38,11 +38,13 @@ class Report:
         intents: What is wanted of the shared one.
         circuit: As it is, one's own.
         missed: Failures that it had no use for.
+        doubtful: Failures that Redis may have counted.
     """
 
     intents: tuple[Intent, ...]
     circuit: Circuit
     missed: int
+    doubtful: int
 
 
 class OwnCircuit:
@@ -66,7 +68,7 @@ class OwnCircuit:
         self._carrier: MemoryCarrier | None = None
         #: The shared circuit that it went on from, how it began, and how it is.
         self._base: Circuit | None = None
-        self._missed = 0
+        self._missed = self._doubtful = 0
         self._has_opened = False
         self._begun = self._now = Circuit(generation=FIRST_GENERATION)
         renew_in_children(self)
@@ -75,7 +77,7 @@ class OwnCircuit:
         """In a child: nobody holds the locks, and what the parent has counted is for the parent to report."""
         self._lock, self._returning = threading.RLock(), threading.Lock()
         self._begun = replace(self._begun, fail_counter=self._now.fail_counter)
-        self._missed = 0
+        self._missed = self._doubtful = 0
 
     @contextlib.contextmanager
     def returning(self) -> Iterator[bool]:
@@ -98,13 +100,14 @@ class OwnCircuit:
         """As it is, or was when it ended; its generation is another one after each of its transitions."""
         return self._now
 
-    def execute(self, intent: Intent, known: Circuit | None, *, answers: bool) -> Reply:
+    def execute(self, intent: Intent, known: Circuit | None, *, answers: bool, in_doubt: bool = False) -> Reply:
         """Carry out an intent; the first one makes the circuit.
 
         Args:
             intent: What is wanted.
             known: The shared circuit as it was seen last.  If others have moved it since, it is gone on from again.
             answers: Whether Redis can be read, so that the shared circuit is what it is known to be.
+            in_doubt: Whether Redis was asked for the same, and has not answered in time.
         """
         with self._lock:
             if self._carrier is None or self._was_overtaken(known):
@@ -118,9 +121,12 @@ class OwnCircuit:
                 # Not to be told from the times: clocks are set back.
                 self._has_opened = True
             self._now = reply.circuit
-            if isinstance(intent, RecordFailure) and intent.generation == self._begun.generation and not reply.accepted:
-                # It began open, and has no use for the failure that made it begin; the shared one has.
-                self._missed += 1
+            if isinstance(intent, RecordFailure) and intent.generation == self._begun.generation:
+                # It may have begun open, and has no use for the failure that made it begin; the shared one has.
+                self._missed += not reply.accepted
+                self._doubtful += in_doubt
+            elif isinstance(intent, RecordSuccess) and reply.accepted:
+                self._doubtful = 0
             return reply
 
     def report(self, known: Circuit | None) -> Report:
@@ -133,7 +139,7 @@ class OwnCircuit:
             known: The shared circuit as it is now; whoever never saw it before has something to say to a closed one.
         """
         with self._lock:
-            return Report(tuple(self._intents(known)), self._now, self._missed)
+            return Report(tuple(self._intents(known)), self._now, self._missed, self._doubtful)
 
     def _intents(self, known: Circuit | None) -> Iterator[Intent]:
         base = self._base or (known if known and known.state == CLOSED else None)
@@ -144,6 +150,9 @@ class OwnCircuit:
             yield ShareTrip(base.generation, max(0, round(self._clock() - (now.opened_at_ms or 0))))
         elif now.generation == begun.generation:
             failures = now.fail_counter - begun.fail_counter + self._missed
+            if known is not None and known.fail_counter > base.fail_counter:
+                # Somebody's have been counted since: most likely these, by a server that was slow.
+                failures -= self._doubtful
             if now.fail_counter < begun.fail_counter:
                 # Some call has succeeded in between; what others have counted since it knows nothing of.
                 if known is not None and known.fail_counter <= begun.fail_counter:
@@ -168,6 +177,7 @@ class OwnCircuit:
         with self._lock:
             self._begun = replace(self._begun, fail_counter=told.circuit.fail_counter)
             self._missed -= told.missed
+            self._doubtful = max(0, self._doubtful - told.doubtful)
             counted = self._now.fail_counter != self._begun.fail_counter or self._missed
             generation = told.circuit.generation
             if generation != self._now.generation or (counted and generation == self._begun.generation):
@@ -189,7 +199,7 @@ class OwnCircuit:
         else:
             circuit = created(self._initial if self._fallback == LAST else self._fallback, self._clock())
         self._base = known
-        self._missed = 0
+        self._missed = self._doubtful = 0
         self._has_opened = False
         # Never one that a call may have been admitted in before.
         self._begun = self._now = replace(circuit, generation=after(self._now.generation))

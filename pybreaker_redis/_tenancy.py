@@ -28,6 +28,7 @@ from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._signals import raised_by_a_handler
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat, Whereabouts
+from pybreaker_redis.errors import is_a
 
 #: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
 FOLLOWS_WITHIN = 0.1
@@ -136,6 +137,7 @@ class Tenancy:
         """Carry out an intent on the circuit that this process goes by; no error of Redis comes from here."""
         if isinstance(intent, RecordSuccess) and (reply := self.believed(intent)):
             return reply
+        in_doubt = False
         if self._may_ask():
             began, shared = monotonic(), None
             try:
@@ -146,6 +148,7 @@ class Tenancy:
                     raise
                 # Clients of other libraries raise errors of their own, and callables that return a client whatever
                 # they like.  None of it may reach a guarded call; the log says what it was.
+                in_doubt = is_a(error, "TimeoutError")
                 self._failed(error, began)
             finally:
                 if shared is None:
@@ -155,7 +158,7 @@ class Tenancy:
                         self.server.guard.give_back()
             if shared is not None:
                 return shared
-        return self._execute_own(intent)
+        return self._execute_own(intent, in_doubt)
 
     def _seat(self) -> Seat:
         seat = self._whereabouts.seat()
@@ -199,13 +202,13 @@ class Tenancy:
             self.server.answered(outcome)
         return reply
 
-    def _execute_own(self, intent: Intent) -> Reply:
+    def _execute_own(self, intent: Intent, in_doubt: bool) -> Reply:
         if not self.is_alone:
             self.lose()
         guard = self._faults if self.server is None or self._faults.outage else self.server.guard
         outage = guard.outage
         answers = outage is not None and (outage.meaning is Meaning.READ_ONLY or self._may_read)
-        reply = self.own.execute(intent, self.shared.known, answers=answers)
+        reply = self.own.execute(intent, self.shared.known, answers=answers, in_doubt=in_doubt)
         shortcut = self.own.shortcut
         # Not for long: whoever goes by it is to notice what others do, and that it has ended.
         until = shortcut.now() + (min(FOLLOWS_WITHIN, self.max_staleness) if answers else LOOKS_WITHIN)
@@ -274,14 +277,7 @@ class Tenancy:
         self.shared.check_writable()
 
     def rejoin(self) -> str | None:
-        """Go by the shared circuit again, and open it for all if one's own has opened.
-
-        Returns:
-            What has come of it, in words; empty if there was nothing to bring back; ``None`` if somebody is just at it.
-
-        Raises:
-            Exception: No usable answer; then the process goes on by itself.
-        """
+        """Go by the shared circuit again, and open it for all if one's own has opened; see `Tenant.rejoin`."""
         with self.own.returning() as is_first:
             if not is_first:
                 return None

@@ -539,6 +539,26 @@ class TestCounts:
         moved = KNOWN[CLOSED].moved(OPEN).moved(CLOSED)
         assert not any(report.apply(moved, clock.now).accepted for report in process.reports(moved))
 
+    @pytest.mark.parametrize(("since", "told"), [(0, 2), (1, 1), (5, 1)])
+    def test_failure_that_may_have_been_counted_is_told_if_none_was(self, clock: Clock, since: int, told: int) -> None:
+        """Others may have failed as well, but a server that was slow has done what it was asked for."""
+        process = Process(clock, KNOWN[CLOSED])
+        generation = process.ask().generation
+        process.own.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=True)
+        process.ask(RecordFailure(generation, ""))
+        shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
+        assert process.reports(shared) == [RecordFailure(shared.generation, "", times=told)]
+
+    def test_doubt_ends_with_a_success(self, clock: Clock) -> None:
+        """What was counted before it counts no more; what comes after is in no doubt."""
+        process = Process(clock, KNOWN[CLOSED])
+        generation = process.ask().generation
+        process.own.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=True)
+        process.ask(RecordSuccess(generation, ""))
+        process.ask(RecordFailure(generation, ""))
+        shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + 1)
+        assert process.reports(shared)[-1] == RecordFailure(shared.generation, "", times=1)
+
     def test_circuit_that_is_not_in_use_has_nothing_to_say(self, clock: Clock) -> None:
         """Before, and afterwards."""
         process = Process(clock, KNOWN[CLOSED])
