@@ -65,10 +65,12 @@ def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
     """Storages of one circuit on each kind of carrier; pybreaker's own in memory is the reference."""
     if request.param == "server":
         client = request.getfixturevalue("client")
-        yield lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
+        yield lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0, timeout=10)
     elif request.param == "fakeredis":
         home = fakeredis.FakeServer()
-        yield lambda: CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(server=home), "clocks", max_staleness=0)
+        yield lambda: CircuitRedisStorage(
+            "closed", fakeredis.FakeStrictRedis(server=home), "clocks", max_staleness=0, timeout=10
+        )
     elif request.param == "memory":
         yield lambda: CircuitMemoryStorage("closed")
     else:
@@ -78,7 +80,7 @@ def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
 @pytest.fixture
 def redis_storage(client: redis.Redis) -> MakeStorage:
     """Storages of one circuit on a real server."""
-    return lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
+    return lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0, timeout=10)
 
 
 class Hand:
@@ -357,7 +359,8 @@ def test_half_a_second_is_half_a_second(every_server: PrivateServer) -> None:
                 time.sleep(0.001)
             waited.append(time.monotonic() - before)
     assert min(waited) >= 0.15
-    assert sorted(waited)[5] < 0.25
+    # Half of them not much later, on a machine that does other things.
+    assert sorted(waited)[5] < 0.5
 
 
 @pytest.mark.slow
