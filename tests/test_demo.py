@@ -116,7 +116,8 @@ def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
     assert re.search(r"worker [123] killed: .* \| worker 4 (open|half-open|closed): ", output)
     assert re.search(r"from the prober's death to the next probe \(probe_lease 1 s\): [\d.]+ s", output)
     assert "calls at the dependency at the same time, until the circuit closed: 1 at the most" in output
-    assert len(re.findall(r" s  worker \d: the server is away, goes by its own circuit\n", output)) == 3
+    # On a machine that does other things one may find it slow before.
+    assert len(set(re.findall(r" s  worker (\d): the server is away, goes by its own circuit\n", output))) >= 3
     assert re.search(r" s  worker 4: open \(its own\)\n", output)
     assert re.search(r"slowest call while the server was away: [\d.]+ ms", output)
     assert re.search(r"calls that reached the dead dependency meanwhile \(.*\): \d\d, of \d\d at the most", output)

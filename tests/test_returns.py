@@ -150,7 +150,7 @@ def test_turn_that_a_signal_ends_is_another_ones(
     """The process may go on after it."""
     breaker = settled(breaker_on(site.client()))
     tenancy = breaker._state_storage._tenancy  # type: ignore[attr-defined]
-    tenancy._faults.failed(ValueError("of its own"))
+    tenancy._failed(ValueError("of its own"), time.monotonic())
     wait_for(tenancy._faults.is_due, "its turn")
 
     def interrupted(_: Any) -> Any:
