@@ -21,7 +21,7 @@ from pybreaker_redis._clock import monotonic, now_ms
 from pybreaker_redis._line import Line, Push, refusal
 from pybreaker_redis._record import MARK_FIELDS, Found, agrees, parse, parse_push, text
 from pybreaker_redis._view import Ticket, View
-from pybreaker_redis.errors import PushUnavailable, is_a
+from pybreaker_redis.errors import PushUnavailable
 
 #: Beats in the time for which a record may be believed: so one of them may come late.
 BEATS = 2
@@ -208,13 +208,11 @@ class Session:
     def _each_of(self, answers: list[Any], number: int) -> list[Any]:
         """The counters, or what there is instead of one: of those in a cluster each may be gone to another node."""
         if self.line.one_by_one:
-            if not self.polled and all(is_a(answer, "NoPermissionError") for answer in answers):
-                # Whoever may not read what he hears of goes by nothing.
-                raise refusal(answers[0])
             return [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
         (counters,) = answers
         if isinstance(counters, Exception):
             if len(self._views) == 1:
+                # Whoever may not read what he hears of goes by nothing.
                 raise refusal(counters)
             # By an ACL, perhaps of one of them: from now on each is asked for by itself.
             self.line.one_by_one = True

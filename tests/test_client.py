@@ -17,7 +17,7 @@ import pytest
 import redis
 import valkey
 
-from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis import CircuitRedisStorage, _client
 from pybreaker_redis._client import MOST_CONNECTIONS, Origin, bounded, longest_wait, origin_of
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer, free_port
@@ -360,6 +360,9 @@ class TestSentinel:
             own.set("key", "value")
             assert own.get("key") == b"value"
         assert client.get("key") == b"value"
+        (idle,) = own.connection_pool._available_connections
+        _client.hang_up(own.connection_pool)
+        assert idle._sock is None
         assert own.connection_pool.sentinel_manager is not manager
         assert [sentinel.connection_pool for sentinel in manager.sentinels] == pools
         assert (words_of(client.connection_pool), [words_of(pool) for pool in pools]) == before

@@ -484,8 +484,31 @@ def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
     mine._pid = -1
     assert mine.of(origin) is not inherited
     assert closed == [True]
+    again = mine.of(origin)
     mine.after_fork()
-    assert closed == [True]
+    assert closed == [True], "one that has not begun has nothing to close"
+    assert mine.of(origin) is not again
+
+
+def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
+    """The same for each circuit: nobody listens for it here."""
+    breaker = settled(breaker_on(client))
+    tenancy = breaker._state_storage._tenancy
+    ear = tenancy.shared._ear
+    ear._pid = os.getppid()
+    tenancy.listen()
+    assert ear._pid == os.getpid()
+    assert ear._listener.runs
+    settled(breaker)
+
+
+def test_nobody_listens_to_what_nobody_has_asked_for(client):
+    """Then it is not known where it lies."""
+    breaker = breaker_on(client)
+    shared = breaker._state_storage._tenancy.shared
+    shared.listen(None)
+    assert listeners() == []
+    assert shared.push is None
 
 
 def test_no_thread_starts_in_a_process_that_is_ending(client, monkeypatch):
