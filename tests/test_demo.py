@@ -620,6 +620,19 @@ def test_program_that_is_no_server_is_not_found(content: str, programs: Path):
     assert PrivateServer(str(program), directory=programs).version == ""
 
 
+@pytest.mark.usefixtures("programs")
+def test_server_behind_another_one_on_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A pip package that brings a server puts it before that of the system."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, version in ((first, "1.2.3"), (second, "4.5.6")):
+        folder.mkdir()
+        binary = folder / "redis-server"
+        binary.write_text(f"#!{sys.executable}\nprint('Redis server v={version} sha=0')\n")
+        binary.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{first}{os.pathsep}{second}")
+    assert [found.version for found in binaries.find_servers()] == ["1.2.3", "4.5.6"]
+
+
 def test_server_that_does_not_start_shows_its_log(tmp_path: Path, preferred: FoundServer):
     """The reason is in the error, not in a file that nobody knows of; a directory that was given is kept."""
     private = PrivateServer(preferred.binary, directory=tmp_path, args=["--no-such-option", "1"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -83,6 +84,7 @@ def _candidates() -> Iterator[tuple[str, str]]:
             for path in Path(folder).glob(pattern):
                 yield str(path), f"pip package {package.replace('_', '-')}"
     for program in PROGRAMS:
-        path_found = shutil.which(program)
-        if path_found:
-            yield path_found, "PATH"
+        # A pip package may have put its own before that of the system.
+        for directory in os.get_exec_path():
+            if path_found := shutil.which(program, path=directory):
+                yield path_found, "PATH"
