@@ -176,7 +176,8 @@ class OwnCircuit:
         """
         with self._lock:
             self._begun = replace(self._begun, fail_counter=told.circuit.fail_counter)
-            self._missed -= told.missed
+            # Less, if it has begun anew since.
+            self._missed = max(0, self._missed - told.missed)
             self._doubtful = max(0, self._doubtful - told.doubtful)
             counted = self._now.fail_counter != self._begun.fail_counter or self._missed
             generation = told.circuit.generation

@@ -479,9 +479,11 @@ def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatc
     gone, first = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[0].port)
     found = known(first)
     found.moved(SLOT, gone)
+    found.node(gone)
     while gone in found._known:
         found._looked_at = 0
         found.look_again()
+    assert gone not in found._nodes, "nothing is kept of it"
     found._seeds = {gone}
     asked: list[Any] = []
     monkeypatch.setattr(Cluster, "_ask", lambda self, address: asked.append(address))
