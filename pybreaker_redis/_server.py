@@ -90,8 +90,10 @@ class Server:
         if not self._tenants:
             _said.left(str(self), self.guard.answered())
 
-    def hang_up(self) -> None:
-        """Close the connections, if nobody lives here any more; who comes back connects anew."""
+    def let_go(self, tenant: Tenant) -> None:
+        """This circuit is not used for now; without any there is no need for connections."""
+        with self._lock:
+            self._tenants.pop(tenant, None)
         if self._pool is not None and not self._tenants:
             hang_up(self._pool)
 

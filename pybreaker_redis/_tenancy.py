@@ -125,8 +125,7 @@ class Tenancy:
         """Let go of the server, until the circuit is used again."""
         self.shared.leave()
         if self.server is not None:
-            self.server.dismiss(self)
-            self.server.hang_up()
+            self.server.let_go(self)
 
     def listen(self) -> None:
         """Have changes of the shared circuit heard from now on."""

@@ -162,7 +162,10 @@ class CircuitRedisStorage(OperatedStorage):
         in_redis = [storage for storage in storages if isinstance(storage, CircuitRedisStorage)]
         with deadline(self._patience):
             found = iter(survey(storage._tenancy.shared for storage in in_redis))  # noqa: SLF001
-        return [next(found) if storage in in_redis else storage._insist(Load()) for storage in storages]  # noqa: SLF001
+        return [
+            next(found) if isinstance(storage, CircuitRedisStorage) else storage._insist(Load())  # noqa: SLF001
+            for storage in storages
+        ]
 
     def let_go(self) -> None:
         """See `OperatedStorage.let_go`."""

@@ -30,7 +30,7 @@ from tests.clusters import Nodes
 from tests.places import cluster_client, has_clusters
 from tests.servers import ONCE, FoundServer
 from tests.test_round_trips import Meter
-from tests.viewed import Down, breaker_on, down, fails, listeners, settled, up, wait_for
+from tests.viewed import Down, breaker_on, down, fails, keepers, listeners, settled, up, wait_for
 
 #: How a registry may be told where the circuits are.
 HOMES = {
@@ -202,6 +202,21 @@ class TestBreakers:
         # Whoever has kept one may go on with it.
         fails(payments)
         assert breakers.status()["payments"].fail_counter == 1
+
+    def test_close_in_an_outage_is_no_news_of_the_server(
+        self, killable_server: PrivateServer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It is neither back, nor do its circuits live elsewhere."""
+        caplog.set_level("INFO", "pybreaker_redis")
+        breakers = BreakerRegistry(killable_server.client())
+        settled(breakers.get("payments"))
+        killable_server.kill()
+        fails(breakers["payments"])
+        wait_for(lambda: fails(breakers["payments"]) or "is away" in caplog.text, "it is away")
+        caplog.clear()
+        breakers.close()
+        wait_for(lambda: not keepers(), "nobody asks again")
+        assert caplog.messages == []
 
     def test_names_that_are_members_of_an_enumeration_are_their_text(self, shared: Make) -> None:
         """As for pybreaker's own storage, and for whoever says the text."""
