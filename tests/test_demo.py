@@ -292,14 +292,11 @@ def test_demo_on_the_server_that_is_named_leaves_no_keys(
 
 
 @pytest.mark.usefixtures("in_process", "preferred")
-def test_worker_that_never_sees_the_trip_breaks_the_promise(
-    acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_worker_that_never_sees_the_trip_breaks_the_promise(acts, capsys: pytest.CaptureFixture[str]):
     """Exit code 0 means that it happened; a process that is frozen does not hang the demo."""
 
     def freeze(on: stage.Stage) -> None:
         os.kill(on._children["worker 3"]._process.pid, signal.SIGSTOP)
-        monkeypatch.setattr(stage, "GRACE", 0.5)
 
     acts(scenario.healthy, freeze, scenario.outage)
     assert play.play(seconds=2.0, plain=True) == play.BROKEN
