@@ -136,7 +136,8 @@ def test_foreign_writer_is_noticed_in_a_cluster(every_cluster: Nodes):
     breaker = settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=0.5))
     nodes.run(nodes.primary_of(SLOT), "SET", f"{{{NAMESPACE}}}:pybreaker:state", "open")
     took = wait_for(lambda: breaker.current_state == "open", "it is noticed")
-    assert took < 0.5 + 0.5
+    # A second to notice, on a machine that does other things too.
+    assert took < 0.5 + 1.0
 
 
 def test_tag_of_a_namespace_is_respected(cluster: Nodes):
@@ -520,14 +521,14 @@ def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes):
     """Hundreds of circuits of one node are looked for one after the other; whoever answers needs some time, too."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         found = known(("127.0.0.1", silent.getsockname()[1]))
-        with deadline(0.3):
+        with deadline(2.0):
             found.look_again()
             left = seconds_left()
         assert left is not None
-        assert 0.05 < left <= 0.15
+        assert 0.5 < left <= 1.0
         began = time.monotonic()
         found.look_again()
-        assert time.monotonic() < began + 0.04
+        assert time.monotonic() < began + 0.5
 
 
 def test_time_that_is_over_is_not_spent_on_further_nodes(monkeypatch):

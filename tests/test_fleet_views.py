@@ -115,8 +115,9 @@ def test_transition_is_seen_by_idle_processes_in_milliseconds(fleet_of, report):
     late = sorted(max(0.0, at - begun) for each in seen for at, begun in zip(each, moved, strict=True))
     p50, p99 = late[len(late) // 2], late[int(len(late) * 0.99)]
     report(f"transition seen by others after: p50 {p50 * 1000:.2f} ms, p99 {p99 * 1000:.2f} ms")
-    assert p50 < 0.005
-    assert p99 < 0.1
+    # Who only looks for himself sees it after a quarter of a second on average.
+    assert p50 < 0.05
+    assert p99 < 0.5
 
 
 FORKS = """

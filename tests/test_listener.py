@@ -32,7 +32,7 @@ from pybreaker_redis._keys import channel_of, circuit_keys
 from pybreaker_redis._listener import listen
 from pybreaker_redis._view import View
 from tests.servers import ONCE
-from tests.test_freshness import PUSH, seconds_until
+from tests.test_freshness import PATIENT, PUSH, ROUND_TRIP, seconds_until
 from tests.viewed import (
     NAMESPACE,
     PROTOCOLS,
@@ -132,10 +132,11 @@ def test_circuit_that_needs_shorter_beats_gets_them(client):
     breaker = settled(breaker_on(client, max_staleness=0.5))
     wait_for(lambda: breaker.call(up) and view_of(breaker).shortcut.quiet, "believed")
     with counted(client) as asked:
-        until = time.monotonic() + 2.0
+        until = time.monotonic() + 3.0
         while time.monotonic() < until:
             breaker.call(up)
-    assert asked.get("evalsha", 0) <= 1, asked
+    # Else six; one for each beat that a busy machine delays.
+    assert asked.get("evalsha", 0) <= 2, asked
 
 
 def test_idle_circuits_are_not_polled(client):
@@ -150,7 +151,7 @@ def test_idle_circuits_are_not_polled(client):
 
 def test_storages_of_one_circuit_in_one_process_both_hear(server, client):
     """Two modules, one namespace: each has a view of its own, and one subscription serves both."""
-    one, two = settled(breaker_on(client)), settled(breaker_on(client))
+    one, two = (settled(breaker_on(client, max_staleness=PATIENT)) for _ in range(2))
     with contextlib.closing(server.client()) as elsewhere:
         breaker_on(elsewhere, max_staleness=0).open()
     assert seconds_until(one, "open") < PUSH
@@ -192,7 +193,7 @@ def test_tcp_and_unix_socket_and_password_are_followed(preferred, tmp_path):
     with PrivateServer(preferred.binary, port=free_port(), args=["--requirepass", "secret"]) as server:
         for words in ({"port": server.port}, {"unix_socket_path": server.unix_socket}):
             with contextlib.closing(redis.Redis(**words, password="secret", decode_responses=True)) as client:
-                breaker = settled(breaker_on(client))
+                breaker = settled(breaker_on(client, max_staleness=PATIENT))
                 breaker_on(client, max_staleness=0).open()
                 assert seconds_until(breaker, "open") < PUSH
                 breaker.close()
@@ -240,9 +241,13 @@ def test_noise_lasts_though_a_poll_finds_nothing_to_forget(client):
     began = time.monotonic()
     fails(breaker)
     breaker.call(up)
-    while time.monotonic() < began + 0.8:
+    while True:
         assert breaker.current_state == "closed"
-        assert view_of(breaker).shortcut.quiet is None
+        quiet = view_of(breaker).shortcut.quiet
+        # Looked at last: it may be that nobody was allowed to run for a while.
+        if time.monotonic() > began + 0.8:
+            break
+        assert quiet is None
     settled(breaker)
 
 
@@ -310,7 +315,7 @@ def test_user_who_may_not_introduce_himself_or_track_hears_all_the_same(server, 
     """CLIENT is an administrator's command to some: without it only what is published is heard."""
     administrate(server, "~*", "&*", "+@all", "-client")
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
-        breaker = settled(breaker_on(limited))
+        breaker = settled(breaker_on(limited, max_staleness=PATIENT))
         breaker_on(client, max_staleness=0).open()
         assert seconds_until(breaker, "open") < PUSH
 
@@ -322,7 +327,7 @@ def test_who_may_no_longer_read_goes_by_nothing(server, client, commands):
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = settled(breaker_on(limited, max_staleness=0.2, fallback_circuit_state="open"))
         administrate(server, "~*", "&*", "+@all", *commands)
-        assert seconds_until(breaker, "open") < 0.2 + PUSH
+        assert seconds_until(breaker, "open") < 0.2 + ROUND_TRIP
 
 
 class Odd(redis.Connection):
@@ -374,7 +379,7 @@ def test_server_without_hello_or_client_is_heard(preferred, commands):
     words = {"protocol": 2} if PROTOCOLS[0] == 3 else {}
     with PrivateServer(preferred.binary, args=arguments) as server:
         clients = [server.client(**words) for _ in range(2)]
-        breaker = settled(breaker_on(clients[0]))
+        breaker = settled(breaker_on(clients[0], max_staleness=PATIENT))
         breaker_on(clients[1], max_staleness=0).open()
         assert seconds_until(breaker, "open") < PUSH
         for client in clients:
@@ -416,7 +421,7 @@ def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(cli
 
 def test_garbage_on_the_channel_is_ignored(client):
     """Anybody may publish there."""
-    breaker = settled(breaker_on(client))
+    breaker = settled(breaker_on(client, max_staleness=PATIENT))
     channel = channel_of(circuit_keys(NAMESPACE, one_slot=False), 0)
     for payload in (b"", b"open", b"1 2 open", b"\xff" * 100, b"1 -1 open   0 0"):
         client.publish(channel, payload)

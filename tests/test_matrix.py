@@ -24,6 +24,9 @@ from tests.viewed import breaker_on, fails, settled, up, wait_for
 
 NAMESPACE = "matrix"
 
+#: A round trip and the time to notice, on a machine that does other things too, seconds.
+SLACK = 1.0
+
 FIELDS = {name: number for number, name in enumerate(("state", "fail_counter", "success_counter", "opened_at"))}
 
 
@@ -118,7 +121,7 @@ def test_view(place: Place, matrix_heard):
         client.set(place.keys(NAMESPACE)[0], "open")
         began = time.monotonic()
         wait_for(lambda: one.current_state == "open", "the foreign writer is noticed")
-        assert time.monotonic() - began < 0.5 + 0.5
+        assert time.monotonic() - began < 0.5 + SLACK
     health = health_of(one)
     assert (health.mode, health.condition) == ("lua", "connected")
     matrix_heard(health.push)
