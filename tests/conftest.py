@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
-from pybreaker_redis import _listener, _server, _twins
+from pybreaker_redis import _listener, _server, _session, _twins
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
 from tests import matrix, places, servers
@@ -266,6 +266,15 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(Line, "_connect_resp3", lambda self, origin: None)
     chosen: int = request.param
     return chosen
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _listeners_look_round_often() -> Iterator[None]:
+    """A thread that nobody needs any more ends sooner than usual: hundreds of tests wait until there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (_listener, _session):
+            patch.setattr(module, "LONGEST_WAIT", 0.1)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

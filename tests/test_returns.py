@@ -188,7 +188,8 @@ def test_connections_that_lead_nowhere_are_one_outage(site: Site, caplog: pytest
     wait_for(lambda: all_at_once() or connected() > 2, "several connections")
     site.proxy.forget()
     fails(breakers[0])
-    assert connected() == 0
+    # But for the one on which the server may have been asked again already.
+    assert connected() <= 1
     wait_for(lambda: all(is_back(breaker) for breaker in breakers), "all are back")
     all_at_once()
     assert all(is_back(breaker) for breaker in breakers)
