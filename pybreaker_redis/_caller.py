@@ -55,7 +55,7 @@ class Caller:
     telling: bool = False
 
     def begins(self) -> None:
-        """It looks at the circuit, so it may be about to call."""
+        """It looks at the circuit, so it may be about to call; or what it asks is part of no call."""
         self.waited, self.has_reported = 0.0, False
 
     @contextlib.contextmanager

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any, TypeVar
 
 from pybreaker_redis._arguments import (
@@ -21,8 +22,9 @@ from pybreaker_redis._arguments import (
     wait,
 )
 from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._deadline import deadline
-from pybreaker_redis._intents import Intent, Load
+from pybreaker_redis._intents import Intent, Load, ResetProbes, SetOpenedAt, SetState
 from pybreaker_redis._keys import BASE
 from pybreaker_redis._operated import OperatedStorage
 from pybreaker_redis._shortcut import Shortcut
@@ -189,6 +191,18 @@ class CircuitRedisStorage(OperatedStorage):
             self._go_by(self._tenancy.shortcut)
         return reply
 
+    def retry_after(self, reset_timeout: float) -> float:
+        """See `OperatedStorage.retry_after`."""
+        self._callers.current().begins()
+        return super().retry_after(reset_timeout)
+
+    def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
+        caller = self._callers.current()
+        if caller.count is None:
+            # It was not this thread's report that made the count: somebody looks, be it every second.
+            caller.begins()
+        return super()._count(breakers, read)
+
     def _read_state(self) -> str:
         self._callers.current().begins()
         return super()._read_state()
@@ -201,6 +215,9 @@ class CircuitRedisStorage(OperatedStorage):
             self._tenancy.listen()
 
     def _execute(self, intent: Intent) -> Reply:
+        if isinstance(intent, SetState | SetOpenedAt | ResetProbes) or getattr(intent, "generation", 0) is None:
+            # By hand.
+            self._callers.current().begins()
         reply = self._tenancy.execute(intent)
         if self._shortcut is not self._tenancy.shortcut:
             self._go_by(self._tenancy.shortcut)

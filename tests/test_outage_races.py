@@ -14,10 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pybreaker
 import pytest
@@ -25,9 +25,10 @@ import redis
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._server import THREAD_NAME
+from pybreaker_redis.registry import retry_after
 from tests.faults import FAULTS, Site
 from tests.stopwatch import Stopwatch
-from tests.test_outage import SLACK, TIMEOUT, WAITED, calls, health_of, is_back, site
+from tests.test_outage import WAITED, calls, health_of, is_back, site
 from tests.viewed import Down, breaker_on, down, settled, up, view_of, wait_for
 
 __all__ = ["site"]
@@ -253,14 +254,42 @@ def test_exception_of_a_signal_handler_reaches_whoever_it_was_meant_for(site: Si
 
 def test_slow_answers_add_up_to_one_timeout(site: Site):
     """A call that trips asks several times; all of that together is one wait."""
-    breaker = breaker_on(site.client(), fail_max=1, max_staleness=0)
+    timeout = 1.0
+    breaker = breaker_on(site.client(), fail_max=1, max_staleness=0, timeout=timeout)
     breaker.call(up)
-    site.proxy.delay = (0.1, 0.1)
+    site.proxy.delay = (0.4, 0.4)
     site.proxy.manner = "slow"
     with Stopwatch() as watch, contextlib.suppress(pybreaker.CircuitBreakerError, Down):
         breaker.call(down)
     site.proxy.manner = "pass"
-    assert watch.seconds < TIMEOUT + SLACK
+    # The last question has a fifth of the timeout in any case; if each had all of it, that would be two seconds.
+    assert watch.seconds < 1.6 * timeout
+
+
+def by_hand(breaker: pybreaker.CircuitBreaker) -> None:
+    """What an operator may do again and again."""
+    breaker.open()
+    breaker.half_open()
+    breaker.close()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda breaker: breaker.fail_counter, lambda breaker: breaker.success_counter, by_hand, retry_after],
+    ids=["failures", "successes", "by hand", "retry_after"],
+)
+def test_what_belongs_to_no_call_has_each_time_a_timeout_of_its_own(site: Site, ask: Callable[[Any], object]):
+    """A thread that reads a counter every second would take Redis for away some day, having waited long in all."""
+    timeout = 1.0
+    breaker = breaker_on(site.client(), max_staleness=0, timeout=timeout)
+    breaker.call(up)
+    ask(breaker)
+    site.proxy.delay = (0.3, 0.3)
+    site.proxy.manner = "slow"
+    for _ in range(5):
+        ask(breaker)
+    site.proxy.manner = "pass"
+    assert (health_of(breaker).condition, health_of(breaker).last_error) == ("connected", "")
 
 
 @pytest.fixture
