@@ -21,6 +21,7 @@ from pybreaker_redis._clock import now_ms
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._intents import Fenced, Intent, RecordFailure, RecordSuccess, ShareTrip
 from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis.errors import is_a
 from pybreaker_redis.memory import MemoryCarrier
 
 #: Where the generations of circuits of one's own begin: below zero, where shared ones never are.
@@ -150,9 +151,9 @@ class OwnCircuit:
             yield ShareTrip(base.generation, max(0, round(self._clock() - (now.opened_at_ms or 0))))
         elif now.generation == begun.generation:
             failures = now.fail_counter - begun.fail_counter + self._missed
-            if known is not None and known.fail_counter > base.fail_counter:
+            if known is not None and (counted := known.fail_counter - base.fail_counter) > 0:
                 # Somebody's have been counted since: most likely these, by a server that was slow.
-                failures -= self._doubtful
+                failures -= min(self._doubtful, counted)
             if now.fail_counter < begun.fail_counter:
                 # Some call has succeeded in between; what others have counted since it knows nothing of.
                 if known is not None and known.fail_counter <= begun.fail_counter:
@@ -164,6 +165,18 @@ class OwnCircuit:
     def is_told_in_vain(self, replies: list[Reply]) -> bool:
         """Whether it has to be told again: it goes on from nothing, and somebody has just restored what was lost."""
         return self._base is None and any(not reply.accepted and reply.circuit.state == CLOSED for reply in replies)
+
+    @contextlib.contextmanager
+    def telling(self, report: Report) -> Iterator[None]:
+        """The others are being told; if they do not answer in time, all of these failures may be counted by now."""
+        try:
+            yield
+        except Exception as error:
+            with self._lock:
+                moved = not report.circuit.generation == self._now.generation == self._begun.generation
+                if is_a(error, "TimeoutError") and not moved:
+                    self._doubtful = report.circuit.fail_counter - self._begun.fail_counter + report.missed
+            raise
 
     def end(self, told: Report) -> bool:
         """There is no need for it any more.

@@ -283,7 +283,8 @@ class Tenancy:
             outcome, self._event = self._event, ""
             for _ in range(ROUNDS):
                 report = self.own.report(self._view.known)
-                replies = [self.shared.execute(intent, tell=False) for intent in report.intents]
+                with self.own.telling(report):
+                    replies = [self.shared.execute(intent, tell=False) for intent in report.intents]
                 if self.own.is_told_in_vain(replies):
                     continue
                 if replies and replies[0].accepted and replies[0].circuit.state != CLOSED:

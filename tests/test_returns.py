@@ -14,7 +14,10 @@ import pytest
 import redis
 import time_machine
 
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._intents import Intent, RecordFailure
 from pybreaker_redis._own import OwnCircuit, Report
+from pybreaker_redis._shared import SharedCircuit
 from tests.faults import Site
 from tests.test_outage import health_of, is_back, lines_of, site
 from tests.test_outage_races import is_away
@@ -226,6 +229,34 @@ def test_success_forgets_no_failures_that_others_have_counted_since(site: Site) 
         # To look is enough, and no success of afterwards.
         wait_for(lambda: breaker.fail_counter == 4 and is_connected(breaker), "it is back")
         assert counter(site) == 4
+
+
+@pytest.mark.parametrize("happens", [True, False])
+@pytest.mark.parametrize("before", [0, 2])
+def test_failures_that_are_told_and_not_answered_in_time_count_once(
+    site: Site, before: int, happens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an outage, all in one: the server that is slow has counted them; of one that lost them they are told again."""
+    breaker = settled(breaker_on(site.client(), fail_max=MANY, timeout=10))
+    fails(breaker, before)
+    execute = SharedCircuit.execute
+    told: list[RecordFailure] = []
+
+    def late(shared: SharedCircuit, intent: Intent, **words: Any) -> Reply:
+        if not isinstance(intent, RecordFailure) or told:
+            return execute(shared, intent, **words)
+        told.append(intent)
+        if happens:
+            execute(shared, intent, **words)
+        raise redis.TimeoutError("Timeout reading from socket")
+
+    with cut_off(site):
+        fails(breaker, 3)
+        assert health_of(breaker).is_own
+        monkeypatch.setattr(SharedCircuit, "execute", late)
+    wait_for(lambda: told and is_connected(breaker), "it is back")
+    assert [intent.times for intent in told] == [3]
+    assert counter(site) == before + 3
 
 
 @pytest.mark.parametrize("fallback", ["closed", "open"])
