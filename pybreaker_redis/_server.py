@@ -78,8 +78,10 @@ class Server:
         return client if self._pool is None else on_pool(client, self._pool)
 
     def admit(self, tenant: Tenant) -> None:
-        """From now on this circuit lives here."""
+        """From now on this circuit lives here; a `LookupError` if it was let go of while that is asked again."""
         with self._lock:
+            if tenant not in self._tenants and threading.current_thread() is self._thread:
+                raise LookupError(tenant.circuit_name)
             self._tenants[tenant] = monotonic(), threading.get_ident()
         self.guard.hurry(tenant.max_staleness)
 
@@ -158,9 +160,8 @@ class Server:
     def say_lack(self, lack: Lack, reason: object) -> None:
         """A circuit has missed something that this server does not have: say so, the first time."""
         with self._lock:
-            is_new = lack not in self._lacks
-            self._lacks.add(lack)
-        if is_new:
+            known, self._lacks = lack in self._lacks, self._lacks | {lack}
+        if not known:
             _said.lacking(str(self), lack, reason)
 
     def doubt(self) -> None:
@@ -234,15 +235,14 @@ class Server:
                 except Exception as error:  # noqa: BLE001
                     # It is for the next caller to say what is the matter.
                     _said.detail("not brought back: %s", error)
-            _said.back(str(self), seconds, outcomes)
+            _said.back(str(self), seconds if self._tenants else None, outcomes)  # Else nobody has asked it.
 
     def _return(self, patience: float) -> Counter[str]:
         """Have the circuits rejoin; whatever is a single circuit's own trouble keeps only that one away."""
         tenants = self._present()
         asked = [tenant for tenant in tenants if tenant.is_alone] or tenants[:1]
         for tenant in asked:
-            seconds = None if self._timeout is None else max(patience, self._timeout)
-            with deadline(seconds), _unless_its_own(Meaning.AWAY):
+            with deadline(self._timeout and max(patience, self._timeout)), _unless_its_own(Meaning.AWAY):
                 tenant.load()
             # The others are asked on the same connection.
             patience = 0

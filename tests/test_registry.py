@@ -24,6 +24,8 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _survey
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._optimistic import look
+from pybreaker_redis._server import Server
+from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests.clusters import Nodes
@@ -203,8 +205,14 @@ class TestBreakers:
         fails(payments)
         assert breakers.status()["payments"].fail_counter == 1
 
+    @pytest.mark.parametrize("when", ["between two attempts", "before one", "in the middle of one"])
+    @pytest.mark.usefixtures("nobody_listens")
     def test_close_in_an_outage_is_no_news_of_the_server(
-        self, killable_server: PrivateServer, caplog: pytest.LogCaptureFixture
+        self,
+        killable_server: PrivateServer,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        when: str,
     ) -> None:
         """It is neither back, nor do its circuits live elsewhere."""
         caplog.set_level("INFO", "pybreaker_redis")
@@ -214,7 +222,19 @@ class TestBreakers:
         fails(breakers["payments"])
         wait_for(lambda: fails(breakers["payments"]) or "is away" in caplog.text, "it is away")
         caplog.clear()
-        breakers.close()
+        if when == "between two attempts":
+            breakers.close()
+        else:
+            owner, name = (Server, "_return") if when == "before one" else (Tenancy, "load")
+            asks, closed = getattr(owner, name), threading.Event()
+
+            def closes(*arguments: Any) -> object:
+                breakers.close()
+                closed.set()
+                return asks(*arguments)
+
+            monkeypatch.setattr(owner, name, closes)
+            assert closed.wait(10)
         wait_for(lambda: not keepers(), "nobody asks again")
         assert caplog.messages == []
 
