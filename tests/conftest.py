@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
-from pybreaker_redis import _listener, _server, _session, _twins
+from pybreaker_redis import CircuitRedisStorage, _listener, _server, _session, _settings, _twins
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
 from tests import matrix, places, servers
@@ -156,6 +156,13 @@ def client(server: PrivateServer) -> Iterator[redis.Redis]:
         yield client
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an outage is not the subject, a busy machine shall be none: calls wait for Redis much longer than usual."""
+    for usual in (CircuitRedisStorage.__init__.__kwdefaults__, _settings.OF_STORAGE):
+        monkeypatch.setitem(usual, "timeout", 10.0)
+
+
 # -- the matrix --------------------------------------------------------------------------------------------------------
 
 
@@ -296,9 +303,11 @@ def nobody_listens() -> None:
     gc.collect()
     for listener in _listener._listeners._of_origin.values():
         # A test that failed is kept, with its storages, for its traceback.
-        listener._views.clear()
+        with listener._lock:
+            listener._views.clear()
     for server in [*_server._servers._of_key.values()]:
         # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
-        server._tenants.clear()
+        with server._lock:
+            server._tenants.clear()
     wait_for(lambda: not listeners() and not keepers(), "the threads of earlier tests end")
     _listener._listeners._of_origin.clear()

@@ -153,6 +153,8 @@ class Place:
             for slot in (0, 8000, 16000):
                 self._nodes.run(self._nodes.primary_of(slot), "FLUSHALL")
             return
+        # A test that failed may have left it dead.
+        self.home("").start()
         with self.asked("") as client:
             wait_for(client.ping, "it answers")
             client.flushall()

@@ -24,6 +24,8 @@ from pybreaker_redis._circuit import CLOSED, Circuit, created
 from pybreaker_redis._intents import Load
 from pybreaker_redis.memory import MemoryCarrier
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 class Down(Exception):
     """The dependency is down."""
@@ -438,7 +440,7 @@ def test_refused_claim_tells_no_listener(storage_of, monkeypatch):
 
 def test_expired_lease_is_claimed_by_another_thread(storage_of):
     """A prober that never reports blocks the circuit for its lease only; when it does report, nobody listens."""
-    storage = storage_of("open", probe_lease=0.05)
+    storage = storage_of("open", probe_lease=1.0)
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, success_threshold=2)
     with breaker.calling():
         assert in_thread(lambda: storage.opened_at) is not None

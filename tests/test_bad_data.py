@@ -27,6 +27,8 @@ from pybreaker_redis._record import VALUE_NAMES
 from tests import servers
 from tests.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay, moved_by
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 #: Seconds; far from everything that `contents` has in the past, and longer than a test.
 RESET_TIMEOUT = 30.0
 

@@ -355,7 +355,7 @@ class TestSentinel:
         client = manager.master_for("shop", db=1)
         pools = [sentinel.connection_pool for sentinel in manager.sentinels]
         before = words_of(client.connection_pool), [words_of(pool) for pool in pools]
-        own = bounded(client, TIMEOUT)
+        own = bounded(client, ENOUGH)
         with deadline(10):
             own.set("key", "value")
             assert own.get("key") == b"value"
@@ -372,7 +372,7 @@ class TestSentinel:
     def test_copy_follows_the_master(self, sentinels: Callable[[int], Sentinels]) -> None:
         """After a failover the Sentinels name another one, and that is where the next connection goes."""
         shop = sentinels(1)
-        own = bounded(shop.manager().master_for("shop"), TIMEOUT)
+        own = bounded(shop.manager().master_for("shop"), ENOUGH)
         with deadline(10):
             assert own.ping()
         with PrivateServer(shop.master.binary, port=free_port()) as other:
@@ -545,7 +545,7 @@ class TestServer:
 
     def test_storages_of_one_server_share_pool_and_guard(self, reached: PrivateServer) -> None:
         """As an application has it that makes a client wherever it needs one."""
-        storages = [CircuitRedisStorage("closed", by_port(reached), name) for name in ("one", "other")]
+        storages = [CircuitRedisStorage("closed", by_port(reached), name, timeout=10) for name in ("one", "other")]
         for storage in storages:
             assert storage.state == "closed"
         one, other = (storage._tenancy.server for storage in storages)

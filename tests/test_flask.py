@@ -16,6 +16,8 @@ from pybreaker_redis.contrib.flask import Breakers
 from pybreaker_redis.testing import in_memory
 from tests.viewed import Down, down, up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 breakers = Breakers()
 
 

@@ -26,7 +26,7 @@ from pybreaker_redis._line import Line
 from tests.proxy import Proxy
 from tests.viewed import NAMESPACE, breaker_on, counted, down, fails, lines, settled, up, view_of, wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 STALENESS = 1.0
 
@@ -34,7 +34,7 @@ STALENESS = 1.0
 PATIENT = 60.0
 
 #: A round trip and the time to notice, on a machine that does other things too, seconds.
-ROUND_TRIP = 0.5
+ROUND_TRIP = 1.5
 
 #: Longest time for a push, seconds, on a machine that does other things too.
 PUSH = 2.0
@@ -183,9 +183,12 @@ def test_muted_push_is_bounded_by_the_poll(tracking, server, protocol):
     assert seconds_until(tracking, "open") < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
 
 
-def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, other, client):
+def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, other, client, monkeypatch):
     """CLIENT KILL, an output buffer that overflows, a proxy with a timeout."""
+    seen, rest = threading.Event(), _listener.Listener._rest
+    monkeypatch.setattr(_listener.Listener, "_rest", lambda self, seconds: seen.wait(10) and rest(self, seconds))
     for _ in range(3):
+        seen.clear()
         before = {line["id"] for line in lines(client)}
         assert before
         for line in before:
@@ -193,6 +196,7 @@ def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, o
         wait_for(lambda: not view_of(told).is_believed, "belief ends")
         other.open()
         assert seconds_until(told, "open") < PUSH, "it asks"
+        seen.set()
         wait_for(lambda before=before: {line["id"] for line in lines(client)} - before, "a new line")
         other.close()
         seconds_until(told, "closed")
@@ -231,7 +235,12 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, cl
         return ask(line, commands)
 
     monkeypatch.setattr(Line, "ask", replace_then_ask)
-    wait_for(lambda: replaced and listener.session and listener.session.line is not replaced[0], "a new line")
+
+    def is_replaced() -> bool:
+        session = listener.session
+        return bool(replaced and session and session.line is not replaced[0])
+
+    wait_for(is_replaced, "a new line")
     settled(breaker)
     wait_for(lambda: subscribers(client) == 1, "the new line is told")
     other.open()
@@ -240,7 +249,7 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, cl
 
 def test_frozen_server_is_believed_for_max_staleness_at_most(killable_server, protocol):
     """SIGSTOP: no error, no end of file, just nothing."""
-    timeout = 0.1
+    timeout = 1.0
     with contextlib.closing(killable_server.client()) as client:
         words = {"max_staleness": STALENESS, "timeout": timeout, "fallback_circuit_state": "open"}
         breaker = settled(breaker_on(client, **words))
@@ -259,14 +268,19 @@ def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
     """The reader looks at the clock himself."""
     from pybreaker_redis._session import Session
 
+    released = threading.Event()
+
     def stuck(self: Session) -> None:
-        threading.Event().wait(STALENESS + 1.0)
+        released.wait(10)
         raise ConnectionError("at last")
 
     monkeypatch.setattr(Session, "_beat", stuck)
     monkeypatch.setattr(Session, "_take", lambda self, push: None)
     other.open()
-    assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
+    try:
+        assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
+    finally:
+        released.set()
 
 
 def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_server, protocol):
@@ -284,8 +298,8 @@ def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_serv
         os.kill(killable_server.pid or 0, signal.SIGKILL)
         killable_server.restart(keep_data=False)
         newcomer = breaker_on(killable_server.client(), max_staleness=0, fail_max=1)
-        fails(newcomer)
-        assert newcomer.current_state == "open"
+        # A failure of before the return is not everybody's yet.
+        wait_for(lambda: fails(newcomer) or newcomer.current_state == "open", "the newcomer's trip")
         wait_for(lambda: breaker.current_state == "open", "the newcomer's trip is believed", within=20)
         newcomer.close()
         wait_for(lambda: breaker.current_state == "closed", "and its recovery", within=20)

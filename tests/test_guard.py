@@ -380,7 +380,7 @@ def test_what_servers_say_means_what_the_table_says(
 
 def test_dead_and_frozen_servers_are_away(killable_server: PrivateServer) -> None:
     """Whether the kernel says so, or nobody says anything."""
-    client = killable_server.client(socket_timeout=0.05, **ONCE)
+    client = killable_server.client(socket_timeout=1.0, **ONCE)
     client.ping()
     killable_server.pause()
     assert outcome(client.ping) is AWAY

@@ -72,7 +72,7 @@ def test_circuit_that_is_not_closed_lives_for_a_day_at_least(state: str, ttl_ms:
 
 def test_breaker_with_a_ttl_keeps_its_circuit_as_long_as_that_needs(client: redis.Redis) -> None:
     """Closed: for the TTL.  Open and half-open: for a day.  Closed again: for the TTL."""
-    breaker = breaker_on(client, fail_max=2, reset_timeout=0.01, ttl=TTL)
+    breaker = breaker_on(client, fail_max=2, reset_timeout=0.01, ttl=TTL, timeout=10)
 
     def lives(seconds: float) -> bool:
         return all(seconds * 500 < ms <= seconds * 1000 + COUNTS_MS for ms in left(client))
@@ -101,7 +101,7 @@ def test_breaker_with_a_ttl_keeps_its_circuit_as_long_as_that_needs(client: redi
 @pytest.mark.parametrize("words", [{}, {"ttl": None}])
 def test_without_a_ttl_no_key_expires_and_none_is_asked_when(client: redis.Redis, words: dict[str, Any]) -> None:
     """As ever: a TTL that somebody else has given to a key is left alone, too."""
-    breaker = breaker_on(client, fail_max=2, **words)
+    breaker = breaker_on(client, fail_max=2, timeout=10, **words)
     with counted(client) as asked:
         fails(breaker, 2)
         breaker.close()
@@ -172,7 +172,7 @@ def test_healthy_circuit_that_expires_is_made_anew_once_and_in_silence(
     client: redis.Redis, caplog: pytest.LogCaptureFixture, protocol: int, closed_once: bool
 ) -> None:
     """Nobody writes to it, so it expires again and again; that is no loss, and never the fallback's business."""
-    breaker = breaker_on(client, fallback_circuit_state="open", ttl=TTL)
+    breaker = breaker_on(client, fallback_circuit_state="open", ttl=TTL, timeout=10)
     if closed_once:
         breaker.open()
         breaker.close()
@@ -206,7 +206,7 @@ def test_circuit_that_expires_while_open_is_still_open_to_those_who_knew_it(
 
 def test_circuit_that_expires_while_open_is_told_of(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
     """That is a loss."""
-    storage = CircuitRedisStorage(CLOSED, client, NAMESPACE, ttl=TTL, max_staleness=0)
+    storage = CircuitRedisStorage(CLOSED, client, NAMESPACE, ttl=TTL, max_staleness=0, timeout=10)
     breaker = pybreaker.CircuitBreaker(state_storage=storage)
     breaker.open()
     let_expire(client)
@@ -216,7 +216,7 @@ def test_circuit_that_expires_while_open_is_told_of(client: redis.Redis, caplog:
 
 def test_without_a_ttl_a_circuit_that_vanishes_was_lost(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
     """The check above can fail."""
-    storage = CircuitRedisStorage(CLOSED, client, NAMESPACE, "open", max_staleness=0)
+    storage = CircuitRedisStorage(CLOSED, client, NAMESPACE, "open", max_staleness=0, timeout=10)
     breaker = pybreaker.CircuitBreaker(state_storage=storage)
     breaker.call(up)
     let_expire(client)

@@ -13,10 +13,12 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import fakeredis
 import freezegun
@@ -48,7 +50,7 @@ from tests.viewed import (
     wait_for,
 )
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 
 # -- when it begins ----------------------------------------------------------------------------------------------------
@@ -122,7 +124,8 @@ def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_bat
     asked = use_all(beats * beat)
     # Of tens of thousands of calls; a beat that a busy machine delays costs each circuit one.
     assert asked.get("evalsha", 0) < 100, asked
-    assert asked["time"] <= beats + 2, "one batch for each beat"
+    # A script asks for the time once, too.
+    assert asked["time"] - asked.get("evalsha", 0) <= beats + 2, "one batch for each beat"
     # Two commands for each circuit and three for all of them.
     assert sum(asked.values()) <= (beats + 2) * (2 * 1000 + 3)
     report(f"1000 circuits in one process: {(after - before) / 1000 / 1024:.1f} KiB each, breakers included")
@@ -139,18 +142,21 @@ def test_circuit_that_needs_shorter_beats_gets_them(client):
         until = time.monotonic() + 3.0
         while time.monotonic() < until:
             breaker.call(up)
-    # Else six; one for each beat that a busy machine delays.
-    assert asked.get("evalsha", 0) <= 2, asked
+    # Its own beats, of which each asks for the time, and so does a script.
+    assert asked.get("time", 0) - asked.get("evalsha", 0) >= 4, asked
 
 
 def test_idle_circuits_are_not_polled(client):
     """What nobody uses costs nobody anything."""
     breaker = settled(breaker_on(client, max_staleness=0.2))
-    wait_for(lambda: not view_of(breaker).is_believed, "nobody uses it")
+    view = view_of(breaker)
+    wait_for(lambda: not view.is_believed and not view.shortcut.taken, "nobody uses it")
     with counted(client) as asked:
-        time.sleep(0.5)
-    assert asked.get("hmget", 0) == 0, asked
-    assert asked["time"] >= 2, "the heartbeat goes on"
+        wait_for(
+            lambda: client.info("commandstats").get("cmdstat_time", {"calls": 0})["calls"] >= 6, "the heartbeat goes on"
+        )
+    # One may have been under way.
+    assert asked.get("hmget", 0) <= 1, asked
 
 
 def test_storages_of_one_circuit_in_one_process_both_hear(server, client):
@@ -208,13 +214,15 @@ def test_tcp_and_unix_socket_and_password_are_followed(preferred, tmp_path):
 
 def test_failures_are_published_twice_a_second_at_any_rate(server, client):
     """Counters are never broadcast: 500 listeners would cost the server everything it has."""
-    breaker = settled(breaker_on(client, fail_max=10**9))
+    breaker = settled(breaker_on(client, fail_max=10**9, timeout=10))
     with contextlib.closing(server.client()) as elsewhere, elsewhere.pubsub() as ears:
         ears.psubscribe("*")
         ears.get_message(timeout=1)
         began = time.monotonic()
-        while time.monotonic() < began + 2.0:
+        made = 0
+        while time.monotonic() < began + 2.0 or made < 600:
             fails(breaker, 10)
+            made += 10
         seconds = time.monotonic() - began
         heard = 0
         while message := ears.get_message(timeout=0.1):
@@ -466,8 +474,8 @@ def test_stopped_clock_stops_no_listener(client, server, travel):
             until = perf_counter() + 2.0
             while perf_counter() < until:
                 breaker.call(up)
-        # Without beats it would be one every 0.3 s.
-        assert asked.get("evalsha", 0) <= 3, "the beats go on"
+        # A script asks for the time once, and so does a beat.
+        assert asked.get("time", 0) - asked.get("evalsha", 0) >= 4, "the beats go on"
 
 
 # -- uWSGI, as far as it can be told without it ------------------------------------------------------------------------
@@ -589,9 +597,14 @@ def test_nothing_is_kept_of_circuits_that_are_gone(client):
     listener = view_of_listener(kept)
     for number in range(60):
         breaker_on(client, f"circuit{number}").call(up)
-    gc.collect()
-    breaker_on(client, "last").call(up)
-    assert len(listener._of_channel) < 30
+
+    def most_are_forgotten() -> bool:
+        gc.collect()
+        breaker_on(client, "last").call(up)
+        return len(listener._of_channel) < 30
+
+    # The listener may just be reading some of them.
+    wait_for(most_are_forgotten, "nothing is kept")
     for number in range(5):
         user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
         listen(origin_of(user), View(1.0), ("",) * 5, "channel", kept._state_storage._tenancy.server)
@@ -738,6 +751,26 @@ def test_failures_count_somewhere_while_redis_takes_no_writes(killable_server, f
     assert reached <= 3 + 1, "the first one may have been admitted by Redis"
 
 
+@contextlib.contextmanager
+def held_elsewhere(lock: Any) -> Iterator[None]:
+    """Another thread has this lock."""
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(10)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     """During an outage threads take the guard's lock and that of the process's own circuit, at every call."""
     breaker = breaker_on(client)
@@ -745,10 +778,10 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     breaker.call(up)
     guards = (storage._tenancy._faults, storage._tenancy.server.guard)
     for item in (storage._tenancy.own, storage._tenancy.server, *guards, view_of(breaker), _server._servers):
-        item._lock.acquire()
-        item.after_fork()
-        assert item._lock.acquire(timeout=1)
-        item._lock.release()
+        with held_elsewhere(item._lock):
+            item.after_fork()
+            assert item._lock.acquire(timeout=1)
+            item._lock.release()
 
 
 # -- many threads ------------------------------------------------------------------------------------------------------
@@ -780,15 +813,17 @@ def test_threads_that_call_while_others_move_the_circuit_agree_with_it(server, c
     threads = [threading.Thread(target=call) for _ in range(8)]
     for thread in threads:
         thread.start()
-    with contextlib.closing(server.client()) as elsewhere:
-        other = breaker_on(elsewhere, max_staleness=0)
-        for _ in range(20):
-            for verb, state in (("open", "open"), ("close", "closed")):
-                getattr(other, verb)()
-                wait_for(lambda state=state: breaker._state.name == state, f"noticed {state}")
-    stop.set()
-    for thread in threads:
-        thread.join(10)
+    try:
+        with contextlib.closing(server.client()) as elsewhere:
+            other = breaker_on(elsewhere, max_staleness=0)
+            for _ in range(20):
+                for verb, state in (("open", "open"), ("close", "closed")):
+                    getattr(other, verb)()
+                    wait_for(lambda state=state: breaker._state.name == state, f"noticed {state}")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
     assert not errors
     assert told == {"open": 20, "closed": 20}
 
@@ -895,7 +930,7 @@ def test_return_from_an_outage_is_noticed_though_nothing_has_moved(killable_serv
             heard.append(f"{new_state.name}, reads {cb.state.name}")
 
     with contextlib.closing(killable_server.client(**ONCE, socket_timeout=0.1)) as client:
-        breaker = settled(breaker_on(client, fallback_circuit_state="open", reset_timeout=60))
+        breaker = settled(breaker_on(client, fallback_circuit_state="open", reset_timeout=60, timeout=2.0))
         breaker.add_listener(Ears())
         os.kill(killable_server.pid, signal.SIGSTOP)
         wait_for(lambda: breaker.current_state == "open", "its own circuit")

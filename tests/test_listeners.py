@@ -29,6 +29,8 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest  # noq
 from pybreaker_redis import prometheus  # noqa: E402
 from pybreaker_redis.prometheus import BreakerCollector, PrometheusListener  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[logging.LogRecord]]:
@@ -272,7 +274,7 @@ from pybreaker_redis.prometheus import BreakerCollector, PrometheusListener
 from pybreaker_redis.registry import BreakerRegistry
 
 number, url = int(sys.argv[1]), sys.argv[2]
-breakers = BreakerRegistry(url, listeners=[PrometheusListener()], fail_max=1000)
+breakers = BreakerRegistry(url, listeners=[PrometheusListener()], fail_max=1000, timeout=10)
 payments, stock = breakers.get("payments", reset_timeout=60), breakers.get("stock", reset_timeout=60)
 
 reached = 0

@@ -23,6 +23,8 @@ from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis.errors import ScriptingUnavailable
 from tests.fleet import _start_fork_server
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 KEYS = circuit_keys("optimistic", one_slot=False)
 
 PROCESSES = 8
@@ -273,7 +275,7 @@ def test_command_that_the_server_refuses_is_an_error_and_not_a_missing_key(
 def test_whole_life_of_a_circuit_needs_no_script(scriptless: redis.Redis, client: redis.Redis) -> None:
     """Failures, trip, rejection, one probe among many, recovery: all with transactions."""
     make = lambda: CircuitBreaker(  # noqa: E731
-        fail_max=2, reset_timeout=0.5, state_storage=CircuitRedisStorage(CLOSED, scriptless, "optimistic")
+        fail_max=2, reset_timeout=60, state_storage=CircuitRedisStorage(CLOSED, scriptless, "optimistic")
     )
     first, second = make(), make()
     for breaker in (first, second):
@@ -282,7 +284,8 @@ def test_whole_life_of_a_circuit_needs_no_script(scriptless: redis.Redis, client
     assert first.current_state == second.current_state == OPEN
     with pytest.raises(CircuitBreakerError):
         second.call(lambda: None)
-    threading.Event().wait(0.51)
+    first.reset_timeout = second.reset_timeout = 0.05
+    threading.Event().wait(0.1)
 
     def probe() -> None:
         assert client.get(KEYS[0]) == b"half-open"

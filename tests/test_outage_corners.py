@@ -118,12 +118,12 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
 
 def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, monkeypatch):
     """It was first used when the others were just being brought back; what it has learned is not lost either."""
-    breaker = settled(breaker_on(site.client()))
+    breaker = settled(breaker_on(site.client(), timeout=10))
     site.proxy.refuse()
     wait_for(lambda: is_away(breaker), "it is away")
     server = breaker._state_storage._tenancy.server
     outage = server.guard.outage
-    newcomer = breaker_on(site.client(), "newcomer", fail_max=1)
+    newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
     fails(newcomer)
     with monkeypatch.context() as patched:
         patched.setattr(server, "_return", lambda patience: Counter())
@@ -152,7 +152,7 @@ def test_nothing_is_said_of_what_was_always_well(caplog):
 
 def test_circuit_that_may_only_be_read_is_followed(site: Site):
     """Rights to write withdrawn: that it can be read is found out at once; a second error changes nothing."""
-    breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60))
+    breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=10))
     storage = breaker._state_storage
     site.permit("+@all", "-@write")
     calls(breaker, 0.02, failing=1.0)

@@ -28,7 +28,7 @@ from pybreaker_redis._server import THREAD_NAME
 from pybreaker_redis.registry import retry_after
 from tests.faults import FAULTS, Site
 from tests.stopwatch import Stopwatch
-from tests.test_outage import WAITED, calls, health_of, is_back, site
+from tests.test_outage import calls, health_of, is_back, site
 from tests.viewed import Down, breaker_on, down, settled, up, view_of, wait_for
 
 __all__ = ["site"]
@@ -66,16 +66,17 @@ def test_answer_that_was_under_way_does_not_end_the_outage(site: Site):
 
 def test_circuits_that_are_first_used_in_an_outage_wait_for_nothing(site: Site):
     """A worker that has waited for one need not wait for ten."""
-    settled_one = settled(breaker_on(site.client()))
+    timeout = 1.0
+    settled_one = settled(breaker_on(site.client(), timeout=timeout))
     site.server.pause()
     try:
         wait_for(lambda: is_away(settled_one), "it is away")
         for number in range(10):
-            storage = CircuitRedisStorage("closed", site.client(), f"new {number}")
+            storage = CircuitRedisStorage("closed", site.client(), f"new {number}", timeout=timeout)
             breaker = pybreaker.CircuitBreaker(state_storage=storage)
             with Stopwatch() as watch:
                 assert breaker.call(up) == "answer"
-            assert watch.seconds < WAITED
+            assert watch.seconds < 0.9 * timeout
     finally:
         site.server.resume()
 
@@ -107,7 +108,9 @@ def test_circuit_that_others_have_opened_is_followed_when_only_reads_work(site: 
     with contextlib.closing(site.server.client()) as direct:
         ours = settled(breaker_on(site.client(), reset_timeout=60))
         late = breaker_on(site.client(), "viewed, seen late", reset_timeout=60)
-        other, late_other = breaker_on(direct, reset_timeout=60), breaker_on(direct, "viewed, seen late")
+        # What an operator does shall be done.
+        other = breaker_on(direct, reset_timeout=60, timeout=10)
+        late_other = breaker_on(direct, "viewed, seen late", timeout=10)
         site.proxy.refuse()
         wait_for(lambda: is_away(ours) and is_away(late), "it is away")
         other.open()
@@ -241,8 +244,8 @@ def test_exception_of_a_signal_handler_reaches_whoever_it_was_meant_for(site: Si
     usual = signal.signal(signal.SIGALRM, handler)
     site.server.pause()
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(TimeIsUp):
+        with pytest.raises(TimeIsUp):  # noqa: PT012 (it may come at once)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
             breaker.call(up)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -330,7 +333,7 @@ def test_exit_in_an_outage_is_prompt(site: Site):
 import redis, pybreaker, threading, time
 from pybreaker_redis import CircuitRedisStorage
 client = redis.Redis(host="127.0.0.1", port={site.proxy.port}, username="app", password="any")
-breaker = pybreaker.CircuitBreaker(state_storage=CircuitRedisStorage("closed", client, "exits"))
+breaker = pybreaker.CircuitBreaker(state_storage=CircuitRedisStorage("closed", client, "exits", timeout=2))
 breaker.call(int)
 while not any(thread.name == {THREAD_NAME!r} for thread in threading.enumerate()):
     breaker.call(int)
@@ -343,6 +346,6 @@ print(time.time())
     try:
         said, _ = process.communicate(timeout=30)
         assert process.returncode == 0
-        assert time.time() - float(said) < 1.5
+        assert time.time() - float(said) < 5
     finally:
         site.server.resume()

@@ -14,6 +14,8 @@ import pytest
 
 from pybreaker_redis._demo.server import PrivateServer
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -50,14 +50,15 @@ Make = Callable[..., BreakerRegistry]
 def shared(server: PrivateServer) -> Iterator[Make]:
     """Registries of processes that share a server."""
     with contextlib.ExitStack() as stack:
-        yield lambda **words: stack.enter_context(BreakerRegistry(server.url, **words))
+        yield lambda **words: stack.enter_context(BreakerRegistry(server.url, **{"timeout": 10, **words}))
 
 
 @pytest.fixture(params=HOMES)
 def made(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[Make]:
     """Registries with their circuits in each of the places."""
     with contextlib.ExitStack() as stack:
-        yield lambda **words: stack.enter_context(BreakerRegistry(HOMES[request.param](server), **words))
+        home = HOMES[request.param]
+        yield lambda **words: stack.enter_context(BreakerRegistry(home(server), **{"timeout": 10, **words}))
 
 
 @pytest.fixture(scope="module")
@@ -273,10 +274,10 @@ class TestSettings:
 
     def test_settings_of_the_storage_reach_it(self, client: redis.Redis) -> None:
         """One dictionary of settings holds all there is to say about a circuit."""
-        breakers = BreakerRegistry(client, timeout=0.5)
+        breakers = BreakerRegistry(client, timeout=5)
         storage: Any = breakers.get("payments", max_staleness=3, cluster_mode=True)._state_storage
         assert isinstance(storage, CircuitRedisStorage)
-        assert (storage._timeout, storage._tenancy.max_staleness) == (0.5, 3)
+        assert (storage._timeout, storage._tenancy.max_staleness) == (5, 3)
         breakers["payments"].call(up)
         assert client.exists("{payments}:pybreaker:state")
 
@@ -776,10 +777,10 @@ class TestCommands:
         self, killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Longer than a guarded call, and not for ever."""
-        monkeypatch.setattr("pybreaker_redis.storage.PATIENCE", 0.4)
         with BreakerRegistry(killable_server.client(), timeout=0.1) as breakers:
             breakers.configure("payments")
             breakers.set_state("payments", "open")
+            monkeypatch.setattr("pybreaker_redis.storage.PATIENCE", 0.4)
             killable_server.pause()
             began = time.monotonic()
             with pytest.raises(redis.exceptions.TimeoutError):

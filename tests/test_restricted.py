@@ -23,7 +23,7 @@ from tests.proxy import Proxy
 from tests.servers import ONCE
 from tests.viewed import PROTOCOLS, breaker_on, fails, settled, up, wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 TRACKS = max(PROTOCOLS) == 3
 
@@ -147,9 +147,9 @@ def test_restricted_server_is_served_with_one_step_down_and_one_line(
             fails(two.here, 2)
             assert two.here.current_state == "open"
         for two in twos:
-            health = health_of(two.here)
-            assert (health.push, health.mode) == (restriction.push, restriction.mode)
-            assert health.condition == "connected"
+            wait_for(lambda two=two: health_of(two.here).push == restriction.push, f"changes heard: {restriction.push}")
+            assert health_of(two.here).mode == restriction.mode
+            assert health_of(two.here).condition == "connected"
         # The listener may have to find out yet.
         wait_for(lambda: len(heard(caplog, server)) >= len(restriction.said), "a line for each loss")
     assert len(said) == len(restriction.said), said

@@ -80,7 +80,7 @@ class SlowCall:
 
 def test_child_of_an_outage_reports_nothing_of_its_parent(site: Site) -> None:
     """Three failures and three forks are three failures."""
-    breaker = settled(breaker_on(site.client(), fail_max=MANY))
+    breaker = settled(breaker_on(site.client(), fail_max=MANY, timeout=10))
 
     def looks_back() -> bool:
         # No call: a success would forget failures.
@@ -107,7 +107,7 @@ def test_child_of_an_outage_reports_nothing_of_its_parent(site: Site) -> None:
 @pytest.mark.parametrize("fallback", ["closed", "open"])
 def test_failure_whose_answer_is_late_counts_once(site: Site, dies: bool, fallback: str) -> None:
     """Of a server that stood still for a moment, which then does what it was told; or dies, and has not done it."""
-    breaker = settled(breaker_on(site.client(), fail_max=MANY, fallback_circuit_state=fallback))
+    breaker = settled(breaker_on(site.client(), fail_max=MANY, fallback_circuit_state=fallback, timeout=1.0))
     # So that the server knows the script, and that nothing else is done first.
     fails(breaker)
     site.administrator.execute_command("SAVE")
@@ -169,7 +169,8 @@ def test_turn_that_a_signal_ends_is_another_ones(
 def test_connections_that_lead_nowhere_are_one_outage(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     """A network that forgets connections forgets all of them: to find each out by itself takes as many calls."""
     caplog.set_level("INFO", "pybreaker_redis")
-    breakers = [settled(breaker_on(site.client(), f"circuit{number}", fail_max=10**6)) for number in range(6)]
+    words = {"fail_max": 10**6, "timeout": 2.0}
+    breakers = [settled(breaker_on(site.client(), f"circuit{number}", **words)) for number in range(6)]
     pool = breakers[0]._state_storage._tenancy.server._pool  # type: ignore[attr-defined]
 
     def all_at_once() -> None:
@@ -219,8 +220,8 @@ def test_trip_is_told_wherever_the_clock_stands(site: Site, step: float) -> None
 def test_success_forgets_no_failures_that_others_have_counted_since(site: Site) -> None:
     """It was before them, though it is reported after."""
     with contextlib.closing(redis.Redis(unix_socket_path=site.server.unix_socket)) as client:
-        other = breaker_on(client, fail_max=MANY, max_staleness=0)
-        breaker = settled(breaker_on(site.client(), fail_max=MANY))
+        other = breaker_on(client, fail_max=MANY, max_staleness=0, timeout=10)
+        breaker = settled(breaker_on(site.client(), fail_max=MANY, timeout=10))
         fails(other)
         wait_for(lambda: breaker.fail_counter == 1, "the failure is known")
         with cut_off(site):
@@ -264,7 +265,7 @@ def test_failure_in_the_middle_of_the_return_counts_once(
     site: Site, fallback: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls go on while the others are told of earlier ones; some were admitted before the outage."""
-    breaker = settled(breaker_on(site.client(), fail_max=MANY, fallback_circuit_state=fallback))
+    breaker = settled(breaker_on(site.client(), fail_max=MANY, fallback_circuit_state=fallback, timeout=10))
     report: Callable[[OwnCircuit, Any], Report] = OwnCircuit.report
 
     def interrupted(own: OwnCircuit, known: Any) -> Report:

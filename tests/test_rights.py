@@ -104,8 +104,8 @@ class Service:
         self.namespace = next(_names)
         self.keys = circuit_keys(self.namespace, one_slot=False)
         self.channel = channel_of(self.keys, 0)
-        self.breaker = breaker_on(client, self.namespace, fail_max=1, max_staleness=STALENESS)
-        self.other = breaker_on(operator, self.namespace, fail_max=1, max_staleness=0)
+        self.breaker = breaker_on(client, self.namespace, fail_max=1, max_staleness=STALENESS, timeout=2.0)
+        self.other = breaker_on(operator, self.namespace, fail_max=1, max_staleness=0, timeout=2.0)
 
     def said(self) -> list[str]:
         """All but that damage was repaired, and that a library without RESP3 cannot be told, whatever its user may."""
@@ -176,7 +176,7 @@ class Service:
     def ceases(self) -> None:
         """Circuits that are gone are listened to no more, and that costs the others nothing."""
         with expected("another circuit comes and goes"):
-            also = breaker_on(self.client, next(_names), max_staleness=STALENESS)
+            also = breaker_on(self.client, next(_names), max_staleness=STALENESS, timeout=2.0)
             also.call(up)
             channel = channel_of(circuit_keys(also._state_storage.health().circuit, one_slot=False), 0)
             subscribed = lambda: dict(self.operator.pubsub_numsub(channel))[channel.encode()]  # noqa: E731

@@ -115,7 +115,8 @@ def storage_of(who: str, server: PrivateServer) -> Iterator[Any]:
         user = {"username": "noscript", "password": "any"}
     with contextlib.closing(server.client(**user)) as client:
         make = pybreaker.CircuitRedisStorage if who == PYBREAKER else CircuitRedisStorage
-        yield make("closed", client, namespace="metered")
+        words = {} if who == PYBREAKER else {"timeout": 10, "max_staleness": 60}
+        yield make("closed", client, namespace="metered", **words)
 
 
 def measured(server: PrivateServer, who: str) -> dict[str, int]:

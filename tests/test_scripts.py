@@ -42,6 +42,8 @@ from pybreaker_redis._scripts import LuaCarrier, script
 from pybreaker_redis.errors import ScriptingUnavailable
 from tests import servers
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 LUA = Path(str(resources.files("pybreaker_redis"))) / "lua"
 
 KEYS = circuit_keys("scripts", one_slot=False)
@@ -293,13 +295,14 @@ def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactio
     """Where scripts are unknown or forbidden, everything works, at the price of more round trips."""
     with opened(binary) as make_client, contextlib.closing(make_client(decode_responses=decoded)) as client:
         storage = CircuitRedisStorage(CLOSED, client, "scriptless")
-        breaker = CircuitBreaker(fail_max=3, reset_timeout=0.5, state_storage=storage)
+        breaker = CircuitBreaker(fail_max=3, reset_timeout=60, state_storage=storage)
         for _ in range(3):
             fail(breaker)
         assert breaker.current_state == OPEN
         with pytest.raises(CircuitBreakerError):
             breaker.call(lambda: None)
-        time.sleep(0.51)
+        breaker.reset_timeout = 0.05
+        time.sleep(0.1)
         breaker.call(lambda: None)
         assert breaker.current_state == CLOSED
         assert [command for command in client.sent if command.startswith("EVAL")] == ["EVALSHA", "EVAL"]
@@ -450,6 +453,15 @@ def circuit_of_generation_4(carrier: Carrier, state: str) -> Circuit:
     return circuit
 
 
+def ends_ms(client: redis.Redis, key: str) -> int:
+    """When a key expires, milliseconds on the server's clock."""
+    with client.pipeline() as pipe:
+        pipe.time()
+        pipe.pttl(key)
+        (seconds, microseconds), left = pipe.execute()
+    return int(seconds) * 1000 + int(microseconds) // 1000 + int(left)
+
+
 @pytest.mark.parametrize("make", [LuaCarrier, OptimisticCarrier])
 @pytest.mark.parametrize(("state", "intent"), REFUSED, ids=lambda value: getattr(value, "script", value))
 def test_refused_intent_writes_nothing(
@@ -462,7 +474,7 @@ def test_refused_intent_writes_nothing(
         for number, key in enumerate(KEYS):
             observer.pexpire(key, 10**7 + number)
         before = [observer.dump(key) for key in KEYS]
-        deadlines = [time.monotonic() * 1000 + observer.pttl(key) for key in KEYS]
+        ends = [ends_ms(observer, key) for key in KEYS]
         with observer.pipeline() as pipe:
             pipe.watch(*KEYS)
             reply = carrier.execute(intent, known, CLOSED)
@@ -472,8 +484,8 @@ def test_refused_intent_writes_nothing(
             pipe.ping()
             pipe.execute()  # raises WatchError if any of the keys was written, be it with the same value
         assert [observer.dump(key) for key in KEYS] == before
-        for key, deadline in zip(KEYS, deadlines, strict=True):
-            assert abs(time.monotonic() * 1000 + observer.pttl(key) - deadline) < 100
+        for key, end in zip(KEYS, ends, strict=True):
+            assert abs(ends_ms(observer, key) - end) < 100
 
 
 def test_check_for_writes_can_fail(server: PrivateServer) -> None:

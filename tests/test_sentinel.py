@@ -46,7 +46,7 @@ def test_planned_failover_is_followed_within_seconds(shop: Sentinels, report):
         settled(breaker).open()
         wait_for(lambda: new.get("viewed:pybreaker:state") == b"open", "it is written there")
     report(f"planned Sentinel failover: the listener has moved {took:.1f} s after the decision")
-    assert took < 3
+    assert took < 5
 
 
 def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, caplog):
@@ -59,7 +59,7 @@ def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, caplog):
         master = old
         manager = redis.sentinel.Sentinel([])
         manager.discover_master = lambda name: ("127.0.0.1", master.port)  # type: ignore[method-assign]
-        breaker = breaker_on(manager.master_for("shop"), "demoted", fail_max=100, max_staleness=0)
+        breaker = breaker_on(manager.master_for("shop"), "demoted", fail_max=100, max_staleness=0, timeout=10)
         fails(breaker)
         with contextlib.closing(old.client()) as demoted, contextlib.closing(new.client()) as promoted:
             # Sentinels would besides close the connections; a network that is cut in two does not.
@@ -78,7 +78,7 @@ def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_serv
     shop = Sentinels(killable_server.binary, 1)
     with shop.stack:
         client = shop.manager().master_for("shop")
-        breaker = breaker_on(client, max_staleness=0)
+        breaker = breaker_on(client, max_staleness=0, timeout=10)
         breaker.call(lambda: None)
         asked = breaker._state_storage._tenancy.shared._carriers.now.client
         whereabouts = breaker._state_storage._tenancy._whereabouts

@@ -61,8 +61,8 @@ def pid_of(client: redis.Redis) -> int:
 
 
 def impatient(server: PrivateServer) -> redis.Redis:
-    """A client that waits for half a second and does not try again."""
-    return server.client(socket_timeout=0.5, **servers.ONCE)
+    """A client that waits for two seconds and does not try again."""
+    return server.client(socket_timeout=2.0, **servers.ONCE)
 
 
 @pytest.mark.parametrize("package", servers.EXPECTED)

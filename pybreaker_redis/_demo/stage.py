@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import queue
 import subprocess
 import sys
@@ -217,7 +218,9 @@ class Stage:
             found = client.get(f"{self._namespace}:pybreaker:state")
         return [Event("the server", "server", time.monotonic(), state=state)] if found == state else []
 
-    def seen(self, kind: Kind, *, source: str = "", state: str = "", since: float = 0.0) -> list[Event]:
+    def seen(
+        self, kind: Kind, *, source: str = "", state: str = "", since: float = 0.0, within: float = math.inf
+    ) -> list[Event]:
         """What has been reported so far.
 
         Args:
@@ -225,7 +228,9 @@ class Stage:
             source: In which process; in any if empty.
             state: With which state; any if empty.
             since: Not before this time.
+            within: Not longer ago than so many seconds.
         """
+        since = max(since, time.monotonic() - within)
         return [
             event
             for event in self._events

@@ -35,6 +35,9 @@ PATIENCE = 0.5
 #: Seconds after which the probe of a worker that was killed is offered again.  Longer than any call.
 PROBE_LEASE = 2 * PATIENCE
 
+#: Seconds to wait for the server.  More than usual: that this machine is busy is not the outage that is to be shown.
+REDIS_PATIENCE = 2.0
+
 #: Characters of an error that are reported: a report is a single write.
 LONGEST_ERROR = 500
 
@@ -112,7 +115,9 @@ def main() -> None:
     breaker = CircuitBreaker(
         fail_max=settings.fail_max,
         reset_timeout=settings.reset_timeout,
-        state_storage=CircuitRedisStorage("closed", client, namespace=settings.namespace, probe_lease=PROBE_LEASE),
+        state_storage=CircuitRedisStorage(
+            "closed", client, namespace=settings.namespace, probe_lease=PROBE_LEASE, timeout=REDIS_PATIENCE
+        ),
         listeners=[Herald(settings.name)],
         # The caller whose failure opens the circuit sees that failure, so "rejected" means: it was not even tried.
         throw_new_error_on_trip=False,

@@ -19,7 +19,10 @@ from tests.hosts.app import call
 application = shop.app
 
 BREAKER = shop.breakers.get(
-    "orders", fail_max=int(os.environ["SHOP_FAIL_MAX"]), reset_timeout=float(os.environ["SHOP_RESET_TIMEOUT"])
+    "orders",
+    fail_max=int(os.environ["SHOP_FAIL_MAX"]),
+    reset_timeout=float(os.environ["SHOP_RESET_TIMEOUT"]),
+    timeout=10,  # a busy machine is no outage
 )
 
 #: A gauge of the application's own, which forgets workers that have ended.

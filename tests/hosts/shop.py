@@ -114,7 +114,8 @@ class Shop:
         self._reset_timeout = reset_timeout
         self._recycle = recycle
         self._call_at_import = call_at_import
-        self._storage = storage
+        # A busy machine is no outage.
+        self._storage = {"timeout": 10.0, **storage}
         self._mood = directory / "dependency"
         self._visits = directory / "visits"
         self._waiting: set[Future[Answer]] = set()
@@ -298,7 +299,7 @@ class Shop:
     def trip_elsewhere(self) -> float:
         """Have a process that is not of this host open the circuit: this one; when that was, monotonic seconds."""
         with contextlib.closing(self._server.client()) as client:
-            storage = CircuitRedisStorage("closed", client, namespace="shop", max_staleness=0)
+            storage = CircuitRedisStorage("closed", client, namespace="shop", max_staleness=0, timeout=10)
             pybreaker.CircuitBreaker(state_storage=storage).open()
         return time.monotonic()
 
