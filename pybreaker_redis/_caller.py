@@ -36,6 +36,7 @@ class Caller:
         fence: What the trip in progress speaks for.
         waited: For how many seconds it has waited for an answer since its call began.
         has_reported: Whether it has reported since; then a further report is that of another call.
+        is_apart: Whether it asks for something that belongs to no call.
         won: Whether what it wanted last was granted; if that was a transition, whether it is the one who made it.
         telling: Whether a breaker may still be telling its listeners of a new state.
     """
@@ -51,12 +52,22 @@ class Caller:
     fence: Admission = BY_HAND
     waited: float = 0.0
     has_reported: bool = True
+    is_apart: bool = False
     won: bool = True
     telling: bool = False
 
     def begins(self) -> None:
-        """It looks at the circuit, so it may be about to call; or what it asks is part of no call."""
+        """It looks at the circuit, so it may be about to call."""
         self.waited, self.has_reported = 0.0, False
+
+    @contextlib.contextmanager
+    def asks_apart(self) -> Iterator[None]:
+        """What it asks meanwhile belongs to no call, or not to the one it is in: that has a timeout of its own."""
+        before, self.is_apart = self.is_apart, True
+        try:
+            yield
+        finally:
+            self.is_apart = before
 
     @contextlib.contextmanager
     def waits(self, timeout: float | None, *, reports: bool = False) -> Iterator[None]:
@@ -66,6 +77,10 @@ class Caller:
             timeout: Seconds; ``None``: as long as it takes.
             reports: Whether it is said now how the call has ended.
         """
+        if self.is_apart:
+            with deadline(timeout):
+                yield
+            return
         if reports and self.has_reported:
             # Of a call that was admitted without a look.
             self.waited = 0.0

@@ -37,15 +37,27 @@ class Report:
 
     Attributes:
         intents: What is wanted of the shared one.
+        known: That one, as it was then.
         circuit: As it is, one's own.
         missed: Failures that it had no use for.
         doubtful: Failures that Redis may have counted.
     """
 
     intents: tuple[Intent, ...]
+    known: Circuit | None
     circuit: Circuit
     missed: int
     doubtful: int
+
+    def shows_in(self, now: Circuit) -> bool:
+        """Whether the shared circuit looks as if all of this had been done."""
+        times = sum(intent.times for intent in self.intents if isinstance(intent, RecordFailure))
+        if not times or self.known is None or now.generation != self.known.generation:
+            return False
+        if len(self.intents) > 1:
+            # First those of before were forgotten.
+            return now.fail_counter == times
+        return now.fail_counter >= self.known.fail_counter + times
 
 
 class OwnCircuit:
@@ -71,6 +83,8 @@ class OwnCircuit:
         self._base: Circuit | None = None
         self._missed = self._doubtful = 0
         self._has_opened = False
+        #: What others were told, and may have been told in vain.
+        self._unanswered: Report | None = None
         self._begun = self._now = Circuit(generation=FIRST_GENERATION)
         renew_in_children(self)
 
@@ -79,6 +93,7 @@ class OwnCircuit:
         self._lock, self._returning = threading.RLock(), threading.Lock()
         self._begun = replace(self._begun, fail_counter=self._now.fail_counter)
         self._missed = self._doubtful = 0
+        self._unanswered = None
 
     @contextlib.contextmanager
     def returning(self) -> Iterator[bool]:
@@ -140,7 +155,10 @@ class OwnCircuit:
             known: The shared circuit as it is now; whoever never saw it before has something to say to a closed one.
         """
         with self._lock:
-            return Report(tuple(self._intents(known)), self._now, self._missed, self._doubtful)
+            unanswered, self._unanswered = self._unanswered, None
+            if unanswered and known and unanswered.shows_in(known):
+                self._is_told(unanswered)
+            return Report(tuple(self._intents(known)), known, self._now, self._missed, self._doubtful)
 
     def _intents(self, known: Circuit | None) -> Iterator[Intent]:
         base = self._base or (known if known and known.state == CLOSED else None)
@@ -168,14 +186,12 @@ class OwnCircuit:
 
     @contextlib.contextmanager
     def telling(self, report: Report) -> Iterator[None]:
-        """The others are being told; if they do not answer in time, all of these failures may be counted by now."""
+        """The others are being told; if there is no answer in time, whether they were is to be seen the next time."""
         try:
             yield
         except Exception as error:
-            with self._lock:
-                moved = not report.circuit.generation == self._now.generation == self._begun.generation
-                if is_a(error, "TimeoutError") and not moved:
-                    self._doubtful = report.circuit.fail_counter - self._begun.fail_counter + report.missed
+            if is_a(error, "TimeoutError"):
+                self._unanswered = report
             raise
 
     def end(self, told: Report) -> bool:
@@ -188,10 +204,7 @@ class OwnCircuit:
             Whether that was all; else it goes on, and they have to be told the rest.
         """
         with self._lock:
-            self._begun = replace(self._begun, fail_counter=told.circuit.fail_counter)
-            # Less, if it has begun anew since.
-            self._missed = max(0, self._missed - told.missed)
-            self._doubtful = max(0, self._doubtful - told.doubtful)
+            self._is_told(told)
             counted = self._now.fail_counter != self._begun.fail_counter or self._missed
             generation = told.circuit.generation
             if generation != self._now.generation or (counted and generation == self._begun.generation):
@@ -200,6 +213,12 @@ class OwnCircuit:
             self.shortcut.until = 0
             self.shortcut.shut()
             return True
+
+    def _is_told(self, told: Report) -> None:
+        self._begun = replace(self._begun, fail_counter=told.circuit.fail_counter)
+        # Less, if it has begun anew since.
+        self._missed = max(0, self._missed - told.missed)
+        self._doubtful = max(0, self._doubtful - told.doubtful)
 
     def _was_overtaken(self, known: Circuit | None) -> bool:
         if known is None or self._base is None:
@@ -214,7 +233,7 @@ class OwnCircuit:
             circuit = created(self._initial if self._fallback == LAST else self._fallback, self._clock())
         self._base = known
         self._missed = self._doubtful = 0
-        self._has_opened = False
+        self._has_opened, self._unanswered = False, None
         # Never one that a call may have been admitted in before.
         self._begun = self._now = replace(circuit, generation=after(self._now.generation))
         self.shortcut.shut()

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pybreaker_redis._carrier import Lack
 from pybreaker_redis._client import longest_wait
-from pybreaker_redis._guard import Meaning, Outage
+from pybreaker_redis._guard import Meaning, Outage, meaning_of
 
 #: Seconds for which a client may make a guarded call wait without being told of.
 LONGEST_UNSAID_WAIT = 1.0
@@ -238,6 +238,17 @@ def unheard(what: str, reason: object) -> None:
         what,
         str(reason).partition(", with args")[0],
     )
+
+
+@contextlib.contextmanager
+def unless(*meanings: Meaning) -> Iterator[None]:
+    """Errors of these meanings are the server's; all others are a single circuit's, and no more than said here."""
+    try:
+        yield
+    except Exception as error:
+        if meaning_of(error) in meanings:
+            raise
+        detail("not brought back: %s", error)
 
 
 def detail(message: str, *arguments: object) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 from pybreaker_redis import _said, _threads
@@ -56,6 +56,8 @@ class Server:
         self._timeout = timeout
         #: When each came, monotonic seconds, and which thread has brought it.
         self._tenants: weakref.WeakKeyDictionary[Tenant, tuple[float, int]] = weakref.WeakKeyDictionary()
+        #: Those that nobody has used since they were let go of.
+        self._let_go: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._lacks: set[Lack] = set()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -78,11 +80,11 @@ class Server:
         return client if self._pool is None else on_pool(client, self._pool)
 
     def admit(self, tenant: Tenant) -> None:
-        """From now on this circuit lives here; a `LookupError` if it was let go of while that is asked again."""
+        """From now on this circuit lives here."""
         with self._lock:
-            if tenant not in self._tenants and threading.current_thread() is self._thread:
-                raise LookupError(tenant.circuit_name)
             self._tenants[tenant] = monotonic(), threading.get_ident()
+            if threading.current_thread() is not self._thread:
+                self._let_go.discard(tenant)
         self.guard.hurry(tenant.max_staleness)
 
     def dismiss(self, tenant: Tenant) -> None:
@@ -96,6 +98,7 @@ class Server:
         """This circuit is not used for now; without any there is no need for connections."""
         with self._lock:
             self._tenants.pop(tenant, None)
+            self._let_go.add(tenant)
         if self._pool is not None and not self._tenants:
             hang_up(self._pool)
 
@@ -199,6 +202,10 @@ class Server:
 
     def _ask_again(self) -> None:
         while True:
+            for tenant in self._present():
+                if tenant in self._let_go:
+                    # That was while it was asked for, which has brought it back.
+                    tenant.leave()
             with self._lock:
                 outage = self.guard.outage
                 if outage is None or not self._tenants:
@@ -216,7 +223,7 @@ class Server:
     def _try_to_return(self, outage: Outage) -> None:
         for tenant in self._present():
             # Whoever lives elsewhere by now need not wait for this one.  To look for it takes half of the time.
-            with deadline(self._timeout and 2 * self._timeout), _unless_its_own():
+            with deadline(self._timeout and 2 * self._timeout), _said.unless():
                 tenant.moves()
         try:
             outcomes = self._return(outage.patience)
@@ -242,31 +249,20 @@ class Server:
         tenants = self._present()
         asked = [tenant for tenant in tenants if tenant.is_alone] or tenants[:1]
         for tenant in asked:
-            with deadline(self._timeout and max(patience, self._timeout)), _unless_its_own(Meaning.AWAY):
+            with deadline(self._timeout and max(patience, self._timeout)), _said.unless(Meaning.AWAY):
                 tenant.load()
             # The others are asked on the same connection.
             patience = 0
         # Where a server takes no writes, loading has failed only if something had to be repaired.
         for tenant in asked:
-            with deadline(self._timeout), _unless_its_own(Meaning.AWAY, Meaning.READ_ONLY):
+            with deadline(self._timeout), _said.unless(Meaning.AWAY, Meaning.READ_ONLY):
                 tenant.check_writable()
                 break
         outcomes: Counter[str] = Counter()
         for tenant in tenants:
-            with deadline(self._timeout), _unless_its_own(Meaning.AWAY, Meaning.READ_ONLY):
+            with deadline(self._timeout), _said.unless(Meaning.AWAY, Meaning.READ_ONLY):
                 outcomes[tenant.rejoin() or ""] += 1
         return outcomes
-
-
-@contextlib.contextmanager
-def _unless_its_own(*meanings: Meaning) -> Iterator[None]:
-    """Errors of these meanings are the server's; all others are a single circuit's, and pass here."""
-    try:
-        yield
-    except Exception as error:
-        if meaning_of(error) in meanings:
-            raise
-        _said.detail("not brought back: %s", error)
 
 
 class _Servers:

@@ -122,10 +122,11 @@ class Tenancy:
         return reply
 
     def leave(self) -> None:
-        """Let go of the server, until the circuit is used again."""
-        self.shared.leave()
+        """See `Tenant.leave`."""
+        # In this order: whoever asks for it meanwhile either is noticed, or has to connect anew.
         if self.server is not None:
             self.server.let_go(self)
+        self.shared.leave()
 
     def listen(self) -> None:
         """Have changes of the shared circuit heard from now on."""

@@ -21,6 +21,9 @@ class Tenant(Protocol):
     def is_alone(self) -> bool:
         """Whether it goes on in this process alone at present, so that there may be something to bring back."""
 
+    def leave(self) -> None:
+        """Let go of the server, until the circuit is used again."""
+
     def lose(self) -> None:
         """The server is out of reach: what is known of the circuit is not to be believed any more."""
 

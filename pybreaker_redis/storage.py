@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any, TypeVar
 
+from pybreaker_redis import _frames
 from pybreaker_redis._arguments import (
     check_fallback,
     check_flag,
@@ -193,15 +194,15 @@ class CircuitRedisStorage(OperatedStorage):
 
     def retry_after(self, reset_timeout: float) -> float:
         """See `OperatedStorage.retry_after`."""
-        self._callers.current().begins()
-        return super().retry_after(reset_timeout)
+        with self._callers.current().asks_apart():
+            return super().retry_after(reset_timeout)
 
     def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
-        caller = self._callers.current()
-        if caller.count is None:
-            # It was not this thread's report that made the count: somebody looks, be it every second.
-            caller.begins()
-        return super()._count(breakers, read)
+        if _frames.asker() is breakers:
+            return super()._count(breakers, read)
+        # Somebody looks, be it every second.
+        with self._callers.current().asks_apart():
+            return super()._count(breakers, read)
 
     def _read_state(self) -> str:
         self._callers.current().begins()
@@ -215,10 +216,8 @@ class CircuitRedisStorage(OperatedStorage):
             self._tenancy.listen()
 
     def _execute(self, intent: Intent) -> Reply:
-        if isinstance(intent, SetState | SetOpenedAt | ResetProbes) or getattr(intent, "generation", 0) is None:
-            # By hand.
-            self._callers.current().begins()
-        reply = self._tenancy.execute(intent)
+        with self._callers.current().asks_apart() if _is_by_hand(intent) else contextlib.nullcontext():
+            reply = self._tenancy.execute(intent)
         if self._shortcut is not self._tenancy.shortcut:
             self._go_by(self._tenancy.shortcut)
         return reply
@@ -231,3 +230,8 @@ class CircuitRedisStorage(OperatedStorage):
     def _go_by(self, shortcut: Shortcut) -> None:
         self._shortcut = shortcut
         self._admissions.go_by(shortcut)
+
+
+def _is_by_hand(intent: Intent) -> bool:
+    """Whether it belongs to no call."""
+    return isinstance(intent, SetState | SetOpenedAt | ResetProbes) or getattr(intent, "generation", 0) is None

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _said, _server, _threads
+from pybreaker_redis import CircuitRedisStorage, _said, _threads
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._guard import Meaning
 from pybreaker_redis._line import Line, Push
@@ -136,9 +136,9 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
 
 def test_trouble_of_one_circuit_keeps_no_other_away():
     """What is a circuit's own passes, what is the server's does not."""
-    with _server._unless_its_own(Meaning.AWAY):
+    with _said.unless(Meaning.AWAY):
         raise TypeError("its own")
-    with pytest.raises(redis.ConnectionError), _server._unless_its_own(Meaning.AWAY):
+    with pytest.raises(redis.ConnectionError), _said.unless(Meaning.AWAY):
         raise redis.ConnectionError("gone")
 
 

@@ -29,7 +29,7 @@ from pybreaker_redis.registry import retry_after
 from tests.faults import FAULTS, Site
 from tests.stopwatch import Stopwatch
 from tests.test_outage import calls, health_of, is_back, site
-from tests.viewed import Down, breaker_on, down, settled, up, view_of, wait_for
+from tests.viewed import Down, breaker_on, down, fails, settled, up, view_of, wait_for
 
 __all__ = ["site"]
 
@@ -293,6 +293,19 @@ def test_what_belongs_to_no_call_has_each_time_a_timeout_of_its_own(site: Site, 
         ask(breaker)
     site.proxy.manner = "pass"
     assert (health_of(breaker).condition, health_of(breaker).last_error) == ("connected", "")
+
+
+def test_what_belongs_to_no_call_takes_no_time_from_the_next_one(site: Site):
+    """That may be one that has not looked, because the process knows the circuit."""
+    breaker = settled(breaker_on(site.client(), fail_max=100, timeout=1.0, max_staleness=60))
+    fails(breaker)
+    site.proxy.delay = (0.6, 0.6)
+    site.proxy.manner = "slow"
+    assert breaker.fail_counter == 1
+    fails(breaker)
+    site.proxy.manner = "pass"
+    assert (health_of(breaker).condition, health_of(breaker).last_error) == ("connected", "")
+    assert breaker.fail_counter == 2
 
 
 @pytest.fixture

@@ -233,9 +233,9 @@ def test_success_forgets_no_failures_that_others_have_counted_since(site: Site) 
 
 
 @pytest.mark.parametrize("happens", [True, False])
-@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize(("before", "of_others"), [(0, 0), (2, 0), (2, 5)])
 def test_failures_that_are_told_and_not_answered_in_time_count_once(
-    site: Site, before: int, happens: bool, monkeypatch: pytest.MonkeyPatch
+    site: Site, before: int, of_others: int, happens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of an outage, all in one: the server that is slow has counted them; of one that lost them they are told again."""
     breaker = settled(breaker_on(site.client(), fail_max=MANY, timeout=10))
@@ -254,10 +254,11 @@ def test_failures_that_are_told_and_not_answered_in_time_count_once(
     with cut_off(site):
         fails(breaker, 3)
         assert health_of(breaker).is_own
+        site.administrator.incrby("viewed:pybreaker:fail_counter", of_others)
         monkeypatch.setattr(SharedCircuit, "execute", late)
     wait_for(lambda: told and is_connected(breaker), "it is back")
     assert [intent.times for intent in told] == [3]
-    assert counter(site) == before + 3
+    assert counter(site) == before + of_others + 3
 
 
 @pytest.mark.parametrize("fallback", ["closed", "open"])
