@@ -202,10 +202,7 @@ class Server:
 
     def _ask_again(self) -> None:
         while True:
-            for tenant in self._present():
-                if tenant in self._let_go:
-                    # That was while it was asked for, which has brought it back.
-                    tenant.leave()
+            self._leave_again()
             with self._lock:
                 outage = self.guard.outage
                 if outage is None or not self._tenants:
@@ -219,6 +216,12 @@ class Server:
             else:
                 self.guard.begin()
                 self._try_to_return(outage)
+
+    def _leave_again(self) -> None:
+        """Let go of what was let go of while it was asked for, which has brought it back."""
+        for tenant in self._present():
+            if tenant in self._let_go:
+                tenant.leave()
 
     def _try_to_return(self, outage: Outage) -> None:
         for tenant in self._present():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from pybreaker_redis._view import View
 from tests.faults import Site
 from tests.test_outage import calls, health_of, is_back, site
 from tests.test_outage_races import is_away
-from tests.viewed import breaker_on, fails, settled, up, wait_for
+from tests.viewed import breaker_on, fails, keepers, settled, up, wait_for
 
 __all__ = ["site"]
 
@@ -132,6 +133,19 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
     # The thread that asks again may be at it, too; then that one brings it back.
     wait_for(lambda: site.administrator.get("newcomer:pybreaker:state") == b"open", "its trip is shared")
     wait_for(lambda: not newcomer._state_storage._tenancy.is_alone, "it goes by the shared circuit")
+
+
+def test_nobody_asks_again_for_circuits_that_are_gone(site: Site, nobody_listens):
+    """Neither is the last of them kept by whoever asks."""
+
+    def lose() -> None:
+        breaker = settled(breaker_on(site.client()))
+        site.proxy.refuse()
+        wait_for(lambda: is_away(breaker), "it is away")
+        wait_for(lambda: health_of(breaker).attempts > 3, "it is asked again")
+
+    lose()
+    wait_for(lambda: gc.collect() >= 0 and not keepers(), "nobody asks any more")
 
 
 def test_trouble_of_one_circuit_keeps_no_other_away():
