@@ -112,12 +112,13 @@ class Carriers:
                     # Rights to run scripts are what this user should have, and what the log should name.
                     raise (reason.__cause__ or reason) from error
                 raise
-            self._do_without_scripts(optimistic, reason)
+            self._do_without_scripts(carrier, optimistic, reason)
             return reply
 
-    def _do_without_scripts(self, optimistic: OptimisticCarrier, reason: Exception) -> None:
+    def _do_without_scripts(self, carrier: Carrier, optimistic: OptimisticCarrier, reason: Exception) -> None:
         with self._lock():
-            if isinstance(self.now, OptimisticCarrier):
+            if self.now is not carrier:
+                # Another thread has found it out, or has left.
                 return
             # Nobody would hear of what is done without scripts, so nobody relies on hearing.
             self.channel = ""

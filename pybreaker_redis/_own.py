@@ -49,15 +49,27 @@ class Report:
     missed: int
     doubtful: int
 
+    @property
+    def failures(self) -> int:
+        """How many the others are told of."""
+        return sum(intent.times for intent in self.intents if isinstance(intent, RecordFailure))
+
+    @property
+    def forgets(self) -> bool:
+        """Whether those of before are forgotten first."""
+        return any(isinstance(intent, RecordSuccess) for intent in self.intents)
+
+    @property
+    def counted(self) -> int:
+        """What the shared counter is once all of this is done."""
+        return self.failures + (0 if self.forgets or self.known is None else self.known.fail_counter)
+
     def shows_in(self, now: Circuit) -> bool:
         """Whether the shared circuit looks as if all of this had been done."""
-        times = sum(intent.times for intent in self.intents if isinstance(intent, RecordFailure))
-        if not times or self.known is None or now.generation != self.known.generation:
+        if self.known is None or now.generation != self.known.generation:
             return False
-        if len(self.intents) > 1:
-            # First those of before were forgotten.
-            return now.fail_counter == times
-        return now.fail_counter >= self.known.fail_counter + times
+        # Others may have counted more since, but not after what forgets what they have counted.
+        return now.fail_counter == self.counted or (not self.forgets and now.fail_counter > self.counted)
 
 
 class OwnCircuit:
@@ -156,8 +168,11 @@ class OwnCircuit:
         """
         with self._lock:
             unanswered, self._unanswered = self._unanswered, None
-            if unanswered and known and unanswered.shows_in(known):
+            begun = self._begun.generation
+            if unanswered and known and unanswered.circuit.generation == begun and unanswered.shows_in(known):
                 self._is_told(unanswered)
+                # What has been counted for it has not been counted for anything else.
+                self._base = self._base and replace(self._base, fail_counter=unanswered.counted)
             return Report(tuple(self._intents(known)), known, self._now, self._missed, self._doubtful)
 
     def _intents(self, known: Circuit | None) -> Iterator[Intent]:
@@ -215,9 +230,11 @@ class OwnCircuit:
             return True
 
     def _is_told(self, told: Report) -> None:
+        if told.circuit.generation != self._begun.generation:
+            # It has moved, or begun anew since: what it has counted then is of no more use.
+            return
         self._begun = replace(self._begun, fail_counter=told.circuit.fail_counter)
-        # Less, if it has begun anew since.
-        self._missed = max(0, self._missed - told.missed)
+        self._missed -= told.missed
         self._doubtful = max(0, self._doubtful - told.doubtful)
 
     def _was_overtaken(self, known: Circuit | None) -> bool:

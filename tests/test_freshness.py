@@ -300,6 +300,7 @@ def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_serv
         newcomer = breaker_on(killable_server.client(), max_staleness=0, fail_max=1)
         # A failure of before the return is not everybody's yet.
         wait_for(lambda: fails(newcomer) or newcomer.current_state == "open", "the newcomer's trip")
+        wait_for(lambda: not newcomer._state_storage.health().is_own, "that is everybody's")
         wait_for(lambda: breaker.current_state == "open", "the newcomer's trip is believed", within=20)
         newcomer.close()
         wait_for(lambda: breaker.current_state == "closed", "and its recovery", within=20)

@@ -298,6 +298,29 @@ def test_whole_life_of_a_circuit_needs_no_script(scriptless: redis.Redis, client
     assert client.hget(KEYS[4], "generation") == b"3"
 
 
+def test_circuit_that_is_left_while_scripts_are_missed_lives_there_again_when_it_is_used(
+    scriptless: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was let go of by another thread just when the first transaction had done what a script could not."""
+    storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic")
+    execute = OptimisticCarrier.execute
+    left: list[int] = []
+
+    def leaves(carrier: OptimisticCarrier, *arguments: Any) -> Any:
+        reply = execute(carrier, *arguments)
+        if not left:
+            left.append(1)
+            storage.let_go()
+        return reply
+
+    monkeypatch.setattr(OptimisticCarrier, "execute", leaves)
+    breaker = CircuitBreaker(state_storage=storage)
+    for _ in range(2):
+        breaker.call(lambda: None)
+    assert storage.health().mode == "optimistic"
+    assert storage._tenancy in storage._tenancy.server._tenants
+
+
 @pytest.mark.parametrize("step", ["execute_command", "execute"])
 def test_connection_lost_in_a_transaction_is_raised(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Only being overtaken is a reason to try again here, and only a wrong type one to read on."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 
 import pytest
+import redis
 
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, OPEN, STATES, Circuit
 from pybreaker_redis._intents import (
@@ -548,6 +550,72 @@ class TestCounts:
         process.ask(RecordFailure(generation, ""))
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
         assert process.reports(shared) == [RecordFailure(shared.generation, "", times=told)]
+
+    @pytest.mark.parametrize(("since", "told"), [(0, 3), (1, 3), (2, 1), (7, 0)])
+    def test_report_without_an_answer_is_made_again_if_it_does_not_show(
+        self, clock: Clock, since: int, told: int
+    ) -> None:
+        """All of it at once or nothing of it; what has failed since was not in it, whatever came of asking for that."""
+        process = Process(clock, KNOWN[CLOSED])
+        generation = process.ask().generation
+        for _ in range(2):
+            process.ask(RecordFailure(generation, ""))
+        with pytest.raises(redis.TimeoutError), process.own.telling(process.own.report(process.known)):
+            raise redis.TimeoutError
+        process.own.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=since > 1)
+        shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
+        # Of more than was told, one may be the last failure.
+        assert process.reports(shared) == [RecordFailure(shared.generation, "", times=told)] * bool(told)
+
+    @pytest.mark.parametrize(("counter", "again"), [(3, True), (2, True), (1, False)])
+    def test_report_that_forgets_is_made_again_if_it_does_not_show(
+        self, clock: Clock, counter: int, again: bool
+    ) -> None:
+        """A success and a failure: the counter is one when that was done."""
+        process = Process(clock, KNOWN[CLOSED])
+        generation = process.ask().generation
+        process.ask(RecordSuccess(generation, ""))
+        process.ask(RecordFailure(generation, ""))
+        expected = [RecordSuccess(7, ""), RecordFailure(7, "", times=1)]
+        assert process.reports() == expected
+        with pytest.raises(redis.TimeoutError), process.own.telling(process.own.report(process.known)):
+            raise redis.TimeoutError
+        assert process.reports(replace(KNOWN[CLOSED], fail_counter=counter)) == expected * again
+
+    def test_report_that_was_refused_is_made_again(self, clock: Clock) -> None:
+        """There was an answer, so whatever the counter is, others have counted that."""
+        process = Process(clock, KNOWN[CLOSED])
+        process.ask(RecordFailure(process.ask().generation, ""))
+        with pytest.raises(redis.ReadOnlyError), process.own.telling(process.own.report(process.known)):
+            raise redis.ReadOnlyError
+        assert process.reports(replace(KNOWN[CLOSED], fail_counter=4)) == [RecordFailure(7, "", times=1)]
+
+    def test_report_does_not_show_in_a_circuit_that_has_moved_since(self, clock: Clock) -> None:
+        """Its counter began anew; what is told once more is refused there."""
+        process = Process(clock, KNOWN[CLOSED])
+        process.ask(RecordFailure(process.ask().generation, ""))
+        with pytest.raises(redis.TimeoutError), process.own.telling(process.own.report(process.known)):
+            raise redis.TimeoutError
+        moved = replace(KNOWN[CLOSED].moved(OPEN).moved(CLOSED), fail_counter=9)
+        (again,) = process.reports(moved)
+        assert not again.apply(moved, clock.now).accepted
+
+    def test_report_of_an_earlier_beginning_is_no_report_of_this_one(self, clock: Clock) -> None:
+        """Others have moved the circuit while they were told."""
+        process = Process(clock, KNOWN[CLOSED])
+        generation = process.ask().generation
+        for _ in range(2):
+            process.ask(RecordFailure(generation, ""))
+        moved = replace(KNOWN[CLOSED].moved(OPEN).moved(CLOSED), fail_counter=0)
+        early = process.own.report(moved)
+        process.known = moved
+        with contextlib.suppress(redis.TimeoutError), process.own.telling(early):
+            process.ask(RecordFailure(process.ask().generation, ""))
+            raise redis.TimeoutError
+        now = replace(moved, fail_counter=9)
+        assert process.reports(now) == [RecordFailure(now.generation, "", times=1)]
+        assert not process.own.end(early)
+        assert process.reports(now) == [RecordFailure(now.generation, "", times=1)]
 
     def test_doubt_ends_with_a_success(self, clock: Clock) -> None:
         """What was counted before it counts no more; what comes after is in no doubt."""
