@@ -1,6 +1,6 @@
 """What is said in the log when a server goes and when it is back?
 
-Knows: words.  Does not know: when to say them.
+Knows: words, what errors mean.  Does not know: when to say them.
 
 Whoever wants to do more about it than read attaches a `logging.Handler` to the logger ``pybreaker_redis``: the records
 carry what they say as a dictionary, too, in the attribute ``pybreaker_redis``.

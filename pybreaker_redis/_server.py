@@ -163,8 +163,9 @@ class Server:
     def say_lack(self, lack: Lack, reason: object) -> None:
         """A circuit has missed something that this server does not have: say so, the first time."""
         with self._lock:
-            known, self._lacks = lack in self._lacks, self._lacks | {lack}
-        if not known:
+            is_new = lack not in self._lacks
+            self._lacks.add(lack)
+        if is_new:
             _said.lacking(str(self), lack, reason)
 
     def doubt(self) -> None:
