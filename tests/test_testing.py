@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -29,12 +30,15 @@ pytestmark = pytest.mark.usefixtures("patient")
 
 pytest_plugins = ["pybreaker_redis.fixtures"]
 
+#: New ones: storages of earlier tests may still be there, and are not to have a say.
+_namespaces = (f"tested{number}" for number in itertools.count())
+
 #: Where breakers may keep their circuits.
 STORAGES = {
     "stock, memory": lambda client: pybreaker.CircuitMemoryStorage("closed"),
-    "stock, Redis": lambda client: pybreaker.CircuitRedisStorage("closed", client, "tested"),
+    "stock, Redis": lambda client: pybreaker.CircuitRedisStorage("closed", client, next(_namespaces)),
     "ours, memory": lambda client: CircuitMemoryStorage("closed"),
-    "ours, Redis": lambda client: CircuitRedisStorage("closed", client, "tested"),
+    "ours, Redis": lambda client: CircuitRedisStorage("closed", client, next(_namespaces)),
 }
 
 #: What else may move the time.
