@@ -15,25 +15,19 @@ import redis
 from pybreaker_redis import CircuitRedisStorage, _listener, _server, _session, _settings, _twins
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
-from tests import matrix, places, servers
+from tests import places, servers
 from tests.fleet import Fleet, Make, Shared, Spec, Visits
 from tests.servers import FoundServer
+from tests.summary import CELL, FIGURE, HEARD, SERVER, Summary
 from tests.tls import Certificates, certificates
 from tests.viewed import PROTOCOLS, keepers, listeners, wait_for
 
-_figures = pytest.StashKey[list[str]]()
-_used = pytest.StashKey[dict[str, int]]()
-_matrix = pytest.StashKey[matrix.Results]()
-_cell = pytest.StashKey[tuple[str, str]]()
-_heard = pytest.StashKey[str]()
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare what the summary shows."""
+    """Register the marker and the summary; workers of pytest-xdist print none."""
     config.addinivalue_line("markers", "slow: takes several seconds because what it promises is about seconds")
-    config.stash[_figures] = []
-    config.stash[_used] = {}
-    config.stash[_matrix] = matrix.Results(places.client_name())
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Summary(places.client_name()), "summary")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,32 +43,10 @@ def pytest_report_header() -> list[str]:
     return servers.summary()
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say which servers were used, and show the figures that tests have measured."""
-    used = config.stash[_used]
-    if used:
-        terminalreporter.section("servers")
-        for name, count in used.items():
-            terminalreporter.line(f"{name}: used by {count} tests")
-        for line in servers.summary()[1:]:
-            terminalreporter.line(line)
-    cells = config.stash[_matrix].cells
-    if cells:
-        terminalreporter.section(f"matrix, {config.stash[_matrix].client}")
-        for server, kinds in cells.items():
-            terminalreporter.line(f"{server}: " + ", ".join(f"{kind}: {cell}" for kind, cell in kinds.items()))
-        if os.environ.get(matrix.VARIABLE):
-            config.stash[_matrix].write(Path(os.environ[matrix.VARIABLE]))
-    if config.stash[_figures]:
-        terminalreporter.section("figures")
-        for figure in config.stash[_figures]:
-            terminalreporter.line(figure)
-
-
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Show some text at the end of the test run."""
-    return request.config.stash[_figures].append
+    return lambda text: request.node.user_properties.append((FIGURE, text))
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -104,8 +76,7 @@ def empty_server(
         server = running(found)
         with contextlib.closing(server.client()) as client:
             client.flushall()
-        used = request.config.stash[_used]
-        used[str(found)] = used.get(str(found), 0) + 1
+        request.node.user_properties.append((SERVER, str(found)))
         return server
 
     return take
@@ -172,7 +143,7 @@ def matrix_cell(request: pytest.FixtureRequest) -> Callable[[places.Place], None
 
     def note(place: places.Place) -> None:
         version = ".".join(place.found.version.split(".")[:2])
-        request.node.stash[_cell] = f"{place.found.product} {version}", place.kind
+        request.node.user_properties.append((CELL, (f"{place.found.product} {version}", place.kind)))
 
     return note
 
@@ -182,22 +153,9 @@ def matrix_heard(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Note how changes are heard there."""
 
     def note(heard: str) -> None:
-        request.node.stash[_heard] = heard
+        request.node.user_properties.append((HEARD, heard))
 
     return note
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
-    """What belongs to a cell goes there."""
-    report = yield
-    if _cell in item.stash:
-        results = item.config.stash[_matrix]
-        if report.failed:
-            results.failed(*item.stash[_cell])
-        elif report.when == "call":
-            results.passed(*item.stash[_cell], item.stash.get(_heard, ""))
-    return report
 
 
 # -- TLS ---------------------------------------------------------------------------------------------------------------
