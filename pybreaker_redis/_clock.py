@@ -16,14 +16,19 @@ from functools import partial
 monotonic = partial(time.monotonic)
 
 
+#: Years 1 and 5000: what lies beyond is damage.  A timeout of centuries may be added to the later one.
+EARLIEST_MS = datetime(1, 1, 2, tzinfo=timezone.utc).timestamp() * 1000
+LATEST_MS = datetime(5000, 1, 1, tzinfo=timezone.utc).timestamp() * 1000
+
+
 def now_ms() -> float:
     """Milliseconds since the epoch by the local clock."""
     return time.time() * 1000
 
 
 def from_ms(at_ms: float) -> datetime:
-    """An aware UTC datetime."""
-    return datetime.fromtimestamp(at_ms / 1000, timezone.utc)
+    """Return an aware UTC datetime, bounded so that neither this nor an addition to the result raises."""
+    return datetime.fromtimestamp(max(EARLIEST_MS, min(at_ms, LATEST_MS)) / 1000, timezone.utc)
 
 
 def to_ms(at: datetime) -> float:

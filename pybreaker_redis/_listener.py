@@ -25,8 +25,9 @@ from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._client import Origin
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._hearings import Hearings
 from pybreaker_redis._line import Heard, Line
-from pybreaker_redis._session import LONGEST_WAIT, Hearing, Session
+from pybreaker_redis._session import LONGEST_WAIT, Session
 from pybreaker_redis._threads import NoThreads, start
 from pybreaker_redis._view import View
 from pybreaker_redis.errors import PushUnavailable
@@ -69,16 +70,17 @@ class Listener:
 
     Attributes:
         session: What is going on, if anything.
+        hearings: What is heard.
     """
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
         self._server: Home | None = None
         self._lock = threading.RLock()
-        self._views: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
-        self._of_channel: dict[str, tuple[weakref.ref[View], ...]] = {}
+        self.hearings = Hearings()
         self._thread: threading.Thread | None = None
         self._refused = False
+        self._losses, self._refusals = _said.Repeats(), _said.Repeats()
         self._unheard: set[str] = set()
         self._hurried = False
         self.session: Session | None = None
@@ -91,26 +93,14 @@ class Listener:
         """
         with self._lock:
             self._server = server
-            self._views[view] = keys, channel
-            others = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() not in (None, view))
-            self._of_channel[channel] = (*others, weakref.ref(view))
-            self._forget_the_gone()
+            self.hearings.add(view, keys, channel)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = start(self._run, THREAD_NAME)
 
     def remove(self, view: View) -> None:
         """Listen no more for a view: its circuit lives elsewhere by now."""
-        with self._lock:
-            _, channel = self._views.pop(view, ((), ""))
-            self._of_channel[channel] = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() is not view)
-            self._forget_the_gone()
+        self.hearings.remove(view)
         view.is_heard(False)
-
-    def _forget_the_gone(self) -> None:
-        # Rarely enough that a thousand circuits do not look through all of them a thousand times.
-        if len(self._of_channel) > 2 * len(self._views) + 16:
-            alive = ((channel, tuple(ref for ref in refs if ref())) for channel, refs in self._of_channel.items())
-            self._of_channel = {channel: refs for channel, refs in alive if refs}
 
     @property
     def runs(self) -> bool:
@@ -129,20 +119,15 @@ class Listener:
         return session.line.heard if session else None
 
     def tell(self, source: View, channel: str, circuit: Circuit, now_ms: float) -> None:
-        """What one storage of this process was answered, its others know at once, and need not wait for the push."""
-        for ref in self._of_channel.get(channel, ()):
-            view = ref()
-            if view is not None and view is not source:
-                view.hear(circuit, now_ms)
-
-    def _hearings(self) -> list[Hearing]:
-        with self._lock:
-            return [Hearing(view, keys, channel) for view, (keys, channel) in self._views.items()]
+        """Pass an answer that one storage of this process was given to the others: they need not wait for the push."""
+        for view in self.hearings.views(channel):
+            if view is not source:
+                view.share(circuit, now_ms)
 
     def _leave(self) -> bool:
         """Whether nobody needs this thread any more; then it has to end."""
         with self._lock:
-            if self._views:
+            if self.hearings:
                 return False
             # It has connections, which nobody needs any more either.
             self._thread = self._server = None
@@ -153,7 +138,7 @@ class Listener:
         while not self._leave():
             try:
                 session = self.session = Session(
-                    partial(Line, self._origin, self._timeout()), self._hearings, self._unheard
+                    partial(Line, self._origin, self._timeout()), self.hearings, self._unheard
                 )
                 try:
                     if not session.line.tracks:
@@ -171,7 +156,8 @@ class Listener:
             except Exception as error:  # noqa: BLE001
                 # Whatever a client library raises: the way out is a new line.
                 reason = f"{type(error).__name__}: {error}"
-                _said.detail("no push from %s (%s)", self._origin, reason)
+                if (left_out := self._losses.next()) is not None:
+                    _said.detail("no push from %s (%s)%s", self._origin, reason, left_out)
                 pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))
                 failures += 1
             else:
@@ -191,7 +177,7 @@ class Listener:
         assert self._server
         until = monotonic() + seconds
         was_away = self._hurried = False
-        while self._views and not self._hurried:
+        while self.hearings and not self._hurried:
             if self._server.is_away:
                 was_away = True
                 time.sleep(AWAY_WAIT)
@@ -201,17 +187,18 @@ class Listener:
                 time.sleep(min(left, LONGEST_WAIT))
 
     def _forget_all(self) -> None:
-        for item in self._hearings():
+        for item in self.hearings.all():
             item.view.is_heard(False)
 
     def _timeout(self) -> float:
-        return max([SHORTEST_TIMEOUT, *(item.view.max_staleness for item in self._hearings())])
+        return max([SHORTEST_TIMEOUT, *(item.view.max_staleness for item in self.hearings.all())])
 
     def say_refused(self, reason: object) -> None:
-        """Say once why nothing is heard."""
+        """Log why nothing is heard, once until a poll is answered."""
         if not self._refused:
             self._refused = True
-            _said.unheard(str(self._origin), reason)
+            if (left_out := self._refusals.next()) is not None:
+                _said.unheard(str(self._origin), reason, left_out)
 
 
 class _Listeners:

@@ -32,6 +32,9 @@ VALUE_NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit
 
 Raw = bytes | str | None
 
+#: Longest payload of a push that is parsed, bytes: a script's is half as long at most.
+MAX_PUSH_BYTES = 512
+
 #: Stands for a value of another type, which MGET reports as missing.
 WRONG_TYPE = "?"
 
@@ -122,18 +125,22 @@ def _mark(fields: Sequence[str | None]) -> Circuit | None:
     )
 
 
-def parse_push(payload: Raw) -> tuple[Circuit, int] | None:
-    """What a script published: the server's time and the fields of the hash, with one blank after each but the last.
+def parse_push(payload: Raw) -> Circuit | None:
+    """Read what a script published: the server's time and the fields of the hash, with blanks in between.
+
+    Any user who may publish may have sent it, so it is something to compare with, and nothing to keep.
 
     Returns:
-        The circuit, of which only the counters are not known, and when that was; ``None`` if it makes no sense.
+        The circuit without its counters; ``None`` if the payload makes no sense.
     """
+    if payload is None or len(payload) > MAX_PUSH_BYTES:
+        return None
     now_ms, *fields = (text(payload) or "").split(" ")
     at_ms = _whole(now_ms)
     circuit = _mark(fields) if len(fields) == len(MARK_FIELDS) else None
     if circuit is None or at_ms is None or _lies_in_the_future(circuit, at_ms):
         return None
-    return circuit, at_ms
+    return circuit
 
 
 def _lies_in_the_future(circuit: Circuit, at_ms: int) -> bool:
@@ -264,14 +271,15 @@ def _remembered(found: Found, known: Circuit | None) -> tuple[Circuit, bool]:
     return replace(known, noisy_until_ms=0), True
 
 
-def agrees(found: Found, known: Circuit, now_ms: int) -> bool:
-    """Whether Redis holds this circuit, counters aside, and nothing would have to be repaired, adopted or restored."""
+def sound(found: Found, known: Circuit, now_ms: int) -> Circuit | None:
+    """Return the circuit that Redis holds, ``None`` if it would have to be repaired, adopted or restored."""
     believed = believe(found, known, CLOSED, now_ms)
-    if believed.event or writes(believed.circuit, found):
-        return False
-    return replace(believed.circuit, fail_counter=0, success_counter=0) == replace(
-        known, fail_counter=0, success_counter=0
-    )
+    return None if believed.event or writes(believed.circuit, found) else believed.circuit
+
+
+def is_same_but_counters(one: Circuit, other: Circuit) -> bool:
+    """Whether two circuits differ by nothing but their counters."""
+    return replace(one, fail_counter=0, success_counter=0) == replace(other, fail_counter=0, success_counter=0)
 
 
 def _repairs(found: Found, circuit: Circuit, *, wrong_time: bool) -> str:

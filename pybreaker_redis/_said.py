@@ -16,12 +16,32 @@ from typing import Any
 
 from pybreaker_redis._carrier import Lack
 from pybreaker_redis._client import longest_wait
+from pybreaker_redis._clock import monotonic
 from pybreaker_redis._guard import Meaning, Outage, meaning_of
 
 #: Seconds for which a client may make a guarded call wait without being told of.
 LONGEST_UNSAID_WAIT = 1.0
 
+#: Seconds between two log lines of one kind about one server.
+REPEAT_PAUSE_S = 60.0
+
 _logger = logging.getLogger("pybreaker_redis")
+
+
+class Repeats:
+    """Limit on log lines of one kind about one server: one within `REPEAT_PAUSE_S`; the others are counted."""
+
+    def __init__(self) -> None:
+        self._next_at = 0.0
+        self._left_out = 0
+
+    def next(self) -> str | None:
+        """Return what the line has to add, the number of lines left out before it; ``None``: leave this one out."""
+        if monotonic() < self._next_at:
+            self._left_out += 1
+            return None
+        left_out, self._left_out, self._next_at = self._left_out, 0, monotonic() + REPEAT_PAUSE_S
+        return f"; {left_out} more like this since the last such line" if left_out else ""
 
 
 def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, besides: int) -> None:
@@ -225,18 +245,20 @@ def restored(logger: logging.Logger, circuit: str, state: str) -> None:
     _say(logging.WARNING, "circuit %r: Redis has lost it; restored as %s", circuit, state, logger=logger)
 
 
-def unheard(what: str, reason: object) -> None:
+def unheard(what: str, reason: object, left_out: str = "") -> None:
     """Changes of circuits are not told.
 
     Args:
         what: Of a server, or of one circuit.
         reason: What it has answered.
+        left_out: How many such lines were left out, as `Repeats` says it.
     """
     _say(
         logging.WARNING,
-        "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip",
+        "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip%s",
         what,
         str(reason).partition(", with args")[0],
+        left_out,
     )
 
 

@@ -2,24 +2,27 @@
 
 Knows: views, the line to a server, when to poll.  Does not know: threads, what comes after.
 
-* What scripts publish is handed to the circuit's views.
+* A record that a script publishes is a hint: unless it marks noise only, the circuit is read again at once, and what
+  was read fills the view like any answer.  Reads of this kind are `SHORTEST_WAIT` apart, whatever is published.
 * Every beat, the circuits that were used since the last one are read again in one batch.  What was read as it is known
-  may be believed for another `max_staleness`; anything else is forgotten, and the next caller asks.
-* If the server tells of changes that nobody published, those circuits are read again at once.
+  may be believed for another `max_staleness`.
+* If the server tells of changes that were not published, those circuits are read again at once, too.
+* A record that would have to be repaired, adopted or restored is left to the next caller's script; until then the view
+  is doubted.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from pybreaker_redis import _said
 from pybreaker_redis._circuit import CLOSED, Circuit
 from pybreaker_redis._clock import monotonic, now_ms
+from pybreaker_redis._hearings import Hearing, Hearings
 from pybreaker_redis._line import Line, Push, refusal
-from pybreaker_redis._record import MARK_FIELDS, Found, agrees, parse, parse_push, text
+from pybreaker_redis._record import MARK_FIELDS, Found, is_same_but_counters, parse, parse_push, sound, text
 from pybreaker_redis._view import Ticket, View
 from pybreaker_redis.errors import PushUnavailable
 
@@ -29,23 +32,8 @@ BEATS = 2
 #: Longest wait until new circuits are noticed, seconds.
 LONGEST_WAIT = 0.5
 
-#: Shortest time between two looks at circuits that foreign writers change, seconds.
+#: Shortest time between two reads of circuits that were reported changed, seconds.
 SHORTEST_WAIT = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Hearing:
-    """What is heard and polled for one view.
-
-    Attributes:
-        view: To be kept true.
-        keys: Of its circuit, in the order of the scripts.
-        channel: Of its circuit.
-    """
-
-    view: View
-    keys: tuple[str, ...]
-    channel: str
 
 
 class Session:
@@ -53,7 +41,7 @@ class Session:
 
     Args:
         connect: Returns a line that tells of pushes to whom it is given.
-        wanted: Returns all that is to be heard; asked again and again.  Nothing here keeps a view alive.
+        hearings: All that is to be heard.  Nothing here keeps a view alive.
         unheard: Channels of which it was said that they are refused, on earlier lines, too; kept true from here.
 
     Attributes:
@@ -64,17 +52,23 @@ class Session:
     def __init__(
         self,
         connect: Callable[[Callable[[Push], None]], Line],
-        wanted: Callable[[], list[Hearing]],
+        hearings: Hearings,
         unheard: set[str],
     ) -> None:
         self.polled = False
-        self._wanted = wanted
+        self._hearings = hearings
         self._unheard = unheard
         self._refused: set[str] = set()
-        self._views: dict[str, weakref.WeakSet[View]] = {}
+        #: Of each channel that is heard, and the other way round.
+        self._keys: dict[str, tuple[str, ...]] = {}
         self._channels: dict[str, str] = {}
+        #: Channels of circuits to be read again, and of those unless it turns out that there was only noise.
         self._changed: set[str] = set()
-        self._polled_at = 0.0
+        self._touched: set[str] = set()
+        #: When those may be read, and the next beat is due, monotonic seconds; and seconds between two beats.
+        self._reread_at = 0.0
+        self._beat_at = 0.0
+        self._beat_every = LONGEST_WAIT
         self._awaits_pong = False
         self._agreed: weakref.WeakKeyDictionary[View, tuple[Circuit, tuple[Any, Any, Any]]]
         self._agreed = weakref.WeakKeyDictionary()
@@ -87,50 +81,37 @@ class Session:
             PushUnavailable: The server does not let this process hear.
             Exception: The line is dead.
         """
-        next_beat = 0.0
-        while (beat := self._admit_new()) is not None:
-            # A circuit that came later may need beats that are shorter.
-            next_beat = min(next_beat, monotonic() + beat)
-            if monotonic() >= next_beat:
-                next_beat = monotonic() + beat
-                self._beat()
-            wait = SHORTEST_WAIT if self._changed else LONGEST_WAIT
-            self.line.listen(max(0.0, min(wait, next_beat - monotonic())))
-            if self._changed and monotonic() >= self._polled_at + SHORTEST_WAIT:
-                # What changes while these are read is for the next time.
-                changed, self._changed = self._changed, set()
-                self._poll(item for item in self._wanted() if item.channel in changed and item.view.is_believed)
+        with self._hearings.changes():
+            while self._hearings:
+                self._follow(*self._hearings.take())
+                if monotonic() >= self._beat_at:
+                    self._beat()
+                wakes_at = min(self._beat_at, monotonic() + LONGEST_WAIT)
+                if self._changed or self._touched:
+                    wakes_at = min(wakes_at, self._reread_at)
+                self.line.listen(max(0.0, wakes_at - monotonic()))
+                if (self._changed or self._touched) and monotonic() >= self._reread_at:
+                    self._read_again()
 
-    def _admit_new(self) -> float | None:
-        """Begin to hear what is new, cease to hear what is gone.
-
-        Returns:
-            Seconds between two beats; ``None`` if nothing is left to be heard.
-        """
-        wanted = self._wanted()
-        if not wanted:
-            return None
-        channels = {item.channel for item in wanted}
-        if missing := channels - self._views.keys() - self._refused:
+    def _follow(self, new: list[Hearing], left: set[str]) -> None:
+        """Begin to hear what is new, cease to hear what is gone."""
+        if gone := sorted(left & self._keys.keys()):
+            self.line.unsubscribe(gone)
+            for channel in gone:
+                for key in self._keys.pop(channel):
+                    self._channels.pop(key, None)
+        if missing := {item.channel for item in new} - self._keys.keys() - self._refused:
             self._subscribe(sorted(missing))
-        if gone := self._views.keys() - channels:
-            self.line.unsubscribe(sorted(gone))
-            self._views = {channel: views for channel, views in self._views.items() if channel in channels}
-            self._channels = {key: channel for key, channel in self._channels.items() if channel in channels}
-        # One that left and has come back is known already, and was told that it is not heard.
-        new = [
-            item
-            for item in wanted
-            if item.channel not in self._refused
-            and (item.view not in self._views.setdefault(item.channel, weakref.WeakSet()) or not item.view.is_heard_of)
-        ]
-        for item in new:
-            self._views[item.channel].add(item.view)
+        heard = [item for item in new if item.channel not in self._refused]
+        for item in heard:
+            self._keys[item.channel] = item.keys
             self._channels.update(dict.fromkeys(item.keys, item.channel))
             item.view.is_heard(True)
-        if new:
-            self._poll(new)
-        return min(item.view.max_staleness for item in wanted) / BEATS
+            # A circuit that came later may need beats that are shorter.
+            self._beat_every = min(self._beat_every, item.view.max_staleness / BEATS)
+        self._beat_at = min(self._beat_at, monotonic() + self._beat_every)
+        if heard:
+            self._poll(heard)
 
     def _subscribe(self, channels: list[str]) -> None:
         """Hear what may be heard: one circuit that this user may not hear of concerns no other."""
@@ -142,7 +123,7 @@ class Session:
                     self.line.subscribe([channel])
                 except PushUnavailable:
                     self._refused.add(channel)
-            if not self._views and self._refused.issuperset(channels):
+            if not self._keys and self._refused.issuperset(channels):
                 raise
             for channel in sorted(self._refused - self._unheard):
                 _said.unheard(f"channel {channel!r}", error)
@@ -154,21 +135,33 @@ class Session:
             msg = "the server has not answered a PING"
             raise TimeoutError(msg)
         self._awaits_pong = self.line.beat()
-        self._poll(item for item in self._wanted() if item.view.shortcut.taken)
+        hearings = self._hearings.all()
+        self._beat_every = min((item.view.max_staleness / BEATS for item in hearings), default=LONGEST_WAIT)
+        self._beat_at = monotonic() + self._beat_every
+        self._poll(item for item in hearings if item.view.shortcut.taken)
+
+    def _read_again(self) -> None:
+        # What changes while these are read is for the next time.
+        changed, self._changed, self._touched = self._changed | self._touched, set(), set()
+        self._poll([item for item in self._hearings.at(changed) if item.view.needs_changes])
+        self._reread_at = monotonic() + SHORTEST_WAIT
 
     def _take(self, push: Push) -> None:
         kind, *rest = push
         if text(kind) == "message":
-            channel, payload = text(rest[0]) or "", parse_push(rest[1])
-            for view in self._views.get(channel, ()):
-                if payload is not None:
-                    view.hear(*payload)
-            # It was told with the record, so it need not be read.
-            self._changed.discard(channel)
+            channel, record = text(rest[0]) or "", parse_push(rest[1])
+            # A noise mark ends the quiet of each view.
+            differs = [view.hint(record) for view in self._hearings.views(channel)]
+            if any(differs):
+                self._changed.add(channel)
+            else:
+                # The hash was written for this mark.  Any other invalidated key was not.
+                self._touched.discard(channel)
         elif text(kind) == "invalidate":
             # No keys: all of them, as after FLUSHALL.
-            keys = self._channels if rest[0] is None else [text(key) or "" for key in rest[0]]
-            self._changed.update(self._channels[key] for key in keys if key in self._channels)
+            for key in self._channels if rest[0] is None else [text(key) or "" for key in rest[0]]:
+                if (channel := self._channels.get(key, "")) != "":
+                    (self._touched if self._keys[channel][4] == key else self._changed).add(channel)
         elif text(kind) == "pong":
             self._awaits_pong = False
 
@@ -191,7 +184,6 @@ class Session:
         before_ms = now_ms()
         answers = self.line.ask(commands)
         after_ms = now_ms()
-        self._polled_at = monotonic()
         if not asked:
             return
         fail_counters = self._each_of(answers[1 + len(before) : counted : 1 + len(before)], len(asked))
@@ -203,7 +195,7 @@ class Session:
                 item.view.doubt(ticket)
             else:
                 item.view.offset.learn(server_ms, before_ms, after_ms, waiting=known.state != CLOSED)
-                self._judge(item.view, ticket, known, (failures, plain, mark), server_ms)
+                self._judge(item, ticket, known, (failures, plain, mark), server_ms)
 
     def _each_of(self, answers: list[Any], number: int) -> list[Any]:
         """The counters, or what there is instead of one: of those in a cluster each may be gone to another node."""
@@ -211,7 +203,7 @@ class Session:
             return [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
         (counters,) = answers
         if isinstance(counters, Exception):
-            if len(self._views) == 1:
+            if len(self._keys) == 1:
                 # Whoever may not read what he hears of goes by nothing.
                 raise refusal(counters)
             # By an ACL, perhaps of one of them: from now on each is asked for by itself.
@@ -219,12 +211,18 @@ class Session:
             return [counters] * number
         return list(counters)
 
-    def _judge(self, view: View, ticket: Ticket, known: Circuit, read: tuple[Any, Any, Any], server_ms: int) -> None:
-        # In steady state the same is read again and again: to think of it once is enough.
+    def _judge(self, item: Hearing, ticket: Ticket, known: Circuit, read: tuple[Any, Any, Any], server_ms: int) -> None:
+        view = item.view
+        # In steady state the same is read again and again: to compare it once is enough.
         if self._agreed.get(view) != (known, read):
-            found = _found(*read)
-            if not agrees(found, known, server_ms):
-                view.doubt(ticket)
+            circuit = sound(_found(*read), known, server_ms)
+            if circuit is None:
+                # A script may have run between the commands of this batch: then the circuit is read again anyway.
+                if item.channel not in self._changed | self._touched:
+                    view.doubt(ticket)
+                return
+            if not is_same_but_counters(circuit, known):
+                view.fill(ticket, circuit, server_ms)
                 return
             self._agreed[view] = known, read
         failures = int(read[0])

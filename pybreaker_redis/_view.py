@@ -7,8 +7,12 @@ say that nobody asks Redis, as long as three things hold: changes are being hear
 `max_staleness` ago, and the process can reach Redis for more than listening.  The reader looks at the clock himself, so
 a listener that died or got stuck cannot keep a belief alive.
 
-Records arrive out of order: as answers on many connections, pushed on one, polled.  The later of two is the one with
-the higher generation, and within a generation the one with the later time of the server.
+Records arrive out of order, as answers on many connections.  The later of two is the one with the higher generation,
+and within a generation the one with the later time of the server.
+
+A push is a hint, because users who may write no key may publish.  A pushed record is compared and dropped: the circuit
+is read again, and until then callers use the view.  Only an answer fills the view, so only an answered record can reach
+a script, which would restore the record on an emptied server.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pybreaker_redis._circuit import Circuit
+from pybreaker_redis._circuit import CLOSED, Circuit
 from pybreaker_redis._clock import Offset
 from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._record import is_same_but_counters
 from pybreaker_redis._shortcut import Shortcut
 
 
@@ -33,11 +38,13 @@ class Ticket:
         asked_at: When, monotonic seconds: what comes back was true then or later.
         beliefs: How often all had been forgotten by then.
         changes: How often the record had changed by then.
+        hints: How many pushes had arrived by then.
     """
 
     asked_at: float
     beliefs: int
     changes: int
+    hints: int
 
 
 class View:
@@ -67,6 +74,7 @@ class View:
         self._reachable = True
         self._beliefs = 0
         self._changes = 0
+        self._hints = 0
         renew_in_children(self)
 
     # For readers --------------------------------------------------------------------------------------------------
@@ -114,12 +122,13 @@ class View:
 
     def ticket(self) -> Ticket:
         """To be taken before asking: whatever was forgotten or heard meanwhile is not overwritten by the answer."""
-        return Ticket(self._now(), self._beliefs, self._changes)
+        return Ticket(self._now(), self._beliefs, self._changes, self._hints)
 
     def fill(self, ticket: Ticket, circuit: Circuit, now_ms: float) -> None:
         """An answer has come: this was true at `now_ms`."""
         with self._lock:
-            quiet = circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms
+            # A failure that was pushed after the question left may have been counted after the answer was given.
+            quiet = circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms and ticket.hints == self._hints
             if ticket.changes == self._changes:
                 # Nothing has come in between, so it is the later one, though the server's clock may have been set back.
                 self._seen_ms = min(self._seen_ms, now_ms)
@@ -148,13 +157,39 @@ class View:
             self._seen_ms = 0
             self._forget()
 
-    def hear(self, circuit: Circuit, now_ms: float) -> None:
-        """A change was pushed.  How old the news is nobody knows, so they extend no belief."""
+    @property
+    def needs_changes(self) -> bool:
+        """Whether calls rely on the known record, so that a change has to be read at once."""
+        return self.is_believed or not self._reachable
+
+    def hint(self, circuit: Circuit | None) -> bool:
+        """Compare a pushed record with the known one, and drop it.
+
+        A noise mark of the known generation ends the quiet until an answer that is asked for later: successes are
+        reported from here on.  Any other difference has to be read.
+
+        Args:
+            circuit: The pushed record; ``None`` if it could not be parsed.
+
+        Returns:
+            Whether the circuit has to be read again.
+        """
+        with self._lock:
+            self._hints += 1
+            known = self.known
+            if not self._heard or known is None or circuit is None:
+                return self._heard and self.needs_changes
+            if not is_same_but_counters(replace(circuit, noisy_until_ms=known.noisy_until_ms), known):
+                return self.needs_changes
+            if known.state == CLOSED and circuit.noisy_until_ms != known.noisy_until_ms:
+                self._quiet = False
+                self._show()
+            return False
+
+    def share(self, circuit: Circuit, now_ms: float) -> None:
+        """Take the record that another storage of this process was answered; the belief lasts no longer for it."""
         with self._lock:
             if self._heard:
-                if self.known is not None and self.known.generation == circuit.generation:
-                    # Counters are never told; a poll will say how they are.
-                    circuit = replace(circuit, fail_counter=self.known.fail_counter)
                 self._take(circuit, now_ms, quiet=False)
 
     def confirm(self, ticket: Ticket, now_ms: float, *, failures: int, quiet: bool) -> None:
@@ -171,7 +206,7 @@ class View:
                 if self.known is not None and self.known.fail_counter != failures:
                     self.known = replace(self.known, fail_counter=failures)
                 self._see(now_ms)
-                self._quiet = quiet
+                self._quiet = quiet and ticket.hints == self._hints
                 self._believe(ticket)
 
     def doubt(self, ticket: Ticket) -> None:
@@ -194,8 +229,8 @@ class View:
             if (circuit.generation, now_ms) < (known.generation, self._seen_ms):
                 return False
             same_instant = (circuit.generation, now_ms) == (known.generation, self._seen_ms)
-            if same_instant and _without_counters(circuit) == _without_counters(known):
-                # One's own change, pushed.
+            if same_instant and is_same_but_counters(circuit, known):
+                # The same answer, given to two storages of this process.
                 return True
             # Two changes within a millisecond: which was first cannot be told, so believe in the noise of either.
             quiet = quiet and not (same_instant and not self._quiet)
@@ -224,7 +259,3 @@ class View:
             self.shortcut.follow(self.known, quiet=self._quiet)
         else:
             self.shortcut.shut()
-
-
-def _without_counters(circuit: Circuit) -> Circuit:
-    return replace(circuit, fail_counter=0, success_counter=0)

@@ -262,7 +262,7 @@ def nobody_listens() -> None:
     for listener in _listener._listeners._of_origin.values():
         # A test that failed is kept, with its storages, for its traceback.
         with listener._lock:
-            listener._views.clear()
+            listener.hearings._of_view.clear()
     for server in [*_server._servers._of_key.values()]:
         # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
         with server._lock:

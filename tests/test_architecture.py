@@ -33,7 +33,7 @@ ROWS = (
     ("_carriers",),
     ("_scripts", "_optimistic", "_listener", "_whereabouts"),
     ("_session",),
-    ("_said",),
+    ("_said", "_hearings"),
     ("_view", "_line", "_guard", "_cluster"),
     ("_carrier", "_record", "_shortcut", "_client"),
     ("_intents", "_lifetime", "_deadline"),
@@ -114,8 +114,8 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
         (
             "threading",
             {
-                *("_caller", "_carriers", "_ear", "_guard", "_listener", "_own", "_server", "_threads", "_twins"),
-                *("_view", "memory", "prometheus", "registry"),
+                *("_caller", "_carriers", "_ear", "_guard", "_hearings", "_listener", "_own", "_server", "_threads"),
+                *("_twins", "_view", "memory", "prometheus", "registry"),
             },
         ),
         ("socket", {"_deadline"}),

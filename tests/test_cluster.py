@@ -381,7 +381,7 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
     monkeypatch.setattr(_ear, "listen", late)
     breaker._state_storage._tenancy.listen()
     leaves.join()
-    assert not any(item.view is shared._view for item in heard[0]._hearings())
+    assert not any(item.view is shared._view for item in heard[0].hearings.all())
     monkeypatch.undo()
     settled(breaker)
 

@@ -601,7 +601,7 @@ def test_nothing_is_kept_of_circuits_that_are_gone(client):
     def most_are_forgotten() -> bool:
         gc.collect()
         breaker_on(client, "last").call(up)
-        return len(listener._of_channel) < 30
+        return len(listener.hearings._of_channel) < 30
 
     # The listener may just be reading some of them.
     wait_for(most_are_forgotten, "nothing is kept")

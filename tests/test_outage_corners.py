@@ -14,8 +14,9 @@ import redis
 from pybreaker_redis import CircuitRedisStorage, _said, _threads
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._guard import Meaning
+from pybreaker_redis._hearings import Hearing
 from pybreaker_redis._line import Line, Push
-from pybreaker_redis._session import Hearing, Session
+from pybreaker_redis._session import Session
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis._view import View
