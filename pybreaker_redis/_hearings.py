@@ -78,12 +78,13 @@ class Hearings:
     def at(self, channels: Iterable[str]) -> list[Hearing]:
         """What is heard on some channels."""
         with self._lock:
-            return list(self._described(view for channel in channels for view in self.views(channel)))
+            views = [view for channel in channels for view in self.views(channel)]
+            return [Hearing(view, *self._of_view[view]) for view in views]
 
     def all(self) -> list[Hearing]:
         """All that is heard."""
         with self._lock:
-            return list(self._described(list(self._of_view)))
+            return [Hearing(view, *of_view) for view, of_view in self._of_view.items()]
 
     @contextmanager
     def changes(self) -> Iterator[None]:
@@ -105,12 +106,7 @@ class Hearings:
                 return [], set()
             new, self._added = list(self._added), weakref.WeakSet()
             left, self._left = self._left - self._of_channel.keys(), set()
-            return list(self._described(new)), left
-
-    def _described(self, views: Iterable[View]) -> Iterator[Hearing]:
-        for view in views:
-            if (of_view := self._of_view.get(view)) is not None:
-                yield Hearing(view, *of_view)
+            return [Hearing(view, *self._of_view[view]) for view in new], left
 
     def _sweep(self) -> None:
         while self._dropped:

@@ -261,8 +261,8 @@ def nobody_listens() -> None:
     gc.collect()
     for listener in _listener._listeners._of_origin.values():
         # A test that failed is kept, with its storages, for its traceback.
-        with listener._lock:
-            listener.hearings._of_view.clear()
+        for item in listener.hearings.all():
+            listener.hearings.remove(item.view)
     for server in [*_server._servers._of_key.values()]:
         # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
         with server._lock:

@@ -563,7 +563,14 @@ class TestRecord:
         "payload",
         [
             *(b"", b"5", b"x 3 closed 1000  0 0", b"5 3 ajar 1000  0 0", b"5 -3 closed 1000  0 0"),
-            *(b"5 3 closed 1000  0", b"5 3 closed 1000  0 0 0", b"\xff\xfe", None, b"5 closed 3 1000  0 0"),
+            *(
+                b"5 3 closed 1000  0",
+                b"5 3 closed 1000  0 0 0",
+                b"\xff\xfe",
+                None,
+                b"9" * 10**6,
+                b"5 closed 3 1000  0 0",
+            ),
             # What cannot have been yet; of a time without a date every call would hear.
             *(b"1005 3 open 999999999999999  0 0", b"1005 3 open 1006  0 0"),
             f"1005 3 half-open 1000 a0 {1006 + MAX_LEASE_MS} 0".encode(),
@@ -575,10 +582,10 @@ class TestRecord:
         assert parse_push(payload) is None
 
     def test_push_is_read_as_scripts_write_it(self) -> None:
-        """All but the counters, and when it was."""
+        """All but the counters."""
         pushed = parse_push(b"1005 3 half-open 1000 a0 2000 1500")
-        assert pushed == (Circuit(HALF_OPEN, 0, 0, 1000, 3, "a0", 2000, 1500), 1005)
-        assert parse_push(b"1005 3 closed   0 0") == (Circuit(generation=3), 1005)
+        assert pushed == Circuit(HALF_OPEN, 0, 0, 1000, 3, "a0", 2000, 1500)
+        assert parse_push(b"1005 3 closed   0 0") == Circuit(generation=3)
 
     @pytest.mark.parametrize("token", ["A0", "a0 ", "g", "a" * 65])
     def test_token_that_we_never_wrote_is_nobodys(self, token: str) -> None:

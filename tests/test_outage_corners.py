@@ -226,5 +226,6 @@ def test_session_without_a_pong_is_over_and_what_is_not_known_is_not_confirmed()
     answers = [(1, 0), [b"0"], [b"closed", None], [None] * 6]
     session.line = SimpleNamespace(tracks=False, one_by_one=False, ask=lambda commands: answers)
     session._agreed = weakref.WeakKeyDictionary()
+    session._changed, session._touched = set(), set()
     session._poll([Hearing(view, ("s", "f", "p", "o", "c"), "channel")])
     assert not view.is_believed

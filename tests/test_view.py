@@ -63,11 +63,11 @@ class TestStaleness:
         view.fill(ticket, closed, 1000)
         assert view.believed() is None
 
-    def test_push_extends_no_belief(self, view: View, clock: Clock) -> None:
-        """It may have waited in a buffer for as long as this process was stopped."""
+    def test_answer_of_another_storage_extends_no_belief(self, view: View, clock: Clock) -> None:
+        """When it was asked for is not passed on."""
         fill(view, closed)
         clock.now += 1.9
-        view.hear(opened, 2900)
+        view.share(opened, 2900)
         assert view.believed() == opened
         clock.now += 0.1
         assert view.believed() is None
@@ -127,29 +127,125 @@ def test_server_whose_clock_is_set_back_is_believed_all_the_same(view: View) -> 
 
 
 class TestDeaf:
-    """What is pushed to a view that is not listened for."""
+    """What arrives at a view that is not listened for."""
 
-    def test_late_push_of_a_line_that_was_given_up_is_not_taken(self, clock: Clock) -> None:
-        """Whatever it says, nobody can tell what came after it."""
+    def test_answer_of_another_storage_is_not_taken(self, clock: Clock) -> None:
+        """A later change would not arrive."""
         view = View(STALENESS, clock)
-        view.hear(opened, 1000)
+        view.share(opened, 1000)
         assert view.known is None
+
+    def test_late_push_of_a_line_that_was_given_up_needs_no_read(self, view: View) -> None:
+        """There is no line to read on."""
+        fill(view, closed)
+        view.is_heard(False)
+        assert not view.hint(opened)
+        assert not view.hint(None)
+
+
+class TestHints:
+    """A pushed record changes no view: users who may write no key may publish."""
+
+    @pytest.mark.parametrize(
+        "pushed",
+        [
+            None,
+            opened,
+            replace(opened, generation=999_999_999_999),
+            replace(closed, state=HALF_OPEN, probe_token="abcd", probe_until_ms=9e14),
+            replace(closed, generation=3),
+            replace(closed, opened_at_ms=1),
+        ],
+        ids=["garbage", "a transition", "a far generation", "a lease", "an old generation", "a time"],
+    )
+    def test_record_that_differs_is_to_be_read_and_nothing_of_it_is_kept(
+        self, view: View, pushed: Circuit | None
+    ) -> None:
+        """Until it was read, calls use the view."""
+        fill(view, closed)
+        shortcut = (view.shortcut.admission, view.shortcut.quiet, view.shortcut.until)
+        assert view.hint(pushed)
+        assert view.known == closed
+        assert view.believed() == closed
+        assert (view.shortcut.admission, view.shortcut.quiet, view.shortcut.until) == shortcut
+
+    def test_hint_extends_no_belief(self, view: View, clock: Clock) -> None:
+        """Never beyond `max_staleness`, however much is pushed."""
+        fill(view, closed)
+        for _ in range(20):
+            clock.now += STALENESS / 16
+            view.hint(opened)
+        assert view.believed() is None
+
+    def test_circuit_that_calls_do_not_rely_on_is_not_read(self, view: View, clock: Clock) -> None:
+        """The next caller asks anyway."""
+        fill(view, closed)
+        clock.now += STALENESS
+        assert not view.hint(opened)
+
+    def test_circuit_that_is_followed_in_an_outage_is_read(self, view: View) -> None:
+        """Where the server takes no writes, this process's own circuit follows the known one."""
+        fill(view, closed)
+        view.is_unreachable()
+        assert view.hint(opened)
+
+    def test_record_before_the_first_answer_is_not_kept(self, view: View) -> None:
+        """A generation that was only pushed must reach no script."""
+        assert not view.hint(opened)
+        assert view.known is None
+
+    def test_known_record_that_is_pushed_changes_nothing(self, view: View) -> None:
+        """Who closes the circuit need not ask again because of the push."""
+        fill(view, closed)
+        admission = view.shortcut.quiet
+        assert not view.hint(closed)
+        assert view.shortcut.quiet is admission
+
+    def test_noise_mark_of_the_known_generation_ends_the_quiet_until_the_next_answer(self, view: View) -> None:
+        """Successes are reported; the answer to the first tells whether there was a failure."""
+        fill(view, closed)
+        assert not view.hint(replace(closed, noisy_until_ms=2500))
+        assert view.shortcut.admission is not None
+        assert view.shortcut.quiet is None
+        assert view.known == closed
+        fill(view, closed, 1500)
+        assert view.shortcut.quiet is not None
+
+    def test_noise_mark_of_an_open_circuit_changes_nothing(self, view: View) -> None:
+        """There are no successes to report."""
+        fill(view, opened)
+        rejection = view.shortcut.rejection
+        assert not view.hint(replace(opened, noisy_until_ms=2500))
+        assert view.shortcut.rejection is rejection is not None
+
+    @pytest.mark.parametrize("arrives", ["answer", "poll"])
+    def test_answer_that_was_asked_for_before_a_push_is_not_quiet(self, view: View, arrives: str) -> None:
+        """The failure that was pushed may have been counted after the answer was given."""
+        fill(view, closed)
+        slow = view.ticket()
+        view.hint(replace(closed, noisy_until_ms=2500))
+        if arrives == "answer":
+            view.fill(slow, closed, 1400)
+        else:
+            view.confirm(slow, 1400, failures=0, quiet=True)
+        assert view.believed() == closed
+        assert view.shortcut.quiet is None
 
 
 class TestOrder:
     """The later of two records is kept, however they arrive."""
 
-    @pytest.mark.parametrize("arrives", ["answer", "push"])
+    @pytest.mark.parametrize("arrives", ["answer", "share"])
     def test_older_generation_changes_nothing(self, view: View, arrives: str) -> None:
-        """A slow answer, or a push behind it in the queue."""
+        """A slow answer, or one that another storage was given."""
         fill(view, opened, 2000)
         if arrives == "answer":
             fill(view, closed, 3000)
         else:
-            view.hear(closed, 3000)
+            view.share(closed, 3000)
         assert view.believed() == opened
 
-    @pytest.mark.parametrize("arrives", ["answer", "push"])
+    @pytest.mark.parametrize("arrives", ["answer", "share"])
     def test_earlier_instant_of_a_generation_changes_nothing(self, view: View, arrives: str) -> None:
         """The server's clock orders what happens within a generation."""
         later = replace(opened, opened_at_ms=1500)
@@ -158,13 +254,13 @@ class TestOrder:
         if arrives == "answer":
             view.fill(slow, opened, 1999)
         else:
-            view.hear(opened, 1999)
+            view.share(opened, 1999)
         assert view.believed() == later
 
     def test_later_generation_is_taken_whatever_the_clock_says(self, view: View) -> None:
         """A server that took over may be behind."""
         fill(view, closed, 2000)
-        view.hear(opened, 5)
+        view.share(opened, 5)
         assert view.believed() == opened
 
     def test_reconnect_takes_the_clock_of_the_new_server(self, view: View) -> None:
@@ -186,7 +282,7 @@ class TestOrder:
         """It read what was true before; the next one will tell."""
         fill(view, closed)
         slow = view.ticket()
-        view.hear(opened, 1500)
+        view.share(opened, 1500)
         view.doubt(slow)
         assert view.believed() == opened
         view.confirm(slow, 1400, failures=0, quiet=True)
@@ -216,25 +312,18 @@ class TestQuiet:
         fill(view, replace(closed, fail_counter=1, noisy_until_ms=0), 3_600_000)
         assert not self.quiet(view)
 
-    def test_noise_that_is_heard_ends_the_quiet(self, view: View) -> None:
-        """Somebody has failed."""
-        fill(view, closed)
-        view.hear(replace(closed, noisy_until_ms=2500), 1500)
-        assert view.believed() is not None
-        assert not self.quiet(view)
-
-    def test_transition_that_is_heard_is_not_quiet(self, view: View) -> None:
-        """A push says nothing of counters."""
+    def test_transition_that_another_storage_was_answered_is_not_quiet(self, view: View) -> None:
+        """A failure may have been pushed before that answer was passed on."""
         fill(view, opened)
-        view.hear(replace(closed, generation=6), 1500)
+        view.share(replace(closed, generation=6), 1500)
         assert view.shortcut.admission is not None
         assert view.shortcut.quiet is None
 
-    def test_own_change_that_is_pushed_back_changes_nothing(self, view: View) -> None:
-        """Who closes the circuit need not ask again because he hears of it."""
+    def test_answer_that_two_storages_were_given_changes_nothing(self, view: View) -> None:
+        """It is the same instant."""
         fill(view, closed)
         admission = view.shortcut.quiet
-        view.hear(closed, 1000)
+        view.share(closed, 1000)
         assert view.shortcut.quiet is admission
 
     @pytest.mark.parametrize("order", ["success first", "noise first"])
@@ -244,9 +333,9 @@ class TestQuiet:
         noise = replace(closed, noisy_until_ms=2000)
         if order == "success first":
             fill(view, closed, 1000)
-            view.hear(noise, 1000)
+            view.share(noise, 1000)
         else:
-            view.hear(noise, 1000)
+            view.share(noise, 1000)
             fill(view, closed, 1000)
         assert not self.quiet(view)
 
@@ -329,13 +418,13 @@ def test_open_circuit_rejects_everybody_until_a_breaker_was_otherwise(view: View
 
 
 def test_counter_is_the_last_that_was_answered_or_polled(view: View) -> None:
-    """Pushes tell of no counters; a circuit of this process's own goes on from the one that is known."""
+    """A circuit of this process's own goes on from the one that is known."""
     fill(view, replace(closed, fail_counter=1), 1000)
     fill(view, replace(closed, fail_counter=2), 1000)
     assert view.known == replace(closed, fail_counter=2), "within the same millisecond"
-    view.hear(replace(closed, noisy_until_ms=2100), 1100)
-    assert view.known == replace(closed, fail_counter=2, noisy_until_ms=2100)
+    view.hint(replace(closed, noisy_until_ms=2100))
+    assert view.known == replace(closed, fail_counter=2)
     view.confirm(view.ticket(), 1200, failures=0, quiet=False)
-    assert view.known == replace(closed, fail_counter=0, noisy_until_ms=2100)
-    view.hear(replace(opened, generation=closed.generation + 1), 1300)
-    assert view.known.fail_counter == opened.fail_counter
+    assert view.known == closed
+    view.share(replace(closed, fail_counter=3), 1300)
+    assert view.known == replace(closed, fail_counter=3)

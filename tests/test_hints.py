@@ -1,0 +1,410 @@
+"""A push is a hint, an answer is a fact: what users who may only publish can do, and what a push costs.
+
+Real servers.  The forger is a user of the server without a right to any key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
+from typing import Any
+
+import pybreaker
+import pytest
+import redis
+
+from pybreaker_redis import CircuitMemoryStorage, _said
+from pybreaker_redis._circuit import OPEN, Circuit
+from pybreaker_redis._clock import from_ms
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._hearings import Hearings
+from pybreaker_redis._keys import channel_of, circuit_keys
+from pybreaker_redis._line import Push
+from pybreaker_redis._listener import Listener
+from pybreaker_redis._session import SHORTEST_WAIT, Session
+from pybreaker_redis._view import View
+from tests.viewed import (
+    NAMESPACE,
+    breaker_on,
+    counted,
+    fails,
+    lines,
+    listeners,
+    settled,
+    up,
+    view_of,
+    wait_for,
+)
+
+pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
+
+#: Nothing that is noticed within this time was noticed by a beat.
+PATIENT = 60.0
+
+#: Longest time for a push and a read, seconds, on a machine that does other things too.
+PUSH = 2.0
+
+STALENESS = 1.0
+
+KEYS = circuit_keys(NAMESPACE, one_slot=False)
+CHANNEL = channel_of(KEYS, 0)
+
+Publish = Callable[..., None]
+
+
+@pytest.fixture
+def forge(server: PrivateServer) -> Iterator[Publish]:
+    """Publishes on the circuit's channel, as a user who may do nothing else."""
+    with contextlib.closing(server.client()) as administrator:
+        rights = ("on", ">e", "resetkeys", "allchannels", "-@all", "+publish", "+auth", "+hello")
+        administrator.execute_command("ACL", "SETUSER", "eve", "reset", *rights)
+    with contextlib.closing(server.client(username="eve", password="e")) as eve:
+        yield lambda payload, channel=CHANNEL: eve.execute_command("PUBLISH", channel, payload)
+
+
+@pytest.fixture
+def other(server: PrivateServer) -> Iterator[pybreaker.CircuitBreaker]:
+    """The same circuit elsewhere, which always asks."""
+    with contextlib.closing(server.client()) as client:
+        yield breaker_on(client, max_staleness=0, reset_timeout=60)
+
+
+def stored(client: redis.Redis) -> dict[bytes, Any]:
+    """All that lies in Redis."""
+    return {
+        key: client.hgetall(key) if client.type(key) == b"hash" else client.get(key) for key in sorted(client.keys("*"))
+    }
+
+
+def now_ms() -> int:
+    """What a forger takes for the server's time."""
+    return int(time.time() * 1000)
+
+
+FORGED = {
+    "half-open for a day": lambda now: f"{now} 7 half-open {now} abcd {now + 86_000_000} 0",
+    "open, last generation": lambda now: f"{now} 999999999999 open {now}  0 0",
+    "far future": lambda now: "999999999999999 7 open 999999999999999  0 0",
+    "far past": lambda now: "0 7 open 0  0 0",
+    "next generation": lambda now: f"{now} 1 open {now}  0 0",
+    "noise": lambda now: f"{now} 0 closed   0 {now + 60_000}",
+    "token": lambda now: f"{now} 0 closed  abcd {now + 86_000_000} 0",
+    "not UTF-8": lambda now: b"\xff\xfe 7 open \xff  0 0",
+    "huge": lambda now: b"1" * 5_000_000,
+    "empty": lambda now: b"",
+}
+
+
+# -- who may only publish ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, protocol, forge, name):
+    """Calls go on, the record stays as it is, and so does what would be stored if Redis lost it."""
+    breaker = settled(breaker_on(client, max_staleness=STALENESS, reset_timeout=60))
+    known, before = view_of(breaker).known, stored(client)
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+        forge(FORGED[name](now_ms()))
+        assert breaker.call(up) == "answer"
+        assert breaker.current_state == "closed"
+        assert breaker._state_storage.opened_at is None
+    assert stored(client) == before
+    assert view_of(breaker).known == known
+    client.flushall()
+    wait_for(lambda: breaker.call(up) and client.exists(KEYS[0]), "the circuit is back in Redis")
+    assert stored(client) == before
+    settled(breaker)
+    assert len(listeners()) == 1
+
+
+def test_forged_record_keeps_no_circuit_open(server, client, protocol, forge, other):
+    """Neither a close nor a probe is held up by a generation that nobody has answered."""
+    breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
+    for verb, state in (("open", "open"), ("close", "closed")) * 3:
+        for name in ("open, last generation", "half-open for a day", "far future"):
+            forge(FORGED[name](now_ms()))
+        getattr(other, verb)()
+        assert wait_for(lambda state=state: breaker.current_state == state, state) < PUSH
+    assert int(client.hget(KEYS[4], "generation")) == 6
+
+
+@pytest.mark.parametrize("channel", ["__redis__:invalidate", f"{NAMESPACE}:pybreaker:circuit", f"x{CHANNEL}"])
+def test_message_on_a_channel_that_looks_alike_is_not_received(client, protocol, forge, channel):
+    """Invalidations come from the server alone, and each circuit has one channel."""
+    breaker = settled(breaker_on(client, max_staleness=PATIENT))
+    with counted(client) as asked:
+        for payload in (KEYS[0], FORGED["next generation"](now_ms())):
+            forge(payload, channel=channel)
+        forge(FORGED["next generation"](now_ms()))
+        wait_for(lambda: client.info("commandstats").get("cmdstat_hmget"), "the last one is read")
+        assert breaker.call(up) == "answer"
+    assert asked["hmget"] == 1, asked
+
+
+def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(client, protocol, forge, caplog):
+    """Whatever is published, and however often."""
+    caplog.set_level(logging.DEBUG, "pybreaker_redis")
+    breaker = settled(breaker_on(client, max_staleness=STALENESS))
+    caplog.clear()
+    with counted(client) as asked:
+        began, sent = time.monotonic(), 0
+        while time.monotonic() < began + 1.0:
+            forge(f"{now_ms()} {sent} open {now_ms()}  0 0")
+            sent += 1
+        assert breaker.call(up) == "answer"
+        seconds = time.monotonic() - began
+    reads = asked["hmget"] - asked.get("evalsha", 0)
+    assert sent > 200
+    assert 1 <= reads <= seconds / SHORTEST_WAIT + 2 * seconds / STALENESS + 2, asked
+    assert asked.get("evalsha", 0) == 0, "a transition that never was makes no call ask"
+    assert caplog.messages == []
+
+
+def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol, forge, other):
+    """A mark excuses no other change from being read."""
+    breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            for generation in range(7):
+                for state in ("open", "closed"):
+                    forge(f"{now_ms()} {generation} {state} {now_ms()}  0 {now_ms() + 2000}")
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        for verb, state in (("open", "open"), ("close", "closed")) * 3:
+            getattr(other, verb)()
+            assert wait_for(lambda state=state: breaker.current_state == state, state) < PUSH
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_forged_noise_costs_one_report_at_most(client, protocol, forge):
+    """The answer to that report says that there was no failure."""
+    breaker = settled(breaker_on(client, max_staleness=PATIENT))
+    with counted(client) as asked:
+        forge(FORGED["noise"](now_ms()))
+        wait_for(lambda: view_of(breaker).shortcut.quiet is None, "the mark arrives")
+        for _ in range(100):
+            breaker.call(up)
+    assert asked["evalsha"] == 1
+
+
+# -- what the listener reads counts as answered ------------------------------------------------------------------------
+
+
+def test_transition_of_another_process_costs_no_call_a_round_trip(client, protocol, other):
+    """The listener has read it: calls go on from the view."""
+    breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
+    for verb, state in (("open", "open"), ("close", "closed")) * 5:
+        with counted(client) as asked:
+            getattr(other, verb)()
+            scripts = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+            wait_for(lambda state=state: breaker.current_state == state, state)
+            with contextlib.suppress(pybreaker.CircuitBreakerError):
+                breaker.call(up)
+        assert asked["evalsha"] == scripts, "of the one who moves it"
+
+
+def test_record_that_the_listener_has_read_is_restored(client, protocol, other):
+    """No caller of this process has asked since the trip; what was read is a fact all the same."""
+    breaker = settled(breaker_on(client, max_staleness=STALENESS, reset_timeout=60))
+    other.open()
+    wait_for(lambda: breaker.current_state == "open", "open")
+    opened = stored(client)
+    client.flushall()
+    wait_for(lambda: breaker.current_state == "open" and client.exists(KEYS[0]), "the circuit is back in Redis")
+    assert stored(client) == opened
+
+
+class Fake:
+    """A line whose answers a test writes."""
+
+    tracks = one_by_one = False
+
+    def __init__(self, hear: Callable[[Push], None]) -> None:
+        self.hear = hear
+        self.answers: list[Any] = []
+        self.pushes: list[Push] = []
+
+    def ask(self, commands: list[Any]) -> list[Any]:
+        """What was written, and what arrives meanwhile."""
+        for push in self.pushes:
+            self.hear(push)
+        return self.answers
+
+
+def overtaken(*pushes: Push) -> tuple[View, Session]:
+    """A view of an open circuit, after a poll between whose commands a probe was claimed."""
+    view, hearings = View(PATIENT), Hearings()
+    hearings.add(view, KEYS, CHANNEL)
+    session = Session(Fake, hearings, set())  # type: ignore[arg-type]
+    session._keys = {CHANNEL: KEYS}
+    session._channels = dict.fromkeys(KEYS, CHANNEL)
+    line: Any = session.line
+    view.is_heard(True)
+    view.fill(view.ticket(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
+    line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0"]]
+    line.pushes = [*pushes]
+    session._poll(hearings.all())
+    return view, session
+
+
+def test_read_with_a_script_in_between_is_repeated_and_doubts_nothing():
+    """The commands of a batch are not one step, and this time the push says so."""
+    view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0"]))
+    assert view.is_believed
+    assert session._changed == {CHANNEL}
+    line: Any = session.line
+    line.answers[2] = [b"half-open", b"5"]
+    line.pushes = []
+    session._read_again()
+    known = view.known
+    assert known is not None
+    assert (known.generation, known.state) == (2, "half-open")
+    assert session._changed == set()
+
+
+def test_read_that_makes_no_sense_is_left_to_the_next_caller():
+    """A foreign writer's record has to be adopted, which takes a script."""
+    view, _ = overtaken()
+    assert not view.is_believed
+
+
+def test_circuit_that_calls_do_not_rely_on_is_not_read_again(client, other):
+    """An idle process costs the server nothing for a transition but the push."""
+    breaker = settled(breaker_on(client, max_staleness=0.2))
+    wait_for(lambda: not view_of(breaker).is_believed and not view_of(breaker).shortcut.taken, "idle")
+    with counted(client) as asked:
+        other.open()
+        other.close()
+        time.sleep(0.1)
+    assert asked.get("hmget", 0) == asked["evalsha"], "by scripts"
+
+
+# -- work on what has changed only -------------------------------------------------------------------------------------
+
+
+def test_push_costs_the_same_with_many_circuits(client):
+    """CPU of one process; until now each wake-up of its listener walked through all circuits."""
+    cost = {}
+    for count in (50, 1500):
+        breakers = [breaker_on(client, f"many{count}-{number}", fail_max=10**6) for number in range(count)]
+        for breaker in breakers:
+            breaker.call(up)
+        wait_for(lambda breakers=breakers: all(view_of(breaker).is_heard_of for breaker in breakers), "heard")
+        spans = []
+        for begin in range(3):
+            began = time.process_time()
+            for breaker in breakers[begin * 15 :][:15]:
+                fails(breaker)
+                time.sleep(0.002)
+            spans.append(time.process_time() - began)
+        cost[count] = min(spans)
+    # Twice in a second there is a beat, which looks at each circuit once.
+    assert cost[1500] < 3 * cost[50], cost
+
+
+def test_wake_up_takes_what_was_added_and_left_since_the_last():
+    """Views that came and went between two looks leave no trace."""
+    hearings = Hearings()
+    one, two, three = View(1.0), View(1.0), View(1.0)
+    hearings.add(one, KEYS, "a")
+    with hearings.changes():
+        assert [item.view for item in hearings.take()[0]] == [one]
+        assert hearings.take() == ([], set())
+        hearings.add(two, KEYS, "a")
+        hearings.add(three, KEYS, "b")
+        hearings.remove(three)
+        new, left = hearings.take()
+        assert ([item.view for item in new], left) == ([two], {"b"})
+        del new
+        hearings.remove(one)
+        assert hearings.take() == ([], set()), "another one of that channel is there"
+        gone = weakref.ref(two)
+        del two
+        wait_for(lambda: gone() is None, "collected")
+        assert hearings.take() == ([], {"a"})
+        assert hearings.views("a") == []
+    assert not hearings
+
+
+def test_view_that_comes_again_on_another_channel_leaves_the_first():
+    """A circuit that moves to another node of a cluster."""
+    hearings, view = Hearings(), View(1.0)
+    with hearings.changes():
+        hearings.add(view, KEYS, "a")
+        assert hearings.take()[1] == set()
+        hearings.add(view, KEYS, "b")
+        new, left = hearings.take()
+    assert ([item.channel for item in new], left) == (["b"], {"a"})
+    hearings.remove(view)
+    assert hearings.take() == ([], set()), "nothing is noted while nothing takes it"
+
+
+# -- times and log lines -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_ms", [1e18, -1e18, float("inf"), float("-inf"), float("nan")])
+def test_time_without_a_date_is_bounded(at_ms):
+    """A guarded call adds its timeout to it, and must not raise."""
+    assert isinstance(from_ms(at_ms) + timedelta(days=365_000), datetime)
+
+
+def test_far_time_that_was_set_rejects_calls_and_does_not_raise_otherwise():
+    """Whatever the storage."""
+    storage = CircuitMemoryStorage("closed")
+    breaker = pybreaker.CircuitBreaker(state_storage=storage)
+    breaker.open()
+    storage.opened_at = datetime.max.replace(tzinfo=timezone.utc)
+    with contextlib.suppress(pybreaker.CircuitBreakerError):
+        breaker.call(up)
+
+
+def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkeypatch):
+    """A proxy that hangs up again and again fills no disk."""
+    caplog.set_level(logging.DEBUG, "pybreaker_redis")
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(_said, "monotonic", lambda: clock.now)
+    breaker = settled(breaker_on(client))
+
+    def lose() -> None:
+        before = {line["id"] for line in lines(client)}
+        for line in before:
+            client.client_kill_filter(_id=line)
+        wait_for(lambda: {line["id"] for line in lines(client)} - before, "a new line")
+        settled(breaker)
+
+    for _ in range(4):
+        lose()
+    said = [message for message in caplog.messages if "no push" in message]
+    assert len(said) == 1
+    clock.now += _said.REPEAT_PAUSE_S
+    lose()
+    (_, again) = [message for message in caplog.messages if "no push" in message]
+    assert "3 more" in again
+
+
+def test_refusals_are_logged_once_a_minute_with_a_count(client, caplog, monkeypatch):
+    """Rights that come and go, or lines that serve for a moment each."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(_said, "monotonic", lambda: clock.now)
+    breaker = settled(breaker_on(client))
+    listener: Listener = breaker._state_storage._tenancy.shared._ear._listener
+    for seconds in (0, 1, 1, _said.REPEAT_PAUSE_S):
+        clock.now += seconds
+        listener._refused = False  # A poll was answered in between.
+        listener.say_refused("NOPERM")
+    first, last = caplog.messages
+    assert first.endswith("every look at a circuit is a round trip")
+    assert last.endswith("; 2 more like this since the last such line")
