@@ -26,6 +26,9 @@ PACE = 5.0
 #: Of 100 calls in a storm so many fail.
 FAILING = 30
 
+#: Transitions per second, in turn to open and to closed.
+TURNS = 20.0
+
 #: Seconds that a fleet has to listen.
 DEADLINE = 30.0
 
@@ -57,7 +60,8 @@ def go_about(worker: Worker, seconds: float) -> float:
     """Calls at the usual pace, in turn; how many they were per second, which is fewer if there is not the CPU."""
     made, began = 0, time.monotonic()
     while time.monotonic() < began + seconds and not worker.dismissed:
-        _members[made % len(_members)].call(lambda: None)
+        with contextlib.suppress(pybreaker.CircuitBreakerError):
+            _members[made % len(_members)].call(lambda: None)
         made += 1
         time.sleep(max(0.0, began + made / PACE / len(_members) - time.monotonic()))
     return made / seconds
@@ -79,7 +83,17 @@ def fail_often(worker: Worker, seconds: float) -> float:
     return made / seconds
 
 
-@dataclass(frozen=True)
+def turn_often(worker: Worker, seconds: float) -> float:
+    """Open and close the circuit by hand, in turn; how often per second."""
+    made, began = 0, time.monotonic()
+    while time.monotonic() < began + seconds and not worker.dismissed:
+        (worker.breaker.close if made % 2 else worker.breaker.open)()
+        made += 1
+        time.sleep(max(0.0, began + made / TURNS - time.monotonic()))
+    return made / seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What the server has done since it was started.
 
@@ -88,12 +102,14 @@ class Usage:
         cpu: Seconds.
         reads: Times that it has read from a connection: round trips.
         published: Messages that it was given to publish.
+        commands: Commands that it has carried out, those of scripts among them.
     """
 
     at: float
     cpu: float
     reads: int
     published: int
+    commands: int
 
     @classmethod
     def of(cls, client: redis.Redis) -> Usage:
@@ -101,7 +117,12 @@ class Usage:
         info = client.info("everything")
         published = sum(info.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("publish", "spublish"))
         cpu = info["used_cpu_sys"] + info["used_cpu_user"]
-        return cls(time.monotonic(), cpu, info["total_reads_processed"], published)
+        commands = sum(stat["calls"] for name, stat in info.items() if name.startswith("cmdstat_"))
+        return cls(time.monotonic(), cpu, info["total_reads_processed"], published, commands)
+
+    def since(self, before: Usage) -> Usage:
+        """What was done in between; `at` is how long that took."""
+        return Usage(*(getattr(self, name) - getattr(before, name) for name in self.__slots__))
 
 
 def listening(client: redis.Redis) -> int:
@@ -114,13 +135,14 @@ def listening(client: redis.Redis) -> int:
 def fleet_of(make: Make, members: int, server: PrivateServer, log: str) -> Iterator[Fleet]:
     """A fleet, all of which listen if they are ours, and one more process."""
     spec = Spec(make, server.unix_socket, log, fail_max=NEVER)
-    for number in range(members // HOSTS):
+    hosts = min(HOSTS, members)
+    for number in range(members // hosts):
         name = Path(address(server.unix_socket, number))
         name.unlink(missing_ok=True)
         name.symlink_to(server.unix_socket)
-    with Fleet([spec] * (HOSTS + 1)) as fleet, contextlib.closing(server.client()) as client:
+    with Fleet([spec] * (hosts + 1)) as fleet, contextlib.closing(server.client()) as client:
         for host in fleet.workers[1:]:
-            host.begin(enlist, members // HOSTS)
+            host.begin(enlist, members // hosts)
         for host in fleet.workers[1:]:
             host.result()
         until = time.monotonic() + DEADLINE
@@ -176,5 +198,47 @@ def test_cost_at_the_server(quick: bool, server: PrivateServer, tmp_path: Path, 
             f"Each process makes {PACE:.0f} guarded calls per second. In the storm one more calls as fast as it can, "
             f"and {FAILING} of 100 of its calls fail. In truth {HOSTS} processes stand for all, with connections and a "
             "listening thread for each; where they make fewer calls than that, the callers' CPUs are busy.",
+        )
+    )
+
+
+def test_cost_of_a_transition(quick: bool, server: PrivateServer, tmp_path: Path, show: Callable[[str], None]) -> None:
+    """What a transition costs the server, each listening process included: the difference to a time without any."""
+    seconds, sizes = (2.0, [100]) if quick else (8.0, [1, 10, 100])
+    rows = []
+    for members in sizes:
+        with (
+            fleet_of("ours", members, server, str(tmp_path / f"turns-{members}")) as fleet,
+            contextlib.closing(server.client()) as client,
+        ):
+            turning, *hosts = fleet.workers
+            used = []
+            for turns in (False, True):
+                for host in hosts:
+                    host.begin(go_about, seconds + 2 * MARGIN)
+                if turns:
+                    turning.begin(turn_often, seconds + 2 * MARGIN)
+                time.sleep(MARGIN)
+                before = Usage.of(client)
+                time.sleep(seconds)
+                used.append(Usage.of(client).since(before))
+                for worker in fleet.workers if turns else hosts:
+                    worker.result()
+            without, with_turns = used
+            moves = with_turns.published
+            cpu, commands, reads = (
+                (getattr(with_turns, name) - getattr(without, name) * with_turns.at / without.at) / moves
+                for name in ("cpu", "commands", "reads")
+            )
+            rows.append(
+                [str(members), short(moves / with_turns.at), f"{cpu * 1e6:,.0f} µs", short(commands), short(reads)]
+            )
+    show(
+        table(
+            "At the server, per transition",
+            ["listening", "transitions per second", "of a CPU", "commands", "round trips"],
+            rows,
+            "``open()`` and ``close()`` by hand, the scripts of the process that does it included, without what the "
+            "listening processes cost anyway.",
         )
     )
