@@ -20,6 +20,9 @@ OBSERVERS = 4
 #: Pause between two looks, seconds: short beside what is measured, long enough that nobody is short of CPU.
 GLANCE = 0.0002
 
+#: Pause before a transition, seconds: a listener reads changed circuits 100 times a second at most.
+PAUSE = 0.03
+
 #: Seconds in which a transition must be seen.
 DEADLINE = 10.0
 
@@ -107,6 +110,7 @@ def test_propagation(
                 observer.begin(see, state)
             for observer in observers:
                 observer.wait_for("looking")
+            time.sleep(PAUSE)
             began, returned = operator.run(turn, verb)
             seen[make].add(began, returned, [observer.result() for observer in observers])
 

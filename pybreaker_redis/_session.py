@@ -3,7 +3,7 @@
 Knows: views, the line to a server, when to poll.  Does not know: threads, what comes after.
 
 * A record that a script publishes is a hint: unless it marks noise only, the circuit is read again at once, and what
-  was read fills the view like any answer.  Reads of this kind are `SHORTEST_WAIT` apart, whatever is published.
+  was read fills the view like any answer.  There is one read of this kind each `REREAD_EVERY_S` on average, at most.
 * Every beat, the circuits that were used since the last one are read again in one batch.  What was read as it is known
   may be believed for another `max_staleness`.
 * If the server tells of changes that were not published, those circuits are read again at once, too.
@@ -32,8 +32,12 @@ BEATS = 2
 #: Longest wait until new circuits are noticed, seconds.
 LONGEST_WAIT = 0.5
 
-#: Shortest time between two reads of circuits that were reported changed, seconds.
-SHORTEST_WAIT = 0.01
+#: Seconds between two reads of circuits that were reported changed, on average, whatever is published.
+REREAD_EVERY_S = 0.01
+
+#: Reads of that kind that may follow one another at once after a quiet time: a move by hand publishes twice within a
+#: millisecond, and so does a probe that succeeds.
+REREADS_AT_ONCE = 5
 
 
 class Session:
@@ -144,7 +148,8 @@ class Session:
         # What changes while these are read is for the next time.
         changed, self._changed, self._touched = self._changed | self._touched, set(), set()
         self._poll([item for item in self._hearings.at(changed) if item.view.needs_changes])
-        self._reread_at = monotonic() + SHORTEST_WAIT
+        credit = (REREADS_AT_ONCE - 1) * REREAD_EVERY_S
+        self._reread_at = max(self._reread_at, monotonic() - credit) + REREAD_EVERY_S
 
     def _take(self, push: Push) -> None:
         kind, *rest = push
