@@ -164,9 +164,10 @@ class Session:
                 self._touched.discard(channel)
         elif text(kind) == "invalidate":
             # No keys: all of them, as after FLUSHALL.
-            for key in self._channels if rest[0] is None else [text(key) or "" for key in rest[0]]:
-                if (channel := self._channels.get(key, "")) != "":
-                    (self._touched if self._keys[channel][4] == key else self._changed).add(channel)
+            keys = self._channels.keys()
+            for key in keys if rest[0] is None else keys & {text(key) or "" for key in rest[0]}:
+                channel = self._channels[key]
+                (self._touched if key == self._keys[channel][4] else self._changed).add(channel)
         elif text(kind) == "pong":
             self._awaits_pong = False
 
