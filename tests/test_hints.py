@@ -254,6 +254,7 @@ def overtaken(*pushes: Push) -> tuple[View, Session]:
     line: Any = session.line
     view.is_heard(True)
     view.fill(view.ticket(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
+    assert view.is_believed
     line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0"]]
     line.pushes = [*pushes]
     session._poll(hearings.all())
@@ -279,6 +280,25 @@ def test_read_that_makes_no_sense_is_left_to_the_next_caller():
     """A foreign writer's record has to be adopted, which takes a script."""
     view, _ = overtaken()
     assert not view.is_believed
+
+
+@pytest.mark.parametrize(
+    ("key", "pushed", "is_read"),
+    [
+        (KEYS[4], b"7000 1 closed   0 9000", False),
+        (KEYS[4], b"7000 2 open 7000  0 0", True),
+        (KEYS[0], b"7000 1 closed   0 9000", True),
+        (KEYS[3], b"7000 1 closed   0 9000", True),
+    ],
+    ids=["noise", "transition", "foreign state with noise", "foreign time with noise"],
+)
+def test_noise_mark_excuses_the_change_of_the_hash_that_it_made_and_no_other(key, pushed, is_read):
+    """Failures cost listeners no read; a mark, forged or not, hides no foreign writer."""
+    view, session = overtaken()
+    view.fill(view.ticket(), Circuit(generation=1), 6500)
+    session._take(Push([b"invalidate", [key.encode(), b"unknown"]]))
+    session._take(Push([b"message", CHANNEL.encode(), pushed]))
+    assert bool(session._changed | session._touched) == is_read
 
 
 def test_circuit_that_calls_do_not_rely_on_is_not_read_again(client, other):
