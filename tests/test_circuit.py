@@ -41,7 +41,7 @@ from pybreaker_redis._intents import (
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._record import believe, parse, parse_push, writes
+from pybreaker_redis._record import MAX_PUSH_BYTES, believe, parse, parse_push, writes
 from tests.records import Wish, circuits, states, wishes
 
 NOW = 1_000_000_000_000
@@ -580,6 +580,15 @@ class TestRecord:
     def test_push_that_makes_no_sense_is_none(self, payload: bytes | None) -> None:
         """Anybody may publish on a channel."""
         assert parse_push(payload) is None
+
+    def test_huge_push_is_not_even_decoded(self) -> None:
+        """A flood of them would cost the listening thread more than the read that follows."""
+
+        class Huge(bytes):
+            def decode(self, *_: str) -> str:
+                raise AssertionError
+
+        assert parse_push(Huge(b"1005 3 closed   0 0" + b" " * MAX_PUSH_BYTES)) is None
 
     def test_push_is_read_as_scripts_write_it(self) -> None:
         """All but the counters."""

@@ -163,7 +163,7 @@ def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(clien
     reads = asked["hmget"] - asked.get("evalsha", 0)
     assert sent > 200
     assert 1 <= reads <= seconds / REREAD_EVERY_S + REREADS_AT_ONCE + 2 * seconds / STALENESS + 2, asked
-    assert asked.get("evalsha", 0) == 0, "a transition that never was makes no call ask"
+    assert asked.get("evalsha", 0) <= 1, "an answer that was overtaken by a push is not quiet: the success is reported"
     assert caplog.messages == []
 
 
