@@ -224,7 +224,7 @@ class Session:
             circuit = sound(_found(*read), known, server_ms)
             if circuit is None:
                 # A script may have run between the commands of this batch: then the circuit is read again anyway.
-                if item.channel not in self._changed | self._touched:
+                if item.channel not in self._changed and item.channel not in self._touched:
                     view.doubt(ticket)
                 return
             if not is_same_but_counters(circuit, known):

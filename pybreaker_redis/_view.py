@@ -75,6 +75,7 @@ class View:
         self._beliefs = 0
         self._changes = 0
         self._hints = 0
+        self._asked_at = -math.inf
         renew_in_children(self)
 
     # For readers --------------------------------------------------------------------------------------------------
@@ -122,7 +123,8 @@ class View:
 
     def ticket(self) -> Ticket:
         """To be taken before asking: whatever was forgotten or heard meanwhile is not overwritten by the answer."""
-        return Ticket(self._now(), self._beliefs, self._changes, self._hints)
+        self._asked_at = self._now()
+        return Ticket(self._asked_at, self._beliefs, self._changes, self._hints)
 
     def fill(self, ticket: Ticket, circuit: Circuit, now_ms: float) -> None:
         """An answer has come: this was true at `now_ms`."""
@@ -159,8 +161,8 @@ class View:
 
     @property
     def needs_changes(self) -> bool:
-        """Whether calls rely on the known record, so that a change has to be read at once."""
-        return self.is_believed or not self._reachable
+        """Whether calls rely on the known record or on an answer under way, so that a change is to be read at once."""
+        return self._now() < self._asked_at + self.max_staleness or not self._reachable
 
     def hint(self, circuit: Circuit | None) -> bool:
         """Compare a pushed record with the known one, and drop it.

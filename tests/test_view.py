@@ -183,10 +183,22 @@ class TestHints:
         clock.now += STALENESS
         assert not view.hint(opened)
 
-    def test_circuit_that_is_followed_in_an_outage_is_read(self, view: View) -> None:
+    def test_change_while_an_answer_is_under_way_is_read(self, view: View, clock: Clock) -> None:
+        """That answer may have been given before the change, and calls will go by it."""
+        fill(view, closed)
+        clock.now += STALENESS
+        slow = view.ticket()
+        assert view.hint(opened)
+        assert view.needs_changes
+        fill(view, opened, 2000)
+        view.fill(slow, closed, 1900)
+        assert view.believed() == opened
+
+    def test_circuit_that_is_followed_in_an_outage_is_read(self, view: View, clock: Clock) -> None:
         """Where the server takes no writes, this process's own circuit follows the known one."""
         fill(view, closed)
         view.is_unreachable()
+        clock.now += STALENESS
         assert view.hint(opened)
 
     def test_record_before_the_first_answer_is_not_kept(self, view: View) -> None:
