@@ -34,7 +34,7 @@ from tests.places import cluster_client
 from tests.servers import ONCE, FoundServer
 from tests.test_outage import calls, health_of, is_back, lines_of
 from tests.test_outage_races import is_away
-from tests.viewed import breaker_on, fails, listeners, settled, up, wait_for
+from tests.viewed import breaker_on, fails, listeners, settled, up, view_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
@@ -139,6 +139,21 @@ def test_foreign_writer_is_noticed_in_a_cluster(every_cluster: Nodes):
     took = wait_for(lambda: breaker.current_state == "open", "it is noticed")
     # A second to notice, on a machine that does other things too.
     assert took < 0.5 + 1.0
+
+
+def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
+    """A node passes on what is published at any other, whoever may write what."""
+    nodes = emptied(every_cluster)
+    one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=60)) for _ in range(2))
+    channel = one._state_storage._tenancy.shared._carriers.channel
+    known = view_of(one).known
+    now_ms = int(time.time() * 1000)
+    for _ in range(20):
+        nodes.run(nodes.primary_of(SLOT), "PUBLISH", channel, f"{now_ms} 999999999999 open {now_ms}  0 0")
+        assert one.call(up) == other.call(up) == "answer"
+    other.open()
+    wait_for(lambda: one.current_state == "open", "the trip is read")
+    assert view_of(one).known.generation == known.generation + 1
 
 
 def test_tag_of_a_namespace_is_respected(cluster: Nodes):
