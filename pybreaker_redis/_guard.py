@@ -2,7 +2,7 @@
 
 Knows: what errors mean, when Redis last failed, a monotonic clock.  Does not know: what was asked, who asks again.
 
-Whatever a client raises, it is one of five things (`meaning_of`).  Two of them say something of the server, so that all
+Whatever a client raises, it is one of six things (`meaning_of`).  Two of them say something of the server, so that all
 circuits of this process that live there are concerned; the others are a single circuit's own business.
 """
 
@@ -48,6 +48,8 @@ class Meaning(enum.Enum):
     """It answers, and takes no writes at present: of the server."""
     FORBIDDEN = "forbidden"
     """This user may not do this: of the circuit."""
+    CONTENDED = "contended"
+    """The server answers, and other writers were faster: of a single report."""
     MIGRATING = "migrating"
     """Its slot of a cluster is under way from one node to another: of the circuit."""
     FAULT = "fault"
@@ -69,7 +71,7 @@ _OF_CLASSES = {
     "TryAgainError": Meaning.MIGRATING,
     "RedisClusterException": Meaning.AWAY,
     "ValkeyClusterException": Meaning.AWAY,
-    "WatchError": Meaning.AWAY,
+    "WatchError": Meaning.CONTENDED,
     "OSError": Meaning.AWAY,
 }
 

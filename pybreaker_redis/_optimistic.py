@@ -5,10 +5,11 @@ Knows: WATCH, MULTI, EXEC around the Python model.  Does not know: what an inten
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
@@ -16,15 +17,24 @@ from redis.exceptions import WatchError
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._intents import Intent, Load
+from pybreaker_redis._clock import monotonic
+from pybreaker_redis._deadline import seconds_left
+from pybreaker_redis._intents import ClaimProbe, Intent, Load
 from pybreaker_redis._lifetime import COUNTS_MS, lifetime_ms
 from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, Found, Writes, believe, parse, writes
 from pybreaker_redis.errors import is_a
 
-#: Attempts before a contended circuit counts as out of reach.
-ATTEMPTS = 200
+#: Seconds for which a contended intent is retried where no deadline is set.
+PATIENCE_S = 2.0
+#: Share of the time until the deadline in which a contended intent is retried; the rest is for other steps of the call.
+RETRY_SHARE = 0.8
 #: Longest pause between two attempts, seconds.
-LONGEST_PAUSE = 0.02
+LONGEST_PAUSE_S = 0.05
+#: Doublings of the pause, from the duration of one attempt.
+DOUBLINGS_MAX = 5
+
+#: Part of the message of redis-py's `WatchError` for a connection that was lost under WATCH; its context is the reason.
+_LOST = "while watching"
 
 #: How the server says that a key has no TTL.
 ENDLESS = -1
@@ -67,42 +77,76 @@ class OptimisticCarrier:
         self._ttl_ms = ttl_ms
 
     def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
-        """Read under WATCH, decide in Python, write under MULTI, again if somebody was faster; see `Carrier.execute`.
+        """Read under WATCH, decide in Python, write under MULTI; retry while other writers are faster.
+
+        The retries end before the deadline.  A claim that is overtaken until then is refused.
 
         Raises:
-            redis.exceptions.WatchError: Somebody was faster 200 times.
+            redis.exceptions.WatchError: Other writers were faster in all of that time.  The server did answer; the
+                cause is the client's `TimeoutError` if the last transaction may have been executed.
             redis.exceptions.RedisError: No usable answer.
         """
         endless = False
         if isinstance(intent, Load):
-            with self.client.pipeline(transaction=False) as pipe:
-                _ask(pipe, self._keys)
-                if self._ttl_ms:
-                    pipe.pttl(self._keys[0])
-                *answers, left = (*pipe.execute(raise_on_error=False), None)[:5]
-                reply, changes = _decide(intent, *_understand(answers), known, create)
-            endless = left == ENDLESS
+            reply, changes, endless = self._look(intent, known, create)
             if not (changes or endless):
                 return reply
-        for attempt in range(ATTEMPTS):
-            with self.client.pipeline() as pipe:
+        until = monotonic() + (PATIENCE_S if (left := seconds_left()) is None else left * RETRY_SHARE)
+        for overtaken in itertools.count():
+            began = monotonic()
+            reply, is_done = self._attempt(intent, known, create, endless=endless, again=bool(overtaken))
+            if is_done:
+                return reply
+            took = monotonic() - began
+            left = until - monotonic() - took
+            if left <= 0:
+                break
+            # "Full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+            time.sleep(random.uniform(0, min(left, LONGEST_PAUSE_S, took * 2 ** min(overtaken, DOUBLINGS_MAX))))
+        if isinstance(intent, ClaimProbe):
+            return replace(reply, accepted=False)
+        raise self._overtaken()
+
+    def _look(self, intent: Load, known: Circuit | None, create: str) -> tuple[Reply, Writes, bool]:
+        """Read the circuit in one round trip; what is to be repaired, and whether a TTL is missing."""
+        with self.client.pipeline(transaction=False) as pipe:
+            _ask(pipe, self._keys)
+            if self._ttl_ms:
+                pipe.pttl(self._keys[0])
+            *answers, left = (*pipe.execute(raise_on_error=False), None)[:5]
+        reply, changes = _decide(intent, *_understand(answers), known, create)
+        return reply, changes, left == ENDLESS
+
+    def _attempt(
+        self, intent: Intent, known: Circuit | None, create: str, *, endless: bool, again: bool
+    ) -> tuple[Reply, bool]:
+        """Make one transaction; the circuit as it was, and ``False``, if another writer was faster."""
+        with self.client.pipeline() as pipe:
+            is_sent = False
+            try:
                 pipe.watch(*self._keys)
-                reply, changes = _decide(intent, *_understand(_ask(pipe, self._keys)), known, create)
-                if not (changes or endless):
-                    return reply
-                pipe.multi()
-                self._write(pipe, changes)
-                self._keep(pipe, reply)
-                try:
+                found = _understand(_ask(pipe, self._keys))
+                reply, changes = _decide(intent, *found, known, create)
+                if changes or endless:
+                    pipe.multi()
+                    self._write(pipe, changes)
+                    self._keep(pipe, reply)
+                    is_sent = True
                     pipe.execute()
-                except Exception as error:
-                    if not is_a(error, "WatchError"):
-                        raise
-                    time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.0002 * 2**attempt)))
-                else:
-                    return reply
-        msg = f"circuit {self._keys[0]!r}: {ATTEMPTS} transactions in a row were overtaken by others"
-        raise WatchError(msg)
+            except Exception as error:
+                lost = error.__context__ if _LOST in str(error) else None
+                if lost is None and is_a(error, "WatchError"):
+                    return _decide(Load(), *found, known, create)[0], False
+                if again and is_a(lost or error, "TimeoutError"):
+                    # The server has answered within this deadline: contention has used the time, not an outage.
+                    raise self._overtaken() from ((lost or error) if is_sent else None)
+                if lost is not None:
+                    raise lost from lost.__cause__
+                raise
+            return reply, True
+
+    def _overtaken(self) -> WatchError:
+        return WatchError(f"circuit {self._keys[0]!r}: transactions were overtaken until the deadline was near")
 
     def _write(self, pipe: Any, changes: Writes) -> None:
         keys = dict(zip(VALUE_NAMES, self._keys, strict=True))

@@ -21,7 +21,7 @@ from pybreaker_redis._clock import now_ms
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._intents import Fenced, Intent, RecordFailure, RecordSuccess, ShareTrip
 from pybreaker_redis._shortcut import Shortcut
-from pybreaker_redis.errors import is_a
+from pybreaker_redis.errors import is_in_doubt
 from pybreaker_redis.memory import MemoryCarrier
 
 #: Where the generations of circuits of one's own begin: below zero, where shared ones never are.
@@ -157,6 +157,16 @@ class OwnCircuit:
                 self._doubtful = 0
             return reply
 
+    def as_shared(self, intent: Intent) -> Intent:
+        """Return the intent for the shared circuit: calls admitted here speak there, if neither circuit has moved."""
+        with self._lock:
+            begun, base = self._begun, self._base
+            if base is None or begun.state != CLOSED or begun.generation != self._now.generation:
+                return intent
+            if isinstance(intent, Fenced) and intent.generation == begun.generation:
+                return replace(intent, generation=base.generation)
+            return intent
+
     def report(self, known: Circuit | None) -> Report:
         """What the others have to be told of it: that it has opened, if it has since it began and is not closed again.
 
@@ -205,7 +215,7 @@ class OwnCircuit:
         try:
             yield
         except Exception as error:
-            if is_a(error, "TimeoutError"):
+            if is_in_doubt(error):
                 self._unanswered = report
             raise
 

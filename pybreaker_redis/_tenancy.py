@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from dataclasses import replace
 
 from pybreaker_redis import _said
@@ -28,7 +29,7 @@ from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._signals import raised_by_a_handler
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat, Whereabouts
-from pybreaker_redis.errors import is_a
+from pybreaker_redis.errors import is_in_doubt
 
 #: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
 FOLLOWS_WITHIN = 0.1
@@ -137,8 +138,8 @@ class Tenancy:
         """Carry out an intent on the circuit that this process goes by; no error of Redis comes from here."""
         if isinstance(intent, RecordSuccess) and (reply := self.believed(intent)):
             return reply
-        in_doubt = False
-        if self._may_ask():
+        in_doubt, intent = False, self.own.as_shared(intent)
+        if not self._has_waited() and self._may_ask():
             began, shared = monotonic(), None
             try:
                 with self._callers.current().waits(self._timeout, reports=isinstance(intent, _REPORTS)):
@@ -148,7 +149,7 @@ class Tenancy:
                     raise
                 # Clients of other libraries raise errors of their own, and callables that return a client whatever
                 # they like.  None of it may reach a guarded call; the log says what it was.
-                in_doubt = is_a(error, "TimeoutError")
+                in_doubt = is_in_doubt(error)
                 self._failed(error, began)
             finally:
                 if shared is None:
@@ -171,6 +172,10 @@ class Tenancy:
     def _say_lack(self, lack: Lack, reason: object) -> None:
         assert self.server
         self.server.say_lack(lack, reason)
+
+    def _has_waited(self) -> bool:
+        """Whether contention has used the time of the call: the rest of the call is for the local circuit."""
+        return self.is_alone and self._callers.current().waited > (self._timeout or math.inf) / 2
 
     def _may_ask(self) -> bool:
         # To be told that it is one's turn is to have to ask.
@@ -222,6 +227,9 @@ class Tenancy:
         return reply
 
     def _failed(self, error: Exception, began: float) -> None:
+        if meaning_of(error) is Meaning.CONTENDED:
+            # No outage: the local circuit serves this report, and the next look adds it to the shared circuit.
+            return
         if self.server is not None and meaning_of(error) in (Meaning.AWAY, Meaning.READ_ONLY):
             self.server.failed(error, self, began)
             return

@@ -30,6 +30,12 @@ def is_a(error: BaseException, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(error).__mro__)
 
 
+def is_in_doubt(error: BaseException) -> bool:
+    """Whether the server may have executed what got this error instead of an answer."""
+    cause = error.__cause__ if is_a(error, "WatchError") else error
+    return cause is not None and is_a(cause, "TimeoutError")
+
+
 def lacks(error: BaseException, *commands: str) -> bool:
     """Whether a server says that it does not have a command, or not for this user.
 
