@@ -175,7 +175,8 @@ class Tenancy:
 
     def _has_waited(self) -> bool:
         """Whether contention has used the time of the call: the rest of the call is for the local circuit."""
-        return self.is_alone and self._callers.current().waited > (self._timeout or math.inf) / 2
+        caller = self._callers.current()
+        return self.is_alone and not caller.is_apart and caller.waited > (self._timeout or math.inf) / 2
 
     def _may_ask(self) -> bool:
         # To be told that it is one's turn is to have to ask.

@@ -45,7 +45,7 @@ from tests.viewed import Clock, wait_for
 TIMEOUT = 0.25
 
 AWAY, READ_ONLY, FORBIDDEN, FAULT = Meaning.AWAY, Meaning.READ_ONLY, Meaning.FORBIDDEN, Meaning.FAULT
-MIGRATING = Meaning.MIGRATING
+MIGRATING, CONTENDED = Meaning.MIGRATING, Meaning.CONTENDED
 
 KEYS = circuit_keys("guarded", one_slot=True)
 
@@ -66,7 +66,7 @@ CLASSES = {
     "ValkeyClusterException": ("Valkey Cluster cannot be connected.", AWAY),
     "SlotNotCoveredError": ('Slot "1" is not covered by the cluster.', AWAY),
     "TryAgainError": ("Multiple keys request during rehashing of slot", MIGRATING),
-    "WatchError": ("Watched variable changed.", AWAY),
+    "WatchError": ("Watched variable changed.", CONTENDED),
     "ReadOnlyError": ("You can't write against a read only replica.", READ_ONLY),
     "OutOfMemoryError": ("command not allowed when used memory > 'maxmemory'.", READ_ONLY),
     "NoPermissionError": ("User shop has no permissions to run the 'evalsha' command", FORBIDDEN),
