@@ -19,10 +19,22 @@ LONGEST = 10 * 365 * 24 * 3600
 _TAGGED = re.compile(r"[^{}]*(?:\{[^{}]+\}[^{}]*)*")
 
 
+#: Longest text of a value in an error, characters.
+SHOWN_MAX = 80
+
+
+def shown(value: Any) -> str:
+    """Return a value for the text of an error: cut, and without the secrets of a client or a URL."""
+    text = repr(value) if isinstance(value, (str, bytes, int, float, type, type(None))) else ""
+    if not text or ("://" in text and ("@" in text or "?" in text)):
+        return f"an object of class {type(value).__module__}.{type(value).__qualname__}"
+    return text if len(text) <= SHOWN_MAX else f"{text[: SHOWN_MAX - 1]}…"
+
+
 def check_state(argument: str, state: str) -> None:
     """Refuse a state that pybreaker does not know, naming the argument."""
     if state not in STATES:
-        msg = f"{argument} must be one of {', '.join(map(repr, STATES))}, not {state!r}"
+        msg = f"{argument} must be one of {', '.join(map(repr, STATES))}, not {shown(state)}"
         raise ValueError(msg)
 
 
@@ -30,14 +42,14 @@ def check_fallback(fallback_circuit_state: str) -> None:
     """Refuse what a circuit of one's own cannot begin in."""
     if fallback_circuit_state not in (*STATES, "last"):
         accepted = ", ".join(map(repr, (*STATES, "last")))
-        msg = f"fallback_circuit_state must be one of {accepted}, not {fallback_circuit_state!r}"
+        msg = f"fallback_circuit_state must be one of {accepted}, not {shown(fallback_circuit_state)}"
         raise ValueError(msg)
 
 
 def check_flag(argument: str, flag: Any) -> None:
     """Refuse what is neither true nor false, such as the text of an environment variable."""
     if not isinstance(flag, bool):
-        msg = f"{argument} must be True or False, not {flag!r}"
+        msg = f"{argument} must be True or False, not {shown(flag)}"
         raise TypeError(msg)
 
 
@@ -51,17 +63,18 @@ def key_prefix(namespace: str | None) -> str | None:
     if namespace is None:
         return None
     if not isinstance(namespace, str):
-        msg = f"namespace must be a str or None, not {namespace!r}"
+        msg = f"namespace must be a str or None, not {shown(namespace)}"
         raise TypeError(msg)
     namespace = plain(namespace)
     if not namespace:
         msg = "namespace must have at least one character, not '': name the circuit, or leave it out"
     elif bad := [char for char in namespace if unicodedata.category(char) in ("Cc", "Cs")]:
         # Nobody could read them in a log or type them into redis-cli, and lone surrogates are not text.
-        msg = f"namespace must not contain control characters or lone surrogates, as {bad[0]!r} in {namespace!r}"
+        msg = f"namespace must not contain control characters or lone surrogates, as {bad[0]!r} in {shown(namespace)}"
     elif not _TAGGED.fullmatch(namespace):
         # Of these a cluster takes another hash tag than people do, or none.
-        msg = f"namespace must have braces in pairs, not nested, around some text, as 'shop:{{eu}}', not {namespace!r}"
+        given = shown(namespace)
+        msg = f"namespace must have braces in pairs, not nested, around some text, as 'shop:{{eu}}', not {given}"
     else:
         return namespace
     raise ValueError(msg)
@@ -72,7 +85,7 @@ def client_source(redis_object: Any) -> Callable[[], Any]:
     is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
     asynchronous = is_client and "asyncio" in type(redis_object).__module__
     if asynchronous or not (is_client or callable(redis_object)):
-        msg = f"redis_object must be a synchronous client or a callable that returns one, not {redis_object!r}"
+        msg = f"redis_object must be a synchronous client or a callable that returns one, not {shown(redis_object)}"
         raise TypeError(msg)
     source: Callable[[], Any] = (lambda: redis_object) if is_client else redis_object
     return source
@@ -81,7 +94,7 @@ def client_source(redis_object: Any) -> Callable[[], Any]:
 def check_seconds(argument: str, seconds: Any, *, or_none: bool = False) -> None:
     """Refuse what is no number, naming the argument, and whether it might be ``None``."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        msg = f"{argument} must be a number of seconds{' or None' if or_none else ''}, not {seconds!r}"
+        msg = f"{argument} must be a number of seconds{' or None' if or_none else ''}, not {shown(seconds)}"
         raise TypeError(msg)
 
 
@@ -91,7 +104,7 @@ def wait(timeout: float | None) -> float | None:
         return None
     check_seconds("timeout", timeout, or_none=True)
     if not 0.01 <= timeout <= 60:  # noqa: PLR2004
-        msg = f"timeout must be None or lie between 0.01 and 60 seconds, not {timeout!r}"
+        msg = f"timeout must be None or lie between 0.01 and 60 seconds, not {shown(timeout)}"
         raise ValueError(msg)
     return float(timeout)
 
@@ -100,7 +113,7 @@ def lease_ms(probe_lease: float) -> int:
     """Validate a lease in seconds; whole milliseconds."""
     check_seconds("probe_lease", probe_lease)
     if not 1 <= probe_lease * 1000 <= MAX_LEASE_MS:
-        msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {probe_lease!r}"
+        msg = f"probe_lease must lie between 0.001 and {MAX_LEASE_MS // 1000} seconds, not {shown(probe_lease)}"
         raise ValueError(msg)
     return round(probe_lease * 1000)
 
@@ -109,7 +122,7 @@ def staleness(max_staleness: float) -> float:
     """Validate for how many seconds a record may be believed."""
     check_seconds("max_staleness", max_staleness)
     if max_staleness != 0 and not 0.01 <= max_staleness <= 60:  # noqa: PLR2004
-        msg = f"max_staleness must be 0 or lie between 0.01 and 60 seconds, not {max_staleness!r}"
+        msg = f"max_staleness must be 0 or lie between 0.01 and 60 seconds, not {shown(max_staleness)}"
         raise ValueError(msg)
     return float(max_staleness)
 
@@ -121,6 +134,6 @@ def kept_ms(ttl: float | None) -> int:
     check_seconds("ttl", ttl, or_none=True)
     # Shorter than nobody may go by what has expired, and than failures may lie apart that count together.
     if not 60 <= ttl <= LONGEST:  # noqa: PLR2004
-        msg = f"ttl must be None or lie between 60 and {LONGEST} seconds, not {ttl!r}"
+        msg = f"ttl must be None or lie between 60 and {LONGEST} seconds, not {shown(ttl)}"
         raise ValueError(msg)
     return round(ttl * 1000)

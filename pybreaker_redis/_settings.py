@@ -12,7 +12,7 @@ from typing import Any
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
-from pybreaker_redis._arguments import LONGEST, check_flag, check_seconds, plain
+from pybreaker_redis._arguments import LONGEST, check_flag, check_seconds, plain, shown
 from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
@@ -42,7 +42,7 @@ def breaker_name(name: Any) -> str:
         TypeError: It is no str, or empty.
     """
     if not isinstance(name, str) or not name:
-        msg = f"a breaker's name must be a str that is not empty, not {name!r}"
+        msg = f"a breaker's name must be a str that is not empty, not {shown(name)}"
         raise TypeError(msg)
     return plain(name)
 
@@ -54,7 +54,7 @@ def checked_prefix(prefix: Any) -> str:
         TypeError: It is no str.
     """
     if not isinstance(prefix, str):
-        msg = f"prefix must be a str, not {prefix!r}"
+        msg = f"prefix must be a str, not {shown(prefix)}"
         raise TypeError(msg)
     return f"{plain(prefix)}:" if prefix else ""
 
@@ -68,7 +68,7 @@ def checked_listeners(listeners: Iterable[CircuitBreakerListener]) -> tuple[Circ
     result = tuple(listeners)
     for listener in result:
         if not isinstance(listener, CircuitBreakerListener):
-            msg = f"listeners must be instances of pybreaker.CircuitBreakerListener, not {listener!r}"
+            msg = f"listeners must be instances of pybreaker.CircuitBreakerListener, not {shown(listener)}"
             raise TypeError(msg)
     return result
 
@@ -128,17 +128,17 @@ def check_agreement(name: str, present: Settings, said: Settings) -> None:
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{name} must be a whole number, not {value!r}"
+        msg = f"{name} must be a whole number, not {shown(value)}"
         raise TypeError(msg)
     if value < 1:
-        msg = f"{name} must be at least 1, not {value!r}"
+        msg = f"{name} must be at least 1, not {shown(value)}"
         raise ValueError(msg)
 
 
 def _check_seconds(name: str, value: Any) -> None:
     check_seconds(name, value)
     if not 0 <= value <= LONGEST:
-        msg = f"{name} must lie between 0 and {LONGEST} seconds, not {value!r}"
+        msg = f"{name} must lie between 0 and {LONGEST} seconds, not {shown(value)}"
         raise ValueError(msg)
 
 
@@ -148,7 +148,8 @@ def _excluded(exclude: Any, stacklevel: int) -> tuple[Any, ...]:
         return ()
     for item in items:
         if not (callable(item) and (not isinstance(item, type) or issubclass(item, BaseException))):
-            msg = f"exclude must be a list of exception classes and functions that take an exception, not {exclude!r}"
+            wrong = shown(exclude if item is None else item)
+            msg = f"exclude must be a list of exception classes and functions that take an exception, not {wrong}"
             raise TypeError(msg)
         if isinstance(item, type) and any(issubclass(outage, item) for outage in _OUTAGES):
             warnings.warn(

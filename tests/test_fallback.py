@@ -218,6 +218,33 @@ def test_breaker_created_late_begins_as_last_known(server: PrivateServer):
         assert CircuitBreaker(state_storage=storage)._state.name == "open"
 
 
+class Talkative:
+    """As a client of redis-py 6.4, whose `repr` has all that it was made with."""
+
+    def __repr__(self) -> str:
+        return f"<Client(password=swordfish, {'and so on, ' * 100})>"
+
+
+@pytest.mark.parametrize("argument", ["state", "redis_object", "namespace", "fallback_circuit_state", "timeout", "ttl"])
+@pytest.mark.parametrize(
+    "given", [Talkative(), {"password": "swordfish"}, "redis://:swordfish@shop", "redis://?password=swordfish"]
+)
+def test_error_does_not_show_what_a_misplaced_client_carries(argument: str, given: Any) -> None:
+    """Clients, their words and their URLs have passwords, and errors end in logs."""
+    if argument == "namespace" and isinstance(given, str):
+        given = f"{given}\0"
+    with pytest.raises((TypeError, ValueError), match=f"^{argument} must .* an object of class") as raised:
+        CircuitRedisStorage(**{"state": "closed", "redis_object": lambda: None, argument: given})
+    assert "swordfish" not in str(raised.value)
+    assert len(str(raised.value)) < 200
+
+
+def test_error_cuts_a_long_value() -> None:
+    """A line of a log is enough."""
+    with pytest.raises(ValueError, match=r"state must be one of .*, not 'a{78}…$"):
+        CircuitRedisStorage("a" * 1000, lambda: None)
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [

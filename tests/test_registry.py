@@ -8,12 +8,15 @@ import contextlib
 import enum
 import functools
 import gc
+import inspect
 import os
 import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
+from unittest.mock import MagicMock
 
 import pybreaker
 import pytest
@@ -553,6 +556,50 @@ class TestGuard:
         with pytest.raises(TypeError, match=r"fallback .* is asynchronous"):
             breakers.guard("payments", fallback=undone)(up)()
 
+    @pytest.mark.parametrize("kind", ["coroutine", "awaitable", "future", "future of a loop", "asynchronous generator"])
+    def test_result_that_is_still_to_be_worked_out_is_refused(self, kind: str) -> None:
+        """The call returned before anything was done, so nothing was guarded."""
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            make = {
+                "coroutine": self._coroutine,
+                "awaitable": _Awaitable,
+                "future": Future,
+                "future of a loop": loop.create_future,
+                "asynchronous generator": self._asynchronous_generator,
+            }[kind]
+            made: list[Any] = []
+
+            def call() -> Any:
+                made.append(make())
+                return made[-1]
+
+            breakers = BreakerRegistry(fail_max=1)
+            with pytest.raises(TypeError, match=r"the guarded function .* is asynchronous"):
+                breakers.guard("payments")(call)()
+            breakers.set_state("payments", "open")
+            with pytest.raises(TypeError, match=r"the fallback .* is asynchronous"):
+                breakers.guard("payments", fallback=call)(up)()
+            for result in made:
+                # Else Python would report that it was never awaited.
+                assert kind != "coroutine" or inspect.getcoroutinestate(result) == inspect.CORO_CLOSED
+                assert "future" not in kind or not result.cancelled(), "other callers may wait for it"
+
+    def test_refused_result_is_not_shown(self) -> None:
+        """What a call has returned may be a secret."""
+        future: Future[str] = Future()
+        future.set_result("swordfish")
+        with pytest.raises(TypeError) as raised:
+            BreakerRegistry().guard("payments")(lambda: future)()
+        assert "swordfish" not in str(raised.value)
+        with pytest.raises(TypeError) as refused:
+            BreakerRegistry().guard("payments")(functools.partial(self._coroutine, "swordfish"))
+        assert "swordfish" not in str(refused.value)
+
+    @pytest.mark.parametrize("result", [None, "text", MagicMock(), Down(), iter([1])], ids=lambda it: type(it).__name__)
+    def test_result_of_any_other_kind_is_returned(self, result: Any) -> None:
+        """Mocks, too, which have nearly every method."""
+        assert BreakerRegistry().guard("payments")(lambda: result)() is result
+
     def test_what_runs_a_coroutine_to_its_end_is_guarded(self) -> None:
         """Whatever it says that it wraps."""
         breakers = BreakerRegistry(fail_max=1)
@@ -573,6 +620,13 @@ class TestGuard:
         """Called like that they raise, which would open the circuit for everybody."""
         with pytest.raises(TypeError, match=f"write @{kind.__name__} above"):
             BreakerRegistry().guard("payments")(kind(up))
+
+
+class _Awaitable:
+    """Something to await that is no coroutine."""
+
+    def __await__(self) -> Iterator[None]:
+        yield
 
 
 class TestStatus:

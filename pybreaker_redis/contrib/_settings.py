@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pybreaker_redis._arguments import shown
 from pybreaker_redis.registry import BreakerRegistry
 
 #: What there is to configure, besides where Redis is, and of which type it has to be.
@@ -36,7 +37,7 @@ def registry_from(settings: Mapping[str, Any], redis: Any, *, listening: bool = 
     """
     for key, kind in KEYS.items():
         if key in settings and not isinstance(settings[key], kind):
-            raise ValueError(f"{key} must not be {settings[key]!r}: see the README for what it is")
+            raise ValueError(f"{key} must not be {shown(settings[key])}: see the README for what it is")
     with _naming("LISTENERS"):
         listeners = [(_made if listening else _found)(listener) for listener in settings.get("LISTENERS", ())]
     with _naming("URL, PREFIX or DEFAULTS"):
@@ -73,7 +74,7 @@ def _made(listener: Any) -> Any:
         return found() if isinstance(found, type) else found
     except Exception as error:
         # It is the project's, as is what is imported: it may raise anything.
-        raise ValueError(f"{listener!r}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{shown(listener)}: {type(error).__name__}: {error}") from error
 
 
 def _found(thing: Any) -> Any:
