@@ -43,7 +43,7 @@ from pybreaker import CircuitBreakerError, CircuitBreakerStorage
 
 from pybreaker_redis import _frames
 from pybreaker_redis._admissions import BY_HAND, Admissions
-from pybreaker_redis._arguments import check_state, lease_ms
+from pybreaker_redis._arguments import check_state, lease_ms, shown
 from pybreaker_redis._caller import Caller, Callers
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Admission, Circuit
@@ -74,8 +74,6 @@ class IntentStorage(CircuitBreakerStorage):
         probe_lease: Seconds until a probe that nobody reported on is offered again.
         shortcut: Kept true by whoever carries out the intents.
     """
-
-    _say_opened_at = SetOpenedAt
 
     def __init__(self, name: str, probe_lease: float, shortcut: Shortcut) -> None:
         super().__init__(name)
@@ -196,22 +194,30 @@ class IntentStorage(CircuitBreakerStorage):
         at_ms = circuit.opened_at_ms
         if circuit.state == HALF_OPEN and caller.sees(circuit, reply.now_ms) == OPEN:
             at_ms = circuit.probe_until_ms if circuit.is_probed(reply.now_ms) else None
-        return None if at_ms is None else from_ms(at_ms)
+        return None if at_ms is None else self._read_opened_at(at_ms)
 
     @opened_at.setter
-    def opened_at(self, at: datetime) -> None:
+    def opened_at(self, at: datetime | None) -> None:
         caller = self._callers.current()
         if _frames.asker() is not _frames.OPENS:
-            if not isinstance(at, datetime):
-                msg = f"opened_at must be a datetime, not {at!r}"
-                raise TypeError(msg)
-            self._ask(caller, self._say_opened_at(to_ms(at)))
+            self._ask(caller, self._say_opened_at(at))
             return
         failed = _frames.asked_through(_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
         if failed and caller.refused:
             # The failure came too late to count, so nothing trips; the caller gets their own exception.
             raise cast("BaseException", sys.exc_info()[1])
         caller.fence = caller.reported if failed else BY_HAND
+
+    def _read_opened_at(self, at_ms: float) -> datetime:
+        """Return the instant at which the circuit opened."""
+        return from_ms(at_ms)
+
+    def _say_opened_at(self, at: datetime | None) -> Intent:
+        """Return the intent that sets when the circuit opened; a naive datetime is taken as UTC."""
+        if not isinstance(at, datetime):
+            msg = f"opened_at must be a datetime, not {shown(at)}"
+            raise TypeError(msg)
+        return SetOpenedAt(to_ms(at))
 
     def _read_state(self) -> str:
         if unasked := self._state_under_construction():

@@ -36,6 +36,23 @@ def to_ms(at: datetime) -> float:
     return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp() * 1000
 
 
+class SaidMs(float):
+    """Milliseconds since the epoch that a caller has set, to be read as they were set.
+
+    Attributes:
+        said: The datetime that was given; naive, or aware and in UTC.
+    """
+
+    said: datetime
+
+    @classmethod
+    def of(cls, at: datetime) -> SaidMs:
+        """Return the milliseconds of a datetime, and remember it."""
+        result = cls(to_ms(at))
+        result.said = at.astimezone(timezone.utc) if at.tzinfo else at
+        return result
+
+
 class Offset:
     """A server's clock minus the local clock, milliseconds; never more than it is, so that no gate opens early.
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+from pybreaker_redis import _frames
 from pybreaker_redis._arguments import check_state
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit, created
-from pybreaker_redis._clock import now_ms
+from pybreaker_redis._clock import SaidMs, now_ms
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._intents import Decision, Intent, Load, SetOpenedAt
+from pybreaker_redis._intents import Decision, Intent, Load
 from pybreaker_redis._operated import OperatedStorage
 from pybreaker_redis._shortcut import Shortcut
 
@@ -59,11 +61,26 @@ class MemoryCarrier:
 
 
 @dataclass(frozen=True, slots=True)
-class _SayOpenedAt(SetOpenedAt):
-    """With a single clock there is no skew to defend against, and tests move this time at will: any time is taken."""
+class _SayOpenedAt(Intent):
+    """Set when the circuit opened: any time, or none.
+
+    With a single clock there is no skew to defend against, and tests move this time at will.
+    """
+
+    at_ms: float | None
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         return Decision(True, replace(circuit, opened_at_ms=self.at_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class _SayFailures(Intent):
+    """Set the number of consecutive failures."""
+
+    count: int
+
+    def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        return Decision(True, replace(circuit, fail_counter=self.count))
 
 
 class CircuitMemoryStorage(OperatedStorage):
@@ -71,6 +88,10 @@ class CircuitMemoryStorage(OperatedStorage):
 
     Unlike pybreaker's own it is safe without the breaker's lock, lets one caller probe at a time even under
     `calling()`, and ignores results of calls that began before the last transition.
+
+    Copies and pickles have the state, the counters and `opened_at`, and are circuits of their own: a probe that is
+    under way stays with the original.  `opened_at` is read as it was set, also naive, and may be set to ``None``: then
+    the next call probes.
 
     Args:
         state: ``closed``, ``open`` or ``half-open``.
@@ -81,13 +102,55 @@ class CircuitMemoryStorage(OperatedStorage):
         TypeError: A `probe_lease` that is no number.
     """
 
-    _say_opened_at = _SayOpenedAt
-
     def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
         check_state("state", state)
         super().__init__("memory", probe_lease, Shortcut())
-        self._carrier = MemoryCarrier(created(state, now_ms()), shortcut=self._shortcut)
+        self._begin(created(state, now_ms()))
+
+    def _begin(self, circuit: Circuit) -> None:
+        self._carrier = MemoryCarrier(circuit, shortcut=self._shortcut)
         self._ask(self._callers.current(), Load())
 
     def _execute(self, intent: Intent) -> Reply:
         return self._carrier.execute(intent)
+
+    def _say_opened_at(self, at: Any) -> Intent:
+        if at is not None:
+            super()._say_opened_at(at)
+        return _SayOpenedAt(at and SaidMs.of(at))
+
+    def _read_opened_at(self, at_ms: float) -> Any:
+        if isinstance(at_ms, SaidMs) and _frames.asker() is not _frames.CHECKS_TIMEOUT:
+            return at_ms.said
+        # pybreaker compares with an aware time, which a naive one cannot be.
+        return super()._read_opened_at(at_ms)
+
+    @property
+    def _fail_counter(self) -> int:
+        """The failures, under the name that pybreaker's class has for them: tests of its users set it."""
+        return self._execute(Load()).circuit.fail_counter
+
+    @_fail_counter.setter
+    def _fail_counter(self, count: int) -> None:
+        self._execute(_SayFailures(count))
+
+    def __getstate__(self) -> dict[str, Any]:
+        circuit = self._execute(Load()).circuit
+        ours = vars(CircuitMemoryStorage(circuit.state))
+        at_ms = circuit.opened_at_ms
+        return {
+            "circuit": {
+                "state": circuit.state,
+                "fail_counter": circuit.fail_counter,
+                "success_counter": circuit.success_counter,
+                "generation": circuit.generation,
+            },
+            "opened_at": None if at_ms is None else self._read_opened_at(at_ms),
+            "probe_lease": self._lease_ms / 1000,
+            "added": {name: value for name, value in vars(self).items() if name not in ours},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__init__("memory", state["probe_lease"], Shortcut())
+        self._begin(Circuit(**state["circuit"], opened_at_ms=state["opened_at"] and SaidMs.of(state["opened_at"])))
+        vars(self).update(state["added"])
