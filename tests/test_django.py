@@ -101,6 +101,38 @@ def test_circuit_lives_where_the_cache_does(project, client: redis.Redis, server
     assert client.get("shop:payments:pybreaker:state") == b"open"
 
 
+@pytest.mark.parametrize("name", ["DefaultClient", "HerdClient"])
+def test_circuit_lives_where_a_client_of_django_redis_writes(
+    project, client: redis.Redis, server: PrivateServer, name: str
+):
+    """How a client packs the values of the cache does not matter."""
+    options = {"CLIENT_CLASS": f"django_redis.client.{name}"}
+    project(
+        CACHES={"default": {"BACKEND": "django_redis.cache.RedisCache", "LOCATION": server.url, "OPTIONS": options}},
+        PYBREAKER={"CACHE": "default", "BREAKERS": BREAKERS},
+    )
+    assert run_checks() == []
+    trip()
+    assert client.get("payments:pybreaker:state") == b"open"
+    assert storage().health().condition == "connected"
+
+
+@pytest.mark.parametrize("locations", [1, 2])
+def test_cache_that_is_spread_over_servers_is_refused(project, server: PrivateServer, locations: int):
+    """A circuit is several keys that change together, so it lives on one server; the check names the remedy."""
+    options = {"CLIENT_CLASS": "django_redis.client.ShardClient"}
+    where = [f"{server.url}?db={number}" for number in range(locations)]
+    project(
+        CACHES={"default": {"BACKEND": "django_redis.cache.RedisCache", "LOCATION": where, "OPTIONS": options}},
+        PYBREAKER={"CACHE": "default", "BREAKERS": BREAKERS},
+    )
+    (problem,) = run_checks()
+    assert (problem.id, problem.is_serious()) == ("pybreaker_redis.E007", True)
+    assert "one server" in problem.hint
+    with pytest.raises(ImproperlyConfigured, match="spreads keys over several servers"):
+        breakers["payments"].call(str)
+
+
 def test_circuit_lives_at_a_url(project, client: redis.Redis, server: PrivateServer):
     """A project need not have a cache in Redis."""
     project(PYBREAKER={"URL": server.url, "DEFAULTS": {"fail_max": 2}, "BREAKERS": {"payments": {}}})
