@@ -53,9 +53,7 @@ def test_interpreter_ends_after_the_registry_was_closed(server: PrivateServer) -
     run(code, server, "import _testcapi; assert _testcapi.run_in_subinterp({code!r}) == 0; print('ended')")
 
 
-@pytest.mark.skipif(
-    sys.version_info[:2] == (3, 12), reason="after `import ssl` in one Python 3.12 crashes when it ends"
-)
+@pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="Python 3.12 crashes there after `import ssl`")
 def test_interpreter_without_threads_asks_at_every_look(server: PrivateServer) -> None:
     """Isolated interpreters permit no daemon threads; circuits work all the same."""
     name = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
