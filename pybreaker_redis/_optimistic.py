@@ -5,7 +5,6 @@ Knows: WATCH, MULTI, EXEC around the Python model.  Does not know: what an inten
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -92,7 +91,8 @@ class OptimisticCarrier:
             if not (changes or endless):
                 return reply
         until = monotonic() + (PATIENCE_S if (left := seconds_left()) is None else left * RETRY_SHARE)
-        for overtaken in itertools.count():
+        overtaken = 0
+        while True:
             began = monotonic()
             reply, is_done = self._attempt(intent, known, create, endless=endless, again=bool(overtaken))
             if is_done:
@@ -103,6 +103,7 @@ class OptimisticCarrier:
                 break
             # "Full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
             time.sleep(random.uniform(0, min(left, LONGEST_PAUSE_S, took * 2 ** min(overtaken, DOUBLINGS_MAX))))
+            overtaken += 1
         if isinstance(intent, ClaimProbe):
             return replace(reply, accepted=False)
         raise self._overtaken()
