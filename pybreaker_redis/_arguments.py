@@ -80,6 +80,24 @@ def key_prefix(namespace: str | None) -> str | None:
     raise ValueError(msg)
 
 
+def key_base(storage: type, base: Any) -> str:
+    """Validate what stands between the namespace and the names of a storage's keys; plain text."""
+    if hasattr(storage, "_namespace"):
+        msg = (
+            f"{storage.__name__}._namespace is not used here: name the keys by the argument namespace and the class "
+            "attribute BASE_NAMESPACE"
+        )
+        raise TypeError(msg)
+    try:
+        checked = key_prefix(base)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("namespace", f"{storage.__name__}.BASE_NAMESPACE", 1)) from None
+    if checked is None:
+        msg = f"{storage.__name__}.BASE_NAMESPACE must be a str, not None"
+        raise TypeError(msg)
+    return checked
+
+
 def client_source(redis_object: Any) -> Callable[[], Any]:
     """Validate a client or a callable that returns one; something to be called in either case."""
     is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)

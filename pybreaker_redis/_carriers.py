@@ -12,7 +12,7 @@ from typing import Any
 
 from pybreaker_redis._carrier import Lack, Reply, SayLack
 from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._client import Origin, origin_of
+from pybreaker_redis._client import Origin, known_origin_of
 from pybreaker_redis._intents import Intent
 from pybreaker_redis._keys import channel_of
 from pybreaker_redis._optimistic import OptimisticCarrier
@@ -58,7 +58,7 @@ class Carriers:
     def origin(self) -> Origin | None:
         """Of the server, if changes are told there, and further connections to it can be made."""
         now = self.now
-        return origin_of(now.client) if now and self.channel else None
+        return known_origin_of(now.client) if now and self.channel else None
 
     def get(self) -> Carrier:
         """The carrier; the first time, and when the circuit has moved, it has to be found out which.
@@ -71,7 +71,7 @@ class Carriers:
         with self._lock():
             if self.now is None:
                 seat = self._seat()
-                origin = origin_of(seat.client)
+                origin = known_origin_of(seat.client)
                 self.keys, self.one_slot = seat.keys, seat.one_slot
                 self.channel = channel_of(self.keys, origin.db) if origin else ""
                 self.now = LuaCarrier(seat.client, self.keys, self.channel, self._ttl_ms, say_lack=self._say_lack)

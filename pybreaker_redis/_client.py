@@ -15,46 +15,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pybreaker_redis._deadline import deadlined
+from pybreaker_redis._names import base_of, plain
+from pybreaker_redis._words import Credentials, Place, kept_words, longest_idle, place_of
 
 #: Most connections of one's own to a server.  One is enough unless threads ask at the same time.
 MOST_CONNECTIONS = 50
 
-#: What a connection of one's own leaves out: waiting and trying again is decided elsewhere, and what belongs to the
-#: client's own connections (caches, names, notifications of maintenance) is not ours.
-_LEFT_OUT = frozenset(
+#: Words that say which server, which database and which user; behind Sentinels the pool knows the master's name.
+_OF_DATABASES = frozenset(
     (
-        "cache",
-        "cache_config",
-        "client_name",
-        "event_dispatcher",
-        "health_check_interval",
-        "himport_registry",
-        "parser_class",
-        "redis_connect_func",
-        "retry",
-        "retry_on_error",
-        "retry_on_timeout",
-        "socket_timeout",
-    )
-)
-
-#: Which server, which database, which user: what else a connection is given makes no difference to what it reaches.
-_TELLS_APART = frozenset(
-    (
-        *("host", "port", "path", "db", "username", "password", "credential_provider"),
-        # Sentinel: the pool knows the master's name.
-        *("connection_pool", "service_name"),
+        *("host", "port", "path", "db", "connection_pool", "service_name"),
+        *("username", "password", "credential_provider"),
     )
 )
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A server and a way to reach it; equal for clients that reach the same database of it as the same user.
+    """A server and a way to reach it; equal for clients that reach the same database of it by the same right and means.
 
     Attributes:
         connection_class: Of the client's pool.
-        place: What tells servers, databases and users apart.
+        place: What tells servers, databases, users and ways to connect apart.
         words: What the connection's constructor takes.
         db: The database.
         one_by_one: Whether keys of different circuits may not be asked for in one command: there, or somewhere behind
@@ -62,10 +44,15 @@ class Origin:
     """
 
     connection_class: Any
-    place: tuple[tuple[str, _Word], ...]
+    place: Place
     words: Mapping[str, Any] = field(compare=False)
     db: int
     one_by_one: bool = False
+
+    @property
+    def database(self) -> Place:
+        """What tells databases and users apart, by whatever means they are reached."""
+        return tuple(item for item in self.place if item[0] in _OF_DATABASES)
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -117,25 +104,6 @@ class Origin:
         return f"{f'the master {service!r}' if service else where}/{self.db}"
 
 
-class _Word:
-    """A value that compares and hashes as what it is, or as itself where that is impossible."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        try:
-            hash(value)
-        except TypeError:
-            self._key: Any = id(value)
-        else:
-            self._key = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Word) and bool(self._key == other._key)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
 def origin_of(client: Any) -> Origin | None:
     """Where a client's commands go; ``None`` if there is no single such place that further connections can be made to.
 
@@ -148,15 +116,16 @@ def origin_of(client: Any) -> Origin | None:
         return None
     if _libraries(client) & {"fakeredis", "rediscluster"}:
         return None
-    left_out = {*_LEFT_OUT, *(name for name in words if name.startswith(("maint_", "orig_")))}
-    kept = {name: value for name, value in words.items() if name not in left_out}
-    # However it is said, by a URL or in words, it is the same place.
-    usual = {} if "path" in kept or "connection_pool" in kept else {"host": "localhost", "port": 6379}
-    said = {name: value for name, value in kept.items() if name in _TELLS_APART and value is not None}
-    place = {**usual, **said, "db": int(words.get("db") or 0)}
-    return Origin(
-        connection_class, tuple((name, _Word(place[name])) for name in sorted(place)), kept, int(words.get("db") or 0)
-    )
+    kept = kept_words(words)
+    for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
+        # Their secrets are masked, too.
+        kept_words(sentinel.connection_pool.connection_kwargs)
+    return Origin(connection_class, place_of(connection_class, kept), kept, int(words.get("db") or 0))
+
+
+def known_origin_of(client: Any) -> Origin | None:
+    """As `origin_of`; ``None`` also for a client of no library's class, which may rename keys."""
+    return origin_of(client) if base_of(client) is not None else None
 
 
 def _libraries(client: Any) -> set[str]:
@@ -168,10 +137,10 @@ def _libraries(client: Any) -> set[str]:
 
 
 def bounded(client: Any, timeout: float) -> Any:
-    """The same client on connections of its own, which try once and keep deadlines (`_deadline.py`).
+    """A plain client of the same library on connections of its own, which try once and keep deadlines (`_deadline.py`).
 
-    It is a copy, so subclasses that rename keys or trace commands go on doing so.  Sentinels are asked on such
-    connections, too, each for its share of the time.
+    Methods of subclasses and of single objects are left out: they may wait, and retry.  What subclasses call the keys
+    is found out before (`_names.py`).  Sentinels are asked on such connections, too, each for its share of the time.
 
     Args:
         client: Of a single server, or of a master that Sentinels know.
@@ -188,8 +157,8 @@ def bounded(client: Any, timeout: float) -> Any:
 
 
 def on_pool(client: Any, pool: Any) -> Any:
-    """A copy of a client that uses another pool; what else makes it different from others it keeps."""
-    own = copy.copy(client)
+    """Return a plain client of the same library that uses another pool."""
+    own = plain(client)
     own.connection_pool = pool
     own.auto_close_connection_pool = False
     # The one connection of a client that has no more.
@@ -217,10 +186,25 @@ def hang_up(pool: Any) -> None:
             idle.put_nowait(connection)
 
 
+def take_credentials(client: Any, words: Mapping[str, Any]) -> bool:
+    """Have a client on connections of our own authenticate by other words from now on; whether they differ."""
+    own = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {}).get("credentials")
+    return isinstance(own, Credentials) and own.take(words)
+
+
 def watched_pool(client: Any) -> Any:
     """The pool of a client whose master Sentinels watch; ``None`` of any other client."""
     pool = getattr(client, "connection_pool", None)
     return pool if hasattr(pool, "sentinel_manager") and getattr(pool, "is_master", False) else None
+
+
+def words_of(client: Any) -> Mapping[str, Any]:
+    """Return what a client's connections are given; nothing if it has none."""
+    words = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
+    if not isinstance(words, Mapping):
+        # redis-py's cluster.
+        words = getattr(getattr(client, "nodes_manager", None), "connection_kwargs", None)
+    return words if isinstance(words, Mapping) else {}
 
 
 def longest_wait(client: Any) -> float | None:
@@ -228,11 +212,8 @@ def longest_wait(client: Any) -> float | None:
 
     Zero for what never waits, as fakeredis, and for what cannot be judged.
     """
-    words = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
-    if not isinstance(words, Mapping):
-        # redis-py's cluster.
-        words = getattr(getattr(client, "nodes_manager", None), "connection_kwargs", None)
-    if not isinstance(words, Mapping) or "fakeredis" in _libraries(client):
+    words = words_of(client)
+    if not words or "fakeredis" in _libraries(client):
         return 0.0
     if words.get("socket_timeout") is None:
         return None
@@ -256,7 +237,13 @@ def _copy(client: Any, timeout: float, longest: float | None = None) -> Any:
 
 def _pool(pool: Any, library: Any, origin: Origin, timeout: float, longest: float | None) -> Any:
     connection_class = deadlined(origin.connection_class, longest)
-    words = {**origin.words, "decode_responses": False, "socket_timeout": timeout}
+    words = {
+        **origin.words,
+        "decode_responses": False,
+        "socket_timeout": timeout,
+        "credentials": Credentials(pool.connection_kwargs),
+        "longest_idle": longest_idle(pool.connection_kwargs),
+    }
     knows_protocols = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
     if knows_protocols and longest is None:
         # Nothing is pushed here, and RESP2 every server speaks; redis-py 8 asks for more unless told not to.  What

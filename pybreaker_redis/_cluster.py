@@ -14,13 +14,14 @@ from __future__ import annotations
 import random
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis._client import library_of, on_pool, origin_of
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline, deadlined, seconds_left
+from pybreaker_redis._words import credentials_of
 from pybreaker_redis.errors import is_a
 
 #: Host and port.
@@ -71,6 +72,15 @@ class Cluster:
     def node(self, address: Address) -> Any:
         """A client of one node; always the same."""
         return self._nodes.get(address) or self._nodes.setdefault(address, self._make(address))
+
+    def take_credentials(self, words: Mapping[str, Any]) -> None:
+        """Have the clients of its nodes authenticate by other words from now on.
+
+        Args:
+            words: Of the cluster's client; credentials among them.
+        """
+        for node in tuple(self._nodes.values()):
+            node.connection_pool.connection_kwargs.update(credentials_of(words))
 
     def primary_of(self, slot: int) -> Address:
         """The node that serves a slot; asks others only if nothing is known of it.

@@ -13,13 +13,14 @@ Looking up the host's name is the one thing that has no deadline: the system's r
 from __future__ import annotations
 
 import contextlib
+import enum
 import socket
 import ssl
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from pybreaker_redis._clock import monotonic
 
@@ -30,10 +31,20 @@ _PASSED = "the deadline has passed"
 GRACE = 0.05
 
 
+class Drop(enum.Enum):
+    """How a connection that had been used before turned out to be gone, without a byte of an answer."""
+
+    UNSENT = "unsent"
+    """The command could not be sent: nothing was done."""
+    UNANSWERED = "unanswered"
+    """It was sent, and the connection reset: most likely nothing was done."""
+
+
 @dataclass(slots=True)
 class _Deadline:
     until: float
     is_late: bool = False
+    drop: Drop | None = None
 
 
 _current: ContextVar[_Deadline | None] = ContextVar("deadline of an operation", default=None)
@@ -59,6 +70,15 @@ def seconds_left() -> float | None:
     return None if current is None else max(0.0, current.until - monotonic())
 
 
+def take_drop() -> Drop | None:
+    """Return how a reused connection was lost in the operation that runs, once; ``None``: none was."""
+    current = _current.get()
+    if current is None:
+        return None
+    drop, current.drop = current.drop, None
+    return drop
+
+
 class _Socket:
     """A connected socket that keeps the deadline of whatever is done with it; all else is the socket's own.
 
@@ -66,12 +86,18 @@ class _Socket:
         wrapped: The socket, plain or TLS.
         given: Seconds to wait where there is no deadline; ``None``: without end.
         longest: Seconds to wait for a single piece, deadline or not.
+
+    Attributes:
+        used_at: When something was sent last, or when it was connected, monotonic seconds.
+        is_reused: Whether it was used before, and nothing has been received since it was taken again.
     """
 
     def __init__(self, wrapped: socket.socket, given: float | None, longest: float | None) -> None:
         self._wrapped = wrapped
         self._longest = longest
         self._given = given
+        self.used_at = monotonic()
+        self.is_reused = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapped, name)
@@ -81,12 +107,26 @@ class _Socket:
         self._wrapped.settimeout(seconds)
 
     def recv(self, *arguments: Any) -> bytes:
-        with self._in_time():
-            return self._wrapped.recv(*arguments)
+        with self._in_time(Drop.UNANSWERED):
+            received = self._wrapped.recv(*arguments)
+        self._has_received(bool(received))
+        return received
 
     def recv_into(self, *arguments: Any) -> int:
-        with self._in_time():
-            return self._wrapped.recv_into(*arguments)
+        with self._in_time(Drop.UNANSWERED):
+            received = self._wrapped.recv_into(*arguments)
+        self._has_received(bool(received))
+        return received
+
+    def _has_received(self, anything: bool) -> None:
+        if self.is_reused:
+            if not anything:
+                self._is_dropped(Drop.UNANSWERED)
+            self.is_reused = False
+
+    def _is_dropped(self, drop: Drop) -> None:
+        if self.is_reused and (current := _current.get()) is not None:
+            current.drop = drop
 
     def sendall(self, *arguments: Any) -> None:
         current = _current.get()
@@ -95,11 +135,12 @@ class _Socket:
                 # Whoever asked has given up: what is not sent is not done either.
                 raise TimeoutError(_PASSED)
             current.until, current.is_late = monotonic() + GRACE, True
-        with self._in_time():
+        self.used_at = monotonic()
+        with self._in_time(Drop.UNSENT):
             self._wrapped.sendall(*arguments)
 
     @contextlib.contextmanager
-    def _in_time(self) -> Iterator[None]:
+    def _in_time(self, drop: Drop) -> Iterator[None]:
         """What is there already is taken even when the time is over: then it was not the peer who was slow."""
         left = seconds_left()
         if left is None or self._given == 0:
@@ -111,6 +152,43 @@ class _Socket:
             yield
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             raise TimeoutError(_PASSED) from error
+        except (ConnectionError, ssl.SSLError):
+            self._is_dropped(drop)
+            raise
+
+
+class _Lasting:
+    """What a connection does before it is connected, and when its pool hands it out again.
+
+    Args:
+        credentials: Its method ``now`` returns those to connect with, by their words; ``None``: those that were given.
+        longest_idle: Seconds after which it is not used again, but connected anew; ``None``: it always is.
+    """
+
+    def __init__(
+        self, *arguments: Any, credentials: Any = None, longest_idle: float | None = None, **words: Any
+    ) -> None:
+        super().__init__(*arguments, **words)
+        self._credentials = credentials
+        self._longest_idle = longest_idle
+
+    def connect(self, *arguments: Any, **words: Any) -> None:
+        """Connect if need be; pools call this whenever they hand out a connection."""
+        made = getattr(self, "_sock", None)
+        if isinstance(made, _Socket):
+            if self._longest_idle is not None and monotonic() - made.used_at > self._longest_idle:
+                cast("Any", self).disconnect()
+            else:
+                made.is_reused = True
+        cast("Any", super()).connect(*arguments, **words)
+
+    def _connect(self) -> Any:
+        for name, value in (self._credentials.now() if self._credentials else {}).items():
+            # redis-py before 4.3 has no providers.
+            if hasattr(self, name):
+                setattr(self, name, value)
+        take_drop()
+        return cast("Any", super())._connect()  # noqa: SLF001
 
 
 @cache
@@ -120,6 +198,10 @@ def deadlined(connection_class: type[Any], longest: float | None = None) -> type
     Args:
         connection_class: Of redis-py or its kin.
         longest: Seconds to wait for a single piece, deadline or not: where others are asked if one does not answer.
+
+    Returns:
+        A class that takes two words more: ``credentials``, which has the method ``now`` that returns those to connect
+        with by their words, and ``longest_idle``, seconds after which a connection is not used again.
     """
 
     def left_or(given: float | None) -> float | None:
@@ -127,7 +209,7 @@ def deadlined(connection_class: type[Any], longest: float | None = None) -> type
         # A timeout of zero would mean not to wait at all.
         return given if left is None else max(0.001, _least(left, longest))
 
-    class Deadlined(connection_class):  # type: ignore[misc]
+    class Deadlined(_Lasting, connection_class):  # type: ignore[misc]
         # One name has many addresses, and TLS begins when TCP is done: what is left is looked up each time.  The names
         # that the values are kept under are redis-py's own, from 8 on.
         _socket_timeout: float | None = None

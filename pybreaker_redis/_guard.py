@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._secrets import masked
 from pybreaker_redis.errors import is_a
 
 #: The first pause before Redis is asked again is shorter than this, seconds; each further one may be twice as long.
@@ -125,6 +126,13 @@ def meaning_of(error: BaseException) -> Meaning:
     return Meaning.FAULT
 
 
+def is_rejected(error: BaseException) -> bool:
+    """Whether a server does not accept the credentials of a connection, or misses them."""
+    if is_a(error, "AuthenticationError") or is_a(error, "AuthenticationWrongNumberOfArgsError"):
+        return True
+    return is_a(error, "ResponseError") and any(code in str(error) for code in ("NOAUTH", "WRONGPASS"))
+
+
 @dataclass(frozen=True, slots=True)
 class Outage:
     """What is the matter.
@@ -230,7 +238,7 @@ class Guard:
         meaning = meaning_of(error)
         with self._lock:
             now, before = self.clock(), self.outage
-            self.last_error = f"{type(error).__name__}: {error}"
+            self.last_error = f"{type(error).__name__}: {masked(error)}"
             if before and not self._asked:
                 # Somebody who had asked before it was known that nobody answers; that is no further attempt.
                 self.outage = replace(before, meaning=meaning, error=self.last_error)

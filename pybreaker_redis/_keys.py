@@ -21,16 +21,17 @@ _TAG = re.compile(r"[^{]*\{([^}]+)\}")
 SLOTS = 16384
 
 
-def circuit_keys(namespace: str | None, *, one_slot: bool) -> tuple[str, ...]:
+def circuit_keys(namespace: str | None, *, one_slot: bool, base: str = BASE) -> tuple[str, ...]:
     """The keys of a circuit, in the order of `NAMES`.
 
     Args:
         namespace: Prefix, or ``None``: the one circuit without a name.
         one_slot: Cluster: put all keys into one slot by a hash tag.  A namespace that carries a tag keeps its own.
+        base: What stands between the namespace and the names; a storage's ``BASE_NAMESPACE``.
     """
-    prefix = f"{namespace}:{BASE}" if namespace else BASE
-    if one_slot and not (namespace and _TAG.match(namespace)):
-        prefix = f"{{{namespace}}}:{BASE}" if namespace else f"{{{BASE}}}"
+    prefix = f"{namespace}:{base}" if namespace else base
+    if one_slot and not _TAG.match(prefix):
+        prefix = f"{{{namespace}}}:{base}" if namespace else f"{{{base}}}"
     return tuple(f"{prefix}:{name}" for name in NAMES)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pybreaker_redis._client import Origin
 from pybreaker_redis._deadline import deadline
+from pybreaker_redis._words import CONNECT_FUNCTIONS
 from pybreaker_redis.errors import PushUnavailable, is_a, lacks
 
 #: How the connections are called in ``CLIENT LIST``.
@@ -212,6 +213,11 @@ class Line:
             # there: then the next attempt says so.
             self.untracked = f"no RESP3: {error}"
             return None
+        if CONNECT_FUNCTIONS & origin.words.keys() and not self._speaks_resp3(connection):
+            self.untracked = "no RESP3: the function that connects has not asked for it"
+            self._connections.remove(connection)
+            connection.disconnect()
+            return None
         if _mark_pushes(connection):
             return connection
         self.untracked = "no RESP3: this client library takes pushes for answers"
@@ -219,6 +225,16 @@ class Line:
         self._connections.remove(connection)
         connection.disconnect()
         return None
+
+    def _speaks_resp3(self, connection: Any) -> bool:
+        """Whether a connection does that was made by a function of the user's: a dictionary is no type of RESP2."""
+        self._send(connection, [("HELLO",)])
+        try:
+            return isinstance(connection.read_response(), dict)
+        except Exception as error:
+            if is_a(error, "ResponseError"):
+                return False
+            raise
 
     def _introduce(self) -> None:
         for connection in self._connections:

@@ -18,6 +18,7 @@ from pybreaker_redis._carrier import Lack
 from pybreaker_redis._client import longest_wait
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._guard import Meaning, Outage, meaning_of
+from pybreaker_redis._secrets import masked
 
 #: Seconds for which a client may make a guarded call wait without being told of.
 LONGEST_UNSAID_WAIT = 1.0
@@ -164,7 +165,7 @@ def lacking(server: str, lack: Lack, reason: object) -> None:
     """
     level, message = _LACKS[lack]
     # What a command was given is of no interest here, and may be long.
-    said = str(reason).partition(", with args")[0]
+    said = masked(reason).partition(", with args")[0]
     extra = {"pybreaker_redis": {"event": "lack", "server": server, "lack": lack.value, "error": said}}
     _say(level, "Redis at %s " + message, server, said, extra=extra)
 
@@ -209,6 +210,24 @@ def may_wait(client: Any) -> None:
             type(client).__name__,
             "without end" if longest is None else f"for {longest:.0f} s",
         )
+
+
+def waited(client: Any, seconds: float, timeout: float) -> None:
+    """A client of a kind that nobody knows has waited by itself.
+
+    Args:
+        client: That was used as it is.
+        seconds: That an operation has taken.
+        timeout: Seconds that it should have taken at most.
+    """
+    _say(
+        logging.WARNING,
+        "%s: a command took %.1f s, and a guarded call is to wait for %.2f s at most; the client waits by itself: give "
+        "the storage a plain one",
+        type(client).__name__,
+        seconds,
+        timeout,
+    )
 
 
 def deaf(circuit: str, client: Any) -> None:
@@ -257,7 +276,7 @@ def unheard(what: str, reason: object, left_out: str = "") -> None:
         logging.WARNING,
         "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip%s",
         what,
-        str(reason).partition(", with args")[0],
+        masked(reason).partition(", with args")[0],
         left_out,
     )
 
@@ -275,7 +294,9 @@ def unless(*meanings: Meaning) -> Iterator[None]:
 
 def detail(message: str, *arguments: object) -> None:
     """What helps whoever looks for a cause, and nobody else."""
-    _say(logging.DEBUG, message, *arguments)
+    # In the log of a level that few read, and of no less interest to those who should not.
+    said = (masked(item) if isinstance(item, BaseException | str) else item for item in arguments)
+    _say(logging.DEBUG, message, *said)
 
 
 def _say(level: int, message: str, *arguments: object, logger: logging.Logger = _logger, **words: Any) -> None:

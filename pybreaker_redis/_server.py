@@ -22,7 +22,7 @@ from typing import Any
 
 from pybreaker_redis import _said, _threads
 from pybreaker_redis._carrier import Lack
-from pybreaker_redis._client import bounded, hang_up, on_pool, origin_of
+from pybreaker_redis._client import bounded, hang_up, known_origin_of, on_pool, origin_of
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._forks import renew_in_children
@@ -59,6 +59,7 @@ class Server:
         #: Those that nobody has used since they were let go of.
         self._let_go: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._lacks: set[Lack] = set()
+        self._has_waited = False
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -167,6 +168,13 @@ class Server:
             self._lacks.add(lack)
         if is_new:
             _said.lacking(str(self), lack, reason)
+
+    def took(self, seconds: float) -> None:
+        """An operation has taken so long; say so, once, if a client that is used as it is has waited by itself."""
+        if self._timeout is None or self._pool is not None or seconds <= 2 * self._timeout or self._has_waited:
+            return
+        self._has_waited = True
+        _said.waited(self._client, seconds, self._timeout)
 
     def doubt(self) -> None:
         """What was heard here is silent: see whether the server is there."""
@@ -282,7 +290,7 @@ class _Servers:
         self._lock = threading.RLock()
 
     def of(self, client: Any, timeout: float | None) -> Server:
-        origin = origin_of(client)
+        origin = known_origin_of(client)
         shared: Any = getattr(client, "connection_pool", client)
         key = (origin, timeout) if origin and timeout is not None else (id(shared), timeout)
         with self._lock:

@@ -15,13 +15,19 @@ from pybreaker_redis import _said
 from pybreaker_redis._carrier import Reply, SayLack
 from pybreaker_redis._carriers import Carrier, Carriers
 from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
+from pybreaker_redis._client import hang_up
+from pybreaker_redis._deadline import Drop, take_drop
 from pybreaker_redis._ear import Ear
-from pybreaker_redis._intents import Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
+from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
 from pybreaker_redis._line import Heard
 from pybreaker_redis._listener import Home
 from pybreaker_redis._optimistic import Question
+from pybreaker_redis._secrets import mask
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat
+
+#: What may be done twice without a difference.
+_REPEATABLE = (Load, ClaimProbe, RecordSuccess)
 
 #: How often a circuit may turn out to lie elsewhere while it is asked: its keys need a tag, and another node has them.
 MOST_MOVES = 2
@@ -213,7 +219,7 @@ class SharedCircuit:
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known, create = self._view.known, self._create
         carriers = self._carriers
-        moves = 0
+        moves, repeats = 0, 1
         while True:
             carrier = carriers.get()
             if isinstance(intent, RecordFailure) and carriers.channel:
@@ -222,6 +228,13 @@ class SharedCircuit:
             try:
                 reply = carriers.execute(carrier, intent, known, create)
             except Exception as error:
+                mask(error)
+                drop = take_drop()
+                if repeats and (drop is Drop.UNSENT or (drop and isinstance(intent, _REPEATABLE))):
+                    # Idle connections that a load balancer has forgotten; the others are no better.
+                    hang_up(carrier.client.connection_pool)
+                    repeats -= 1
+                    continue
                 if moves == MOST_MOVES or not self._has_moved(error, carrier.client):
                     raise
                 self.leave(carrier)

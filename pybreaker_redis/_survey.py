@@ -12,6 +12,7 @@ from pybreaker_redis._clock import now_ms
 from pybreaker_redis._guard import Meaning, meaning_of
 from pybreaker_redis._intents import Load
 from pybreaker_redis._optimistic import Question, look
+from pybreaker_redis._secrets import mask
 from pybreaker_redis._shared import SharedCircuit
 
 
@@ -40,6 +41,7 @@ def _look_at(group: list[tuple[SharedCircuit, Question]]) -> dict[SharedCircuit,
     try:
         replies = look([question for _, question in group])
     except Exception as error:
+        mask(error)
         if meaning_of(error) not in (Meaning.FAULT, Meaning.MIGRATING):
             raise
         # They lie elsewhere by now, or in a cluster that nobody knew of.  Who asks for one circuit finds out where.

@@ -152,6 +152,8 @@ class Tenancy:
                 in_doubt = is_in_doubt(error)
                 self._failed(error, began)
             finally:
+                if self.server is not None:
+                    self.server.took(monotonic() - began)
                 if shared is None:
                     # If it is still one's turn to ask, nothing has come of it.
                     self._faults.give_back()

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from pybreaker_redis import _said
-from pybreaker_redis._client import origin_of
+from pybreaker_redis._client import known_origin_of
 from pybreaker_redis._forks import renew_in_children
 
 
@@ -43,7 +43,8 @@ class Twin:
             keys: Of its circuit.
         """
         shared = getattr(client, "connection_pool", client)
-        others = _twins.join(self, (origin_of(client) or id(shared), keys))
+        origin = known_origin_of(client)
+        others = _twins.join(self, (origin.database if origin else id(shared), keys))
         if others:
             self.share()
         if self._is_nameless:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pybreaker_redis._client import origin_of, watched_pool
+from pybreaker_redis._client import origin_of, take_credentials, watched_pool, words_of
 from pybreaker_redis._cluster import Address, Cluster, cluster_behind, cluster_of, has_moved, serves_no_more
-from pybreaker_redis._keys import circuit_keys, slot_of
+from pybreaker_redis._guard import is_rejected
+from pybreaker_redis._keys import BASE, circuit_keys, slot_of
+from pybreaker_redis._names import behind, plain, real_names
 from pybreaker_redis.errors import is_a
 
 
@@ -38,6 +40,7 @@ class Whereabouts:
         given: Returns the user's client; called once.
         namespace: Of the circuit.
         one_slot: Whether to put its keys into one slot in any case; for a cluster's client they are.
+        base: Between the namespace and the names of its keys.
         settles: Called once, with the client and the keys, when it is known where it lies.
     """
 
@@ -48,18 +51,29 @@ class Whereabouts:
         *,
         one_slot: bool,
         settles: Callable[[Any, tuple[str, ...]], None],
+        base: str = BASE,
     ) -> None:
         self._given = given
         self._namespace = namespace
+        self._base = base
+        self._names: dict[bool, tuple[str, ...]] = {}
         self._one_slot = one_slot
         self._settles: Callable[[Any, tuple[str, ...]], None] | None = settles
         self._client: Any = None
         self._cluster: Cluster | None = None
         self._address: Address | None = None
+        #: Whether the client that was given has other names for the keys.
+        self._renames = False
 
     @property
     def _keys(self) -> tuple[str, ...]:
-        return circuit_keys(self._namespace, one_slot=self._one_slot)
+        """The names that its keys have on the server, whatever the user's client makes of what it is given."""
+        names = self._names.get(self._one_slot)
+        if names is None:
+            asked = circuit_keys(self._namespace, one_slot=self._one_slot, base=self._base)
+            names = self._names[self._one_slot] = real_names(self._client, asked)
+            self._renames = self._renames or names != asked
+        return names
 
     @property
     def _slot(self) -> int:
@@ -72,7 +86,7 @@ class Whereabouts:
             Exception: Whatever the callable raises that returns the client.
         """
         if self._client is None:
-            client = self._given()
+            client = behind(self._given())
             self._cluster = cluster_of(client)
             self._one_slot = self._one_slot or self._cluster is not None
             self._client = client
@@ -80,10 +94,14 @@ class Whereabouts:
         if self._cluster is not None:
             self._address = self._cluster.primary_of(self._slot)
             client = self._cluster.node(self._address)
+        keys = self._keys
+        if self._cluster is None and self._renames:
+            # It would rename them once more.
+            client = plain(client)
         if self._settles:
             settles, self._settles = self._settles, None
-            settles(client, self._keys)
-        return Seat(client, self._keys, self._one_slot)
+            settles(client, keys)
+        return Seat(client, keys, self._one_slot)
 
     def has_moved(self, error: Exception, asked: Any) -> bool:
         """Whether an error says that the circuit lies elsewhere, so that nothing was done and `seat` says where.
@@ -102,6 +120,8 @@ class Whereabouts:
             return True
         if has_moved(error):
             return self._follow(error)
+        if is_rejected(error):
+            return self._has_new_credentials(asked)
         if serves_no_more(error) and self._cluster is not None:
             if self.look_again():
                 return True
@@ -125,6 +145,18 @@ class Whereabouts:
             return False
         self._cluster.look_again(avoid=self._address)
         return self._cluster.primary_of(self._slot) != self._address
+
+    def _has_new_credentials(self, asked: Any) -> bool:
+        """Look at what the client authenticates by now; whether that differs, so that it is worth another attempt."""
+        try:
+            given = behind(self._given())
+        except Exception:  # noqa: BLE001
+            # Whatever a callable raises: the next attempt calls it again.
+            return False
+        words = words_of(given)
+        if self._cluster is not None:
+            self._cluster.take_credentials(words)
+        return take_credentials(asked, words)
 
     def _follow(self, error: Exception) -> bool:
         cluster, address = self._cluster, self._address

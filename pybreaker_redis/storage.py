@@ -18,6 +18,7 @@ from pybreaker_redis._arguments import (
     check_state,
     client_source,
     kept_ms,
+    key_base,
     key_prefix,
     staleness,
     wait,
@@ -68,9 +69,11 @@ class CircuitRedisStorage(OperatedStorage):
 
     Raises:
         ValueError: An unknown state, or a number out of range.
-        TypeError: Any other argument that is not what it should be.
+        TypeError: Any other argument that is not what it should be, or a subclass that has a ``_namespace`` of its own,
+            which nothing here would ask.
     """
 
+    #: Stands between the namespace and the names of the keys; subclasses may have another one, as of pybreaker's class.
     BASE_NAMESPACE = BASE
     logger = logging.getLogger("pybreaker_redis")
 
@@ -90,11 +93,12 @@ class CircuitRedisStorage(OperatedStorage):
         check_state("state", state)
         check_fallback(fallback_circuit_state)
         check_flag("cluster_mode", cluster_mode)
+        base = key_base(type(self), self.BASE_NAMESPACE)
         namespace = key_prefix(namespace)
         view = View(staleness(max_staleness))
         super().__init__("redis", probe_lease, view.shortcut)
         self._timeout = wait(timeout)
-        name = namespace or BASE
+        name = namespace or base
         settings = {
             "state": state,
             "fallback_circuit_state": fallback_circuit_state,
@@ -106,7 +110,13 @@ class CircuitRedisStorage(OperatedStorage):
         self._twin = Twin(name, settings, is_nameless=namespace is None)
         self._tenancy = Tenancy(
             name,
-            Whereabouts(client_source(redis_object), namespace, one_slot=cluster_mode, settles=self._twin.meet),
+            Whereabouts(
+                client_source(redis_object),
+                namespace,
+                one_slot=cluster_mode,
+                settles=self._twin.meet,
+                base=base,
+            ),
             initial_state=state,
             fallback=fallback_circuit_state,
             timeout=self._timeout,

@@ -36,10 +36,12 @@ ROWS = (
     ("_said", "_hearings"),
     ("_view", "_line", "_guard", "_cluster"),
     ("_carrier", "_record", "_shortcut", "_client"),
-    ("_intents", "_lifetime", "_deadline"),
+    ("_intents", "_lifetime", "_deadline", "_words"),
     (
         "_circuit",
         "_keys",
+        "_names",
+        "_secrets",
         "_clock",
         "_forks",
         "_signals",
@@ -88,7 +90,11 @@ def test_imports_follow_the_flow(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["_circuit", "_keys", "_clock", "_forks", "_signals", "_threads", "errors", "health", "_frames"]
+    "module",
+    [
+        *("_circuit", "_keys", "_names", "_secrets", "_clock", "_forks", "_signals", "_threads"),
+        *("errors", "health", "_frames"),
+    ],
 )
 def test_foundations_import_nothing_of_ours(module: str) -> None:
     """What everything stands on stands alone."""

@@ -21,8 +21,9 @@ from pybreaker_redis import CircuitRedisStorage, _client
 from pybreaker_redis._client import MOST_CONNECTIONS, Origin, bounded, longest_wait, origin_of
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer, free_port
+from pybreaker_redis._names import base_of
 from pybreaker_redis._server import server_of
-from tests.kinds import KINDS, CredentialProvider, Prefixing, by_port, retrying
+from tests.kinds import KINDS, CredentialProvider, by_port, retrying
 from tests.sentinels import Sentinels
 from tests.servers import ONCE, FoundServer
 from tests.viewed import wait_for
@@ -127,10 +128,11 @@ class TestBounded:
         assert (in_use(pool), words_of(pool), pool.connection_class, dict(vars(client))) == before
         assert int(client.get("mine")) == 1
 
-    def test_copy_is_of_the_same_kind(self, client: Any) -> None:
-        """Subclasses that rename keys or trace commands go on doing so."""
+    def test_copy_is_a_plain_client_of_the_same_library(self, client: Any) -> None:
+        """Methods of subclasses may wait and retry, and what they call the keys was found out before."""
         own = bounded(client, ENOUGH)
-        assert type(own) is type(client)
+        assert type(own) is base_of(client)
+        assert isinstance(client, type(own))
         assert own is not client
         assert issubclass(own.connection_pool.connection_class, client.connection_pool.connection_class)
 
@@ -182,17 +184,6 @@ def pings(client: Any) -> bool:
 def bytes_of(value: Any) -> bytes:
     """As it lies in Redis."""
     return value if isinstance(value, bytes) else str(value).encode("latin-1")
-
-
-def test_subclass_goes_on_renaming_keys(reached: PrivateServer) -> None:
-    """In what it was given after it was made, too."""
-    client = Prefixing(host="127.0.0.1", port=reached.port)
-    client.prefix = "shop:"
-    own = bounded(client, ENOUGH)
-    with deadline(ENOUGH):
-        own.set("key", "value")
-    assert by_port(reached).get("shop:key") == b"value"
-    own.connection_pool.disconnect()
 
 
 def test_callbacks_of_the_client_are_kept(reached: PrivateServer) -> None:
@@ -567,13 +558,63 @@ class TestServer:
             {"port": 1},
             {"host": "127.0.0.2"},
             {"password": "other"},
+            {"ssl": True},
+            {"ssl": True, "ssl_cert_reqs": "none"},
+            {"ssl": True, "ssl_cert_reqs": None},
+            {"ssl": True, "ssl_ca_certs": "/authority.pem"},
+            {"ssl": True, "ssl_certfile": "/client.pem", "ssl_keyfile": "/client.pem"},
         ],
         ids="+".join,
     )
     def test_clients_of_other_servers_users_or_databases_share_nothing(self, words: dict[str, Any]) -> None:
         """What one may, another need not; and what has gone for one may be there for the other."""
         given = {"host": "127.0.0.1", "port": 6379}
+        if len(words) > 1 and "ssl" in words:
+            given["ssl"] = True
         one, other = redis.Redis(**given), redis.Redis(**{**given, **words})
+        assert server_of(one, TIMEOUT) is not server_of(other, TIMEOUT)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            {"ssl": True, "ssl_ca_certs": "/authority.pem", "ssl_cert_reqs": "required"},
+            {"socket_keepalive_options": {1: 2}},
+            {"redis_connect_func": print},
+        ],
+        ids="+".join,
+    )
+    def test_clients_that_are_made_alike_share_a_server(self, words: dict[str, Any]) -> None:
+        """However many an application makes."""
+        if not words.keys() <= inspect.signature(redis.Redis).parameters.keys():
+            pytest.skip("this redis-py does not know these words")
+        one, other = (redis.Redis(host="there", **words) for _ in range(2))
+        assert one.connection_pool is not other.connection_pool
+        assert server_of(one, TIMEOUT) is server_of(other, TIMEOUT)
+
+    def test_words_of_no_known_constructor_tell_servers_apart(self) -> None:
+        """A kind of connection of an application's own may be given a tunnel, or a list of them."""
+
+        class Tunnelled(redis.Connection):
+            """By way of another host."""
+
+            def __init__(self, tunnels: Any = None, **words: Any) -> None:
+                super().__init__(**words)
+                self.tunnels = tunnels
+
+        def server(tunnels: Any) -> Any:
+            pool = redis.ConnectionPool(connection_class=Tunnelled, host="there", tunnels=tunnels)
+            return server_of(redis.Redis(connection_pool=pool), TIMEOUT)
+
+        kept = [server(tunnels) for tunnels in (["a"], ["b"], {"a": 1}, {"a"}, None)]
+        assert kept[0] is server(["a"])
+        assert kept[2] is server({"a": 1})
+        assert len({id(item) for item in kept}) == len(kept)
+
+    def test_function_that_connects_tells_servers_apart(self) -> None:
+        """It may authenticate."""
+        if not ONCE:
+            pytest.skip("this redis-py has no such functions")
+        one, other = redis.Redis(redis_connect_func=print), redis.Redis(redis_connect_func=repr)
         assert server_of(one, TIMEOUT) is not server_of(other, TIMEOUT)
 
     def test_other_timeout_is_another_server(self) -> None:

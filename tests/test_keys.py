@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from binascii import crc_hqx
 from unicodedata import category
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._arguments import key_prefix
@@ -101,3 +103,74 @@ def test_any_namespace_is_refused_or_names_one_circuit_in_one_slot(namespace, on
     assert channel_of(keys, 0).isprintable() or not namespace.isprintable()
     if one_slot or "{" in namespace:
         assert len({slot(key) for key in keys}) == 1
+
+
+# -- subclasses with names of their own --------------------------------------------------------------------------------
+
+
+class Shop(CircuitRedisStorage):
+    """As pybreaker's class allows it."""
+
+    BASE_NAMESPACE = "shop:cb"
+
+
+@pytest.mark.parametrize(
+    ("namespace", "one_slot", "first"),
+    [
+        ("pay", False, "pay:shop:cb:state"),
+        (None, False, "shop:cb:state"),
+        ("pay", True, "{pay}:shop:cb:state"),
+        (None, True, "{shop:cb}:state"),
+    ],
+)
+def test_base_namespace_of_a_subclass_stands_where_stock_has_it(namespace, one_slot, first):
+    """In a cluster, too, all keys lie in one slot."""
+    keys = circuit_keys(namespace, one_slot=one_slot, base=Shop.BASE_NAMESPACE)
+    assert keys[0] == first
+    assert not one_slot or len({slot(key) for key in keys}) == 1
+    assert circuit_keys(namespace, one_slot=True, base="{eu}cb")[0] == f"{namespace}:{{eu}}cb:state".removeprefix(
+        "None:"
+    )
+
+
+def test_tenants_that_differ_by_base_namespace_have_circuits_of_their_own(server, client):
+    """In the keys, in the channel, and by a URL."""
+    storages = [Shop("closed", client, "pay"), Shop.from_url(f"unix://{server.unix_socket}", "closed", "buy")]
+    storages.append(CircuitRedisStorage("closed", client, "pay"))
+    for storage in storages:
+        breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+        with contextlib.suppress(CircuitBreakerError):
+            breaker.call({}.__getitem__, "missing")
+    stored = {bytes(key).rpartition(b":")[0] for key in client.keys("*:state")}
+    assert stored == {b"pay:shop:cb", b"buy:shop:cb", b"pay:pybreaker"}
+    assert storages[0]._tenancy.shared._carriers.channel == "pay:shop:cb:circuit@0"
+    assert Shop("closed", client).health().circuit == "shop:cb"
+
+
+class Naming(CircuitRedisStorage):
+    """Names its keys by a method."""
+
+    def _namespace(self, key: str) -> str:
+        """Nothing here asks it."""
+        return f"mine:{key}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Naming, "Naming._namespace is not used here"),
+        (type("Number", (CircuitRedisStorage,), {"BASE_NAMESPACE": 7}), "Number.BASE_NAMESPACE must be a str"),
+        (type("Nothing", (CircuitRedisStorage,), {"BASE_NAMESPACE": None}), "Nothing.BASE_NAMESPACE must be a str"),
+    ],
+)
+def test_subclass_whose_names_cannot_be_used_is_refused_at_once(kind, said):
+    """Else two tenants would become one circuit."""
+    with pytest.raises(TypeError, match=said):
+        kind("closed", lambda: None)
+
+
+def test_base_namespace_that_makes_no_keys_is_refused_at_once():
+    """As a namespace."""
+    kind = type("Empty", (CircuitRedisStorage,), {"BASE_NAMESPACE": ""})
+    with pytest.raises(ValueError, match=r"Empty.BASE_NAMESPACE must have at least one character"):
+        kind("closed", lambda: None)

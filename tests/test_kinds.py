@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import socket
 import subprocess
@@ -193,6 +194,25 @@ def test_certificate_of_a_stranger_leaves_calls_guarded(tls: Secured, caplog: py
         assert health_of(breaker).condition == "away"
     (line,) = said
     assert "certificate verify failed" in line.lower()
+
+
+@pytest.mark.parametrize("tls", servers.at_hand()[:1] or [None], ids=str, indirect=True)
+def test_client_that_verifies_trusts_no_stranger_because_another_client_does(tls: Secured) -> None:
+    """Clients to one server share connections only if these are made alike."""
+    strict = words_for(tls, tls.certificates.stranger)
+    lax = {**strict, "ssl_cert_reqs": "none"}
+    if "ssl_check_hostname" in inspect.signature(redis.SSLConnection.__init__).parameters:
+        lax["ssl_check_hostname"] = False
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(contextlib.closing(redis.Redis(host=HOST, port=tls.port, ssl=True, **words, **ONCE)))
+            for words in (lax, strict, lax)
+        ]
+        breakers = [breaker_on(client, timeout=10) for client in clients]
+        for breaker in breakers:
+            assert breaker.call(up) == "answer"
+        assert [health_of(breaker).condition for breaker in breakers] == ["connected", "away", "connected"]
+        assert [health_of(breaker).circuits for breaker in breakers] == [2, 1, 2]
 
 
 def test_handshake_that_nobody_answers_is_waited_for_no_longer_than_the_timeout(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Which names do a client's keys have on the server, and what is the client without its own methods?
+
+Knows: classes of client libraries, subclasses and wrappers of them.  Does not know: circuits, connections.
+
+Applications share a server by clients that rename keys: subclasses that put a prefix before each.  Others retry, wait
+or trace in methods of their own, of the class or of one object.  The names are found without a command being sent, and
+from then on a plain client of the library uses them, on connections that keep deadlines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+#: Packages whose classes execute commands as they are given.
+_LIBRARIES = frozenset(("fakeredis", "redis", "rediscluster", "valkey"))
+
+#: Methods by which clients rename keys, and where each puts the key among the words of its command.  Scripts first:
+#: under the names that they are given circuits lie already.
+_ASKED = (("evalsha", 3), ("eval", 3), ("get", 1))
+
+
+def behind(client: Any) -> Any:
+    """Return the client behind a wrapper that has no method of its own for scripts, as flask-redis and lazy objects."""
+    with contextlib.suppress(Exception):
+        owner = getattr(client.evalsha, "__self__", client)
+        if base_of(client) is None and base_of(owner) is not None:
+            return owner
+    return client
+
+
+def base_of(client: Any) -> type[Any] | None:
+    """Return the library's own class of a client; ``None``: it is of no such class, so its methods are not known."""
+    for cls in type(client).__mro__:
+        if cls.__module__.partition(".")[0] in _LIBRARIES:
+            return cls
+    return None
+
+
+def plain(client: Any) -> Any:
+    """Return a copy of a client that has only the library's own methods.
+
+    Raises:
+        TypeError: It is of no library's class, or of one that cannot be left.
+        Exception: Whatever a class raises that cannot be copied.
+    """
+    base = base_of(client)
+    if base is None:
+        msg = f"not of a known client library: {type(client).__name__}"
+        raise TypeError(msg)
+    own = copy.copy(client)
+    if type(own) is not base:
+        own.__class__ = base
+    for name in _patches(own):
+        del vars(own)[name]
+    return own
+
+
+def _patches(client: Any) -> list[str]:
+    """The methods that one object has in place of those of its class, as tracing libraries do it."""
+    cls = type(client)
+    return [name for name, value in vars(client).items() if callable(value) and callable(getattr(cls, name, None))]
+
+
+def real_names(client: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names that keys have on the server of a client; nothing is sent.
+
+    A client whose class is the library's own renames nothing.  The methods of any other class are called on a copy that
+    sends nothing and notes what would be sent.
+    """
+    base = base_of(client)
+    if base is None or type(client) is base:
+        return keys
+    try:
+        return _observed_names(client, base, keys)
+    except Exception:  # noqa: BLE001
+        # Whatever a class raises that cannot be made in this way.
+        return keys
+
+
+def _observed_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
+    sent: list[tuple[Any, ...]] = []
+
+    def execute_command(self: Any, *words: Any, **options: Any) -> None:
+        sent.append(words)
+
+    def nothing(self: Any) -> None:
+        """Nothing of the client's is closed by its copy."""
+
+    # The last class before the library's own, so that whatever a subclass calls by `super` is noted.
+    last = type("Last", (base,), {"execute_command": execute_command})
+    kind = type("Observed", (type(client), last), {"__del__": nothing, "close": nothing})
+    observed: Any = object.__new__(kind)
+    patches = _patches(client)
+    vars(observed).update((name, value) for name, value in vars(client).items() if name not in patches)
+
+    def name_of(method: str, place: int, key: str) -> str:
+        sent.clear()
+        with contextlib.suppress(Exception):
+            # One key at a time: kombu's client renames only the first of a script.
+            getattr(observed, method)(*(["0" * 40, 1] if place > 1 else []), key)
+        name = sent[0][place] if sent else key
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    for method, place in _ASKED:
+        names = tuple(name_of(method, place, key) for key in keys)
+        if names != keys:
+            return names
+    return keys
