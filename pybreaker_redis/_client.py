@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pybreaker_redis._deadline import deadlined
-from pybreaker_redis._names import base_of, plain
+from pybreaker_redis._names import is_known, plain
 from pybreaker_redis._words import Credentials, Place, kept_words, longest_idle, place_of
 
 #: Most connections of one's own to a server.  One is enough unless threads ask at the same time.
@@ -124,8 +124,9 @@ def origin_of(client: Any) -> Origin | None:
 
 
 def known_origin_of(client: Any) -> Origin | None:
-    """As `origin_of`; ``None`` also for a client of no library's class, which may rename keys."""
-    return origin_of(client) if base_of(client) is not None else None
+    """As `origin_of`; ``None`` also for a client that no plain one can stand for: it may rename keys as it likes."""
+    origin = origin_of(client)
+    return origin if origin is not None and is_known(client) else None
 
 
 def _libraries(client: Any) -> set[str]:
@@ -160,9 +161,6 @@ def on_pool(client: Any, pool: Any) -> Any:
     """Return a plain client of the same library that uses another pool."""
     own = plain(client)
     own.connection_pool = pool
-    own.auto_close_connection_pool = False
-    # The one connection of a client that has no more.
-    own.connection = None
     return own
 
 

@@ -54,7 +54,23 @@ def plain(client: Any) -> Any:
         own.__class__ = base
     for name in _patches(own):
         del vars(own)[name]
+    # What the client closes when it ends is not closed with its copy: its pool, and the one connection of a client that
+    # has no more.
+    own.auto_close_connection_pool = False
+    own.connection = None
     return own
+
+
+def is_known(client: Any) -> bool:
+    """Whether a plain client of its library can stand for a client."""
+    if type(client) is base_of(client):
+        return True
+    try:
+        plain(client)
+    except Exception:  # noqa: BLE001
+        # Whatever a class raises that cannot be copied.
+        return False
+    return True
 
 
 def _patches(client: Any) -> list[str]:
@@ -73,6 +89,9 @@ def real_names(client: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
     if base is None or type(client) is base:
         return keys
     try:
+        if not hasattr(client, "nodes_manager"):
+            # Else the new names would be renamed once more.
+            plain(client)
         return _observed_names(client, base, keys)
     except Exception:  # noqa: BLE001
         # Whatever a class raises that cannot be made in this way.

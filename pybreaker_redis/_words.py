@@ -5,6 +5,7 @@ Knows: what constructors of connections of redis-py and its kin take.  Does not 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -116,8 +117,10 @@ def _usual(connection_class: Any) -> dict[str, Any]:
     usual: dict[str, Any] = {}
     for cls in reversed(getattr(connection_class, "__mro__", ())):
         if "__init__" in vars(cls) and cls is not object:
-            parameters = inspect.signature(cls.__init__).parameters.values()
-            usual.update((item.name, item.default) for item in parameters if item.default is not item.empty)
+            # Some that are not written in Python have none.
+            with contextlib.suppress(TypeError, ValueError):
+                parameters = inspect.signature(cls.__init__).parameters.values()
+                usual.update((item.name, item.default) for item in parameters if item.default is not item.empty)
     return usual
 
 

@@ -366,6 +366,24 @@ class TestWaits:
         )
 
 
+class Swallowing(Slow):
+    """Answers nothing where its client raises, or where it likes."""
+
+    def evalsha(self, *words: Any) -> Any:
+        """Nothing."""
+        return None
+
+
+def test_answer_of_nothing_is_a_fault_of_the_circuit_and_no_error_of_a_call(client: redis.Redis) -> None:
+    """Others who live on the server are not concerned."""
+    storage = CircuitRedisStorage("closed", Swallowing(client, 0), namespace="swallowed")
+    breaker = pybreaker.CircuitBreaker(state_storage=storage)
+    assert breaker.call(up) == "answer"
+    with pytest.raises(Down):
+        breaker.call(down)
+    assert storage.health().condition == "refused"
+
+
 def waits(client: Any, server: PrivateServer) -> None:
     """A call waits for a frozen server as long as any other, though its client would wait longer."""
     storage = CircuitRedisStorage("closed", client, namespace="patched", timeout=0.3)

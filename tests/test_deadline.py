@@ -642,3 +642,27 @@ def test_nothing_is_sent_once_the_deadline_has_passed(monkeypatch: pytest.Monkey
                 late.sendall(b"EVALSHA")
         with pytest.raises(BlockingIOError):
             far.recv(1)
+
+
+def test_connection_without_a_word_for_credentials_is_given_none(server: PrivateServer) -> None:
+    """Older libraries have no providers; what they have is taken for each connection."""
+
+    class Older(redis.UnixDomainSocketConnection):
+        """Forgets what it does not know."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "nickname":
+                raise AttributeError
+            return super().__getattribute__(name)
+
+    class Present:
+        """As they are now."""
+
+        def now(self) -> dict[str, Any]:
+            """The same each time."""
+            return {"nickname": "shop", "username": None}
+
+    made = deadlined(Older)(path=server.unix_socket, credentials=Present())
+    made.connect()
+    assert "nickname" not in vars(made)
+    made.disconnect()

@@ -166,3 +166,39 @@ def test_drop_is_of_an_operation_with_a_deadline() -> None:
     assert _deadline.take_drop() is None
     with _deadline.deadline(1.0):
         assert _deadline.take_drop() is None
+
+
+class Ends:
+    """A socket that ends, or breaks."""
+
+    def __init__(self, answer: bytes | Exception) -> None:
+        self._answer = answer
+
+    def settimeout(self, seconds: float | None) -> None:
+        """It does not wait."""
+
+    def recv(self, size: int) -> bytes:
+        """What there is."""
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer[:size]
+
+
+@pytest.mark.parametrize("answer", [b"", b"+OK", ConnectionResetError()], ids=["end", "answer", "reset"])
+@pytest.mark.parametrize("is_reused", [True, False])
+@pytest.mark.parametrize("has_deadline", [True, False])
+def test_drop_is_an_end_without_an_answer_of_a_reused_connection(
+    answer: bytes | Exception, is_reused: bool, has_deadline: bool
+) -> None:
+    """A new connection that ends is an outage, and so is one that ends in the middle of an answer."""
+    made = _deadline._Socket(Ends(answer), None, None)  # type: ignore[arg-type]
+    made.is_reused = is_reused
+    with _deadline.deadline(1.0 if has_deadline else None):
+        with contextlib.suppress(ConnectionResetError):
+            made.recv(10)
+        expected = _deadline.Drop.UNANSWERED if is_reused and has_deadline and answer != b"+OK" else None
+        assert _deadline.take_drop() is expected
+        if answer == b"+OK":
+            made._wrapped = Ends(b"")  # type: ignore[assignment]
+            assert made.recv(10) == b""
+            assert _deadline.take_drop() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -228,6 +229,37 @@ def test_nothing_is_closed_or_sent_to_find_the_names(of: Callable[..., Any]) -> 
     before = dict(vars(given)), given.client_id()
     assert real_names(given, KEYS) == tuple(f"a:{key}" for key in KEYS)
     assert (dict(vars(given)), given.client_id()) == before
+
+
+class Alone(Scripts):
+    """Cannot be copied."""
+
+    def __copy__(self) -> Any:
+        """There is only one."""
+        raise RuntimeError
+
+
+def test_client_that_cannot_be_left_goes_on_renaming(of: Callable[..., Any], client: redis.Redis) -> None:
+    """There is no plain one for the names on the server, so it is given those that it renames."""
+    one = application(of(Alone, "a:"))
+    for _ in range(2):
+        fails(one)
+    assert one.current_state == "open"
+    assert client.get("a:payments:pybreaker:state") == b"open"
+    assert not client.pubsub_channels(), "nobody can tell under which name"
+
+
+@pytest.mark.parametrize("timeout", [10.0, None])
+def test_users_single_connection_is_not_closed_with_the_circuit(server: PrivateServer, timeout: float | None) -> None:
+    """Nor is the pool: both end with the user's client."""
+    given = Scripts(unix_socket_path=server.unix_socket, single_connection_client=True)
+    given.prefix = "a:"
+    before = given.client_id()
+    fails(application(given, timeout=timeout, max_staleness=0))
+    gc.collect()
+    assert given.connection is not None
+    assert given.client_id() == before
+    given.close()
 
 
 class Wrapper:
