@@ -17,8 +17,10 @@ from pybreaker_redis import CircuitRedisStorage, _words
 from pybreaker_redis._client import bounded, origin_of, take_credentials, words_of
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._keys import SLOTS
+from tests.clusters import bus_port
 from tests.kinds import CredentialProvider
-from tests.servers import ONCE
+from tests.servers import ONCE, FoundServer
 from tests.viewed import Down, down, keepers, up, wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
@@ -192,6 +194,44 @@ def test_rejected_credentials_are_worth_another_attempt_if_there_are_others_or_w
     assert take_credentials(own, {"password": "two"})
     now[0] += _words.JUST_TAKEN
     assert not take_credentials(own, {"password": "two"})
+
+
+@pytest.fixture
+def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
+    """A cluster of one node, which asks for the password ``old``."""
+    with PrivateServer(preferred.binary, port=bus_port(), args=["--cluster-enabled", "yes"]) as node:
+        with contextlib.closing(node.client()) as client:
+            client.execute_command("CLUSTER ADDSLOTS", *range(SLOTS))
+            wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "it serves all slots")
+            client.config_set("requirepass", "old")
+        yield node
+        with contextlib.suppress(redis.RedisError), contextlib.closing(operator_of(node, "new")) as operator:
+            operator.config_set("requirepass", "")
+
+
+@pytest.mark.skipif(not hasattr(redis, "RedisCluster"), reason="this redis-py has no clusters")
+def test_cluster_client_that_renames_keys_and_has_a_new_password_is_followed(cluster: PrivateServer) -> None:
+    """Its nodes are asked by plain clients: under its names, and with the password that it has by now."""
+
+    class Prefixed(redis.RedisCluster):  # type: ignore[misc,name-defined]
+        def execute_command(self, *words: Any, **options: Any) -> Any:
+            if words[0] in ("EVAL", "EVALSHA"):
+                words = (*words[:3], *(f"a:{key}" for key in words[3 : 3 + int(words[2])]), *words[3 + int(words[2]) :])
+            return super().execute_command(*words, **options)
+
+    client = Prefixed(host="127.0.0.1", port=cluster.port, password="old")
+    breaker = breaker_of(client, max_staleness=0)
+    replace_password(cluster)
+    client.nodes_manager.connection_kwargs["password"] = "new"
+    with pytest.raises(Down):
+        breaker.call(down)
+    with contextlib.closing(operator_of(cluster, "new")) as operator:
+        wait_for(
+            lambda: breaker.current_state and operator.get("a:{iam}:pybreaker:fail_counter") == b"1",
+            "the failure is counted",
+        )
+        assert {bytes(name)[:2] for name in operator.keys("*")} == {b"a:"}
+    client.close()
 
 
 def test_nodes_of_a_cluster_take_the_credentials_of_its_client() -> None:
