@@ -19,19 +19,21 @@ MOST_SECRETS = 100
 LONG = 8
 
 #: What follows in an error is what a command was given; AUTH is given a password.
-_ARGUMENTS = re.compile(r"(, with args beginning with:).*", re.DOTALL)
+_ARGUMENTS = re.compile(r"(, with args beginning with: ?).*()", re.DOTALL)
 
-#: The forms in which texts carry a secret, and what is left of each.
+#: The forms in which texts carry a secret: what stands before it is left, and what stands behind it.
 _FORMS = (
-    (re.compile(r"(?<=://)[^\s'\"<>]*@"), f"{MASK}@"),
-    (re.compile(r"(?i)((?:password|passwd|secret)['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s,&)>\]}]+)"), rf"\1{MASK}"),
-    (re.compile(r"\b(AUTH )(?![<(]|called\b|failed\b|is\b|must\b)[^\s)\]]+( [^\s)\]]+)?(?=[)\]]|$)"), rf"\1{MASK}"),
+    _ARGUMENTS,
+    re.compile(r"(://)[^\s'\"<>]*(@)"),
+    re.compile(r"(?i)((?:password|passwd|secret)['\"]?\s*[=:]\s*)(?:'[^']*'|\"[^\"]*\"|[^\s,&)>\]}]+)()"),
+    re.compile(r"\b(AUTH )(?![<(]|called\b|failed\b|is\b|must\b)[^\s)\]]+(?: [^\s)\]]+)?(?=[)\]]|$)()"),
 )
 
 #: Packages whose errors have texts that may be changed.
 _LIBRARIES = frozenset(("redis", "rediscluster", "valkey"))
 
-_known: dict[str, None] = {}
+#: Each secret, and what finds it: nothing is compiled while a text is printed, as that may be when Python shuts down.
+_known: dict[str, re.Pattern[str]] = {}
 
 
 def remember(secret: Any) -> None:
@@ -40,28 +42,25 @@ def remember(secret: Any) -> None:
         secret = secret.decode("utf-8", "replace")
     if not isinstance(secret, str) or not secret or secret in _known:
         return
+    spelled = "|".join(sorted(map(re.escape, {secret, quote(secret, safe=""), repr(secret)[1:-1]}), key=len)[::-1])
+    pattern = f"()(?:{spelled})()" if len(secret) >= LONG else rf"(?<![^\W_])()(?:{spelled})()(?![^\W_])"
     # One step each: threads remember at the same time.
-    _known.setdefault(secret)
+    _known.setdefault(secret, re.compile(pattern))
     while len(_known) > MOST_SECRETS:
         _known.pop(next(iter(tuple(_known))), None)
 
 
 def masked(text: object) -> str:
     """Return a text without the secrets that were remembered, and without what looks like one."""
-    said = _ARGUMENTS.sub(rf"\1 {MASK}", str(text))
-    for secret in sorted(_known, key=len, reverse=True):
-        for spelled in {secret, quote(secret, safe=""), repr(secret)[1:-1]}:
-            if spelled in said:
-                said = _without(spelled, said)
-    for form, rest in _FORMS:
-        said = form.sub(rest, said)
+    said = str(text)
+    known = [form for _, form in sorted(_known.copy().items(), key=lambda item: len(item[0]), reverse=True)]
+    for form in (*_FORMS[:1], *known, *_FORMS[1:]):
+        said = form.sub(_without, said)
     return said
 
 
-def _without(secret: str, said: str) -> str:
-    if len(secret) >= LONG:
-        return said.replace(secret, MASK)
-    return re.sub(rf"(?<![^\W_]){re.escape(secret)}(?![^\W_])", MASK, said)
+def _without(match: re.Match[str]) -> str:
+    return f"{match[1]}{MASK}{match[2]}"
 
 
 def mask(error: BaseException) -> None:
