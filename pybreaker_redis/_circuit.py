@@ -21,6 +21,9 @@ MAX_LEASE_MS = 24 * 3600 * 1000
 #: Counts and generations from here on are damage: a thousand a second would take three decades.
 MAX_COUNT = 10**12
 
+#: Latest time that a record can hold, milliseconds since the epoch: 15 digits, which a Lua number holds exactly.
+MAX_TIME_MS = 10**15 - 1
+
 #: Longest believable noise, milliseconds.
 MAX_NOISE_MS = 60 * 1000
 
@@ -59,6 +62,7 @@ class Circuit:
         probe_until_ms: When that hold ends, same clock as `opened_at_ms`.
         noisy_until_ms: Until when a success may have failures to forget, so that it has to be reported, same clock.
             Later, only one who has seen a counter at zero since may keep it to himself.
+        probe_lease_ms: Length of that hold, milliseconds; 0: unknown, as a foreign writer leaves it.
     """
 
     state: str = CLOSED
@@ -69,6 +73,7 @@ class Circuit:
     probe_token: str = ""
     probe_until_ms: float = 0
     noisy_until_ms: float = 0
+    probe_lease_ms: float = 0
 
     def admits(self, generation: int | None, token: str) -> bool:
         """Whether a call that was admitted in `generation`, holding `token`, may still speak for this circuit.
@@ -89,13 +94,27 @@ class Circuit:
         """Whether somebody holds the probe."""
         return self.state == HALF_OPEN and not self.probe_is_free(now_ms)
 
+    def within_lease(self, now_ms: float) -> Circuit:
+        """The circuit with a lease that ends no later than its own length after `now_ms`.
+
+        A lease can have more time left only if the clock was set back, or if another server with a slower clock has
+        taken over.  A lease of unknown length that ends after the longest possible one is damage, and over.
+        """
+        if self.probe_until_ms <= now_ms + (self.probe_lease_ms or MAX_LEASE_MS):
+            return self
+        return replace(self, probe_until_ms=now_ms + self.probe_lease_ms if self.probe_lease_ms else 0)
+
+    def without_probe(self) -> Circuit:
+        """The circuit with a probe that is free."""
+        return replace(self, probe_token="", probe_until_ms=0, probe_lease_ms=0)
+
     def moved(self, state: str, **changes: float | str | None) -> Circuit:
         """The circuit after a transition to `state`: a new generation in which nobody holds the probe."""
         return replace(
             self,
             state=state,
             generation=after(self.generation),
-            **{"probe_token": "", "probe_until_ms": 0, **changes},  # type: ignore[arg-type]
+            **{"probe_token": "", "probe_until_ms": 0, "probe_lease_ms": 0, **changes},  # type: ignore[arg-type]
         )
 
 

@@ -119,7 +119,7 @@ class CountProbe(Fenced):
         counted = replace(circuit, success_counter=after(circuit.success_counter))
         if self.generation is None or not circuit.probe_token:
             return counted
-        return replace(counted, probe_until_ms=now_ms + self.lease_ms)
+        return replace(counted, probe_until_ms=now_ms + self.lease_ms, probe_lease_ms=self.lease_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class ClaimProbe(Intent):
     """Ask to be the one caller that tests a recovering dependency.
 
     Whether the reset timeout has passed is for the caller to know; the circuit knows that nobody else is probing.
-    Asked twice, as by a client that repeats what it got no answer to, it is granted twice.
+    A claim with the token that holds the probe is granted again and renews the lease: clients repeat themselves.
 
     Attributes:
         generation: The generation that the caller saw open.
@@ -186,16 +186,14 @@ class ClaimProbe(Intent):
     script: ClassVar[str] = "claim_probe"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
+        lease: dict[str, float] = {"probe_until_ms": now_ms + self.lease_ms, "probe_lease_ms": self.lease_ms}
         if circuit.probe_token == self.token:
-            return Decision(True, circuit)
+            return Decision(True, replace(circuit, **lease))  # type: ignore[arg-type]
         if circuit.generation != self.generation or not (circuit.state == OPEN or circuit.probe_is_free(now_ms)):
             return Decision(False, circuit)
         # Successes collected by a prober that died still count; those from before the circuit opened do not.
         successes = 0 if circuit.state == OPEN else circuit.success_counter
-        claimed = circuit.moved(
-            HALF_OPEN, success_counter=successes, probe_token=self.token, probe_until_ms=now_ms + self.lease_ms
-        )
-        return Decision(True, claimed)
+        return Decision(True, circuit.moved(HALF_OPEN, success_counter=successes, probe_token=self.token, **lease))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 import redis
 from redis.exceptions import WatchError
 
+from pybreaker_redis._answers import milliseconds, sequence, strings
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._clock import monotonic
@@ -37,6 +38,9 @@ _LOST = "while watching"
 
 #: How the server says that a key has no TTL.
 ENDLESS = -1
+
+#: How many commands read one circuit.
+READS = 4
 
 #: Whether redis-py can be asked not to decode the answer to a single command.
 CAN_LEAVE_UNDECODED = hasattr(redis.client, "NEVER_DECODE")
@@ -114,7 +118,8 @@ class OptimisticCarrier:
             _ask(pipe, self._keys)
             if self._ttl_ms:
                 pipe.pttl(self._keys[0])
-            *answers, left = (*pipe.execute(raise_on_error=False), None)[:5]
+            asked = READS + bool(self._ttl_ms)
+            *answers, left = (*sequence("a pipeline", pipe.execute(raise_on_error=False), asked), None)[: READS + 1]
         reply, changes = _decide(intent, *_understand(answers), known, create)
         return reply, changes, left == ENDLESS
 
@@ -177,10 +182,9 @@ def look(questions: Sequence[Question]) -> list[Reply]:
     with _undecoded(questions[0].client).pipeline(transaction=False) as pipe:
         for question in questions:
             _ask(pipe, question.keys)
-        answers = pipe.execute(raise_on_error=False)
-    step = len(answers) // len(questions)
+        answers = sequence("a pipeline", pipe.execute(raise_on_error=False), READS * len(questions))
     return [
-        _decide(Load(), *_understand(answers[step * index :][:step]), question.known, question.create)[0]
+        _decide(Load(), *_understand(answers[READS * index :][:READS]), question.known, question.create)[0]
         for index, question in enumerate(questions)
     ]
 
@@ -210,19 +214,19 @@ def _undecoded(client: Any) -> Any:
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **words))
 
 
-def _understand(answers: list[Any]) -> tuple[Found, int]:
-    plain, opened_at_exists, mark, clock = answers
-    for answer in (plain, opened_at_exists, clock):
+def _understand(answers: Sequence[Any]) -> tuple[Found, int]:
+    answered, opened_at_exists, mark, clock = answers
+    for answer in (answered, opened_at_exists, clock):
         if isinstance(answer, Exception):
             raise answer
+    plain = strings("MGET", answered, len(VALUE_NAMES) - 1)
     if plain[3] is None and opened_at_exists:
         plain = [*plain[:3], WRONG_TYPE]
     wrong_type = isinstance(mark, Exception) and str(mark).startswith("WRONGTYPE")
     if isinstance(mark, Exception) and not wrong_type:
         raise mark
-    found = parse(plain, (None,) * len(MARK_FIELDS) if wrong_type else mark, mark_is_hash=not wrong_type)
-    seconds, microseconds = (int(part) for part in clock)
-    return found, seconds * 1000 + microseconds // 1000
+    fields = (None,) * len(MARK_FIELDS) if wrong_type else strings("HMGET", mark, len(MARK_FIELDS))
+    return parse(plain, fields, mark_is_hash=not wrong_type), milliseconds(clock)
 
 
 def _decide(intent: Intent, found: Found, now_ms: int, known: Circuit | None, create: str) -> tuple[Reply, Writes]:

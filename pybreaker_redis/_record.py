@@ -25,7 +25,10 @@ from pybreaker_redis._circuit import (
 )
 
 #: Fields of the hash, in the order in which they are read and written.
-MARK_FIELDS = ("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms", "noisy_until_ms")
+MARK_FIELDS = (
+    *("generation", "state", "opened_at_ms"),
+    *("probe_token", "probe_until_ms", "noisy_until_ms", "probe_lease_ms"),
+)
 
 #: Names of the five values, in the order of the keys.
 VALUE_NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
@@ -39,7 +42,8 @@ MAX_PUSH_BYTES = 512
 WRONG_TYPE = "?"
 
 _WHOLE = re.compile(r"0|[1-9][0-9]{0,14}", re.ASCII)
-_TOKEN = re.compile(r"[0-9a-f]{1,64}", re.ASCII)
+#: As claims make them, or empty.
+TOKEN = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def parse(plain: Sequence[Raw], mark: Sequence[Raw], *, mark_is_hash: bool = Tru
 
 def _mark(fields: Sequence[str | None]) -> Circuit | None:
     """The hash as a circuit, ``None`` if it makes no sense."""
-    generation, state, opened_at_ms, token, probe_until_ms, noisy_until_ms = fields
+    generation, state, opened_at_ms, token, probe_until_ms, noisy_until_ms, probe_lease_ms = fields
     number = _count(generation)
     if number is None or state is None or state not in STATES:
         return None
@@ -119,9 +123,10 @@ def _mark(fields: Sequence[str | None]) -> Circuit | None:
         state=state,
         opened_at_ms=_whole(opened_at_ms),
         generation=number,
-        probe_token=token if token and _TOKEN.fullmatch(token) else "",
+        probe_token=token if token and TOKEN.fullmatch(token) else "",
         probe_until_ms=_whole(probe_until_ms) or 0,
         noisy_until_ms=_whole(noisy_until_ms) or 0,
+        probe_lease_ms=_count(probe_lease_ms, MAX_LEASE_MS) or 0,
     )
 
 
@@ -144,11 +149,8 @@ def parse_push(payload: Raw) -> Circuit | None:
 
 
 def _lies_in_the_future(circuit: Circuit, at_ms: int) -> bool:
-    return (
-        (circuit.opened_at_ms or 0) > at_ms
-        or circuit.probe_until_ms > at_ms + MAX_LEASE_MS
-        or circuit.noisy_until_ms > at_ms + MAX_NOISE_MS
-    )
+    is_too_long = circuit.within_lease(at_ms) is not circuit
+    return is_too_long or max(circuit.opened_at_ms or 0, circuit.noisy_until_ms - MAX_NOISE_MS) > at_ms
 
 
 def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Believed:
@@ -195,7 +197,7 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
     if future:
         opened_at_ms = now_ms
 
-    probing = ours and state == HALF_OPEN
+    probing = ours and state == HALF_OPEN and bool(mark.probe_token)
     circuit = Circuit(
         state=state,
         fail_counter=found.fail_counter or 0,
@@ -203,9 +205,10 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
         opened_at_ms=opened_at_ms,
         generation=mark.generation if ours else after(mark.generation),
         probe_token=mark.probe_token if probing else "",
-        probe_until_ms=mark.probe_until_ms if probing and mark.probe_until_ms <= now_ms + MAX_LEASE_MS else 0,
+        probe_until_ms=mark.probe_until_ms if probing else 0,
         noisy_until_ms=mark.noisy_until_ms if mark.noisy_until_ms <= now_ms + MAX_NOISE_MS else 0,
-    )
+        probe_lease_ms=mark.probe_lease_ms if probing else 0,
+    ).within_lease(now_ms)
     return Believed(circuit, event or _repairs(found, circuit, wrong_time=future or backward))
 
 
@@ -246,6 +249,7 @@ def writes(circuit: Circuit, found: Found) -> Writes:
         circuit.probe_token,
         f"{circuit.probe_until_ms:.0f}",
         f"{circuit.noisy_until_ms:.0f}",
+        f"{circuit.probe_lease_ms:.0f}",
     )
     moved = circuit.generation > 0 or circuit.noisy_until_ms > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
     needed = found.mark is not None or moved
@@ -261,13 +265,20 @@ def _remembered(found: Found, known: Circuit | None) -> tuple[Circuit, bool]:
 
     Who knows the circuit closed and finds an older mark of an open one meets somebody who has opened it on an emptied
     server, or a server that has lost the recovery.  To go on from there costs a probe at most; to close the circuit
-    would cost another outage.  It goes on in a generation that nobody has seen.
+    would cost another outage.  It goes on in a generation that nobody has seen.  The probe is free there: its holder
+    speaks for another generation, or has reported long ago.
+
+    Within a generation the probe is given back once, and claimed in the next one.  So a record that has a holder of the
+    probe that is known to be free is older, too: its server has lost the report.
     """
     mark = found.mark or Circuit()
-    if known is None or known.generation <= mark.generation:
+    if known is None or known.generation < mark.generation:
         return mark, False
+    if known.generation == mark.generation:
+        reported = known.state == mark.state == HALF_OPEN and not known.probe_token
+        return mark.without_probe() if reported else mark, False
     if found.mark is not None and found.state == mark.state != CLOSED == known.state:
-        return replace(mark, generation=after(known.generation)), False
+        return replace(mark.without_probe(), generation=after(known.generation)), False
     return replace(known, noisy_until_ms=0), True
 
 
@@ -296,10 +307,10 @@ def _whole(value: str | None) -> int | None:
     return int(value) if value is not None and _WHOLE.fullmatch(value) else None
 
 
-def _count(value: str | None) -> int | None:
-    """A number that can still be counted on from."""
+def _count(value: str | None, most: int = MAX_COUNT - 1) -> int | None:
+    """A number that can still be counted on from, or another one with a limit."""
     number = _whole(value)
-    return number if number is not None and number < MAX_COUNT else None
+    return number if number is not None and number <= most else None
 
 
 def _seconds(at_ms: float | None) -> int | None:

@@ -11,13 +11,11 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from pybreaker_redis._answers import NONE, script_reply
 from pybreaker_redis._carrier import Lack, Reply, SayLack
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._intents import Intent
 from pybreaker_redis.errors import ScriptingUnavailable, is_a, lacks
-
-#: How a script spells "by hand" and "never".
-_NONE = -1
 
 
 class LuaCarrier:
@@ -55,26 +53,27 @@ class LuaCarrier:
         Raises:
             ScriptingUnavailable: The server has neither EVALSHA nor EVAL, or forbids them to this user.
             redis.exceptions.RedisError: No usable answer.
+            UnusableAnswer: An answer that is none of the script's.
         """
         source, digest = script(intent.script)
         own = (_argument(getattr(intent, field.name)) for field in fields(intent))
         arguments = (*self._keys, create, *_known(known), *self._told, *own)
         try:
-            *values, unheard = self._run(source, digest, arguments)
+            reply, unheard = script_reply(self._run(source, digest, arguments))
         except Exception as error:
             # Older versions of fakeredis look for lupa only when a script is to run.
             if lacks(error, "eval") or isinstance(error, ModuleNotFoundError):
                 raise ScriptingUnavailable(str(error)) from error
             raise
         if unheard:
-            self._say_lack(Lack.PUBLISHING, unheard.decode() if isinstance(unheard, bytes) else unheard)
-        return _reply(values)
+            self._say_lack(Lack.PUBLISHING, unheard)
+        return reply
 
-    def _run(self, source: bytes, digest: str, arguments: tuple[Any, ...]) -> list[Any]:
+    def _run(self, source: bytes, digest: str, arguments: tuple[Any, ...]) -> object:
         missed = None
         if self._knows_names:
             try:
-                answer: list[Any] = self.client.evalsha(digest, len(self._keys), *arguments)
+                answer: object = self.client.evalsha(digest, len(self._keys), *arguments)
             except Exception as error:
                 if lacks(error, "evalsha"):
                     missed = error
@@ -103,33 +102,18 @@ def script(name: str) -> tuple[bytes, str]:
 
 def _known(circuit: Circuit | None) -> tuple[int | str, ...]:
     if circuit is None:
-        return _NONE, "", _NONE, "", 0
+        return NONE, "", NONE, "", 0, 0
     return (
         circuit.generation,
         circuit.state,
         _argument(circuit.opened_at_ms),
         circuit.probe_token,
         _argument(circuit.probe_until_ms),
+        _argument(circuit.probe_lease_ms),
     )
 
 
 def _argument(value: float | str | None) -> int | str:
     if value is None:
-        return _NONE
+        return NONE
     return value if isinstance(value, str) else int(value)
-
-
-def _reply(answer: list[Any]) -> Reply:
-    values: list[Any] = [item.decode() if isinstance(item, bytes) else item for item in answer]
-    accepted, now_ms, state, fails, successes, opened_at_ms, generation, token, until_ms, noisy_ms, event = values
-    circuit = Circuit(
-        state=state,
-        fail_counter=fails,
-        success_counter=successes,
-        opened_at_ms=None if opened_at_ms == _NONE else opened_at_ms,
-        generation=generation,
-        probe_token=token,
-        probe_until_ms=until_ms,
-        noisy_until_ms=noisy_ms,
-    )
-    return Reply(bool(accepted), circuit, now_ms, event)

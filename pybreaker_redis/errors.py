@@ -18,6 +18,10 @@ class PushUnavailable(PybreakerRedisError):
     """The server has no channels, or this user may not hear them."""
 
 
+class UnusableAnswer(PybreakerRedisError):
+    """An answer that no server of ours gives: a client swallows errors, or something between changes answers."""
+
+
 #: What servers say, and proxies before them, to a command that they do not have.
 _UNKNOWN = ("unknown command", "unsupported", "not supported")
 

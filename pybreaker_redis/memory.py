@@ -53,7 +53,8 @@ class MemoryCarrier:
         """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
         with self._lock:
             now = self._clock()
-            decision = intent.apply(self._circuit, now)
+            # The local clock may have been set back.
+            decision = intent.apply(self._circuit.within_lease(now), now)
             circuit = self._circuit = decision.circuit
             self._shortcut.follow(circuit, quiet=circuit.fail_counter == 0)
             event, self._event = self._event, ""

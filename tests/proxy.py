@@ -33,12 +33,14 @@ class Proxy:
         delay: For ``slow``: between how many seconds and how many.
         forbidden: Whoever sends this is hung up on; empty: nobody.
         hung_up_on: How many have been.
+        replaced: What is replaced in answers, by what.
         doomed: So many further requests end their connection instead of being passed on.
     """
 
     def __init__(self, unix_socket: str) -> None:
         self.manner: Manner = "pass"
         self.delay = (0.0, 0.0)
+        self.replaced: dict[bytes, bytes] = {}
         self.doomed = 0
         self.forbidden = b""
         self.hung_up_on = 0
@@ -84,6 +86,11 @@ class Proxy:
             pairs = list(self._pairs)
         for pair in pairs:
             _close(*pair)
+
+    def serve(self, unix_socket: str) -> None:
+        """Close all connections, and connect new ones to another server."""
+        self._unix_socket = unix_socket
+        self.hang_up()
 
     def close(self) -> None:
         """For good: no connection and no thread is left."""
@@ -143,6 +150,8 @@ class Proxy:
                     target.sendall(piece[: len(piece) // 2])
                     self._wait_while("half")
                     return
+                for found, put in self.replaced.items():
+                    piece = piece.replace(found, put)
                 if self.manner == "slow":
                     time.sleep(random.uniform(*self.delay))
                 if self.manner == "dribble":

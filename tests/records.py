@@ -118,8 +118,11 @@ def circuits(draw: st.DrawFn, now_ms: int = 1_000_000_000_000) -> Circuit:
     if state != HALF_OPEN:
         return circuit
     token = draw(st.sampled_from(["", *TOKENS]))
-    until_ms = draw(st.integers(now_ms - 1000, now_ms + LEASE_MS)) if token else 0
-    return replace(circuit, probe_token=token, probe_until_ms=until_ms)
+    if not token:
+        return circuit
+    lease_ms = draw(st.sampled_from([LEASE_MS, LEASE_MS, 0]))
+    until_ms = draw(st.integers(now_ms - 1000, now_ms + LEASE_MS))
+    return replace(circuit, probe_token=token, probe_until_ms=until_ms, probe_lease_ms=lease_ms)
 
 
 # -- what may lie in the keys ------------------------------------------------------------------------------------------
@@ -172,6 +175,7 @@ _marks = st.fixed_dictionaries(
         "probe_token": _often(st.sampled_from([b"", *(token.encode() for token in TOKENS)]), _garbage),
         "probe_until_ms": _often(st.builds(Ago, st.sampled_from([-30_000, 50, -(10**9)]), st.just(1)), _garbage),
         "noisy_until_ms": _often(st.builds(Ago, st.sampled_from([-600, -400, 50, -(10**9)]), st.just(1)), _garbage),
+        "probe_lease_ms": _often(st.sampled_from([b"0", b"50", b"30000", b"86400000", b"86400001"]), _garbage),
         "somebody": st.just(b"else"),
     },
 ).map(lambda fields: fields or {"somebody": b"else"})
@@ -208,6 +212,7 @@ def _sound(draw: st.DrawFn) -> dict[str, Any]:
             "probe_token": circuit.probe_token.encode(),
             "probe_until_ms": Ago(int(now_ms - circuit.probe_until_ms), 1) if circuit.probe_token else b"0",
             "noisy_until_ms": Ago(int(now_ms - circuit.noisy_until_ms), 1) if circuit.noisy_until_ms else b"0",
+            "probe_lease_ms": b"%d" % circuit.probe_lease_ms,
         },
     }
     if opened is not None:

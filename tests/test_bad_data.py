@@ -257,6 +257,7 @@ def _as_left(circuit: Circuit) -> dict[str, Value]:
             "probe_token": circuit.probe_token.encode(),
             "probe_until_ms": b"%d" % circuit.probe_until_ms,
             "noisy_until_ms": b"%d" % circuit.noisy_until_ms,
+            "probe_lease_ms": b"%d" % circuit.probe_lease_ms,
         },
     }
     if circuit.opened_at_ms is not None:

@@ -183,7 +183,9 @@ class TestCounting:
 
     def test_counted_probe_renews_the_lease_of_its_holder(self) -> None:
         """The holder keeps the probe while it collects successes; a lease that has run out is renewed too."""
-        assert granted(CountProbe(7, "a0", 500), probed) == replace(probed, success_counter=2, probe_until_ms=NOW + 500)
+        assert granted(CountProbe(7, "a0", 500), probed) == replace(
+            probed, success_counter=2, probe_until_ms=NOW + 500, probe_lease_ms=500
+        )
         assert granted(CountProbe(7, "a0", 500), deserted, NOW + 7).probe_until_ms == NOW + 507
 
     def test_probe_counted_by_hand_renews_no_lease(self) -> None:
@@ -249,7 +251,7 @@ class TestTransitions:
     def test_open_circuit_gives_its_probe_to_the_first_who_asks(self) -> None:
         """One claim, one generation, a count that begins at nothing; when it opened stays known."""
         claimed = granted(ClaimProbe(7, "b1", 500), opened)
-        assert claimed == Circuit(HALF_OPEN, 5, 0, opened.opened_at_ms, 8, "b1", NOW + 500)
+        assert claimed == Circuit(HALF_OPEN, 5, 0, opened.opened_at_ms, 8, "b1", NOW + 500, probe_lease_ms=500)
         assert_refused(ClaimProbe(7, "c2", 500), claimed)
         assert_refused(ClaimProbe(8, "c2", 500), claimed)
 
@@ -257,7 +259,14 @@ class TestTransitions:
     def test_free_probe_is_given_with_the_successes_so_far(self, circuit: Circuit) -> None:
         """What a prober that died has already shown is not lost."""
         assert granted(ClaimProbe(7, "b1", 500), circuit) == replace(
-            circuit, generation=8, probe_token="b1", probe_until_ms=NOW + 500
+            circuit, generation=8, probe_token="b1", probe_until_ms=NOW + 500, probe_lease_ms=500
+        )
+
+    @pytest.mark.parametrize("circuit", [probed, deserted])
+    def test_claim_repeated_by_the_holder_renews_the_lease(self, circuit: Circuit) -> None:
+        """A process whose claim got no answer resumes the probe that the server gave to it, for a whole lease."""
+        assert granted(ClaimProbe(6, "a0", 500), circuit, NOW + 5) == replace(
+            circuit, probe_until_ms=NOW + 505, probe_lease_ms=500
         )
 
     def test_held_probe_is_refused_until_its_lease_is_over(self) -> None:
@@ -404,7 +413,7 @@ class TestWhatever:
         """Leaving half-open ends every lease."""
         after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
         if after.state != HALF_OPEN:
-            assert (after.probe_token, after.probe_until_ms) == ("", 0)
+            assert (after.probe_token, after.probe_until_ms, after.probe_lease_ms) == ("", 0, 0)
 
     @given(circuit=circuits(NOW), wish=wishes)
     def test_open_circuit_always_knows_since_when(self, circuit: Circuit, wish: Wish) -> None:
@@ -461,6 +470,7 @@ def test_fields_of_circuit_are_those_of_the_record() -> None:
         "probe_token",
         "probe_until_ms",
         "noisy_until_ms",
+        "probe_lease_ms",
     ]
 
 
@@ -513,68 +523,134 @@ class TestRecord:
     def test_count_is_read_up_to_the_limit_and_not_from_there_on(self) -> None:
         """The limit itself is damage, as in the scripts."""
         for number, read in ((MAX_COUNT - 1, MAX_COUNT - 1), (MAX_COUNT, None), (MAX_COUNT + 1, None)):
-            found = parse((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0", "0"))
+            found = parse((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0", "0", "0"))
             assert found.fail_counter == read
             assert (found.mark is None) == (read is None)
 
     def test_opened_by_others_without_saying_when_is_open_from_now_on(self) -> None:
         """The time of an earlier spell would let a probe through at once."""
-        found = parse((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0", "0"))
+        found = parse((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0", "0", "0"))
         assert believe(found, None, CLOSED, NOW).circuit == Circuit(OPEN, opened_at_ms=NOW, generation=4)
 
     def test_opened_by_a_newcomer_on_an_emptied_server_goes_on_in_a_new_generation(self) -> None:
         """Whoever knows it closed, and later, costs nobody a trip; the opening time keeps its milliseconds."""
-        found = parse((OPEN, "5", "0", "2"), ("1", OPEN, "2500", "", "0", "0"))
+        found = parse((OPEN, "5", "0", "2"), ("1", OPEN, "2500", "", "0", "0", "0"))
         circuit = believe(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
         assert circuit == Circuit(OPEN, fail_counter=5, opened_at_ms=2500, generation=7)
 
     def test_older_circuit_does_not_close_one_that_is_known_to_be_open(self) -> None:
         """A server that has lost a trip gets it back."""
         known = Circuit(OPEN, opened_at_ms=NOW - 10, generation=6)
-        found = parse((CLOSED, "0", "0", None), ("5", CLOSED, "", "", "0", "0"))
+        found = parse((CLOSED, "0", "0", None), ("5", CLOSED, "", "", "0", "0", "0"))
         assert believe(found, known, CLOSED, NOW).circuit == known
 
     def test_closed_by_others_remembers_when_it_was_open(self) -> None:
         """A lost time is restored from the mark as long as it holds nobody up."""
-        found = parse((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0", "0"))
+        found = parse((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0", "0", "0"))
         assert believe(found, None, CLOSED, NOW).circuit == Circuit(CLOSED, opened_at_ms=1000, generation=4)
 
     @pytest.mark.parametrize(("state", "marked"), [(CLOSED, CLOSED), (OPEN, OPEN), (HALF_OPEN, OPEN)])
     def test_prober_is_believed_only_of_a_half_open_circuit_of_our_own(self, state: str, marked: str) -> None:
         """A token that was left where nobody can probe gives nobody the probe."""
-        found = parse((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10), "0"))
+        found = parse((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10), "0", "0"))
         circuit = believe(found, None, CLOSED, NOW).circuit
         assert (circuit.state, circuit.probe_token, circuit.probe_until_ms) == (state, "", 0)
 
     @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + MAX_LEASE_MS), (1, 0)])
     def test_longest_lease_is_believed_and_a_longer_one_is_over(self, beyond: int, until_ms: int) -> None:
         """Nobody could have asked for it, and it would be waited for."""
-        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + MAX_LEASE_MS + beyond), "0"))
+        found = parse(
+            (HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + MAX_LEASE_MS + beyond), "0", "0")
+        )
         circuit = believe(found, None, CLOSED, NOW).circuit
         assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", until_ms)
+
+    @pytest.mark.parametrize(
+        ("until_ms", "lease_ms", "ends_ms"),
+        [
+            (NOW + 500, 500, NOW + 500),
+            (NOW + 501, 500, NOW + 500),
+            (NOW + 20_000, 500, NOW + 500),
+            (NOW + MAX_LEASE_MS + 1, 500, NOW + 500),
+            (NOW + 400, MAX_LEASE_MS + 1, NOW + 400),
+            (NOW + MAX_LEASE_MS + 1, MAX_LEASE_MS + 1, 0),
+        ],
+    )
+    def test_lease_has_never_more_left_than_its_length(self, until_ms: int, lease_ms: int, ends_ms: int) -> None:
+        """A clock that was set back would let a dead prober block the circuit for as long."""
+        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(until_ms), "0", str(lease_ms)))
+        circuit = believe(found, None, CLOSED, NOW).circuit
+        assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", ends_ms)
+        assert bool(writes(circuit, found)) == (until_ms != ends_ms or lease_ms > MAX_LEASE_MS), "once, and only then"
+
+    @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
+    def test_record_from_before_a_lost_recovery_has_a_free_probe(self, state: str) -> None:
+        """Its prober has reported long ago, and would be waited for."""
+        found = parse((state, "0", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
+        circuit = believe(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
+        assert circuit == Circuit(state, success_counter=1, opened_at_ms=1000, generation=7)
+
+    @pytest.mark.parametrize("token", ["", "b1"])
+    def test_record_from_before_a_lost_report_has_a_free_probe(self, token: str) -> None:
+        """Within a generation the probe is given back once, and its next holder begins the next generation."""
+        found = parse((HALF_OPEN, "0", "1", "1"), ("5", HALF_OPEN, "1000", "a0", str(NOW + 500), "0", "500"))
+        known = Circuit(HALF_OPEN, generation=5, opened_at_ms=1000, probe_token=token, success_counter=2)
+        circuit = believe(found, known, CLOSED, NOW).circuit
+        assert (circuit.generation, circuit.probe_token) == (5, "a0" if token else "")
+        assert circuit.probe_is_free(NOW) == (not token)
+
+    @pytest.mark.parametrize("left_ms", [400, 20_000])
+    @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
+    def test_lost_claim_is_restored_with_the_rest_of_its_lease(self, state: str, left_ms: int) -> None:
+        """One probe at a time, though the server has lost who has it; and no longer than a lease."""
+        found = parse((state, "0", "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
+        known = replace(
+            probed, opened_at_ms=1000, generation=6, probe_until_ms=NOW + left_ms, probe_lease_ms=500, fail_counter=0
+        )
+        believed = believe(found, known, CLOSED, NOW)
+        assert believed.event == "restored"
+        assert believed.circuit == replace(known, success_counter=0, probe_until_ms=NOW + min(left_ms, 500))
+
+    @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
+    def test_lost_trip_is_restored_with_its_time(self, state: str) -> None:
+        """Whatever it opened from, and whoever held the probe then."""
+        found = parse((state, "2", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
+        known = Circuit(OPEN, generation=6, opened_at_ms=NOW - 10)
+        believed = believe(found, known, CLOSED, NOW)
+        assert believed.event == "restored"
+        assert believed.circuit == replace(known, fail_counter=2, success_counter=1)
+
+    @pytest.mark.parametrize("state", [CLOSED, OPEN, HALF_OPEN])
+    @pytest.mark.parametrize("fail_counter", [1, 4])
+    def test_lost_counts_are_those_of_the_server(self, state: str, fail_counter: int) -> None:
+        """Within a generation nothing tells which count is later: a few failures more or less, and no transition."""
+        found = parse((state, str(fail_counter), "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
+        known = Circuit(state, fail_counter=3, success_counter=1, opened_at_ms=1000, generation=5)
+        circuit = believe(found, known, CLOSED, NOW).circuit
+        assert circuit == replace(known, fail_counter=fail_counter, success_counter=0)
 
     @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + MAX_NOISE_MS), (1, 0)])
     def test_noise_that_nobody_can_have_made_is_none(self, beyond: int, until_ms: int) -> None:
         """Successes would be reported, and no failure would be told, until then."""
-        found = parse((CLOSED, "0", "0", "1"), ("3", CLOSED, "1000", "", "0", str(NOW + MAX_NOISE_MS + beyond)))
+        found = parse((CLOSED, "0", "0", "1"), ("3", CLOSED, "1000", "", "0", str(NOW + MAX_NOISE_MS + beyond), "0"))
         assert believe(found, None, CLOSED, NOW).circuit.noisy_until_ms == until_ms
 
     @pytest.mark.parametrize(
         "payload",
         [
-            *(b"", b"5", b"x 3 closed 1000  0 0", b"5 3 ajar 1000  0 0", b"5 -3 closed 1000  0 0"),
+            *(b"", b"5", b"x 3 closed 1000  0 0 0", b"5 3 ajar 1000  0 0 0", b"5 -3 closed 1000  0 0 0"),
             *(
-                b"5 3 closed 1000  0",
-                b"5 3 closed 1000  0 0 0",
+                b"5 3 closed 1000  0 0",
+                b"5 3 closed 1000  0 0 0 0",
                 b"\xff\xfe",
                 None,
                 b"9" * 10**6,
-                b"5 closed 3 1000  0 0",
+                b"5 closed 3 1000  0 0 0",
             ),
             # What cannot have been yet; of a time without a date every call would hear.
-            *(b"1005 3 open 999999999999999  0 0", b"1005 3 open 1006  0 0"),
-            f"1005 3 half-open 1000 a0 {1006 + MAX_LEASE_MS} 0".encode(),
-            f"1005 3 closed 1000  0 {1006 + MAX_NOISE_MS}".encode(),
+            *(b"1005 3 open 999999999999999  0 0 0", b"1005 3 open 1006  0 0 0"),
+            f"1005 3 half-open 1000 a0 {1006 + MAX_LEASE_MS} 0 0".encode(),
+            f"1005 3 closed 1000  0 {1006 + MAX_NOISE_MS} 0".encode(),
         ],
     )
     def test_push_that_makes_no_sense_is_none(self, payload: bytes | None) -> None:
@@ -588,29 +664,29 @@ class TestRecord:
             def decode(self, *_: str) -> str:
                 raise AssertionError
 
-        assert parse_push(Huge(b"1005 3 closed   0 0" + b" " * MAX_PUSH_BYTES)) is None
+        assert parse_push(Huge(b"1005 3 closed   0 0 0" + b" " * MAX_PUSH_BYTES)) is None
 
     def test_push_is_read_as_scripts_write_it(self) -> None:
         """All but the counters."""
-        pushed = parse_push(b"1005 3 half-open 1000 a0 2000 1500")
-        assert pushed == Circuit(HALF_OPEN, 0, 0, 1000, 3, "a0", 2000, 1500)
-        assert parse_push(b"1005 3 closed   0 0") == Circuit(generation=3)
+        pushed = parse_push(b"1005 3 half-open 1000 a0 2000 1500 1000")
+        assert pushed == Circuit(HALF_OPEN, 0, 0, 1000, 3, "a0", 2000, 1500, 1000)
+        assert parse_push(b"1005 3 closed   0 0 0") == Circuit(generation=3)
 
     @pytest.mark.parametrize("token", ["A0", "a0 ", "g", "a" * 65])
     def test_token_that_we_never_wrote_is_nobodys(self, token: str) -> None:
         """A probe that nobody can hold would be waited for."""
-        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10), "0"))
+        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10), "0", "0"))
         assert believe(found, None, CLOSED, NOW).circuit.probe_token == ""
 
-    @pytest.mark.parametrize("field", range(6))
+    @pytest.mark.parametrize("field", range(7))
     def test_hash_with_one_field_alone_is_damage(self, field: int) -> None:
         """It is told from a hash that is not there."""
-        alone = ["3", CLOSED, "1000", "a0", "5", "6"]
+        alone = ["3", CLOSED, "1000", "a0", "5", "6", "7"]
         mark = [value if index == field else None for index, value in enumerate(alone)]
         assert parse((CLOSED, "0", "0", None), mark).unreadable_mark
-        assert not parse((CLOSED, "0", "0", None), (None,) * 6).unreadable_mark
+        assert not parse((CLOSED, "0", "0", None), (None,) * 7).unreadable_mark
 
-    @pytest.mark.parametrize("mark", [(None,) * 6, ("3", CLOSED, "2000", "", "0", "0")])
+    @pytest.mark.parametrize("mark", [(None,) * 7, ("3", CLOSED, "2000", "", "0", "0", "0")])
     def test_sound_record_is_left_as_it_is(self, mark: tuple[str | None, ...]) -> None:
         """Looking writes nothing, and what stock's keys can say needs no hash."""
         found = parse((CLOSED, "1", "0", "2"), mark)
@@ -618,7 +694,7 @@ class TestRecord:
 
     def test_what_was_read_cannot_be_changed(self) -> None:
         """Found, believed and to be written are values too."""
-        found = parse((CLOSED, "1", "0", "2"), (None,) * 6)
+        found = parse((CLOSED, "1", "0", "2"), (None,) * 7)
         believed = believe(found, None, CLOSED, NOW)
         for value in (found, believed, writes(believed.circuit, found)):
             with pytest.raises(FrozenInstanceError):

@@ -149,7 +149,7 @@ def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
     known = view_of(one).known
     now_ms = int(time.time() * 1000)
     for _ in range(20):
-        nodes.run(nodes.primary_of(SLOT), "PUBLISH", channel, f"{now_ms} 999999999999 open {now_ms}  0 0")
+        nodes.run(nodes.primary_of(SLOT), "PUBLISH", channel, f"{now_ms} 999999999999 open {now_ms}  0 0 0")
         assert one.call(up) == other.call(up) == "answer"
     other.open()
     wait_for(lambda: one.current_state == "open", "the trip is read")

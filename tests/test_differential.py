@@ -415,6 +415,13 @@ RULES: dict[str, tuple[dict[str, Any], Wish, dict[str, Any]]] = {
     "epoch as opening time is damage": (opened(opened_at=b"0"), Wish(Load), {"generation": 3, "state": OPEN}),
     "same opening time is the same": (opened(), Wish(Load), {"generation": 3}),
     "other state is a transition": ({**PROBED, "state": b"closed"}, Wish(Load), {"generation": 4, "state": CLOSED}),
+    "lease with more left than its length is shortened": (
+        probed(probe_until_ms=Ago(-(10**7), 1), probe_lease_ms=b"30000"),
+        Wish(Load),
+        {"generation": 3, "probe_token": "a0", "probe_lease_ms": 30_000},
+    ),
+    "length that no lease has is none": (probed(probe_lease_ms=b"86400001"), Wish(Load), {"probe_lease_ms": 0}),
+    "claim of the holder renews the lease": (PROBED, Wish(ClaimProbe, 0, "a0", 50), {"probe_lease_ms": 50}),
     "largest generation is readable": (probed(generation=b"9" * 11), Wish(Load), {"generation": 99999999999}),
     "larger generation is not": (probed(generation=b"1" + b"0" * 12), Wish(Load), {"generation": 1, "probe_token": ""}),
 }
@@ -431,6 +438,47 @@ def test_rule_that_is_seldom_met_is_kept_by_every_carrier(bench: Bench, fake_ben
             lay(some.plain, keys, laid(content, now_of(some.plain)))
             circuit = make(keys).execute(wish.intent(Circuit(), 0), None, CLOSED).circuit
             assert {name: getattr(circuit, name) for name in expected} == expected
+
+
+#: What a process knows that has seen a later record than the server has, and what must become of it.
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "recovery, of a probe": (PROBED, {"state": CLOSED, "generation": 4}, {"generation": 5, "probe_token": ""}),
+    "recovery, of a spell": (
+        opened(),
+        {"state": CLOSED, "generation": 5},
+        {"generation": 6, "state": OPEN, "probe_token": ""},
+    ),
+    "report of a probe": (PROBED, {"state": HALF_OPEN, "generation": 3}, {"generation": 3, "probe_token": ""}),
+    "claim": (
+        opened(),
+        {"state": HALF_OPEN, "generation": 4, "probe_token": "b1", "probe_lease_ms": 500},
+        {"generation": 4, "state": HALF_OPEN, "probe_token": "b1", "probe_lease_ms": 500},
+    ),
+    "trip": (PROBED, {"state": OPEN, "generation": 4}, {"generation": 4, "state": OPEN, "probe_token": ""}),
+}
+
+
+@pytest.mark.parametrize("left_ms", [-50, 400, 10**7])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_lost_write_is_made_good_alike_by_every_carrier(
+    bench: Bench, fake_bench: Bench, loss: str, left_ms: int
+) -> None:
+    """Each transition that a failover or a snapshot may lose, with any rest of the lease that the process knows."""
+    content, words, expected = LOSSES[loss]
+
+    def known(now_ms: int) -> Circuit:
+        until_ms = now_ms + left_ms if "probe_token" in words else 0
+        return Circuit(**{"opened_at_ms": now_ms - 70_000, "probe_until_ms": until_ms, **words})
+
+    for some in (bench, fake_bench):
+        repair(some, content, known, CLOSED, Wish(Load))
+        for make in some.makes.values():
+            keys = circuit_keys(fresh_namespace(), one_slot=False)
+            laid_at = now_of(some.plain)
+            lay(some.plain, keys, laid(content, laid_at))
+            reply = make(keys).execute(Load(), known(laid_at), CLOSED)
+            assert {name: getattr(reply.circuit, name) for name in expected} == expected
+            assert reply.circuit.probe_until_ms <= reply.now_ms + 500
 
 
 @pytest.mark.parametrize("unit", [1, 1000])

@@ -88,14 +88,14 @@ def now_ms() -> int:
 
 
 FORGED = {
-    "half-open for a day": lambda now: f"{now} 7 half-open {now} abcd {now + 86_000_000} 0",
-    "open, last generation": lambda now: f"{now} 999999999999 open {now}  0 0",
-    "far future": lambda now: "999999999999999 7 open 999999999999999  0 0",
-    "far past": lambda now: "0 7 open 0  0 0",
-    "next generation": lambda now: f"{now} 1 open {now}  0 0",
-    "noise": lambda now: f"{now} 0 closed   0 {now + 60_000}",
-    "token": lambda now: f"{now} 0 closed  abcd {now + 86_000_000} 0",
-    "not UTF-8": lambda now: b"\xff\xfe 7 open \xff  0 0",
+    "half-open for a day": lambda now: f"{now} 7 half-open {now} abcd {now + 86_000_000} 0 86400000",
+    "open, last generation": lambda now: f"{now} 999999999999 open {now}  0 0 0",
+    "far future": lambda now: "999999999999999 7 open 999999999999999  0 0 0",
+    "far past": lambda now: "0 7 open 0  0 0 0",
+    "next generation": lambda now: f"{now} 1 open {now}  0 0 0",
+    "noise": lambda now: f"{now} 0 closed   0 {now + 60_000} 0",
+    "token": lambda now: f"{now} 0 closed  abcd {now + 86_000_000} 0 0",
+    "not UTF-8": lambda now: b"\xff\xfe 7 open \xff  0 0 0",
     "huge": lambda now: b"1" * 5_000_000,
     "empty": lambda now: b"",
 }
@@ -159,7 +159,7 @@ def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(clien
     with counted(client) as asked:
         began, sent = time.monotonic(), 0
         while time.monotonic() < began + 1.0:
-            forge(f"{now_ms()} {sent} open {now_ms()}  0 0")
+            forge(f"{now_ms()} {sent} open {now_ms()}  0 0 0")
             sent += 1
         assert breaker.call(up) == "answer"
         seconds = time.monotonic() - began
@@ -179,7 +179,7 @@ def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol
         while not stop.is_set():
             for generation in range(7):
                 for state in ("open", "closed"):
-                    forge(f"{now_ms()} {generation} {state} {now_ms()}  0 {now_ms() + 2000}")
+                    forge(f"{now_ms()} {generation} {state} {now_ms()}  0 {now_ms() + 2000} 0")
 
     thread = threading.Thread(target=flood)
     thread.start()
@@ -258,7 +258,7 @@ def overtaken(*pushes: Push) -> tuple[View, Session]:
     view.is_heard(True)
     view.fill(view.ticket(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
     assert view.is_believed
-    line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0"]]
+    line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0", b"2000"]]
     line.pushes = [*pushes]
     session._poll(hearings.all())
     return view, session
@@ -266,7 +266,7 @@ def overtaken(*pushes: Push) -> tuple[View, Session]:
 
 def test_read_with_a_script_in_between_is_repeated_and_doubts_nothing():
     """The commands of a batch are not one step, and this time the push says so."""
-    view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0"]))
+    view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
     assert view.is_believed
     assert session._changed == {CHANNEL}
     line: Any = session.line
@@ -288,10 +288,10 @@ def test_read_that_makes_no_sense_is_left_to_the_next_caller():
 @pytest.mark.parametrize(
     ("key", "pushed", "is_read"),
     [
-        (KEYS[4], b"7000 1 closed   0 9000", False),
-        (KEYS[4], b"7000 2 open 7000  0 0", True),
-        (KEYS[0], b"7000 1 closed   0 9000", True),
-        (KEYS[3], b"7000 1 closed   0 9000", True),
+        (KEYS[4], b"7000 1 closed   0 9000 0", False),
+        (KEYS[4], b"7000 2 open 7000  0 0 0", True),
+        (KEYS[0], b"7000 1 closed   0 9000 0", True),
+        (KEYS[3], b"7000 1 closed   0 9000 0", True),
     ],
     ids=["noise", "transition", "foreign state with noise", "foreign time with noise"],
 )

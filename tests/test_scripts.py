@@ -108,16 +108,16 @@ def test_every_script_has_an_intent_and_every_intent_a_script() -> None:
 
 @every_intent
 def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent]) -> None:
-    """ARGV[9] and on are the intent's fields: who adds one, adds it in both places."""
+    """ARGV[10] and on are the intent's fields: who adds one, adds it in both places."""
     arguments = {key: text.split()[0] for key, text in header(intent.script).items() if key.startswith("ARGV")}
-    expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 9)}
+    expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 10)}
     assert arguments == expected
     assert list(arguments) == list(expected)
 
 
 @every_intent
 def test_script_uses_the_arguments_that_its_header_names_under_their_names(intent: type[Intent]) -> None:
-    """`local generation, token = tonumber(ARGV[9]), ARGV[10]`: what is read first is called what it is."""
+    """`local generation, token = tonumber(ARGV[10]), ARGV[11]`: what is read first is called what it is."""
     source = body(intent.script)
     named = [field.name for field in fields(intent)]
     if not named:
@@ -125,7 +125,7 @@ def test_script_uses_the_arguments_that_its_header_names_under_their_names(inten
         return
     declared, values = re.findall(r"local ([\w, ]+) = (.*ARGV.*)", source)[0]
     assert declared.split(", ") == named
-    assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 9)]
+    assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 10)]
     assert source.count("ARGV") == len(named)
 
 
@@ -142,7 +142,9 @@ def test_header_says_what_everybody_wants_to_know(intent: type[Intent]) -> None:
 @every_intent
 def test_header_mentions_the_clock_if_and_only_if_it_is_used(intent: type[Intent]) -> None:
     """Whose time it is, is said wherever time matters."""
-    assert ("TIME" in header(intent.script)) == bool(re.search(r"\bnow\b|probe_is_free", body(intent.script)))
+    assert ("TIME" in header(intent.script)) == bool(
+        re.search(r"\bnow\b|probe_is_free|hold_probe", body(intent.script))
+    )
 
 
 def test_shared_beginning_names_keys_fields_and_arguments_as_python_does() -> None:
@@ -150,8 +152,8 @@ def test_shared_beginning_names_keys_fields_and_arguments_as_python_does() -> No
     said = header("circuit")
     assert [said[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(NAMES)
     assert re.findall(r"\w+", said["KEYS[5]"].partition("as of")[0])[2:] == list(MARK_FIELDS)
-    known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until"]
-    assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 9)] == ["create", *known, "channel", "ttl"]
+    known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until", "known_lease"]
+    assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 10)] == ["create", *known, "channel", "ttl"]
     assert {"RETURNS", "TIME", "WRITES"} <= said.keys()
     returned = said["RETURNS"].strip("{}").split(",")
     # The reply holds the circuit; why nobody could be told is for the carrier itself.

@@ -4,19 +4,20 @@
 -- KEYS[2]  fail_counter     string  decimal                                     stock pybreaker writes it too
 -- KEYS[3]  success_counter  string  decimal                                     stock pybreaker writes it too
 -- KEYS[4]  opened_at        string  whole seconds since the epoch               stock pybreaker writes it too
--- KEYS[5]  circuit          hash    generation, state, opened_at_ms, probe_token, probe_until_ms, noisy_until_ms as of our
---                                   last move
+-- KEYS[5]  circuit          hash    generation, state, opened_at_ms, probe_token, probe_until_ms, noisy_until_ms,
+--                                   probe_lease_ms as of our last move
 -- ARGV[1]  create           state of a circuit that nobody knows
 -- ARGV[2]  known_generation of the circuit as the caller saw it last; -1: never
 -- ARGV[3]  known_state
 -- ARGV[4]  known_opened_at  ms since the epoch; -1: never
 -- ARGV[5]  known_token      of the probe; empty: none
 -- ARGV[6]  known_until      ms since the epoch
--- ARGV[7]  channel          where to tell the others; empty: nowhere
--- ARGV[8]  ttl              ms for which an untouched circuit is kept at least; 0: for ever, and no TTL is looked at
--- ARGV[9+] belong to the intent
+-- ARGV[7]  known_lease      its length, ms; 0: unknown
+-- ARGV[8]  channel          where to tell the others; empty: nowhere
+-- ARGV[9]  ttl              ms for which an untouched circuit is kept at least; 0: for ever, and no TTL is looked at
+-- ARGV[10+] belong to the intent
 -- RETURNS  {accepted 0|1, now ms, state, fail_counter, success_counter, opened_at ms or -1, generation, probe_token,
---          probe_until ms, noisy_until ms, event, why the others could not be told or empty}
+--          probe_until ms, noisy_until ms, probe_lease ms, event, why the others could not be told or empty}
 -- TIME     the server's; clocks of callers are never compared
 -- WRITES   only values that differ, so a refused intent on a sound record writes nothing; who writes the hash publishes;
 --          who writes anything sees to the TTLs of all five
@@ -28,10 +29,12 @@ local MAX_COUNT = 10 ^ 12
 local MAX_NOISE_MS = 60 * 1000
 local COUNTS_MS = 1000
 local BY_HAND = -1
+local FIELDS = {'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms', 'noisy_until_ms',
+                'probe_lease_ms'}
 local STATES = {['closed'] = true, ['open'] = true, ['half-open'] = true}
 
 local circuit, now
-local ttl = tonumber(ARGV[8])
+local ttl = tonumber(ARGV[9])
 local found = {}
 local unheard = ''
 
@@ -47,6 +50,12 @@ end
 local function count(raw)
   local number = whole(raw)
   return number and number < MAX_COUNT and number or nil
+end
+
+-- The length of a lease, ms; 0 if none is that long.
+local function lease(raw)
+  local number = whole(raw) or 0
+  return number <= MAX_LEASE_MS and number or 0
 end
 
 -- The next count or generation, so many times; the last is its own successor, so that it can be read again.
@@ -69,14 +78,13 @@ local function read()
   found.plain = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
   -- MGET reports a value of another type as missing.  The others are written anyway when they are; this one is not.
   if not found.plain[4] and redis.call('EXISTS', KEYS[4]) == 1 then found.plain[4] = '?' end
-  local fields = {'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms', 'noisy_until_ms'}
-  local raw = redis.pcall('HMGET', KEYS[5], (unpack or table.unpack)(fields))
+  local raw = redis.pcall('HMGET', KEYS[5], (unpack or table.unpack)(FIELDS))
   local is_hash = not raw.err
   -- Who may not read it must not take it for damage.
-  if raw.err and not string.find(raw.err, 'WRONGTYPE', 1, true) then redis.call('HMGET', KEYS[5], (unpack or table.unpack)(fields)) end
-  found.fields = is_hash and raw or {false, false, false, false, false, false}
+  if raw.err and not string.find(raw.err, 'WRONGTYPE', 1, true) then redis.call('HMGET', KEYS[5], (unpack or table.unpack)(FIELDS)) end
+  found.fields = is_hash and raw or {false, false, false, false, false, false, false}
   local marked = false
-  for i = 1, 6 do
+  for i = 1, #FIELDS do
     marked = marked or found.fields[i] ~= false
   end
 
@@ -104,6 +112,7 @@ local function read()
       probe_token = token,
       probe_until_ms = whole(found.fields[5]) or 0,
       noisy_until_ms = whole(found.fields[6]) or 0,
+      probe_lease_ms = lease(found.fields[7]),
     }
   end
 end
@@ -120,33 +129,45 @@ local function repairs(wrong_time)
   return #damaged > 0 and 'repaired ' .. table.concat(damaged, ' ') or ''
 end
 
+local function free_probe(of)
+  of.probe_token, of.probe_until_ms, of.probe_lease_ms = '', 0, 0
+end
+
+-- The caller has the probe for so long from now on.
+local function hold_probe(token, lease_ms)
+  circuit.probe_token, circuit.probe_until_ms, circuit.probe_lease_ms = token, now + lease_ms, lease_ms
+end
+
 -- The circuit goes to another state: a new generation in which nobody holds the probe.
 local function move(state)
   circuit.state = state
   circuit.generation = after(circuit.generation)
-  circuit.probe_token = ''
-  circuit.probe_until_ms = 0
+  free_probe(circuit)
 end
 
 local function believe()
   local known_generation = tonumber(ARGV[2])
   if not found.anything and known_generation < 0 then
     circuit = {state = 'closed', fail_counter = 0, success_counter = 0, generation = 0,
-               probe_token = '', probe_until_ms = 0, noisy_until_ms = 0}
+               probe_token = '', probe_until_ms = 0, noisy_until_ms = 0, probe_lease_ms = 0}
     if ARGV[1] ~= 'closed' then move(ARGV[1]) end
     if ARGV[1] == 'open' then circuit.opened_at_ms = now end
     return 'created'
   end
 
   local mark = found.mark or {generation = 0, state = 'closed', probe_token = '', probe_until_ms = 0,
-                               noisy_until_ms = 0}
+                               noisy_until_ms = 0, probe_lease_ms = 0}
   local lost = known_generation > mark.generation
-  -- Opened by somebody on an emptied server: that goes on.
   if lost and found.mark and found.state == mark.state and mark.state ~= 'closed' and ARGV[3] == 'closed' then
+    -- Opened by another process on an emptied server, or a lost recovery: that goes on, and its probe is free.
     mark.generation, lost = after(known_generation), false
+    free_probe(mark)
   elseif lost then
-    mark = {generation = known_generation, state = ARGV[3], opened_at_ms = whole(ARGV[4]),
-            probe_token = ARGV[5], probe_until_ms = tonumber(ARGV[6]), noisy_until_ms = 0}
+    mark = {generation = known_generation, state = ARGV[3], opened_at_ms = whole(ARGV[4]), probe_token = ARGV[5],
+            probe_until_ms = tonumber(ARGV[6]), noisy_until_ms = 0, probe_lease_ms = tonumber(ARGV[7])}
+  elseif known_generation == mark.generation and mark.state == ARGV[3] and ARGV[3] == 'half-open' and ARGV[5] == '' then
+    -- The probe was given back, and the server has lost that.
+    free_probe(mark)
   end
   local state, opened_at, event = found.state, found.opened_at, ''
   local outdated = lost and found.mark and found.mark.state == state
@@ -175,7 +196,7 @@ local function believe()
   local future = opened_at_ms and opened_at_ms > now
   if future then opened_at_ms = now end
 
-  local probing = ours and state == 'half-open'
+  local probing = ours and state == 'half-open' and mark.probe_token ~= ''
   circuit = {
     state = state,
     fail_counter = found.fail_counter or 0,
@@ -183,9 +204,15 @@ local function believe()
     opened_at_ms = opened_at_ms,
     generation = ours and mark.generation or after(mark.generation),
     probe_token = probing and mark.probe_token or '',
-    probe_until_ms = probing and mark.probe_until_ms <= now + MAX_LEASE_MS and mark.probe_until_ms or 0,
+    probe_until_ms = probing and mark.probe_until_ms or 0,
     noisy_until_ms = mark.noisy_until_ms <= now + MAX_NOISE_MS and mark.noisy_until_ms or 0,
+    probe_lease_ms = probing and mark.probe_lease_ms or 0,
   }
+  -- More than its length is left of a lease only if the clock was set back.
+  local length = circuit.probe_lease_ms
+  if circuit.probe_until_ms > now + (length > 0 and length or MAX_LEASE_MS) then
+    circuit.probe_until_ms = length > 0 and now + length or 0
+  end
   return event ~= '' and event or repairs(future or backward)
 end
 
@@ -224,18 +251,19 @@ local function save(looks)
   if found.mark or needed then
     local fields = {decimal(circuit.generation), circuit.state,
                     circuit.opened_at_ms and decimal(circuit.opened_at_ms) or '',
-                    circuit.probe_token, decimal(circuit.probe_until_ms), decimal(circuit.noisy_until_ms)}
-    local changed = false
-    for i = 1, 6 do
+                    circuit.probe_token, decimal(circuit.probe_until_ms), decimal(circuit.noisy_until_ms),
+                    decimal(circuit.probe_lease_ms)}
+    local changed, written = false, {}
+    for i = 1, #FIELDS do
       changed = changed or fields[i] ~= found.fields[i]
+      written[2 * i - 1], written[2 * i] = FIELDS[i], fields[i]
     end
     if changed then
       moved = true
-      redis.call('HSET', KEYS[5], 'generation', fields[1], 'state', fields[2], 'opened_at_ms', fields[3],
-                 'probe_token', fields[4], 'probe_until_ms', fields[5], 'noisy_until_ms', fields[6])
+      redis.call('HSET', KEYS[5], (unpack or table.unpack)(written))
       -- A channel that is forbidden, or a server without channels, must not undo the transition.
-      if ARGV[7] ~= '' then
-        local told = redis.pcall('PUBLISH', ARGV[7], decimal(now) .. ' ' .. table.concat(fields, ' '))
+      if ARGV[8] ~= '' then
+        local told = redis.pcall('PUBLISH', ARGV[8], decimal(now) .. ' ' .. table.concat(fields, ' '))
         unheard = type(told) == 'table' and told.err or ''
       end
     end
@@ -263,5 +291,5 @@ local function run(intent, looks)
   save(looks)
   return {accepted and 1 or 0, now, circuit.state, circuit.fail_counter, circuit.success_counter,
           circuit.opened_at_ms or -1, circuit.generation, circuit.probe_token, circuit.probe_until_ms,
-          circuit.noisy_until_ms, event, unheard}
+          circuit.noisy_until_ms, circuit.probe_lease_ms, event, unheard}
 end

@@ -1,10 +1,10 @@
 -- close: close the circuit and forget all counts.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[9]     generation  in which the successful probe was admitted; -1: an operator closes it
--- ARGV[10]    token       of the probe that the caller holds, or empty
+-- ARGV[10]    generation  in which the successful probe was admitted; -1: an operator closes it
+-- ARGV[11]    token       of the probe that the caller holds, or empty
 -- RETURNS     {accepted 0|1, record…}
 -- WRITES      only if accepted
-local generation, token = tonumber(ARGV[9]), ARGV[10]
+local generation, token = tonumber(ARGV[10]), ARGV[11]
 
 return run(function()
   if not admits(generation, token) then return false end

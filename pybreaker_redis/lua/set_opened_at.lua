@@ -1,10 +1,10 @@
 -- set_opened_at: by hand, say when the circuit opened.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[9]     at_ms  since the epoch, by the server's clock
+-- ARGV[10]    at_ms  since the epoch, by the server's clock
 -- RETURNS     {accepted 0|1, record…}
 -- TIME        the server's: nothing opened in the future
 -- WRITES      only if accepted: while the circuit is open, the time only moves forward
-local at_ms = tonumber(ARGV[9])
+local at_ms = tonumber(ARGV[10])
 
 return run(function()
   at_ms = math.max(0, math.min(at_ms, now))

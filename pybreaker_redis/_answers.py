@@ -1,0 +1,112 @@
+"""Is an answer one that a server gives?
+
+Knows: what scripts and single commands return, the ranges of every value.  Does not know: clients, who asked.
+
+A client may swallow errors, and a proxy may change answers.  What no server returns is a fault of the server: the
+process uses a circuit of its own, and no guarded call meets the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import MAX_COUNT, MAX_LEASE_MS, MAX_NOISE_MS, MAX_TIME_MS, OPEN, STATES, Circuit
+from pybreaker_redis._record import TOKEN, Raw, text
+from pybreaker_redis.errors import UnusableAnswer
+
+#: How scripts and their arguments spell "by hand" and "never".
+NONE = -1
+
+#: How many values a script returns.
+_VALUES = 13
+
+#: How many digits of seconds a server's clock has at most, so that a record can hold its milliseconds.
+_DIGITS = 12
+
+
+def script_reply(answer: object) -> tuple[Reply, str]:
+    """Return the answer of a script, and why PUBLISH was refused or an empty text.
+
+    Raises:
+        UnusableAnswer: An answer that no script returns.
+    """
+    items = sequence("a script", answer, _VALUES)
+    values: list[Any] = [text(item) if isinstance(item, bytes) else item for item in items]
+    accepted, now_ms, state, fails, successes, opened_at_ms, generation, token, *rest = values
+    until_ms, noisy_ms, lease_ms, event, unheard = rest
+    is_sound = (
+        _is_number(accepted, 0, 1)
+        and _is_number(now_ms, 0, MAX_TIME_MS)
+        and state in STATES
+        and all(_is_number(count, 0, MAX_COUNT - 1) for count in (fails, successes, generation))
+        # An open circuit has a time: without it a probe would pass at once.
+        and _is_number(opened_at_ms, 0 if state == OPEN else NONE, now_ms)
+        and isinstance(token, str)
+        and TOKEN.fullmatch(token)
+        and _is_number(until_ms, 0, now_ms + MAX_LEASE_MS)
+        and _is_number(noisy_ms, 0, now_ms + MAX_NOISE_MS)
+        and _is_number(lease_ms, 0, MAX_LEASE_MS)
+        and isinstance(event, str)
+        and isinstance(unheard, str)
+    )
+    if not is_sound:
+        raise _unusable("a script", answer)
+    circuit = Circuit(
+        state=state,
+        fail_counter=fails,
+        success_counter=successes,
+        opened_at_ms=None if opened_at_ms == NONE else opened_at_ms,
+        generation=generation,
+        probe_token=token,
+        probe_until_ms=until_ms,
+        noisy_until_ms=noisy_ms,
+        probe_lease_ms=lease_ms,
+    )
+    return Reply(bool(accepted), circuit, now_ms, event), unheard
+
+
+def sequence(asked: str, answer: object, length: int) -> Sequence[Any]:
+    """Return an answer that has so many items.
+
+    Args:
+        asked: What was sent, for the error.
+        answer: What came back.
+        length: How many items a server returns.
+
+    Raises:
+        UnusableAnswer: Anything else.
+    """
+    if not isinstance(answer, (list, tuple)) or len(answer) != length:
+        raise _unusable(asked, answer)
+    return answer
+
+
+def strings(asked: str, answer: object, length: int) -> Sequence[Raw]:
+    """Return an answer that has so many strings, any of which may be missing; see `sequence`."""
+    values = sequence(asked, answer, length)
+    if not all(value is None or isinstance(value, (bytes, str)) for value in values):
+        raise _unusable(asked, answer)
+    return values
+
+
+def milliseconds(answer: object) -> int:
+    """Return the answer to TIME in milliseconds since the epoch.
+
+    Raises:
+        UnusableAnswer: An answer that no server gives.
+    """
+    parts = [str(text(part)) for part in sequence("TIME", answer, 2)]
+    if not all(part.isascii() and part.isdigit() and len(part) <= _DIGITS for part in parts):
+        raise _unusable("TIME", answer)
+    seconds, microseconds = map(int, parts)
+    return seconds * 1000 + microseconds // 1000
+
+
+def _is_number(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _unusable(asked: str, answer: object) -> UnusableAnswer:
+    return UnusableAnswer(f"the answer to {asked} is {answer!r:.200}, which no server gives")

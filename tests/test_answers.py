@@ -1,0 +1,171 @@
+"""Answers that no server gives: each value is checked, and a wrong one is a fault of the server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import fakeredis
+import pytest
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._answers import milliseconds, script_reply, strings
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, MAX_LEASE_MS, MAX_NOISE_MS, Circuit
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._guard import Meaning, meaning_of
+from pybreaker_redis._intents import Load, Trip
+from pybreaker_redis._keys import circuit_keys
+from pybreaker_redis._optimistic import OptimisticCarrier, Question, look
+from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis.errors import UnusableAnswer
+from tests.faults import site_of
+
+KEYS = circuit_keys("answers", one_slot=False)
+
+#: What a script returns, in the order of its header.
+SOUND: list[Any] = [1, 1005, b"half-open", 2, 1, 1000, 3, b"a0", 2000, 1500, 1000, b"restored", b"NOPERM"]
+
+#: By their place in the answer: values that the script never returns there.
+UNSOUND: dict[int, tuple[Any, ...]] = {
+    0: (None, 2, -1, b"1", 1.0, True),
+    1: (None, -1, 10**15, b"1005", 1005.5),
+    2: (None, b"ajar", b"\xff", 1, [b"open"]),
+    3: (None, -1, MAX_COUNT, b"2"),
+    4: (None, -1, MAX_COUNT, b"1"),
+    5: (None, -2, 1006, b"1000"),
+    6: (None, -1, MAX_COUNT, b"3"),
+    7: (None, b"A0", b"g", b"a" * 65, 7),
+    8: (None, -1, 1006 + MAX_LEASE_MS, b"2000"),
+    9: (None, -1, 1006 + MAX_NOISE_MS, b"1500"),
+    10: (None, -1, MAX_LEASE_MS + 1, b"1000"),
+    11: (None, 0),
+    12: (None, 0),
+}
+
+
+@pytest.mark.parametrize("answer", [SOUND, [item.decode() if isinstance(item, bytes) else item for item in SOUND]])
+def test_sound_answer_is_the_circuit(answer: list[Any]) -> None:
+    """Of clients that decode and of those that do not."""
+    circuit = Circuit(HALF_OPEN, 2, 1, 1000, 3, "a0", 2000, 1500, 1000)
+    assert script_reply(answer) == (Reply(True, circuit, 1005, "restored"), "NOPERM")
+
+
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in UNSOUND.items() for value in values])
+def test_answer_with_a_value_that_no_script_returns_is_a_fault(place: int, value: Any) -> None:
+    """The circuit takes nothing from it, and the log says what came."""
+    answer = [*SOUND[:place], value, *SOUND[place + 1 :]]
+    with pytest.raises(UnusableAnswer, match="no server gives") as error:
+        script_reply(answer)
+    assert meaning_of(error.value) is Meaning.FAULT
+
+
+def test_open_circuit_without_a_time_is_a_fault() -> None:
+    """A probe would pass at once."""
+    with pytest.raises(UnusableAnswer):
+        script_reply([1, 1005, b"open", 0, 0, -1, 3, b"", 0, 0, 0, b"", b""])
+
+
+@pytest.mark.parametrize("answer", [None, [], SOUND[:-1], [*SOUND, b""], b"OK", 1, {1: 2}, "x" * 13])
+def test_answer_that_is_no_list_of_its_length_is_a_fault(answer: Any) -> None:
+    """A client that swallows errors returns None."""
+    carrier = LuaCarrier(SimpleNamespace(evalsha=lambda *_: answer), KEYS)
+    with pytest.raises(UnusableAnswer):
+        carrier.execute(Load(), None, CLOSED)
+
+
+@pytest.mark.parametrize("answer", [(1, 2_345), [b"1", b"2345"], ["1", "2345"]])
+def test_time_is_read_from_any_client(answer: Any) -> None:
+    """Parsed or not, decoded or not."""
+    assert milliseconds(answer) == 1002
+
+
+@pytest.mark.parametrize(
+    "answer", [None, [], [1], [1, 2, 3], [None, 2], [-1, 2], [b"x", 2], [10**12, 2], [1.5, 2], [b"\xd9\xa3", 2], "12"]
+)
+def test_time_that_no_server_shows_is_a_fault(answer: Any) -> None:
+    """All that is compared with it would be wrong."""
+    with pytest.raises(UnusableAnswer):
+        milliseconds(answer)
+
+
+@pytest.mark.parametrize("answer", [None, [], [b"x"], [b"x", 1], [b"x", [b"y"]], b"xy"])
+def test_strings_that_are_none_are_a_fault(answer: Any) -> None:
+    """A string, or nothing."""
+    assert strings("MGET", [b"x", None], 2) == [b"x", None]
+    with pytest.raises(UnusableAnswer):
+        strings("MGET", answer, 2)
+
+
+class Swallowing:
+    """A pipeline that swallows every error, and the answer with it."""
+
+    def __init__(self, **_: Any) -> None:
+        """Of any kind."""
+
+    def __enter__(self) -> Swallowing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever happened."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("intent", [Load(), Trip(None, "")], ids=["load", "trip"])
+@pytest.mark.parametrize("ttl_ms", [0, 60_000])
+def test_transaction_without_an_answer_is_a_fault(intent: Any, ttl_ms: int) -> None:
+    """In one round trip, under WATCH, or for several circuits."""
+    client = SimpleNamespace(pipeline=Swallowing)
+    with pytest.raises(UnusableAnswer):
+        OptimisticCarrier(client, KEYS, ttl_ms).execute(intent, None, CLOSED)
+    with pytest.raises(UnusableAnswer):
+        look([Question(client, KEYS, None, CLOSED)])
+
+
+#: What a proxy makes of the answers of scripts, and of those of single commands.
+TAMPERED = {
+    "state": {b"$6\r\nclosed": b"$6\r\najar!!"},
+    "count": {b"closed\r\n:0": b"closed\r\n:-7"},
+    "text for a count": {b"closed\r\n:0": b"closed\r\n$1\r\n0"},
+    "length": {b"*13\r\n:1": b"*12\r\n:1"},
+}
+
+
+@pytest.mark.parametrize("tampered", TAMPERED)
+def test_answer_that_was_changed_on_the_way_does_not_reach_the_call(
+    killable_server: PrivateServer, caplog: pytest.LogCaptureFixture, tampered: str
+) -> None:
+    """Calls pass, failures are counted and the circuit opens: by the circuit of this process, with one line."""
+    caplog.set_level(logging.WARNING)
+    with site_of(killable_server) as site, contextlib.closing(site.client()) as client:
+        breaker = CircuitBreaker(fail_max=2, state_storage=CircuitRedisStorage(CLOSED, client, "answers"))
+        site.proxy.replaced = TAMPERED[tampered]
+        assert breaker.call(lambda: "answer") == "answer"
+        for raised in (ZeroDivisionError, CircuitBreakerError):
+            with pytest.raises(raised):
+                breaker.call(lambda: 1 / 0)
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(lambda: "answer")
+        assert breaker._state_storage.health().is_own
+        assert [line for line in caplog.messages if "UnusableAnswer" in line] == caplog.messages[:1]
+
+
+def test_client_that_swallows_errors_leaves_the_circuit_to_this_process() -> None:
+    """No guarded call meets what is missing."""
+
+    class Quiet(fakeredis.FakeStrictRedis):
+        def execute_command(self, *args: Any, **options: Any) -> Any:
+            return None
+
+        def pipeline(self, *args: Any, **options: Any) -> Any:
+            return Swallowing()
+
+    storage = CircuitRedisStorage(CLOSED, Quiet(), "answers", timeout=None)
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+    assert breaker.call(lambda: "answer") == "answer"
+    assert storage.health().is_own
