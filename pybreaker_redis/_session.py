@@ -19,7 +19,7 @@ from typing import Any
 
 from pybreaker_redis import _said
 from pybreaker_redis._circuit import CLOSED, Circuit
-from pybreaker_redis._clock import monotonic, now_ms
+from pybreaker_redis._clock import moment, monotonic
 from pybreaker_redis._hearings import Hearing, Hearings
 from pybreaker_redis._line import Line, Push, refusal
 from pybreaker_redis._record import MARK_FIELDS, Found, is_same_but_counters, parse, parse_push, sound, text
@@ -187,9 +187,9 @@ class Session:
             item.view.shortcut.taken = False
             commands.append(("MGET", item.keys[0], item.keys[3]))
             commands.append(("HMGET", item.keys[4], *MARK_FIELDS))
-        before_ms = now_ms()
+        sent = moment()
         answers = self.line.ask(commands)
-        after_ms = now_ms()
+        came = moment()
         if not asked:
             return
         fail_counters = self._each_of(answers[1 + len(before) : counted : 1 + len(before)], len(asked))
@@ -200,7 +200,7 @@ class Session:
             if known is None or isinstance(failures, Exception) or isinstance(plain, Exception):
                 item.view.doubt(ticket)
             else:
-                item.view.offset.learn(server_ms, before_ms, after_ms, waiting=known.state != CLOSED)
+                item.view.offset.learn(server_ms, sent, came, waiting=known.state != CLOSED)
                 self._judge(item, ticket, known, (failures, plain, mark), server_ms)
 
     def _each_of(self, answers: list[Any], number: int) -> list[Any]:

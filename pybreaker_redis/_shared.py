@@ -17,12 +17,14 @@ from pybreaker_redis._carriers import Carrier, Carriers
 from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
 from pybreaker_redis._client import hang_up
 from pybreaker_redis._deadline import Drop, take_drop
+from pybreaker_redis._clock import Learned, Moment, moment
 from pybreaker_redis._ear import Ear
 from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
 from pybreaker_redis._line import Heard
 from pybreaker_redis._listener import Home
 from pybreaker_redis._optimistic import Question
 from pybreaker_redis._secrets import mask
+from pybreaker_redis._spell import Spell
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat
 
@@ -75,7 +77,7 @@ class SharedCircuit:
         self._view = view
         self._logger = logger
         #: What is believed, by the local clock: it is looked at often, and changes rarely.
-        self._moved: tuple[tuple[Circuit, float], Circuit] = ((Circuit(), 0.0), Circuit())
+        self._moved: tuple[Circuit, Learned | None, Spell | None, Circuit] = (Circuit(), None, None, Circuit())
         self._ear = Ear(name, view, self._carriers)
 
     def believed(self, intent: Intent) -> Reply | None:
@@ -95,12 +97,18 @@ class SharedCircuit:
         return None if known is None else self._moved_to_local_clock(known)
 
     def _moved_to_local_clock(self, circuit: Circuit) -> Circuit:
-        offset_ms = self._view.offset.ms
-        known, by_local_clock = self._moved
-        if known != (circuit, offset_ms):
-            by_local_clock = _by_local_clock(Reply(True, circuit, 0), offset_ms).circuit
-            self._moved = (circuit, offset_ms), by_local_clock
+        learned, spell = self._view.offset.learned, self._view.spell
+        of, when, since, by_local_clock = self._moved
+        if of is not circuit or when is not learned or since is not spell:
+            by_local_clock = self._by_local_clock(Reply(True, circuit, 0)).circuit
+            self._moved = circuit, learned, spell, by_local_clock
         return by_local_clock
+
+    def _by_local_clock(self, reply: Reply) -> Reply:
+        circuit, offset_ms = reply.circuit, self._view.offset.ms
+        opened_at_ms, until_ms = self._view.opened_at_ms(circuit), circuit.probe_until_ms - offset_ms
+        moved = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
+        return replace(reply, circuit=moved, now_ms=reply.now_ms - offset_ms)
 
     def listen(self, server: Home) -> None:
         """Have changes of the circuit heard in this process, so that they need not be asked for.
@@ -151,19 +159,16 @@ class SharedCircuit:
         if isinstance(intent, SetOpenedAt):
             return self._set_opened_at(intent)
         offset = self._view.offset
-        before_ms = self._clock()
         try:
             reply = self._carry_out(intent, tell=tell)
         except Exception:
             offset.forget()
             raise
-        after_ms = self._clock()
         if isinstance(intent, Trip) and reply.accepted:
             # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
             # one, `opened_at` is found there.
-            offset.set(reply.now_ms - after_ms)
-            return _by_local_clock(reply, offset.ms)
-        return self.answered(reply, before_ms, after_ms)
+            offset.set(reply.now_ms - self._clock())
+        return self._by_local_clock(reply)
 
     @property
     def question(self) -> Question:
@@ -175,17 +180,19 @@ class SharedCircuit:
         known, client = self._view.known, self._carriers.get().client
         return Question(client, self._carriers.keys, known, self._create)
 
-    def answered(self, reply: Reply, before_ms: float, after_ms: float) -> Reply:
-        """An answer by the local clock.
+    def answered(self, reply: Reply, before: Moment, after: Moment) -> Reply:
+        """Return an answer by the local clock.
 
         Args:
             reply: By the server's.
-            before_ms: The local time when it was asked for.
-            after_ms: The local time when it had come.
+            before: When it was asked for.
+            after: When it had come.
         """
-        offset = self._view.offset
-        offset.learn(reply.now_ms, before_ms, after_ms, waiting=reply.circuit.state != CLOSED)
-        return _by_local_clock(reply, offset.ms)
+        self._learn(reply, before, after)
+        return self._by_local_clock(reply)
+
+    def _learn(self, reply: Reply, before: Moment, after: Moment) -> None:
+        self._view.offset.learn(reply.now_ms, before, after, waiting=reply.circuit.state != CLOSED)
 
     @property
     def _create(self) -> str:
@@ -214,7 +221,7 @@ class SharedCircuit:
         if reply.accepted and reply.circuit.opened_at_ms == at_ms:
             # Redis keeps whole milliseconds; what was said shall be read again as it was said.
             offset.set(at_ms - intent.at_ms)
-        return _by_local_clock(reply, offset.ms)
+        return self._by_local_clock(reply)
 
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known, create = self._view.known, self._create
@@ -224,9 +231,10 @@ class SharedCircuit:
             carrier = carriers.get()
             if isinstance(intent, RecordFailure) and carriers.channel:
                 intent = replace(intent, noise_ms=NOISE_MS)
-            ticket = self._view.ticket()
+            ticket, before = self._view.ticket(), moment(self._clock)
             try:
                 reply = carriers.execute(carrier, intent, known, create)
+                after = moment(self._clock)
             except Exception as error:
                 mask(error)
                 drop = take_drop()
@@ -244,6 +252,8 @@ class SharedCircuit:
         if self._expires and reply.event == "restored" and reply.circuit.state == CLOSED:
             # It has expired, as it was to, and nobody can tell that from a loss.
             reply = replace(reply, event="created")
+        # First the clock: it was this one when the record was read.
+        self._learn(reply, before, after)
         self._view.fill(ticket, reply.circuit, reply.now_ms)
         self._ear.tell(reply.circuit, reply.now_ms)
         if tell:
@@ -266,10 +276,3 @@ class SharedCircuit:
             _said.repaired(self._logger, self._name, reply.event, state)
         elif reply.event == "restored":
             _said.restored(self._logger, self._name, state)
-
-
-def _by_local_clock(reply: Reply, offset_ms: float) -> Reply:
-    circuit = reply.circuit
-    opened_at_ms = None if circuit.opened_at_ms is None else circuit.opened_at_ms - offset_ms
-    moved = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=circuit.probe_until_ms - offset_ms)
-    return replace(reply, circuit=moved, now_ms=reply.now_ms - offset_ms)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._clock import now_ms
+from pybreaker_redis._clock import moment
 from pybreaker_redis._guard import Meaning, meaning_of
 from pybreaker_redis._intents import Load
 from pybreaker_redis._optimistic import Question, look
@@ -37,7 +37,7 @@ def survey(circuits: Iterable[SharedCircuit]) -> list[Reply]:
 
 
 def _look_at(group: list[tuple[SharedCircuit, Question]]) -> dict[SharedCircuit, Reply]:
-    before_ms = now_ms()
+    before = moment()
     try:
         replies = look([question for _, question in group])
     except Exception as error:
@@ -46,8 +46,5 @@ def _look_at(group: list[tuple[SharedCircuit, Question]]) -> dict[SharedCircuit,
             raise
         # They lie elsewhere by now, or in a cluster that nobody knew of.  Who asks for one circuit finds out where.
         return {circuit: circuit.execute(Load()) for circuit, _ in group}
-    after_ms = now_ms()
-    return {
-        circuit: circuit.answered(reply, before_ms, after_ms)
-        for (circuit, _), reply in zip(group, replies, strict=True)
-    }
+    after = moment()
+    return {circuit: circuit.answered(reply, before, after) for (circuit, _), reply in zip(group, replies, strict=True)}

@@ -28,6 +28,11 @@ from pybreaker_redis._clock import Offset
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._record import is_same_but_counters
 from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._spell import Spell
+
+#: How far the time of another storage's answer may lie from the server's clock before it is one of another clock,
+#: milliseconds: in a busy process it comes late.
+FOREIGN_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class View:
     Attributes:
         known: The circuit as it was seen last; ``None`` before the first answer.
         offset: The server's clock minus the local one.
+        spell: When the circuit opened last, by a clock that is never set.
         shortcut: What follows for calls, in the form that costs least to look at.
     """
 
@@ -69,7 +75,10 @@ class View:
         self._lock = threading.RLock()
         self._seen_ms = 0.0
         self._seen_at = 0.0
+        self.spell = Spell()
         self._quiet = False
+        #: Whether the last record of another storage was by another clock than is known.
+        self._is_foreign = False
         self._heard = False
         self._reachable = True
         self._beliefs = 0
@@ -91,6 +100,13 @@ class View:
     def server_ms(self) -> float:
         """The server's time, never later than it is: the last that was seen, and what has passed here since."""
         return self._seen_ms + (self._now() - self._seen_at) * 1000
+
+    def opened_at_ms(self, circuit: Circuit) -> float | None:
+        """When the circuit opened, by the local clock.
+
+        While the record says the same, a step of the server's clock changes nothing: the timeout is a length of time.
+        """
+        return self.spell.opened_at(circuit, self.offset)
 
     @property
     def may_believe(self) -> bool:
@@ -137,6 +153,7 @@ class View:
             if self._take(circuit, now_ms, quiet=quiet):
                 # Within a millisecond only the counters may have changed.
                 self.known = circuit
+                self._note_spell(circuit)
                 self._believe(ticket)
 
     def is_unreachable(self) -> None:
@@ -192,7 +209,14 @@ class View:
         """Take the record that another storage of this process was answered; the belief lasts no longer for it."""
         with self._lock:
             if self._heard:
-                self._take(circuit, now_ms, quiet=False)
+                if self._seen_ms and abs(now_ms - self.server_ms) > FOREIGN_MS:
+                    self._is_foreign = True
+                if self._take(circuit, now_ms, quiet=False):
+                    if self._is_foreign:
+                        # Its times are by a clock that was set: an answer will tell how far.
+                        self._forget()
+                    else:
+                        self._note_spell(circuit)
 
     def confirm(self, ticket: Ticket, now_ms: float, *, failures: int, quiet: bool) -> None:
         """A poll has found the circuit as it is known, counters aside.
@@ -204,12 +228,18 @@ class View:
             quiet: Whether there was neither noise nor a failure to forget.
         """
         with self._lock:
-            if ticket.changes == self._changes:
-                if self.known is not None and self.known.fail_counter != failures:
-                    self.known = replace(self.known, fail_counter=failures)
-                self._see(now_ms)
-                self._quiet = quiet and ticket.hints == self._hints
-                self._believe(ticket)
+            if self.known is None or ticket.changes != self._changes:
+                return
+            if self.known.fail_counter != failures:
+                self.known = replace(self.known, fail_counter=failures)
+            self._note_spell(self.known)
+            if self.known.within_lease(now_ms) is not self.known:
+                # The server's clock was set back: the record has to be repaired.
+                self._forget()
+                return
+            self._see(now_ms)
+            self._quiet = quiet and ticket.hints == self._hints
+            self._believe(ticket)
 
     def doubt(self, ticket: Ticket) -> None:
         """A poll has found something else than what is known: whoever needs the circuit next shall ask."""
@@ -241,6 +271,11 @@ class View:
         self._changes += 1
         self._show()
         return True
+
+    def _note_spell(self, circuit: Circuit) -> None:
+        """This was read together with a time of the server's clock as that is known."""
+        self._is_foreign = False
+        self.spell = self.spell.after(circuit, self.offset)
 
     def _see(self, now_ms: float) -> None:
         self._seen_ms, self._seen_at = now_ms, self._now()

@@ -34,8 +34,8 @@ ROWS = (
     ("_scripts", "_optimistic", "_listener", "_whereabouts"),
     ("_session",),
     ("_said", "_hearings"),
-    ("_view", "_line", "_guard", "_cluster"),
-    ("_carrier", "_record", "_shortcut", "_client"),
+    ("_view", "_line", "_guard", "_cluster", "_answers"),
+    ("_carrier", "_record", "_shortcut", "_client", "_spell"),
     ("_intents", "_lifetime", "_deadline", "_words"),
     (
         "_circuit",

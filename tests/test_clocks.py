@@ -19,6 +19,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._intents import ClaimProbe
 from tests.fleet import call, call_when_admitted, wait_until
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -181,6 +182,23 @@ def test_clock_moved_between_probes_of_a_threshold_changes_nothing(make_storage:
             assert not rejected(breaker)
             assert breaker.current_state == state
             clock.move(1)
+
+
+@pytest.mark.parametrize("back", [60.0, 3600.0])
+def test_local_clock_set_back_does_not_prolong_the_lease_of_a_dead_prober_in_memory(back: float) -> None:
+    """A circuit of one process goes by the local clock, and a lease has never more left than its length."""
+    with time_machine.travel(NOON, tick=False) as clock:
+        storage = CircuitMemoryStorage("closed", probe_lease=30)
+        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=storage)
+        trip(breaker)
+        clock.shift(RESET_TIMEOUT)
+        assert storage._execute(ClaimProbe(1, "a0", 30_000)).accepted
+        clock.shift(-back)
+        assert rejected(breaker)
+        clock.shift(29.9)
+        assert rejected(breaker)
+        clock.shift(0.1)
+        assert not rejected(breaker)
 
 
 def test_clock_frozen_after_the_trip_and_moved_lets_the_next_call_through(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._clock import Moment
 from pybreaker_redis._view import View
 from tests.viewed import Clock
 
@@ -124,6 +125,99 @@ def test_server_whose_clock_is_set_back_is_believed_all_the_same(view: View) -> 
     assert view.believed() == closed
     view.confirm(view.ticket(), 500, failures=0, quiet=True)
     assert view.server_ms == 500
+
+
+class TestServerClock:
+    """The server's clock is set while the circuit is open: the time at which it opened stays where it was here."""
+
+    OPENED_AT = 500_000
+
+    @staticmethod
+    def learn(view: View, server_ms: float, local_ms: float) -> None:
+        """An answer at a local time, by clocks that nobody has moved."""
+        now = Moment(local_ms, local_ms)
+        view.offset.learn(server_ms, now, now, waiting=True)
+
+    def seen_open(self, view: View) -> Circuit:
+        """The circuit was open at 501,000 by the server's clock, which was 1,000 by the local one."""
+        circuit = replace(opened, opened_at_ms=self.OPENED_AT)
+        self.learn(view, 501_000, 1_000)
+        fill(view, circuit, 501_000)
+        assert view.opened_at_ms(circuit) == 0
+        return circuit
+
+    @pytest.mark.parametrize("step_ms", [20_000, -20_000])
+    @pytest.mark.parametrize("then", ["answer", "poll"])
+    def test_step_while_open_moves_no_opening_time(self, view: View, step_ms: int, then: str) -> None:
+        """However often it is read again."""
+        circuit = self.seen_open(view)
+        for local_ms in (2_000, 3_000):
+            server_ms = 500_000 + local_ms + step_ms
+            self.learn(view, server_ms, local_ms)
+            if then == "answer":
+                fill(view, circuit, server_ms)
+            else:
+                view.confirm(view.ticket(), server_ms, failures=0, quiet=True)
+            assert view.opened_at_ms(circuit) == 0
+
+    def test_later_opening_time_is_one_of_the_new_clock(self, view: View) -> None:
+        """Whoever says so has seen the step, too."""
+        self.seen_open(view)
+        self.learn(view, 522_000, 2_000)
+        later = replace(opened, opened_at_ms=521_500)
+        fill(view, later, 522_000)
+        assert view.opened_at_ms(later) == 1_500
+
+    def test_opening_time_that_was_to_come_and_was_repaired_stays_where_it_was(self, view: View) -> None:
+        """The clock was set back behind it, so that the record now says that the circuit opens just now."""
+        self.seen_open(view)
+        self.learn(view, 482_000, 2_000)
+        repaired = replace(opened, opened_at_ms=482_000)
+        fill(view, repaired, 482_000)
+        assert view.opened_at_ms(repaired) == 0
+
+    def test_next_spell_that_opened_earlier_by_the_new_clock_is_another_one(self, view: View) -> None:
+        """It opened when it says."""
+        self.seen_open(view)
+        self.learn(view, 482_000, 2_000)
+        again = replace(opened, generation=7, opened_at_ms=481_900)
+        fill(view, again, 482_000)
+        assert view.opened_at_ms(again) == 1_900
+
+    def test_circuit_that_never_opened_has_no_opening_time(self, view: View) -> None:
+        """By any clock."""
+        assert view.opened_at_ms(closed) is None
+
+    def test_answer_to_another_storage_by_a_clock_that_was_set_has_to_be_asked_about(self, view: View) -> None:
+        """Its times mean nothing until an answer of its own has shown how far that clock is ahead."""
+        self.learn(view, 501_000, 1_000)
+        fill(view, closed, 501_000)
+        view.share(replace(closed, noisy_until_ms=522_000), 521_000)
+        circuit = replace(opened, opened_at_ms=521_000)
+        view.share(circuit, 521_000)
+        assert view.believed() is None
+        self.learn(view, 521_100, 1_100)
+        fill(view, circuit, 521_100)
+        assert view.believed() == circuit
+        assert view.opened_at_ms(circuit) == 1_000
+
+    def test_answer_to_another_storage_by_the_known_clock_is_where_the_spell_begins(self, view: View) -> None:
+        """A later step of the clock does not move it either."""
+        self.learn(view, 501_000, 1_000)
+        fill(view, closed, 501_000)
+        circuit = replace(opened, opened_at_ms=501_100)
+        view.share(circuit, 501_100)
+        self.learn(view, 521_500, 1_500)
+        assert view.opened_at_ms(circuit) == 1_100
+
+    def test_poll_that_finds_more_left_of_a_lease_than_its_length_ends_belief(self, view: View) -> None:
+        """The next caller asks, which repairs the record."""
+        lease = replace(opened, state=HALF_OPEN, probe_token="a0", probe_until_ms=502_000, probe_lease_ms=1_000)
+        fill(view, lease, 501_000)
+        view.confirm(view.ticket(), 501_500, failures=0, quiet=True)
+        assert view.believed() == lease
+        view.confirm(view.ticket(), 481_500, failures=0, quiet=True)
+        assert view.believed() is None
 
 
 class TestDeaf:
@@ -270,10 +364,11 @@ class TestOrder:
         assert view.believed() == later
 
     def test_later_generation_is_taken_whatever_the_clock_says(self, view: View) -> None:
-        """A server that took over may be behind."""
+        """A server that took over may be behind: an answer will tell how far, so nothing is believed until then."""
         fill(view, closed, 2000)
         view.share(opened, 5)
-        assert view.believed() == opened
+        assert view.known == opened
+        assert view.believed() is None
 
     def test_reconnect_takes_the_clock_of_the_new_server(self, view: View) -> None:
         """After a failover to a server that is behind, its answers are not older than those of the last one."""
