@@ -16,8 +16,8 @@ from pybreaker_redis._carrier import Reply, SayLack
 from pybreaker_redis._carriers import Carrier, Carriers
 from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
 from pybreaker_redis._client import hang_up
-from pybreaker_redis._deadline import Drop, take_drop
 from pybreaker_redis._clock import Learned, Moment, moment
+from pybreaker_redis._deadline import Drop, take_drop
 from pybreaker_redis._ear import Ear
 from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
 from pybreaker_redis._line import Heard
