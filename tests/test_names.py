@@ -216,7 +216,9 @@ class Single(redis.Redis):
         raise TypeError
 
 
-@pytest.mark.parametrize("make", [redis.Redis, Broken, Single, object, lambda: None], ids=str)
+@pytest.mark.parametrize(
+    "make", [redis.Redis, Broken, Single, object, lambda: None], ids=["library", "broken", "single", "object", "none"]
+)
 def test_names_stay_where_nothing_is_renamed_or_known(make: Callable[[], Any]) -> None:
     """And nothing is raised, whatever a class does."""
     assert real_names(make(), KEYS) == KEYS
