@@ -21,6 +21,7 @@ from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import INTENTS
 from pybreaker_redis._scripts import script
 from tests import servers
+from tests.sent import commands_sent
 from tests.viewed import settled
 
 #: What somebody else's listener asks would be counted, too.
@@ -156,16 +157,8 @@ def test_no_step_costs_more_than_on_stock(step: str) -> None:
 
 def test_whatever_a_storage_sends_is_a_script(server: PrivateServer) -> None:
     """So to count the scripts is to count the round trips."""
-    sent: list[str] = []
-    with contextlib.closing(server.client()) as client:
+    with contextlib.closing(server.client()) as client, commands_sent(client) as sent:
         storage = CircuitRedisStorage("closed", client, "sends")
-        execute = client.execute_command
-
-        def note(*command: Any, **options: Any) -> Any:
-            sent.append(command[0])
-            return execute(*command, **options)
-
-        client.execute_command = note  # type: ignore[method-assign]
         breaker = settled(CircuitBreaker(fail_max=2, reset_timeout=0, state_storage=storage))
         for action in (down, up, down, down, up):
             with contextlib.suppress(Down, CircuitBreakerError):

@@ -41,6 +41,7 @@ from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES
 from pybreaker_redis._scripts import LuaCarrier, script
 from pybreaker_redis.errors import ScriptingUnavailable
 from tests import servers
+from tests.sent import commands_sent
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -298,16 +299,17 @@ def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactio
     with opened(binary) as make_client, contextlib.closing(make_client(decode_responses=decoded)) as client:
         storage = CircuitRedisStorage(CLOSED, client, "scriptless")
         breaker = CircuitBreaker(fail_max=3, reset_timeout=60, state_storage=storage)
-        for _ in range(3):
-            fail(breaker)
-        assert breaker.current_state == OPEN
-        with pytest.raises(CircuitBreakerError):
+        with commands_sent(client) as sent:
+            for _ in range(3):
+                fail(breaker)
+            assert breaker.current_state == OPEN
+            with pytest.raises(CircuitBreakerError):
+                breaker.call(lambda: None)
+            breaker.reset_timeout = 0.05
+            time.sleep(0.1)
             breaker.call(lambda: None)
-        breaker.reset_timeout = 0.05
-        time.sleep(0.1)
-        breaker.call(lambda: None)
-        assert breaker.current_state == CLOSED
-        assert [command for command in client.sent if command.startswith("EVAL")] == ["EVALSHA", "EVAL"]
+            assert breaker.current_state == CLOSED
+        assert [command for command in sent if command.startswith("EVAL")] == ["EVALSHA", "EVAL"]
         assert client.get("scriptless:pybreaker:state") in (b"closed", "closed")
     said = [record for record in caplog.records if record.name == "pybreaker_redis"]
     assert [record.levelno for record in said] == [logging.WARNING]
