@@ -1,67 +1,110 @@
-"""For what may a call speak when it ends?
+"""Admissions that calls carry: what the outcome of each call may settle.
 
-Knows: the admission of each thread, greenlet and task, the breakers of one storage.  Does not know: what is reported.
+Knows: pybreaker's state objects, the breakers of one storage.  Does not know: what is reported.
+
+A guarded call runs as a method of the breaker's state object that admitted it, on whatever thread or context it ends.
+The frame of `call()` holds that object, and so does the frame of a guarded generator, so the admission lies there.  One
+state object serves many calls of one generation; each claim and each new generation gets an object of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
-from collections.abc import Iterable
-from contextvars import ContextVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 from pybreaker import CircuitBreaker
 
-from pybreaker_redis._circuit import Admission, Circuit
-from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._circuit import Admission
 
-#: Of whoever acts by hand: an operator, a test, somebody who uses the storage without a breaker.
+#: Of operators, tests, and users of a storage without a breaker.
 BY_HAND = Admission(None)
+
+_ATTRIBUTE = "_pybreaker_redis_ticket"
+
+
+@dataclass(slots=True)
+class Ticket:
+    """An admission on a state object.
+
+    Attributes:
+        owner: The `Admissions` that issued the ticket: a breaker may be given another storage.
+        admission: What reports of calls on the state object speak for.
+        unused: The process id of a claim that has not admitted its call yet, or empty.
+    """
+
+    owner: object
+    admission: Admission
+    unused: list[int] = field(default_factory=list)
+
+    def use(self) -> bool:
+        """Take the claim for a call; only one caller of the claiming process succeeds."""
+        try:
+            return self.unused.pop() == os.getpid()
+        except IndexError:
+            return False
 
 
 class Admissions:
-    """What the calls that go through one storage were admitted for.
+    """The admissions of all calls through one storage."""
 
-    It is kept in a context variable: of the ways to keep something for a thread or a greenlet that is the one that
-    costs least to look at, and in steady state a call costs little more than that.  In the context of each thread that
-    has called it outlives the storage, with 200 bytes: storages are made once, not for each request.
-
-    Attributes:
-        current: Returns the admission of the running thread, greenlet or task; `BY_HAND` if it never made a call.
-    """
-
-    def __init__(self, shortcut: Shortcut) -> None:
-        self._shortcut = shortcut
-        self._variable = ContextVar("admission to a circuit", default=BY_HAND)
-        self.current = self._variable.get
+    def __init__(self) -> None:
         self._breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = weakref.WeakValueDictionary()
 
-    def go_by(self, shortcut: Shortcut) -> None:
-        """It is another circuit that the storage speaks for."""
-        self._shortcut = shortcut
-
-    def know(self, breakers: Iterable[CircuitBreaker]) -> None:
-        """Take note of breakers that use the storage, before their state can differ from the circuit's."""
-        for breaker in breakers:
-            if id(breaker) not in self._breakers:
-                self._breakers[id(breaker)] = breaker
-                self._shortcut.shut()
+    def note(self, breaker: CircuitBreaker) -> bool:
+        """Remember a breaker that uses the storage; return whether it is a new one."""
+        is_new = id(breaker) not in self._breakers
+        self._breakers[id(breaker)] = breaker
+        return is_new
 
     @property
     def are_several(self) -> bool:
         """Whether more than one breaker uses the storage."""
         return len(self._breakers) > 1
 
-    def to(self, circuit: Circuit, *, noticed: bool) -> Admission:
-        """What a call may speak for that is admitted, or rejected, now.
+    def ticket(self, state: Any) -> Ticket | None:
+        """Return the ticket on a state object, if this storage issued one."""
+        ticket: Ticket | None = getattr(state, _ATTRIBUTE, None)
+        return ticket if ticket is not None and ticket.owner is self else None
 
-        It is everybody's, which opens the shortcut to this thread, if the breaker has nothing more to notice.  Of
-        several breakers with one storage there is always one that may have: they take the long way.
+    def issue(self, state: Any, admission: Admission, *, unused: bool = False) -> None:
+        """Put a ticket on a state object that has not admitted a call yet."""
+        setattr(state, _ATTRIBUTE, Ticket(self, admission, [os.getpid()] if unused else []))
+
+    def renew(self, breaker: CircuitBreaker, admission: Admission) -> bool:
+        """Replace the breaker's state object, without a word to listeners, unless it carries this admission already.
+
+        The old object stays with the calls that it admitted.
+
+        Returns:
+            Whether it did not carry the admission.
         """
-        everybodys = self._shortcut.admission or self._shortcut.rejection
-        if noticed and len(self._breakers) == 1 and everybodys and everybodys.generation == circuit.generation:
-            return everybodys
-        return Admission(circuit.generation, circuit.probe_token)
+        state = breaker._state
+        ticket = self.ticket(state)
+        if ticket is not None and ticket.admission == admission:
+            return False
+        # As pybreaker's constructor does it, which notifies no listener.
+        renewed = breaker._create_new_state(state.name)
+        self.issue(renewed, admission)
+        # Not if the breaker has moved meanwhile.  Threads are switched at calls, and there is none in between.
+        if breaker._state is state:
+            breaker._state = renewed
+        return True
 
-    def admit(self, admission: Admission) -> None:
-        """The next report of this thread, greenlet or task speaks for this."""
-        self._variable.set(admission)
+
+@contextlib.contextmanager
+def unmoved(breaker: CircuitBreaker) -> Iterator[bool]:
+    """Whether no other thread calls through the breaker, or brings it into another state, while the block runs.
+
+    pybreaker holds the breaker's lock while it does so.  It is not waited for: a call may take long.
+    """
+    acquire = getattr(breaker._lock, "acquire", None)
+    is_free = acquire is not None and acquire(blocking=False)
+    try:
+        yield is_free
+    finally:
+        if is_free:
+            breaker._lock.release()

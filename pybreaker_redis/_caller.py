@@ -9,15 +9,44 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
+from typing import NamedTuple
 
 from pybreaker_redis._admissions import BY_HAND
 from pybreaker_redis._circuit import HALF_OPEN, OPEN, Admission, Circuit
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
 
+#: Tokens of the probes that were claimed last in the running context: tasks share a thread, and each has its context.
+#: One variable for all storages, since a variable is never freed.
+_CLAIMED: ContextVar[tuple[str, ...]] = ContextVar("probes claimed", default=())
+
+#: Claims that a context remembers: so many circuits may probe in nested calls.
+_MOST_CLAIMS = 8
+
 #: Part of the timeout that is left for the last of several questions that belong to one call.
 LEAST_SHARE = 0.2
+
+
+_UNSEEN = Circuit()
+
+
+class Report(NamedTuple):
+    """What came of the report of a call, for what pybreaker does next in the same method.
+
+    Attributes:
+        reporter: The identity of that method's frame, which is unique while the method runs.
+        admission: What the report spoke for.
+        accepted: Whether it counted.
+        total: The counter as the report left it; 0 if it came too late to count.
+    """
+
+    reporter: int
+    admission: Admission
+    accepted: bool
+    total: int
 
 
 @dataclass(slots=True)
@@ -25,14 +54,11 @@ class Caller:
     """One thread's side of the conversation.
 
     Attributes:
-        looked: What it was told when it looked at the circuit last without calling.
+        looked: The circuit that it saw last, or moved last, as an admission.
         claimed: The probe that it has claimed last.
-        fresh: Whether it has claimed a probe and not yet been admitted with it.
-        half_opened: The generation in which it has half-opened the circuit by hand.
-        opened_generation: The generation in which it found that the timeout has passed.
-        reported: What its last failure spoke for.
-        refused: Whether that failure came too late to count.
-        count: The counter as its last report left it, until it is read.
+        half_opened: The generation in which it has half-opened the circuit by hand, or given back a probe.
+        opened: The circuit when it found that the timeout has passed.
+        reported: Its last report that was counted or refused.
         fence: What the trip in progress speaks for.
         waited: For how many seconds it has waited for an answer since its call began.
         has_reported: Whether it has reported since; then a further report is that of another call.
@@ -43,12 +69,9 @@ class Caller:
 
     looked: Admission = BY_HAND
     claimed: str = ""
-    fresh: bool = False
     half_opened: int | None = None
-    opened_generation: int = 0
-    reported: Admission = BY_HAND
-    refused: bool = False
-    count: int | None = None
+    opened: Circuit = _UNSEEN
+    reported: Report | None = None
     fence: Admission = BY_HAND
     waited: float = 0.0
     has_reported: bool = True
@@ -95,7 +118,17 @@ class Caller:
 
     def claim(self, token: str) -> None:
         """It has got the probe."""
-        self.claimed, self.fresh = token, True
+        self.claimed = token
+        _CLAIMED.set((*_CLAIMED.get()[1 - _MOST_CLAIMS :], token))
+
+    def holds(self, circuit: Circuit) -> bool:
+        """Whether the probe is this thread's, and was claimed in the running context."""
+        return circuit.probe_token == self.claimed != "" and self.claimed in _CLAIMED.get()
+
+    def report_of(self, frame: FrameType | None) -> Report | None:
+        """The report that the running method with this frame has made."""
+        report = self.reported
+        return report if report is not None and report.reporter == id(frame) else None
 
     def sees(self, circuit: Circuit, now_ms: float) -> str:
         """The state of a circuit, to this thread: half-open only if it is the one that is to probe."""
@@ -103,10 +136,8 @@ class Caller:
             return circuit.state
         if not circuit.probe_token:
             return HALF_OPEN if self.half_opened == circuit.generation else OPEN
-        # A claim that has not admitted its call yet does so even if the lease has ended meanwhile: the report will be
-        # fenced off if somebody else has claimed.  Later an ended lease has to be claimed anew.
-        live = self.fresh or now_ms < circuit.probe_until_ms
-        return HALF_OPEN if live and self.claimed == circuit.probe_token else OPEN
+        # An ended lease has to be claimed anew.
+        return HALF_OPEN if now_ms < circuit.probe_until_ms and self.holds(circuit) else OPEN
 
 
 class Callers:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -48,42 +47,91 @@ CHECKS_TIMEOUT = _code(CircuitOpenState.before_call)
 BUILDS_OPEN = _code(CircuitOpenState.__init__)
 BUILDS_HALF_OPEN = _code(CircuitHalfOpenState.__init__)
 BUILDS_CLOSED = _code(CircuitClosedState.__init__)
-_ASKERS = frozenset(
-    (
-        OPENS,
-        HALF_OPENS,
-        CLOSES,
-        REPORTS_FAILURE,
-        REPORTS_SUCCESS,
-        COMPARES_FAILURES,
-        COUNTS_PROBE,
-        CHECKS_TIMEOUT,
-        BUILDS_OPEN,
-        BUILDS_HALF_OPEN,
-        BUILDS_CLOSED,
-    )
+
+
+def _ids(*codes: CodeType) -> frozenset[int]:
+    """Identities of code that lives as long as pybreaker: to hash code itself takes longer than to walk a frame."""
+    return frozenset(map(id, codes))
+
+
+_ASKERS = _ids(
+    OPENS,
+    HALF_OPENS,
+    CLOSES,
+    REPORTS_FAILURE,
+    REPORTS_SUCCESS,
+    COMPARES_FAILURES,
+    COUNTS_PROBE,
+    CHECKS_TIMEOUT,
+    BUILDS_OPEN,
+    BUILDS_HALF_OPEN,
+    BUILDS_CLOSED,
 )
 _TELLS_LISTENERS = _code(CircuitBreaker._create_new_state)
 _COMPARES_STATE = _code(CircuitBreaker.state)
 #: Names under which `state` is read and passed on, by storages, by pybreaker and by overrides.
 _READS_STATE = ("_state_under_construction", "_read_state", "state", "current_state")
-_CALLS = _code(CircuitBreaker.call)
-_CALLS_STATE = _code(CircuitBreakerState.call)
-_RUNS_FUNCTION = frozenset((_CALLS_STATE, _code(CircuitBreakerState.generator_call)))
+#: Names of the methods that admit a call by reading `state`: pybreaker's own, and overrides of these.
+_ADMITS = frozenset(("call", "call_async", "calling"))
+
+
+def _code_within(function: Any) -> CodeType:
+    """The code of the coroutine that pybreaker defines inside one of its methods."""
+    return next(constant for constant in _code(function).co_consts if isinstance(constant, CodeType))
+
+
+_ADMITS_ASYNC = _code_within(CircuitBreaker.call_async)
+_RUNS_FUNCTION = _ids(
+    _code(CircuitBreakerState.call),
+    _code(CircuitBreakerState.generator_call),
+    _code_within(CircuitBreakerState.call_async),
+)
 _LISTENS = frozenset(name for name in vars(CircuitBreakerListener) if not name.startswith("_"))
+
+
+def asking() -> FrameType | None:
+    """The frame of the method of pybreaker that asks the calling storage method for something, if one does."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if id(code) in _ASKERS:
+            return frame
+        if id(code) in _RUNS_FUNCTION or code.co_name in _LISTENS:
+            return None
+        frame = frame.f_back
+    return None
 
 
 def asker() -> CodeType | None:
     """The method of pybreaker that asks the calling storage method for something; ``None``: somebody else does."""
-    for frame in _frames_of_pybreaker():
-        if frame.f_code in _ASKERS:
-            return frame.f_code
+    frame = asking()
+    return frame.f_code if frame else None
+
+
+def asked_through(*codes: CodeType) -> FrameType | None:
+    """The frame of one of these methods, if it is among those that led to the asking one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _ends(frame):
+        if frame.f_code in codes:
+            return frame
+        frame = frame.f_back
     return None
 
 
-def asked_through(*codes: CodeType) -> bool:
-    """Whether one of these methods is among those that led to the asking one."""
-    return any(frame.f_code in codes for frame in _frames_of_pybreaker())
+def calling_state(frame: FrameType) -> CircuitBreakerState | None:
+    """The state object whose call is being reported, if that call is on the stack.
+
+    Args:
+        frame: Of a method of the state object, as of `_handle_error()`.
+
+    Returns:
+        ``None`` if the method was called by hand.
+    """
+    state: CircuitBreakerState = frame.f_locals["self"]
+    outer: FrameType | None = frame
+    while outer is not None and id(outer.f_code) not in _RUNS_FUNCTION:
+        outer = outer.f_back
+    return state if outer is not None and outer.f_locals["self"] is state else None
 
 
 def reading_breaker() -> CircuitBreaker | None:
@@ -93,8 +141,18 @@ def reading_breaker() -> CircuitBreaker | None:
 
 
 def reads_for_a_call(breaker: CircuitBreaker) -> bool:
-    """Whether a method of the breaker reads `breaker.state`, as `call()` does to admit a call."""
-    return _behind_readers(sys._getframe(1)).f_locals.get("self") is breaker
+    """Whether a call is to be admitted: `call()` of the breaker, or an override of it, reads `breaker.state`.
+
+    Other methods of a breaker that read `state`, as for a page of metrics, only look.  So does an override that leaves
+    the call to the method that it overrides: that method reads, too.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _ends(frame):
+        code = frame.f_code
+        if (code.co_name in _ADMITS or code is _ADMITS_ASYNC) and frame.f_locals.get("self") is breaker:
+            return "super" not in code.co_names
+        frame = frame.f_back
+    return False
 
 
 def told_breakers() -> list[CircuitBreaker]:
@@ -121,34 +179,16 @@ def tells_own_move() -> bool:
     return mover is not None and mover.f_code in (OPENS, HALF_OPENS, CLOSES)
 
 
-def _frames_of_pybreaker() -> Iterator[FrameType]:
-    """The frames behind the calling storage method, up to where pybreaker runs something that is not its own."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        listens = frame.f_code.co_name in _LISTENS and frame.f_code not in _ASKERS
-        if listens or frame.f_code in _RUNS_FUNCTION:
-            return
-        yield frame
-        frame = frame.f_back
-
-
 def created_breaker() -> CircuitBreaker | None:
     """The breaker under construction that reads the calling storage's `state`."""
     frame = _behind_readers(sys._getframe(1))
     return frame.f_locals["self"] if frame.f_code is _CREATES else None
 
 
-def called_past_breaker() -> bool:
-    """Whether the call that is being reported was made on a breaker's state object, as in ``breaker.state.call(f)``."""
-    inside = False
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _CALLS:
-        if frame.f_code in _RUNS_FUNCTION:
-            if inside or frame.f_code is not _CALLS_STATE:
-                break
-            inside = True
-        frame = frame.f_back
-    return inside and (frame is None or frame.f_code is not _CALLS)
+def _ends(frame: FrameType) -> bool:
+    """Whether pybreaker runs in this frame something that is not its own: a guarded function, or a listener."""
+    code = frame.f_code
+    return id(code) in _RUNS_FUNCTION or (code.co_name in _LISTENS and id(code) not in _ASKERS)
 
 
 def _behind_readers(frame: FrameType) -> FrameType:

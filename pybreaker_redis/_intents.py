@@ -104,21 +104,26 @@ class RecordSuccess(Fenced):
 
 @dataclass(frozen=True, slots=True)
 class CountProbe(Fenced):
-    """A probe succeeded: one more towards the success threshold, and its holder may go on probing.
+    """A probe succeeded: one more towards the success threshold.
 
-    By hand it counts, and renews nobody's lease.
+    Below the threshold the probe is given back, so that the next call of any process may claim the next one.  At the
+    threshold the holder keeps it, to close the circuit.  By hand it counts, and leaves the probe alone.
 
     Attributes:
-        lease_ms: How long the holder may take for the next probe, milliseconds.
+        lease_ms: How long the holder may take to close the circuit, milliseconds.
+        threshold: Successes that close the circuit.
     """
 
     lease_ms: int
+    threshold: int = 1
     script: ClassVar[str] = "count_probe"
 
     def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
         counted = replace(circuit, success_counter=after(circuit.success_counter))
         if self.generation is None or not circuit.probe_token:
             return counted
+        if counted.success_counter < self.threshold:
+            return counted.without_probe()
         return replace(counted, probe_until_ms=now_ms + self.lease_ms, probe_lease_ms=self.lease_ms)
 
 

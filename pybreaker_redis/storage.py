@@ -29,7 +29,7 @@ from pybreaker_redis._deadline import deadline
 from pybreaker_redis._intents import Intent, Load, ResetProbes, SetOpenedAt, SetState
 from pybreaker_redis._keys import BASE
 from pybreaker_redis._operated import OperatedStorage
-from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._probes import PROBES
 from pybreaker_redis._survey import survey
 from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis._twins import Twin
@@ -198,9 +198,8 @@ class CircuitRedisStorage(OperatedStorage):
         reply = self._tenancy.believed(Load())
         if reply is None:
             return self._execute(Load())
-        if self._shortcut is not self._tenancy.shortcut:
-            self._go_by(self._tenancy.shortcut)
-        return reply
+        self._shortcut = self._tenancy.shortcut
+        return PROBES.shown(reply)
 
     def retry_after(self, reset_timeout: float) -> float:
         """See `OperatedStorage.retry_after`."""
@@ -227,19 +226,14 @@ class CircuitRedisStorage(OperatedStorage):
 
     def _execute(self, intent: Intent) -> Reply:
         with self._callers.current().asks_apart() if _is_by_hand(intent) else contextlib.nullcontext():
-            reply = self._tenancy.execute(intent)
-        if self._shortcut is not self._tenancy.shortcut:
-            self._go_by(self._tenancy.shortcut)
+            reply = PROBES.execute(self._tenancy.execute, intent)
+        self._shortcut = self._tenancy.shortcut
         return reply
 
     def _state_unasked(self) -> str:
         # pybreaker's constructor reads the state.  Modules create breakers when they are imported, before settings are
         # sure to be there and in masters that fork later: no time to connect.  The first call hears what is true.
         return self._tenancy.last_known_state
-
-    def _go_by(self, shortcut: Shortcut) -> None:
-        self._shortcut = shortcut
-        self._admissions.go_by(shortcut)
 
 
 def _is_by_hand(intent: Intent) -> bool:

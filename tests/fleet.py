@@ -339,6 +339,50 @@ def flood(worker: Worker, until: float, *, every: float, dead: Sequence[tuple[fl
     return made
 
 
+def recover(worker: Worker, at: float, *, threads: int, seconds: float, patience: float) -> float:
+    """Successful calls, each on a thread of its own, from a time on until the circuit is closed.
+
+    Args:
+        worker: This worker.
+        at: Monotonic time of the first call.
+        threads: How many call at the same time, with as many breakers.
+        seconds: What a call takes.
+        patience: Seconds after which the threads give up.
+
+    Returns:
+        When the last of them saw that the circuit is closed, monotonic seconds.
+    """
+
+    def dependency() -> None:
+        call = f"{worker.index}:{threading.get_ident()}:{time.monotonic_ns()}"
+        worker._note(call, "begin")
+        time.sleep(seconds)
+        worker._note(call, "end")
+
+    def request(breaker: pybreaker.CircuitBreaker) -> None:
+        with contextlib.suppress(pybreaker.CircuitBreakerError):
+            breaker.call(dependency)
+
+    def requests() -> None:
+        spec = worker.spec
+        breaker = pybreaker.CircuitBreaker(
+            reset_timeout=spec.reset_timeout, success_threshold=spec.success_threshold, state_storage=worker.storage
+        )
+        time.sleep(max(0.0, at - time.monotonic()))
+        while breaker.current_state != "closed" and time.monotonic() < at + patience:
+            thread = threading.Thread(target=request, args=(breaker,))
+            thread.start()
+            thread.join()
+            time.sleep(0.002)
+
+    running = [threading.Thread(target=requests) for _ in range(threads)]
+    for each in running:
+        each.start()
+    for each in running:
+        each.join()
+    return time.monotonic()
+
+
 def monitor(worker: Worker, until: float) -> int:
     """Read all that a breaker offers to read, in a loop, until a monotonic time; how many rounds were read."""
     rounds = 0

@@ -64,6 +64,7 @@ class Wish:
     token: str | None = None
     number: int = LEASE_MS
     state: str = OPEN
+    threshold: int = 1
 
     def intent(self, circuit: Circuit, now_ms: float) -> Intent:
         """What this means for `circuit`."""
@@ -76,7 +77,7 @@ class Wish:
             SetOpenedAt: lambda: SetOpenedAt(now_ms - self.number),
             # The shortest number stands for none: a failure that nobody would hear of.
             RecordFailure: lambda: RecordFailure(generation, token, 0 if self.number == 1 else self.number),
-            CountProbe: lambda: CountProbe(generation, token, self.number),
+            CountProbe: lambda: CountProbe(generation, token, self.number, self.threshold),
             ShareTrip: lambda: ShareTrip(generation or 0, self.number),
             ClaimProbe: lambda: ClaimProbe(generation or 0, self.token or TOKENS[0], self.number),
         }
@@ -88,14 +89,15 @@ class Wish:
 _generations = st.sampled_from([0, 0, 0, 0, 0, 0, None, -1, -2, 1])
 _tokens = st.sampled_from([None, None, None, None, "", *TOKENS])
 _leases = st.sampled_from([1, 50, LEASE_MS, LEASE_MS])
+_thresholds = st.integers(1, 3)
 _kinds = st.sampled_from(
     [RecordFailure, RecordSuccess, CountProbe, Trip, Trip, ShareTrip, ClaimProbe, ClaimProbe, Close]
 )
 
 wishes = st.one_of(
-    st.builds(Wish, _kinds, _generations, _tokens, _leases),
-    st.builds(Wish, _kinds, _generations, _tokens, _leases),
-    st.builds(Wish, _kinds, _generations, _tokens, _leases),
+    st.builds(Wish, _kinds, _generations, _tokens, _leases, threshold=_thresholds),
+    st.builds(Wish, _kinds, _generations, _tokens, _leases, threshold=_thresholds),
+    st.builds(Wish, _kinds, _generations, _tokens, _leases, threshold=_thresholds),
     st.builds(Wish, st.just(SetState), state=states),
     st.builds(Wish, st.just(SetOpenedAt), number=st.integers(-5000, 5000)),
     st.builds(Wish, st.sampled_from([Load, ResetProbes])),

@@ -156,6 +156,23 @@ def test_counting_by_hand_in_an_exception_handler_counts(storage_of):
     assert storage.counter == 1
 
 
+def test_counting_by_hand_in_a_guarded_function_counts(storage_of):
+    """What the function asks of the storage is the function's, not the call's that it is made in."""
+    storage = storage_of()
+    breaker = CircuitBreaker(state_storage=storage)
+    counted = []
+
+    def by_hand() -> None:
+        storage.increment_counter()
+        counted.append(storage.counter)
+        storage.reset_counter()
+        counted.append(storage.counter)
+        storage.increment_counter()
+
+    breaker.call(by_hand)
+    assert (counted, storage.counter) == ([1, 0], 0)
+
+
 def test_operator_opens_while_handling_the_reported_exception(storage_of):
     """`open()` by hand is never refused, not even in the handler of a failure that was."""
     storage = storage_of()
@@ -463,16 +480,19 @@ def test_slow_probe_counts_if_nobody_else_claimed(storage_of):
     assert storage.state == "closed"
 
 
-def test_idle_prober_claims_anew_once_its_lease_has_ended(storage_of):
-    """Between two probes an ended lease is no right to go on: the next call asks again, and keeps what it counted."""
+def test_probe_whose_lease_has_ended_is_claimed_again_and_no_listener_is_called(storage_of):
+    """A probe without a report blocks for its lease; then the next call claims, and nothing has moved for listeners."""
     storage = storage_of("open", probe_lease=0.03)
     listener = Looking()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage, listeners=[listener])
     breaker.call(up)
+    lost = breaker.calling()
+    lost.__enter__()
     wait_until(lambda: storage.state == "open")
     breaker.call(up)
     assert storage.state == "closed"
-    assert [told for told, _, _ in listener.seen] == ["half-open", "open", "half-open", "closed"]
+    assert [told for told, _, _ in listener.seen] == ["half-open", "closed"]
+    lost.__exit__(None, None, None)
 
 
 def test_reset_timeout_zero_with_the_shortest_lease_does_not_recurse(storage_of):
@@ -482,6 +502,89 @@ def test_reset_timeout_zero_with_the_shortest_lease_does_not_recurse(storage_of)
     for _ in range(20):
         with pytest.raises(CircuitBreakerError, match="Trial call failed"):
             breaker.call(down)
+
+
+@pytest.mark.parametrize("threshold", [2, 3, 5])
+def test_threshold_takes_so_many_successes_whichever_threads_make_them(storage_of, threshold):
+    """With a thread for each request: every call is admitted, and listeners are notified of nothing in between."""
+    storage = storage_of("open")
+    listener = Looking()
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=threshold, state_storage=storage, listeners=[listener])
+    for made in range(threshold):
+        assert storage.success_counter == made
+        assert in_thread(lambda: breaker.call(up)) == "answer"
+    assert (storage.state, storage.counter, storage.success_counter) == ("closed", 0, 0)
+    assert [told for told, _, _ in listener.seen] == ["half-open", "closed"]
+
+
+def test_failure_of_a_later_probe_opens(storage_of):
+    """A probe that another thread makes decides like the first one."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
+    assert in_thread(lambda: breaker.call(up)) == "answer"
+    with pytest.raises(CircuitBreakerError, match="Trial call failed"):
+        in_thread(lambda: breaker.call(down))
+    assert (storage.state, storage.success_counter) == ("open", 0)
+
+
+def test_refused_claim_between_two_probes_rejects_and_tells_no_listener(storage_of):
+    """Another breaker has the next probe: `CircuitBreakerError`, and the circuit is still half-open for listeners."""
+    storage = storage_of("open")
+    listener = Looking()
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage, listeners=[listener])
+    breaker.call(up)
+    other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
+    with other.calling(), pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
+        in_thread(lambda: breaker.call(up))
+    breaker.call(up)
+    assert storage.state == "closed"
+    assert [told for told, _, _ in listener.seen] == ["half-open", "closed"]
+
+
+@pytest.mark.parametrize("moved", ["open", "close"])
+def test_claim_that_finds_the_circuit_moved_follows_it(storage_of, moved, monkeypatch):
+    """What others did between the look and the claim is noticed at once, not rejected as a probe."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=60, success_threshold=3, state_storage=storage)
+    breaker.half_open()
+    breaker.call(up)
+    other = CircuitBreaker(state_storage=storage)
+    look = type(storage)._look
+
+    def look_and_be_overtaken(self: Any) -> Any:
+        monkeypatch.undo()
+        reply = look(self)
+        in_thread(getattr(other, moved))
+        return reply
+
+    monkeypatch.setattr(type(storage), "_look", look_and_be_overtaken)
+    if moved == "open":
+        with pytest.raises(CircuitBreakerError, match="Timeout not elapsed"):
+            breaker.call(up)
+    else:
+        assert breaker.call(up) == "answer"
+    assert breaker.state.name == storage.state == {"open": "open", "close": "closed"}[moved]
+
+
+def test_claim_that_finds_another_prober_is_rejected(storage_of, monkeypatch):
+    """Two calls see the same free probe; one gets it."""
+    storage = storage_of("open")
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
+    breaker.call(up)
+    probe = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage).calling()
+    look = type(storage)._look
+
+    def look_and_be_overtaken(self: Any) -> Any:
+        monkeypatch.undo()
+        reply = look(self)
+        in_thread(probe.__enter__)
+        return reply
+
+    monkeypatch.setattr(type(storage), "_look", look_and_be_overtaken)
+    with pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
+        breaker.call(up)
+    probe.__exit__(None, None, None)
+    assert storage.success_counter == 2
 
 
 def test_forked_child_does_not_hold_its_parents_probe():
@@ -505,8 +608,8 @@ def test_anybody_may_claim_after_half_open_by_hand(storage_of):
     assert in_thread(lambda: (storage.state, storage.opened_at)) == ("open", None)
     assert in_thread(lambda: breaker.call(up)) == "answer"
     assert storage.state == "open"
-    with pytest.raises(CircuitBreakerError):
-        breaker.call(up)
+    assert breaker.call(up) == "answer"
+    assert storage.state == "closed"
 
 
 def test_second_half_open_by_hand_takes_the_trial_from_the_first(storage_of):
@@ -741,10 +844,19 @@ def test_extended_and_wrapped_classes_are_understood(breaker_class, storage_clas
         assert (storage.state, storage.counter) == ("open", 3)
         assert breaker.call(up) == "answer"
         assert (storage.state, storage.success_counter) == ("half-open", 1)
-        with pytest.raises(CircuitBreakerError):
-            in_thread(lambda: breaker.call(up))
-        assert breaker.call(up) == "answer"
+
+        def probe() -> str:
+            with pytest.raises(CircuitBreakerError):
+                in_thread(lambda: lockless(breaker).call(up))
+            return "answer"
+
+        assert breaker.call(probe) == "answer"
         assert (storage.state, storage.counter) == ("closed", 0)
+
+
+def lockless(breaker: CircuitBreaker) -> CircuitBreaker:
+    """A breaker of the same kind on the same storage, so that a thread need not wait for the lock of the other."""
+    return type(breaker)(reset_timeout=0, success_threshold=2, state_storage=breaker._state_storage)
 
 
 def test_two_breakers_and_a_listener_that_reads_both(storage_of):
@@ -771,10 +883,10 @@ def test_rejected_threads_of_the_probers_breaker_tell_nobody(storage_of):
     listener = Looking()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=20, state_storage=storage, listeners=[listener])
     for _ in range(19):
-        assert breaker.call(up) == "answer"
-        with pytest.raises(CircuitBreakerError):
-            in_thread(lambda: breaker.call(up))
-        assert in_thread(lambda: breaker.state.name) == "half-open"
+        with breaker.calling():
+            with pytest.raises(CircuitBreakerError):
+                in_thread(lambda: breaker.call(up))
+            assert in_thread(lambda: breaker.state.name) == "half-open"
     assert [told for told, _, _ in listener.seen] == ["half-open"]
 
 
@@ -902,17 +1014,17 @@ def test_claim_just_won_admits_its_call_although_the_lease_is_over_already():
     assert storage.state == "closed"
 
 
-def test_idle_prober_loses_its_lease_at_the_very_instant_others_may_claim():
+def test_prober_loses_its_lease_at_the_very_instant_others_may_claim():
     """There is no instant at which one thread still holds the probe and another may have it."""
     now = 1_000_000.0
     storage = memory_at(lambda: now, probe_lease=1)
-    CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage).call(up)
-    now += 999
-    assert storage.state == "half-open"
-    assert in_thread(lambda: storage.opened_at) is not None
-    now += 1
-    assert storage.state == "open"
-    assert in_thread(lambda: storage.opened_at) is None
+    with CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage).calling():
+        now += 999
+        assert storage.state == "half-open"
+        assert in_thread(lambda: storage.opened_at) is not None
+        now += 1
+        assert storage.state == "open"
+        assert in_thread(lambda: storage.opened_at) is None
 
 
 @pytest.mark.parametrize("before", [None, up, down])

@@ -25,8 +25,9 @@ ROWS = (
     ("memory", "_breakers"),
     ("_operated",),
     ("_adapter",),
+    ("_gate",),
     ("_caller", "_arguments", "_examination", "_urls", "_twins"),
-    ("_admissions", "_frames"),
+    ("_admissions", "_frames", "_probes"),
     ("_survey",),
     ("_shared", "_server"),
     ("_ear",),
@@ -108,7 +109,7 @@ def test_foundations_import_nothing_of_ours(module: str) -> None:
         (
             "pybreaker",
             {
-                *("_adapter", "_admissions", "_breakers", "_frames", "_guarded", "_settings"),
+                *("_adapter", "_admissions", "_breakers", "_frames", "_gate", "_guarded", "_settings"),
                 *("listeners", "prometheus", "registry", "testing"),
             },
         ),

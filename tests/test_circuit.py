@@ -181,16 +181,25 @@ class TestCounting:
         assert granted(RecordSuccess(7, ""), closed) == replace(closed, fail_counter=0)
         assert granted(RecordSuccess(7, "a0"), probed) == replace(probed, fail_counter=0)
 
-    def test_counted_probe_renews_the_lease_of_its_holder(self) -> None:
-        """The holder keeps the probe while it collects successes; a lease that has run out is renewed too."""
-        assert granted(CountProbe(7, "a0", 500), probed) == replace(
-            probed, success_counter=2, probe_until_ms=NOW + 500, probe_lease_ms=500
-        )
+    def test_probe_that_reaches_the_threshold_is_kept_to_close(self) -> None:
+        """The close follows: until then nobody else claims, and a lease that has run out is renewed too."""
+        kept = replace(probed, success_counter=2, probe_until_ms=NOW + 500, probe_lease_ms=500)
+        assert granted(CountProbe(7, "a0", 500, 2), probed) == kept
+        assert granted(CountProbe(7, "a0", 500, 1), probed) == kept
         assert granted(CountProbe(7, "a0", 500), deserted, NOW + 7).probe_until_ms == NOW + 507
 
+    def test_probe_below_the_threshold_is_given_back(self) -> None:
+        """The successes stay, in the same generation, and the next caller claims at once."""
+        given_back = granted(CountProbe(7, "a0", 500, 3), probed)
+        assert given_back == replace(probed, success_counter=2, probe_token="", probe_until_ms=0, probe_lease_ms=0)
+        assert not CountProbe(7, "a0", 500, 3).apply(given_back, NOW).accepted
+        claimed = granted(ClaimProbe(7, "b1", 500), given_back)
+        assert (claimed.generation, claimed.success_counter, claimed.probe_token) == (8, 2, "b1")
+
     def test_probe_counted_by_hand_renews_no_lease(self) -> None:
-        """Nobody but its holder prolongs a lease, or a dead prober would be waited for."""
+        """Nobody but its holder prolongs a lease, or a dead prober would be waited for; nor is it taken away."""
         assert granted(CountProbe(None, "", 500), probed) == replace(probed, success_counter=2)
+        assert granted(CountProbe(None, "", 500, 9), probed) == replace(probed, success_counter=2)
 
     def test_counted_probe_without_claim_makes_no_lease(self) -> None:
         """Where nobody holds the probe there is nothing to renew."""

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from tests import soak as soaks
-from tests.fleet import call, calls, flood, held_call, most_at_once, read_state, wait_until
+from tests.fleet import call, calls, flood, held_call, most_at_once, read_state, recover, wait_until
 from tests.test_fleet_counts import trip
 
 
@@ -125,6 +125,23 @@ def test_listener_finds_the_state_it_is_told_of(promised, fleet_of):
     assert [item.new for item in told] == ["open", "half-open", "closed"]
     with promised():
         assert [item.current for item in told] == ["open", "half-open", "closed"]
+
+
+def test_threshold_of_3_takes_3_successes_of_any_threads_one_at_a_time(promised, fleet_of, visits):
+    """With a thread for each request, in all processes: the third success closes, and no lease is waited for."""
+    with fleet_of(4, reset_timeout=1.0, success_threshold=3, probe_lease=30.0) as fleet:
+        tripped = trip(fleet[0])
+        fleet.run(read_state)
+        gate = tripped.ended + 1.05
+        closed = fleet.run(recover, gate, threads=4, seconds=0.05, patience=20.0)
+        states = fleet.run(read_state)
+    reached = sorted(visits.since(gate), key=lambda visit: visit.begin)
+    assert len(reached) >= 3
+    with promised():
+        assert most_at_once(reached[:3]) == 1
+        assert all(visit.begin >= reached[2].end for visit in reached[3:])
+        assert set(states) == {"closed"}
+        assert max(closed) < gate + 15
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ class Worker:
             block.__enter__()
         except pybreaker.CircuitBreakerError:
             return False
-        admission = self.storage._admissions.current()
+        admission = self.storage._admissions.ticket(self.breaker._state).admission
         self.block, self.admitted = block, admission
         return True
 

@@ -184,7 +184,7 @@ def test_shortcut_that_has_had_its_day_is_left(site: Site):
     """Whoever was late to say that the process goes by its own circuit is corrected by the next look."""
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
-    storage._go_by(Shortcut(0))
+    storage._shortcut = Shortcut(0)
     breaker.call(up)
     assert storage._shortcut is storage._tenancy._view.shortcut
 

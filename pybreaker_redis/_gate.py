@@ -1,0 +1,198 @@
+"""Reads and writes of a circuit's `state`: which call they admit, and what a mere look sees.
+
+Knows: breakers and their state objects, claims.  Does not know: how calls end.
+
+pybreaker reads `state` when it admits a call, and user code reads it for pages, checks and listeners.  Only a read by
+`call()` admits.  While the breaker is half-open, that read claims the probe: between two probes of a recovery pybreaker
+does nothing else from which a claim could follow.  Other reads never raise, and change nothing for calls under way.
+"""
+
+from __future__ import annotations
+
+import secrets
+from types import FrameType
+
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerStorage
+
+from pybreaker_redis import _frames
+from pybreaker_redis._admissions import BY_HAND, Admissions, unmoved
+from pybreaker_redis._arguments import check_state, lease_ms
+from pybreaker_redis._caller import Caller, Callers
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._intents import ClaimProbe, Intent, Load, SetState
+from pybreaker_redis._probes import PROBES
+from pybreaker_redis._shortcut import Shortcut
+
+TAKEN = "Another caller is testing the dependency, circuit breaker still open"
+
+
+class Gate(CircuitBreakerStorage):
+    """The state of a circuit, as calls and observers read it.
+
+    Args:
+        name: ``memory`` or ``redis``.
+        probe_lease: Seconds until a probe without a report is offered again.
+        shortcut: Kept true by the carrier of the intents.
+    """
+
+    def __init__(self, name: str, probe_lease: float, shortcut: Shortcut) -> None:
+        super().__init__(name)
+        self._lease_ms = lease_ms(probe_lease)
+        self._callers = Callers()
+        self._shortcut = shortcut
+        self._admissions = Admissions()
+        #: The shortcut's admission or rejection if the storage has one breaker, in a state that carries the same.
+        self._carried = BY_HAND
+
+    def __bool__(self) -> bool:
+        """True; pybreaker's constructor evaluates ``state_storage or …``, so a breaker may be about to join."""
+        self._carried = BY_HAND
+        return True
+
+    def _execute(self, intent: Intent) -> Reply:
+        """Carry out an intent where the circuit lives.  All times are by the local clock."""
+        raise NotImplementedError
+
+    def _look(self) -> Reply:
+        """What is true of the circuit, all but the counters, as far as that is known without asking."""
+        return self._execute(Load())
+
+    @property
+    def state(self) -> str:
+        """``closed``, ``open`` or ``half-open``, the last only for the thread that is to probe.
+
+        Raises:
+            pybreaker.CircuitBreakerError: Read by `CircuitBreaker.call()`, while another call probes.
+        """
+        shortcut, carried = self._shortcut, self._carried
+        if carried is shortcut.admission and shortcut.now() < shortcut.until:
+            shortcut.taken = True
+            return CLOSED
+        if carried is shortcut.rejection and shortcut.now() < shortcut.until:
+            shortcut.taken = True
+            return OPEN
+        return self._read_state()
+
+    @state.setter
+    def state(self, state: str) -> None:
+        check_state("state", state)
+        if _frames.asker() not in (_frames.OPENS, _frames.HALF_OPENS, _frames.CLOSES):
+            self._ask(self._callers.current(), SetState(state))
+
+    def _read_state(self) -> str:
+        if unasked := self._state_under_construction():
+            return unasked
+        caller = self._callers.current()
+        breaker = _frames.reading_breaker()
+        for_a_call = breaker is not None and _frames.reads_for_a_call(breaker)
+        reply = self._ask(caller)
+        if for_a_call:
+            self._called()
+        if breaker is None:
+            return caller.sees(reply.circuit, reply.now_ms)
+        self._note(breaker)
+        if caller.telling:
+            if breaker in (told := _frames.told_breakers()):
+                # A listener reads `breaker.state`, which tells all listeners whenever the storage disagrees with the
+                # breaker; that lasts until they have been told, so they would be told for ever.
+                return breaker._state.name
+            caller.telling = bool(told)
+        if for_a_call:
+            reply = self._admitted_to_probe(caller, breaker, reply)
+        circuit = reply.circuit
+        state = caller.sees(circuit, reply.now_ms)
+        if circuit.state == HALF_OPEN and breaker._state.name == HALF_OPEN:
+            # Between two probes, and while another call probes, a half-open breaker stays so: nothing has moved.
+            return HALF_OPEN
+        caller.looked = Admission(circuit.generation, circuit.probe_token)
+        with unmoved(breaker) as is_free:
+            if breaker._state.name == state and (is_free or for_a_call):
+                self._renew(breaker, caller.looked)
+                if is_free and not caller.telling:
+                    self._take_shortcut(circuit)
+        return state
+
+    def _admitted_to_probe(self, caller: Caller, breaker: CircuitBreaker, reply: Reply) -> Reply:
+        """Return what is true once a call is admitted to a half-open circuit: it holds the probe.
+
+        Raises:
+            pybreaker.CircuitBreakerError: Another call holds it.
+        """
+        circuit = reply.circuit
+        is_half_open = breaker._state.name == HALF_OPEN
+        if circuit.state != HALF_OPEN or not (is_half_open or caller.sees(circuit, reply.now_ms) == HALF_OPEN):
+            return reply
+        ticket = self._admissions.ticket(breaker._state)
+        if is_half_open and ticket and ticket.admission.token == circuit.probe_token and ticket.use():
+            # Claimed a moment ago.  If the lease has ended since and another caller has claimed, the report is refused.
+            return reply
+        if caller.holds(circuit) and circuit.is_probed(reply.now_ms):
+            # A call within the probe is part of it.
+            return self._with_admission(caller, breaker, reply)
+        if not circuit.is_probed(reply.now_ms):
+            claim = self._claim_probe(caller, circuit)
+            if claim.accepted or claim.circuit.state != HALF_OPEN:
+                return self._with_admission(caller, breaker, claim)
+        raise CircuitBreakerError(TAKEN)
+
+    def _with_admission(self, caller: Caller, breaker: CircuitBreaker, reply: Reply) -> Reply:
+        circuit = reply.circuit
+        caller.looked = Admission(circuit.generation, circuit.probe_token)
+        if breaker._state.name == circuit.state:
+            self._renew(breaker, caller.looked)
+        return reply
+
+    def _renew(self, breaker: CircuitBreaker, admission: Admission) -> None:
+        if self._admissions.renew(breaker, admission):
+            self._carried = BY_HAND
+
+    def _take_shortcut(self, circuit: Circuit) -> None:
+        """Open the shortcut to calls through the storage's only breaker, whose state object carries the admission."""
+        everybodys = self._shortcut.admission or self._shortcut.rejection
+        if everybodys is not None and everybodys.generation == circuit.generation and not self._admissions.are_several:
+            self._carried = everybodys
+
+    def _built(self, caller: Caller, frame: FrameType, *, unused: bool = False) -> None:
+        """A breaker is about to be in this state, whatever the circuit has become since the breaker asked."""
+        state = frame.f_locals["self"]
+        self._note(state._breaker)
+        self._carried = BY_HAND
+        self._shortcut.end_others(state.name)
+        self._admissions.issue(state, caller.looked, unused=unused)
+        caller.telling = True
+
+    def _note(self, breaker: CircuitBreaker) -> None:
+        if self._admissions.note(breaker):
+            self._carried = BY_HAND
+
+    def _state_under_construction(self) -> str | None:
+        if (created := _frames.created_breaker()) is None:
+            return None
+        self._note(created)
+        return self._state_unasked()
+
+    def _called(self) -> None:
+        """A breaker is about to make a guarded call in this process."""
+
+    def _ask(self, caller: Caller, intent: Intent | None = None) -> Reply:
+        reply = self._look() if intent is None else self._execute(intent)
+        circuit = reply.circuit
+        if not isinstance(intent, Load | None):
+            caller.won = reply.accepted
+            caller.looked = Admission(circuit.generation, circuit.probe_token)
+        if circuit.state == HALF_OPEN and (reply.event == "created" or isinstance(intent, SetState)):
+            # Whoever asked for it is its first prober, until somebody else claims.
+            caller.half_opened = circuit.generation
+        return reply
+
+    def _state_unasked(self) -> str | None:
+        """What to tell a breaker under construction, if the circuit is not to be asked for that."""
+        return None
+
+    def _claim_probe(self, caller: Caller, circuit: Circuit) -> Reply:
+        token = circuit.probe_token if PROBES.take(circuit.probe_token) else secrets.token_hex(8)
+        reply = self._ask(caller, ClaimProbe(circuit.generation, token, self._lease_ms))
+        if reply.accepted:
+            caller.claim(token)
+        return reply

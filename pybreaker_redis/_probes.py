@@ -1,0 +1,85 @@
+"""Probe tokens of this process that no call holds.
+
+Knows: tokens, intents, replies.  Does not know: breakers, Redis.
+
+A server may execute a claim after the claiming caller gave up waiting, and the report of a probe may get no answer.
+The record then names a prober that never comes back, and the fleet would wait for the end of the lease.  This process
+has the token, so it offers the probe to one of its own callers, who claims again with that token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import HALF_OPEN
+from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, RecordFailure, Trip
+
+#: Tokens that are remembered at most; each outage or recovery leaves a few.
+MOST_TOKENS = 256
+
+
+class LooseProbes:
+    """Tokens under which this process may claim again: unanswered claims, and probes that were reported.
+
+    Tokens are random, so one set serves all circuits.  A token in no record does no harm.  Forked children start empty:
+    the parent's probes are not theirs.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, None] = {}
+        self._pid = 0
+
+    def take(self, token: str) -> bool:
+        """Take a token for one caller; every other caller that wants it is refused."""
+        return self._own().pop(token, self) is None
+
+    def release(self, token: str) -> None:
+        """Offer a token to the callers of this process; the oldest tokens are forgotten."""
+        tokens = self._own()
+        tokens[token] = None
+        while len(tokens) > MOST_TOKENS:
+            tokens.pop(next(iter(tokens)), None)
+
+    def execute(self, run: Callable[[Intent], Reply], intent: Intent) -> Reply:
+        """Carry out an intent, and follow what becomes of the probe that it is about."""
+        token = _token_of(intent)
+        if not token:
+            return self.shown(run(intent))
+        try:
+            reply = run(intent)
+        except BaseException:
+            self.release(token)
+            raise
+        if not _goes_on(intent, reply):
+            self.release(token)
+        return self.shown(reply)
+
+    def shown(self, reply: Reply) -> Reply:
+        """Return the reply as this process may use it: a probe that none of its calls holds is free."""
+        circuit = reply.circuit
+        if circuit.state == HALF_OPEN and circuit.probe_token in self._own():
+            return replace(reply, circuit=replace(circuit, probe_until_ms=0))
+        return reply
+
+    def _own(self) -> dict[str, None]:
+        if self._pid != os.getpid():
+            self._tokens, self._pid = {}, os.getpid()
+        return self._tokens
+
+
+def _token_of(intent: Intent) -> str:
+    return intent.token if isinstance(intent, ClaimProbe | CountProbe | Close | Trip | RecordFailure) else ""
+
+
+def _goes_on(intent: Intent, reply: Reply) -> bool:
+    """Whether a call holds the probe after the intent: a new claim, or a report that another one follows."""
+    if isinstance(intent, CountProbe):
+        return reply.accepted and reply.circuit.probe_token == intent.token
+    return reply.accepted and isinstance(intent, ClaimProbe | RecordFailure)
+
+
+#: The probes of this process.
+PROBES = LooseProbes()

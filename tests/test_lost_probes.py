@@ -1,0 +1,300 @@
+"""A claim or a report of a probe that got no answer blocks the fleet for no lease."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, Load, RecordFailure, RecordSuccess, Trip
+from pybreaker_redis._probes import MOST_TOKENS, PROBES, LooseProbes
+from tests.viewed import wait_for
+
+#: Seconds: longer than any test here may take.
+LEASE = 60
+
+#: Seconds within which a circuit recovers, on a machine that is busy with other things.
+SOON = 20
+
+
+#: A circuit for each test: the thread that asks whether the server is back may outlast its test for a moment.
+_circuits = itertools.count()
+
+
+class Down(Exception):
+    """The dependency is down."""
+
+
+def up() -> str:
+    """A call to the healthy dependency."""
+    return "answer"
+
+
+def down() -> None:
+    """A call to the dead dependency."""
+    raise Down
+
+
+@pytest.fixture(params=["lua", "optimistic"])
+def engine(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[redis.Redis]:
+    """A client for each way to move a circuit."""
+    user = {}
+    if request.param == "optimistic":
+        with contextlib.closing(server.client()) as administrator:
+            administrator.execute_command(
+                "ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting"
+            )
+        user = {"username": "noscript", "password": "any"}
+    with contextlib.closing(server.client(**user)) as client:
+        yield client
+
+
+class Line:
+    """The connection of one storage, on which answers get lost.
+
+    Args:
+        storage: To disturb.
+    """
+
+    def __init__(self, storage: CircuitRedisStorage) -> None:
+        self.lost: list[Intent] = []
+        self._loses: tuple[type[Intent], bool] | None = None
+        self._carriers = storage._tenancy.shared._carriers
+        self._execute = self._carriers.execute
+        self._carriers.execute = self._carry  # type: ignore[method-assign]
+
+    def lose(self, kind: type[Intent], *, executed: bool) -> None:
+        """Lose the next answer to such an intent, or the intent itself."""
+        self._loses = kind, executed
+
+    def _carry(self, carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:
+        loses = self._loses
+        if loses is None or not isinstance(intent, loses[0]):
+            return self._execute(carrier, intent, known, create)
+        self._loses = None
+        if loses[1]:
+            self._execute(carrier, intent, known, create)
+        self.lost.append(intent)
+        msg = "Timeout reading from socket"
+        raise redis.exceptions.TimeoutError(msg)
+
+
+def opened(client: redis.Redis, **words: Any) -> tuple[CircuitBreaker, CircuitRedisStorage]:
+    """A breaker whose circuit is open, and may be tried at once."""
+    storage = CircuitRedisStorage("closed", client, namespace=f"lost{next(_circuits)}", probe_lease=LEASE)
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, **words)
+    breaker.call(up)
+    # The server may still count as unreachable for what the test before has lost.
+    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    breaker.open()
+    return breaker, storage
+
+
+def request(breaker: CircuitBreaker, function: Callable[[], Any] = up) -> None:
+    """A call on a thread of its own, as web servers make them."""
+
+    def run() -> None:
+        with contextlib.suppress(CircuitBreakerError, Down):
+            breaker.call(function)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(SOON)
+    assert not thread.is_alive()
+
+
+def shared_state(storage: CircuitRedisStorage, client: redis.Redis) -> Any:
+    """The state in Redis."""
+    return client.get(f"{storage.health().circuit}:pybreaker:state")
+
+
+def recovers(breaker: CircuitBreaker, client: redis.Redis) -> None:
+    """Call until the shared circuit is closed."""
+    deadline = time.monotonic() + SOON
+    while shared_state(breaker._state_storage, client) != b"closed":
+        assert time.monotonic() < deadline, "it is not closed in time"
+        request(breaker)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
+@pytest.mark.parametrize("kind", [ClaimProbe, RecordSuccess, CountProbe, Close])
+@pytest.mark.parametrize("threshold", [1, 3])
+def test_success_whose_answer_is_lost_blocks_for_no_lease(
+    engine: redis.Redis, kind: type[Intent], executed: bool, threshold: int
+) -> None:
+    """Whether the server has executed it or not: the next call of this process probes, on whichever thread."""
+    breaker, storage = opened(engine, success_threshold=threshold)
+    line = Line(storage)
+    line.lose(kind, executed=executed)
+    recovers(breaker, engine)
+    assert len(line.lost) == 1
+
+
+@pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
+@pytest.mark.parametrize("kind", [ClaimProbe, RecordFailure, Trip])
+def test_failure_whose_answer_is_lost_blocks_for_no_lease(
+    engine: redis.Redis, kind: type[Intent], executed: bool
+) -> None:
+    """The same if the dependency is still down when it happens."""
+    breaker, storage = opened(engine)
+    line = Line(storage)
+    line.lose(kind, executed=executed)
+    request(breaker, down)
+    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    recovers(breaker, engine)
+    assert len(line.lost) == 1
+
+
+def test_orphaned_claim_admits_one_call_at_a_time(engine: redis.Redis) -> None:
+    """Many threads see the probe that belongs to none of them; one takes it."""
+    breaker, storage = opened(engine)
+    line = Line(storage)
+    line.lose(ClaimProbe, executed=True)
+    request(breaker)
+    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    assert shared_state(storage, engine) == b"half-open"
+    others = [CircuitBreaker(reset_timeout=0, state_storage=storage) for _ in range(8)]
+    inside, most, gate = [0], [0], threading.Barrier(len(others))
+
+    def probe() -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+
+    def run(other: CircuitBreaker) -> None:
+        gate.wait(SOON)
+        request(other, probe)
+
+    threads = [threading.Thread(target=run, args=(other,)) for other in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert most == [1]
+    assert shared_state(storage, engine) == b"closed"
+
+
+def test_retry_after_names_no_lease_of_an_orphaned_claim(engine: redis.Redis) -> None:
+    """What clients are told to wait is what they have to wait: nothing."""
+    breaker, storage = opened(engine)
+    Line(storage).lose(ClaimProbe, executed=True)
+    request(breaker)
+    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    wait_for(lambda: storage.retry_after(0) == 0, "its gate is open")
+
+
+def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: redis.Redis) -> None:
+    """Only tokens of this process are used again: another's probe holds its lease."""
+    breaker, storage = opened(engine)
+    with contextlib.closing(server.client()) as client:
+        other = CircuitRedisStorage("closed", client, namespace=storage.health().circuit)
+        generation = other._execute(Load()).circuit.generation
+        assert other._tenancy.execute(ClaimProbe(generation, "abcdef", LEASE * 1000)).accepted
+        request(breaker)
+        assert storage._execute(Load()).circuit.probe_token == "abcdef"
+        assert shared_state(storage, engine) == b"half-open"
+
+
+def test_server_that_freezes_as_the_gate_opens_blocks_for_no_lease(killable_server: PrivateServer) -> None:
+    """The claim is executed when the server wakes up, and its caller has gone: the next call probes."""
+    with contextlib.closing(killable_server.client()) as client:
+        breaker, storage = opened(client)
+        recovers(breaker, client)
+        breaker.open()
+        request(breaker, down)
+        killable_server.pause()
+        request(breaker)
+        killable_server.resume()
+        wait_for(lambda: storage.health().condition == "connected", "it is back")
+        recovers(breaker, client)
+
+
+class TestLooseProbes:
+    """The tokens that no call of this process holds."""
+
+    def half_open(self, token: str) -> Reply:
+        """The record says that this token has the probe, for a long time."""
+        circuit = Circuit(HALF_OPEN, generation=2, probe_token=token, probe_until_ms=1e15)
+        return Reply(True, circuit, 1e12)
+
+    def test_released_token_is_shown_as_free_until_one_caller_takes_it(self) -> None:
+        """Of many, exactly one."""
+        probes = LooseProbes()
+        assert probes.shown(self.half_open("a")).circuit.is_probed(1e12)
+        probes.release("a")
+        assert not probes.shown(self.half_open("a")).circuit.is_probed(1e12)
+        assert probes.shown(self.half_open("b")).circuit.is_probed(1e12)
+        assert [probes.take("a") for _ in range(3)] == [True, False, False]
+        assert probes.shown(self.half_open("a")).circuit.is_probed(1e12)
+
+    def test_no_token_is_never_taken(self) -> None:
+        """Nor is one that was never released."""
+        assert not LooseProbes().take("")
+        assert not LooseProbes().take("a")
+
+    def test_oldest_tokens_are_forgotten(self) -> None:
+        """So the memory of a process that runs for a year is bounded."""
+        probes = LooseProbes()
+        for number in range(MOST_TOKENS + 1):
+            probes.release(str(number))
+        assert not probes.take("0")
+        assert probes.take("1")
+        assert probes.take(str(MOST_TOKENS))
+
+    def test_forked_child_owns_none(self) -> None:
+        """The parent claims again, not each of its children."""
+        PROBES.release("inherited")
+        pid = os.fork()
+        if not pid:
+            os._exit(int(PROBES.take("inherited")))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert PROBES.take("inherited")
+
+    @pytest.mark.parametrize(
+        ("intent", "accepted", "token_after", "is_loose"),
+        [
+            (ClaimProbe(1, "a", 1), True, "a", False),
+            (ClaimProbe(1, "a", 1), False, "b", True),
+            (RecordFailure(2, "a"), True, "a", False),
+            (RecordFailure(2, "a"), False, "a", True),
+            (CountProbe(2, "a", 1), True, "a", False),
+            (CountProbe(2, "a", 1, 3), True, "", True),
+            (CountProbe(2, "a", 1), False, "a", True),
+            (Close(2, "a"), True, "", True),
+            (Trip(2, "a"), True, "", True),
+            (RecordSuccess(2, "a"), True, "a", False),
+        ],
+    )
+    def test_token_is_held_until_the_last_report_of_its_call(
+        self, intent: Intent, accepted: bool, token_after: str, is_loose: bool
+    ) -> None:
+        """A call that has reported holds nothing, whatever became of the report."""
+        probes = LooseProbes()
+        reply = Reply(accepted, Circuit(OPEN, probe_token=token_after), 0)
+        assert probes.execute(lambda _: reply, intent) is reply
+        assert probes.take("a") == is_loose
+
+    def test_token_is_loose_after_an_exception_from_outside(self) -> None:
+        """As a greenlet's timeout, raised while the claim waited for its answer: the server may have executed it."""
+        probes = LooseProbes()
+
+        def interrupted(_: Intent) -> Reply:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            probes.execute(interrupted, ClaimProbe(1, "a", 1))
+        assert probes.take("a")
