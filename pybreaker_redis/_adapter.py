@@ -156,7 +156,9 @@ class IntentStorage(Gate):
         While somebody else probes: the end of their lease.
         """
         caller = self._callers.current()
-        reply = self._ask(caller)
+        rejected, caller.rejected = caller.rejected, None
+        # The call that is about to be rejected has just looked: one look is enough for both of its questions.
+        reply = rejected if rejected and _frames.asker() is _frames.CHECKS_TIMEOUT else self._ask(caller)
         circuit = reply.circuit
         # Right before it claims the probe, whoever claims it reads this.
         caller.opened = circuit

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from pybreaker_redis._admissions import BY_HAND
+from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import HALF_OPEN, OPEN, Admission, Circuit
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
@@ -65,6 +66,7 @@ class Caller:
         is_apart: Whether it asks for something that belongs to no call.
         won: Whether what it wanted last was granted; if that was a transition, whether it is the one who made it.
         telling: Whether a breaker may still be telling its listeners of a new state.
+        rejected: The answer to its last look, if that was for a call and the circuit is open.
     """
 
     looked: Admission = BY_HAND
@@ -78,6 +80,7 @@ class Caller:
     is_apart: bool = False
     won: bool = True
     telling: bool = False
+    rejected: Reply | None = None
 
     def begins(self) -> None:
         """It looks at the circuit, so it may be about to call."""

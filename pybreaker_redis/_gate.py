@@ -111,6 +111,7 @@ class Gate(CircuitBreakerStorage):
                 self._renew(breaker, caller.looked)
                 if is_free and not caller.telling:
                     self._take_shortcut(circuit)
+        caller.rejected = reply if for_a_call and state == OPEN and self._carried is BY_HAND else None
         return state
 
     def _admitted_to_probe(self, caller: Caller, breaker: CircuitBreaker, reply: Reply) -> Reply:

@@ -42,8 +42,8 @@ COSTS = {
     "success": (2, 0, 7),
     "failure": (3, 1, 7),
     "trip": (8, 2, 13),
-    "rejected call": (2, 0, 2),
-    "recovery": (11, 4, 27),
+    "rejected call": (2, 0, 1),
+    "recovery": (11, 4, 26),
 }
 
 
