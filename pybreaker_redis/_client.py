@@ -16,6 +16,7 @@ from typing import Any
 
 from pybreaker_redis._deadline import deadlined
 from pybreaker_redis._names import is_known, plain
+from pybreaker_redis._outside import suppressed
 from pybreaker_redis._words import Credentials, Place, kept_words, longest_idle, place_of
 
 #: Most connections of one's own to a server.  One is enough unless threads ask at the same time.
@@ -150,11 +151,10 @@ def bounded(client: Any, timeout: float) -> Any:
     Returns:
         The copy, or ``None`` if there is no making one: it is a cluster's, not redis-py's kin, or no client at all.
     """
-    try:
+    # Whatever pools, connections and clients of somebody's own raise that are not made like the library's.
+    with suppressed():
         return _copy(client, timeout)
-    except Exception:  # noqa: BLE001
-        # Whatever pools, connections and clients of somebody's own raise that are not made like the library's.
-        return None
+    return None
 
 
 def on_pool(client: Any, pool: Any) -> Any:
@@ -168,7 +168,7 @@ def hang_up(pool: Any) -> None:
     """Close the connections of a pool that nobody uses just now; whoever takes one of them connects anew."""
     idle = getattr(pool, "pool", None)
     if idle is None:
-        with contextlib.suppress(Exception):
+        with suppressed():
             pool.disconnect(inuse_connections=False)
         return
     # What is taken out of a blocking pool is in nobody else's hands.
@@ -177,7 +177,7 @@ def hang_up(pool: Any) -> None:
         while True:
             taken.append(idle.get_nowait())
     for connection in reversed(taken):
-        with contextlib.suppress(Exception):
+        with suppressed():
             if connection is not None:
                 connection.disconnect()
         with contextlib.suppress(queue.Full):

@@ -21,6 +21,7 @@ from typing import Any
 from pybreaker_redis._client import library_of, on_pool, origin_of
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline, deadlined, seconds_left
+from pybreaker_redis._outside import suppressed
 from pybreaker_redis._words import credentials_of
 from pybreaker_redis.errors import is_a
 
@@ -135,13 +136,10 @@ class Cluster:
             left = seconds_left()
             if left == 0:
                 return
-            try:
-                # Whoever does not answer leaves time for the next one.
-                with deadline(LONGEST_LOOK if left is None else left / min(len(asked), 2)):
-                    slots = self._ask(address)
-            except Exception:  # noqa: BLE001
-                # Whatever a library raises: the next one may know.
-                continue
+            slots = None
+            # Whatever a library raises: the next one may know.  Who does not answer leaves time for that one.
+            with suppressed(), deadline(LONGEST_LOOK if left is None else left / min(len(asked), 2)):
+                slots = self._ask(address)
             if slots:
                 self._slots, self._moved = slots, {}
                 return

@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any, cast
 
 from pybreaker_redis._clock import monotonic
+from pybreaker_redis._outside import has_struck
 
 _PASSED = "the deadline has passed"
 
@@ -45,6 +46,8 @@ class _Deadline:
     until: float
     is_late: bool = False
     drop: Drop | None = None
+    #: What was raised into a wait of this operation from outside; a client library may have swallowed it.
+    struck: Exception | None = None
 
 
 _current: ContextVar[_Deadline | None] = ContextVar("deadline of an operation", default=None)
@@ -56,10 +59,21 @@ def deadline(seconds: float | None) -> Iterator[None]:
 
     Args:
         seconds: From now on; ``None``: no deadline but the connection's own timeouts.
+
+    Raises:
+        Exception: What was raised into a wait from outside meanwhile, whatever the client library has made of it.
     """
-    token = _current.set(None if seconds is None else _Deadline(monotonic() + seconds))
+    current = None if seconds is None else _Deadline(monotonic() + seconds)
+    token = _current.set(current)
     try:
         yield
+    except Exception as error:
+        if current is not None and current.struck not in (None, error):
+            raise current.struck  # noqa: B904 (its own cause stays)
+        raise
+    else:
+        if current is not None and current.struck is not None:
+            raise current.struck
     finally:
         _current.reset(token)
 
@@ -149,7 +163,8 @@ class _Socket:
             return
         self._wrapped.settimeout(_least(left, self._longest))
         try:
-            yield
+            with _watched():
+                yield
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             raise TimeoutError(_PASSED) from error
         except (ConnectionError, ssl.SSLError):
@@ -189,6 +204,18 @@ class _Lasting:
                 setattr(self, name, value)
         take_drop()
         return cast("Any", super())._connect()  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Note what is raised into a wait from outside: Sentinels' clients go on with the next one after an `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        current = _current.get()
+        if current is not None and has_struck(error):
+            current.struck = error
+        raise
 
 
 @cache
@@ -231,8 +258,18 @@ def deadlined(connection_class: type[Any], longest: float | None = None) -> type
         def socket_connect_timeout(self, seconds: float | None) -> None:
             self._socket_connect_timeout = seconds
 
+        def connect(self, *arguments: Any, **words: Any) -> None:
+            try:
+                super().connect(*arguments, **words)
+            except BaseException:
+                # A handshake that was not finished, by whatever ended it: the next one begins on a new connection.
+                self.disconnect()
+                raise
+
         def _connect(self) -> Any:
-            return _Socket(super()._connect(), self._socket_timeout, longest)
+            with _watched():
+                connected = super()._connect()
+            return _Socket(connected, self._socket_timeout, longest)
 
     Deadlined.__name__ = Deadlined.__qualname__ = connection_class.__name__
     return Deadlined

@@ -18,6 +18,7 @@ from pybreaker_redis._carrier import Lack
 from pybreaker_redis._client import longest_wait
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._guard import Meaning, Outage, meaning_of
+from pybreaker_redis._outside import calls_users, suppressed
 from pybreaker_redis._secrets import masked
 
 #: Seconds for which a client may make a guarded call wait without being told of.
@@ -299,7 +300,8 @@ def detail(message: str, *arguments: object) -> None:
     _say(logging.DEBUG, message, *said)
 
 
+@calls_users
 def _say(level: int, message: str, *arguments: object, logger: logging.Logger = _logger, **words: Any) -> None:
     # What a handler raises is for nobody who makes a call, nor for those who keep circuits going.
-    with contextlib.suppress(Exception):
+    with suppressed():
         logger.log(level, message, *arguments, **words)

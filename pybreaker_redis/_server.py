@@ -80,6 +80,11 @@ class Server:
         """What to use in the place of a client: the same on the server's own connections, where they can be had."""
         return client if self._pool is None else on_pool(client, self._pool)
 
+    def hang_up(self) -> None:
+        """Close the connections that are not in use just now."""
+        if self._pool is not None:
+            hang_up(self._pool)
+
     def admit(self, tenant: Tenant) -> None:
         """From now on this circuit lives here."""
         with self._lock:

@@ -1,32 +1,55 @@
-"""Was this raised by a signal handler?
+"""Which exceptions a signal handler, or a trace function, has raised.
 
 Knows: signal handlers, tracebacks.  Does not know: who was interrupted.
 
-A handler runs between any two instructions of the main thread, and what it raises comes out of whatever was going on:
-Celery's soft time limit, for one, in the middle of a wait for Redis.  It is not meant for whoever was waiting.
+A handler runs between any two instructions of the main thread, and what it raises comes out of the interrupted code:
+Celery's soft time limit, for one, in the middle of a wait for Redis.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import signal
-from types import CodeType
+from collections.abc import Iterator
+from types import CodeType, FrameType, TracebackType
 
 
 def raised_by_a_handler(error: BaseException) -> bool:
-    """Whether an exception was raised in a Python function that is now the handler of a signal, or by way of it."""
+    """Return whether a traceback leads through the present handler of a signal, or through a function like one.
+
+    A handler may restore its predecessor before it raises.  Its frame still shows what it is: it was given the frame
+    that it has interrupted.
+    """
     handlers = {code for number in signal.valid_signals() if (code := _code(signal.getsignal(number)))}
-    frame = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code in handlers:
-            return True
-        frame = frame.tb_next
-    return False
+    return any(
+        item.tb_frame.f_code in handlers or _was_given_its_caller(item.tb_frame)
+        for item in entries(error.__traceback__)
+    )
+
+
+def entries(traceback: TracebackType | None) -> Iterator[TracebackType]:
+    """Yield the entries of a traceback, the innermost last."""
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
 
 
 def _code(handler: object) -> CodeType | None:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
     function = getattr(handler, "__func__", handler)
     if not hasattr(function, "__code__"):
         # An object that can be called, or none.
         function = vars(type(function)).get("__call__")
     code = getattr(function, "__code__", None)
     return code if isinstance(code, CodeType) else None
+
+
+def _was_given_its_caller(frame: FrameType) -> bool:
+    code = frame.f_code
+    number = code.co_argcount + code.co_kwonlyargcount
+    given = [frame.f_locals.get(name) for name in code.co_varnames[:number]]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += frame.f_locals.get(code.co_varnames[number], ())
+    return frame.f_back is not None and any(value is frame.f_back for value in given)

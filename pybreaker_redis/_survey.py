@@ -5,6 +5,7 @@ Knows: which circuits can be asked for together.  Does not know: who wants to kn
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from pybreaker_redis._carrier import Reply
@@ -12,6 +13,7 @@ from pybreaker_redis._clock import moment
 from pybreaker_redis._guard import Meaning, meaning_of
 from pybreaker_redis._intents import Load
 from pybreaker_redis._optimistic import Question, look
+from pybreaker_redis._outside import from_outside
 from pybreaker_redis._secrets import mask
 from pybreaker_redis._shared import SharedCircuit
 
@@ -37,12 +39,12 @@ def survey(circuits: Iterable[SharedCircuit]) -> list[Reply]:
 
 
 def _look_at(group: list[tuple[SharedCircuit, Question]]) -> dict[SharedCircuit, Reply]:
-    before = moment()
+    before, handled = moment(), sys.exc_info()[1]
     try:
         replies = look([question for _, question in group])
     except Exception as error:
         mask(error)
-        if meaning_of(error) not in (Meaning.FAULT, Meaning.MIGRATING):
+        if meaning_of(error) not in (Meaning.FAULT, Meaning.MIGRATING) or from_outside(error, handled):
             raise
         # They lie elsewhere by now, or in a cluster that nobody knew of.  Who asks for one circuit finds out where.
         return {circuit: circuit.execute(Load()) for circuit, _ in group}

@@ -9,9 +9,9 @@ is the server's (`_server.py`) concerns all that live there, and so does its ret
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
+import sys
 from dataclasses import replace
 
 from pybreaker_redis import _said
@@ -22,11 +22,11 @@ from pybreaker_redis._clock import monotonic, now_ms
 from pybreaker_redis._examination import Trouble, examine
 from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, meaning_of
 from pybreaker_redis._intents import CountProbe, Intent, Load, RecordFailure, RecordSuccess
+from pybreaker_redis._outside import from_outside, suppressed
 from pybreaker_redis._own import LAST, OwnCircuit
 from pybreaker_redis._server import Server, server_of
 from pybreaker_redis._shared import SharedCircuit
 from pybreaker_redis._shortcut import Shortcut
-from pybreaker_redis._signals import raised_by_a_handler
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat, Whereabouts
 from pybreaker_redis.errors import is_in_doubt
@@ -140,17 +140,21 @@ class Tenancy:
             return reply
         in_doubt, intent = False, self.own.as_shared(intent)
         if not self._has_waited() and self._may_ask():
-            began, shared = monotonic(), None
+            began, shared, outside = monotonic(), None, None
+            handled = sys.exc_info()[1]
             try:
                 with self._callers.current().waits(self._timeout, reports=isinstance(intent, _REPORTS)):
                     shared = self._execute_shared(intent)
-            except Exception as error:
-                if raised_by_a_handler(error):
-                    raise
-                # Clients of other libraries raise errors of their own, and callables that return a client whatever
-                # they like.  None of it may reach a guarded call; the log says what it was.
-                in_doubt = is_in_doubt(error)
-                self._failed(error, began)
+            except Exception as error:  # noqa: BLE001
+                outside = from_outside(error, handled)
+                if outside is None:
+                    # Callables that return a client raise whatever they like, and libraries have bugs.  None of it may
+                    # reach a guarded call; the log says what it was.
+                    in_doubt = is_in_doubt(error)
+                    self._failed(error, began)
+            except BaseException:
+                self._is_interrupted()
+                raise
             finally:
                 if self.server is not None:
                     self.server.took(monotonic() - began)
@@ -159,6 +163,9 @@ class Tenancy:
                     self._faults.give_back()
                     if self.server is not None:
                         self.server.guard.give_back()
+            if outside is not None:
+                self._is_interrupted()
+                raise outside
             if shared is not None:
                 return shared
         return self._execute_own(intent, in_doubt)
@@ -229,6 +236,11 @@ class Tenancy:
         self.shortcut = shortcut
         return reply
 
+    def _is_interrupted(self) -> None:
+        """A call was ended in the middle of a wait: a connection that it has used may still owe its answer."""
+        if self.server is not None:
+            self.server.hang_up()
+
     def _failed(self, error: Exception, began: float) -> None:
         if meaning_of(error) is Meaning.CONTENDED:
             # No outage: the local circuit serves this report, and the next look adds it to the shared circuit.
@@ -240,7 +252,7 @@ class Tenancy:
         self.lose()
         if outage is not None:
             if outage.meaning is Meaning.FORBIDDEN:
-                with contextlib.suppress(Exception), self._callers.current().waits(self._timeout):
+                with suppressed(), self._callers.current().waits(self._timeout):
                     self.load()
                     self._may_read = True
             _said.in_trouble(self.circuit_name, outage)

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import math
 import re
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from urllib.parse import parse_qs, unquote
 import redis
 
 from pybreaker_redis._deadline import deadline, deadlined, seconds_left
+from pybreaker_redis._outside import from_outside
 
 #: Seconds for each wait, unless the URL says something else: without, redis-py waits for ever, or for a minute.
 TIMEOUT = 1.0
@@ -278,6 +280,7 @@ def _answering_first(place: _Place) -> list[tuple[str, int]]:
         Exception: None does in time.
     """
     error, kind = Exception("no host"), cast("Any", place.connection_class)
+    handled = sys.exc_info()[1]
     words = {name: value for name, value in place.words.items() if name != "max_connections"}
     for number, (host, port) in enumerate(place.hosts):
         left = seconds_left()
@@ -290,7 +293,9 @@ def _answering_first(place: _Place) -> list[tuple[str, int]]:
                 connection.connect()
                 connection.send_command("PING")
                 connection.read_response()
-            except Exception as failure:  # noqa: BLE001
+            except Exception as failure:
+                if from_outside(failure, handled):
+                    raise
                 # Whatever the library raises: the next one may answer.
                 error = failure
             else:

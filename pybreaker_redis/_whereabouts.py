@@ -15,6 +15,7 @@ from pybreaker_redis._cluster import Address, Cluster, cluster_behind, cluster_o
 from pybreaker_redis._guard import is_rejected
 from pybreaker_redis._keys import BASE, circuit_keys, slot_of
 from pybreaker_redis._names import behind, plain, real_names
+from pybreaker_redis._outside import calls_users
 from pybreaker_redis.errors import is_a
 
 
@@ -86,7 +87,7 @@ class Whereabouts:
             Exception: Whatever the callable raises that returns the client.
         """
         if self._client is None:
-            client = behind(self._given())
+            client = behind(self._call_given())
             self._cluster = cluster_of(client)
             self._one_slot = self._one_slot or self._cluster is not None
             self._client = client
@@ -102,6 +103,10 @@ class Whereabouts:
             settles, self._settles = self._settles, None
             settles(client, keys)
         return Seat(client, keys, self._one_slot)
+
+    @calls_users
+    def _call_given(self) -> Any:
+        return self._given()
 
     def has_moved(self, error: Exception, asked: Any) -> bool:
         """Whether an error says that the circuit lies elsewhere, so that nothing was done and `seat` says where.

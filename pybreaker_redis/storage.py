@@ -29,6 +29,7 @@ from pybreaker_redis._deadline import deadline
 from pybreaker_redis._intents import Intent, Load, ResetProbes, SetOpenedAt, SetState
 from pybreaker_redis._keys import BASE
 from pybreaker_redis._operated import OperatedStorage
+from pybreaker_redis._outside import suppressed
 from pybreaker_redis._probes import PROBES
 from pybreaker_redis._survey import survey
 from pybreaker_redis._tenancy import Tenancy
@@ -221,7 +222,7 @@ class CircuitRedisStorage(OperatedStorage):
         if self._admissions.are_several:
             self._twin.share()
         # Whatever may go wrong with that, nobody who makes a call is to hear of it.
-        with contextlib.suppress(Exception):
+        with suppressed():
             self._tenancy.listen()
 
     def _execute(self, intent: Intent) -> Reply:

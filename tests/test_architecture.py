@@ -38,6 +38,8 @@ ROWS = (
     ("_view", "_line", "_guard", "_cluster", "_answers"),
     ("_carrier", "_record", "_shortcut", "_client", "_spell"),
     ("_intents", "_lifetime", "_deadline", "_words"),
+    ("_outside",),
+    ("_signals",),
     (
         "_circuit",
         "_keys",
@@ -45,7 +47,6 @@ ROWS = (
         "_secrets",
         "_clock",
         "_forks",
-        "_signals",
         "_tenant",
         "_threads",
         "errors",
