@@ -21,7 +21,7 @@ import redis
 
 from pybreaker_redis import _client
 from pybreaker_redis._cluster import Cluster
-from pybreaker_redis._deadline import deadline
+from pybreaker_redis._deadline import _watched, deadline
 from pybreaker_redis._outside import from_outside, suppressed
 from pybreaker_redis._server import server_of
 from pybreaker_redis._survey import survey
@@ -202,9 +202,9 @@ def test_every_kind_of_handler_is_recognised(kind: str) -> None:
         "object": Limit(),
         "restores its predecessor": restores,
     }
-    with pytest.raises(TimeoutError) as raised, alarm(handlers[kind], 0.01):
-        time.sleep(10)
-    assert from_outside(raised.value) is raised.value
+    with alarm(handlers[kind], 0.01):
+        error = caught(lambda: time.sleep(10))
+        assert from_outside(error) is error
 
 
 def test_wrapped_error_of_a_handler_is_found() -> None:
@@ -440,6 +440,21 @@ def test_bug_of_a_client_library_stays_inside(site: Site, monkeypatch: pytest.Mo
     monkeypatch.setattr(redis.connection.Connection, "read_response", lambda self, **words: {}["bug"])
     assert breaker.call(up) == "answer"
     assert health_of(breaker).last_error == "KeyError: 'bug'"
+
+
+def test_time_limit_that_a_library_has_swallowed_is_raised_in_the_end() -> None:
+    """Whatever the operation came to then, and whatever else was raised."""
+
+    def operate(error: Exception | None) -> None:
+        with deadline(LONG):
+            with contextlib.suppress(JobTimeout), _watched():
+                raise JobTimeout
+            if error:
+                raise error
+
+    for error in (None, KeyError()):
+        with pytest.raises(JobTimeout):
+            operate(error)
 
 
 def test_suppressed_errors_are_those_of_inside() -> None:
