@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._secrets import masked
+from pybreaker_redis._secrets import described
 from pybreaker_redis.errors import is_a
 
 #: The first pause before Redis is asked again is shorter than this, seconds; each further one may be twice as long.
@@ -202,6 +202,10 @@ class Guard:
         if max_staleness:
             self.longest_pause = min(self.longest_pause, max(max_staleness, SHORTEST_LONGEST_PAUSE))
 
+    def expect(self, timeout: float) -> None:
+        """Wait so many seconds for an answer at first, if that is more than before."""
+        self._timeout = max(self._timeout, timeout)
+
     def may_ask(self) -> bool:
         """Whether all is well, or nobody else asks again and it is the caller's turn."""
         return self.outage is None or (not self.kept and self.begin())
@@ -238,7 +242,7 @@ class Guard:
         meaning = meaning_of(error)
         with self._lock:
             now, before = self.clock(), self.outage
-            self.last_error = f"{type(error).__name__}: {masked(error)}"
+            self.last_error = described(error)
             if before and not self._asked:
                 # Somebody who had asked before it was known that nobody answers; that is no further attempt.
                 self.outage = replace(before, meaning=meaning, error=self.last_error)

@@ -30,6 +30,7 @@ from pybreaker_redis._line import Heard, Line
 from pybreaker_redis._session import LONGEST_WAIT, Session
 from pybreaker_redis._threads import NoThreads, start
 from pybreaker_redis._view import View
+from pybreaker_redis._secrets import described
 from pybreaker_redis.errors import PushUnavailable
 
 THREAD_NAME = "pybreaker_redis listener"
@@ -155,7 +156,7 @@ class Listener:
                 pause = REFUSED_PAUSE
             except Exception as error:  # noqa: BLE001
                 # Whatever a client library raises: the way out is a new line.
-                reason = f"{type(error).__name__}: {error}"
+                reason = described(error)
                 if (left_out := self._losses.next()) is not None:
                     _said.detail("no push from %s (%s)%s", self._origin, reason, left_out)
                 pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import redis
 from redis.exceptions import WatchError
@@ -61,6 +61,21 @@ class Question:
     keys: tuple[str, ...]
     known: Circuit | None
     create: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a look at one of several circuits has found.
+
+    Attributes:
+        reply: The circuit; ``None`` if Redis does not hold it like this, so that something has to be written.
+        believed: The circuit, whatever would have to be written; ``None`` if it could not be read.
+        error: Why it could not be read.
+    """
+
+    reply: Reply | None = None
+    believed: Reply | None = None
+    error: Exception | None = None
 
 
 class OptimisticCarrier:
@@ -179,19 +194,54 @@ def look(questions: Sequence[Question]) -> list[Reply]:
     Raises:
         Exception: No usable answer; whatever the client raises then.
     """
+    replies = []
+    for found in read(questions):
+        if found.believed is None:
+            raise cast("Exception", found.error)
+        replies.append(found.believed)
+    return replies
+
+
+def read(questions: Sequence[Question]) -> list[Read]:
+    """Look at circuits of one server in one round trip, and change nothing; what is wrong with one concerns no other.
+
+    Raises:
+        Exception: No answer at all; whatever the client raises then.
+    """
     with _undecoded(questions[0].client).pipeline(transaction=False) as pipe:
+        # What is read after this is true then or later.
+        _run(pipe, _CLOCK)
         for question in questions:
-            _ask(pipe, question.keys)
-        answers = sequence("a pipeline", pipe.execute(raise_on_error=False), READS * len(questions))
+            _run(pipe, *_reads(question.keys))
+        each = READS - 1
+        clock, *answers = sequence("a pipeline", pipe.execute(raise_on_error=False), 1 + each * len(questions))
     return [
-        _decide(Load(), *_understand(answers[READS * index :][:READS]), question.known, question.create)[0]
+        _judge([*answers[each * index : each * (index + 1)], clock], question)
         for index, question in enumerate(questions)
     ]
 
 
+def _judge(answers: list[Any], question: Question) -> Read:
+    try:
+        reply, changes = _decide(Load(), *_understand(answers), question.known, question.create)
+    except Exception as error:  # noqa: BLE001
+        return Read(error=error)
+    return Read(None if changes or reply.event else reply, reply)
+
+
+_CLOCK = ("TIME",)
+
+
+def _reads(keys: tuple[str, ...]) -> tuple[tuple[Any, ...], ...]:
+    return ("MGET", *keys[:4]), ("EXISTS", keys[3]), ("HMGET", keys[4], *MARK_FIELDS)
+
+
 def _ask(pipe: Any, keys: tuple[str, ...]) -> list[Any]:
     """Queue the reads of one circuit, or run them at once on a pipeline that watches."""
-    commands = (("MGET", *keys[:4]), ("EXISTS", keys[3]), ("HMGET", keys[4], *MARK_FIELDS), ("TIME",))
+    return _run(pipe, *_reads(keys), _CLOCK)
+
+
+def _run(pipe: Any, *commands: tuple[Any, ...]) -> list[Any]:
     answers = []
     for command in commands:
         try:

@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pybreaker_redis._bulletin import WINDOW_S
 from pybreaker_redis._carrier import Lack
 from pybreaker_redis._client import longest_wait
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._guard import Meaning, Outage, meaning_of
 from pybreaker_redis._outside import calls_users, suppressed
-from pybreaker_redis._secrets import masked
+from pybreaker_redis._secrets import described, masked
 
 #: Seconds for which a client may make a guarded call wait without being told of.
 LONGEST_UNSAID_WAIT = 1.0
@@ -46,7 +47,7 @@ class Repeats:
         return f"; {left_out} more like this since the last such line" if left_out else ""
 
 
-def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, besides: int) -> None:
+def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, besides: int, more: int) -> None:
     """A server has failed.
 
     Args:
@@ -55,12 +56,13 @@ def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, be
         timeout: Seconds that were waited for an answer at most; ``None``: as long as the client takes.
         circuit: That has met the error.
         besides: How many more circuits of this process live there.
+        more: How many losses were not logged since the last line about the server.
     """
     pause = outage.next_at - outage.since
     _say(
         logging.WARNING,
         "circuit %r%s: Redis at %s %s (%s%s); using this process's own state, next attempt in %.2f s, waiting up to "
-        "%.2f s",
+        "%.2f s%s",
         circuit,
         f" and {besides} more" if besides else "",
         server,
@@ -69,73 +71,97 @@ def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, be
         outage.error,
         pause,
         outage.patience,
-        extra={"pybreaker_redis": {"event": "away", "server": server, "error": outage.error, "pause": pause}},
+        _and_more(more),
+        extra={
+            "pybreaker_redis": {
+                "event": "away",
+                "server": server,
+                "error": outage.error,
+                "pause": pause,
+                "more_losses": more,
+            }
+        },
     )
 
 
-def in_trouble(circuit: str, outage: Outage) -> None:
+def _and_more(losses: int) -> str:
+    return f"; and {losses} more losses in the last {WINDOW_S:.0f} s" if losses else ""
+
+
+def in_trouble(circuit: str, outage: Outage, more: int = 0) -> None:
     """A circuit has met an error that is its own: it is refused something, or nothing makes sense.
 
     Args:
         circuit: Which.
         outage: What is the matter.
+        more: How often it had such an error without a line since the last one about it.
     """
     _say(
         logging.WARNING,
-        "circuit %r: Redis gave no usable answer (%s); using this process's own state, next attempt in %.1f s",
+        "circuit %r: Redis gave no usable answer (%s); using this process's own state, next attempt in %.1f s%s",
         circuit,
         outage.error,
         outage.next_at - outage.since,
+        _and_more(more),
     )
 
 
-def permitted(circuit: str, seconds: float | None) -> None:
+def permitted(circuit: str, seconds: float, more: int = 0) -> None:
     """A circuit is served again.
 
     Args:
         circuit: Which.
-        seconds: For how long it was not; ``None``: it always was, so nothing is said.
+        seconds: For how long it was not.
+        more: See `in_trouble`.
     """
-    if seconds is not None:
-        _say(logging.INFO, "circuit %r: Redis serves it again after %.1f s", circuit, seconds)
+    _say(logging.INFO, "circuit %r: Redis serves it again after %.1f s%s", circuit, seconds, _and_more(more))
 
 
-def back(server: str, seconds: float | None, outcomes: Counter[str]) -> None:
+def back(server: str, seconds: float, outcomes: Counter[str], more: int = 0) -> None:
     """A server answers again.
 
     Args:
         server: Which.
-        seconds: For how long it did not; ``None``: it always did, so nothing is said.
+        seconds: For how long it did not.
         outcomes: What has come of the circuits that live there, and of how many.
+        more: See `away`.
     """
-    if seconds is None:
-        return
     said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome)
     _say(
         logging.INFO,
-        "Redis at %s is back after %.1f s; circuits: %s",
+        "Redis at %s is back after %.1f s; circuits: %s%s",
         server,
         seconds,
         said or "nothing to bring back",
-        extra={"pybreaker_redis": {"event": "back", "server": server, "seconds": seconds, "outcomes": dict(outcomes)}},
+        _and_more(more),
+        extra={
+            "pybreaker_redis": {
+                "event": "back",
+                "server": server,
+                "seconds": seconds,
+                "outcomes": dict(outcomes),
+                "more_losses": more,
+            }
+        },
     )
 
 
-def left(server: str, seconds: float | None) -> None:
+def left(server: str, seconds: float, more: int = 0) -> None:
     """All circuits that lived on a server live elsewhere by now.
 
     Args:
         server: Which.
-        seconds: For how long it had not answered; ``None``: it had, so nothing is said.
+        seconds: For how long it had not answered.
+        more: See `away`.
     """
-    if seconds is not None:
-        _say(
-            logging.INFO,
-            "Redis at %s: its circuits live on other nodes of the cluster after %.1f s",
-            server,
-            seconds,
-            extra={"pybreaker_redis": {"event": "moved", "server": server, "seconds": seconds}},
-        )
+    _say(
+        logging.INFO,
+        "Redis at %s: its circuits live on other nodes of the cluster after %.1f s%s",
+        server,
+        seconds,
+        _and_more(more),
+        extra={"pybreaker_redis": {"event": "moved", "server": server, "seconds": seconds, "more_losses": more}},
+    )
 
 
 #: How much it matters that something is missing, and what becomes of it.
@@ -290,7 +316,7 @@ def unless(*meanings: Meaning) -> Iterator[None]:
     except Exception as error:
         if meaning_of(error) in meanings:
             raise
-        detail("not brought back: %s", error)
+        detail("not brought back: %s", described(error))
 
 
 def detail(message: str, *arguments: object) -> None:

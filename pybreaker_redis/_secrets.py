@@ -74,3 +74,9 @@ def mask(error: BaseException) -> None:
         given = tuple(masked(part) if isinstance(part, str) else part for part in error.args)
         if given != error.args:
             error.args = given
+
+
+def described(error: BaseException) -> str:
+    """Return the class of an error and what it says, masked, or the class alone if it says nothing."""
+    said = masked(error)
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

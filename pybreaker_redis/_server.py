@@ -4,9 +4,10 @@ Knows: the client, the guard, which circuits live there, the thread that asks ag
 commands.
 
 When the server fails, every circuit of the process that lives there is out of reach at once, and one thread alone asks
-again.  When it answers, that thread first brings back what the circuits have learned by themselves, and then lets the
-callers in.  So a caller waits for Redis once in an outage, at most.  Where no thread may be started (uWSGI without
-``--enable-threads``) callers take turns, one at a time.
+again.  When the server answers, that thread reads all circuits in batches.  Circuits that have learned nothing rejoin
+at once, callers are let in, and the thread brings back one by one what the others have learned.  So a caller waits for
+Redis once in an outage, at most.  Where no thread may be started (uWSGI without ``--enable-threads``) callers take
+turns, one at a time.
 """
 
 from __future__ import annotations
@@ -18,21 +19,30 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 from pybreaker_redis import _said, _threads
+from pybreaker_redis._bulletin import Bulletin
 from pybreaker_redis._carrier import Lack
-from pybreaker_redis._client import bounded, hang_up, known_origin_of, on_pool, origin_of
+from pybreaker_redis._client import known_origin_of, origin_of
 from pybreaker_redis._clock import monotonic
+from pybreaker_redis._connections import Connections
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, Outage, meaning_of
+from pybreaker_redis._rejoin import bring_back, rejoin
 from pybreaker_redis._tenant import Tenant
+from pybreaker_redis._secrets import described
 
 THREAD_NAME = "pybreaker_redis keeper"
 
 #: Longest sleep of the thread that asks again, seconds: then it looks whether anybody still needs it.
 LONGEST_SLEEP = 0.5
+
+#: The same while a line is held that is logged later: an outage may begin meanwhile.
+LINE_SLEEP = 0.05
+
+_Thing = TypeVar("_Thing")
 
 
 class Server:
@@ -40,20 +50,21 @@ class Server:
 
     Args:
         client: The user's.
-        timeout: Seconds for all of an operation; ``None``: as long as the client takes.
 
     Attributes:
         guard: Whether it may be asked now.
+        outcomes: What has come of circuits since the server is back, while there are some to bring back; else ``None``.
     """
 
-    def __init__(self, client: Any, timeout: float | None) -> None:
-        own = None if timeout is None else bounded(client, timeout)
-        self._pool = own and own.connection_pool
+    def __init__(self, client: Any) -> None:
         #: As long as it lives nobody else has its id.
         self._client = client
-        self.guard = Guard(timeout or FIRST_TURN, kept=True)
+        self.guard = Guard(0, kept=True)
+        self.outcomes: Counter[str] | None = None
         self._name = str(origin_of(client) or type(client).__name__)
-        self._timeout = timeout
+        self._bulletin = Bulletin()
+        self._connections = Connections()
+        self._in_common: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
         #: When each came, monotonic seconds, and which thread has brought it.
         self._tenants: weakref.WeakKeyDictionary[Tenant, tuple[float, int]] = weakref.WeakKeyDictionary()
         #: Those that nobody has used since they were let go of.
@@ -64,8 +75,6 @@ class Server:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         renew_in_children(self)
-        if own is None and timeout is not None:
-            _said.may_wait(client)
 
     def __str__(self) -> str:
         return self._name
@@ -73,17 +82,29 @@ class Server:
     def after_fork(self) -> None:
         """In a child: nobody holds the lock, nobody asks again."""
         self._lock = threading.RLock()
-        self._thread = None
+        self._connections.after_fork()
+        self._thread = self.outcomes = None
         self._pid = os.getpid()
 
-    def client_like(self, client: Any) -> Any:
-        """What to use in the place of a client: the same on the server's own connections, where they can be had."""
-        return client if self._pool is None else on_pool(client, self._pool)
+    def client_like(self, client: Any, timeout: float | None) -> Any:
+        """Return what to use in the place of a client: the same on the server's own connections, where they can be had.
+
+        Args:
+            client: Of the server.
+            timeout: Seconds for all of an operation; ``None``: on the client's connections, as long as those take.
+        """
+        self.guard.expect(timeout or FIRST_TURN)
+        return self._connections.client_like(client, timeout)
 
     def hang_up(self) -> None:
         """Close the connections that are not in use just now."""
-        if self._pool is not None:
-            hang_up(self._pool)
+        self._connections.hang_up()
+
+    def in_common(self, key: Hashable, offered: _Thing) -> _Thing:
+        """Return what was offered first under a key, as long as that lives."""
+        with self._lock:
+            thing: _Thing = self._in_common.setdefault(key, offered)
+            return thing
 
     def admit(self, tenant: Tenant) -> None:
         """From now on this circuit lives here."""
@@ -97,16 +118,16 @@ class Server:
         """From now on this circuit lives elsewhere."""
         with self._lock:
             self._tenants.pop(tenant, None)
-        if not self._tenants:
-            _said.left(str(self), self.guard.answered())
+        if not self._tenants and (seconds := self.guard.answered()) is not None:
+            self._bulletin.returned(lambda more: _said.left(str(self), seconds, more))
 
     def let_go(self, tenant: Tenant) -> None:
         """This circuit is not used for now; without any there is no need for connections."""
         with self._lock:
             self._tenants.pop(tenant, None)
             self._let_go.add(tenant)
-        if self._pool is not None and not self._tenants:
-            hang_up(self._pool)
+        if not self._tenants:
+            self.hang_up()
 
     def _present(self) -> list[Tenant]:
         # Whoever comes while they are counted would make it fail.
@@ -150,11 +171,13 @@ class Server:
         for item in [tenant] if outage is None else self._present():
             item.lose()
         if outage is not None:
-            if self._pool is not None and outage.meaning is Meaning.AWAY:
+            if outage.meaning is Meaning.AWAY:
                 # They are as dead as the one that has failed; found out one by one, each would be an outage.
-                hang_up(self._pool)
-            besides = len(self._tenants) - 1
-            _said.away(str(self), outage, timeout=self._timeout, circuit=tenant.circuit_name, besides=besides)
+                self.hang_up()
+            timeout, circuit, besides = tenant.timeout, tenant.circuit_name, len(self._tenants) - 1
+            self._bulletin.lost(
+                lambda more: _said.away(str(self), outage, timeout=timeout, circuit=circuit, besides=besides, more=more)
+            )
             self._is_kept()
 
     def answered(self, outcome: str) -> None:
@@ -162,9 +185,13 @@ class Server:
 
         Else it had asked before; the thread that asks again has to bring back the others, too.
         """
-        if self.guard.kept:
-            return
-        _said.back(str(self), self.guard.answered(), Counter([outcome]))
+        if not self.guard.kept:
+            self._is_back(self.guard.answered(), Counter([outcome]))
+
+    def _is_back(self, seconds: float | None, outcomes: Counter[str]) -> None:
+        # Two first answers may have come together; then the other one has ended the outage.
+        if seconds is not None:
+            self._bulletin.returned(lambda more: _said.back(str(self), seconds, outcomes, more))
 
     def say_lack(self, lack: Lack, reason: object) -> None:
         """A circuit has missed something that this server does not have: say so, the first time."""
@@ -188,7 +215,7 @@ class Server:
         began = monotonic()
         for tenant in self._present():
             try:
-                with deadline(self._timeout):
+                with deadline(tenant.timeout):
                     tenant.load()
             except Exception as error:  # noqa: BLE001
                 if meaning_of(error) is not Meaning.AWAY:
@@ -217,13 +244,18 @@ class Server:
     def _ask_again(self) -> None:
         while True:
             self._leave_again()
+            self._bulletin.flush()
             with self._lock:
                 outage = self.guard.outage
-                if outage is None or not self._tenants:
+                if not self._tenants or not (outage or self._bulletin.holds_a_line):
                     # With nobody left to ask for, the next one finds out for himself.
                     self.guard.answered()
                     self._thread = None
                     return
+            if outage is None:
+                # Nobody else would log in the end that the server is back.
+                time.sleep(LINE_SLEEP)
+                continue
             left = outage.next_at - monotonic()
             if left > 0:
                 time.sleep(min(left, LONGEST_SLEEP))
@@ -240,46 +272,27 @@ class Server:
     def _try_to_return(self, outage: Outage) -> None:
         for tenant in self._present():
             # Whoever lives elsewhere by now need not wait for this one.  To look for it takes half of the time.
-            with deadline(self._timeout and 2 * self._timeout), _said.unless():
+            with deadline(tenant.timeout and 2 * tenant.timeout), _said.unless():
                 tenant.moves()
         try:
-            outcomes = self._return(outage.patience)
+            rejoin(self._present(), outage.patience)
         except Exception as error:  # noqa: BLE001
             # Whatever a client raises: it is not well yet.
             self.guard.failed(error)
-            _said.detail("%s: attempt %d failed (%s)", self, outage.attempts + 1, error)
+            _said.detail("%s: attempt %d failed (%s)", self, outage.attempts + 1, described(error))
         else:
+            outcomes = self.outcomes = Counter()
             seconds = self.guard.answered()
-            # Callers who were still under way have begun anew, or for the first time: then nothing is known of theirs.
-            for tenant in [tenant for tenant in self._present() if tenant.is_alone]:
-                try:
-                    with deadline(self._timeout):
-                        tenant.load()
-                        tenant.rejoin()
-                except Exception as error:  # noqa: BLE001
-                    # It is for the next caller to say what is the matter.
-                    _said.detail("not brought back: %s", error)
-            _said.back(str(self), seconds if self._tenants else None, outcomes)  # Else nobody has asked it.
+            ended_by = bring_back(self._present(), outcomes)
+            self.outcomes = None
+            self._is_back(seconds if self._tenants else None, outcomes)  # Else nobody has asked it.
+            if ended_by is not None:
+                self.failed(*ended_by)
 
-    def _return(self, patience: float) -> Counter[str]:
-        """Have the circuits rejoin; whatever is a single circuit's own trouble keeps only that one away."""
-        tenants = self._present()
-        asked = [tenant for tenant in tenants if tenant.is_alone] or tenants[:1]
-        for tenant in asked:
-            with deadline(self._timeout and max(patience, self._timeout)), _said.unless(Meaning.AWAY):
-                tenant.load()
-            # The others are asked on the same connection.
-            patience = 0
-        # Where a server takes no writes, loading has failed only if something had to be repaired.
-        for tenant in asked:
-            with deadline(self._timeout), _said.unless(Meaning.AWAY, Meaning.READ_ONLY):
-                tenant.check_writable()
-                break
-        outcomes: Counter[str] = Counter()
-        for tenant in tenants:
-            with deadline(self._timeout), _said.unless(Meaning.AWAY, Meaning.READ_ONLY):
-                outcomes[tenant.rejoin() or ""] += 1
-        return outcomes
+    def brought_back(self, outcome: str) -> None:
+        """Count what has come of a circuit that a caller has brought back, while the others are brought back, too."""
+        if self.outcomes is not None:
+            self.outcomes[outcome] += 1
 
 
 class _Servers:
@@ -294,20 +307,19 @@ class _Servers:
         """In a child: nobody holds the lock."""
         self._lock = threading.RLock()
 
-    def of(self, client: Any, timeout: float | None) -> Server:
-        origin = known_origin_of(client)
+    def of(self, client: Any) -> Server:
         shared: Any = getattr(client, "connection_pool", client)
-        key = (origin, timeout) if origin and timeout is not None else (id(shared), timeout)
+        key = known_origin_of(client) or id(shared)
         with self._lock:
             server = self._of_key.get(key)
             if server is None:
-                server = self._of_key[key] = Server(client, timeout)
+                server = self._of_key[key] = Server(client)
             return server
 
 
 _servers = _Servers()
 
 
-def server_of(client: Any, timeout: float | None) -> Server:
-    """The server behind a client; the same for all clients that reach it, as the same user, with the same timeout."""
-    return _servers.of(client, timeout)
+def server_of(client: Any) -> Server:
+    """The server behind a client; the same for all clients that reach it as the same user."""
+    return _servers.of(client)

@@ -25,7 +25,7 @@ from pybreaker_redis._listener import Home
 from pybreaker_redis._optimistic import Question
 from pybreaker_redis._secrets import mask
 from pybreaker_redis._spell import Spell
-from pybreaker_redis._view import View
+from pybreaker_redis._view import Ticket, View
 from pybreaker_redis._whereabouts import Seat
 
 #: What may be done twice without a difference.
@@ -179,6 +179,23 @@ class SharedCircuit:
         """
         known, client = self._view.known, self._carriers.get().client
         return Question(client, self._carriers.keys, known, self._create)
+
+    def ticket(self) -> Ticket:
+        """To be taken before it is looked at together with others."""
+        return self._view.ticket()
+
+    def was_read(self, ticket: Ticket, reply: Reply, before: Moment, after: Moment) -> None:
+        """It was looked at together with others: from here on that is what is known.
+
+        Args:
+            ticket: Taken before.
+            reply: By the server's clock.
+            before: When it was asked for.
+            after: When it had come.
+        """
+        self._learn(reply, before, after)
+        self._view.fill(ticket, reply.circuit, reply.now_ms)
+        self._ear.tell(reply.circuit, reply.now_ms)
 
     def answered(self, reply: Reply, before: Moment, after: Moment) -> Reply:
         """Return an answer by the local clock.

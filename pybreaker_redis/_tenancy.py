@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 
 from pybreaker_redis import _said
+from pybreaker_redis._bulletin import Bulletin
 from pybreaker_redis._caller import Callers
 from pybreaker_redis._carrier import Lack, Reply
 from pybreaker_redis._circuit import CLOSED
@@ -27,17 +28,10 @@ from pybreaker_redis._own import LAST, OwnCircuit
 from pybreaker_redis._server import Server, server_of
 from pybreaker_redis._shared import SharedCircuit
 from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._stand_in import StandIn
 from pybreaker_redis._view import View
 from pybreaker_redis._whereabouts import Seat, Whereabouts
 from pybreaker_redis.errors import is_in_doubt
-
-#: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
-FOLLOWS_WITHIN = 0.1
-#: The same where it cannot be read: then nothing is to be noticed but that it can.
-LOOKS_WITHIN = 0.5
-
-#: How often what a circuit learned alone is looked at again because it has moved just then.
-ROUNDS = 3
 
 #: What is said of a call when it has ended.
 _REPORTS = (RecordFailure, RecordSuccess, CountProbe)
@@ -59,7 +53,7 @@ class Tenancy:
     Attributes:
         circuit_name: See above.
         max_staleness: Seconds for which the view may be believed.
-        own: The circuit of this process alone.
+        timeout: Seconds to wait for an answer; ``None``: as long as the client takes.
         shared: The circuit in Redis.
         server: Where that lives; ``None`` while it was not used.
         shortcut: Of the circuit that this process goes by.
@@ -81,14 +75,15 @@ class Tenancy:
         self.circuit_name = name
         self.max_staleness = view.max_staleness
         self.server: Server | None = None
-        self.own = OwnCircuit(fallback, initial_state)
+        self._stand_in = StandIn(fallback, initial_state)
         self.shortcut: Shortcut = view.shortcut
         self._whereabouts = whereabouts
-        self._timeout = timeout
+        self.timeout = timeout
         self._view = view
         self._callers = callers
         #: What is only this circuit's trouble, and whether it can be read though it refuses something.
         self._faults, self._may_read = Guard(timeout or FIRST_TURN, kept=False), False
+        self._bulletin = Bulletin()
         #: What was to be said of the shared circuit when it was loaded.
         self._event = ""
         self.shared = SharedCircuit(
@@ -103,6 +98,11 @@ class Tenancy:
             say_lack=self._say_lack,
             logger=logger,
         )
+
+    @property
+    def own(self) -> OwnCircuit:
+        """The circuit of this process alone; storages that are the same circuit have one together."""
+        return self._stand_in.circuit
 
     @property
     def trouble(self) -> Trouble:
@@ -143,7 +143,7 @@ class Tenancy:
             began, shared, outside = monotonic(), None, None
             handled = sys.exc_info()[1]
             try:
-                with self._callers.current().waits(self._timeout, reports=isinstance(intent, _REPORTS)):
+                with self._callers.current().waits(self.timeout, reports=isinstance(intent, _REPORTS)):
                     shared = self._execute_shared(intent)
             except Exception as error:  # noqa: BLE001
                 outside = from_outside(error, handled)
@@ -172,11 +172,14 @@ class Tenancy:
 
     def _seat(self) -> Seat:
         seat = self._whereabouts.seat()
-        before, self.server = self.server, server_of(seat.client, self._timeout)
-        self.server.admit(self)
-        if before not in (None, self.server):
+        server = server_of(seat.client)
+        client = server.client_like(seat.client, self.timeout)
+        before, self.server = self.server, server
+        server.admit(self)
+        if before not in (None, server):
             before.dismiss(self)
-        return replace(seat, client=self.server.client_like(seat.client))
+        self._stand_in.lies(server, seat.keys)
+        return replace(seat, client=client)
 
     def _say_lack(self, lack: Lack, reason: object) -> None:
         assert self.server
@@ -203,15 +206,19 @@ class Tenancy:
             # It is a caller's turn to ask, or the server was back before the circuit: then it says where that lies.
             if self.is_alone and self.server and self.server.guard.outage and self._whereabouts.look_again():
                 self.shared.leave()
-            self.load(tell=True)
+            is_counted = self.server is not None and self.server.outcomes is not None
+            self.load(tell=not is_counted)
             self.check_writable()
             if (brought_back := self.rejoin()) is None:
                 return None
             outcome = brought_back
+            if is_counted and self.server is not None:
+                self.server.brought_back(outcome)
         reply = self.shared.execute(intent)
         if self._faults.outage:
             self._may_read = False
-            _said.permitted(self.circuit_name, self._faults.answered())
+            if (seconds := self._faults.answered()) is not None:
+                self._bulletin.returned(lambda more: _said.permitted(self.circuit_name, seconds, more))
             self.shared.is_permitted()
         if self.server and self.server.guard.outage:
             self.server.answered(outcome)
@@ -223,17 +230,9 @@ class Tenancy:
         guard = self._faults if self.server is None or self._faults.outage else self.server.guard
         outage = guard.outage
         answers = outage is not None and (outage.meaning is Meaning.READ_ONLY or self._may_read)
-        reply = self.own.execute(intent, self.shared.known, answers=answers, in_doubt=in_doubt)
-        shortcut = self.own.shortcut
-        # Not for long: whoever goes by it is to notice what others do, and that it has ended.
-        until = shortcut.now() + (min(FOLLOWS_WITHIN, self.max_staleness) if answers else LOOKS_WITHIN)
-        if outage is None or guard.outage is not outage:
-            # It has ended, or been asked about, just now: nobody may go by this circuit unasked.
-            until = 0
-        elif not guard.kept:
-            until = min(until, outage.next_at)
-        shortcut.until = until
-        self.shortcut = shortcut
+        reply, self.shortcut = self._stand_in.execute(
+            intent, self.shared.known, guard, answers=answers, in_doubt=in_doubt, max_staleness=self.max_staleness
+        )
         return reply
 
     def _is_interrupted(self) -> None:
@@ -250,17 +249,19 @@ class Tenancy:
             return
         outage = self._faults.failed(error)
         self.lose()
-        if outage is not None:
+        if outage is None:
+            self._bulletin.flush()
+        else:
             if outage.meaning is Meaning.FORBIDDEN:
-                with suppressed(), self._callers.current().waits(self._timeout):
+                with suppressed(), self._callers.current().waits(self.timeout):
                     self.load()
                     self._may_read = True
-            _said.in_trouble(self.circuit_name, outage)
+            self._bulletin.lost(lambda more: _said.in_trouble(self.circuit_name, outage, more))
 
     @property
     def is_alone(self) -> bool:
-        """Whether this process goes by its own circuit."""
-        return self.own.in_use
+        """Whether this process goes by its own circuit: another storage may, which has a trouble of its own."""
+        return self.own.in_use and not self._view.may_believe
 
     def lose(self) -> None:
         """The server is out of reach: what is known of the shared circuit is not believed any more."""
@@ -305,16 +306,18 @@ class Tenancy:
             if not is_first:
                 return None
             outcome, self._event = self._event, ""
-            for _ in range(ROUNDS):
-                report = self.own.report(self._view.known)
-                with self.own.telling(report):
-                    replies = [self.shared.execute(intent, tell=False) for intent in report.intents]
-                if self.own.is_told_in_vain(replies):
-                    continue
-                if replies and replies[0].accepted and replies[0].circuit.state != CLOSED:
-                    outcome = "opened for all"
-                if self.own.end(report):
-                    self.shortcut = self._view.shortcut
-                    self._view.is_reachable()
-                    break
-            return outcome
+            has_ended, has_opened = self._stand_in.report(
+                lambda: self._view.known, lambda intent: self.shared.execute(intent, tell=False)
+            )
+            self._goes_by_shared(has_ended)
+            return "opened for all" if has_opened else outcome
+
+    def rejoins_at_once(self) -> None:
+        """See `Tenant.rejoins_at_once`."""
+        with self.own.returning() as is_first:
+            self._goes_by_shared(is_first and self._stand_in.end_unless_it_has_news(self._view.known))
+
+    def _goes_by_shared(self, has_ended: bool) -> None:
+        if has_ended:
+            self.shortcut = self._view.shortcut
+            self._view.is_reachable()

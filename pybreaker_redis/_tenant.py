@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from pybreaker_redis._shared import SharedCircuit
+
 
 class Tenant(Protocol):
     """A circuit of this process that lives on the server."""
@@ -16,6 +18,12 @@ class Tenant(Protocol):
 
     #: For how many seconds it may be gone by though no change is heard.
     max_staleness: float
+
+    #: Seconds that it waits for an answer; ``None``: as long as the client takes.
+    timeout: float | None
+
+    #: The circuit in Redis.
+    shared: SharedCircuit
 
     @property
     def is_alone(self) -> bool:
@@ -40,6 +48,9 @@ class Tenant(Protocol):
         Raises:
             Exception: No usable answer.
         """
+
+    def rejoins_at_once(self) -> None:
+        """Go by the shared circuit again if nothing was learned alone; nothing is sent."""
 
     def check_writable(self) -> None:
         """Write something that changes nothing.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _said, _threads
+from pybreaker_redis import CircuitRedisStorage, _said, _server, _threads
 from pybreaker_redis._client import origin_of
 from pybreaker_redis._guard import Meaning
 from pybreaker_redis._hearings import Hearing
 from pybreaker_redis._line import Line, Push
+from pybreaker_redis._server import server_of
 from pybreaker_redis._session import Session
 from pybreaker_redis._shortcut import Shortcut
 from pybreaker_redis._tenancy import Tenancy
@@ -32,7 +32,7 @@ def test_client_as_it_is_goes_through_an_outage(site: Site):
     """`timeout=None`: its own connections, its own waits, and all the rest."""
     client = site.client()
     breaker = settled(breaker_on(client, timeout=None))
-    assert breaker._state_storage._tenancy.server._pool is None
+    assert breaker._state_storage._tenancy.shared._carriers.now.client is client
     site.proxy.refuse()
     wait_for(lambda: is_away(breaker), "it is away")
     site.proxy.listen()
@@ -111,7 +111,7 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
     breaker.call(up)
     outage = storage._tenancy.server.guard.outage
     with monkeypatch.context() as patched:
-        patched.setattr(storage._tenancy.server, "_return", lambda patience: Counter())
+        patched.setattr(_server, "rejoin", lambda tenants, patience: None)
         patched.setattr(Tenancy, "rejoin", lambda self: 1 / 0)
         storage._tenancy.server._try_to_return(outage)
     site.proxy.listen()
@@ -128,7 +128,7 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
     newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
     fails(newcomer)
     with monkeypatch.context() as patched:
-        patched.setattr(server, "_return", lambda patience: Counter())
+        patched.setattr(_server, "rejoin", lambda tenants, patience: None)
         site.proxy.listen()
         server._try_to_return(outage)
     # The thread that asks again may be at it, too; then that one brings it back.
@@ -160,8 +160,9 @@ def test_trouble_of_one_circuit_keeps_no_other_away():
 def test_nothing_is_said_of_what_was_always_well(caplog):
     """Two first answers may come together."""
     caplog.set_level("INFO", "pybreaker_redis")
-    _said.back("there", None, Counter())
-    _said.permitted("shop", None)
+    server = server_of(redis.Redis(port=1))
+    server.guard.kept = False
+    server.answered("")
     assert caplog.messages == []
 
 

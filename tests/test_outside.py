@@ -490,8 +490,8 @@ def test_time_limit_is_no_reason_to_take_a_client_for_an_unknown_kind(monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(_client, "_copy", lambda *_: raising(JobTimeout())(1, None))
         with pytest.raises(JobTimeout):
-            server_of(client, 1.0)
-    assert server_of(client, 1.0).client_like(client) is not client
+            server_of(client).client_like(client, 1.0)
+    assert server_of(client).client_like(client, 1.0) is not client
 
 
 def test_time_limit_ends_a_look_at_all_circuits(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:

@@ -171,7 +171,7 @@ def test_connections_that_lead_nowhere_are_one_outage(site: Site, caplog: pytest
     caplog.set_level("INFO", "pybreaker_redis")
     words = {"fail_max": 10**6, "timeout": 2.0}
     breakers = [settled(breaker_on(site.client(), f"circuit{number}", **words)) for number in range(6)]
-    pool = breakers[0]._state_storage._tenancy.server._pool  # type: ignore[attr-defined]
+    pool = breakers[0]._state_storage._tenancy.server._connections._pools[2.0]  # type: ignore[attr-defined]
 
     def all_at_once() -> None:
         together = threading.Barrier(len(breakers))

@@ -1,0 +1,48 @@
+"""This package's own connections to one server: pools made like the user's, one for each timeout.
+
+Knows: pools, timeouts.  Does not know: circuits, outages.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from pybreaker_redis import _said
+from pybreaker_redis._client import bounded, hang_up, on_pool
+
+
+class Connections:
+    """The pools of one server."""
+
+    def __init__(self) -> None:
+        self._pools: dict[float, Any] = {}
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In a child: nobody holds the lock; a pool notices by itself that it was forked."""
+        self._lock = threading.RLock()
+
+    def client_like(self, client: Any, timeout: float | None) -> Any:
+        """Return a client like another one, on connections of this package's own, where they can be had.
+
+        Args:
+            client: Of the server.
+            timeout: Seconds for all of an operation; ``None``: on the client's connections, as long as those take.
+        """
+        if timeout is None:
+            return client
+        with self._lock:
+            if timeout not in self._pools:
+                own = bounded(client, timeout)
+                if own is None and not self._pools:
+                    _said.may_wait(client)
+                self._pools[timeout] = own and own.connection_pool
+            pool = self._pools[timeout]
+        return client if pool is None else on_pool(client, pool)
+
+    def hang_up(self) -> None:
+        """Close the connections that are not in use just now."""
+        for pool in list(self._pools.values()):
+            if pool is not None:
+                hang_up(pool)

@@ -1,0 +1,122 @@
+"""The circuit of this process that stands in for a shared one that is out of reach.
+
+Knows: circuits of this process, which storages have one together, for how long calls may go by one without a look.
+Does not know: Redis, why the shared circuit is out of reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._circuit import CLOSED, Circuit
+from pybreaker_redis._guard import Guard
+from pybreaker_redis._intents import Intent
+from pybreaker_redis._own import OwnCircuit, Report
+from pybreaker_redis._server import Server
+from pybreaker_redis._shortcut import Shortcut
+
+#: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
+FOLLOWS_WITHIN = 0.1
+#: The same where it cannot be read: then nothing is to be noticed but that it can.
+LOOKS_WITHIN = 0.5
+
+#: How often what a circuit learned alone is looked at again because it has moved just then.
+ROUNDS = 3
+
+
+class StandIn:
+    """What one storage goes by while the shared circuit is out of reach.
+
+    Args:
+        fallback: How it begins.
+        initial: In which state a circuit begins that nobody knows.
+
+    Attributes:
+        circuit: The one that is in use, or will be.
+    """
+
+    def __init__(self, fallback: str, initial: str) -> None:
+        self.circuit = self._common = OwnCircuit(fallback, initial)
+        self._settings = fallback, initial
+
+    def lies(self, server: Server, keys: tuple[str, ...]) -> None:
+        """Have one circuit together with all storages of this process that lie there, and begin alike.
+
+        One that is in use already is used until it ends: it has to be reported.
+        """
+        self._common = server.in_common((keys, *self._settings), self._common)
+        if not self.circuit.in_use:
+            self.circuit = self._common
+
+    def report(self, known: Callable[[], Circuit | None], execute: Callable[[Intent], Reply]) -> tuple[bool, bool]:
+        """Report what was learned, and end if that was all.
+
+        Args:
+            known: Returns the shared circuit as it is now.
+            execute: Carries out an intent on the shared circuit.
+
+        Returns:
+            Whether the circuit has ended, and whether it has opened the shared one.
+
+        Raises:
+            Exception: No usable answer.
+        """
+        circuit, has_opened = self.circuit, False
+        for _ in range(ROUNDS):
+            report = circuit.report(known())
+            with circuit.telling(report):
+                replies = [execute(intent) for intent in report.intents]
+            if circuit.is_told_in_vain(replies):
+                continue
+            has_opened = has_opened or bool(replies and replies[0].accepted and replies[0].circuit.state != CLOSED)
+            if self._end(circuit, report):
+                return True, has_opened
+        return False, has_opened
+
+    def end_unless_it_has_news(self, known: Circuit | None) -> bool:
+        """End the circuit if there is nothing to report; whether it has ended."""
+        report = self.circuit.report(known)
+        return not report.intents and self._end(self.circuit, report)
+
+    def _end(self, circuit: OwnCircuit, told: Report) -> bool:
+        if not circuit.end(told):
+            return False
+        self.circuit = self._common
+        return True
+
+    def execute(
+        self,
+        intent: Intent,
+        known: Circuit | None,
+        guard: Guard,
+        *,
+        answers: bool,
+        in_doubt: bool,
+        max_staleness: float,
+    ) -> tuple[Reply, Shortcut]:
+        """Carry out an intent.
+
+        Args:
+            intent: What is wanted.
+            known: The shared circuit as it was seen last.
+            guard: Keeps callers away from Redis.
+            answers: Whether the shared circuit can be read.
+            in_doubt: Whether Redis was asked for the same, and has not answered in time.
+            max_staleness: Seconds for which calls may go by what is known.
+
+        Returns:
+            The answer, and what follows for calls.
+        """
+        circuit, outage = self.circuit, guard.outage
+        reply = circuit.execute(intent, known, answers=answers, in_doubt=in_doubt)
+        shortcut = circuit.shortcut
+        # Not for long: calls are to notice what others do, and that it has ended.
+        until = shortcut.now() + (min(FOLLOWS_WITHIN, max_staleness) if answers else LOOKS_WITHIN)
+        if outage is None or guard.outage is not outage:
+            # It has ended, or been asked about, just now: no call may go by this circuit without a look.
+            until = 0
+        elif not guard.kept:
+            until = min(until, outage.next_at)
+        shortcut.until = until
+        return reply, shortcut
