@@ -6,7 +6,7 @@ Knows: which circuits can be read together, how long that may take.  Does not kn
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pybreaker_redis import _said
 from pybreaker_redis._clock import moment, monotonic
@@ -19,13 +19,17 @@ from pybreaker_redis._secrets import described
 #: Circuits that are read in one round trip.
 BATCH = 200
 
+#: Circuits with something to report that are brought back before callers are let in; further ones do not hold these up.
+BROUGHT_BACK_FIRST = 50
 
-def rejoin(tenants: Sequence[Tenant], patience: float) -> None:
-    """Have the circuits of one server rejoin that have learned nothing, and whose record is well.
+
+def rejoin(tenants: Sequence[Tenant], patience: float, outcomes: Counter[str]) -> None:
+    """Have the circuits of one server rejoin that have learned nothing, and whose record is well; and some others.
 
     Args:
         tenants: All that live there.
         patience: Seconds to wait for the first answer, if that is more than the circuits' own timeout.
+        outcomes: What comes of the others is counted here.
 
     Raises:
         Exception: The server does not answer, or takes no writes; whatever the client raises then.
@@ -40,15 +44,18 @@ def rejoin(tenants: Sequence[Tenant], patience: float) -> None:
     for tenant in tenants:
         if tenant in read or not tenant.is_alone:
             tenant.rejoins_at_once()
+    alone = [tenant for tenant in tenants if tenant.is_alone]
+    if ended_by := bring_back(alone[:BROUGHT_BACK_FIRST], outcomes):
+        raise ended_by[0]
 
 
-def bring_back(tenants: Sequence[Tenant], outcomes: Counter[str]) -> tuple[Exception, Tenant, float] | None:
-    """Have the others rejoin one by one; callers may do it, too, or go on alone meanwhile.
+def bring_back(tenants: Iterable[Tenant], outcomes: Counter[str]) -> tuple[Exception, Tenant, float] | None:
+    """Have circuits rejoin one by one that are still alone: those that have something to report, or to repair.
 
     Callers who were still under way may have begun anew, or for the first time: then nothing is known of theirs.
 
     Args:
-        tenants: All that live there.
+        tenants: Some that live there.
         outcomes: What comes of them is counted here.
 
     Returns:

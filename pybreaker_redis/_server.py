@@ -5,9 +5,9 @@ commands.
 
 When the server fails, every circuit of the process that lives there is out of reach at once, and one thread alone asks
 again.  When the server answers, that thread reads all circuits in batches.  Circuits that have learned nothing rejoin
-at once, callers are let in, and the thread brings back one by one what the others have learned.  So a caller waits for
-Redis once in an outage, at most.  Where no thread may be started (uWSGI without ``--enable-threads``) callers take
-turns, one at a time.
+at once, the thread brings back one by one what some have learned, and then lets the callers in.  If there are many, it
+brings back the others after that.  So a caller waits for Redis once in an outage, at most.  Where no thread may be
+started (uWSGI without ``--enable-threads``) callers take turns, one at a time.
 """
 
 from __future__ import annotations
@@ -274,15 +274,17 @@ class Server:
             # Whoever lives elsewhere by now need not wait for this one.  To look for it takes half of the time.
             with deadline(tenant.timeout and 2 * tenant.timeout), _said.unless():
                 tenant.moves()
+        outcomes: Counter[str] = Counter()
         try:
-            rejoin(self._present(), outage.patience)
+            rejoin(self._present(), outage.patience, outcomes)
         except Exception as error:  # noqa: BLE001
             # Whatever a client raises: it is not well yet.
             self.guard.failed(error)
             _said.detail("%s: attempt %d failed (%s)", self, outage.attempts + 1, described(error))
         else:
-            outcomes = self.outcomes = Counter()
+            self.outcomes = outcomes
             seconds = self.guard.answered()
+            # Callers may do it, too, or go on alone meanwhile.
             ended_by = bring_back(self._present(), outcomes)
             self.outcomes = None
             self._is_back(seconds if self._tenants else None, outcomes)  # Else nobody has asked it.

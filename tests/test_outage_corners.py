@@ -111,7 +111,7 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
     breaker.call(up)
     outage = storage._tenancy.server.guard.outage
     with monkeypatch.context() as patched:
-        patched.setattr(_server, "rejoin", lambda tenants, patience: None)
+        patched.setattr(_server, "rejoin", lambda tenants, patience, outcomes: None)
         patched.setattr(Tenancy, "rejoin", lambda self: 1 / 0)
         storage._tenancy.server._try_to_return(outage)
     site.proxy.listen()
@@ -128,7 +128,7 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
     newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
     fails(newcomer)
     with monkeypatch.context() as patched:
-        patched.setattr(_server, "rejoin", lambda tenants, patience: None)
+        patched.setattr(_server, "rejoin", lambda tenants, patience, outcomes: None)
         site.proxy.listen()
         server._try_to_return(outage)
     # The thread that asks again may be at it, too; then that one brings it back.

@@ -24,11 +24,9 @@ import redis
 import time_machine
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
-from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _survey
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _rejoin, _server, _survey
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._optimistic import look
-from pybreaker_redis._server import Server
-from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests.clusters import Nodes
@@ -229,7 +227,7 @@ class TestBreakers:
         if when == "between two attempts":
             breakers.close()
         else:
-            owner, name = (Server, "_return") if when == "before one" else (Tenancy, "load")
+            owner, name = (_server, "rejoin") if when == "before one" else (_rejoin, "read")
             asks, closed = getattr(owner, name), threading.Event()
 
             def closes(*arguments: Any) -> object:

@@ -272,7 +272,7 @@ def test_each_lack_is_said_once_for_each_server(caplog: pytest.LogCaptureFixture
     """Two servers that lack the same are two things to know."""
     caplog.set_level("INFO", "pybreaker_redis")
     for path in ("/one", "/other"):
-        server = server_of(redis.Redis(unix_socket_path=path), 0.25)
+        server = server_of(redis.Redis(unix_socket_path=path))
         for _ in range(2):
             for lack in Lack:
                 server.say_lack(lack, "no")

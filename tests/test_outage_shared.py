@@ -1,0 +1,528 @@
+"""What the storages of one process share in an outage: the news, one local circuit, the way back, and the log."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pybreaker
+import pytest
+import redis
+
+from pybreaker_redis import _bulletin, _rejoin, _server
+from pybreaker_redis._bulletin import Bulletin
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._guard import Guard
+from pybreaker_redis._optimistic import Read
+from pybreaker_redis._rejoin import bring_back, rejoin
+from pybreaker_redis._shared import SharedCircuit
+from pybreaker_redis.errors import described
+from tests.faults import Site
+from tests.test_outage import health_of, is_back, lines_of, site
+from tests.test_outage_races import is_away
+from tests.viewed import Clock, Down, breaker_on, down, fails, settled, up, wait_for
+
+__all__ = ["site"]
+
+
+def tenancy_of(breaker: pybreaker.CircuitBreaker) -> Any:
+    """The breaker's tenancy."""
+    return breaker._state_storage._tenancy  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def away(site: Site, *breakers: pybreaker.CircuitBreaker) -> Iterator[None]:
+    """Redis is away, which all of these notice without a call."""
+    site.proxy.refuse()
+    site.proxy.hang_up()
+    wait_for(lambda: all(health_of(breaker).condition == "away" for breaker in breakers), "it is away")
+    yield
+    site.proxy.listen()
+    wait_for(lambda: all(health_of(breaker).condition == "connected" for breaker in breakers), "it is back")
+
+
+# -- one server --------------------------------------------------------------------------------------------------------
+
+
+def test_circuits_with_different_timeouts_notice_a_dead_server_together(site: Site) -> None:
+    """Of two timeouts on one server, both circuits are informed by the one listener."""
+    breakers = [
+        settled(breaker_on(site.client(), f"timeout {seconds}", timeout=seconds)) for seconds in (5.0, 6.0, None)
+    ]
+    assert len({id(tenancy_of(breaker).server) for breaker in breakers}) == 1
+    with away(site, *breakers):
+        assert {health_of(breaker).condition for breaker in breakers} == {"away"}
+    for breaker in breakers:
+        wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit")
+
+
+def test_circuit_waits_no_longer_than_its_own_timeout_though_others_do(site: Site) -> None:
+    """Timeouts belong to the circuits, though the server is one."""
+    patient = breaker_on(site.client(), "patient", max_staleness=0, timeout=20.0)
+    hasty = breaker_on(site.client(), "hasty", max_staleness=0, timeout=0.5)
+    for breaker in (patient, hasty):
+        breaker.call(up)
+    site.server.pause()
+    try:
+        began = time.monotonic()
+        hasty.call(up)
+        assert time.monotonic() - began < 5
+        assert health_of(patient).condition == "away"
+    finally:
+        site.server.resume()
+    wait_for(lambda: is_back(patient) and is_back(hasty), "both are back")
+
+
+def test_first_attempt_waits_as_long_as_the_longest_timeout() -> None:
+    """The thread that asks again asks for all circuits."""
+    guard = Guard(0, kept=True)
+    for timeout in (0.25, 2.0, 0.5):
+        guard.expect(timeout)
+    outage = guard.failed(redis.ConnectionError())
+    assert outage is not None
+    assert outage.patience == 2.0
+
+
+# -- one local circuit -------------------------------------------------------------------------------------------------
+
+
+def storages(site: Site, number: int = 3, **words: Any) -> list[pybreaker.CircuitBreaker]:
+    """Breakers whose storages are one circuit, as in an application that makes one in each module."""
+    return [breaker_on(site.client(), **{"timeout": 5.0, "reset_timeout": 60, **words}) for _ in range(number)]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["used before", "away from the start"])
+def test_storages_of_one_circuit_trip_after_fail_max_failures_in_all(site: Site, known: bool) -> None:
+    """While Redis is away a process has one local circuit, not one for each storage."""
+    breakers = storages(site, fail_max=4)
+    if known:
+        for breaker in breakers:
+            settled(breaker)
+    site.proxy.refuse()
+    site.proxy.hang_up()
+    wait_for(lambda: is_away(breakers[0]), "it is away")
+    reached = []
+    for _ in range(4):
+        for breaker in breakers:
+            with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
+                breaker.call(lambda: reached.append(1) or down())  # type: ignore[func-returns-value]
+    assert len(reached) == 4
+    assert {breaker.current_state for breaker in breakers} == {"open"}
+    site.proxy.listen()
+    for breaker in breakers:
+        wait_for(lambda breaker=breaker: is_back(breaker), "it is back")
+    assert site.administrator.get("viewed:pybreaker:state") == b"open"
+    assert {breaker.current_state for breaker in breakers} == {"open"}
+
+
+def test_storages_of_one_circuit_probe_one_at_a_time(site: Site) -> None:
+    """One probe of a process, not one for each storage."""
+    breakers = [settled(breaker) for breaker in storages(site, fail_max=1, reset_timeout=0.05)]
+    site.proxy.refuse()
+    site.proxy.hang_up()
+    wait_for(lambda: is_away(breakers[0]), "it is away")
+    fails(breakers[0])
+    time.sleep(0.06)  # the timeout, so that it is time to try
+    probes: list[int] = []
+
+    def probe() -> None:
+        probes.append(1)
+        for other in breakers[1:]:
+            with pytest.raises(pybreaker.CircuitBreakerError):
+                other.call(lambda: probes.append(1))
+
+    breakers[0].call(probe)
+    assert len(probes) == 1
+    assert [breaker.current_state for breaker in breakers] == ["closed"] * 3
+    site.proxy.listen()
+    for breaker in breakers:
+        wait_for(lambda breaker=breaker: is_back(breaker), "it is back")
+
+
+def test_storages_of_one_circuit_report_their_failures_once(site: Site) -> None:
+    """Each failure counts once, whichever storage it was reported to."""
+    breakers = [settled(breaker) for breaker in storages(site, fail_max=100)]
+    with away(site, *breakers):
+        for breaker in breakers:
+            fails(breaker, 2)
+    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all go by the shared circuit")
+    assert site.administrator.get("viewed:pybreaker:fail_counter") == b"6"
+
+
+def test_storages_that_begin_differently_have_a_local_circuit_each(site: Site) -> None:
+    """A storage does what it was told, though another one of its circuit was told something else."""
+    closed = settled(breaker_on(site.client(), timeout=5.0))
+    opened = settled(breaker_on(site.client(), timeout=5.0, fallback_circuit_state="open"))
+    with away(site, closed, opened):
+        assert closed.call(up) == "answer"
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            opened.call(up)
+    for breaker in (closed, opened):
+        wait_for(lambda breaker=breaker: is_back(breaker), "it is back")
+
+
+def test_trouble_of_one_storage_leaves_the_others_with_redis(site: Site) -> None:
+    """A storage that is alone for a reason of its own keeps no other away from the shared circuit."""
+    troubled, well = (settled(breaker) for breaker in storages(site, 2))
+    tenancy_of(troubled)._failed(TypeError("of its own"), time.monotonic())
+    troubled.call(up)
+    assert health_of(troubled).is_own
+    assert well.call(up) == "answer"
+    assert not health_of(well).is_own
+    wait_for(lambda: is_back(troubled), "it is back", within=15)
+
+
+def test_circuit_in_use_before_its_place_was_known_is_reported(site: Site) -> None:
+    """A callable that returned no client at first: what was learned then is reported when the place is known."""
+    other = settled(breaker_on(site.client(), fail_max=100, timeout=5.0))
+    client, tries = site.client(), []
+
+    def given() -> redis.Redis:
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("no setting yet")
+        return client
+
+    late = breaker_on(given, fail_max=100, timeout=5.0)
+    late.call(up)
+    assert health_of(late).is_own
+    wait_for(lambda: is_back(late), "it is back", within=15)
+    assert tenancy_of(late).own is tenancy_of(other).own
+
+
+# -- the way back ------------------------------------------------------------------------------------------------------
+
+
+def test_circuits_that_have_learned_nothing_are_read_in_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand circuits are back after a few round trips; the one that has opened alone is reported for itself."""
+    monkeypatch.setattr(_rejoin, "BATCH", 20)
+    breakers = [breaker_on(site.client(), f"circuit{number}", fail_max=2, timeout=5.0) for number in range(50)]
+    for breaker in breakers:
+        settled(breaker)
+    executed: list[str] = []
+    execute = SharedCircuit.execute
+
+    def noted(shared: SharedCircuit, intent: Any, **words: Any) -> Reply:
+        executed.append(shared._name)
+        return execute(shared, intent, **words)
+
+    with away(site, *breakers):
+        for breaker in breakers:
+            breaker.call(up)
+        assert all(health_of(breaker).is_own for breaker in breakers)
+        fails(breakers[7], 2)
+        monkeypatch.setattr(SharedCircuit, "execute", noted)
+    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all are back")
+    assert set(executed) == {"circuit7"}
+    assert site.administrator.get("circuit7:pybreaker:state") == b"open"
+
+
+def test_circuit_that_others_have_moved_is_read_with_the_batch(site: Site) -> None:
+    """The views hold what was read: an open circuit rejects at once."""
+    ours = settled(breaker_on(site.client(), reset_timeout=60, timeout=5.0))
+    with contextlib.closing(site.server.client()) as direct:
+        theirs = breaker_on(direct, reset_timeout=60, timeout=5.0)
+        with away(site, ours):
+            ours.call(up)
+            theirs.open()
+    with pytest.raises(pybreaker.CircuitBreakerError):
+        ours.call(up)
+
+
+def test_circuits_of_an_emptied_server_are_restored(site: Site) -> None:
+    """Their records have to be written, so they are loaded one by one, and one line counts them."""
+    breakers = [breaker_on(site.client(), f"circuit{number}", reset_timeout=60, timeout=5.0) for number in range(3)]
+    for breaker in breakers:
+        settled(breaker).open()
+    with away(site, *breakers):
+        for breaker in breakers:
+            with pytest.raises(pybreaker.CircuitBreakerError):
+                breaker.call(up)
+        site.administrator.flushall()
+    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all are back")
+    for number in range(3):
+        assert site.administrator.get(f"circuit{number}:pybreaker:state") == b"open"
+
+
+def test_caller_that_brings_a_circuit_back_meanwhile_is_counted(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Callers are let in before the last circuit is back, and what they find is in the one line, too."""
+    caplog.set_level("INFO", "pybreaker_redis")
+    breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=5.0))
+
+    def callers_come(tenants: Any, outcomes: Any) -> None:
+        if not health_of(breaker).next_attempt:
+            with pytest.raises(pybreaker.CircuitBreakerError):
+                breaker.call(up)
+
+    monkeypatch.setattr(_rejoin, "BROUGHT_BACK_FIRST", 0)
+    monkeypatch.setattr(_server, "bring_back", callers_come)
+    with away(site, breaker):
+        fails(breaker)
+    wait_for(lambda: any("is back" in line for line in lines_of(caplog)), "it is logged")
+    assert "circuits: 1 opened for all" in lines_of(caplog)[-1]
+
+
+class Lone:
+    """A tenant that is alone.
+
+    Args:
+        error: Raised by all that it does.
+    """
+
+    max_staleness, timeout, circuit_name, is_alone = 1.0, 1.0, "lone", True
+
+    def __init__(self, error: Exception | None = None, question: Any = None) -> None:
+        self.loaded = 0
+        self._error = error
+        self._question = question
+        self.shared: Any = self
+
+    @property
+    def question(self) -> Any:
+        """What has to be known to read it."""
+        if self._question is None:
+            raise LookupError
+        return self._question
+
+    def ticket(self) -> None:
+        """Nothing is known."""
+
+    def load(self) -> None:
+        """It is asked for."""
+        self.loaded += 1
+        if self._error:
+            raise self._error
+
+    def rejoin(self) -> str:
+        """It is back."""
+        return "restored"
+
+    def check_writable(self) -> None:
+        """It is."""
+
+    def rejoins_at_once(self) -> None:
+        """It does not."""
+        pytest.fail("it could not be read")
+
+
+def test_server_that_goes_while_circuits_are_brought_back_is_not_asked_for_each() -> None:
+    """Each of the others would wait for it; a circuit with a trouble of its own keeps no other away."""
+    tenants: Any = [Lone(TypeError()), Lone(), Lone(redis.ConnectionError("gone")), Lone()]
+    outcomes: Counter[str] = Counter()
+    ended_by = bring_back(tenants, outcomes)
+    assert ended_by is not None
+    assert ended_by[1] is tenants[2]
+    assert [tenant.loaded for tenant in tenants] == [1, 1, 1, 0]
+    assert outcomes == {"restored": 1}
+
+
+def test_circuit_whose_place_is_not_known_is_left_for_later() -> None:
+    """It is loaded by itself."""
+    rejoin([Lone()], 1.0, Counter())  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("why", ["the pipeline fails", "the circuit may not be read", "the server is loading"])
+def test_batch_that_cannot_be_read(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is a circuit's own trouble leaves it for later; what is the server's is raised."""
+    found = {
+        "the circuit may not be read": redis.exceptions.NoPermissionError("no"),
+        "the server is loading": redis.exceptions.BusyLoadingError("loading"),
+    }
+
+    def read(questions: Any) -> Any:
+        if why == "the pipeline fails":
+            raise AttributeError("pipeline")
+        return [Read(error=found[why])]
+
+    monkeypatch.setattr(_rejoin, "read", read)
+    lone: Any = Lone(question=type("Question", (), {"client": object()}))
+    if why == "the server is loading":
+        with pytest.raises(redis.ConnectionError):
+            rejoin([lone], 1.0, Counter())
+    else:
+        rejoin([lone], 1.0, Counter())
+
+
+@pytest.mark.slow
+def test_two_thousand_circuits_rejoin_beside_a_busy_thread(site: Site, report: Callable[[str], None]) -> None:
+    """One round trip for each circuit takes a turn of the interpreter each: half a minute for 5,000."""
+    breakers = [breaker_on(site.client(), f"circuit{number}", timeout=10.0) for number in range(2000)]
+    for breaker in breakers:
+        breaker.call(up)
+    is_over = threading.Event()
+
+    def spin() -> None:
+        while not is_over.is_set():
+            sum(range(1000))
+
+    site.proxy.refuse()
+    site.proxy.hang_up()
+    wait_for(lambda: is_away(breakers[0]), "it is away")
+    for breaker in breakers:
+        breaker.call(up)
+    busy = threading.Thread(target=spin)
+    busy.start()
+    try:
+        began = time.monotonic()
+        site.proxy.listen()
+        wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all are back", within=60)
+        seconds = time.monotonic() - began
+    finally:
+        is_over.set()
+        busy.join()
+    report(f"2,000 circuits rejoined in {seconds:.1f} s beside a busy thread")
+    assert seconds < 6
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+def test_flapping_server_is_logged_once_a_minute_with_a_count(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first loss and the first return at once, further ones are counted, and how it is in the end is logged."""
+    caplog.set_level("INFO", "pybreaker_redis")
+    breakers = [settled(breaker_on(site.client(), f"circuit{number}", timeout=5.0)) for number in range(3)]
+    server = tenancy_of(breakers[0]).server
+    for _ in range(10):
+        with away(site, *breakers):
+            pass
+    assert len(lines_of(caplog)) == 2, lines_of(caplog)
+    assert ["is away" in line for line in lines_of(caplog)] == [True, False]
+    wait_for(lambda: server._bulletin.holds_a_line, "the last return is held")
+    server._bulletin._until = 0.0  # the minute is over
+    wait_for(lambda: len(lines_of(caplog)) == 3, "how it is in the end")
+    last = caplog.records[-1]
+    assert "is back after" in last.getMessage()
+    assert last.getMessage().endswith("; and 9 more losses in the last 60 s")
+    assert last.pybreaker_redis["more_losses"] == 9  # type: ignore[attr-defined]
+
+
+def test_circuit_with_a_flapping_trouble_is_logged_once_a_minute(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """The same for what is one circuit's own trouble."""
+    caplog.set_level("INFO", "pybreaker_redis")
+    breaker = settled(breaker_on(site.client(), timeout=5.0))
+    tenancy = tenancy_of(breaker)
+    for _ in range(3):
+        tenancy._failed(TypeError("of its own"), time.monotonic())
+        tenancy._faults.outage = replace(tenancy._faults.outage, next_at=0.0)
+        wait_for(lambda: is_back(breaker), "it is served")
+    assert len(lines_of(caplog)) == 2
+    tenancy._bulletin._until = 0.0
+    tenancy._failed(TypeError("of its own"), time.monotonic())
+    assert lines_of(caplog)[-1].endswith("; and 2 more losses in the last 60 s")
+    tenancy._failed(TypeError("of its own"), time.monotonic())
+    assert len(lines_of(caplog)) == 3
+
+
+class TestBulletin:
+    """The lines about one subject, under a clock that tests move."""
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        """The bulletin's clock."""
+        return Clock()
+
+    @pytest.fixture
+    def lines(self) -> list[str]:
+        """What was logged."""
+        return []
+
+    @pytest.fixture
+    def bulletin(self, clock: Clock, lines: list[str]) -> Any:
+        """A bulletin, with two words of its own."""
+
+        class Noted(Bulletin):
+            def goes(self) -> None:
+                self.lost(lambda more: lines.append(f"away {more}"))
+
+            def comes(self) -> None:
+                self.returned(lambda more: lines.append(f"back {more}"))
+
+        return Noted(clock)
+
+    def test_first_pair_is_logged_at_once_and_further_ones_are_counted(self, bulletin: Any, lines: list[str]) -> None:
+        """Nothing is held after the first pair."""
+        bulletin.goes()
+        bulletin.comes()
+        assert not bulletin.holds_a_line
+        for _ in range(3):
+            bulletin.goes()
+            bulletin.comes()
+        assert lines == ["away 0", "back 0"]
+        assert bulletin.holds_a_line
+
+    @pytest.mark.parametrize(("ends", "line"), [("goes", "away 2"), ("comes", "back 3")])
+    def test_last_condition_is_logged_when_the_window_is_over(
+        self, bulletin: Any, lines: list[str], clock: Clock, ends: str, line: str
+    ) -> None:
+        """Whichever it is; a loss that is named is not among those that are counted."""
+        for _ in range(3):
+            bulletin.goes()
+            bulletin.comes()
+        bulletin.goes()
+        if ends == "comes":
+            bulletin.comes()
+        clock.now += _bulletin.WINDOW_S - 1
+        bulletin.flush()
+        assert len(lines) == 2
+        clock.now += 1
+        bulletin.flush()
+        bulletin.flush()
+        assert lines[2:] == [line]
+
+    def test_return_of_a_loss_that_was_logged_late_is_logged(
+        self, bulletin: Any, lines: list[str], clock: Clock
+    ) -> None:
+        """A pair is complete, and begins a new window."""
+        bulletin.goes()
+        bulletin.comes()
+        bulletin.goes()
+        clock.now += _bulletin.WINDOW_S
+        bulletin.flush()
+        bulletin.comes()
+        bulletin.goes()
+        assert lines == ["away 0", "back 0", "away 0", "back 0"]
+
+    def test_return_after_the_window_is_logged_at_once(self, bulletin: Any, lines: list[str], clock: Clock) -> None:
+        """Though its loss was counted only."""
+        bulletin.goes()
+        bulletin.comes()
+        bulletin.goes()
+        clock.now += _bulletin.WINDOW_S
+        bulletin.comes()
+        assert lines == ["away 0", "back 0", "back 1"]
+
+    def test_child_logs_nothing_of_its_parents(self, bulletin: Any, lines: list[str], clock: Clock) -> None:
+        """The parent has counted it, and logs it."""
+        bulletin.goes()
+        bulletin.comes()
+        bulletin.goes()
+        bulletin.after_fork()
+        clock.now += _bulletin.WINDOW_S
+        bulletin.flush()
+        assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(TimeoutError(), "TimeoutError"), (KeyError("name"), "KeyError: 'name'")], ids=["empty", "not"]
+)
+def test_empty_error_is_described_by_its_class_alone(
+    site: Site, error: Exception, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No colon that nothing follows."""
+    caplog.set_level(logging.INFO, "pybreaker_redis")
+    assert described(error) == text
+    breaker = settled(breaker_on(site.client(), timeout=5.0))
+    tenancy = tenancy_of(breaker)
+    tenancy._failed(error, time.monotonic())
+    assert health_of(breaker).last_error == text
+    assert text + ")" in lines_of(caplog)[0]
