@@ -291,11 +291,6 @@ class Server:
             if ended_by is not None:
                 self.failed(*ended_by)
 
-    def brought_back(self, outcome: str) -> None:
-        """Count what has come of a circuit that a caller has brought back, while the others are brought back, too."""
-        if self.outcomes is not None:
-            self.outcomes[outcome] += 1
-
 
 class _Servers:
     """The servers of this process, as long as circuits live there."""

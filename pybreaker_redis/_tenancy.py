@@ -206,14 +206,15 @@ class Tenancy:
             # It is a caller's turn to ask, or the server was back before the circuit: then it says where that lies.
             if self.is_alone and self.server and self.server.guard.outage and self._whereabouts.look_again():
                 self.shared.leave()
-            is_counted = self.server is not None and self.server.outcomes is not None
-            self.load(tell=not is_counted)
+            # While the thread brings circuits back, what becomes of this one is in its line.
+            outcomes = self.server.outcomes if self.server else None
+            self.load(tell=outcomes is None)
             self.check_writable()
             if (brought_back := self.rejoin()) is None:
                 return None
             outcome = brought_back
-            if is_counted and self.server is not None:
-                self.server.brought_back(outcome)
+            if outcomes is not None:
+                outcomes[outcome] += 1
         reply = self.shared.execute(intent)
         if self._faults.outage:
             self._may_read = False

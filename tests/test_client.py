@@ -427,7 +427,7 @@ class TestSentinel:
         """And say by which name they know it."""
         client = sentinels(1).manager().master_for("shop")
         again = redis.Redis(connection_pool=client.connection_pool)
-        assert server_of(client, TIMEOUT) is server_of(again, TIMEOUT)
+        assert server_of(client) is server_of(again)
         assert str(origin_of(client)) == "the master 'shop'/0"
 
 
@@ -489,9 +489,9 @@ class TestWarning:
     ) -> None:
         """Not for each circuit, not for each call; not for a wait that nobody minds."""
         client = Unusual(unix_socket_path="/nowhere", socket_timeout=seconds, **ONCE)
-        servers = [server_of(client, TIMEOUT) for _ in range(3)]
+        servers = [server_of(client) for _ in range(3)]
         assert servers[0] is servers[1] is servers[2]
-        assert servers[0].client_like(client) is client
+        assert all(server.client_like(client, TIMEOUT) is client for server in servers)
         if complaint is None:
             assert self.said(caplog) == []
         else:
@@ -512,12 +512,12 @@ class TestWarning:
     def test_nothing_is_said_of_who_wants_it_so(self, caplog: pytest.LogCaptureFixture) -> None:
         """`timeout=None` is to use the client as it is."""
         client = Unusual(unix_socket_path="/nowhere", socket_timeout=None, **ONCE)
-        assert server_of(client, None).client_like(client) is client
+        assert server_of(client).client_like(client, None) is client
         assert self.said(caplog) == []
 
     def test_nothing_is_said_of_a_client_that_is_bounded(self, caplog: pytest.LogCaptureFixture, client: Any) -> None:
         """However long it would wait itself."""
-        assert server_of(client, TIMEOUT).client_like(client) is not client
+        assert server_of(client).client_like(client, TIMEOUT) is not client
         assert self.said(caplog) == []
 
 
@@ -531,8 +531,11 @@ class TestServer:
         """When it goes, all circuits know at once, and one thread alone asks again."""
         one, other = by_port(reached), by_port(reached, socket_timeout=3, max_connections=7)
         assert one.connection_pool is not other.connection_pool
-        assert server_of(one, TIMEOUT) is server_of(other, TIMEOUT)
-        assert server_of(one, TIMEOUT)._pool is server_of(other, TIMEOUT)._pool is not None
+        assert server_of(one) is server_of(other)
+        server = server_of(one)
+        pools = {server.client_like(client, TIMEOUT).connection_pool for client in (one, other)}
+        assert len(pools) == 1
+        assert not pools & {one.connection_pool, other.connection_pool}
 
     def test_storages_of_one_server_share_pool_and_guard(self, reached: PrivateServer) -> None:
         """As an application has it that makes a client wherever it needs one."""
@@ -548,7 +551,7 @@ class TestServer:
             assert {storage.health().circuits for storage in storages} == {2}
             own = [made for made in operator.client_list() if made["cmd"].startswith("eval")]
         assert len(own) == 1, "one connection does for both"
-        one._pool.disconnect()
+        one.hang_up()
 
     @pytest.mark.parametrize(
         "words",
@@ -572,7 +575,7 @@ class TestServer:
         if len(words) > 1 and "ssl" in words:
             given["ssl"] = True
         one, other = redis.Redis(**given), redis.Redis(**{**given, **words})
-        assert server_of(one, TIMEOUT) is not server_of(other, TIMEOUT)
+        assert server_of(one) is not server_of(other)
 
     @pytest.mark.parametrize(
         "words",
@@ -589,7 +592,7 @@ class TestServer:
             pytest.skip("this redis-py does not know these words")
         one, other = (redis.Redis(host="there", **words) for _ in range(2))
         assert one.connection_pool is not other.connection_pool
-        assert server_of(one, TIMEOUT) is server_of(other, TIMEOUT)
+        assert server_of(one) is server_of(other)
 
     def test_words_of_no_known_constructor_tell_servers_apart(self) -> None:
         """A kind of connection of an application's own may be given a tunnel, or a list of them."""
@@ -603,7 +606,7 @@ class TestServer:
 
         def server(tunnels: Any) -> Any:
             pool = redis.ConnectionPool(connection_class=Tunnelled, host="there", tunnels=tunnels)
-            return server_of(redis.Redis(connection_pool=pool), TIMEOUT)
+            return server_of(redis.Redis(connection_pool=pool))
 
         kept = [server(tunnels) for tunnels in (["a"], ["b"], {"a": 1}, {"a"}, None)]
         assert kept[0] is server(["a"])
@@ -615,15 +618,17 @@ class TestServer:
         if not ONCE:
             pytest.skip("this redis-py has no such functions")
         one, other = redis.Redis(redis_connect_func=print), redis.Redis(redis_connect_func=repr)
-        assert server_of(one, TIMEOUT) is not server_of(other, TIMEOUT)
+        assert server_of(one) is not server_of(other)
 
-    def test_other_timeout_is_another_server(self) -> None:
-        """A pool waits as long as it was made to."""
+    def test_other_timeout_is_another_pool_of_one_server(self) -> None:
+        """A pool waits as long as it was made to; what one circuit finds out about the server holds for all."""
         client = redis.Redis(unix_socket_path="/nowhere")
-        kept = server_of(client, TIMEOUT)
-        assert kept is not server_of(client, 2 * TIMEOUT)
-        assert kept is not server_of(client, None)
-        assert kept is server_of(client, TIMEOUT)
+        server = server_of(client)
+        one, other, same = (server.client_like(client, timeout) for timeout in (TIMEOUT, 2 * TIMEOUT, TIMEOUT))
+        assert one.connection_pool is same.connection_pool
+        assert one.connection_pool is not other.connection_pool
+        assert other.connection_pool.timeout == 2 * TIMEOUT
+        assert server.client_like(client, None) is client
 
     @pytest.mark.parametrize(
         ("url", "words"),
@@ -641,20 +646,20 @@ class TestServer:
     )
     def test_url_and_words_that_lead_to_the_same_place_are_one_server(self, url: str, words: dict[str, Any]) -> None:
         """Some of an application is configured by a URL, as django-redis is, and some by words."""
-        one, other = server_of(redis.Redis.from_url(url), TIMEOUT), server_of(redis.Redis(**words), TIMEOUT)
+        one, other = server_of(redis.Redis.from_url(url)), server_of(redis.Redis(**words))
         assert one is other
 
     def test_clients_of_two_libraries_share_nothing(self) -> None:
         """Their pools do not go together."""
         one, other = redis.Redis(unix_socket_path="/there"), valkey.Valkey(unix_socket_path="/there")
-        assert server_of(one, TIMEOUT) is not server_of(other, TIMEOUT)
+        assert server_of(one) is not server_of(other)
 
     def test_client_without_an_origin_is_a_server_of_its_own(self) -> None:
         """Nobody knows whether two of them are the same."""
         one, other = MagicMock(), MagicMock()
-        kept = server_of(one, TIMEOUT)
-        assert kept is server_of(one, TIMEOUT)
-        assert kept is not server_of(other, TIMEOUT)
+        kept = server_of(one)
+        assert kept is server_of(one)
+        assert kept is not server_of(other)
         assert kept._client is one
         assert str(kept) == "MagicMock"
 
@@ -663,7 +668,7 @@ class TestServer:
         client = redis.Redis(unix_socket_path="/nowhere")
         storage = CircuitRedisStorage("closed", client)
         assert storage.state == "closed"
-        server = weakref.ref(server_of(client, storage._tenancy._timeout))
+        server = weakref.ref(server_of(client))
         assert server() is storage._tenancy.server
         ended = server().guard.outage  # type: ignore[union-attr]
         assert ended is not None, "nobody is there"

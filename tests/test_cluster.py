@@ -745,8 +745,8 @@ def test_nodes_are_servers_like_any_other(cluster: Nodes):
     assert other
     address = one.primary_of(SLOT)
     assert one.node(address) is one.node(address)
-    kept = server_of(one.node(address), 0.25)
-    assert kept is server_of(other.node(address), 0.25)
+    kept = server_of(one.node(address))
+    assert kept is server_of(other.node(address))
 
 
 # -- a fleet -----------------------------------------------------------------------------------------------------------

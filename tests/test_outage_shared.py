@@ -270,6 +270,50 @@ def test_caller_that_brings_a_circuit_back_meanwhile_is_counted(
     assert "circuits: 1 opened for all" in lines_of(caplog)[-1]
 
 
+def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has gone again, so that the thread goes on to ask."""
+    breaker = settled(breaker_on(site.client(), timeout=5.0))
+    tenancy, gone = tenancy_of(breaker), redis.ConnectionError("gone again")
+    ended = [(gone, tenancy, time.monotonic() + 60)]
+    monkeypatch.setattr(_server, "bring_back", lambda tenants, outcomes: ended.pop() if ended else None)
+    with away(site, breaker):
+        breaker.call(up)
+    wait_for(lambda: not ended, "it has gone again")
+    assert health_of(breaker).last_error == "ConnectionError: gone again"
+    wait_for(lambda: is_back(breaker), "it is back")
+
+
+def test_server_that_all_circuits_have_left_in_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """They live on other nodes of a cluster; of a server that answered nothing is logged."""
+    caplog.set_level("INFO", "pybreaker_redis")
+    server = _server.server_of(redis.Redis(port=1))
+    lone: Any = Lone()
+    server.admit(lone)
+    server.dismiss(lone)
+    assert lines_of(caplog) == []
+    server.admit(lone)
+    server.guard.failed(redis.ConnectionError("gone"))
+    server.dismiss(lone)
+    assert "its circuits live on other nodes of the cluster" in lines_of(caplog)[0]
+
+
+def test_first_answers_that_come_together_are_one_line(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other one has ended the trouble already."""
+    caplog.set_level("INFO", "pybreaker_redis")
+    breaker = settled(breaker_on(site.client(), timeout=5.0))
+    faults = tenancy_of(breaker)._faults
+    tenancy_of(breaker)._failed(TypeError("of its own"), time.monotonic())
+    with monkeypatch.context() as patched:
+        patched.setattr(faults, "answered", lambda: None)
+        faults.outage = replace(faults.outage, next_at=0.0)
+        breaker.call(up)
+    assert len(lines_of(caplog)) == 1
+    faults.outage = replace(faults.outage, next_at=0.0)
+    wait_for(lambda: is_back(breaker), "it is back")
+
+
 class Lone:
     """A tenant that is alone.
 
