@@ -116,8 +116,7 @@ class Tenancy:
 
     def believed(self, intent: Intent) -> Reply | None:
         """The shared circuit's answer to an intent that changes nothing, as far as it is known without asking."""
-        if self.is_alone:
-            return None
+        # While the process is alone the view is not believed.
         if (reply := self.shared.believed(intent)) is not None:
             self.shortcut = self._view.shortcut
         return reply
