@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import pybreaker
 import pytest
 import redis
+from redis.sentinel import Sentinel
 
 from pybreaker_redis import _client
 from pybreaker_redis._cluster import Cluster
@@ -28,6 +29,7 @@ from pybreaker_redis._survey import survey
 from pybreaker_redis._tenancy import Tenancy
 from pybreaker_redis._urls import client_of
 from tests.faults import Site
+from tests.places import has_clusters
 from tests.servers import ONCE
 from tests.test_outage import health_of, is_back, lines_of, site
 from tests.viewed import Down, breaker_on, up, wait_for
@@ -174,7 +176,7 @@ def test_error_of_a_handler_in_a_handshake_leaves_no_connection_in_the_middle_of
 
 def test_error_of_a_handler_is_raised_though_sentinels_were_being_asked(site: Site) -> None:
     """Their client takes it for a Sentinel that does not answer, and goes on with the next one."""
-    sentinel = redis.Sentinel([("127.0.0.1", site.proxy.port)] * 2, socket_timeout=LONG)
+    sentinel = Sentinel([("127.0.0.1", site.proxy.port)] * 2, socket_timeout=LONG)
     breaker = breaker_on(sentinel.master_for("mymaster"), timeout=LONG)
     with frozen(site), alarm(raising(TimeoutError("limit"))), pytest.raises(TimeoutError, match="limit"):
         breaker.call(up)
@@ -476,6 +478,7 @@ def test_time_limit_ends_the_look_for_nodes_of_a_cluster(monkeypatch: pytest.Mon
         cluster.look_again()
 
 
+@pytest.mark.skipif(not has_clusters(), reason="no library here knows clusters")
 def test_time_limit_ends_the_look_for_hosts_of_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where the client of a cluster is made."""
     make = client_of("redis+cluster://127.0.0.1:1,127.0.0.1:2")
