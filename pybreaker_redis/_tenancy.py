@@ -116,7 +116,6 @@ class Tenancy:
 
     def believed(self, intent: Intent) -> Reply | None:
         """The shared circuit's answer to an intent that changes nothing, as far as it is known without asking."""
-        # While the process is alone the view is not believed.
         if (reply := self.shared.believed(intent)) is not None:
             self.shortcut = self._view.shortcut
         return reply
@@ -187,7 +186,7 @@ class Tenancy:
     def _has_waited(self) -> bool:
         """Whether contention has used the time of the call: the rest of the call is for the local circuit."""
         caller = self._callers.current()
-        return self.is_alone and not caller.is_apart and caller.waited > (self._timeout or math.inf) / 2
+        return self.is_alone and not caller.is_apart and caller.waited > (self.timeout or math.inf) / 2
 
     def _may_ask(self) -> bool:
         # To be told that it is one's turn is to have to ask.
