@@ -17,6 +17,7 @@ class Connections:
 
     def __init__(self) -> None:
         self._pools: dict[float, Any] = {}
+        self._has_waited = False
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -40,6 +41,19 @@ class Connections:
                 self._pools[timeout] = own and own.connection_pool
             pool = self._pools[timeout]
         return client if pool is None else on_pool(client, pool)
+
+    def took(self, client: Any, seconds: float, timeout: float | None) -> None:
+        """Log once that a client that is used as it is has waited by itself.
+
+        Args:
+            client: Of the server.
+            seconds: That an operation has taken.
+            timeout: Seconds that it should have taken at most; ``None``: it may take as long as it does.
+        """
+        if timeout is None or self._pools.get(timeout) is not None or seconds <= 2 * timeout or self._has_waited:
+            return
+        self._has_waited = True
+        _said.waited(client, seconds, timeout)
 
     def hang_up(self) -> None:
         """Close the connections that are not in use just now."""

@@ -27,10 +27,10 @@ from pybreaker_redis._clock import monotonic
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._hearings import Hearings
 from pybreaker_redis._line import Heard, Line
+from pybreaker_redis._secrets import described
 from pybreaker_redis._session import LONGEST_WAIT, Session
 from pybreaker_redis._threads import NoThreads, start
 from pybreaker_redis._view import View
-from pybreaker_redis._secrets import described
 from pybreaker_redis.errors import PushUnavailable
 
 THREAD_NAME = "pybreaker_redis listener"

@@ -13,8 +13,8 @@ from pybreaker_redis._clock import moment, monotonic
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._guard import Meaning, meaning_of
 from pybreaker_redis._optimistic import Question, read
-from pybreaker_redis._tenant import Tenant
 from pybreaker_redis._secrets import described
+from pybreaker_redis._tenant import Tenant
 
 #: Circuits that are read in one round trip.
 BATCH = 200

@@ -72,16 +72,12 @@ def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, be
         pause,
         outage.patience,
         _and_more(more),
-        extra={
-            "pybreaker_redis": {
-                "event": "away",
-                "server": server,
-                "error": outage.error,
-                "pause": pause,
-                "more_losses": more,
-            }
-        },
+        extra=_extra(event="away", server=server, error=outage.error, pause=pause, more_losses=more),
     )
+
+
+def _extra(**words: Any) -> dict[str, Any]:
+    return {"pybreaker_redis": words}
 
 
 def _and_more(losses: int) -> str:
@@ -134,15 +130,7 @@ def back(server: str, seconds: float, outcomes: Counter[str], more: int = 0) -> 
         seconds,
         said or "nothing to bring back",
         _and_more(more),
-        extra={
-            "pybreaker_redis": {
-                "event": "back",
-                "server": server,
-                "seconds": seconds,
-                "outcomes": dict(outcomes),
-                "more_losses": more,
-            }
-        },
+        extra=_extra(event="back", server=server, seconds=seconds, outcomes=dict(outcomes), more_losses=more),
     )
 
 
@@ -160,7 +148,7 @@ def left(server: str, seconds: float, more: int = 0) -> None:
         server,
         seconds,
         _and_more(more),
-        extra={"pybreaker_redis": {"event": "moved", "server": server, "seconds": seconds, "more_losses": more}},
+        extra=_extra(event="moved", server=server, seconds=seconds, more_losses=more),
     )
 
 
@@ -193,8 +181,8 @@ def lacking(server: str, lack: Lack, reason: object) -> None:
     level, message = _LACKS[lack]
     # What a command was given is of no interest here, and may be long.
     said = masked(reason).partition(", with args")[0]
-    extra = {"pybreaker_redis": {"event": "lack", "server": server, "lack": lack.value, "error": said}}
-    _say(level, "Redis at %s " + message, server, said, extra=extra)
+    words = _extra(event="lack", server=server, lack=lack.value, error=said)
+    _say(level, "Redis at %s " + message, server, said, extra=words)
 
 
 def differ(circuit: str, settings: Mapping[str, tuple[Any, Any]]) -> None:

@@ -31,8 +31,8 @@ from pybreaker_redis._deadline import deadline
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._guard import FIRST_TURN, Guard, Meaning, Outage, meaning_of
 from pybreaker_redis._rejoin import bring_back, rejoin
-from pybreaker_redis._tenant import Tenant
 from pybreaker_redis._secrets import described
+from pybreaker_redis._tenant import Tenant
 
 THREAD_NAME = "pybreaker_redis keeper"
 
@@ -70,7 +70,6 @@ class Server:
         #: Those that nobody has used since they were let go of.
         self._let_go: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._lacks: set[Lack] = set()
-        self._has_waited = False
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -201,12 +200,9 @@ class Server:
         if is_new:
             _said.lacking(str(self), lack, reason)
 
-    def took(self, seconds: float) -> None:
-        """An operation has taken so long; say so, once, if a client that is used as it is has waited by itself."""
-        if self._timeout is None or self._pool is not None or seconds <= 2 * self._timeout or self._has_waited:
-            return
-        self._has_waited = True
-        _said.waited(self._client, seconds, self._timeout)
+    def took(self, seconds: float, timeout: float | None) -> None:
+        """An operation has taken so long, and should have taken that at most."""
+        self._connections.took(self._client, seconds, timeout)
 
     def doubt(self) -> None:
         """What was heard here is silent: see whether the server is there."""

@@ -53,7 +53,7 @@ class Tenancy:
     Attributes:
         circuit_name: See above.
         max_staleness: Seconds for which the view may be believed.
-        timeout: Seconds to wait for an answer; ``None``: as long as the client takes.
+        timeout: See above.
         shared: The circuit in Redis.
         server: Where that lives; ``None`` while it was not used.
         shortcut: Of the circuit that this process goes by.
@@ -150,23 +150,26 @@ class Tenancy:
                     # reach a guarded call; the log says what it was.
                     in_doubt = is_in_doubt(error)
                     self._failed(error, began)
-            except BaseException:
-                self._is_interrupted()
-                raise
-            finally:
-                if self.server is not None:
-                    self.server.took(monotonic() - began)
-                if shared is None:
-                    # If it is still one's turn to ask, nothing has come of it.
-                    self._faults.give_back()
-                    if self.server is not None:
-                        self.server.guard.give_back()
+            except BaseException as error:  # noqa: BLE001
+                outside = error
+            self._has_asked(began, has_answer=shared is not None, is_interrupted=outside is not None)
             if outside is not None:
-                self._is_interrupted()
                 raise outside
             if shared is not None:
                 return shared
         return self._execute_own(intent, in_doubt)
+
+    def _has_asked(self, began: float, *, has_answer: bool, is_interrupted: bool) -> None:
+        if not has_answer:
+            # If it is still one's turn to ask, nothing has come of it.
+            self._faults.give_back()
+        if self.server is None:
+            return
+        self.server.took(monotonic() - began, self.timeout)
+        if not has_answer:
+            self.server.guard.give_back()
+        if is_interrupted:
+            self.server.hang_up()  # A connection that was in use may still owe its answer.
 
     def _seat(self) -> Seat:
         seat = self._whereabouts.seat()
@@ -233,11 +236,6 @@ class Tenancy:
             intent, self.shared.known, guard, answers=answers, in_doubt=in_doubt, max_staleness=self.max_staleness
         )
         return reply
-
-    def _is_interrupted(self) -> None:
-        """A call was ended in the middle of a wait: a connection that it has used may still owe its answer."""
-        if self.server is not None:
-            self.server.hang_up()
 
     def _failed(self, error: Exception, began: float) -> None:
         if meaning_of(error) is Meaning.CONTENDED:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pybreaker_redis import _secrets
 from pybreaker_redis._clock import monotonic
+from pybreaker_redis._outside import calls_users
 
 #: Seconds that a connection may be idle and is used again: load balancers forget silent ones after a minute or more,
 #: and what is sent on these is never answered.
@@ -198,6 +199,7 @@ class _Noting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._provider, name)
 
+    @calls_users
     def get_credentials(self) -> Any:
         """Return what the provider returns."""
         credentials = self._provider.get_credentials()

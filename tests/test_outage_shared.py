@@ -21,8 +21,8 @@ from pybreaker_redis._carrier import Reply
 from pybreaker_redis._guard import Guard
 from pybreaker_redis._optimistic import Read
 from pybreaker_redis._rejoin import bring_back, rejoin
+from pybreaker_redis._secrets import described
 from pybreaker_redis._shared import SharedCircuit
-from pybreaker_redis.errors import described
 from tests.faults import Site
 from tests.test_outage import health_of, is_back, lines_of, site
 from tests.test_outage_races import is_away
