@@ -179,7 +179,6 @@ def lacking(server: str, lack: Lack, reason: object) -> None:
         reason: What it has answered.
     """
     level, message = _LACKS[lack]
-    # What a command was given is of no interest here, and may be long.
     said = masked(reason).partition(", with args")[0]
     words = _extra(event="lack", server=server, lack=lack.value, error=said)
     _say(level, "Redis at %s " + message, server, said, extra=words)
