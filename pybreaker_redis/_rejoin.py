@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pybreaker_redis import _said
 from pybreaker_redis._clock import moment, monotonic
 from pybreaker_redis._deadline import deadline
-from pybreaker_redis._guard import Meaning, meaning_of
+from pybreaker_redis._guard import Meaning, is_rejected, meaning_of
 from pybreaker_redis._optimistic import Question, read
 from pybreaker_redis._secrets import described
 from pybreaker_redis._tenant import Tenant
@@ -95,7 +95,14 @@ def _read_again(tenants: Sequence[Tenant], patience: float) -> list[Tenant]:
         timeouts = [tenant.timeout for tenant, _ in batch]
         timeout = None if None in timeouts else max(patience, *(seconds or 0 for seconds in timeouts))
         with deadline(timeout):
-            found += _read(batch)
+            try:
+                found += _read(batch)
+            except Exception as error:
+                if not is_rejected(error):
+                    raise
+                # A single load looks for other credentials, and raises if there are none.
+                batch[0][0].load()
+                found += _read(batch)
         # The others are read on the same connection.
         patience = 0
     return found

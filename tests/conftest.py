@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _listener, _server, _session, _settings, _twins
+from pybreaker_redis import CircuitRedisStorage, _listener, _secrets, _server, _session, _settings, _twins
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._line import Line
 from tests import places, servers
@@ -253,6 +253,12 @@ def _nothing_lingers() -> Iterator[None]:
 def nobody_has_twins() -> None:
     """Storages of earlier tests may still be there, with other settings: what is said of that is for tests of that."""
     _twins._twins._circuits.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_is_known() -> None:
+    """Passwords of earlier tests are short words, which would be masked in the lines of this one."""
+    _secrets._known.clear()
 
 
 @pytest.fixture

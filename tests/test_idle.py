@@ -150,7 +150,8 @@ def test_report_that_could_not_be_sent_is_made_once_more(
     breaker = guarded(balancer)
 
     def tears() -> None:
-        pool = breaker._state_storage._tenancy.server._pool  # type: ignore[attr-defined]
+        storage: Any = breaker._state_storage
+        (pool,) = storage._tenancy.server._connections._pools.values()
         for made in pool._connections:
             made._sock._wrapped = Torn(made._sock._wrapped)
         raise Down

@@ -137,8 +137,8 @@ def test_words_of_a_client_and_of_its_sentinels_are_remembered() -> None:
     manager = redis.sentinel.Sentinel(
         [("there", 1)], sentinel_kwargs={"password": "of-sentinels"}, password="of-master"
     )
-    server_of(manager.master_for("shop"), None)
-    server_of(redis.Redis(password=b"of-bytes"), None)
+    server_of(manager.master_for("shop"))
+    server_of(redis.Redis(password=b"of-bytes"))
     assert masked("of-sentinels, of-master, of-bytes") == "***, ***, ***"
 
 
