@@ -12,6 +12,7 @@ from pybreaker_redis import _said
 from pybreaker_redis._clock import moment, monotonic
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._guard import Meaning, is_rejected, meaning_of
+from pybreaker_redis._intents import Load
 from pybreaker_redis._optimistic import Question, read
 from pybreaker_redis._secrets import described
 from pybreaker_redis._tenant import Tenant
@@ -100,8 +101,8 @@ def _read_again(tenants: Sequence[Tenant], patience: float) -> list[Tenant]:
             except Exception as error:
                 if not is_rejected(error):
                     raise
-                # A single load looks for other credentials, and raises if there are none.
-                batch[0][0].load()
+                # A single load looks for other credentials, and raises if there are none; its outcome is logged at once.
+                batch[0][0].shared.execute(Load())
                 found += _read(batch)
         # The others are read on the same connection.
         patience = 0

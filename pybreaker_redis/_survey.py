@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._clock import moment
-from pybreaker_redis._guard import Meaning, meaning_of
+from pybreaker_redis._guard import Meaning, is_rejected, meaning_of
 from pybreaker_redis._intents import Load
 from pybreaker_redis._optimistic import Question, look
 from pybreaker_redis._outside import from_outside
@@ -44,9 +44,11 @@ def _look_at(group: list[tuple[SharedCircuit, Question]]) -> dict[SharedCircuit,
         replies = look([question for _, question in group])
     except Exception as error:
         mask(error)
-        if meaning_of(error) not in (Meaning.FAULT, Meaning.MIGRATING) or from_outside(error, handled):
+        may_move = meaning_of(error) in (Meaning.FAULT, Meaning.MIGRATING) or is_rejected(error)
+        if not may_move or from_outside(error, handled):
             raise
-        # They lie elsewhere by now, or in a cluster that nobody knew of.  Who asks for one circuit finds out where.
+        # They lie elsewhere by now, or in a cluster that nobody knew of, or there are other credentials.  Who asks for
+        # one circuit finds that out.
         return {circuit: circuit.execute(Load()) for circuit, _ in group}
     after = moment()
     return {circuit: circuit.answered(reply, before, after) for (circuit, _), reply in zip(group, replies, strict=True)}

@@ -18,6 +18,7 @@ from pybreaker_redis._client import bounded, origin_of, take_credentials, words_
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._keys import SLOTS
+from pybreaker_redis.registry import BreakerRegistry
 from tests.clusters import bus_port
 from tests.kinds import CredentialProvider
 from tests.servers import ONCE, FoundServer
@@ -127,6 +128,30 @@ class TestRotation:
         password[0] = "new"
         recovers(breaker, locked)
         assert len(made) <= 3
+
+    def test_callable_that_has_the_new_password_late_is_called_again(self, locked: PrivateServer) -> None:
+        """The server is away by then, and a thread reads its circuits in batches."""
+        password = ["old"]
+        breaker = breaker_of(lambda: redis.Redis(unix_socket_path=locked.unix_socket, password=password[0]))
+        replace_password(locked)
+        with pytest.raises(Down):
+            breaker.call(down)
+        assert breaker._state_storage.health().condition == "away"  # type: ignore[attr-defined]
+        password[0] = "new"
+        with contextlib.closing(operator_of(locked, "new")) as operator:
+            wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
+        wait_for(lambda: not keepers(), "nobody asks again")
+
+    def test_look_at_all_circuits_takes_the_new_password_of_a_callable(self, locked: PrivateServer) -> None:
+        """An operator looks before any call is made."""
+        password = ["old"]
+        breakers = BreakerRegistry(lambda: redis.Redis(unix_socket_path=locked.unix_socket, password=password[0]))
+        breakers.get("iam")
+        assert breakers.status()["iam"].state == "closed"
+        replace_password(locked)
+        password[0] = "new"
+        assert breakers.status()["iam"].state == "closed"
+        breakers.close()
 
     def test_callable_that_fails_is_called_again(self, locked: PrivateServer) -> None:
         """The vault is away, too."""
