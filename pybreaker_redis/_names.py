@@ -9,9 +9,10 @@ from then on a plain client of the library uses them, on connections that keep d
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
+
+from pybreaker_redis._outside import calls_users, suppressed
 
 #: Packages whose classes execute commands as they are given.
 _LIBRARIES = frozenset(("fakeredis", "redis", "rediscluster", "valkey"))
@@ -21,9 +22,10 @@ _LIBRARIES = frozenset(("fakeredis", "redis", "rediscluster", "valkey"))
 _ASKED = (("evalsha", 3), ("eval", 3), ("get", 1))
 
 
+@calls_users
 def behind(client: Any) -> Any:
     """Return the client behind a wrapper that has no method of its own for scripts, as flask-redis and lazy objects."""
-    with contextlib.suppress(Exception):
+    with suppressed():
         owner = getattr(client.evalsha, "__self__", client)
         if base_of(client) is None and base_of(owner) is not None:
             return owner
@@ -38,6 +40,7 @@ def base_of(client: Any) -> type[Any] | None:
     return None
 
 
+@calls_users
 def plain(client: Any) -> Any:
     """Return a copy of a client that has only the library's own methods.
 
@@ -65,12 +68,11 @@ def is_known(client: Any) -> bool:
     """Whether a plain client of its library can stand for a client."""
     if type(client) is base_of(client):
         return True
-    try:
+    # Whatever a class raises that cannot be copied.
+    with suppressed():
         plain(client)
-    except Exception:  # noqa: BLE001
-        # Whatever a class raises that cannot be copied.
-        return False
-    return True
+        return True
+    return False
 
 
 def _patches(client: Any) -> list[str]:
@@ -88,16 +90,16 @@ def real_names(client: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
     base = base_of(client)
     if base is None or type(client) is base:
         return keys
-    try:
+    # Whatever a class raises that cannot be made in this way.
+    with suppressed():
         if not hasattr(client, "nodes_manager"):
             # Else the new names would be renamed once more.
             plain(client)
         return _observed_names(client, base, keys)
-    except Exception:  # noqa: BLE001
-        # Whatever a class raises that cannot be made in this way.
-        return keys
+    return keys
 
 
+@calls_users
 def _observed_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
     sent: list[tuple[Any, ...]] = []
 
@@ -114,9 +116,10 @@ def _observed_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tupl
     patches = _patches(client)
     vars(observed).update((name, value) for name, value in vars(client).items() if name not in patches)
 
+    @calls_users
     def name_of(method: str, place: int, key: str) -> str:
         sent.clear()
-        with contextlib.suppress(Exception):
+        with suppressed():
             # One key at a time: kombu's client renames only the first of a script.
             getattr(observed, method)(*(["0" * 40, 1] if place > 1 else []), key)
         name = sent[0][place] if sent else key

@@ -15,7 +15,7 @@ from pybreaker_redis._cluster import Address, Cluster, cluster_behind, cluster_o
 from pybreaker_redis._guard import is_rejected
 from pybreaker_redis._keys import BASE, circuit_keys, slot_of
 from pybreaker_redis._names import behind, plain, real_names
-from pybreaker_redis._outside import calls_users
+from pybreaker_redis._outside import calls_users, suppressed
 from pybreaker_redis.errors import is_a
 
 
@@ -38,7 +38,7 @@ class Whereabouts:
     """Where one circuit lies.
 
     Args:
-        given: Returns the user's client; called once.
+        given: Returns the user's client; called at first use, and again whenever credentials are rejected.
         namespace: Of the circuit.
         one_slot: Whether to put its keys into one slot in any case; for a cluster's client they are.
         base: Between the namespace and the names of its keys.
@@ -153,10 +153,11 @@ class Whereabouts:
 
     def _has_new_credentials(self, asked: Any) -> bool:
         """Look at what the client authenticates by now; whether that differs, so that it is worth another attempt."""
-        try:
-            given = behind(self._given())
-        except Exception:  # noqa: BLE001
-            # Whatever a callable raises: the next attempt calls it again.
+        given = None
+        # Whatever a callable raises: the next attempt calls it again.
+        with suppressed():
+            given = behind(self._call_given())
+        if given is None:
             return False
         words = words_of(given)
         if self._cluster is not None:

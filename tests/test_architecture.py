@@ -42,14 +42,13 @@ ROWS = (
     ("_scripts", "_optimistic", "_whereabouts"),
     ("_view", "_line", "_guard", "_cluster", "_answers"),
     ("_carrier", "_record", "_shortcut", "_client", "_spell"),
-    ("_intents", "_lifetime", "_deadline", "_words"),
+    ("_intents", "_lifetime", "_deadline", "_words", "_names"),
     ("_outside",),
     ("_signals",),
     ("_bulletin",),
     (
         "_circuit",
         "_keys",
-        "_names",
         "_secrets",
         "_clock",
         "_forks",
@@ -99,7 +98,7 @@ def test_imports_follow_the_flow(module: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("_circuit", "_keys", "_names", "_secrets", "_clock", "_forks", "_signals", "_threads"),
+        *("_circuit", "_keys", "_secrets", "_clock", "_forks", "_signals", "_threads"),
         *("errors", "health", "_frames"),
     ],
 )

@@ -22,6 +22,7 @@ from pybreaker_redis.registry import BreakerRegistry
 from tests.clusters import bus_port
 from tests.kinds import CredentialProvider
 from tests.servers import ONCE, FoundServer
+from tests.test_outside import JobTimeout, alarm, raising
 from tests.viewed import Down, down, keepers, up, wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
@@ -152,6 +153,22 @@ class TestRotation:
         password[0] = "new"
         assert breakers.status()["iam"].state == "closed"
         breakers.close()
+
+    def test_time_limit_reaches_the_call_while_a_callable_is_called_again(self, locked: PrivateServer) -> None:
+        """The vault is slow, and the application ends the call."""
+        made = []
+
+        def client() -> redis.Redis:
+            made.append(redis.Redis(unix_socket_path=locked.unix_socket, password="old"))
+            if len(made) > 1:
+                time.sleep(ENOUGH)
+            return made[-1]
+
+        breaker = breaker_of(client, max_staleness=0)
+        replace_password(locked)
+        with alarm(raising(JobTimeout())), pytest.raises(JobTimeout):
+            breaker.call(up)
+        assert len(made) == 2
 
     def test_callable_that_fails_is_called_again(self, locked: PrivateServer) -> None:
         """The vault is away, too."""

@@ -531,3 +531,25 @@ def test_interrupt_drops_the_connections_that_are_not_in_use(site: Site, monkeyp
     with pytest.raises(KeyboardInterrupt):
         breaker.call(up)
     assert dropped == [False]
+
+
+def test_time_limit_in_a_lazy_client_reaches_the_call(site: Site) -> None:
+    """An object makes its client when a method of it is first looked up, and that takes a while."""
+
+    class Lazy:
+        waits = 0.0
+
+        @property
+        def evalsha(self) -> Any:
+            seconds, self.waits = self.waits, 0.0
+            time.sleep(seconds)
+            return site.client().evalsha
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(site.client(), name)
+
+    lazy = Lazy()
+    breaker = breaker_on(lazy, max_staleness=0, timeout=LONG)
+    lazy.waits = LONG
+    with alarm(raising(JobTimeout())), pytest.raises(JobTimeout):
+        breaker.call(up)
