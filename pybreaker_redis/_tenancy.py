@@ -51,9 +51,8 @@ class Tenancy:
         callers: One for each thread.
 
     Attributes:
-        circuit_name: See above.
         max_staleness: Seconds for which the view may be believed.
-        timeout: See above.
+        circuit_name, timeout: See above.
         shared: The circuit in Redis.
         server: Where that lives; ``None`` while it was not used.
         shortcut: Of the circuit that this process goes by.
@@ -235,6 +234,8 @@ class Tenancy:
         reply, self.shortcut = self._stand_in.execute(
             intent, self.shared.known, guard, answers=answers, in_doubt=in_doubt, max_staleness=self.max_staleness
         )
+        if self._view.may_believe:
+            self.lose()  # Another thread has ended the outage meanwhile, and this has to be brought back, too.
         return reply
 
     def _failed(self, error: Exception, began: float) -> None:
@@ -277,8 +278,7 @@ class Tenancy:
                 self.check_writable()
                 self.rejoin()
             except Exception as error:  # noqa: BLE001
-                # It is for those there to ask again.
-                self._failed(error, began)
+                self._failed(error, began)  # It is for those there to ask again.
         return True
 
     def load(self, *, tell: bool = False) -> None:

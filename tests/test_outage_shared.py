@@ -19,7 +19,9 @@ from pybreaker_redis import _bulletin, _rejoin, _server
 from pybreaker_redis._bulletin import Bulletin
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._guard import Guard
+from pybreaker_redis._intents import RecordFailure
 from pybreaker_redis._optimistic import Read
+from pybreaker_redis._own import OwnCircuit
 from pybreaker_redis._rejoin import bring_back, rejoin
 from pybreaker_redis._secrets import described
 from pybreaker_redis._shared import SharedCircuit
@@ -153,6 +155,30 @@ def test_storages_of_one_circuit_report_their_failures_once(site: Site) -> None:
             fails(breaker, 2)
     wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all go by the shared circuit")
     assert site.administrator.get("viewed:pybreaker:fail_counter") == b"6"
+
+
+def test_failure_that_is_counted_alone_just_when_redis_is_back_is_reported(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller was on the way to the local circuit when that ended; the circuit begins again, and is brought back."""
+    breaker = settled(breaker_on(site.client(), fail_max=9, timeout=5.0))
+    tenancy = tenancy_of(breaker)
+    execute = OwnCircuit.execute
+
+    def late(own: OwnCircuit, intent: Any, *arguments: Any, **words: Any) -> Reply:
+        if isinstance(intent, RecordFailure):
+            monkeypatch.undo()
+            site.proxy.listen()
+            wait_for(lambda: not own.in_use and tenancy.server.guard.outage is None, "it is back")
+        return execute(own, intent, *arguments, **words)
+
+    site.proxy.refuse()
+    site.proxy.hang_up()
+    wait_for(lambda: is_away(breaker), "it is away")
+    breaker.call(up)
+    monkeypatch.setattr(OwnCircuit, "execute", late)
+    fails(breaker)
+    wait_for(lambda: breaker.fail_counter == 1 and is_back(breaker), "the failure is reported")
 
 
 def test_storages_that_begin_differently_have_a_local_circuit_each(site: Site) -> None:
