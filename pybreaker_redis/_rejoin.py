@@ -101,7 +101,7 @@ def _read_again(tenants: Sequence[Tenant], patience: float) -> list[Tenant]:
             except Exception as error:
                 if not is_rejected(error):
                     raise
-                # A single load looks for other credentials, and raises if there are none; its outcome is logged at once.
+                # A single load looks for other credentials, and raises if there are none.
                 batch[0][0].shared.execute(Load())
                 found += _read(batch)
         # The others are read on the same connection.

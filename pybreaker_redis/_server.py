@@ -283,7 +283,8 @@ class Server:
             # Callers may do it, too, or go on alone meanwhile.
             ended_by = bring_back(self._present(), outcomes)
             self.outcomes = None
-            self._is_back(seconds if self._tenants else None, outcomes)  # Else nobody has asked it.
+            is_back = self._tenants and self.guard.outage is None  # Else it was not asked, or has gone again.
+            self._is_back(seconds if is_back else None, outcomes)
             if ended_by is not None:
                 self.failed(*ended_by)
 

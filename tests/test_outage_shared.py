@@ -365,6 +365,9 @@ class Lone:
     def ticket(self) -> None:
         """Nothing is known."""
 
+    def lose(self) -> None:
+        """It is alone already."""
+
     def load(self) -> None:
         """It is asked for."""
         self.loaded += 1
@@ -381,6 +384,29 @@ class Lone:
     def rejoins_at_once(self) -> None:
         """It does not."""
         pytest.fail("it could not be read")
+
+
+def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The return of before is no news any more."""
+    caplog.set_level("INFO", "pybreaker_redis")
+    server = _server.server_of(redis.Redis(port=1))
+    lone: Any = Lone()
+    server.admit(lone)
+
+    def goes(said: str) -> None:
+        server.failed(redis.ConnectionError(said), lone, time.monotonic())
+
+    monkeypatch.setattr(server, "_is_kept", lambda: True)
+    monkeypatch.setattr(_server, "rejoin", lambda *words: None)
+    monkeypatch.setattr(_server, "bring_back", lambda tenants, outcomes: goes("again"))
+    goes("at first")
+    assert server.guard.outage is not None
+    server._try_to_return(server.guard.outage)
+    monkeypatch.setattr(server._bulletin, "_until", 0.0)
+    server._bulletin.flush()
+    assert ["at first" in line or "again" in line for line in lines_of(caplog)] == [True, True]
 
 
 def test_server_that_goes_while_circuits_are_brought_back_is_not_asked_for_each() -> None:
