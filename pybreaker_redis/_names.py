@@ -122,7 +122,9 @@ def _observed_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tupl
         with suppressed():
             # One key at a time: kombu's client renames only the first of a script.
             getattr(observed, method)(*(["0" * 40, 1] if place > 1 else []), key)
-        name = sent[0][place] if sent else key
+        # A client may send other commands, too.
+        named = [words[place] for words in sent if str(words[0]).lower() == method and len(words) > place]
+        name = named[0] if named else key
         return name.decode() if isinstance(name, bytes) else str(name)
 
     for method, place in _ASKED:

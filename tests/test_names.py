@@ -300,3 +300,17 @@ def test_plain_client_of_no_library_is_refused() -> None:
     """What its methods do is not known."""
     with pytest.raises(TypeError, match="Counting"):
         plain(Counting(redis.Redis()))
+
+
+def test_other_commands_of_a_client_are_not_taken_for_names() -> None:
+    """It counts its own commands, and then renames the keys."""
+
+    class Counting(redis.Redis):
+        def execute_command(self, *words: Any, **options: Any) -> Any:
+            if words[0] == "EVALSHA":
+                super().execute_command("INCRBY", "commands", 1)
+                super().execute_command("SET", "last", "evalsha", "EX", 60)
+                words = (*words[:3], "a:" + words[3], *words[4:])
+            return super().execute_command(*words, **options)
+
+    assert real_names(Counting(), KEYS) == tuple(f"a:{key}" for key in KEYS)
