@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pybreaker_redis import _said
+from pybreaker_redis._answers import milliseconds
 from pybreaker_redis._circuit import CLOSED, Circuit
 from pybreaker_redis._clock import moment, monotonic
 from pybreaker_redis._hearings import Hearing, Hearings
@@ -194,7 +195,7 @@ class Session:
             return
         fail_counters = self._each_of(answers[1 + len(before) : counted : 1 + len(before)], len(asked))
         self.polled = self.polled or not all(isinstance(counter, Exception) for counter in fail_counters)
-        server_ms, values = _milliseconds(answers[0]), answers[counted:]
+        server_ms, values = milliseconds(answers[0]), answers[counted:]
         for (item, ticket), failures, plain, mark in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
             known = item.view.known
             if known is None or isinstance(failures, Exception) or isinstance(plain, Exception):
@@ -240,8 +241,3 @@ def _found(failures: Any, plain: Any, mark: Any) -> Found:
     # Successes count only while half-open, for the one who probes: he asks.
     values = (plain[0], failures, "0", plain[1])
     return parse(values, mark if is_hash else (None,) * len(MARK_FIELDS), mark_is_hash=is_hash)
-
-
-def _milliseconds(answer: Any) -> int:
-    seconds, microseconds = (int(part) for part in answer)
-    return seconds * 1000 + microseconds // 1000

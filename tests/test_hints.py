@@ -29,6 +29,7 @@ from pybreaker_redis._line import Push
 from pybreaker_redis._listener import Listener
 from pybreaker_redis._session import REREAD_EVERY_S, REREADS_AT_ONCE, Session
 from pybreaker_redis._view import View
+from pybreaker_redis.errors import UnusableAnswer
 from tests.viewed import (
     NAMESPACE,
     breaker_on,
@@ -277,6 +278,18 @@ def test_read_with_a_script_in_between_is_repeated_and_doubts_nothing():
     assert known is not None
     assert (known.generation, known.state) == (2, "half-open")
     assert session._changed == set()
+
+
+@pytest.mark.parametrize("time_read", [[b"9999999999999", b"0"], [b"-7", b"0"], [b"7"], None])
+def test_clock_that_no_server_shows_ends_the_line_and_changes_nothing(time_read):
+    """What a listener reads is checked like the answer of a script."""
+    view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
+    known, learned = view.known, view.offset.learned
+    line: Any = session.line
+    line.answers = [time_read, [b"0"], [b"half-open", b"5"], line.answers[3]]
+    with pytest.raises(UnusableAnswer, match="TIME"):
+        session._read_again()
+    assert (view.known, view.offset.learned) == (known, learned)
 
 
 def test_read_that_makes_no_sense_is_left_to_the_next_caller():
