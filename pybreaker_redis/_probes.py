@@ -15,10 +15,16 @@ from dataclasses import replace
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import HALF_OPEN
-from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, RecordFailure, Trip
+from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, RecordFailure, RecordSuccess, Trip
 
 #: Tokens that are remembered at most; each outage or recovery leaves a few.
 MOST_TOKENS = 256
+
+#: Intents after which the call goes on, once they are granted.
+_GO_ON = (ClaimProbe, RecordFailure, RecordSuccess)
+
+#: Intents that name the probe of their call.
+_WITH_TOKEN = (*_GO_ON, CountProbe, Close, Trip)
 
 
 class LooseProbes:
@@ -40,8 +46,9 @@ class LooseProbes:
         """Offer a token to the callers of this process; the oldest tokens are forgotten."""
         tokens = self._own()
         tokens[token] = None
-        while len(tokens) > MOST_TOKENS:
-            tokens.pop(next(iter(tokens)), None)
+        # A copy, which is made at once: other threads take and release tokens meanwhile.
+        for oldest in list(tokens)[:-MOST_TOKENS]:
+            tokens.pop(oldest, None)
 
     def execute(self, run: Callable[[Intent], Reply], intent: Intent) -> Reply:
         """Carry out an intent, and follow what becomes of the probe that it is about."""
@@ -71,14 +78,14 @@ class LooseProbes:
 
 
 def _token_of(intent: Intent) -> str:
-    return intent.token if isinstance(intent, ClaimProbe | CountProbe | Close | Trip | RecordFailure) else ""
+    return intent.token if isinstance(intent, _WITH_TOKEN) else ""
 
 
 def _goes_on(intent: Intent, reply: Reply) -> bool:
     """Whether a call holds the probe after the intent: a new claim, or a report that another one follows."""
     if isinstance(intent, CountProbe):
         return reply.accepted and reply.circuit.probe_token == intent.token
-    return reply.accepted and isinstance(intent, ClaimProbe | RecordFailure)
+    return reply.accepted and isinstance(intent, _GO_ON)
 
 
 #: The probes of this process.

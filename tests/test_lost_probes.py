@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +62,10 @@ def engine(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[re
         yield client
 
 
+class Interrupted(Exception):
+    """Raised from outside, as by a signal handler or a greenlet's timeout."""
+
+
 class Line:
     """The connection of one storage, on which answers get lost.
 
@@ -75,9 +80,11 @@ class Line:
         self._execute = self._carriers.execute
         self._carriers.execute = self._carry  # type: ignore[method-assign]
 
-    def lose(self, kind: type[Intent], *, executed: bool) -> None:
+    def lose(
+        self, kind: type[Intent], *, executed: bool, error: type[Exception] = redis.exceptions.TimeoutError
+    ) -> None:
         """Lose the next answer to such an intent, or the intent itself."""
-        self._loses = kind, executed
+        self._loses, self._error = (kind, executed), error
 
     def _carry(self, carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:
         loses = self._loses
@@ -88,7 +95,7 @@ class Line:
             self._execute(carrier, intent, known, create)
         self.lost.append(intent)
         msg = "Timeout reading from socket"
-        raise redis.exceptions.TimeoutError(msg)
+        raise self._error(msg)
 
 
 def opened(client: redis.Redis, **words: Any) -> tuple[CircuitBreaker, CircuitRedisStorage]:
@@ -156,6 +163,19 @@ def test_failure_whose_answer_is_lost_blocks_for_no_lease(
     wait_for(lambda: storage.health().condition == "connected", "it is back")
     recovers(breaker, engine)
     assert len(line.lost) == 1
+
+
+@pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
+@pytest.mark.parametrize("kind", [ClaimProbe, RecordSuccess, CountProbe, Close])
+def test_probe_interrupted_from_outside_blocks_for_no_lease(
+    engine: redis.Redis, kind: type[Intent], executed: bool
+) -> None:
+    """A deadline that ends the wait for an answer ends the call: the next call of this process probes."""
+    breaker, storage = opened(engine)
+    Line(storage).lose(kind, executed=executed, error=Interrupted)
+    with pytest.raises(Interrupted):
+        breaker.call(up)
+    recovers(breaker, engine)
 
 
 def test_orphaned_claim_admits_one_call_at_a_time(engine: redis.Redis) -> None:
@@ -288,13 +308,46 @@ class TestLooseProbes:
         assert probes.execute(lambda _: reply, intent) is reply
         assert probes.take("a") == is_loose
 
-    def test_token_is_loose_after_an_exception_from_outside(self) -> None:
-        """As a greenlet's timeout, raised while the claim waited for its answer: the server may have executed it."""
+    @pytest.mark.parametrize(
+        "intent",
+        [
+            *(ClaimProbe(1, "a", 1), RecordFailure(2, "a"), Trip(2, "a")),
+            *(RecordSuccess(2, "a"), CountProbe(2, "a", 1), Close(2, "a")),
+        ],
+    )
+    def test_token_is_loose_after_an_exception_from_outside(self, intent: Intent) -> None:
+        """As a greenlet's timeout, raised while the intent waited for its answer: the server may have executed it."""
         probes = LooseProbes()
 
         def interrupted(_: Intent) -> Reply:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            probes.execute(interrupted, ClaimProbe(1, "a", 1))
+            probes.execute(interrupted, intent)
         assert probes.take("a")
+
+    def test_tokens_released_by_many_threads_at_once_raise_nothing(self) -> None:
+        """Also once the oldest are forgotten, since `release` runs in guarded calls."""
+        probes, errors = LooseProbes(), []
+        ends = time.monotonic() + 1
+
+        def release(name: int) -> None:
+            try:
+                for number in itertools.count():
+                    probes.release(f"{name} {number}")
+                    if errors or time.monotonic() > ends:
+                        break
+            except RuntimeError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=release, args=(name,)) for name in range(8)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(SOON)
+        finally:
+            sys.setswitchinterval(interval)
+        assert not errors
