@@ -135,7 +135,7 @@ class IntentStorage(Gate):
             elif _frames.asked_through(_frames.HALF_OPENS):
                 self._ask(caller, ResetProbes())
                 self._ask(caller, SetState(HALF_OPEN))
-            self._built(caller, frame, unused=claims)
+            self._built(caller, frame, claims=claims)
         else:
             self._ask(caller, ResetProbes())
 

@@ -33,19 +33,20 @@ class Ticket:
     Attributes:
         owner: The `Admissions` that issued the ticket: a breaker may be given another storage.
         admission: What reports of calls on the state object speak for.
-        unused: The process id of a claim that has not admitted its call yet, or empty.
+        unused: The process id and the claimer of a claim that has not admitted its call yet, or empty.
     """
 
     owner: object
     admission: Admission
-    unused: list[int] = field(default_factory=list)
+    unused: list[tuple[int, Any]] = field(default_factory=list)
 
-    def use(self) -> bool:
-        """Take the claim for a call; only one caller of the claiming process succeeds."""
+    def use(self) -> Any:
+        """Take the claim for a call, and return its claimer; ``None`` to all but one caller of the claiming process."""
         try:
-            return self.unused.pop() == os.getpid()
+            pid, claimer = self.unused.pop()
         except IndexError:
-            return False
+            return None
+        return claimer if pid == os.getpid() else None
 
 
 class Admissions:
@@ -70,9 +71,15 @@ class Admissions:
         ticket: Ticket | None = getattr(state, _ATTRIBUTE, None)
         return ticket if ticket is not None and ticket.owner is self else None
 
-    def issue(self, state: Any, admission: Admission, *, unused: bool = False) -> None:
-        """Put a ticket on a state object that has not admitted a call yet."""
-        setattr(state, _ATTRIBUTE, Ticket(self, admission, [os.getpid()] if unused else []))
+    def issue(self, state: Any, admission: Admission, *, claimer: object = None) -> None:
+        """Put a ticket on a state object that has not admitted a call yet.
+
+        Args:
+            state: The state object.
+            admission: Of the calls that it will admit.
+            claimer: The caller whose claim the next call uses; ``None`` if nothing was claimed.
+        """
+        setattr(state, _ATTRIBUTE, Ticket(self, admission, [(os.getpid(), claimer)] if claimer else []))
 
     def renew(self, breaker: CircuitBreaker, admission: Admission) -> bool:
         """Replace the breaker's state object, without a word to listeners, unless it carries this admission already.

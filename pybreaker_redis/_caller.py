@@ -124,6 +124,12 @@ class Caller:
         self.claimed = token
         _CLAIMED.set((*_CLAIMED.get()[1 - _MOST_CLAIMS :], token))
 
+    def take_over(self, claimer: Caller, circuit: Circuit) -> None:
+        """Use the probe that another thread has claimed: that thread holds it no longer."""
+        if claimer is not self:
+            claimer.claimed = ""
+            self.claim(circuit.probe_token)
+
     def holds(self, circuit: Circuit) -> bool:
         """Whether the probe is this thread's, and was claimed in the running context."""
         return circuit.probe_token == self.claimed != "" and self.claimed in _CLAIMED.get()

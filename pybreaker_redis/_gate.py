@@ -125,8 +125,9 @@ class Gate(CircuitBreakerStorage):
         if circuit.state != HALF_OPEN or not (is_half_open or caller.sees(circuit, reply.now_ms) == HALF_OPEN):
             return reply
         ticket = self._admissions.ticket(breaker._state)
-        if is_half_open and ticket and ticket.admission.token == circuit.probe_token and ticket.use():
+        if is_half_open and ticket and ticket.admission.token == circuit.probe_token and (claimer := ticket.use()):
             # Claimed a moment ago.  If the lease has ended since and another caller has claimed, the report is refused.
+            caller.take_over(claimer, circuit)
             return reply
         if caller.holds(circuit) and circuit.is_probed(reply.now_ms):
             # A call within the probe is part of it.
@@ -154,13 +155,13 @@ class Gate(CircuitBreakerStorage):
         if everybodys is not None and everybodys.generation == circuit.generation and not self._admissions.are_several:
             self._carried = everybodys
 
-    def _built(self, caller: Caller, frame: FrameType, *, unused: bool = False) -> None:
+    def _built(self, caller: Caller, frame: FrameType, *, claims: bool = False) -> None:
         """A breaker is about to be in this state, whatever the circuit has become since the breaker asked."""
         state = frame.f_locals["self"]
         self._note(state._breaker)
         self._carried = BY_HAND
         self._shortcut.end_others(state.name)
-        self._admissions.issue(state, caller.looked, unused=unused)
+        self._admissions.issue(state, caller.looked, claimer=caller if claims else None)
         caller.telling = True
 
     def _note(self, breaker: CircuitBreaker) -> None:

@@ -317,6 +317,30 @@ def test_circuit_driven_by_hand_in_one_coroutine_trips_and_recovers_in_each_outa
     asyncio.run(lifetime())
 
 
+def test_claim_by_hand_that_another_thread_uses_admits_one_call(storage_of):
+    """Between a claim by hand and its call the breaker's lock is free: the call of another thread is the probe then."""
+    storage = storage_of("open")
+
+    class Overtaken(CircuitBreaker):
+        def half_open(self) -> None:
+            super().half_open()
+            block.append(self.calling())
+            thread.submit(block[0].__enter__).result(30)
+
+    block: list[Any] = []
+    reached: list[str] = []
+    breaker = Overtaken(reset_timeout=0, success_threshold=3, state_storage=storage)
+    with ThreadPoolExecutor(1) as thread:
+        for call in (breaker.state.before_call, breaker.call):
+            with pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
+                call(lambda: reached.append("within the probe of the other thread"))
+        assert not reached
+        assert thread.submit(breaker.call, up).result(30) == "answer", "which is part of the probe of that thread"
+        thread.submit(block[0].__exit__, None, None, None).result(30)
+    assert breaker.call(up) == "answer"
+    assert storage.state == "closed"
+
+
 def test_late_failure_by_hand_surfaces_and_trips_nothing(storage_of):
     """On a half-open state that is not the circuit's any more; pybreaker is kept from announcing a trip."""
     storage = storage_of("open")

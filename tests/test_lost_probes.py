@@ -328,7 +328,8 @@ class TestLooseProbes:
 
     def test_tokens_released_by_many_threads_at_once_raise_nothing(self) -> None:
         """Also once the oldest are forgotten, since `release` runs in guarded calls."""
-        probes, errors = LooseProbes(), []
+        probes = LooseProbes()
+        errors: list[RuntimeError] = []
         ends = time.monotonic() + 1
 
         def release(name: int) -> None:
