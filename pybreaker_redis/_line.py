@@ -71,6 +71,7 @@ class Line:
         self._timeout = timeout
         self._hear = hear
         self._connections: list[Any] = []
+        self._asking: Any = None
         self.tracks = False
         self.untracked = ""
         self.one_by_one = origin.one_by_one
@@ -229,12 +230,7 @@ class Line:
     def _speaks_resp3(self, connection: Any) -> bool:
         """Whether a connection does that was made by a function of the user's: a dictionary is no type of RESP2."""
         self._send(connection, [("HELLO",)])
-        try:
-            return isinstance(connection.read_response(), dict)
-        except Exception as error:
-            if is_a(error, "ResponseError"):
-                return False
-            raise
+        return isinstance(self._read(connection), dict)
 
     def _introduce(self) -> None:
         for connection in self._connections:

@@ -20,6 +20,7 @@ from pybreaker import CircuitBreaker
 from pybreaker_redis import CircuitRedisStorage, _urls
 from pybreaker_redis._client import longest_wait
 from pybreaker_redis._cluster import cluster_of
+from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._keys import SLOTS
 from pybreaker_redis._urls import SCHEMES, TIMEOUT, client_of, masked
@@ -204,6 +205,24 @@ def test_silent_nodes_of_a_cluster_keep_a_call_waiting_for_one_timeout(cluster: 
         known = cluster_of(storage._tenancy._whereabouts._client)
         assert known
         assert ("127.0.0.1", silent.getsockname()[1]) in known._seeds
+
+
+class TimeLimit(Exception):
+    """Raised into a wait from outside."""
+
+
+def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No further node is tried: the error belongs to the caller, not to the node."""
+
+    def connect(self: Any) -> None:
+        raise TimeLimit
+
+    monkeypatch.setattr(redis.Connection, "connect", connect)
+    place = _urls._place("redis+cluster://127.0.0.1:1,127.0.0.1:2")
+    with deadline(1.0), pytest.raises(TimeLimit):
+        _urls._answering_first(place)
 
 
 @has_cluster
