@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,15 @@ class Site:
 
     Args:
         server: Runs; restarted as often as needed.
+        rights: Rights of the user while nothing is wrong.
     """
 
-    def __init__(self, server: PrivateServer) -> None:
+    def __init__(self, server: PrivateServer, rights: Sequence[str] = ("+@all",)) -> None:
         self.server = server
+        self.rights = tuple(rights)
         self.proxy = Proxy(server.unix_socket)
         self.administrator = server.client(**ONCE)
-        self.permit("+@all")
+        self.permit(*self.rights)
 
     def client(self, **words: Any) -> redis.Redis:
         """A client of the user, through the proxy."""
@@ -47,7 +49,7 @@ class Site:
     def restart(self, *, keep_data: bool) -> None:
         """After this the server runs again; users it has forgotten are made anew."""
         self.server.restart(keep_data=keep_data)
-        self.permit("+@all")
+        self.permit(*self.rights)
 
     def close(self) -> None:
         """The proxy has no more connections."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ class Proxy:
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._subscribed: set[tuple[socket.socket, ...]] = set()
         self._forgotten: set[tuple[socket.socket, ...]] = set()
+        self._reset: set[tuple[socket.socket, ...]] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._listening: socket.socket | None = None
@@ -74,6 +76,19 @@ class Proxy:
             self._listening.close()
         self._listening = None
         self.hang_up()
+
+    def reset(self) -> None:
+        """End all connections by a RST towards the client, as a crashed host or a firewall does."""
+        with self._lock:
+            pairs = list(self._pairs)
+            self._reset |= self._pairs
+        for near, far in pairs:
+            with contextlib.suppress(OSError):
+                near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # SHUT_RD sends nothing; it wakes the thread that reads, whose last reference keeps the RST back.
+                near.shutdown(socket.SHUT_RD)
+            near.close()
+            _close(far)
 
     def forget(self) -> None:
         """What is sent on the connections that there are goes nowhere, and nobody is told; new ones are as ever."""
@@ -178,7 +193,9 @@ class Proxy:
                 self._pairs.discard((near, far))
                 self._subscribed.discard((near, far))
                 self._forgotten.discard((near, far))
-            _close(near, far)
+                reset = (near, far) in self._reset
+            # A FIN before the RST would be another fault.
+            _close(*((far,) if reset else (near, far)))
 
     def _wait_while(self, manner: Manner) -> None:
         while self.manner == manner and self._open:

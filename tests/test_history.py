@@ -1,0 +1,269 @@
+"""The checker of histories: each rule reports a small history that breaks it, and no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import history as checker
+from tests.history import Call, History, Limits, Loss, Write, calm_windows, check, describe, longest_spell, union
+
+#: Bounds of the histories here: a recovery takes 2 * 0.5 + 0.25 + 0.4 + 2 * 0.1 + 1.0 = 2.85 s at most.
+LIMITS = Limits()
+
+#: A fault that ends so late that no recovery is due.
+QUIET = [(0.0, 3.0, "frozen")]
+
+#: Tokens of probes.
+ONE, TWO = "1a", "2b"
+
+
+def history(*calls: Call, seconds: float = 10.0, **words: Any) -> History:
+    """A history of one circuit that begins at 0."""
+    return History(0.0, seconds, {"c": LIMITS}, calls=list(calls), **words)
+
+
+def ok(began: float, process: int = 0, **words: Any) -> Call:
+    """A call that succeeds."""
+    return Call(process, 0, "c", began, began + 0.002, "ok", reached=began, left=began + 0.001, **words)
+
+
+def rejected(began: float, process: int = 0) -> Call:
+    """A call that is rejected."""
+    return Call(process, 0, "c", began, began + 0.001, "rejected")
+
+
+def probe(began: float, seconds: float = 0.1, *, process: int = 0, is_own: bool | None = False, **words: Any) -> Call:
+    """A call that is admitted half-open."""
+    words = {"reached": began, "left": began + seconds, "admitted": "half-open", "is_own": is_own, **words}
+    return Call(process, 0, "c", began, began + seconds, "ok", **words)
+
+
+def steady(begin: float = 0.0, end: float = 10.0, process: int = 0) -> list[Call]:
+    """Calls that succeed, ten a second."""
+    return [ok(begin + number / 10, process) for number in range(int((end - begin) * 10))]
+
+
+def rules_broken(of: History) -> set[str]:
+    """Names of the rules that a history breaks."""
+    return {problem.rule for problem in check(of)}
+
+
+def test_history_without_violation_has_no_problems() -> None:
+    """A trip, a probe that fails, one that succeeds, a loss and a return: all as promised."""
+    good = history(
+        *steady(0.0, 1.0),
+        Call(0, 0, "c", 1.0, 1.001, "failed", reached=1.0, left=1.001),
+        *(rejected(1.0 + number / 10) for number in range(1, 5)),
+        probe(1.5, outcome_at := 0.05),
+        *steady(1.6),
+        seconds=10.0,
+        faults=[(0.5, 0.8, "frozen"), (6.0, 6.5, "emptied")],
+        down={"c": [(0.9, 1.45)]},
+        trace=[
+            Write(1.0, "c", 1, "open"),
+            Write(1.5, "c", 2, "half-open", ONE, 6.5),
+            Write(1.5 + outcome_at, "c", 3, "closed"),
+            Loss(6.0, "emptied"),
+            Write(6.4, "c", 3, "closed"),
+        ],
+    )
+    assert check(good) == []
+
+
+def test_error_in_a_call_is_reported() -> None:
+    """Any error but the dependency's and the breaker's is one too many."""
+    bad = history(*steady(), Call(1, 2, "c", 3.0, 3.1, "error", "ConnectionError: closed"))
+    (problem,) = [problem for problem in check(bad) if problem.rule == "errors"]
+    assert "process 1, thread 2" in problem.text
+    assert "ConnectionError: closed" in problem.text
+
+
+def test_call_that_waits_longer_than_the_timeout_is_reported() -> None:
+    """The function's own time does not count, the rest does."""
+    waits = Call(0, 0, "c", 3.0, 3.6, "ok", reached=3.5, left=3.55)
+    assert rules_broken(history(*steady(), waits)) == {"slow_calls"}
+
+
+@pytest.mark.parametrize(
+    ("call", "stalls"),
+    [
+        (Call(0, 0, "c", 3.0, 5.0, "ok", reached=3.0, left=5.0), []),
+        (Call(0, 0, "c", 3.0, 3.45, "rejected"), []),
+        (Call(0, 0, "c", 3.0, 3.6, "ok", waited=0.2), []),
+        (Call(0, 0, "c", 3.0, 3.6, "ok"), [(2.5, 3.1), (3.05, 3.2)]),
+    ],
+    ids=["slow function", "within the bound", "no processor", "stalled process"],
+)
+def test_call_that_waits_for_something_else_is_no_problem(call: Call, stalls: list[tuple[float, float]]) -> None:
+    """Time of the function and of the machine is not the storage's."""
+    assert check(history(*steady(0.0, 2.5), call, stalls=stalls, seconds=5.0, faults=QUIET)) == []
+
+
+def test_rejection_long_after_the_last_fault_is_reported() -> None:
+    """An orphaned claim keeps the fleet out for a lease: a spell that no rule allows."""
+    bad = history(
+        *steady(0.0, 1.0),
+        *(rejected(2.0 + number / 10, process) for number in range(50) for process in (0, 1)),
+        *steady(7.0),
+        *steady(7.0, process=1),
+        faults=[(1.0, 2.0, "frozen")],
+    )
+    problems = check(bad)
+    assert [problem.rule for problem in problems] == ["long_spells"] * 2
+    assert "process 0, circuit c" in problems[0].text
+    assert "process 1" in problems[1].text
+
+
+def test_failure_long_after_the_dependency_came_up_is_reported() -> None:
+    """Whatever ends a call but a success is a problem then."""
+    fails = Call(0, 0, "c", 9.0, 9.001, "failed", reached=9.0, left=9.001)
+    assert rules_broken(history(*steady(), fails, down={"c": [(1.0, 1.1)]})) == {"long_spells"}
+
+
+def test_process_without_a_success_is_reported() -> None:
+    """A process without a success since the last fault has not shown that it recovered."""
+    bad = history(*steady(), rejected(2.1, 1), rejected(2.2, 1), faults=[(1.0, 2.0, "frozen")])
+    assert rules_broken(bad) == {"long_spells"}
+
+
+def test_rejections_within_the_bound_are_no_problem() -> None:
+    """Up to `Limits.recovery` a circuit may be open."""
+    until = 2.0 + LIMITS.recovery - 0.1
+    good = history(*(rejected(2.0 + n / 10) for n in range(10)), ok(until), *steady(5.0), faults=[(0.0, 2.0, "frozen")])
+    assert check(good) == []
+
+
+def test_rejections_while_something_is_wrong_are_no_problem() -> None:
+    """Neither in a fault, nor while the dependency is down, nor in a window that is too short to tell."""
+    rejections = [rejected(number / 10) for number in range(100)]
+    assert check(history(*rejections, faults=[(0.0, 10.0, "frozen")])) == []
+    assert check(history(*rejections, down={"c": [(0.0, 10.0)]})) == []
+    assert check(history(*rejections, faults=[(0.0, 4.0, "a"), (6.5, 10.0, "b")])) == []
+
+
+def test_stalls_after_the_last_fault_prolong_the_bound() -> None:
+    """A machine that stood still for a second may take a second longer."""
+    late = rejected(2.0 + LIMITS.recovery + 0.5)
+    calls = [ok(2.5), late, *steady(6.5)]
+    assert rules_broken(history(*calls, faults=[(0.0, 2.0, "frozen")])) == {"long_spells"}
+    assert check(history(*calls, faults=[(0.0, 2.0, "frozen")], stalls=[(3.0, 4.0)])) == []
+
+
+def test_probe_given_away_while_its_lease_lives_is_reported() -> None:
+    """Two claims in a row, of which the first one's lease has not run out."""
+    first = Write(1.0, "c", 1, "half-open", ONE, 6.0)
+    assert rules_broken(history(*steady(), trace=[first, Write(2.0, "c", 2, "half-open", TWO, 7.0)])) == {
+        "stolen_leases"
+    }
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [Write(6.1, "c", 2, "half-open", TWO, 11.0)],
+        [Write(2.0, "c", 1, "half-open", "", 0.0), Write(2.1, "c", 2, "half-open", TWO, 7.0)],
+        [Write(2.0, "c", 1, "half-open", ONE, 7.0)],
+        [Write(2.0, "c", 2, "open"), Write(3.0, "c", 3, "half-open", TWO, 8.0)],
+        [Loss(2.0), Write(2.1, "c", 2, "half-open", TWO, 7.0)],
+        # Two processes that know different records bring theirs back.
+        [Loss(2.0), Write(2.1, "c", 1, "half-open", ONE, 6.0), Write(2.2, "c", 2, "half-open", TWO, 7.0)],
+    ],
+    ids=["lease over", "given back", "renewed", "open in between", "lost", "brought back twice"],
+)
+def test_probe_given_away_for_a_reason_is_no_problem(between: list[Write | Loss]) -> None:
+    """A lease that ran out, was given back, or was lost."""
+    first = Write(1.0, "c", 1, "half-open", ONE, 6.0)
+    assert check(history(*steady(), trace=[first, *between])) == []
+
+
+def test_two_probes_of_a_shared_circuit_at_once_are_reported() -> None:
+    """The dependency is tried by one call, whichever the processes."""
+    bad = history(*steady(), probe(1.0), probe(1.05, process=1))
+    assert rules_broken(bad) == {"shared_probes"}
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (probe(1.1, process=1), {}),
+        (probe(1.05, process=1, is_own=True), {}),
+        (probe(1.05, process=1, is_own=None), {}),
+        (probe(1.05, process=1), {"trace": [Write(1.02, "c", 1, "open")]}),
+        (probe(1.05, process=1), {"trace": [Loss(1.02)]}),
+    ],
+    ids=["afterwards", "local", "unclear", "opened in between", "lost in between"],
+)
+def test_probes_that_may_overlap_are_no_problem(second: Call, words: dict[str, Any]) -> None:
+    """A later one, one of another circuit, and one after a transition."""
+    assert check(history(*steady(), *steady(process=1), probe(1.0), second, **words)) == []
+
+
+def test_probe_after_the_lease_of_a_slow_one_is_no_problem() -> None:
+    """Who takes longer than the lease is no longer the only one."""
+    slow = probe(1.0, LIMITS.probe_lease + 1.0)
+    assert check(history(*steady(), *steady(process=1), slow, probe(6.5, process=1))) == []
+    assert rules_broken(history(*steady(), *steady(process=1), slow, probe(5.5, process=1))) == {"shared_probes"}
+
+
+def test_two_probes_of_one_process_while_local_are_reported() -> None:
+    """A process on its own makes one probe at a time; another process is on its own, too."""
+    first = probe(1.0, is_own=True, own_since=0.5)
+    assert rules_broken(history(*steady(), first, probe(1.05, is_own=True, own_since=0.5))) == {"local_probes"}
+    unclear = probe(1.05, is_own=None, own_since=0.5)
+    assert check(history(*steady(), first, unclear)) == []
+    other = probe(1.05, process=1, is_own=True, own_since=0.5)
+    assert check(history(*steady(), *steady(process=1), first, other)) == []
+
+
+def test_local_probe_of_a_later_outage_is_no_problem() -> None:
+    """The process has used the shared circuit in between, or follows it and it was moved."""
+    first, second = probe(1.0, is_own=True, own_since=0.5), probe(1.05, is_own=True, own_since=0.5)
+    assert check(history(*steady(), first, second, trace=[Write(1.02, "c", 1, "open")])) == []
+    assert rules_broken(history(*steady(), first, second, trace=[Write(0.9, "c", 1, "open")])) == {"local_probes"}
+    later = probe(1.05, is_own=True, own_since=1.02)
+    assert check(history(*steady(), probe(1.0, is_own=True, own_since=0.5), later)) == []
+
+
+@pytest.mark.parametrize(
+    ("trace", "is_right"),
+    [
+        ([Write(1.0, "c", 0, "closed"), Write(2.0, "c", 1, "open"), Write(2.1, "c", 1, "open")], True),
+        ([Write(1.0, "c", 2, "open")], False),
+        ([Write(1.0, "c", 1, "open"), Write(2.0, "c", 3, "closed")], False),
+        ([Write(1.0, "c", 1, "open"), Write(2.0, "c", 0, "closed")], False),
+        # Another circuit counts by itself.
+        ([Write(1.0, "c", 1, "open"), Write(2.0, "d", 1, "open")], True),
+        # What is created after a loss begins again; what is brought back goes on, at most one adoption further.
+        ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 0, "closed"), Write(3.0, "c", 1, "open")], True),
+        ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 3, "half-open")], True),
+        ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 4, "half-open")], False),
+        ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 0, "closed"), Write(4.0, "c", 2, "open")], True),
+        ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 2, "open"), Write(4.0, "c", 1, "open")], False),
+        ([Loss(2.0), Write(3.0, "c", 3, "open")], False),
+    ],
+)
+def test_generations_rise_by_one_between_losses(trace: list[Write | Loss], is_right: bool) -> None:
+    """No transition is skipped or taken back."""
+    words = History(0.0, 10.0, {"c": LIMITS, "d": LIMITS}, trace=trace)
+    assert check(words) == [] if is_right else {problem.rule for problem in check(words)} == {"generations"}
+
+
+def test_calm_is_what_faults_and_the_dependency_leave() -> None:
+    """Only the circuit's own dependency counts."""
+    words = history(faults=[(1.0, 2.0, "a"), (1.5, 3.0, "b")], down={"c": [(2.5, 4.0)], "d": [(5.0, 6.0)]})
+    assert calm_windows(words, "c") == [(0.0, 1.0), (4.0, 10.0)]
+    assert calm_windows(history(), "c") == [(0.0, 10.0)]
+    assert union([(3.0, 4.0), (1.0, 2.0), (1.5, 2.5)]) == [(1.0, 2.5), (3.0, 4.0)]
+
+
+def test_report_names_the_fault_before_each_problem() -> None:
+    """For people: figures first, then each broken rule with its first violations."""
+    bad = history(*steady(), rejected(4.0), rejected(9.0), faults=[(1.0, 2.0, "frozen")])
+    text = describe(bad, check(bad))
+    assert "10 s, 1 faults, 0 losses" in text
+    assert "long_spells: 1 violations" in text
+    assert "frozen: process 0" in text
+    assert longest_spell(bad) == pytest.approx(7.0)
+    assert {rule.__name__ for rule in checker.RULES} >= {problem.rule for problem in check(bad)}
