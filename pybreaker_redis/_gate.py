@@ -193,8 +193,10 @@ class Gate(CircuitBreakerStorage):
         return None
 
     def _claim_probe(self, caller: Caller, circuit: Circuit) -> Reply:
-        token = circuit.probe_token if PROBES.take(circuit.probe_token) else secrets.token_hex(8)
-        reply = self._ask(caller, ClaimProbe(circuit.generation, token, self._lease_ms))
+        # A late report of the call that had the probe must not count for this one: the token is a new one.
+        instead = circuit.probe_token if PROBES.take(circuit.probe_token) else ""
+        token = secrets.token_hex(8)
+        reply = self._ask(caller, ClaimProbe(circuit.generation, token, self._lease_ms, instead))
         if reply.accepted:
             caller.claim(token)
         return reply

@@ -183,18 +183,21 @@ class ClaimProbe(Intent):
         generation: The generation that the caller saw open.
         token: Unique for this claim.
         lease_ms: How long an unreported probe is waited for before it is offered again, milliseconds.
+        instead: Token of a probe that no call holds any more, and that counts as free; empty: none.
     """
 
     generation: int
     token: str
     lease_ms: int
+    instead: str = ""
     script: ClassVar[str] = "claim_probe"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         lease: dict[str, float] = {"probe_until_ms": now_ms + self.lease_ms, "probe_lease_ms": self.lease_ms}
         if circuit.probe_token == self.token:
             return Decision(True, replace(circuit, **lease))  # type: ignore[arg-type]
-        if circuit.generation != self.generation or not (circuit.state == OPEN or circuit.probe_is_free(now_ms)):
+        is_free = circuit.probe_is_free(now_ms) or (circuit.probe_token == self.instead != "")
+        if circuit.generation != self.generation or not (circuit.state == OPEN or is_free):
             return Decision(False, circuit)
         # Successes collected by a prober that died still count; those from before the circuit opened do not.
         successes = 0 if circuit.state == OPEN else circuit.success_counter

@@ -4,7 +4,8 @@ Knows: tokens, intents, replies.  Does not know: breakers, Redis.
 
 A server may execute a claim after the claiming caller gave up waiting, and the report of a probe may get no answer.
 The record then names a prober that never comes back, and the fleet would wait for the end of the lease.  This process
-has the token, so it offers the probe to one of its own callers, who claims again with that token.
+has the token, so it offers the probe to one of its own callers.  That caller claims it with a new token, in a new
+generation: what the server executes late of the former call is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _WITH_TOKEN = (*_GO_ON, CountProbe, Close, Trip)
 
 
 class LooseProbes:
-    """Tokens under which this process may claim again: unanswered claims, and probes that were reported.
+    """Tokens instead of which this process may claim: unanswered claims, and probes that were reported.
 
     Tokens are random, so one set serves all circuits.  A token in no record does no harm.  Forked children start empty:
     the parent's probes are not theirs.
@@ -60,6 +61,10 @@ class LooseProbes:
         except BaseException:
             self.release(token)
             raise
+        finally:
+            if isinstance(intent, ClaimProbe) and intent.instead:
+                # Without an answer the record may name either token.  One that is in no record does no harm.
+                self.release(intent.instead)
         if not _goes_on(intent, reply):
             self.release(token)
         return self.shown(reply)

@@ -70,6 +70,8 @@ class Wish:
         """What this means for `circuit`."""
         generation = None if self.generation is None else max(0, circuit.generation + self.generation)
         token = circuit.probe_token if self.token is None else self.token
+        # The highest threshold, which claims have no other use for, stands for one in the place of the present probe.
+        instead = circuit.probe_token if self.threshold == 3 else ""
         makes: dict[type[Intent], Callable[[], Intent]] = {
             Load: Load,
             ResetProbes: ResetProbes,
@@ -79,7 +81,7 @@ class Wish:
             RecordFailure: lambda: RecordFailure(generation, token, 0 if self.number == 1 else self.number),
             CountProbe: lambda: CountProbe(generation, token, self.number, self.threshold),
             ShareTrip: lambda: ShareTrip(generation or 0, self.number),
-            ClaimProbe: lambda: ClaimProbe(generation or 0, self.token or TOKENS[0], self.number),
+            ClaimProbe: lambda: ClaimProbe(generation or 0, self.token or TOKENS[0], self.number, instead),
         }
         make = makes.get(self.kind)
         return make() if make else self.kind(generation, token)  # type: ignore[call-arg]

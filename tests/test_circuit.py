@@ -278,6 +278,15 @@ class TestTransitions:
             circuit, probe_until_ms=NOW + 505, probe_lease_ms=500
         )
 
+    def test_lost_probe_is_claimed_by_the_process_that_has_its_token(self) -> None:
+        """In a new generation, with the successes so far; a token that is no longer there is no reason."""
+        assert granted(ClaimProbe(7, "b1", 500, "a0"), probed) == replace(
+            probed, generation=8, probe_token="b1", probe_until_ms=NOW + 500, probe_lease_ms=500
+        )
+        assert_refused(ClaimProbe(7, "b1", 500, "c2"), probed)
+        assert_refused(ClaimProbe(6, "b1", 500, "a0"), probed)
+        assert_refused(ClaimProbe(7, "b1", 500, ""), closed)
+
     def test_held_probe_is_refused_until_its_lease_is_over(self) -> None:
         """A lease of 10 ms is held for 10 ms, and not a millisecond longer."""
         assert_refused(ClaimProbe(7, "b1", 500), probed, NOW + 9)

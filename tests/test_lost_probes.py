@@ -229,6 +229,50 @@ def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: r
         assert shared_state(storage, engine) == b"half-open"
 
 
+@pytest.fixture
+def taken_over(engine: redis.Redis) -> Iterator[tuple[CircuitBreaker, CircuitRedisStorage, Intent]]:
+    """The report of this thread's probe got lost, and another thread is within the next probe; the report."""
+    breaker, storage = opened(engine, success_threshold=3)
+    line = Line(storage)
+    line.lose(CountProbe, executed=False)
+    breaker.call(up)
+    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    is_inside, may_leave = threading.Event(), threading.Event()
+
+    def probe() -> None:
+        is_inside.set()
+        may_leave.wait(SOON)
+
+    other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
+    thread = threading.Thread(target=request, args=(other, probe))
+    thread.start()
+    try:
+        assert is_inside.wait(SOON)
+        yield breaker, storage, line.lost[0]
+    finally:
+        may_leave.set()
+        thread.join(SOON)
+
+
+def test_thread_that_lost_its_report_does_not_join_the_next_probe(
+    taken_over: tuple[CircuitBreaker, CircuitRedisStorage, Intent],
+) -> None:
+    """Its call has ended: only calls made within a probe are part of it."""
+    with pytest.raises(CircuitBreakerError):
+        taken_over[0].call(up)
+
+
+def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
+    taken_over: tuple[CircuitBreaker, CircuitRedisStorage, Intent],
+) -> None:
+    """Else the probe would be given back under the call that holds it, and a third call would be admitted."""
+    _, storage, report = taken_over
+    probed = storage._execute(Load()).circuit
+    late = storage._tenancy.shared.execute(report)
+    assert not late.accepted
+    assert (late.circuit.probe_token, late.circuit.generation) == (probed.probe_token, probed.generation)
+
+
 def test_server_that_freezes_as_the_gate_opens_blocks_for_no_lease(killable_server: PrivateServer) -> None:
     """The claim is executed when the server wakes up, and its caller has gone: the next call probes."""
     with contextlib.closing(killable_server.client()) as client:
@@ -307,6 +351,17 @@ class TestLooseProbes:
         reply = Reply(accepted, Circuit(OPEN, probe_token=token_after), 0)
         assert probes.execute(lambda _: reply, intent) is reply
         assert probes.take("a") == is_loose
+
+    @pytest.mark.parametrize("accepted", [True, False])
+    def test_token_that_was_replaced_stays_loose(self, accepted: bool) -> None:
+        """Whether the record has the new token is not certain: another circuit may have given the answer."""
+        probes = LooseProbes()
+        probes.release("a")
+        assert probes.take("a")
+        reply = Reply(accepted, Circuit(HALF_OPEN, probe_token="b"), 0)
+        probes.execute(lambda _: reply, ClaimProbe(1, "b", 1, "a"))
+        assert probes.take("a")
+        assert probes.take("b") is not accepted
 
     @pytest.mark.parametrize(
         "intent",
