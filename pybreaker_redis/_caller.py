@@ -83,7 +83,7 @@ class Caller:
     rejected: Reply | None = None
 
     def begins(self) -> None:
-        """It looks at the circuit, so it may be about to call."""
+        """A call of its begins, whose time has not been used yet."""
         self.waited, self.has_reported = 0.0, False
 
     @contextlib.contextmanager

@@ -86,7 +86,7 @@ class Gate(CircuitBreakerStorage):
         caller = self._callers.current()
         breaker = _frames.reading_breaker()
         for_a_call = breaker is not None and _frames.reads_for_a_call(breaker)
-        reply = self._ask(caller)
+        reply = self._look_at_state(caller, for_a_call=for_a_call)
         if for_a_call:
             self._called()
         if breaker is None:
@@ -173,6 +173,10 @@ class Gate(CircuitBreakerStorage):
             return None
         self._note(created)
         return self._state_unasked()
+
+    def _look_at_state(self, caller: Caller, *, for_a_call: bool) -> Reply:
+        """Return what a read of `state` sees."""
+        return self._ask(caller)
 
     def _called(self) -> None:
         """A breaker is about to make a guarded call in this process."""

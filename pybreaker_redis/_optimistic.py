@@ -5,9 +5,10 @@ Knows: WATCH, MULTI, EXEC around the Python model.  Does not know: what an inten
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -142,7 +143,7 @@ class OptimisticCarrier:
         self, intent: Intent, known: Circuit | None, create: str, *, endless: bool, again: bool
     ) -> tuple[Reply, bool]:
         """Make one transaction; the circuit as it was, and ``False``, if another writer was faster."""
-        with self.client.pipeline() as pipe:
+        with _transaction(self.client) as pipe:
             is_sent = False
             try:
                 pipe.watch(*self._keys)
@@ -186,6 +187,23 @@ class OptimisticCarrier:
             at_ms = int(reply.now_ms) + lifetime_ms(reply.circuit.state, self._ttl_ms) + COUNTS_MS
             for key in self._keys:
                 pipe.pexpireat(key, at_ms)
+
+
+@contextlib.contextmanager
+def _transaction(client: Any) -> Iterator[Any]:
+    """A pipeline; its connection is dropped if the transaction ends by an error that is no answer.
+
+    redis-py's pipeline would connect again to send UNWATCH, and once more when it is freed, after the deadline.
+    """
+    with client.pipeline() as pipe:
+        try:
+            yield pipe
+        except BaseException as error:
+            connection = getattr(pipe, "connection", None)
+            if connection is not None and not is_a(error, "ResponseError"):
+                connection.disconnect()
+                pipe.watching = False
+            raise
 
 
 def look(questions: Sequence[Question]) -> list[Reply]:

@@ -23,6 +23,7 @@ from pybreaker_redis._arguments import (
     staleness,
     wait,
 )
+from pybreaker_redis._caller import Caller
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._deadline import deadline
@@ -214,9 +215,14 @@ class CircuitRedisStorage(OperatedStorage):
         with self._callers.current().asks_apart():
             return super()._count(breakers, read)
 
-    def _read_state(self) -> str:
-        self._callers.current().begins()
-        return super()._read_state()
+    def _look_at_state(self, caller: Caller, *, for_a_call: bool) -> Reply:
+        if not for_a_call:
+            with caller.asks_apart():
+                return self._ask(caller)
+        # Once an open circuit's timeout is over, pybreaker calls a second time within the call: that is no new one.
+        if not (caller.waited and _frames.asked_through(_frames.CHECKS_TIMEOUT)):
+            caller.begins()
+        return self._ask(caller)
 
     def _called(self) -> None:
         if self._admissions.are_several:

@@ -1,0 +1,132 @@
+"""A guarded call waits for Redis for `timeout` seconds, however many of its questions go unanswered."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pybreaker
+import pytest
+import redis
+
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._carrier import Reply
+from pybreaker_redis._deadline import seconds_left
+from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis._intents import ClaimProbe, Intent, Load
+from pybreaker_redis._optimistic import OptimisticCarrier
+from tests.viewed import Down, down, up, wait_for
+
+#: Seconds that a call may wait here, so many that a busy machine makes no difference.
+TIMEOUT = 2.0
+
+#: Seconds that a claim takes here.
+SLOW = 0.6
+
+
+class Looks(pybreaker.CircuitBreakerListener):
+    """A listener that reads the circuit at each transition."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+        """Read it."""
+        self.seen.append(cb.current_state)
+
+
+def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], float]]:
+    """Return a list that gets what is sent to Redis, with the seconds that are left for the answer; claims are slow."""
+    carriers = storage._tenancy.shared._carriers
+    execute, sent = carriers.execute, []
+
+    def timed(carrier: Any, intent: Intent, *arguments: Any) -> Reply:
+        left = seconds_left()
+        assert left is not None
+        sent.append((type(intent), left))
+        if isinstance(intent, ClaimProbe):
+            time.sleep(SLOW)
+        return execute(carrier, intent, *arguments)
+
+    carriers.execute = timed  # type: ignore[method-assign]
+    return sent
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["", "a listener looks"])
+def test_call_that_claims_slowly_has_the_rest_of_its_time_for_what_follows(server: PrivateServer, looks: bool) -> None:
+    """pybreaker calls once more within a call that claims, and listeners read the circuit: the call is the same one."""
+    with contextlib.closing(server.client()) as client:
+        # Every look is sent.
+        storage = CircuitRedisStorage("closed", client, "waits", timeout=TIMEOUT, max_staleness=0)
+        listener = Looks()
+        breaker = pybreaker.CircuitBreaker(
+            fail_max=1, reset_timeout=0, state_storage=storage, listeners=[listener] if looks else []
+        )
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            breaker.call(down)
+        sent = note_time_left(storage)
+        assert breaker.call(up) == "answer"
+        claim = next(index for index, (kind, _) in enumerate(sent) if kind is ClaimProbe)
+        loads = [left for kind, left in sent[claim + 1 :] if kind is Load]
+        # The listener's look comes first, and has a timeout of its own.
+        assert loads[looks] <= TIMEOUT - SLOW
+        assert not looks or loads[0] > TIMEOUT - SLOW
+        # So has the next call.
+        del sent[:]
+        breaker.call(up)
+        assert sent[0][1] > TIMEOUT - SLOW
+
+
+@pytest.fixture
+def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
+    """A client of a user who may not run scripts, on a server that may be frozen."""
+    with contextlib.closing(killable_server.client()) as administrator:
+        administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
+    with contextlib.closing(killable_server.client(username="noscript", password="any")) as client:
+        yield client
+    killable_server.resume()
+
+
+def test_call_waits_once_for_a_server_that_freezes_under_watch(
+    killable_server: PrivateServer, scriptless: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """redis-py's pipeline would connect again to end the watching, and once more when it is freed."""
+    storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
+    breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
+    with contextlib.suppress(Down):
+        breaker.call(down)
+    assert storage.health().mode == "optimistic"
+    write = OptimisticCarrier._write
+
+    def frozen(*arguments: Any) -> None:
+        killable_server.pause()
+        write(*arguments)
+
+    monkeypatch.setattr(OptimisticCarrier, "_write", frozen)
+    began = time.monotonic()
+    with contextlib.suppress(Down):
+        breaker.call(down)
+    assert TIMEOUT * 0.9 < time.monotonic() - began < TIMEOUT * 1.5
+    monkeypatch.undo()
+    killable_server.resume()
+    wait_for(lambda: storage.health().condition == "connected", "it is back")
+
+
+def test_refusal_under_watch_costs_no_connection(
+    scriptless: redis.Redis, killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is an answer leaves the connection as it is."""
+    storage = CircuitRedisStorage("closed", scriptless, "refused", timeout=TIMEOUT)
+    breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
+    for _ in range(2):
+        with contextlib.suppress(Down):
+            breaker.call(down)
+    with contextlib.closing(killable_server.client()) as administrator:
+        made = administrator.info("stats")["total_connections_received"]
+        administrator.execute_command("ACL", "SETUSER", "noscript", "-@write")
+        with contextlib.suppress(Down):
+            breaker.call(down)
+        assert storage.health().condition != "connected"
+        assert administrator.info("stats")["total_connections_received"] == made
