@@ -613,6 +613,7 @@ def run(
     for number, result in enumerate(seen):
         history.calls += [Call(*values) for values in result["calls"]]
         history.stalls += result["stalls"]
+        history.released |= result["released"]
         log += [(at, number, text) for at, text in result["log"]]
     return Run(history, steps, sorted(log))
 

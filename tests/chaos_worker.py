@@ -30,9 +30,10 @@ from typing import Any
 import pybreaker
 
 from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._probes import PROBES, LooseProbes
 from tests.chaos import CIRCUITS
 from tests.faults import USER
-from tests.history import HALF_OPEN, Limits
+from tests.history import HALF_OPEN, SAME, Limits
 from tests.places import LIBRARY, PREFIX
 from tests.stopwatch import waited
 
@@ -44,9 +45,6 @@ TICK = 0.005
 
 #: Seconds without running that are a stall.
 STALL = 0.03
-
-#: Two times that are less apart are the same: they come from the monotonic clock by way of the wall's.
-SAME = 0.005
 
 #: Seconds after which the log notes where a call is.
 LONG = Limits.timeout + Limits.longest_call + 0.1
@@ -66,6 +64,7 @@ class Recorder(logging.Handler):
         calls: Fields of `tests.history.Call`.
         stalls: Spells in which this process could not run.
         lines: Times and lines of the log.
+        released: Times at which the calls that held a probe ended, by the probe's token.
     """
 
     def __init__(self) -> None:
@@ -73,11 +72,22 @@ class Recorder(logging.Handler):
         self.calls: list[tuple[Any, ...]] = []
         self.stalls: list[tuple[float, float]] = []
         self.lines: list[tuple[float, str]] = []
+        self.released: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line of the log."""
         if len(self.lines) < MOST_LINES:
             self.lines.append((time.monotonic(), f"{record.levelname} {record.getMessage()}"))
+
+    def watch_probes(self, probes: LooseProbes) -> None:
+        """Record from when on no call holds a probe."""
+        release = probes.release
+
+        def released(token: str) -> None:
+            self.released.setdefault(token, time.monotonic())
+            release(token)
+
+        probes.release = released  # type: ignore[method-assign]
 
     def watch(self, over: threading.Event, slots: Sequence[Slot]) -> None:
         """Record spells in which this process could not run, and where calls are that take too long."""
@@ -220,6 +230,7 @@ def main() -> None:
     logger.addHandler(recorder)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    recorder.watch_probes(PROBES)
     threading.excepthook = lambda args: recorder.error_in_a_thread(words["process"], args.exc_value)
 
     make = getattr(importlib.import_module(LIBRARY), PREFIX)
@@ -256,7 +267,7 @@ def main() -> None:
         for thread in threads:
             thread.join(10)
             assert not thread.is_alive(), "a guarded call does not end"
-    seen = {"calls": recorder.calls, "stalls": recorder.stalls, "log": recorder.lines}
+    seen = {"calls": recorder.calls, "stalls": recorder.stalls, "log": recorder.lines, "released": recorder.released}
     Path(words["result"]).write_bytes(pickle.dumps(seen))
 
 

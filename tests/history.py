@@ -18,6 +18,7 @@ Knows: times, states, generations.  Does not know: Redis, processes, how a histo
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,9 @@ from typing import Literal
 HALF_OPEN = "half-open"
 
 Outcome = Literal["ok", "failed", "rejected", "error"]
+
+#: Two times that are less apart are the same: they come from the monotonic clock by way of the wall's, seconds.
+SAME = 0.005
 
 #: A spell of time: begin and end.
 Spell = tuple[float, float]
@@ -159,6 +163,7 @@ class History:
         faults: Spells in which something was wrong with Redis or with the way to it, with the fault's name.
         down: Spells in which the dependency of a circuit was down, by circuit.
         stalls: Spells in which some process could not run.
+        released: Times from which on no call holds a probe, by its token.
     """
 
     began: float
@@ -169,6 +174,7 @@ class History:
     faults: list[tuple[float, float, str]] = field(default_factory=list)
     down: dict[str, list[Spell]] = field(default_factory=dict)
     stalls: list[Spell] = field(default_factory=list)
+    released: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,9 @@ def long_spells(history: History) -> Iterator[Problem]:
 def stolen_leases(history: History) -> Iterator[Problem]:
     """A probe is not given to another caller while its lease lives, unless the circuit moved or data was lost.
 
+    A process may have lost the answer to a claim or to a report.  Then no call of that process holds the probe, and
+    only this process has the token: it may claim instead of that probe.
+
     After a loss, processes that know different records bring theirs back one after the other, until the generation is
     higher than all before the loss.
     """
@@ -296,6 +305,7 @@ def stolen_leases(history: History) -> Iterator[Problem]:
             and item.token not in ("", before.token)
             and item.at < before.until
             and before.generation > top_at_loss[item.circuit]
+            and not history.released.get(before.token, math.inf) <= item.at + SAME
         ):
             text = f"circuit {item.circuit}: the lease had {before.until - item.at:.3f} s left, generation "
             yield Problem("stolen_leases", item.at, f"{text}{before.generation} to {item.generation}")

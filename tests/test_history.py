@@ -178,6 +178,13 @@ def test_probe_given_away_for_a_reason_is_no_problem(between: list[Write | Loss]
     assert check(history(*steady(), trace=[first, *between])) == []
 
 
+@pytest.mark.parametrize(("released", "is_fine"), [({ONE: 1.9}, True), ({ONE: 2.1}, False), ({TWO: 1.9}, False)])
+def test_probe_taken_instead_of_a_lost_one_is_no_problem(released: dict[str, float], is_fine: bool) -> None:
+    """Only once the process has noted that none of its calls holds the probe."""
+    trace = [Write(1.0, "c", 1, "half-open", ONE, 6.0), Write(2.0, "c", 2, "half-open", TWO, 7.0)]
+    assert (check(history(*steady(), trace=trace, released=released)) == []) is is_fine
+
+
 def test_two_probes_of_a_shared_circuit_at_once_are_reported() -> None:
     """The dependency is tried by one call, whichever the processes."""
     bad = history(*steady(), probe(1.0), probe(1.05, process=1))
