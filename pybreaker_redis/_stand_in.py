@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED, Circuit
+from pybreaker_redis._clock import now_ms
 from pybreaker_redis._guard import Guard
-from pybreaker_redis._intents import Intent
+from pybreaker_redis._intents import ClaimProbe, Intent
 from pybreaker_redis._own import OwnCircuit, Report
 from pybreaker_redis._server import Server
 from pybreaker_redis._shortcut import Shortcut
@@ -97,6 +98,9 @@ class StandIn:
     ) -> tuple[Reply, Shortcut]:
         """Carry out an intent.
 
+        A claim is refused while there is no outage, as after contention, or after a connection was lost just before
+        the server was back: other calls of this process may get the shared probe meanwhile.
+
         Args:
             intent: What is wanted.
             known: The shared circuit as it was seen last.
@@ -109,6 +113,9 @@ class StandIn:
             The answer, and what follows for calls.
         """
         circuit, outage = self.circuit, guard.outage
+        if isinstance(intent, ClaimProbe) and outage is None and known is not None:
+            circuit.shortcut.until = 0
+            return Reply(False, known, now_ms()), circuit.shortcut
         reply = circuit.execute(intent, known, answers=answers, in_doubt=in_doubt)
         shortcut = circuit.shortcut
         # Not for long: calls are to notice what others do, and that it has ended.

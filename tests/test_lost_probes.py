@@ -229,6 +229,42 @@ def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: r
         assert shared_state(storage, engine) == b"half-open"
 
 
+def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis) -> None:
+    """The server was back before the error: another call may get the shared probe, so there is no local one."""
+    breaker, storage = opened(engine)
+    server = storage._tenancy.server
+    assert server is not None
+    line = Line(storage)
+
+    def returns(carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:
+        if isinstance(intent, ClaimProbe) and not line.lost:
+            line.lost.append(intent)
+            server.guard.returned_at = time.monotonic()
+            msg = "Connection closed by server."
+            raise redis.exceptions.ConnectionError(msg)
+        return line._execute(carrier, intent, known, create)
+
+    line._carriers.execute = returns  # type: ignore[method-assign]
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(up)
+    assert line.lost
+    assert storage.health().condition == "connected"
+    assert breaker.call(up) == "answer"
+    assert shared_state(storage, engine) == b"closed"
+
+
+def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engine: redis.Redis) -> None:
+    """There is no outage any more, so the shared circuit has the only probe."""
+    breaker, storage = opened(engine)
+    storage._tenancy.lose()
+    with storage._tenancy.own.returning() as is_first:
+        assert is_first
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(up)
+    assert breaker.call(up) == "answer"
+    assert shared_state(storage, engine) == b"closed"
+
+
 @pytest.fixture
 def taken_over(engine: redis.Redis) -> Iterator[tuple[CircuitBreaker, CircuitRedisStorage, Intent]]:
     """The report of this thread's probe got lost, and another thread is within the next probe; the report."""
