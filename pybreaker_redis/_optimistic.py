@@ -191,19 +191,31 @@ class OptimisticCarrier:
 
 @contextlib.contextmanager
 def _transaction(client: Any) -> Iterator[Any]:
-    """A pipeline; its connection is dropped if the transaction ends by an error that is no answer.
+    """A pipeline; its connection is dropped unless all that was sent is answered.
 
-    redis-py's pipeline would connect again to send UNWATCH, and once more when it is freed, after the deadline.
+    redis-py's pipeline would connect again to send UNWATCH: after the deadline, on whichever thread frees it.
     """
-    with client.pipeline() as pipe:
+    pipe = client.pipeline()
+    try:
         try:
             yield pipe
         except BaseException as error:
-            connection = getattr(pipe, "connection", None)
-            if connection is not None and not is_a(error, "ResponseError"):
-                connection.disconnect()
-                pipe.watching = False
+            if not is_a(error, "ResponseError"):
+                _drop_connection(pipe)
             raise
+        finally:
+            pipe.reset()
+    except BaseException:
+        _drop_connection(pipe)
+        pipe.reset()
+        raise
+
+
+def _drop_connection(pipe: Any) -> None:
+    connection = getattr(pipe, "connection", None)
+    if connection is not None:
+        connection.disconnect()
+        pipe.watching = False
 
 
 def look(questions: Sequence[Question]) -> list[Reply]:

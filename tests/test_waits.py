@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,13 +12,13 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis import CircuitRedisStorage, _optimistic
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._deadline import seconds_left
+from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import ClaimProbe, Intent, Load
+from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure
 from pybreaker_redis._optimistic import OptimisticCarrier
-from tests.viewed import Down, down, up, wait_for
+from tests.viewed import Down, down, up
 
 #: Seconds that a call may wait here, so many that a busy machine makes no difference.
 TIMEOUT = 2.0
@@ -56,7 +57,7 @@ def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], flo
 
 @pytest.mark.parametrize("looks", [False, True], ids=["", "a listener looks"])
 def test_call_that_claims_slowly_has_the_rest_of_its_time_for_what_follows(server: PrivateServer, looks: bool) -> None:
-    """pybreaker calls once more within a call that claims, and listeners read the circuit: the call is the same one."""
+    """A breaker calls once more within a call that claims, and listeners read the circuit: the call is the same one."""
     with contextlib.closing(server.client()) as client:
         # Every look is sent.
         storage = CircuitRedisStorage("closed", client, "waits", timeout=TIMEOUT, max_staleness=0)
@@ -89,29 +90,43 @@ def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
     killable_server.resume()
 
 
-def test_call_waits_once_for_a_server_that_freezes_under_watch(
-    killable_server: PrivateServer, scriptless: redis.Redis, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("step", "intent"),
+    [
+        ("_ask", RecordFailure(None, "")),
+        ("_decide", ClaimProbe(99, "refused", 1000)),
+        ("_write", RecordFailure(None, "")),
+    ],
+    ids=["while it reads", "after a refusal", "while it writes"],
+)
+def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
+    killable_server: PrivateServer,
+    scriptless: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    intent: Intent,
 ) -> None:
-    """redis-py's pipeline would connect again to end the watching, and once more when it is freed."""
+    """redis-py's pipeline would connect again to end the watching, when the garbage collector frees it."""
     storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
-    with contextlib.suppress(Down):
-        breaker.call(down)
-    assert storage.health().mode == "optimistic"
-    write = OptimisticCarrier._write
+    breaker.call(up)
+    carrier = storage._tenancy.shared._carriers.get()
+    carrier = OptimisticCarrier(carrier.client, carrier._keys)
+    home = OptimisticCarrier if step == "_write" else _optimistic
+    original = getattr(home, step)
 
-    def frozen(*arguments: Any) -> None:
+    def frozen(*arguments: Any) -> Any:
         killable_server.pause()
-        write(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(OptimisticCarrier, "_write", frozen)
+    monkeypatch.setattr(home, step, frozen)
+    gc.collect()
     began = time.monotonic()
-    with contextlib.suppress(Down):
-        breaker.call(down)
+    # Not `pytest.raises`, which keeps the error, and with it the pipeline.
+    with contextlib.suppress(redis.TimeoutError), deadline(TIMEOUT):
+        carrier.execute(intent, None, "closed")
+    gc.collect()
     assert TIMEOUT * 0.9 < time.monotonic() - began < TIMEOUT * 1.5
-    monkeypatch.undo()
-    killable_server.resume()
-    wait_for(lambda: storage.health().condition == "connected", "it is back")
 
 
 def test_refusal_under_watch_costs_no_connection(
