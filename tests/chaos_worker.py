@@ -196,7 +196,7 @@ class Slot:
             (
                 *(self._process, self._number, circuit, began, ended, outcome, what),
                 *(seen.get("reached"), seen.get("left"), seen.get("admitted", "")),
-                *(_throughout(own, then), then[1], waited() - waited_before),
+                *(_throughout(own, then), then[1], waited() - waited_before, then[2]),
             )
         )
 
@@ -206,16 +206,17 @@ def _stack(thread: int) -> str:
     return "".join(traceback.format_stack(frame)) if frame else "the thread has ended"
 
 
-def _own(storage: CircuitRedisStorage) -> tuple[bool, float]:
-    """Return whether this process uses its local circuit, and since when Redis has been as it is, monotonic seconds."""
+def _own(storage: CircuitRedisStorage) -> tuple[bool, float, int]:
+    """Return whether this process uses its local circuit, since when Redis has been as it is, and which one it is."""
     health = storage.health()
     since = 0.0 if health.since is None else health.since.timestamp() - time.time() + time.monotonic()
-    return health.is_own, since
+    return health.is_own, since, storage._tenancy.own._begun.generation
 
 
-def _throughout(first: tuple[bool, float], last: tuple[bool, float]) -> bool | None:
+def _throughout(first: tuple[bool, float, int], last: tuple[bool, float, int]) -> bool | None:
     """Return which circuit was used from the first look to the last; ``None`` if that changed."""
     changed = first[0] != last[0] or abs(first[1] - last[1]) > SAME
+    changed = changed or (last[0] and first[2] != last[2])
     return None if changed else last[0]
 
 

@@ -94,6 +94,7 @@ class Call:
             that changed.
         own_since: Time since which the process has used its local circuit.
         waited: Seconds for which the thread waited for a processor.
+        local: Number of the local circuit that the process used then, or last: each has another one.
     """
 
     process: int
@@ -109,6 +110,7 @@ class Call:
     is_own: bool | None = None
     own_since: float = 0.0
     waited: float = 0.0
+    local: int = 0
 
     @property
     def is_probe(self) -> bool:
@@ -337,9 +339,9 @@ def shared_probes(history: History) -> Iterator[Problem]:
 def local_probes(history: History) -> Iterator[Problem]:
     """At most one probe of each process and local circuit is in the dependency while its lease lives.
 
-    A second one may begin once the process has used the shared circuit again after the first one was admitted, or once
-    the shared circuit was moved: a server that can be read but takes no writes "is followed as far as others move the
-    circuit", so the local circuit begins again.
+    A second one may begin once the process has used the shared circuit again after the first one was admitted.  So it
+    may with another local circuit, if the shared one was moved since the process has used a local one: the process goes
+    on from what it reads.  That may be long after the move, as answers are late while something is wrong.
     """
     moves: dict[str, list[float]] = defaultdict(list)
     for item in history.trace:
@@ -348,8 +350,13 @@ def local_probes(history: History) -> Iterator[Problem]:
 
     def excused(first: Call, second: Call) -> bool:
         assert second.reached is not None
-        begun = second.own_since > first.began or _any_between(moves[first.circuit], first.began, second.reached)
-        return begun or second.reached >= first.began + history.limits[first.circuit].probe_lease
+        since = second.own_since - history.limits[first.circuit].timeout
+        follows = second.local != first.local and _any_between(moves[first.circuit], since, second.reached)
+        return (
+            second.own_since > first.began
+            or follows
+            or second.reached >= first.began + history.limits[first.circuit].probe_lease
+        )
 
     probes = [call for call in history.calls if call.is_probe and call.is_own is True]
     yield from _overlaps("local_probes", probes, lambda call: (call.circuit, call.process), excused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -226,9 +227,14 @@ def test_two_probes_of_one_process_while_local_are_reported() -> None:
 
 def test_local_probe_of_a_later_outage_is_no_problem() -> None:
     """The process has used the shared circuit in between, or follows it and it was moved."""
-    first, second = probe(1.0, is_own=True, own_since=0.5), probe(1.05, is_own=True, own_since=0.5)
-    assert check(history(*steady(), first, second, trace=[Write(1.02, "c", 1, "open")])) == []
-    assert rules_broken(history(*steady(), first, second, trace=[Write(0.9, "c", 1, "open")])) == {"local_probes"}
+    first, second = probe(1.0, is_own=True, own_since=0.5), probe(1.05, is_own=True, own_since=0.5, local=1)
+    # The answer that shows the move may be late.
+    for moved in (0.9, 1.02):
+        assert check(history(*steady(), first, second, trace=[Write(moved, "c", 1, "open")])) == []
+    before, after = Write(0.2, "c", 1, "open"), Write(1.1, "c", 1, "open")
+    assert rules_broken(history(*steady(), first, second, trace=[before, after])) == {"local_probes"}
+    same = replace(second, local=0)
+    assert rules_broken(history(*steady(), first, same, trace=[Write(1.02, "c", 1, "open")])) == {"local_probes"}
     later = probe(1.05, is_own=True, own_since=1.02)
     assert check(history(*steady(), probe(1.0, is_own=True, own_since=0.5), later)) == []
 
