@@ -19,6 +19,7 @@ from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import HALF_OPEN, OPEN, Admission, Circuit
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import deadline
+from pybreaker_redis._probes import PROBES
 
 #: Tokens of the probes that were claimed last in the running context: tasks share a thread, and each has its context.
 #: One variable for all storages, since a variable is never freed.
@@ -132,7 +133,8 @@ class Caller:
 
     def holds(self, circuit: Circuit) -> bool:
         """Whether the probe is this thread's, and was claimed in the running context."""
-        return circuit.probe_token == self.claimed != "" and self.claimed in _CLAIMED.get()
+        is_named = circuit.probe_token == self.claimed != "" and self.claimed in _CLAIMED.get()
+        return is_named and not PROBES.has_ended(self.claimed)
 
     def report_of(self, frame: FrameType | None) -> Report | None:
         """The report that the running method with this frame has made."""

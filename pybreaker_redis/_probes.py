@@ -37,6 +37,8 @@ class LooseProbes:
 
     def __init__(self) -> None:
         self._tokens: dict[str, None] = {}
+        #: Tokens that were offered, also those that were taken since.
+        self._ended: dict[str, None] = {}
         self._pid = 0
 
     def take(self, token: str) -> bool:
@@ -45,11 +47,15 @@ class LooseProbes:
 
     def release(self, token: str) -> None:
         """Offer a token to the callers of this process; the oldest tokens are forgotten."""
-        tokens = self._own()
-        tokens[token] = None
-        # A copy, which is made at once: other threads take and release tokens meanwhile.
-        for oldest in list(tokens)[:-MOST_TOKENS]:
-            tokens.pop(oldest, None)
+        for tokens in (self._own(), self._ended):
+            tokens[token] = None
+            # A copy, which is made at once: other threads take and release tokens meanwhile.
+            for oldest in list(tokens)[:-MOST_TOKENS]:
+                tokens.pop(oldest, None)
+
+    def has_ended(self, token: str) -> bool:
+        """Return whether no call holds the token, though a record may still name it while another caller claims."""
+        return token in self._own() or token in self._ended
 
     def execute(self, run: Callable[[Intent], Reply], intent: Intent) -> Reply:
         """Carry out an intent, and follow what becomes of the probe that it is about."""
@@ -78,7 +84,7 @@ class LooseProbes:
 
     def _own(self) -> dict[str, None]:
         if self._pid != os.getpid():
-            self._tokens, self._pid = {}, os.getpid()
+            self._tokens, self._ended, self._pid = {}, {}, os.getpid()
         return self._tokens
 
 

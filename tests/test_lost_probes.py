@@ -298,6 +298,34 @@ def test_thread_that_lost_its_report_does_not_join_the_next_probe(
         taken_over[0].call(up)
 
 
+def test_thread_that_lost_its_report_does_not_join_while_another_thread_claims(engine: redis.Redis) -> None:
+    """The record still names the former probe, until the claim is answered."""
+    breaker, storage = opened(engine, success_threshold=3)
+    line = Line(storage)
+    line.lose(CountProbe, executed=False)
+    breaker.call(up)
+    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    claims, may_claim = threading.Event(), threading.Event()
+
+    def waits(carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:
+        if isinstance(intent, ClaimProbe) and not claims.is_set():
+            claims.set()
+            may_claim.wait(SOON)
+        return line._execute(carrier, intent, known, create)
+
+    line._carriers.execute = waits  # type: ignore[method-assign]
+    other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
+    thread = threading.Thread(target=request, args=(other,))
+    thread.start()
+    try:
+        assert claims.wait(SOON)
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(up)
+    finally:
+        may_claim.set()
+        thread.join(SOON)
+
+
 def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
     taken_over: tuple[CircuitBreaker, CircuitRedisStorage, Intent],
 ) -> None:
@@ -338,7 +366,9 @@ class TestLooseProbes:
         probes.release("a")
         assert not probes.shown(self.half_open("a")).circuit.is_probed(1e12)
         assert probes.shown(self.half_open("b")).circuit.is_probed(1e12)
+        assert not probes.has_ended("b")
         assert [probes.take("a") for _ in range(3)] == [True, False, False]
+        assert probes.has_ended("a")
         assert probes.shown(self.half_open("a")).circuit.is_probed(1e12)
 
     def test_no_token_is_never_taken(self) -> None:
