@@ -133,6 +133,10 @@ def is_rejected(error: BaseException) -> bool:
     return is_a(error, "ResponseError") and any(code in str(error) for code in ("NOAUTH", "WRONGPASS"))
 
 
+#: Pauses that do not grow, seconds: the server answers at once, so a caller hardly waits.
+_SHORT_PAUSES = {Meaning.MIGRATING: MIGRATING_PAUSE, Meaning.FORBIDDEN: FIRST_TURN}
+
+
 @dataclass(frozen=True, slots=True)
 class Outage:
     """What is the matter.
@@ -264,7 +268,7 @@ class Guard:
                 error=self.last_error,
                 is_timeout=is_a(error, "TimeoutError"),
                 attempts=attempts,
-                next_at=now + (MIGRATING_PAUSE if meaning is Meaning.MIGRATING else self._pause(attempts)),
+                next_at=now + (_SHORT_PAUSES.get(meaning) or self._pause(attempts)),
                 patience=patience,
             )
             return None if before else self.outage

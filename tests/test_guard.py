@@ -683,6 +683,14 @@ class TestTurns:
         assert seen[:6] == [FIRST_TURN * 2**turn for turn in range(5)] + [LONGEST_TURN]
         assert set(seen[5:]) == {LONGEST_TURN}
 
+    def test_pauses_of_a_forbidden_circuit_do_not_grow(self, turns: Guard, clock: Clock) -> None:
+        """The server answers at once, so a call hardly waits; other processes may wait for what this one holds."""
+        forbidden = redis.exceptions.NoPermissionError("no permissions")
+        turns.failed(forbidden)
+        for _ in range(4):
+            assert pause(turns) == FIRST_TURN
+            tried_in_vain(turns, clock, forbidden)
+
     def test_what_fails_again_soon_goes_on_where_it_was(self, turns: Guard, clock: Clock) -> None:
         """A server that answers every other time would else cost a caller its wait each second."""
         turns.failed(gone())
