@@ -327,7 +327,7 @@ def test_stream_that_went_silent_is_given_up(server, protocol, other):
         other.close()
         seconds_until(breaker, "closed")
         settled(breaker)
-        assert subscribers(client) >= 1, "there is a new line"
+        wait_for(lambda: subscribers(client) >= 1, "there is a new line")
         other.open()
         assert seconds_until(breaker, "open") < PUSH
 
