@@ -21,7 +21,7 @@ class Connections:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock; a pool notices by itself that it was forked."""
+        """In a child: renew the lock; a pool detects the fork by itself."""
         self._lock = threading.RLock()
 
     def client_like(self, client: Any, timeout: float | None) -> Any:

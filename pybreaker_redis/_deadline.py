@@ -177,7 +177,7 @@ class _Lasting:
 
     Args:
         credentials: Its method ``now`` returns those to connect with, by their words; ``None``: those that were given.
-        longest_idle: Seconds after which it is not used again, but connected anew; ``None``: it always is.
+        longest_idle: Seconds of silence after which a connection is replaced by a new one; ``None``: never.
     """
 
     def __init__(

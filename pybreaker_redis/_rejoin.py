@@ -53,7 +53,7 @@ def rejoin(tenants: Sequence[Tenant], patience: float, outcomes: Counter[str]) -
 def bring_back(tenants: Iterable[Tenant], outcomes: Counter[str]) -> tuple[Exception, Tenant, float] | None:
     """Have circuits rejoin one by one that are still alone: those that have something to report, or to repair.
 
-    Callers who were still under way may have begun anew, or for the first time: then nothing is known of theirs.
+    Callers that were under way when the server returned may have begun a local circuit since.
 
     Args:
         tenants: Some that live there.

@@ -227,7 +227,7 @@ def may_wait(client: Any) -> None:
 
 
 def waited(client: Any, seconds: float, timeout: float) -> None:
-    """A client of a kind that nobody knows has waited by itself.
+    """A client of an unknown kind has waited by itself.
 
     Args:
         client: That was used as it is.

@@ -249,7 +249,7 @@ class Server:
                     self._thread = None
                     return
             if outage is None:
-                # Nobody else would log in the end that the server is back.
+                # This thread alone logs in the end that the server is back.
                 time.sleep(LINE_SLEEP)
                 continue
             left = outage.next_at - monotonic()

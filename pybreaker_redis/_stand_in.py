@@ -31,7 +31,7 @@ class StandIn:
 
     Args:
         fallback: How it begins.
-        initial: In which state a circuit begins that nobody knows.
+        initial: State of a circuit that exists nowhere yet.
 
     Attributes:
         circuit: The one that is in use, or will be.

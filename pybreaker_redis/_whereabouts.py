@@ -152,7 +152,7 @@ class Whereabouts:
         return self._cluster.primary_of(self._slot) != self._address
 
     def _has_new_credentials(self, asked: Any) -> bool:
-        """Look at what the client authenticates by now; whether that differs, so that it is worth another attempt."""
+        """Read the client's present credentials; return whether they differ, so that another attempt is worth it."""
         given = None
         # Whatever a callable raises: the next attempt calls it again.
         with suppressed():

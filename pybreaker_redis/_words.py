@@ -24,8 +24,8 @@ LONGEST_IDLE = 30.0
 #: Seconds for which credentials are new: what was rejected before they were taken is worth another attempt.
 JUST_TAKEN = 1.0
 
-#: What a connection of one's own leaves out: waiting and trying again is decided elsewhere, and what belongs to the
-#: client's own connections (caches, names, notifications of maintenance) is not ours.
+#: Words that this package's own connections leave out: waiting and retries are decided elsewhere, and caches, names and
+#: notifications of maintenance belong to the client's own connections.
 _LEFT_OUT = frozenset(
     (
         "cache",

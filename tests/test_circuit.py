@@ -182,7 +182,7 @@ class TestCounting:
         assert granted(RecordSuccess(7, "a0"), probed) == replace(probed, fail_counter=0)
 
     def test_probe_that_reaches_the_threshold_is_kept_to_close(self) -> None:
-        """The close follows: until then nobody else claims, and a lease that has run out is renewed too."""
+        """The close follows: until then no other call claims, and a lease that has run out is renewed too."""
         kept = replace(probed, success_counter=2, probe_until_ms=NOW + 500, probe_lease_ms=500)
         assert granted(CountProbe(7, "a0", 500, 2), probed) == kept
         assert granted(CountProbe(7, "a0", 500, 1), probed) == kept
@@ -197,7 +197,7 @@ class TestCounting:
         assert (claimed.generation, claimed.success_counter, claimed.probe_token) == (8, 2, "b1")
 
     def test_probe_counted_by_hand_renews_no_lease(self) -> None:
-        """Nobody but its holder prolongs a lease, or a dead prober would be waited for; nor is it taken away."""
+        """Only its holder prolongs a lease, or a dead prober would be waited for; nor is it taken away."""
         assert granted(CountProbe(None, "", 500), probed) == replace(probed, success_counter=2)
         assert granted(CountProbe(None, "", 500, 9), probed) == replace(probed, success_counter=2)
 
@@ -631,7 +631,7 @@ class TestRecord:
 
     @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
     def test_lost_trip_is_restored_with_its_time(self, state: str) -> None:
-        """Whatever it opened from, and whoever held the probe then."""
+        """The state before makes no difference, nor does the holder of the probe."""
         found = parse((state, "2", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
         known = Circuit(OPEN, generation=6, opened_at_ms=NOW - 10)
         believed = believe(found, known, CLOSED, NOW)

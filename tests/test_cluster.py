@@ -142,7 +142,7 @@ def test_foreign_writer_is_noticed_in_a_cluster(every_cluster: Nodes):
 
 
 def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
-    """A node passes on what is published at any other, whoever may write what."""
+    """A node passes on what is published at any other, whatever the rights of the publisher."""
     nodes = emptied(every_cluster)
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=60)) for _ in range(2))
     channel = one._state_storage._tenancy.shared._carriers.channel

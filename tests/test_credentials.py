@@ -43,7 +43,7 @@ def locked(killable_server: PrivateServer) -> Iterator[PrivateServer]:
 
 
 def operator_of(server: PrivateServer, password: str) -> redis.Redis:
-    """Somebody who may do everything."""
+    """An operator with all rights."""
     return redis.Redis(unix_socket_path=server.unix_socket, password=password)
 
 
@@ -71,7 +71,7 @@ def recovers(breaker: pybreaker.CircuitBreaker, server: PrivateServer) -> None:
     with pytest.raises(Down):
         breaker.call(down)
     with contextlib.closing(operator_of(server, "new")) as operator:
-        # Whoever looks at the circuit brings back what was counted while another thread found the new password.
+        # A look at the circuit brings back what was counted while another thread found the new password.
         wait_for(
             lambda: breaker.current_state and operator.get("iam:pybreaker:fail_counter") == b"1",
             "the failure is counted",
@@ -109,7 +109,7 @@ class TestRotation:
         client.connection_pool.connection_kwargs["password"] = "new"
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
-        wait_for(lambda: not keepers(), "nobody asks again")
+        wait_for(lambda: not keepers(), "no thread retries")
 
     @pytest.mark.parametrize("max_staleness", [0, 1.0])
     def test_callable_is_called_again_once_its_password_is_rejected(
@@ -141,7 +141,7 @@ class TestRotation:
         password[0] = "new"
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
-        wait_for(lambda: not keepers(), "nobody asks again")
+        wait_for(lambda: not keepers(), "no thread retries")
 
     def test_look_at_all_circuits_takes_the_new_password_of_a_callable(self, locked: PrivateServer) -> None:
         """An operator looks before any call is made."""
@@ -253,7 +253,7 @@ def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
 
 @pytest.mark.skipif(not hasattr(redis, "RedisCluster"), reason="this redis-py has no clusters")
 def test_cluster_client_that_renames_keys_and_has_a_new_password_is_followed(cluster: PrivateServer) -> None:
-    """Its nodes are asked by plain clients: under its names, and with the password that it has by now."""
+    """Its nodes are asked by plain clients: under its names, and with its present password."""
 
     class Prefixed(redis.RedisCluster):  # type: ignore[misc,name-defined]
         def execute_command(self, *words: Any, **options: Any) -> Any:
@@ -401,7 +401,7 @@ class TestWaits:
     def test_client_that_waits_for_long_is_named_only_if_a_call_has_a_timeout(
         self, timeout: float | None, client: redis.Redis, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """And not for a wait that nobody minds."""
+        """And not for a wait within the limit."""
         storage = CircuitRedisStorage("closed", Slow(client, 0.01), namespace="slow", timeout=timeout)
         pybreaker.CircuitBreaker(state_storage=storage).call(up)
         assert not [line for line in caplog.messages if "by itself" in line]

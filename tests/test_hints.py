@@ -126,7 +126,7 @@ def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, p
 
 
 def test_forged_record_keeps_no_circuit_open(server, client, protocol, forge, other):
-    """Neither a close nor a probe is held up by a generation that nobody has answered."""
+    """Neither a close nor a probe is held up by a generation that no server answered."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
     for verb, state in (("open", "open"), ("close", "closed")) * 3:
         for name in ("open, last generation", "half-open for a day", "far future"):

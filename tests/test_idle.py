@@ -67,7 +67,7 @@ def test_connection_that_was_idle_for_long_is_not_used_again(  # noqa: PLR0917
     client: redis.Redis,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A load balancer may have forgotten it, and tells nobody: what is sent on it is never answered."""
+    """A load balancer may have dropped it silently: what is sent on it is never answered."""
     breaker = guarded(balancer, **words)
     balancer.forget()
     later[0] += seconds + 0.1

@@ -82,7 +82,7 @@ def full_service(server: PrivateServer, client: Any, namespace: str, **another_w
         settled(two.here)
 
         own = two.here._state_storage._tenancy.server
-        assert own.client_like(client, TIMEOUT) is not client, "waits are bounded by connections of one's own"
+        assert own.client_like(client, TIMEOUT) is not client, "waits are bounded by this package's connections"
         two.here.reset_timeout = 60
         server.kill()
         fails(two.here, 2)

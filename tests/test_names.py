@@ -139,7 +139,7 @@ def test_processes_with_the_same_prefix_share_a_circuit(kind: type[Any], of: Cal
 
 @pytest.mark.parametrize("timeout", [10.0, None])
 def test_bulk_look_agrees_with_the_circuits(of: Callable[..., Any], timeout: float | None) -> None:
-    """An operator sees what calls see, with and without connections of one's own."""
+    """An operator sees what calls see, with and without this package's own connections."""
     registry = BreakerRegistry(of(Scripts, "a:"), timeout=timeout, fail_max=1)
     other = BreakerRegistry(of(Scripts, "b:"), timeout=timeout)
     for breakers in (registry, other):
@@ -248,7 +248,7 @@ def test_client_that_cannot_be_left_goes_on_renaming(of: Callable[..., Any], cli
         fails(one)
     assert one.current_state == "open"
     assert client.get("a:payments:pybreaker:state") == b"open"
-    assert not client.pubsub_channels(), "nobody can tell under which name"
+    assert not client.pubsub_channels(), "the name is unknown"
 
 
 @pytest.mark.parametrize("timeout", [10.0, None])

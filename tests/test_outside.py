@@ -66,7 +66,7 @@ def alarm(handler: Callable[..., Any], after: float = 0.2) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(site: Site) -> Iterator[None]:
-    """The server answers nobody for a while."""
+    """The server answers no client for a while."""
     site.server.pause()
     try:
         yield
@@ -164,7 +164,7 @@ def test_answer_that_was_owed_is_given_to_no_later_question(site: Site, library_
 
 
 def test_error_of_a_handler_in_a_handshake_leaves_no_connection_in_the_middle_of_it(site: Site) -> None:
-    """Whoever takes a connection later finds none that was never told the password."""
+    """A call that takes a connection later gets none that was never told the password."""
     silent = asking(site)
     storage: Any = silent._state_storage
     storage._tenancy.server.hang_up()

@@ -133,7 +133,7 @@ def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture
 
 
 def test_words_of_a_client_and_of_its_sentinels_are_remembered() -> None:
-    """With `timeout=None` no connections of one's own are made."""
+    """With `timeout=None` no connections of this package's own are made."""
     manager = redis.sentinel.Sentinel(
         [("there", 1)], sentinel_kwargs={"password": "of-sentinels"}, password="of-master"
     )
@@ -160,7 +160,7 @@ def test_last_values_of_a_credential_provider_are_remembered() -> None:
 def test_wrong_password_is_printed_nowhere(server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
     """A server does not repeat it; this holds if one does."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
-    wrong = redis.Redis(unix_socket_path=server.unix_socket, username="nobody", password=SECRET, **ONCE)
+    wrong = redis.Redis(unix_socket_path=server.unix_socket, username="stranger", password=SECRET, **ONCE)
     storage = CircuitRedisStorage("closed", wrong, namespace="wrong", timeout=5)
     assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
     assert storage.health().condition == "away"

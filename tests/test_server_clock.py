@@ -140,7 +140,7 @@ def test_clock_set_back_does_not_prolong_the_lease_of_a_dead_prober(start: Start
 
 
 def test_clock_set_back_leaves_a_record_that_newcomers_read(start: Start) -> None:
-    """Whoever never saw the circuit before waits for one timeout from then on."""
+    """A process that never saw the circuit waits for one timeout from then on."""
     server = start()
     with contextlib.closing(server.client()) as client:
         other_process(server, Load(), Trip(None, ""))

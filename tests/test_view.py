@@ -134,7 +134,7 @@ class TestServerClock:
 
     @staticmethod
     def learn(view: View, server_ms: float, local_ms: float) -> None:
-        """An answer at a local time, by clocks that nobody has moved."""
+        """An answer at a local time, by clocks that were not set."""
         now = Moment(local_ms, local_ms)
         view.offset.learn(server_ms, now, now, waiting=True)
 
@@ -161,7 +161,7 @@ class TestServerClock:
             assert view.opened_at_ms(circuit) == 0
 
     def test_later_opening_time_is_one_of_the_new_clock(self, view: View) -> None:
-        """Whoever says so has seen the step, too."""
+        """The answer shows the step, too."""
         self.seen_open(view)
         self.learn(view, 522_000, 2_000)
         later = replace(opened, opened_at_ms=521_500)
