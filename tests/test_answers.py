@@ -103,6 +103,9 @@ def test_strings_that_are_none_are_a_fault(answer: Any) -> None:
 class Swallowing:
     """A pipeline that swallows every error, and the answer with it."""
 
+    #: As of a pipeline that has sent nothing.
+    connection = None
+
     def __init__(self, **_: Any) -> None:
         """Of any kind."""
 
