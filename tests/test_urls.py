@@ -216,13 +216,18 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 ) -> None:
     """No further node is tried: the error belongs to the caller, not to the node."""
 
-    def connect(self: Any) -> None:
+    tried: list[int] = []
+
+    def send_command(self: Any, *words: Any, **options: Any) -> None:
+        tried.append(self.port)
         raise TimeLimit
 
-    monkeypatch.setattr(redis.Connection, "connect", connect)
+    monkeypatch.setattr(redis.Connection, "connect", lambda self: None)
+    monkeypatch.setattr(redis.Connection, "send_command", send_command)
     place = _urls._place("redis+cluster://127.0.0.1:1,127.0.0.1:2")
     with deadline(1.0), pytest.raises(TimeLimit):
         _urls._answering_first(place)
+    assert tried == [1]
 
 
 @has_cluster
