@@ -215,7 +215,6 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No further node is tried: the error belongs to the caller, not to the node."""
-
     tried: list[int] = []
 
     def send_command(self: Any, *words: Any, **options: Any) -> None:
