@@ -206,7 +206,7 @@ class IntentStorage(Gate):
         caller, frame = self._callers.current(), _frames.asking()
         if frame is not None and frame.f_code is breakers:
             is_failure = breakers is _frames.COMPARES_FAILURES
-            reporter = _frames.asked_through(_frames.REPORTS_FAILURE) if is_failure else frame
+            reporter = _frames.asked_through(_frames.REPORTS_FAILURE, asking=frame) if is_failure else frame
             if report := caller.report_of(reporter):
                 return report.total
         return read(self._ask(caller, Load()).circuit)

@@ -16,14 +16,16 @@ import contextlib
 import enum
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._outside import has_struck
+
+_Result = TypeVar("_Result")
 
 _PASSED = "the deadline has passed"
 
@@ -121,14 +123,12 @@ class _Socket:
         self._wrapped.settimeout(seconds)
 
     def recv(self, *arguments: Any) -> bytes:
-        with self._in_time(Drop.UNANSWERED):
-            received = self._wrapped.recv(*arguments)
+        received = self._in_time(Drop.UNANSWERED, self._wrapped.recv, *arguments)
         self._has_received(bool(received))
         return received
 
     def recv_into(self, *arguments: Any) -> int:
-        with self._in_time(Drop.UNANSWERED):
-            received = self._wrapped.recv_into(*arguments)
+        received = self._in_time(Drop.UNANSWERED, self._wrapped.recv_into, *arguments)
         self._has_received(bool(received))
         return received
 
@@ -150,25 +150,27 @@ class _Socket:
                 raise TimeoutError(_PASSED)
             current.until, current.is_late = monotonic() + GRACE, True
         self.used_at = monotonic()
-        with self._in_time(Drop.UNSENT):
-            self._wrapped.sendall(*arguments)
+        self._in_time(Drop.UNSENT, self._wrapped.sendall, *arguments)
 
-    @contextlib.contextmanager
-    def _in_time(self, drop: Drop) -> Iterator[None]:
-        """What is there already is taken even when the time is over: then it was not the peer who was slow."""
+    def _in_time(self, drop: Drop, operation: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Do something with the socket by the deadline, without a context manager: each call does it three times.
+
+        What is there already is taken even when the time is over: then it was not the peer who was slow.
+        """
         left = seconds_left()
         if left is None or self._given == 0:
             self._wrapped.settimeout(self._given)
-            yield
-            return
+            return operation(*arguments)
         self._wrapped.settimeout(_least(left, self._longest))
         try:
-            with _watched():
-                yield
+            return operation(*arguments)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            _note_struck(error)
             raise TimeoutError(_PASSED) from error
-        except (ConnectionError, ssl.SSLError):
-            self._is_dropped(drop)
+        except Exception as error:
+            _note_struck(error)
+            if isinstance(error, ConnectionError | ssl.SSLError):
+                self._is_dropped(drop)
             raise
 
 
@@ -206,16 +208,11 @@ class _Lasting:
         return cast("Any", super())._connect()  # noqa: SLF001
 
 
-@contextlib.contextmanager
-def _watched() -> Iterator[None]:
+def _note_struck(error: Exception) -> None:
     """Note what is raised into a wait from outside: Sentinels' clients go on with the next one after an `OSError`."""
-    try:
-        yield
-    except Exception as error:
-        current = _current.get()
-        if current is not None and has_struck(error):
-            current.struck = error
-        raise
+    current = _current.get()
+    if current is not None and has_struck(error):
+        current.struck = error
 
 
 @cache
@@ -267,8 +264,11 @@ def deadlined(connection_class: type[Any], longest: float | None = None) -> type
                 raise
 
         def _connect(self) -> Any:
-            with _watched():
+            try:
                 connected = super()._connect()
+            except Exception as error:
+                _note_struck(error)
+                raise
             return _Socket(connected, self._socket_timeout, longest)
 
     Deadlined.__name__ = Deadlined.__qualname__ = connection_class.__name__

@@ -108,9 +108,14 @@ def asker() -> CodeType | None:
     return frame.f_code if frame else None
 
 
-def asked_through(*codes: CodeType) -> FrameType | None:
-    """The frame of one of these methods, if it is among those that led to the asking one."""
-    frame: FrameType | None = sys._getframe(1)
+def asked_through(*codes: CodeType, asking: FrameType | None = None) -> FrameType | None:
+    """The frame of one of these methods, if it is among those that led to the asking one.
+
+    Args:
+        codes: The methods.
+        asking: The frame of the asking one, if it is known.
+    """
+    frame: FrameType | None = asking or sys._getframe(1)
     while frame is not None and not _ends(frame):
         if frame.f_code in codes:
             return frame

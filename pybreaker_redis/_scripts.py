@@ -14,8 +14,11 @@ from typing import Any
 from pybreaker_redis._answers import NONE, script_reply
 from pybreaker_redis._carrier import Lack, Reply, SayLack
 from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._intents import Intent
+from pybreaker_redis._intents import INTENTS, Intent
 from pybreaker_redis.errors import ScriptingUnavailable, is_a, lacks
+
+#: The arguments of each script, in their order.
+_ARGUMENTS = {intent: tuple(field.name for field in fields(intent)) for intent in INTENTS}
 
 
 class LuaCarrier:
@@ -56,7 +59,7 @@ class LuaCarrier:
             UnusableAnswer: An answer that is none of the script's.
         """
         source, digest = script(intent.script)
-        own = (_argument(getattr(intent, field.name)) for field in fields(intent))
+        own = [_argument(getattr(intent, name)) for name in _ARGUMENTS[type(intent)]]
         arguments = (*self._keys, create, *_known(known), *self._told, *own)
         try:
             reply, unheard = script_reply(self._run(source, digest, arguments))

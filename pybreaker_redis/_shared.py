@@ -106,9 +106,11 @@ class SharedCircuit:
 
     def _by_local_clock(self, reply: Reply) -> Reply:
         circuit, offset_ms = reply.circuit, self._view.offset.ms
-        opened_at_ms, until_ms = self._view.opened_at_ms(circuit), circuit.probe_until_ms - offset_ms
-        moved = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
-        return replace(reply, circuit=moved, now_ms=reply.now_ms - offset_ms)
+        # Most failures meet a circuit without any time in it.
+        if circuit.opened_at_ms is not None or circuit.probe_token:
+            opened_at_ms, until_ms = self._view.opened_at_ms(circuit), circuit.probe_until_ms - offset_ms
+            circuit = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
+        return Reply(reply.accepted, circuit, reply.now_ms - offset_ms, reply.event)
 
     def listen(self, server: Home) -> None:
         """Have changes of the circuit heard in this process, so that they need not be asked for.
@@ -247,7 +249,7 @@ class SharedCircuit:
         while True:
             carrier = carriers.get()
             if isinstance(intent, RecordFailure) and carriers.channel:
-                intent = replace(intent, noise_ms=NOISE_MS)
+                intent = RecordFailure(intent.generation, intent.token, NOISE_MS, intent.times)
             ticket, before = self._view.ticket(), moment(self._clock)
             try:
                 reply = carriers.execute(carrier, intent, known, create)

@@ -22,7 +22,7 @@ from redis.sentinel import Sentinel
 
 from pybreaker_redis import _client
 from pybreaker_redis._cluster import Cluster
-from pybreaker_redis._deadline import _watched, deadline
+from pybreaker_redis._deadline import _note_struck, deadline
 from pybreaker_redis._outside import from_outside, suppressed
 from pybreaker_redis._server import server_of
 from pybreaker_redis._survey import survey
@@ -449,8 +449,7 @@ def test_time_limit_that_a_library_has_swallowed_is_raised_in_the_end() -> None:
 
     def operate(error: Exception | None) -> None:
         with deadline(LONG):
-            with contextlib.suppress(JobTimeout), _watched():
-                raise JobTimeout
+            _note_struck(JobTimeout())
             if error:
                 raise error
 

@@ -64,7 +64,8 @@ local function after(number, times)
 end
 
 local function decimal(number)
-  return string.format('%.0f', number)
+  -- Most numbers are zero most of the time, and formatting costs more than comparing.
+  return number == 0 and '0' or string.format('%.0f', number)
 end
 
 local function seconds(at_ms)
@@ -253,13 +254,16 @@ local function save(looks)
                     circuit.opened_at_ms and decimal(circuit.opened_at_ms) or '',
                     circuit.probe_token, decimal(circuit.probe_until_ms), decimal(circuit.noisy_until_ms),
                     decimal(circuit.probe_lease_ms)}
-    local changed, written = false, {}
+    local changed = false
     for i = 1, #FIELDS do
       changed = changed or fields[i] ~= found.fields[i]
-      written[2 * i - 1], written[2 * i] = FIELDS[i], fields[i]
     end
     if changed then
       moved = true
+      local written = {}
+      for i = 1, #FIELDS do
+        written[2 * i - 1], written[2 * i] = FIELDS[i], fields[i]
+      end
       redis.call('HSET', KEYS[5], (unpack or table.unpack)(written))
       -- A channel that is forbidden, or a server without channels, must not undo the transition.
       if ARGV[8] ~= '' then
