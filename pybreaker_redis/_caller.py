@@ -147,7 +147,7 @@ class Caller:
             return circuit.state
         if not circuit.probe_token:
             return HALF_OPEN if self.half_opened == circuit.generation else OPEN
-        # An ended lease has to be claimed anew.
+        # An ended lease has to be claimed again.
         return HALF_OPEN if now_ms < circuit.probe_until_ms and self.holds(circuit) else OPEN
 
 

@@ -188,7 +188,7 @@ class Gate(CircuitBreakerStorage):
             caller.won = reply.accepted
             caller.looked = Admission(circuit.generation, circuit.probe_token)
         if circuit.state == HALF_OPEN and (reply.event == "created" or isinstance(intent, SetState)):
-            # Whoever asked for it is its first prober, until somebody else claims.
+            # The caller that asked for it is its first prober, until another one claims.
             caller.half_opened = circuit.generation
         return reply
 
