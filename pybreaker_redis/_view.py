@@ -147,12 +147,11 @@ class View:
         with self._lock:
             # A failure that was pushed after the question left may have been counted after the answer was given.
             quiet = circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms and ticket.hints == self._hints
-            if ticket.changes == self._changes:
-                # Nothing has come in between, so it is the later one, though the server's clock may have been set back.
+            is_later = ticket.changes == self._changes
+            if is_later:
+                # Nothing has come in between, though the server's clock may have been set back.
                 self._seen_ms = min(self._seen_ms, now_ms)
-            if self._take(circuit, now_ms, quiet=quiet):
-                # Within a millisecond only the counters may have changed.
-                self.known = circuit
+            if self._take(circuit, now_ms, quiet=quiet, is_later=is_later):
                 self._note_spell(circuit)
                 self._believe(ticket)
 
@@ -211,7 +210,7 @@ class View:
             if self._heard:
                 if self._seen_ms and abs(now_ms - self.server_ms) > FOREIGN_MS:
                     self._is_foreign = True
-                if self._take(circuit, now_ms, quiet=False):
+                if self._take(circuit, now_ms, quiet=False, is_later=False):
                     if self._is_foreign:
                         # Its times are by a clock that was set: an answer will tell how far.
                         self._forget()
@@ -254,15 +253,32 @@ class View:
 
     # Behind it ----------------------------------------------------------------------------------------------------
 
-    def _take(self, circuit: Circuit, now_ms: float, *, quiet: bool) -> bool:
-        """Keep the later of two records; whether that is the new one."""
+    def _take(self, circuit: Circuit, now_ms: float, *, quiet: bool, is_later: bool) -> bool:
+        """Keep the later of two records.
+
+        Args:
+            circuit: The new record.
+            now_ms: The server's time when it was true.
+            quiet: Whether there was neither noise nor a failure to forget.
+            is_later: Whether it was asked for after the known record had been taken.
+
+        Returns:
+            Whether the new record is the later one.
+        """
         known = self.known
         if known is not None:
             if (circuit.generation, now_ms) < (known.generation, self._seen_ms):
                 return False
             same_instant = (circuit.generation, now_ms) == (known.generation, self._seen_ms)
+            if same_instant and not is_later and _noise(circuit) < _noise(known):
+                # Two answers within a millisecond that arrive in the wrong order, of a poll and of a failure: with
+                # the older one a failure would be missing from what is known, and be taken for another one in an outage.
+                return False
             if same_instant and is_same_but_counters(circuit, known):
-                # The same answer, given to two storages of this process.
+                # The same answer, given to two storages of this process, or only counters have changed.
+                if circuit != known:
+                    self.known = circuit
+                    self._changes += 1
                 return True
             # Two changes within a millisecond: which was first cannot be told, so believe in the noise of either.
             quiet = quiet and not (same_instant and not self._quiet)
@@ -296,3 +312,8 @@ class View:
             self.shortcut.follow(self.known, quiet=self._quiet)
         else:
             self.shortcut.shut()
+
+
+def _noise(circuit: Circuit) -> tuple[float, int]:
+    """What failures raise within a generation."""
+    return circuit.noisy_until_ms, circuit.fail_counter

@@ -535,3 +535,39 @@ def test_counter_is_the_last_that_was_answered_or_polled(view: View) -> None:
     assert view.known == closed
     view.share(replace(closed, fail_counter=3), 1300)
     assert view.known == replace(closed, fail_counter=3)
+
+
+class TestSameMillisecond:
+    """The server's clock cannot order two answers of one millisecond; within a generation, failures only add up."""
+
+    noisy = replace(closed, noisy_until_ms=2000, fail_counter=1)
+
+    @pytest.mark.parametrize("earlier", [closed, replace(noisy, fail_counter=0)])
+    @pytest.mark.parametrize("arrives", ["answer", "share"])
+    def test_record_without_the_failure_that_is_known_changes_nothing(
+        self, view: View, arrives: str, earlier: Circuit
+    ) -> None:
+        """A poll whose answer arrives after that of a failure: in an outage the failure would count for another one."""
+        fill(view, closed, 900)
+        poll = view.ticket()
+        fill(view, self.noisy, 1000)
+        if arrives == "answer":
+            view.fill(poll, earlier, 1000)
+        else:
+            view.share(earlier, 1000)
+        assert view.known == self.noisy
+
+    def test_poll_that_was_sent_before_the_second_failure_changes_nothing(self, view: View) -> None:
+        """The second failure has changed nothing but the counter."""
+        fill(view, self.noisy, 1000)
+        second = view.ticket()
+        poll = view.ticket()
+        view.fill(second, replace(self.noisy, fail_counter=2), 1000)
+        view.confirm(poll, 1000, failures=1, quiet=False)
+        assert view.known == replace(self.noisy, fail_counter=2)
+
+    def test_answer_that_was_asked_for_later_is_later(self, view: View) -> None:
+        """A success has forgotten the failure."""
+        fill(view, self.noisy, 1000)
+        fill(view, replace(self.noisy, fail_counter=0), 1000)
+        assert view.known == replace(self.noisy, fail_counter=0)
