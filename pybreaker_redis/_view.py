@@ -271,8 +271,8 @@ class View:
                 return False
             same_instant = (circuit.generation, now_ms) == (known.generation, self._seen_ms)
             if same_instant and not is_later and _noise(circuit) < _noise(known):
-                # Two answers within a millisecond that arrive in the wrong order, of a poll and of a failure: with
-                # the older one a failure would be missing from what is known, and be taken for another one in an outage.
+                # Two answers within a millisecond arrive in the wrong order, of a poll and of a failure.  The failure
+                # would be missing from what is known, and in an outage the next one would be taken for it.
                 return False
             if same_instant and is_same_but_counters(circuit, known):
                 # The same answer, given to two storages of this process, or only counters have changed.

@@ -292,8 +292,8 @@ def test_caller_that_brings_a_circuit_back_meanwhile_is_counted(
     monkeypatch.setattr(_server, "bring_back", callers_come)
     with away(site, breaker):
         fails(breaker)
-    wait_for(lambda: any("is back" in line for line in lines_of(caplog)), "it is logged")
-    assert "circuits: 1 opened for all" in lines_of(caplog)[-1]
+    wait_for(lambda: any("is back" in line for line in lines_of(caplog, site)), "it is logged")
+    assert "circuits: 1 opened for all" in lines_of(caplog, site)[-1]
 
 
 def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_first_answers_that_come_together_are_one_line(
         patched.setattr(faults, "answered", lambda: answered() and None)
         faults.outage = replace(faults.outage, next_at=0.0)
         breaker.call(up)
-    assert len(lines_of(caplog)) == 1
+    assert len(lines_of(caplog, site)) == 1
     assert is_back(breaker)
 
 
@@ -491,11 +491,11 @@ def test_flapping_server_is_logged_once_a_minute_with_a_count(
     for _ in range(10):
         with away(site, *breakers):
             pass
-    assert len(lines_of(caplog)) == 2, lines_of(caplog)
-    assert ["is away" in line for line in lines_of(caplog)] == [True, False]
+    assert len(lines_of(caplog, site)) == 2, lines_of(caplog, site)
+    assert ["is away" in line for line in lines_of(caplog, site)] == [True, False]
     wait_for(lambda: server._bulletin.holds_a_line, "the last return is held")
     server._bulletin._until = 0.0  # the minute is over
-    wait_for(lambda: len(lines_of(caplog)) == 3, "how it is in the end")
+    wait_for(lambda: len(lines_of(caplog, site)) == 3, "how it is in the end")
     last = caplog.records[-1]
     assert "is back after" in last.getMessage()
     assert last.getMessage().endswith("; and 9 more losses in the last 60 s")
@@ -511,12 +511,12 @@ def test_circuit_with_a_flapping_trouble_is_logged_once_a_minute(site: Site, cap
         tenancy._failed(TypeError("of its own"), time.monotonic())
         tenancy._faults.outage = replace(tenancy._faults.outage, next_at=0.0)
         wait_for(lambda: is_back(breaker), "it is served")
-    assert len(lines_of(caplog)) == 2
+    assert len(lines_of(caplog, site)) == 2
     tenancy._bulletin._until = 0.0
     tenancy._failed(TypeError("of its own"), time.monotonic())
-    assert lines_of(caplog)[-1].endswith("; and 2 more losses in the last 60 s")
+    assert lines_of(caplog, site)[-1].endswith("; and 2 more losses in the last 60 s")
     tenancy._failed(TypeError("of its own"), time.monotonic())
-    assert len(lines_of(caplog)) == 3
+    assert len(lines_of(caplog, site)) == 3
 
 
 class TestBulletin:
@@ -621,4 +621,4 @@ def test_empty_error_is_described_by_its_class_alone(
     tenancy = tenancy_of(breaker)
     tenancy._failed(error, time.monotonic())
     assert health_of(breaker).last_error == text
-    assert text + ")" in lines_of(caplog)[0]
+    assert text + ")" in lines_of(caplog, site)[0]

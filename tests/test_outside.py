@@ -115,7 +115,7 @@ def test_error_of_a_signal_handler_reaches_the_application_whatever_its_class(
     assert breaker.call(up) == "answer"
     health = health_of(breaker)
     assert (health.condition, health.is_own, health.last_error) == ("connected", False, "")
-    assert lines_of(caplog) == []
+    assert lines_of(caplog, site) == []
 
 
 def test_error_of_a_signal_handler_reaches_the_application_from_a_report(site: Site) -> None:

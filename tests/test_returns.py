@@ -197,7 +197,8 @@ def test_connections_that_lead_nowhere_are_one_outage(site: Site, caplog: pytest
     wait_for(lambda: all(is_back(breaker) for breaker in breakers), "all are back")
     all_at_once()
     assert all(is_back(breaker) for breaker in breakers)
-    assert len([line for line in lines_of(caplog) if "is away" in line]) == 1, lines_of(caplog)
+    lines = lines_of(caplog, site)
+    assert len([line for line in lines if "is away" in line]) == 1, lines
 
 
 @pytest.mark.parametrize("step", [0, -60])
