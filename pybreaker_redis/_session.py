@@ -148,7 +148,10 @@ class Session:
     def _read_again(self) -> None:
         # What changes while these are read is for the next time.
         changed, self._changed, self._touched = self._changed | self._touched, set(), set()
-        self._poll([item for item in self._hearings.at(changed) if item.view.needs_changes])
+        needed = [item for item in self._hearings.at(changed) if item.view.needs_changes]
+        for item in needed:
+            item.view.suspend()
+        self._poll(needed)
         credit = (REREADS_AT_ONCE - 1) * REREAD_EVERY_S
         self._reread_at = max(self._reread_at, monotonic() - credit) + REREAD_EVERY_S
 

@@ -11,8 +11,9 @@ Records arrive out of order, as answers on many connections.  The later of two i
 and within a generation the one with the later time of the server.
 
 A push is a hint, because users who may write no key may publish.  A pushed record is compared and dropped: the circuit
-is read again, and until then callers use the view.  Only an answer fills the view, so only an answered record can reach
-a script, which would restore the record on an emptied server.
+is read again.  Calls that begin during that read ask Redis themselves, but in one read a second only: in the others
+they use the view, so a flood of pushes costs them no round trips.  Only an answer fills the view, so only an answered
+record can reach a script, which would restore the record on an emptied server.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from pybreaker_redis._spell import Spell
 #: How far the time of another storage's answer may lie from the server's clock before it is one of another clock,
 #: milliseconds: in a busy process it comes late.
 FOREIGN_MS = 1000
+
+#: Shortest time between two suspensions, seconds: more pushes than that, forged ones too, cost calls no round trip.
+SUSPENSION_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class View:
         self._beliefs = 0
         self._changes = 0
         self._hints = 0
+        self._suspended_at = -math.inf
         self._asked_at = -math.inf
         renew_in_children(self)
 
@@ -147,8 +152,7 @@ class View:
         with self._lock:
             # A failure that was pushed after the question left may have been counted after the answer was given.
             quiet = circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms and ticket.hints == self._hints
-            is_later = ticket.changes == self._changes
-            if is_later:
+            if is_later := ticket.changes == self._changes:
                 # Nothing has come in between, though the server's clock may have been set back.
                 self._seen_ms = min(self._seen_ms, now_ms)
             if self._take(circuit, now_ms, quiet=quiet, is_later=is_later):
@@ -204,6 +208,14 @@ class View:
                 self._show()
             return False
 
+    def suspend(self) -> None:
+        """Have calls ask until the circuit has been read again, unless they had to less than a second ago."""
+        with self._lock:
+            now = self._now()
+            if now >= self._suspended_at + SUSPENSION_PAUSE_S:
+                self._suspended_at, self.shortcut.until = now, 0
+                self.shortcut.shut()
+
     def share(self, circuit: Circuit, now_ms: float) -> None:
         """Take the record that another storage of this process was answered; the belief lasts no longer for it."""
         with self._lock:
@@ -254,23 +266,17 @@ class View:
     # Behind it ----------------------------------------------------------------------------------------------------
 
     def _take(self, circuit: Circuit, now_ms: float, *, quiet: bool, is_later: bool) -> bool:
-        """Keep the later of two records.
-
-        Args:
-            circuit: The new record.
-            now_ms: The server's time when it was true.
-            quiet: Whether there was neither noise nor a failure to forget.
-            is_later: Whether it was asked for after the known record had been taken.
-
-        Returns:
-            Whether the new record is the later one.
-        """
+        """Keep the later of two records; whether that is the new one.  It is if it was asked for later (`is_later`)."""
         known = self.known
         if known is not None:
             if (circuit.generation, now_ms) < (known.generation, self._seen_ms):
                 return False
             same_instant = (circuit.generation, now_ms) == (known.generation, self._seen_ms)
-            if same_instant and not is_later and _noise(circuit) < _noise(known):
+            failures, before = (
+                (circuit.noisy_until_ms, circuit.fail_counter),
+                (known.noisy_until_ms, known.fail_counter),
+            )
+            if same_instant and not is_later and failures < before:
                 # Two answers within a millisecond arrive in the wrong order, of a poll and of a failure.  The failure
                 # would be missing from what is known, and in an outage the next one would be taken for it.
                 return False
@@ -312,8 +318,3 @@ class View:
             self.shortcut.follow(self.known, quiet=self._quiet)
         else:
             self.shortcut.shut()
-
-
-def _noise(circuit: Circuit) -> tuple[float, int]:
-    """What failures raise within a generation."""
-    return circuit.noisy_until_ms, circuit.fail_counter

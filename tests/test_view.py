@@ -8,7 +8,7 @@ import pytest
 
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._clock import Moment
-from pybreaker_redis._view import View
+from pybreaker_redis._view import SUSPENSION_PAUSE_S, View
 from tests.viewed import Clock
 
 STALENESS = 2.0
@@ -535,6 +535,37 @@ def test_counter_is_the_last_that_was_answered_or_polled(view: View) -> None:
     assert view.known == closed
     view.share(replace(closed, fail_counter=3), 1300)
     assert view.known == replace(closed, fail_counter=3)
+
+
+class TestSuspension:
+    """A push suspends belief until the circuit has been read again, once a second at most."""
+
+    @pytest.mark.parametrize("answer", ["same", "other"])
+    def test_belief_goes_on_from_the_answer(self, view: View, answer: str) -> None:
+        """Whatever it is."""
+        fill(view, closed)
+        poll = view.ticket()
+        view.suspend()
+        assert view.believed() is None
+        assert view.known == closed
+        if answer == "same":
+            view.confirm(poll, 1100, failures=0, quiet=True)
+            assert view.believed() == closed
+        else:
+            view.fill(poll, opened, 1100)
+            assert view.believed() == opened
+
+    def test_second_one_within_a_second_changes_nothing(self, view: View, clock: Clock) -> None:
+        """Whoever publishes at will shall not make calls slow."""
+        fill(view, closed)
+        view.suspend()
+        fill(view, closed, 1100)
+        clock.now += SUSPENSION_PAUSE_S - 0.001
+        view.suspend()
+        assert view.believed() == closed
+        clock.now += 0.001
+        view.suspend()
+        assert view.believed() is None
 
 
 class TestSameMillisecond:
