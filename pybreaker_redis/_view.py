@@ -11,8 +11,8 @@ Records arrive out of order, as answers on many connections.  The later of two i
 and within a generation the one with the later time of the server.
 
 A push is a hint, because users who may write no key may publish.  A pushed record is compared and dropped: the circuit
-is read again.  Calls that begin during that read ask Redis themselves, but in one read a second only: in the others
-they use the view, so a flood of pushes costs them no round trips.  Only an answer fills the view, so only an answered
+is read again.  Calls that begin during that read ask Redis themselves, but in ten reads a second only: in the others
+they use the view, so a flood of pushes costs them little.  Only an answer fills the view, so only an answered
 record can reach a script, which would restore the record on an emptied server.
 """
 
@@ -35,8 +35,8 @@ from pybreaker_redis._spell import Spell
 #: milliseconds: in a busy process it comes late.
 FOREIGN_MS = 1000
 
-#: Shortest time between two suspensions, seconds: more pushes than that, forged ones too, cost calls no round trip.
-SUSPENSION_PAUSE_S = 1.0
+#: Shortest time between two suspensions, seconds: however many pushes there are, forged ones too, calls ask no more often.
+SUSPENSION_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ class View:
             return False
 
     def suspend(self) -> None:
-        """Have calls ask until the circuit has been read again, unless they had to less than a second ago."""
+        """Have calls ask until the circuit has been read again, at most every `SUSPENSION_PAUSE_S`."""
         with self._lock:
             now = self._now()
             if now >= self._suspended_at + SUSPENSION_PAUSE_S:

@@ -538,7 +538,7 @@ def test_counter_is_the_last_that_was_answered_or_polled(view: View) -> None:
 
 
 class TestSuspension:
-    """A push suspends belief until the circuit has been read again, once a second at most."""
+    """A push suspends belief until the circuit has been read again, ten times a second at most."""
 
     @pytest.mark.parametrize("answer", ["same", "other"])
     def test_belief_goes_on_from_the_answer(self, view: View, answer: str) -> None:
@@ -555,7 +555,7 @@ class TestSuspension:
             view.fill(poll, opened, 1100)
             assert view.believed() == opened
 
-    def test_second_one_within_a_second_changes_nothing(self, view: View, clock: Clock) -> None:
+    def test_second_one_soon_after_changes_nothing(self, view: View, clock: Clock) -> None:
         """Whoever publishes at will shall not make calls slow."""
         fill(view, closed)
         view.suspend()
