@@ -35,7 +35,7 @@ from pybreaker_redis._spell import Spell
 #: milliseconds: in a busy process it comes late.
 FOREIGN_MS = 1000
 
-#: Shortest time between two suspensions, seconds: however many pushes there are, forged ones too, calls ask no more often.
+#: Shortest time between two suspensions, seconds, however many pushes there are, forged ones too.
 SUSPENSION_PAUSE_S = 0.1
 
 
