@@ -86,7 +86,7 @@ class RecordFailure(Fenced):
     script: ClassVar[str] = "record_failure"
 
     def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        counted = replace(circuit, fail_counter=after(circuit.fail_counter, self.times))
+        counted = circuit.with_failures(after(circuit.fail_counter, self.times))
         if self.noise_ms and circuit.state == CLOSED and circuit.noisy_until_ms < now_ms + self.noise_ms / 2:
             return replace(counted, noisy_until_ms=now_ms + self.noise_ms)
         return counted
@@ -99,7 +99,7 @@ class RecordSuccess(Fenced):
     script: ClassVar[str] = "record_success"
 
     def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        return replace(circuit, fail_counter=0)
+        return circuit.with_failures(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -395,6 +395,11 @@ class TestNoise:
         """There nobody keeps a success to himself."""
         assert granted(RecordFailure(None, "", 1000), circuit).noisy_until_ms == 0
 
+    @given(circuit=circuits(NOW), count=st.integers(0, MAX_COUNT))
+    def test_other_number_of_failures_changes_nothing_else(self, circuit: Circuit, count: int) -> None:
+        """It names each field, so a new one must be added there."""
+        assert circuit.with_failures(count) == replace(circuit, fail_counter=count)
+
     @given(circuit=circuits(NOW), wish=wishes)
     def test_nothing_but_a_failure_makes_noise(self, circuit: Circuit, wish: Wish) -> None:
         """What need not be told is not."""
