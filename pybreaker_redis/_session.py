@@ -148,10 +148,7 @@ class Session:
     def _read_again(self) -> None:
         # What changes while these are read is for the next time.
         changed, self._changed, self._touched = self._changed | self._touched, set(), set()
-        needed = [item for item in self._hearings.at(changed) if item.view.needs_changes]
-        for item in needed:
-            item.view.suspend()
-        self._poll(needed)
+        self._poll([item for item in self._hearings.at(changed) if item.view.needs_changes])
         credit = (REREADS_AT_ONCE - 1) * REREAD_EVERY_S
         self._reread_at = max(self._reread_at, monotonic() - credit) + REREAD_EVERY_S
 
@@ -160,9 +157,12 @@ class Session:
         if text(kind) == "message":
             channel, record = text(rest[0]) or "", parse_push(rest[1])
             # A noise mark ends the quiet of each view.
-            differs = [view.hint(record) for view in self._hearings.views(channel)]
-            if any(differs):
+            differ = [view for view in self._hearings.views(channel) if view.hint(record)]
+            if differ:
                 self._changed.add(channel)
+                if monotonic() >= self._reread_at:
+                    for view in differ:
+                        view.suspend()
             else:
                 # The hash was written for this mark.  Any other invalidated key was not.
                 self._touched.discard(channel)

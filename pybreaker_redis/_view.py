@@ -11,8 +11,8 @@ Records arrive out of order, as answers on many connections.  The later of two i
 and within a generation the one with the later time of the server.
 
 A push is a hint, because users who may write no key may publish.  A pushed record is compared and dropped: the circuit
-is read again.  Calls that begin during that read ask Redis themselves, but in ten reads a second only: in the others
-they use the view, so a flood of pushes costs them little.  Only an answer fills the view, so only an answered
+is read again.  Calls that begin before that read is done ask Redis themselves, but in ten reads a second only: in the
+others they use the view, so a flood of pushes costs them little.  Only an answer fills the view, so only an answered
 record can reach a script, which would restore the record on an emptied server.
 """
 

@@ -167,7 +167,8 @@ def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(clien
     reads = asked["hmget"] - asked.get("evalsha", 0)
     assert sent > 200
     assert 1 <= reads <= seconds / REREAD_EVERY_S + REREADS_AT_ONCE + 2 * seconds / STALENESS + 2, asked
-    assert asked.get("evalsha", 0) <= 1, "an answer that was overtaken by a push is not quiet: the success is reported"
+    # The call may have begun during a read, and an answer that a push has overtaken is not quiet.
+    assert asked.get("evalsha", 0) <= 2
     assert caplog.messages == []
 
 
@@ -267,10 +268,10 @@ def overtaken(*pushes: Push) -> tuple[View, Session]:
     return view, session
 
 
-def test_read_with_a_script_in_between_is_repeated_and_doubts_nothing():
+def test_read_with_a_script_in_between_is_repeated_and_changes_nothing():
     """The commands of a batch are not one step, and this time the push says so."""
     view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
-    assert view.is_believed
+    assert view.known == Circuit(OPEN, opened_at_ms=5000, generation=1)
     assert session._changed == {CHANNEL}
     line: Any = session.line
     line.answers[2] = [b"half-open", b"5"]
@@ -279,27 +280,29 @@ def test_read_with_a_script_in_between_is_repeated_and_doubts_nothing():
     known = view.known
     assert known is not None
     assert (known.generation, known.state) == (2, "half-open")
+    assert view.is_believed
     assert session._changed == set()
 
 
-def test_calls_ask_while_the_circuit_is_read_again_in_ten_reads_a_second():
+def test_calls_ask_from_a_push_until_the_circuit_was_read_in_ten_reads_a_second():
     """A call that begins after a push shall not go by what was before it; a flood of pushes costs calls nothing."""
-    view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
+    push = Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"])
+    view, session = overtaken()
     line: Any = session.line
-    line.answers[2] = [b"half-open", b"5"]
-    line.pushes = []
+    line.answers[2:] = [[b"open", b"5"], [b"1", b"open", b"5000", b"", b"0", b"0", b"0"]]
+    session._poll(session._hearings.all())
+    assert view.is_believed
     believed = []
-
-    def ask(commands: list[Any]) -> list[Any]:
-        believed.append(view.is_believed)
-        return list(line.answers)
-
-    line.ask = ask
     for _ in range(3):
-        session._changed = {CHANNEL}
+        session._take(push)
+        believed.append(view.is_believed)
         session._read_again()
         assert view.is_believed
     assert believed == [False, True, True]
+    time.sleep(SUSPENSION_PAUSE_S)
+    session._reread_at = time.monotonic() + 60
+    session._take(push)
+    assert view.is_believed, "the read does not follow at once"
 
 
 @pytest.mark.parametrize("time_read", [[b"9999999999999", b"0"], [b"-7", b"0"], [b"7"], None])
