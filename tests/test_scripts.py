@@ -320,6 +320,8 @@ def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactio
 def test_threads_that_find_no_scripts_at_once_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
     """The step down is one change of condition, however many notice it."""
     client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
+    # If threads are the first to use a database of fakeredis, some of their transactions are lost: 5 in 4,000 rounds.
+    client.get("anything")
     together = threading.Barrier(8)
     storage = CircuitRedisStorage(CLOSED, client, "scriptless")
     original = client.evalsha
@@ -334,8 +336,7 @@ def test_threads_that_find_no_scripts_at_once_say_so_once(caplog: pytest.LogCapt
         thread.start()
     for thread in threads:
         thread.join()
-    # Not `== 8`: of transactions of several threads fakeredis loses some, of plain redis-py, too (5 in 4,000 rounds).
-    assert storage.counter >= 1
+    assert storage.counter == 8
     assert len([record for record in caplog.records if "runs no scripts" in record.getMessage()]) == 1
 
 
