@@ -272,11 +272,11 @@ class View:
             if (circuit.generation, now_ms) < (known.generation, self._seen_ms):
                 return False
             same_instant = (circuit.generation, now_ms) == (known.generation, self._seen_ms)
-            failures, before = (
-                (circuit.noisy_until_ms, circuit.fail_counter),
-                (known.noisy_until_ms, known.fail_counter),
-            )
-            if same_instant and not is_later and failures < before:
+            if (
+                same_instant
+                and not is_later
+                and (circuit.noisy_until_ms, circuit.fail_counter) < (known.noisy_until_ms, known.fail_counter)
+            ):
                 # Two answers within a millisecond arrive in the wrong order, of a poll and of a failure.  The failure
                 # would be missing from what is known, and in an outage the next one would be taken for it.
                 return False

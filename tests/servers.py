@@ -7,7 +7,9 @@ Knows: where binaries come from, what each platform can have.  Does not know: py
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from typing import Any
 import redis
 
 from pybreaker_redis._demo import binaries as _binaries
+from pybreaker_redis._demo.server import PrivateServer
 
 FoundServer = _binaries.FoundServer
 
@@ -33,6 +36,22 @@ EXPECTED = {
 
 #: How a client is told not to try again.  redis-py 3 never does, and does not know the word.
 ONCE: dict[str, Any] = {"retry": None} if "retry" in inspect.signature(redis.Redis).parameters else {}
+
+
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def without_scripts(server: PrivateServer) -> Iterator[redis.Redis]:
+    """Yield a client of a new user who may not run scripts.
+
+    A process knows one server for each user: what an earlier test met there is not known of this one.
+    """
+    user = f"noscript{next(_numbers)}"
+    with contextlib.closing(server.client()) as administrator:
+        administrator.execute_command("ACL", "SETUSER", user, "on", "nopass", "~*", "&*", "+@all", "-@scripting")
+    with contextlib.closing(server.client(username=user, password="any")) as client:
+        yield client
 
 
 @cache

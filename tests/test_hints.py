@@ -285,7 +285,7 @@ def test_read_with_a_script_in_between_is_repeated_and_changes_nothing():
 
 
 def test_calls_ask_from_a_push_until_the_circuit_was_read_in_ten_reads_a_second():
-    """A call that begins after a push shall not go by what was before it; a flood of pushes costs calls nothing."""
+    """A call that begins after a push must not use the record of before.  A flood of pushes costs calls little."""
     push = Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"])
     view, session = overtaken()
     line: Any = session.line

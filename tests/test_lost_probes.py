@@ -265,14 +265,20 @@ def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engin
     assert shared_state(storage, engine) == b"closed"
 
 
-@pytest.fixture
-def taken_over(engine: redis.Redis) -> Iterator[tuple[CircuitBreaker, CircuitRedisStorage, Intent]]:
-    """The report of this thread's probe got lost, and another thread is within the next probe; the report."""
+def after_lost_report(engine: redis.Redis) -> tuple[CircuitBreaker, CircuitRedisStorage, Line]:
+    """A half-open circuit whose server is back after it lost the report of this thread's probe."""
     breaker, storage = opened(engine, success_threshold=3)
     line = Line(storage)
     line.lose(CountProbe, executed=False)
     breaker.call(up)
     wait_for(lambda: storage.health().condition == "connected", "it is back")
+    return breaker, storage, line
+
+
+@pytest.fixture
+def taken_over(engine: redis.Redis) -> Iterator[tuple[CircuitBreaker, CircuitRedisStorage, Intent]]:
+    """The report of this thread's probe got lost, and another thread is within the next probe; the report."""
+    breaker, storage, line = after_lost_report(engine)
     is_inside, may_leave = threading.Event(), threading.Event()
 
     def probe() -> None:
@@ -300,11 +306,7 @@ def test_thread_that_lost_its_report_does_not_join_the_next_probe(
 
 def test_thread_that_lost_its_report_does_not_join_while_another_thread_claims(engine: redis.Redis) -> None:
     """The record still names the former probe, until the claim is answered."""
-    breaker, storage = opened(engine, success_threshold=3)
-    line = Line(storage)
-    line.lose(CountProbe, executed=False)
-    breaker.call(up)
-    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    breaker, storage, line = after_lost_report(engine)
     claims, may_claim = threading.Event(), threading.Event()
 
     def waits(carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:

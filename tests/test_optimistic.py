@@ -26,6 +26,7 @@ from pybreaker_redis._optimistic import OptimisticCarrier
 from pybreaker_redis._scripts import LuaCarrier
 from pybreaker_redis.errors import ScriptingUnavailable
 from tests.fleet import _start_fork_server
+from tests.servers import without_scripts
 from tests.viewed import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -41,9 +42,7 @@ _context = multiprocessing.get_context("forkserver")
 @pytest.fixture
 def scriptless(server: PrivateServer) -> Iterator[redis.Redis]:
     """A client of a user who may not run scripts."""
-    with contextlib.closing(server.client()) as administrator:
-        administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
-    with contextlib.closing(server.client(username="noscript", password="any")) as client:
+    with without_scripts(server) as client:
         yield client
 
 
@@ -417,11 +416,11 @@ class Lines(logging.Handler):
 FULL_SPEED_TIMEOUT = 1.0
 
 
-def _fail_at_full_speed(unix_socket: str, namespace: str, seconds: float, line: Any) -> None:
+def _fail_at_full_speed(unix_socket: str, user: str, namespace: str, seconds: float, line: Any) -> None:
     """In a process: failing calls without a pause; how many, the slowest, and what was logged."""
     logged = Lines()
     logging.getLogger("pybreaker_redis").addHandler(logged)
-    with contextlib.closing(redis.Redis(unix_socket_path=unix_socket, username="noscript", password="any")) as client:
+    with contextlib.closing(redis.Redis(unix_socket_path=unix_socket, username=user, password="any")) as client:
         storage = CircuitRedisStorage(CLOSED, client, namespace, timeout=FULL_SPEED_TIMEOUT)
         breaker = CircuitBreaker(fail_max=10**9, state_storage=storage)
         breaker.call(lambda: None)
@@ -446,9 +445,10 @@ def test_sixteen_processes_at_full_speed_without_scripts_are_no_outage(
 
     A machine with much else to do may hold a process up for longer than the timeout, so one good round of five counts.
     """
+    user = scriptless.connection_pool.connection_kwargs["username"]
     for attempt in range(5):
         namespace = f"full-speed-{attempt}"
-        answers = run(_fail_at_full_speed, [(server.unix_socket, namespace, 1.5)] * 16)
+        answers = run(_fail_at_full_speed, [(server.unix_socket, user, namespace, 1.5)] * 16)
         counted = int(client.get(f"{namespace}:pybreaker:fail_counter"))
         calls, slowest = sum(answer[0] for answer in answers), max(answer[1] for answer in answers)
         lines = [line for answer in answers for line in answer[2]]

@@ -556,7 +556,7 @@ class TestSuspension:
             assert view.believed() == opened
 
     def test_second_one_soon_after_changes_nothing(self, view: View, clock: Clock) -> None:
-        """Whoever publishes at will shall not make calls slow."""
+        """A user who may publish must not be able to make calls slow."""
         fill(view, closed)
         view.suspend()
         fill(view, closed, 1100)

@@ -18,6 +18,7 @@ from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure
 from pybreaker_redis._optimistic import OptimisticCarrier
+from tests.servers import without_scripts
 from tests.stopwatch import Stopwatch
 from tests.viewed import Down, down, up
 
@@ -84,9 +85,7 @@ def test_call_that_claims_slowly_has_the_rest_of_its_time_for_what_follows(serve
 @pytest.fixture
 def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
     """A client of a user who may not run scripts, on a server that may be frozen."""
-    with contextlib.closing(killable_server.client()) as administrator:
-        administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
-    with contextlib.closing(killable_server.client(username="noscript", password="any")) as client:
+    with without_scripts(killable_server) as client:
         yield client
     killable_server.resume()
 
@@ -146,7 +145,8 @@ def test_refusal_under_watch_costs_no_connection(
             breaker.call(down)
     with contextlib.closing(killable_server.client()) as administrator:
         made = administrator.info("stats")["total_connections_received"]
-        administrator.execute_command("ACL", "SETUSER", "noscript", "-@write")
+        user = scriptless.connection_pool.connection_kwargs["username"]
+        administrator.execute_command("ACL", "SETUSER", user, "-@write")
         with contextlib.suppress(Down):
             breaker.call(down)
         assert storage.health().condition != "connected"
