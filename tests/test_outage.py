@@ -113,7 +113,10 @@ def is_back(breaker: pybreaker.CircuitBreaker) -> bool:
 
 
 def lines_of(caplog: pytest.LogCaptureFixture, site: Site | None = None) -> list[str]:
-    """The log lines about outages, without those about what libraries without RESP3 lack.
+    """The log lines about outages.
+
+    Left out are those about what libraries without RESP3 lack, and those about circuits that a server has lost: a call
+    can find that out before the server's return is logged, or after it.
 
     Args:
         caplog: The log of the test.
@@ -124,7 +127,7 @@ def lines_of(caplog: pytest.LogCaptureFixture, site: Site | None = None) -> list
     for record in caplog.records:
         said, line = getattr(record, "pybreaker_redis", {}), record.getMessage()
         is_of_site = site is None or "server" not in said or f":{site.proxy.port}/" in said["server"]
-        if "Redis" in line and said.get("event") != "lack" and is_of_site:
+        if "Redis" in line and "has lost it" not in line and said.get("event") != "lack" and is_of_site:
             lines.append(line)
     return lines
 
@@ -582,19 +585,22 @@ def test_log_records_carry_what_they_say(site: Site, caplog):
     """Whoever wants to count outages attaches a handler, and need not parse a sentence."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), fail_max=1, timeout=10))
+    server = f"127.0.0.1:{site.proxy.port}/0"
+
+    def events() -> dict[str, dict[str, Any]]:
+        words = [record.pybreaker_redis for record in caplog.records if hasattr(record, "pybreaker_redis")]
+        return {said["event"]: said for said in words if said["server"] == server}
+
     site.server.kill()
     with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
         breaker.call(down)
-    wait_for(lambda: lines_of(caplog, site), "a warning")
+    wait_for(lambda: "away" in events(), "a warning")
     site.restart(keep_data=False)
-    wait_for(lambda: len(lines_of(caplog, site)) == 2, "an all-clear")
-    said = [record.pybreaker_redis for record in caplog.records if hasattr(record, "pybreaker_redis")]
-    away, back = (words for words in said if words["event"] != "lack")
-    server = f"127.0.0.1:{site.proxy.port}/0"
-    assert (away["event"], away["server"]) == ("away", server)
+    wait_for(lambda: "back" in events(), "an all-clear")
+    away, back = events()["away"], events()["back"]
     assert away["error"].startswith("ConnectionError: ")
     assert 0 <= away["pause"] < 1
-    assert (back["event"], back["server"], back["outcomes"]) == ("back", server, {"opened for all": 1})
+    assert back["outcomes"] == {"opened for all": 1}
     assert back["seconds"] > 0
 
 

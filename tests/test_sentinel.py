@@ -12,7 +12,7 @@ import redis.sentinel
 
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from tests.sentinels import Sentinels
-from tests.test_outage import calls, health_of, is_back, lines_of
+from tests.test_outage import calls, health_of, is_back
 from tests.viewed import breaker_on, fails, lines, settled, wait_for
 
 #: Seconds.
@@ -70,7 +70,7 @@ def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, caplog):
             master = new
             fails(breaker)
             assert promoted.get("demoted:pybreaker:fail_counter") == b"2"
-        assert [line for line in lines_of(caplog) if "'demoted'" in line] == []
+        assert [line for line in caplog.messages if "'demoted'" in line] == []
 
 
 def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_server):
