@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: Seconds that may be asked for: shorter than this nothing can be seen, longer nobody watches.
-SHORTEST, LONGEST = 2.0, 600.0
+DEMO_SECONDS_MIN, DEMO_SECONDS_MAX = 2.0, 600.0
 
 SECONDS_HELP = "how long, roughly, and no less than it takes to see it all, about 9 (default: %(default)g)"
 
 
 def _seconds(text: str) -> float:
     seconds = float(text)
-    if not SHORTEST <= seconds <= LONGEST:
-        raise argparse.ArgumentTypeError(f"must be between {SHORTEST:g} and {LONGEST:g}, not {text}")
+    if not DEMO_SECONDS_MIN <= seconds <= DEMO_SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"must be between {DEMO_SECONDS_MIN:g} and {DEMO_SECONDS_MAX:g}, not {text}")
     return seconds
 
 

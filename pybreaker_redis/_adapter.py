@@ -43,16 +43,16 @@ from pybreaker import CircuitBreakerError
 
 from pybreaker_redis import _frames
 from pybreaker_redis._admissions import BY_HAND
-from pybreaker_redis._arguments import shown
-from pybreaker_redis._caller import Caller, Report
+from pybreaker_redis._arguments import format_value
+from pybreaker_redis._caller import CallContext, CountedReport
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import HALF_OPEN, MAX_COUNT, OPEN, Admission, Circuit
-from pybreaker_redis._clock import from_ms, to_ms
-from pybreaker_redis._gate import TAKEN, Gate
+from pybreaker_redis._circuit import COUNT_LIMIT, HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._clock import ms_from_utc, utc_from_ms
+from pybreaker_redis._gate import PROBE_TAKEN_MESSAGE, StateReads
 from pybreaker_redis._intents import (
     Close,
     CountProbe,
-    Fenced,
+    FencedIntent,
     Intent,
     Load,
     RecordFailure,
@@ -64,7 +64,7 @@ from pybreaker_redis._intents import (
 )
 
 
-class IntentStorage(Gate):
+class InferringStorage(StateReads):
     """pybreaker's storage interface over atomic intents, for any number of threads.
 
     See `Gate` for the arguments.
@@ -72,41 +72,41 @@ class IntentStorage(Gate):
 
     def increment_counter(self) -> None:
         """Count a failure."""
-        caller, frame = self._callers.current(), _frames.asking()
+        caller, frame = self._callers.current(), _frames.calling_frame()
         if frame is None or frame.f_code is not _frames.REPORTS_FAILURE:
-            self._ask(caller, RecordFailure(*BY_HAND))
+            self._execute_for(caller, RecordFailure(*BY_HAND))
             return
         admission = self._admission_of(caller, frame)
         self._report(caller, frame, RecordFailure(*admission), lambda circuit: circuit.fail_counter)
 
     def reset_counter(self) -> None:
         """Forget the failures."""
-        shortcut = self._shortcut
+        fast_path = self._shortcut
         # Where there is nothing to forget, a success changes nothing, however late it comes.
-        if self._carried is shortcut.quiet and shortcut.now() < shortcut.until:
+        if self._tagged is fast_path.quiet_admission and fast_path.now() < fast_path.trusted_until:
             return
-        caller, frame = self._callers.current(), _frames.asking()
+        caller, frame = self._callers.current(), _frames.calling_frame()
         if frame is None or frame.f_code not in (_frames.REPORTS_SUCCESS, _frames.BUILDS_CLOSED):
-            self._ask(caller, RecordSuccess(*BY_HAND))
+            self._execute_for(caller, RecordSuccess(*BY_HAND))
         elif frame.f_code is _frames.REPORTS_SUCCESS:
-            self._ask(caller, RecordSuccess(*self._admission_of(caller, frame)))
+            self._execute_for(caller, RecordSuccess(*self._admission_of(caller, frame)))
         else:
-            self._built(caller, frame)
+            self._tag_new_state(caller, frame)
 
     def increment_success_counter(self) -> None:
         """Count a success while half-open."""
-        caller, frame = self._callers.current(), _frames.asking()
+        caller, frame = self._callers.current(), _frames.calling_frame()
         if frame is None or frame.f_code is not _frames.COUNTS_PROBE:
-            self._ask(caller, CountProbe(*BY_HAND, self._lease_ms))
+            self._execute_for(caller, CountProbe(*BY_HAND, self._lease_ms))
             return
         state = frame.f_locals["self"]
-        threshold = math.ceil(min(MAX_COUNT, state._breaker.success_threshold))
+        threshold = math.ceil(min(COUNT_LIMIT, state._breaker.success_threshold))
         admission = self._admission_of(caller, frame)
         intent = CountProbe(*admission, self._lease_ms, threshold)
         reply = self._report(caller, frame, intent, lambda circuit: circuit.success_counter)
         if reply.accepted and not reply.circuit.probe_token:
             # Given back: what is still called on this state object, past the breaker, speaks for the generation alone.
-            caller.half_opened = admission.generation
+            caller.half_opened_generation = admission.generation
             self._admissions.issue(state, Admission(admission.generation))
 
     def reset_success_counter(self) -> None:
@@ -115,29 +115,29 @@ class IntentStorage(Gate):
         Raises:
             pybreaker.CircuitBreakerError: This was the way into half-open, and somebody else has the probe.
         """
-        caller, frame = self._callers.current(), _frames.asking()
-        asker = frame.f_code if frame else None
-        if asker is _frames.CLOSES:
+        caller, frame = self._callers.current(), _frames.calling_frame()
+        caller_code = frame.f_code if frame else None
+        if caller_code is _frames.CLOSES:
             # The closed state that is built next needs a ticket, even if the circuit was closed.
-            self._carried = BY_HAND
-            probed = _frames.asked_through(_frames.COUNTS_PROBE)
-            self._ask(caller, Close(*(self._admission_of(caller, probed) if probed else BY_HAND)))
-        elif frame is not None and asker is _frames.BUILDS_OPEN:
-            if _frames.asked_through(_frames.OPENS):
-                fence, caller.fence = caller.fence, BY_HAND
-                self._ask(caller, Trip(*fence))
-            self._built(caller, frame)
-        elif frame is not None and asker is _frames.BUILDS_HALF_OPEN:
-            claims = _frames.asked_through(_frames.CHECKS_TIMEOUT) is not None
+            self._tagged = BY_HAND
+            probed = _frames.frame_among(_frames.COUNTS_PROBE)
+            self._execute_for(caller, Close(*(self._admission_of(caller, probed) if probed else BY_HAND)))
+        elif frame is not None and caller_code is _frames.BUILDS_OPEN:
+            if _frames.frame_among(_frames.OPENS):
+                fence, caller.trip_admission = caller.trip_admission, BY_HAND
+                self._execute_for(caller, Trip(*fence))
+            self._tag_new_state(caller, frame)
+        elif frame is not None and caller_code is _frames.BUILDS_HALF_OPEN:
+            claims = _frames.frame_among(_frames.CHECKS_TIMEOUT) is not None
             if claims:
-                if not self._claim_probe(caller, caller.opened).accepted:
-                    raise CircuitBreakerError(TAKEN)
-            elif _frames.asked_through(_frames.HALF_OPENS):
-                self._ask(caller, ResetProbes())
-                self._ask(caller, SetState(HALF_OPEN))
-            self._built(caller, frame, claims=claims)
+                if not self._claim_probe(caller, caller.seen_open).accepted:
+                    raise CircuitBreakerError(PROBE_TAKEN_MESSAGE)
+            elif _frames.frame_among(_frames.HALF_OPENS):
+                self._execute_for(caller, ResetProbes())
+                self._execute_for(caller, SetState(HALF_OPEN))
+            self._tag_new_state(caller, frame, claims=claims)
         else:
-            self._ask(caller, ResetProbes())
+            self._execute_for(caller, ResetProbes())
 
     @property
     def counter(self) -> int:
@@ -156,73 +156,77 @@ class IntentStorage(Gate):
         While somebody else probes: the end of their lease.
         """
         caller = self._callers.current()
-        rejected, caller.rejected = caller.rejected, None
+        rejected, caller.rejected_reply = caller.rejected_reply, None
         # The call that is about to be rejected has just looked: one look is enough for both of its questions.
-        reply = rejected if rejected and _frames.asker() is _frames.CHECKS_TIMEOUT else self._ask(caller)
+        reply = rejected if rejected and _frames.caller_code() is _frames.CHECKS_TIMEOUT else self._execute_for(caller)
         circuit = reply.circuit
         # Right before it claims the probe, whoever claims it reads this.
-        caller.opened = circuit
+        caller.seen_open = circuit
         at_ms = circuit.opened_at_ms
-        if circuit.state == HALF_OPEN and caller.sees(circuit, reply.now_ms) == OPEN:
-            at_ms = circuit.probe_until_ms if circuit.is_probed(reply.now_ms) else None
+        if circuit.state == HALF_OPEN and caller.visible_state(circuit, reply.now_ms) == OPEN:
+            at_ms = circuit.probe_until_ms if circuit.is_probe_leased(reply.now_ms) else None
         return None if at_ms is None else self._read_opened_at(at_ms)
 
     @opened_at.setter
     def opened_at(self, at: datetime | None) -> None:
         caller = self._callers.current()
-        if _frames.asker() is not _frames.OPENS:
-            self._ask(caller, self._say_opened_at(at))
+        if _frames.caller_code() is not _frames.OPENS:
+            self._execute_for(caller, self._say_opened_at(at))
             return
-        failed = _frames.asked_through(_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
-        failure = _frames.asked_through(_frames.REPORTS_FAILURE) if failed else None
-        report = caller.report_of(failure)
+        failed = _frames.frame_among(_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
+        failure = _frames.frame_among(_frames.REPORTS_FAILURE) if failed else None
+        report = caller.counted_in(failure)
         if failure is not None and report is not None and not report.accepted:
             # The failure came too late to count, so nothing trips; the caller gets their own exception.
             raise cast("BaseException", failure.f_locals["exc"])
         # `on_failure()` by hand trips as `open()` by hand does.
-        caller.fence = report.admission if report else self._admission_of(caller, failure) if failure else BY_HAND
+        caller.trip_admission = (
+            report.admission if report else self._admission_of(caller, failure) if failure else BY_HAND
+        )
 
     def _read_opened_at(self, at_ms: float) -> datetime:
         """Return the instant at which the circuit opened."""
-        return from_ms(at_ms)
+        return utc_from_ms(at_ms)
 
     def _say_opened_at(self, at: datetime | None) -> Intent:
         """Return the intent that sets when the circuit opened; a naive datetime is taken as UTC."""
         if not isinstance(at, datetime):
-            msg = f"opened_at must be a datetime, not {shown(at)}"
+            msg = f"opened_at must be a datetime, not {format_value(at)}"
             raise TypeError(msg)
-        return SetOpenedAt(to_ms(at))
+        return SetOpenedAt(ms_from_utc(at))
 
-    def _report(self, caller: Caller, frame: FrameType, intent: Fenced, count: Callable[[Circuit], int]) -> Reply:
-        reply = self._ask(caller, intent)
+    def _report(
+        self, caller: CallContext, frame: FrameType, intent: FencedIntent, count: Callable[[Circuit], int]
+    ) -> Reply:
+        reply = self._execute_for(caller, intent)
         counted = count(reply.circuit) if reply.accepted else 0
-        caller.reported = Report(id(frame), Admission(intent.generation, intent.token), reply.accepted, counted)
+        caller.counted = CountedReport(id(frame), Admission(intent.generation, intent.token), reply.accepted, counted)
         if not reply.accepted:
             # Later calls need a state object of the circuit's present generation.
-            self._carried = BY_HAND
+            self._tagged = BY_HAND
         return reply
 
     def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
-        caller, frame = self._callers.current(), _frames.asking()
+        caller, frame = self._callers.current(), _frames.calling_frame()
         if frame is not None and frame.f_code is breakers:
             is_failure = breakers is _frames.COMPARES_FAILURES
-            reporter = _frames.asked_through(_frames.REPORTS_FAILURE, asking=frame) if is_failure else frame
-            if report := caller.report_of(reporter):
+            reporter = _frames.frame_among(_frames.REPORTS_FAILURE, calling_frame=frame) if is_failure else frame
+            if report := caller.counted_in(reporter):
                 return report.total
-        return read(self._ask(caller, Load()).circuit)
+        return read(self._execute_for(caller, Load()).circuit)
 
-    def _admission_of(self, caller: Caller, frame: FrameType) -> Admission:
+    def _admission_of(self, caller: CallContext, frame: FrameType) -> Admission:
         """What a report speaks for.
 
         Args:
             caller: Of this thread.
             frame: Of the method of a state object that reports.
         """
-        state = _frames.calling_state(frame)
+        state = _frames.reporting_state(frame)
         ticket = self._admissions.ticket(state)
         if ticket is not None:
             return ticket.admission
         # By hand, or on a state object without a ticket: it speaks for now, and for the probe of this thread.
-        self._carried = BY_HAND
-        circuit = self._ask(caller, Load()).circuit
+        self._tagged = BY_HAND
+        circuit = self._execute_for(caller, Load()).circuit
         return Admission(circuit.generation, circuit.probe_token if caller.holds(circuit) else "")

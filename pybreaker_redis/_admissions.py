@@ -27,7 +27,7 @@ _ATTRIBUTE = "_pybreaker_redis_ticket"
 
 
 @dataclass(slots=True)
-class Ticket:
+class AdmissionTag:
     """An admission on a state object.
 
     Attributes:
@@ -62,13 +62,13 @@ class Admissions:
         return is_new
 
     @property
-    def are_several(self) -> bool:
+    def has_several_breakers(self) -> bool:
         """Whether more than one breaker uses the storage."""
         return len(self._breakers) > 1
 
-    def ticket(self, state: Any) -> Ticket | None:
+    def ticket(self, state: Any) -> AdmissionTag | None:
         """Return the ticket on a state object, if this storage issued one."""
-        ticket: Ticket | None = getattr(state, _ATTRIBUTE, None)
+        ticket: AdmissionTag | None = getattr(state, _ATTRIBUTE, None)
         return ticket if ticket is not None and ticket.owner is self else None
 
     def issue(self, state: Any, admission: Admission, *, claimer: object = None) -> None:
@@ -79,7 +79,7 @@ class Admissions:
             admission: Of the calls that it will admit.
             claimer: The caller whose claim the next call uses; ``None`` if nothing was claimed.
         """
-        setattr(state, _ATTRIBUTE, Ticket(self, admission, [(os.getpid(), claimer)] if claimer else []))
+        setattr(state, _ATTRIBUTE, AdmissionTag(self, admission, [(os.getpid(), claimer)] if claimer else []))
 
     def renew(self, breaker: CircuitBreaker, admission: Admission) -> bool:
         """Replace the breaker's state object, without a word to listeners, unless it carries this admission already.
@@ -103,7 +103,7 @@ class Admissions:
 
 
 @contextlib.contextmanager
-def unmoved(breaker: CircuitBreaker) -> Iterator[bool]:
+def breaker_lock_if_free(breaker: CircuitBreaker) -> Iterator[bool]:
     """Whether no other thread calls through the breaker, or brings it into another state, while the block runs.
 
     pybreaker holds the breaker's lock while it does so.  It is not waited for: a call may take long.

@@ -11,8 +11,8 @@ from __future__ import annotations
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerState, CircuitBreakerStorage
 
 from pybreaker_redis._circuit import OPEN
-from pybreaker_redis._clock import now_ms, to_ms
-from pybreaker_redis._frames import COMPARES_FAILURES, PROBE_FAILED, tells_own_move
+from pybreaker_redis._clock import ms_from_utc, wall_clock_ms
+from pybreaker_redis._frames import COMPARES_FAILURES, PROBE_FAILED, is_own_transition
 from pybreaker_redis._operated import OperatedStorage
 
 
@@ -41,13 +41,13 @@ def breaker_of(error: CircuitBreakerError) -> CircuitBreaker | None:
     return breaker
 
 
-def has_moved(breaker: CircuitBreaker) -> bool:
+def made_transition(breaker: CircuitBreaker) -> bool:
     """Whether the new state that a breaker tells its listeners of, on this thread, is its own doing.
 
     Else the circuit was moved by somebody else, be it before the breaker has asked or just then.
     """
     storage = storage_of(breaker)
-    return tells_own_move() and not (isinstance(storage, OperatedStorage) and not storage.won)
+    return is_own_transition() and not (isinstance(storage, OperatedStorage) and not storage.was_granted)
 
 
 def retry_after(breaker_or_error: CircuitBreaker | CircuitBreakerError) -> float:
@@ -70,4 +70,4 @@ def retry_after(breaker_or_error: CircuitBreaker | CircuitBreakerError) -> float
         return storage.retry_after(breaker.reset_timeout)
     if storage.state != OPEN or not (opened_at := storage.opened_at):
         return 0.0
-    return max(0.0, (to_ms(opened_at) - now_ms()) / 1000 + breaker.reset_timeout)
+    return max(0.0, (ms_from_utc(opened_at) - wall_clock_ms()) / 1000 + breaker.reset_timeout)

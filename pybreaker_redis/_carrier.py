@@ -14,21 +14,21 @@ from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._intents import Intent
 
 
-class Lack(enum.Enum):
+class MissingFeature(enum.Enum):
     """What a server may not have, or not for this user, and circuits can do without."""
 
     SCRIPTS = "scripts"
     """Circuits are moved by transactions."""
-    NAMES = "names"
+    EVALSHA = "names"
     """Of scripts: each is sent as a whole."""
-    PUBLISHING = "publishing"
+    PUBLISH = "publishing"
     """Nobody is told when a circuit moves."""
     TRACKING = "tracking"
     """Nobody is told of what others than these scripts do."""
 
 
 #: Told what is missing, and in what words that was said.
-SayLack = Callable[[Lack, object], None]
+NoteMissingFeature = Callable[[MissingFeature, object], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,14 @@ class Reply:
     event: str = ""
 
 
-class Carrier(Protocol):
+class Engine(Protocol):
     """The home of one circuit's record."""
 
-    def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
+    def execute(self, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         """Carry out an intent atomically.
 
         Args:
             intent: What is wanted.
             known: The circuit as this process saw it last; a home that lost its data takes it from here.
-            create: The state of a circuit that nobody knows.
+            state_if_missing: The state of a circuit that nobody knows.
         """

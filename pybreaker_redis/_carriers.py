@@ -10,120 +10,130 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from pybreaker_redis._carrier import Lack, Reply, SayLack
+from pybreaker_redis._carrier import MissingFeature, NoteMissingFeature, Reply
 from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._client import Origin, known_origin_of
+from pybreaker_redis._client import Endpoint, plain_endpoint_of
 from pybreaker_redis._intents import Intent
 from pybreaker_redis._keys import channel_of
-from pybreaker_redis._optimistic import OptimisticCarrier
-from pybreaker_redis._scripts import LuaCarrier
-from pybreaker_redis._whereabouts import Seat
-from pybreaker_redis.errors import ScriptingUnavailable, is_a
+from pybreaker_redis._optimistic import TransactionEngine
+from pybreaker_redis._scripts import LuaEngine
+from pybreaker_redis._whereabouts import Location
+from pybreaker_redis.errors import ScriptingUnavailableError, is_instance_of_named
 
-Carrier = LuaCarrier | OptimisticCarrier
+Engine = LuaEngine | TransactionEngine
 
 
-class Carriers:
+class EngineSelector:
     """The carrier of one circuit: scripts, until it turns out that the server runs none.
 
     Args:
-        seat: Returns where the circuit lies; called when it is first used, and when it has moved.
-        say_lack: Told what the server does not have.
+        location: Returns where the circuit lies; called when it is first used, and when it has moved.
+        note_missing_feature: Told what the server does not have.
         ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
 
     Attributes:
-        now: The carrier; ``None`` while nobody has asked.
+        current: The carrier; ``None`` while nobody has asked.
         keys: Of the circuit; empty while nobody has asked.
         channel: Of the circuit; empty if nobody would hear of what this process does.
-        one_slot: Whether keys of other circuits cannot be asked for together with these.
+        needs_one_slot: Whether keys of other circuits cannot be asked for together with these.
     """
 
-    def __init__(self, seat: Callable[[], Seat], say_lack: SayLack, *, ttl_ms: int) -> None:
-        self.now: Carrier | None = None
+    def __init__(
+        self, location: Callable[[], Location], note_missing_feature: NoteMissingFeature, *, ttl_ms: int
+    ) -> None:
+        self.current: Engine | None = None
         self.keys: tuple[str, ...] = ()
         self.channel = ""
-        self.one_slot = False
-        self._seat = seat
-        self._say_lack = say_lack
+        self.needs_one_slot = False
+        self._seat = location
+        self._note_missing_feature = note_missing_feature
         self._ttl_ms = ttl_ms
         self._locks: dict[int, Any] = {}
 
     @property
     def mode(self) -> str:
         """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
-        now = self.now
+        now = self.current
         return now.mode if now else ""
 
     @property
-    def origin(self) -> Origin | None:
+    def endpoint(self) -> Endpoint | None:
         """Of the server, if changes are told there, and further connections to it can be made."""
-        now = self.now
-        return known_origin_of(now.client) if now and self.channel else None
+        now = self.current
+        return plain_endpoint_of(now.client) if now and self.channel else None
 
-    def get(self) -> Carrier:
+    def get(self) -> Engine:
         """The carrier; the first time, and when the circuit has moved, it has to be found out which.
 
         Raises:
             Exception: Whatever the callable raises that returns the client.
         """
-        if self.now is not None:
-            return self.now
+        if self.current is not None:
+            return self.current
         with self._lock():
-            if self.now is None:
-                seat = self._seat()
-                origin = known_origin_of(seat.client)
-                self.keys, self.one_slot = seat.keys, seat.one_slot
-                self.channel = channel_of(self.keys, origin.db) if origin else ""
-                self.now = LuaCarrier(seat.client, self.keys, self.channel, self._ttl_ms, say_lack=self._say_lack)
-            return self.now
+            if self.current is None:
+                location = self._seat()
+                endpoint = plain_endpoint_of(location.client)
+                self.keys, self.needs_one_slot = location.keys, location.needs_one_slot
+                self.channel = channel_of(self.keys, endpoint.db) if endpoint else ""
+                self.current = LuaEngine(
+                    location.client,
+                    self.keys,
+                    self.channel,
+                    self._ttl_ms,
+                    note_missing_feature=self._note_missing_feature,
+                )
+            return self.current
 
-    def leave(self, carrier: Carrier | None) -> bool:
+    def discard(self, engine: Engine | None) -> bool:
         """The circuit lies elsewhere by now.
 
         Args:
-            carrier: That has found it out; ``None``: whichever there is.
+            engine: That has found it out; ``None``: whichever there is.
 
         Returns:
             Whether that was news: else another one has taken its place since.
         """
         with self._lock():
-            if carrier not in (None, self.now):
+            if engine not in (None, self.current):
                 return False
-            self.now = None
+            self.current = None
             return True
 
-    def execute(self, carrier: Carrier, intent: Intent, known: Circuit | None, create: str) -> Reply:
-        """Have an intent carried out, without scripts if need be; see `_carrier.Carrier.execute`.
+    def run_intent(self, engine: Engine, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+        """Have an intent carried out, without scripts if need be; see `_carrier.Engine.execute`.
 
         Raises:
             Exception: No usable answer.
         """
         try:
-            return carrier.execute(intent, known, create)
-        except ScriptingUnavailable as reason:
-            optimistic: Any = self.now
-            if not isinstance(optimistic, OptimisticCarrier):
-                optimistic = OptimisticCarrier(carrier.client, self.keys, self._ttl_ms)
+            return engine.execute(intent, known, state_if_missing)
+        except ScriptingUnavailableError as reason:
+            optimistic: Any = self.current
+            if not isinstance(optimistic, TransactionEngine):
+                optimistic = TransactionEngine(engine.client, self.keys, self._ttl_ms)
             # If that is refused, too, it is not about scripts, and they may be permitted again.
             try:
-                reply: Reply = optimistic.execute(intent, known, create)
+                reply: Reply = optimistic.execute(intent, known, state_if_missing)
             except Exception as error:
-                if is_a(error, "NoPermissionError") and is_a(reason.__cause__ or reason, "NoPermissionError"):
+                if is_instance_of_named(error, "NoPermissionError") and is_instance_of_named(
+                    reason.__cause__ or reason, "NoPermissionError"
+                ):
                     # Rights to run scripts are what this user should have, and what the log should name.
                     raise (reason.__cause__ or reason) from error
                 raise
-            self._do_without_scripts(carrier, optimistic, reason)
+            self._replace_lua(engine, optimistic, reason)
             return reply
 
-    def _do_without_scripts(self, carrier: Carrier, optimistic: OptimisticCarrier, reason: Exception) -> None:
+    def _replace_lua(self, engine: Engine, optimistic: TransactionEngine, reason: Exception) -> None:
         with self._lock():
-            if self.now is not carrier:
+            if self.current is not engine:
                 # Another thread has found it out, or has left.
                 return
             # Nobody would hear of what is done without scripts, so nobody relies on hearing.
             self.channel = ""
-            self.now = optimistic
-        self._say_lack(Lack.SCRIPTS, reason)
+            self.current = optimistic
+        self._note_missing_feature(MissingFeature.SCRIPTS, reason)
 
     def _lock(self) -> Any:
         """This process's, and of the kind that is in use when it is first needed: gevent replaces them.

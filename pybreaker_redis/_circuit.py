@@ -16,24 +16,24 @@ HALF_OPEN = "half-open"
 STATES = (CLOSED, OPEN, HALF_OPEN)
 
 #: Longest believable lease, milliseconds.  A stored lease that ends later than this is damage, not a lease.
-MAX_LEASE_MS = 24 * 3600 * 1000
+LEASE_MAX_MS = 24 * 3600 * 1000
 
 #: Counts and generations from here on are damage: a thousand a second would take three decades.
-MAX_COUNT = 10**12
+COUNT_LIMIT = 10**12
 
 #: Latest time that a record can hold, milliseconds since the epoch: 15 digits, which a Lua number holds exactly.
-MAX_TIME_MS = 10**15 - 1
+TIME_MAX_MS = 10**15 - 1
 
 #: Longest believable noise, milliseconds.
-MAX_NOISE_MS = 60 * 1000
+NOISE_MAX_MS = 60 * 1000
 
 #: How long a closed circuit is noisy after a failure, milliseconds.
-NOISE_MS = 1000
+NOISE_DURATION_MS = 1000
 
 
-def after(count: int, times: int = 1) -> int:
+def next_count(count: int, times: int = 1) -> int:
     """The next count or generation, so many times; the last is its own successor, so that it can be read again."""
-    return min(count + times, MAX_COUNT - 1)
+    return min(count + times, COUNT_LIMIT - 1)
 
 
 class Admission(NamedTuple):
@@ -75,7 +75,7 @@ class Circuit:
     noisy_until_ms: float = 0
     probe_lease_ms: float = 0
 
-    def admits(self, generation: int | None, token: str) -> bool:
+    def can_report(self, generation: int | None, token: str) -> bool:
         """Whether a call that was admitted in `generation`, holding `token`, may still speak for this circuit.
 
         ``generation=None`` is an operator, or somebody who uses the storage by hand: always heard.
@@ -86,21 +86,21 @@ class Circuit:
             return False
         return self.state == CLOSED or self.probe_token == token
 
-    def probe_is_free(self, now_ms: float) -> bool:
+    def is_probe_free(self, now_ms: float) -> bool:
         """Whether an open gate would let somebody probe: half-open, and unclaimed or the lease has run out."""
         return self.state == HALF_OPEN and (not self.probe_token or self.probe_until_ms <= now_ms)
 
-    def is_probed(self, now_ms: float) -> bool:
+    def is_probe_leased(self, now_ms: float) -> bool:
         """Whether somebody holds the probe."""
-        return self.state == HALF_OPEN and not self.probe_is_free(now_ms)
+        return self.state == HALF_OPEN and not self.is_probe_free(now_ms)
 
-    def within_lease(self, now_ms: float) -> Circuit:
+    def with_bounded_lease(self, now_ms: float) -> Circuit:
         """The circuit with a lease that ends no later than its own length after `now_ms`.
 
         A lease can have more time left only if the clock was set back, or if another server with a slower clock has
         taken over.  A lease of unknown length that ends after the longest possible one is damage, and over.
         """
-        if self.probe_until_ms <= now_ms + (self.probe_lease_ms or MAX_LEASE_MS):
+        if self.probe_until_ms <= now_ms + (self.probe_lease_ms or LEASE_MAX_MS):
             return self
         return replace(self, probe_until_ms=now_ms + self.probe_lease_ms if self.probe_lease_ms else 0)
 
@@ -118,21 +118,21 @@ class Circuit:
             self.probe_lease_ms,
         )
 
-    def without_probe(self) -> Circuit:
+    def with_free_probe(self) -> Circuit:
         """The circuit with a probe that is free."""
         return replace(self, probe_token="", probe_until_ms=0, probe_lease_ms=0)
 
-    def moved(self, state: str, **changes: float | str | None) -> Circuit:
+    def after_transition(self, state: str, **changes: float | str | None) -> Circuit:
         """The circuit after a transition to `state`: a new generation in which nobody holds the probe."""
         return replace(
             self,
             state=state,
-            generation=after(self.generation),
+            generation=next_count(self.generation),
             **{"probe_token": "", "probe_until_ms": 0, "probe_lease_ms": 0, **changes},  # type: ignore[arg-type]
         )
 
 
-def created(state: str, now_ms: float) -> Circuit:
+def new_circuit(state: str, now_ms: float) -> Circuit:
     """A circuit that did not exist, in the state that its user asked for.
 
     "Never moved" means closed, so any other beginning counts as the first transition.  An open circuit always has an
@@ -140,4 +140,4 @@ def created(state: str, now_ms: float) -> Circuit:
     """
     if state == CLOSED:
         return Circuit()
-    return Circuit().moved(state, opened_at_ms=now_ms if state == OPEN else None)
+    return Circuit().after_transition(state, opened_at_ms=now_ms if state == OPEN else None)

@@ -14,16 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pybreaker_redis._deadline import deadlined
-from pybreaker_redis._names import is_known, plain
-from pybreaker_redis._outside import suppressed
-from pybreaker_redis._words import Credentials, Place, kept_words, longest_idle, place_of
+from pybreaker_redis._deadline import keep_deadlines
+from pybreaker_redis._names import has_plain_copy, plain_copy
+from pybreaker_redis._outside import suppress_errors
+from pybreaker_redis._words import Credentials, EndpointIdentity, identity_of, idle_limit, kept_arguments
 
 #: Most connections of one's own to a server.  One is enough unless threads ask at the same time.
-MOST_CONNECTIONS = 50
+POOL_CONNECTIONS_MAX = 50
 
 #: Words that say which server, which database and which user; behind Sentinels the pool knows the master's name.
-_OF_DATABASES = frozenset(
+_DATABASE_ARGUMENTS = frozenset(
     (
         *("host", "port", "path", "db", "connection_pool", "service_name"),
         *("username", "password", "credential_provider"),
@@ -32,35 +32,35 @@ _OF_DATABASES = frozenset(
 
 
 @dataclass(frozen=True)
-class Origin:
+class Endpoint:
     """A server and a way to reach it; equal for clients that reach the same database of it by the same right and means.
 
     Attributes:
         connection_class: Of the client's pool.
-        place: What tells servers, databases, users and ways to connect apart.
-        words: What the connection's constructor takes.
+        identity: What tells servers, databases, users and ways to connect apart.
+        connection_arguments: What the connection's constructor takes.
         db: The database.
-        one_by_one: Whether keys of different circuits may not be asked for in one command: there, or somewhere behind
+        is_one_slot: Whether keys of different circuits may not be asked for in one command: there, or somewhere behind
             it, is a cluster.
     """
 
     connection_class: Any
-    place: Place
-    words: Mapping[str, Any] = field(compare=False)
+    identity: EndpointIdentity
+    connection_arguments: Mapping[str, Any] = field(compare=False)
     db: int
-    one_by_one: bool = False
+    is_one_slot: bool = False
 
     @property
-    def database(self) -> Place:
+    def database_identity(self) -> EndpointIdentity:
         """What tells databases and users apart, by whatever means they are reached."""
-        return tuple(item for item in self.place if item[0] in _OF_DATABASES)
+        return tuple(item for item in self.identity if item[0] in _DATABASE_ARGUMENTS)
 
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port; ``None`` for a unix socket, and for a master that Sentinels know."""
-        if "path" in self.words or "connection_pool" in self.words:
+        if "path" in self.connection_arguments or "connection_pool" in self.connection_arguments:
             return None
-        return self.words.get("host") or "localhost", int(self.words.get("port") or 6379)
+        return self.connection_arguments.get("host") or "localhost", int(self.connection_arguments.get("port") or 6379)
 
     def connect(self, *, timeout: float, **words: Any) -> Any:
         """A new connection, connected.
@@ -72,7 +72,7 @@ class Origin:
         Raises:
             Exception: Whatever the library raises when there is nobody.
         """
-        own = dict(self.words)
+        own = dict(self.connection_arguments)
         connect_timeout = min(own.pop("socket_connect_timeout", None) or timeout, timeout)
         if "path" not in own:
             # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
@@ -84,12 +84,12 @@ class Origin:
         connection.connect()
         return connection
 
-    def has_moved(self, connection: Any) -> bool:
+    def verify_master(self, connection: Any) -> bool:
         """Whether Sentinels know another master than the one that a connection leads to.
 
         To ask them also has the pool's idle connections closed if they do.  Who cannot be asked knows nothing else.
         """
-        pool = self.words.get("connection_pool")
+        pool = self.connection_arguments.get("connection_pool")
         if not getattr(pool, "is_master", False):
             return False
         try:
@@ -99,13 +99,13 @@ class Origin:
         return address != (connection.host, connection.port)
 
     def __str__(self) -> str:
-        words = self.words
+        words = self.connection_arguments
         service = getattr(words.get("connection_pool"), "service_name", None)
         where = words.get("path") or f"{words.get('host', 'localhost')}:{words.get('port', 6379)}"
         return f"{f'the master {service!r}' if service else where}/{self.db}"
 
 
-def origin_of(client: Any) -> Origin | None:
+def endpoint_of(client: Any) -> Endpoint | None:
     """Where a client's commands go; ``None`` if there is no single such place that further connections can be made to.
 
     Clusters are many places, and fakeredis is none.
@@ -115,22 +115,22 @@ def origin_of(client: Any) -> Origin | None:
     connection_class = getattr(pool, "connection_class", None)
     if not isinstance(words, Mapping) or connection_class is None:
         return None
-    if _libraries(client) & {"fakeredis", "rediscluster"}:
+    if _client_packages_of(client) & {"fakeredis", "rediscluster"}:
         return None
-    kept = kept_words(words)
+    kept = kept_arguments(words)
     for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
         # Their secrets are masked, too.
-        kept_words(sentinel.connection_pool.connection_kwargs)
-    return Origin(connection_class, place_of(connection_class, kept), kept, int(words.get("db") or 0))
+        kept_arguments(sentinel.connection_pool.connection_kwargs)
+    return Endpoint(connection_class, identity_of(connection_class, kept), kept, int(words.get("db") or 0))
 
 
-def known_origin_of(client: Any) -> Origin | None:
-    """As `origin_of`; ``None`` also for a client that no plain one can stand for: it may rename keys as it likes."""
-    origin = origin_of(client)
-    return origin if origin is not None and is_known(client) else None
+def plain_endpoint_of(client: Any) -> Endpoint | None:
+    """As `endpoint_of`; ``None`` also for a client that no plain one can stand for: it may rename keys as it likes."""
+    endpoint = endpoint_of(client)
+    return endpoint if endpoint is not None and has_plain_copy(client) else None
 
 
-def _libraries(client: Any) -> set[str]:
+def _client_packages_of(client: Any) -> set[str]:
     """The packages that the client's connections come from."""
     pool = getattr(client, "connection_pool", None)
     connection_class = getattr(pool, "connection_class", None)
@@ -138,7 +138,7 @@ def _libraries(client: Any) -> set[str]:
     return {cls.__module__.partition(".")[0] for cls in classes}
 
 
-def bounded(client: Any, timeout: float) -> Any:
+def bounded_client(client: Any, timeout: float) -> Any:
     """A plain client of the same library on connections of its own, which try once and keep deadlines (`_deadline.py`).
 
     Methods of subclasses and of single objects are left out: they may wait, and retry.  What subclasses call the keys
@@ -152,23 +152,23 @@ def bounded(client: Any, timeout: float) -> Any:
         The copy, or ``None`` if there is no making one: it is a cluster's, not redis-py's kin, or no client at all.
     """
     # Whatever pools, connections and clients of somebody's own raise that are not made like the library's.
-    with suppressed():
-        return _copy(client, timeout)
+    with suppress_errors():
+        return _copy_client(client, timeout)
     return None
 
 
-def on_pool(client: Any, pool: Any) -> Any:
+def client_on_pool(client: Any, pool: Any) -> Any:
     """Return a plain client of the same library that uses another pool."""
-    own = plain(client)
+    own = plain_copy(client)
     own.connection_pool = pool
     return own
 
 
-def hang_up(pool: Any) -> None:
+def close_idle_connections(pool: Any) -> None:
     """Close the connections of a pool that nobody uses just now; whoever takes one of them connects anew."""
     idle = getattr(pool, "pool", None)
     if idle is None:
-        with suppressed():
+        with suppress_errors():
             pool.disconnect(inuse_connections=False)
         return
     # What is taken out of a blocking pool is in nobody else's hands.
@@ -177,26 +177,26 @@ def hang_up(pool: Any) -> None:
         while True:
             taken.append(idle.get_nowait())
     for connection in reversed(taken):
-        with suppressed():
+        with suppress_errors():
             if connection is not None:
                 connection.disconnect()
         with contextlib.suppress(queue.Full):
             idle.put_nowait(connection)
 
 
-def take_credentials(client: Any, words: Mapping[str, Any]) -> bool:
+def replace_credentials(client: Any, words: Mapping[str, Any]) -> bool:
     """Have a client on connections of our own authenticate by other words from now on; whether they differ."""
     own = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {}).get("credentials")
-    return isinstance(own, Credentials) and own.take(words)
+    return isinstance(own, Credentials) and own.switch_arguments(words)
 
 
-def watched_pool(client: Any) -> Any:
+def sentinel_pool_of(client: Any) -> Any:
     """The pool of a client whose master Sentinels watch; ``None`` of any other client."""
     pool = getattr(client, "connection_pool", None)
     return pool if hasattr(pool, "sentinel_manager") and getattr(pool, "is_master", False) else None
 
 
-def words_of(client: Any) -> Mapping[str, Any]:
+def connection_arguments_of(client: Any) -> Mapping[str, Any]:
     """Return what a client's connections are given; nothing if it has none."""
     words = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
     if not isinstance(words, Mapping):
@@ -205,13 +205,13 @@ def words_of(client: Any) -> Mapping[str, Any]:
     return words if isinstance(words, Mapping) else {}
 
 
-def longest_wait(client: Any) -> float | None:
+def command_wait_limit(client: Any) -> float | None:
     """How many seconds a command may take at most, as far as the client's settings tell; ``None``: without end.
 
     Zero for what never waits, as fakeredis, and for what cannot be judged.
     """
-    words = words_of(client)
-    if not words or "fakeredis" in _libraries(client):
+    words = connection_arguments_of(client)
+    if not words or "fakeredis" in _client_packages_of(client):
         return 0.0
     if words.get("socket_timeout") is None:
         return None
@@ -221,26 +221,26 @@ def longest_wait(client: Any) -> float | None:
     return float(words["socket_timeout"]) * (1 + retries)
 
 
-def _copy(client: Any, timeout: float, longest: float | None = None) -> Any:
-    origin = origin_of(client)
-    library = library_of(client)
-    if origin is None or library is None:
+def _copy_client(client: Any, timeout: float, longest: float | None = None) -> Any:
+    endpoint = endpoint_of(client)
+    library = client_module_of(client)
+    if endpoint is None or library is None:
         msg = f"not redis-py's kin: {client!r}"
         raise TypeError(msg)
-    pool = _pool(client.connection_pool, library, origin, timeout, longest)
+    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest)
     # Now rather than in the middle of a call: the kinds of connection that need something else raise here.
     pool.connection_class(**pool.connection_kwargs)
-    return on_pool(client, pool)
+    return client_on_pool(client, pool)
 
 
-def _pool(pool: Any, library: Any, origin: Origin, timeout: float, longest: float | None) -> Any:
-    connection_class = deadlined(origin.connection_class, longest)
+def _make_pool(pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None) -> Any:
+    connection_class = keep_deadlines(endpoint.connection_class, longest)
     words = {
-        **origin.words,
+        **endpoint.connection_arguments,
         "decode_responses": False,
         "socket_timeout": timeout,
         "credentials": Credentials(pool.connection_kwargs),
-        "longest_idle": longest_idle(pool.connection_kwargs),
+        "idle_limit": idle_limit(pool.connection_kwargs),
     }
     knows_protocols = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
     if knows_protocols and longest is None:
@@ -255,18 +255,18 @@ def _pool(pool: Any, library: Any, origin: Origin, timeout: float, longest: floa
         # They would ask every new connection for one answer more, and lengthen its timeouts at will.
         words["maint_notifications_config"] = notifications.MaintNotificationsConfig(enabled=False)
     if not hasattr(pool, "sentinel_manager"):
-        words.update(max_connections=MOST_CONNECTIONS, timeout=timeout, connection_class=connection_class)
+        words.update(max_connections=POOL_CONNECTIONS_MAX, timeout=timeout, connection_class=connection_class)
         return library.BlockingConnectionPool(**words)
     manager = copy.copy(pool.sentinel_manager)
     # Some time has to be left for the next Sentinel, and for the master.
     share = timeout / (len(manager.sentinels) + 1)
-    manager.sentinels = [_copy(sentinel, timeout, share) for sentinel in manager.sentinels]
+    manager.sentinels = [_copy_client(sentinel, timeout, share) for sentinel in manager.sentinels]
     del words["connection_pool"]
     words.update(connection_class=connection_class, is_master=pool.is_master, check_connection=pool.check_connection)
     return type(pool)(pool.service_name, manager, **words)
 
 
-def library_of(client: Any) -> Any:
+def client_module_of(client: Any) -> Any:
     """The module that the kind of the client's pool comes from, which has the other kinds, too; or ``None``."""
     for cls in type(client.connection_pool).__mro__:
         module = sys.modules.get(cls.__module__)

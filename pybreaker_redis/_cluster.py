@@ -18,28 +18,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pybreaker_redis._client import library_of, on_pool, origin_of
+from pybreaker_redis._client import client_module_of, client_on_pool, endpoint_of
 from pybreaker_redis._clock import monotonic
-from pybreaker_redis._deadline import deadline, deadlined, seconds_left
-from pybreaker_redis._outside import suppressed
+from pybreaker_redis._deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._outside import suppress_errors
 from pybreaker_redis._words import credentials_of
-from pybreaker_redis.errors import is_a
+from pybreaker_redis.errors import is_instance_of_named
 
 #: Host and port.
 Address = tuple[str, int]
 
 #: Seconds to wait for a single node that is asked about the others, at most.
-LONGEST_LOOK = 1.0
+SURVEY_TIMEOUT_S = 1.0
 
 #: Seconds until they are asked again: all circuits of a process that are looked for then are looked for at once.
-LOOK_PAUSE = 0.05
+SURVEY_PAUSE_S = 0.05
 
 #: What a node says of a slot that it does not serve: its number, and where it is served.  In a pipeline redis-py puts
 #: the command before it, with keys that may look alike.
 _REDIRECTION = re.compile(r"(\d+) (\S*):(\d+)$")
 
 
-class Cluster:
+class ClusterTopology:
     """A cluster, as this process knows it.
 
     Args:
@@ -63,18 +63,18 @@ class Cluster:
         self._make = node
         self._found = found
         self._remap = remap
-        self._seeds = set(seeds)
-        self._known = set(seeds)
+        self._seed_nodes = set(seeds)
+        self._known_nodes = set(seeds)
         self._nodes: dict[Address, Any] = {}
-        self._slots: list[tuple[range, Address]] = []
-        self._moved: dict[int, Address] = {}
-        self._looked_at = -LOOK_PAUSE
+        self._slot_ranges: list[tuple[range, Address]] = []
+        self._redirections: dict[int, Address] = {}
+        self._refreshed_at = -SURVEY_PAUSE_S
 
-    def node(self, address: Address) -> Any:
+    def client_of_node(self, address: Address) -> Any:
         """A client of one node; always the same."""
         return self._nodes.get(address) or self._nodes.setdefault(address, self._make(address))
 
-    def take_credentials(self, words: Mapping[str, Any]) -> None:
+    def update_node_credentials(self, words: Mapping[str, Any]) -> None:
         """Have the clients of its nodes authenticate by other words from now on.
 
         Args:
@@ -92,63 +92,63 @@ class Cluster:
         """
         address = self._known_primary_of(slot)
         if address is None:
-            self.look_again()
+            self.refresh()
             address = self._known_primary_of(slot)
         if address is None:
             msg = f"no node of the cluster says who serves slot {slot}"
-            raise LookupError(msg) if self._slots else ConnectionError(msg)
+            raise LookupError(msg) if self._slot_ranges else ConnectionError(msg)
         return address
 
     def _known_primary_of(self, slot: int) -> Address | None:
-        if slot in self._moved:
-            return self._moved[slot]
-        for slots, address in self._slots:
+        if slot in self._redirections:
+            return self._redirections[slot]
+        for slots, address in self._slot_ranges:
             if slot in slots:
                 return address
-        return None if self._slots else self._found(slot)
+        return None if self._slot_ranges else self._found(slot)
 
-    def moved(self, slot: int, address: Address) -> None:
+    def record_redirection(self, slot: int, address: Address) -> None:
         """A node has said that another one serves a slot."""
-        self._moved[slot] = address
-        self._known.add(address)
+        self._redirections[slot] = address
+        self._known_nodes.add(address)
 
-    def look_again(self, avoid: Address | None = None) -> None:
+    def refresh(self, avoid: Address | None = None) -> None:
         """Ask the nodes who serves which slot, until one answers.
 
         Args:
             avoid: The one that is asked last: it has failed, or may be cut off from the others.
         """
-        if monotonic() < self._looked_at + LOOK_PAUSE:
+        if monotonic() < self._refreshed_at + SURVEY_PAUSE_S:
             return
-        self._looked_at = monotonic()
-        known = self._known - {avoid}
+        self._refreshed_at = monotonic()
+        known = self._known_nodes - {avoid}
         # Not all processes the same one; and those last that had to begin with, but have been replaced since.
-        others = [*_shuffled(known), *_shuffled(self._seeds - known - {avoid})]
+        others = [*_shuffled(known), *_shuffled(self._seed_nodes - known - {avoid})]
         left = seconds_left()
         # The other half of the time is for the node that is found.
         with deadline(None if left is None else left / 2):
-            self._ask_in_turn(others if avoid is None else [*others, avoid])
+            self._query_in_turn(others if avoid is None else [*others, avoid])
         # However long that took: the next circuit need not wait for the same.
-        self._looked_at = monotonic()
+        self._refreshed_at = monotonic()
 
-    def _ask_in_turn(self, asked: list[Address]) -> None:
+    def _query_in_turn(self, asked: list[Address]) -> None:
         for address in asked:
             left = seconds_left()
             if left == 0:
                 return
             slots = None
             # Whatever a library raises: the next one may know.  Who does not answer leaves time for that one.
-            with suppressed(), deadline(LONGEST_LOOK if left is None else left / min(len(asked), 2)):
-                slots = self._ask(address)
+            with suppress_errors(), deadline(SURVEY_TIMEOUT_S if left is None else left / min(len(asked), 2)):
+                slots = self._query_slots(address)
             if slots:
-                self._slots, self._moved = slots, {}
+                self._slot_ranges, self._redirections = slots, {}
                 return
 
-    def _ask(self, address: Address) -> list[tuple[range, Address]]:
-        origin = origin_of(self.node(address))
-        assert origin
-        bounded = replace(origin, connection_class=deadlined(origin.connection_class))
-        connection = bounded.connect(timeout=LONGEST_LOOK)
+    def _query_slots(self, address: Address) -> list[tuple[range, Address]]:
+        endpoint = endpoint_of(self.client_of_node(address))
+        assert endpoint
+        bounded = replace(endpoint, connection_class=keep_deadlines(endpoint.connection_class))
+        connection = bounded.connect(timeout=SURVEY_TIMEOUT_S)
         try:
             connection.send_command("CLUSTER", "SLOTS")
             answer = connection.read_response()
@@ -161,8 +161,8 @@ class Cluster:
             slots.append((range(int(first), int(last) + 1), addresses[0]))
         if slots:
             # Those that have been replaced by others, with new addresses, would be waited for in vain.
-            self._known = known
-            self._nodes = {there: node for there, node in self._nodes.items() if there in known | self._seeds}
+            self._known_nodes = known
+            self._nodes = {there: node for there, node in self._nodes.items() if there in known | self._seed_nodes}
         return slots
 
     def _address(self, node: Any, asked: Address) -> Address:
@@ -171,14 +171,14 @@ class Cluster:
         # A node that has not been told its own name says nothing.
         return self._remap((host if host and host != "?" else asked[0], int(port)))
 
-    def redirected(self, error: BaseException, asked: Address) -> Address | None:
+    def redirection_target(self, error: BaseException, asked: Address) -> Address | None:
         """Where a node has sent whoever asked it for a slot; ``None`` if it has not.
 
         Args:
             error: What it answered.
             asked: The node.
         """
-        if not has_moved(error):
+        if not is_moved_error(error):
             return None
         match = _REDIRECTION.search(str(error))
         return self._address((match[2], match[3]), asked) if match else None
@@ -188,18 +188,18 @@ def _shuffled(addresses: set[Address]) -> list[Address]:
     return random.sample(list(addresses), len(addresses))
 
 
-def has_moved(error: BaseException) -> bool:
+def is_moved_error(error: BaseException) -> bool:
     """Whether a node says that it does not serve the slot, and who does."""
     # Of redis-py's classes `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
-    return is_a(error, "MovedError") or str(error).startswith("MOVED ")
+    return is_instance_of_named(error, "MovedError") or str(error).startswith("MOVED ")
 
 
-def serves_no_more(error: BaseException) -> bool:
+def is_slot_unserved(error: BaseException) -> bool:
     """Whether a node says that it knows of nobody who serves the slot: there is none, or it was taken out itself."""
     return "Hash slot not served" in str(error)
 
 
-def cluster_of(client: Any) -> Cluster | None:
+def topology_of(client: Any) -> ClusterTopology | None:
     """The cluster behind a cluster's client; the same each time.  ``None`` for any other client."""
     for manager, adapter in (
         (getattr(client, "nodes_manager", None), _redis_py),
@@ -213,29 +213,29 @@ def cluster_of(client: Any) -> Cluster | None:
     return None
 
 
-def cluster_behind(client: Any) -> Cluster | None:
+def topology_behind_node(client: Any) -> ClusterTopology | None:
     """The cluster that a client of one node, or of an endpoint, leads to; the same each time.
 
     ``None`` if it is no such client.
     """
-    origin, library = origin_of(client), library_of(client)
-    if origin is None or library is None or origin.address is None:
+    endpoint, library = endpoint_of(client), client_module_of(client)
+    if endpoint is None or library is None or endpoint.address is None:
         return None
     pool = client.connection_pool
-    connection_class, words = origin.connection_class, pool.connection_kwargs
+    connection_class, words = endpoint.connection_class, pool.connection_kwargs
 
     def node(address: Address) -> Any:
         there = {**words, "host": address[0], "port": address[1]}
-        return on_pool(client, library.ConnectionPool(connection_class=connection_class, **there))
+        return client_on_pool(client, library.ConnectionPool(connection_class=connection_class, **there))
 
     known = _clusters.get(id(pool))
     if known is None:
-        cluster = Cluster((client, pool), node, [origin.address], lambda _: None, lambda address: address)
+        cluster = ClusterTopology((client, pool), node, [endpoint.address], lambda _: None, lambda address: address)
         known = _clusters[id(pool)] = cluster
     return known
 
 
-_clusters: weakref.WeakValueDictionary[int, Cluster] = weakref.WeakValueDictionary()
+_clusters: weakref.WeakValueDictionary[int, ClusterTopology] = weakref.WeakValueDictionary()
 
 
 def _nodes_of(client: Any) -> Any:
@@ -244,7 +244,7 @@ def _nodes_of(client: Any) -> Any:
     return getattr(pool, "nodes", None) if type(pool).__module__.startswith("rediscluster") else None
 
 
-def _redis_py(client: Any, manager: Any) -> Cluster:
+def _redis_py(client: Any, manager: Any) -> ClusterTopology:
     # valkey-py has renamed what is called after Redis.
     create = getattr(manager, "create_redis_node", None) or manager.create_valkey_node
 
@@ -259,10 +259,10 @@ def _redis_py(client: Any, manager: Any) -> Cluster:
         return manager.remap_host_port(*address) if hasattr(manager, "remap_host_port") else address
 
     seeds = [*manager.startup_nodes.values(), *manager.nodes_cache.values()]
-    return Cluster(client, node, [(node.host, node.port) for node in seeds], found, remap)
+    return ClusterTopology(client, node, [(node.host, node.port) for node in seeds], found, remap)
 
 
-def _redis_py_cluster(client: Any, manager: Any) -> Cluster:
+def _redis_py_cluster(client: Any, manager: Any) -> ClusterTopology:
     def node(address: Address) -> Any:
         return manager.get_redis_link(*address)
 
@@ -275,4 +275,4 @@ def _redis_py_cluster(client: Any, manager: Any) -> Cluster:
         return host, int(port)
 
     seeds = [*manager.startup_nodes, *manager.nodes.values()]
-    return Cluster(client, node, [(node["host"], int(node["port"])) for node in seeds], found, remap)
+    return ClusterTopology(client, node, [(node["host"], int(node["port"])) for node in seeds], found, remap)

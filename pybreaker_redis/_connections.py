@@ -9,22 +9,22 @@ import threading
 from typing import Any
 
 from pybreaker_redis import _said
-from pybreaker_redis._client import bounded, hang_up, on_pool
+from pybreaker_redis._client import bounded_client, client_on_pool, close_idle_connections
 
 
-class Connections:
+class ConnectionPools:
     """The pools of one server."""
 
     def __init__(self) -> None:
         self._pools: dict[float, Any] = {}
-        self._has_waited = False
+        self._is_slow_client_logged = False
         self.after_fork()
 
     def after_fork(self) -> None:
         """In a child: renew the lock; a pool detects the fork by itself."""
         self._lock = threading.RLock()
 
-    def client_like(self, client: Any, timeout: float | None) -> Any:
+    def client_for(self, client: Any, timeout: float | None) -> Any:
         """Return a client like another one, on connections of this package's own, where they can be had.
 
         Args:
@@ -35,14 +35,14 @@ class Connections:
             return client
         with self._lock:
             if timeout not in self._pools:
-                own = bounded(client, timeout)
+                own = bounded_client(client, timeout)
                 if own is None and not self._pools:
                     _said.may_wait(client)
                 self._pools[timeout] = own and own.connection_pool
             pool = self._pools[timeout]
-        return client if pool is None else on_pool(client, pool)
+        return client if pool is None else client_on_pool(client, pool)
 
-    def took(self, client: Any, seconds: float, timeout: float | None) -> None:
+    def log_slow_client(self, client: Any, seconds: float, timeout: float | None) -> None:
         """Log once that a client that is used as it is has waited by itself.
 
         Args:
@@ -50,13 +50,18 @@ class Connections:
             seconds: That an operation has taken.
             timeout: Seconds that it should have taken at most; ``None``: it may take as long as it does.
         """
-        if timeout is None or self._pools.get(timeout) is not None or seconds <= 2 * timeout or self._has_waited:
+        if (
+            timeout is None
+            or self._pools.get(timeout) is not None
+            or seconds <= 2 * timeout
+            or self._is_slow_client_logged
+        ):
             return
-        self._has_waited = True
+        self._is_slow_client_logged = True
         _said.waited(client, seconds, timeout)
 
-    def hang_up(self) -> None:
+    def close_idle(self) -> None:
         """Close the connections that are not in use just now."""
         for pool in list(self._pools.values()):
             if pool is not None:
-                hang_up(pool)
+                close_idle_connections(pool)

@@ -23,18 +23,18 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 from pybreaker_redis._clock import monotonic
-from pybreaker_redis._outside import has_struck
+from pybreaker_redis._outside import is_interruption
 
 _Result = TypeVar("_Result")
 
-_PASSED = "the deadline has passed"
+_DEADLINE_PASSED = "the deadline has passed"
 
 #: Seconds that an operation gets once more, if its time is over when something is to be sent: whoever has answered all
 #: that was asked was not slow, this process was, as with many busy threads; no reason to take the server for away.
-GRACE = 0.05
+SEND_GRACE_S = 0.05
 
 
-class Drop(enum.Enum):
+class LostConnection(enum.Enum):
     """How a connection that had been used before turned out to be gone, without a byte of an answer."""
 
     UNSENT = "unsent"
@@ -46,10 +46,10 @@ class Drop(enum.Enum):
 @dataclass(slots=True)
 class _Deadline:
     until: float
-    is_late: bool = False
-    drop: Drop | None = None
+    has_used_grace: bool = False
+    lost: LostConnection | None = None
     #: What was raised into a wait of this operation from outside; a client library may have swallowed it.
-    struck: Exception | None = None
+    interruption: Exception | None = None
 
 
 _current: ContextVar[_Deadline | None] = ContextVar("deadline of an operation", default=None)
@@ -70,12 +70,12 @@ def deadline(seconds: float | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if current is not None and current.struck not in (None, error):
-            raise current.struck  # noqa: B904 (its own cause stays)
+        if current is not None and current.interruption not in (None, error):
+            raise current.interruption  # noqa: B904 (its own cause stays)
         raise
     else:
-        if current is not None and current.struck is not None:
-            raise current.struck
+        if current is not None and current.interruption is not None:
+            raise current.interruption
     finally:
         _current.reset(token)
 
@@ -86,16 +86,16 @@ def seconds_left() -> float | None:
     return None if current is None else max(0.0, current.until - monotonic())
 
 
-def take_drop() -> Drop | None:
+def take_lost_connection() -> LostConnection | None:
     """Return how a reused connection was lost in the operation that runs, once; ``None``: none was."""
     current = _current.get()
     if current is None:
         return None
-    drop, current.drop = current.drop, None
+    drop, current.lost = current.lost, None
     return drop
 
 
-class _Socket:
+class DeadlineSocket:
     """A connected socket that keeps the deadline of whatever is done with it; all else is the socket's own.
 
     Args:
@@ -123,36 +123,36 @@ class _Socket:
         self._wrapped.settimeout(seconds)
 
     def recv(self, *arguments: Any) -> bytes:
-        received = self._in_time(Drop.UNANSWERED, self._wrapped.recv, *arguments)
-        self._has_received(bool(received))
+        received = self._run_in_time(LostConnection.UNANSWERED, self._wrapped.recv, *arguments)
+        self._note_received(bool(received))
         return received
 
     def recv_into(self, *arguments: Any) -> int:
-        received = self._in_time(Drop.UNANSWERED, self._wrapped.recv_into, *arguments)
-        self._has_received(bool(received))
+        received = self._run_in_time(LostConnection.UNANSWERED, self._wrapped.recv_into, *arguments)
+        self._note_received(bool(received))
         return received
 
-    def _has_received(self, anything: bool) -> None:
+    def _note_received(self, anything: bool) -> None:
         if self.is_reused:
             if not anything:
-                self._is_dropped(Drop.UNANSWERED)
+                self._note_lost(LostConnection.UNANSWERED)
             self.is_reused = False
 
-    def _is_dropped(self, drop: Drop) -> None:
+    def _note_lost(self, drop: LostConnection) -> None:
         if self.is_reused and (current := _current.get()) is not None:
-            current.drop = drop
+            current.lost = drop
 
     def sendall(self, *arguments: Any) -> None:
         current = _current.get()
         if current is not None and not seconds_left():
-            if current.is_late:
+            if current.has_used_grace:
                 # Whoever asked has given up: what is not sent is not done either.
-                raise TimeoutError(_PASSED)
-            current.until, current.is_late = monotonic() + GRACE, True
+                raise TimeoutError(_DEADLINE_PASSED)
+            current.until, current.has_used_grace = monotonic() + SEND_GRACE_S, True
         self.used_at = monotonic()
-        self._in_time(Drop.UNSENT, self._wrapped.sendall, *arguments)
+        self._run_in_time(LostConnection.UNSENT, self._wrapped.sendall, *arguments)
 
-    def _in_time(self, drop: Drop, operation: Callable[..., _Result], *arguments: Any) -> _Result:
+    def _run_in_time(self, drop: LostConnection, operation: Callable[..., _Result], *arguments: Any) -> _Result:
         """Do something with the socket by the deadline, without a context manager: each call does it three times.
 
         What is there already is taken even when the time is over: then it was not the peer who was slow.
@@ -161,38 +161,36 @@ class _Socket:
         if left is None or self._given == 0:
             self._wrapped.settimeout(self._given)
             return operation(*arguments)
-        self._wrapped.settimeout(_least(left, self._longest))
+        self._wrapped.settimeout(_wait_limit(left, self._longest))
         try:
             return operation(*arguments)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            _note_struck(error)
-            raise TimeoutError(_PASSED) from error
+            _note_interruption(error)
+            raise TimeoutError(_DEADLINE_PASSED) from error
         except Exception as error:
-            _note_struck(error)
+            _note_interruption(error)
             if isinstance(error, ConnectionError | ssl.SSLError):
-                self._is_dropped(drop)
+                self._note_lost(drop)
             raise
 
 
-class _Lasting:
+class _ReusableConnection:
     """What a connection does before it is connected, and when its pool hands it out again.
 
     Args:
         credentials: Its method ``now`` returns those to connect with, by their words; ``None``: those that were given.
-        longest_idle: Seconds of silence after which a connection is replaced by a new one; ``None``: never.
+        idle_limit: Seconds of silence after which a connection is replaced by a new one; ``None``: never.
     """
 
-    def __init__(
-        self, *arguments: Any, credentials: Any = None, longest_idle: float | None = None, **words: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, credentials: Any = None, idle_limit: float | None = None, **words: Any) -> None:
         super().__init__(*arguments, **words)
         self._credentials = credentials
-        self._longest_idle = longest_idle
+        self._longest_idle = idle_limit
 
     def connect(self, *arguments: Any, **words: Any) -> None:
         """Connect if need be; pools call this whenever they hand out a connection."""
         made = getattr(self, "_sock", None)
-        if isinstance(made, _Socket):
+        if isinstance(made, DeadlineSocket):
             if self._longest_idle is not None and monotonic() - made.used_at > self._longest_idle:
                 cast("Any", self).disconnect()
             else:
@@ -200,23 +198,23 @@ class _Lasting:
         cast("Any", super()).connect(*arguments, **words)
 
     def _connect(self) -> Any:
-        for name, value in (self._credentials.now() if self._credentials else {}).items():
+        for name, value in (self._credentials.read_credentials() if self._credentials else {}).items():
             # redis-py before 4.3 has no providers.
             if hasattr(self, name):
                 setattr(self, name, value)
-        take_drop()
+        take_lost_connection()
         return cast("Any", super())._connect()  # noqa: SLF001
 
 
-def _note_struck(error: Exception) -> None:
+def _note_interruption(error: Exception) -> None:
     """Note what is raised into a wait from outside: Sentinels' clients go on with the next one after an `OSError`."""
     current = _current.get()
-    if current is not None and has_struck(error):
-        current.struck = error
+    if current is not None and is_interruption(error):
+        current.interruption = error
 
 
 @cache
-def deadlined(connection_class: type[Any], longest: float | None = None) -> type[Any]:
+def keep_deadlines(connection_class: type[Any], longest: float | None = None) -> type[Any]:
     """The same kind of connection, keeping deadlines.
 
     Args:
@@ -225,15 +223,15 @@ def deadlined(connection_class: type[Any], longest: float | None = None) -> type
 
     Returns:
         A class that takes two words more: ``credentials``, which has the method ``now`` that returns those to connect
-        with by their words, and ``longest_idle``, seconds after which a connection is not used again.
+        with by their words, and ``idle_limit``, seconds after which a connection is not used again.
     """
 
     def left_or(given: float | None) -> float | None:
         left = seconds_left()
         # A timeout of zero would mean not to wait at all.
-        return given if left is None else max(0.001, _least(left, longest))
+        return given if left is None else max(0.001, _wait_limit(left, longest))
 
-    class Deadlined(_Lasting, connection_class):  # type: ignore[misc]
+    class Deadlined(_ReusableConnection, connection_class):  # type: ignore[misc]
         # One name has many addresses, and TLS begins when TCP is done: what is left is looked up each time.  The names
         # that the values are kept under are redis-py's own, from 8 on.
         _socket_timeout: float | None = None
@@ -267,13 +265,13 @@ def deadlined(connection_class: type[Any], longest: float | None = None) -> type
             try:
                 connected = super()._connect()
             except Exception as error:
-                _note_struck(error)
+                _note_interruption(error)
                 raise
-            return _Socket(connected, self._socket_timeout, longest)
+            return DeadlineSocket(connected, self._socket_timeout, longest)
 
     Deadlined.__name__ = Deadlined.__qualname__ = connection_class.__name__
     return Deadlined
 
 
-def _least(left: float, longest: float | None) -> float:
+def _wait_limit(left: float, longest: float | None) -> float:
     return left if longest is None else min(left, longest)

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pybreaker_redis import _said
-from pybreaker_redis._carriers import Carriers
+from pybreaker_redis._carriers import EngineSelector
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._line import Heard
-from pybreaker_redis._listener import REFUSED_PAUSE, Home, Listener, listen
-from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis._line import PushMode
+from pybreaker_redis._listener import REFUSED_RETRY_DELAY_S, Home, Listener, listener_for
+from pybreaker_redis._scripts import LuaEngine
 from pybreaker_redis._view import View
 
 
-class Ear:
+class Subscription:
     """Has a view kept true by the thread that listens to the circuit's server.
 
     Args:
@@ -30,23 +30,23 @@ class Ear:
         carriers: They know where the circuit lies.
     """
 
-    def __init__(self, name: str, view: View, carriers: Carriers) -> None:
+    def __init__(self, name: str, view: View, carriers: EngineSelector) -> None:
         self._name = name
         self._view = view
-        self._carriers = carriers
+        self._selector = carriers
         self._listener: Listener | None = None
         #: In which process that is, and when to try once more if there is none, monotonic seconds.
         self._pid = os.getpid()
-        self._next_at = 0.0
+        self._next_start_at = 0.0
         self._lock = threading.RLock()
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock, and nobody listens; a parent's thread may have held its own lock."""
         self._lock = threading.RLock()
-        self._listener, self._next_at, self._pid = None, 0.0, os.getpid()
+        self._listener, self._next_start_at, self._pid = None, 0.0, os.getpid()
 
-    def listen(self, server: Home) -> None:
+    def start(self, server: Home) -> None:
         """Have changes heard from now on; nothing to do while nobody has asked, or where there is nothing to hear.
 
         Args:
@@ -56,25 +56,25 @@ class Ear:
             # Forked behind Python's back, as by uWSGI.
             self.after_fork()
         listener = self._listener
-        if not self._view.max_staleness or (listener and listener.runs) or monotonic() < self._next_at:
+        if not self._view.max_staleness or (listener and listener.is_running) or monotonic() < self._next_start_at:
             return
         with self._lock:
             # Another thread may leave meanwhile, or have begun.
-            carrier = self._carriers.now
-            if carrier is None or self._listener is not listener:
+            engine = self._selector.current
+            if engine is None or self._listener is not listener:
                 return
             # A thread that cannot be started now may be startable later.
-            self._next_at = monotonic() + REFUSED_PAUSE
-            origin = self._carriers.origin
-            if origin is not None:
-                origin = replace(origin, one_by_one=self._carriers.one_slot)
-                keys, channel = self._carriers.keys, self._carriers.channel
-                self._listener = listen(origin, self._view, keys, channel, server)
-            elif self._carriers.mode == LuaCarrier.mode:
-                self._next_at = float("inf")
-                _said.deaf(self._name, carrier.client)
+            self._next_start_at = monotonic() + REFUSED_RETRY_DELAY_S
+            endpoint = self._selector.endpoint
+            if endpoint is not None:
+                endpoint = replace(endpoint, is_one_slot=self._selector.needs_one_slot)
+                keys, channel = self._selector.keys, self._selector.channel
+                self._listener = listener_for(endpoint, self._view, keys, channel, server)
+            elif self._selector.mode == LuaEngine.mode:
+                self._next_start_at = float("inf")
+                _said.deaf(self._name, engine.client)
 
-    def leave(self, is_left: Callable[[], bool]) -> bool:
+    def stop(self, is_left: Callable[[], bool]) -> bool:
         """Cease to hear, if the circuit is left.
 
         Args:
@@ -83,23 +83,23 @@ class Ear:
         with self._lock:
             if not is_left():
                 return False
-            listener, self._listener, self._next_at = self._listener, None, 0.0
+            listener, self._listener, self._next_start_at = self._listener, None, 0.0
             if listener is not None and self._pid == os.getpid():
-                listener.remove(self._view)
+                listener.remove_view(self._view)
             return True
 
-    def hurry(self) -> None:
+    def expedite(self) -> None:
         """What was refused is permitted again."""
         if (listener := self._listener) is not None:
-            listener.hurry()
+            listener.expedite_reconnect()
 
-    def tell(self, circuit: Circuit, now_ms: float) -> None:
+    def share_answer(self, circuit: Circuit, now_ms: float) -> None:
         """What this storage was answered, the others of the process need not wait for."""
         if (listener := self._listener) is not None:
-            listener.tell(self._view, self._carriers.channel, circuit, now_ms)
+            listener.share_answer_with_siblings(self._view, self._selector.channel, circuit, now_ms)
 
     @property
-    def heard(self) -> Heard | None:
+    def push_mode(self) -> PushMode | None:
         """How, and of what server; ``None`` if not at all."""
         listener = self._listener
-        return listener.heard if listener is not None and self._view.is_heard_of else None
+        return listener.push_mode if listener is not None and self._view.is_subscribed else None

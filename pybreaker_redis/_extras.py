@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def needs(library: str, *, extra: str = "") -> Iterator[None]:
+def require_extra(library: str, *, extra: str = "") -> Iterator[None]:
     """Import a library, or tell how to install it.
 
     Args:

@@ -70,7 +70,7 @@ _ASKERS = _ids(
 _TELLS_LISTENERS = _code(CircuitBreaker._create_new_state)
 _COMPARES_STATE = _code(CircuitBreaker.state)
 #: Names under which `state` is read and passed on, by storages, by pybreaker and by overrides.
-_READS_STATE = ("_state_under_construction", "_read_state", "state", "current_state")
+_READS_STATE = ("_state_for_constructor", "_read_state", "state", "current_state")
 #: Names of the methods that admit a call by reading `state`: pybreaker's own, and overrides of these.
 _ADMITS = frozenset(("call", "call_async", "calling"))
 
@@ -89,7 +89,7 @@ _RUNS_FUNCTION = _ids(
 _LISTENS = frozenset(name for name in vars(CircuitBreakerListener) if not name.startswith("_"))
 
 
-def asking() -> FrameType | None:
+def calling_frame() -> FrameType | None:
     """The frame of the method of pybreaker that asks the calling storage method for something, if one does."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -102,20 +102,20 @@ def asking() -> FrameType | None:
     return None
 
 
-def asker() -> CodeType | None:
+def caller_code() -> CodeType | None:
     """The method of pybreaker that asks the calling storage method for something; ``None``: somebody else does."""
-    frame = asking()
+    frame = calling_frame()
     return frame.f_code if frame else None
 
 
-def asked_through(*codes: CodeType, asking: FrameType | None = None) -> FrameType | None:
+def frame_among(*codes: CodeType, calling_frame: FrameType | None = None) -> FrameType | None:
     """The frame of one of these methods, if it is among those that led to the asking one.
 
     Args:
         codes: The methods.
-        asking: The frame of the asking one, if it is known.
+        calling_frame: The frame of the asking one, if it is known.
     """
-    frame: FrameType | None = asking or sys._getframe(1)
+    frame: FrameType | None = calling_frame or sys._getframe(1)
     while frame is not None and not _ends(frame):
         if frame.f_code in codes:
             return frame
@@ -123,7 +123,7 @@ def asked_through(*codes: CodeType, asking: FrameType | None = None) -> FrameTyp
     return None
 
 
-def calling_state(frame: FrameType) -> CircuitBreakerState | None:
+def reporting_state(frame: FrameType) -> CircuitBreakerState | None:
     """The state object whose call is being reported, if that call is on the stack.
 
     Args:
@@ -139,13 +139,13 @@ def calling_state(frame: FrameType) -> CircuitBreakerState | None:
     return state if outer is not None and outer.f_locals["self"] is state else None
 
 
-def reading_breaker() -> CircuitBreaker | None:
+def comparing_breaker() -> CircuitBreaker | None:
     """The breaker whose property `state` reads the calling storage's `state`, to compare it with its own."""
     frame = _comparing_frame()
     return frame.f_locals["self"] if frame else None
 
 
-def reads_for_a_call(breaker: CircuitBreaker) -> bool:
+def is_admission_read(breaker: CircuitBreaker) -> bool:
     """Whether a call is to be admitted: `call()` of the breaker, or an override of it, reads `breaker.state`.
 
     Other methods of a breaker that read `state`, as for a page of metrics, only look.  So does an override that leaves
@@ -160,7 +160,7 @@ def reads_for_a_call(breaker: CircuitBreaker) -> bool:
     return False
 
 
-def told_breakers() -> list[CircuitBreaker]:
+def notifying_breakers() -> list[CircuitBreaker]:
     """The breakers that are telling their listeners of a new state just now, on this thread."""
     told = []
     frame: FrameType | None = sys._getframe(1)
@@ -171,7 +171,7 @@ def told_breakers() -> list[CircuitBreaker]:
     return told
 
 
-def tells_own_move() -> bool:
+def is_own_transition() -> bool:
     """Whether the new state that listeners are being told of, on this thread, was brought about by its breaker.
 
     Else the circuit was moved elsewhere, and the breaker has noticed.
@@ -184,7 +184,7 @@ def tells_own_move() -> bool:
     return mover is not None and mover.f_code in (OPENS, HALF_OPENS, CLOSES)
 
 
-def created_breaker() -> CircuitBreaker | None:
+def breaker_under_construction() -> CircuitBreaker | None:
     """The breaker under construction that reads the calling storage's `state`."""
     frame = _behind_readers(sys._getframe(1))
     return frame.f_locals["self"] if frame.f_code is _CREATES else None

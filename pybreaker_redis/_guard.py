@@ -2,7 +2,7 @@
 
 Knows: what errors mean, when Redis last failed, a monotonic clock.  Does not know: what was asked, who asks again.
 
-Whatever a client raises, it is one of six things (`meaning_of`).  Two of them say something of the server, so that all
+Whatever a client raises, it is one of six things (`error_kind`).  Two of them say something of the server, so that all
 circuits of this process that live there are concerned; the others are a single circuit's own business.
 """
 
@@ -18,32 +18,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._secrets import described
-from pybreaker_redis.errors import is_a
+from pybreaker_redis._secrets import describe_error
+from pybreaker_redis.errors import is_instance_of_named
 
 #: The first pause before Redis is asked again is shorter than this, seconds; each further one may be twice as long.
-FIRST_PAUSE = 0.05
+RETRY_DELAY_MIN_S = 0.05
 #: Longest pause, seconds: over so much time a fleet is spread that comes back.
-LONGEST_PAUSE = 1.0
+RETRY_DELAY_MAX_S = 1.0
 #: What is to be fresher than that has a shorter one, down to so many seconds.
-SHORTEST_LONGEST_PAUSE = 0.1
+RETRY_DELAY_MAX_FLOOR_S = 0.1
 
 #: The same where no thread asks, so that a caller has to do it, and to wait for the answer.
-FIRST_TURN = 1.0
-LONGEST_TURN = 30.0
+TURN_DELAY_MIN_S = 1.0
+TURN_DELAY_MAX_S = 30.0
 
 #: Pause where a slot is under way, seconds: that does not take long, and to ask does not either.
-MIGRATING_PAUSE = 0.1
+MIGRATING_RETRY_DELAY_S = 0.1
 
 #: How much longer each attempt may wait than the last one, if that got no answer in its time, up to so many seconds.
-PATIENCE = 1.5
-LONGEST_PATIENCE = 30.0
+ANSWER_WAIT_GROWTH_FACTOR = 1.5
+ANSWER_WAIT_MAX_S = 30.0
 
 
-class Meaning(enum.Enum):
+class ErrorKind(enum.Enum):
     """What an error says."""
 
-    AWAY = "away"
+    UNREACHABLE = "away"
     """Nobody answers, or not yet: of the server."""
     READ_ONLY = "read-only"
     """It answers, and takes no writes at present: of the server."""
@@ -53,88 +53,90 @@ class Meaning(enum.Enum):
     """The server answers, and other writers were faster: of a single report."""
     MIGRATING = "migrating"
     """Its slot of a cluster is under way from one node to another: of the circuit."""
-    FAULT = "fault"
+    UNUSABLE = "fault"
     """What was sent or what came back makes no sense, or what was to give a client failed: of the circuit."""
 
 
 #: Names of error classes, and what they mean; of a class's own and its ancestors' names the first that stands here
 #: decides.  By name, because valkey's client and redis-py-cluster have classes of their own, called alike.
-_OF_CLASSES = {
-    "ReadOnlyError": Meaning.READ_ONLY,
-    "OutOfMemoryError": Meaning.READ_ONLY,
-    "NoPermissionError": Meaning.FORBIDDEN,
+_KIND_BY_CLASS = {
+    "ReadOnlyError": ErrorKind.READ_ONLY,
+    "OutOfMemoryError": ErrorKind.READ_ONLY,
+    "NoPermissionError": ErrorKind.FORBIDDEN,
     # A server that is loading, a pool without a connection to spare, a wrong password: all of these are this, too.
-    "ConnectionError": Meaning.AWAY,
-    "TimeoutError": Meaning.AWAY,
-    "ClusterError": Meaning.AWAY,
+    "ConnectionError": ErrorKind.UNREACHABLE,
+    "TimeoutError": ErrorKind.UNREACHABLE,
+    "ClusterError": ErrorKind.UNREACHABLE,
     # redis-py's class for MOVED is one of this kind, too.
-    "AskError": Meaning.MIGRATING,
-    "TryAgainError": Meaning.MIGRATING,
-    "RedisClusterException": Meaning.AWAY,
-    "ValkeyClusterException": Meaning.AWAY,
-    "WatchError": Meaning.CONTENDED,
-    "OSError": Meaning.AWAY,
+    "AskError": ErrorKind.MIGRATING,
+    "TryAgainError": ErrorKind.MIGRATING,
+    "RedisClusterException": ErrorKind.UNREACHABLE,
+    "ValkeyClusterException": ErrorKind.UNREACHABLE,
+    "WatchError": ErrorKind.CONTENDED,
+    "OSError": ErrorKind.UNREACHABLE,
 }
 
 #: First words of the server's own errors, and what they mean, where the client has no class for them.
-_OF_CODES = {
-    "READONLY": Meaning.READ_ONLY,
-    "OOM": Meaning.READ_ONLY,
-    "MISCONF": Meaning.READ_ONLY,
-    "NOREPLICAS": Meaning.READ_ONLY,
-    "NOPERM": Meaning.FORBIDDEN,
-    "BUSY": Meaning.AWAY,
-    "LOADING": Meaning.AWAY,
-    "MASTERDOWN": Meaning.AWAY,
-    "CLUSTERDOWN": Meaning.AWAY,
-    "ASK": Meaning.MIGRATING,
-    "MOVED": Meaning.MIGRATING,
-    "TRYAGAIN": Meaning.MIGRATING,
-    "NOAUTH": Meaning.AWAY,
-    "WRONGPASS": Meaning.AWAY,
+_KIND_BY_CODE = {
+    "READONLY": ErrorKind.READ_ONLY,
+    "OOM": ErrorKind.READ_ONLY,
+    "MISCONF": ErrorKind.READ_ONLY,
+    "NOREPLICAS": ErrorKind.READ_ONLY,
+    "NOPERM": ErrorKind.FORBIDDEN,
+    "BUSY": ErrorKind.UNREACHABLE,
+    "LOADING": ErrorKind.UNREACHABLE,
+    "MASTERDOWN": ErrorKind.UNREACHABLE,
+    "CLUSTERDOWN": ErrorKind.UNREACHABLE,
+    "ASK": ErrorKind.MIGRATING,
+    "MOVED": ErrorKind.MIGRATING,
+    "TRYAGAIN": ErrorKind.MIGRATING,
+    "NOAUTH": ErrorKind.UNREACHABLE,
+    "WRONGPASS": ErrorKind.UNREACHABLE,
 }
 
 
 #: Parts of what servers say in their own words, and what they mean: of commands in scripts, and before any password.
-_OF_PHRASES = {
-    "permission": Meaning.FORBIDDEN,
-    "can't access": Meaning.FORBIDDEN,
-    "can't run this command": Meaning.FORBIDDEN,
-    "unauthenticated": Meaning.AWAY,
+_KIND_BY_PHRASE = {
+    "permission": ErrorKind.FORBIDDEN,
+    "can't access": ErrorKind.FORBIDDEN,
+    "can't run this command": ErrorKind.FORBIDDEN,
+    "unauthenticated": ErrorKind.UNREACHABLE,
 }
 
 #: A code begins an error, or, inside that of a script, the error of a command.
-_CODE = re.compile(r"(?:^|[-@])([A-Z]+)\b")
+_ERROR_CODE = re.compile(r"(?:^|[-@])([A-Z]+)\b")
 
 #: What redis-py puts before the error of a command in a pipeline, with the command, ends like this.
-_IN_PIPELINE = "of pipeline caused error: "
+_PIPELINE_PREFIX = "of pipeline caused error: "
 
 
-def meaning_of(error: BaseException) -> Meaning:
+def error_kind(error: BaseException) -> ErrorKind:
     """What an error means, of whatever client library."""
     for cls in type(error).__mro__:
-        if cls.__name__ in _OF_CLASSES:
-            return _OF_CLASSES[cls.__name__]
-    if is_a(error, "ResponseError"):
-        said = str(error).rpartition(_IN_PIPELINE)[2]
-        for code in _CODE.findall(said):
-            if code in _OF_CODES:
-                return _OF_CODES[code]
-        for phrase, meaning in _OF_PHRASES.items():
+        if cls.__name__ in _KIND_BY_CLASS:
+            return _KIND_BY_CLASS[cls.__name__]
+    if is_instance_of_named(error, "ResponseError"):
+        said = str(error).rpartition(_PIPELINE_PREFIX)[2]
+        for code in _ERROR_CODE.findall(said):
+            if code in _KIND_BY_CODE:
+                return _KIND_BY_CODE[code]
+        for phrase, meaning in _KIND_BY_PHRASE.items():
             if phrase in said:
                 return meaning
-    return Meaning.FAULT
+    return ErrorKind.UNUSABLE
 
 
-def is_rejected(error: BaseException) -> bool:
+def is_authentication_error(error: BaseException) -> bool:
     """Whether a server does not accept the credentials of a connection, or misses them."""
-    if is_a(error, "AuthenticationError") or is_a(error, "AuthenticationWrongNumberOfArgsError"):
+    if is_instance_of_named(error, "AuthenticationError") or is_instance_of_named(
+        error, "AuthenticationWrongNumberOfArgsError"
+    ):
         return True
-    return is_a(error, "ResponseError") and any(code in str(error) for code in ("NOAUTH", "WRONGPASS"))
+    return is_instance_of_named(error, "ResponseError") and any(code in str(error) for code in ("NOAUTH", "WRONGPASS"))
 
 
 #: Pauses that do not grow, seconds: the server answers at once, so a caller hardly waits.
-_SHORT_PAUSES = {Meaning.MIGRATING: MIGRATING_PAUSE, Meaning.FORBIDDEN: FIRST_TURN}
+_FIXED_DELAYS_S = {ErrorKind.MIGRATING: MIGRATING_RETRY_DELAY_S, ErrorKind.FORBIDDEN: TURN_DELAY_MIN_S}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,156 +145,158 @@ class Outage:
 
     Attributes:
         since: When it began, seconds on the guard's clock.
-        meaning: Of the last error.
+        kind: Of the last error.
         error: The last one: its class and what it said.
         is_timeout: Whether that was that no answer came in time.
         attempts: How often Redis was asked in vain since.
-        next_at: When it will be asked again, seconds on the guard's clock.
-        patience: Seconds to wait for the answer then.
+        next_attempt_at: When it will be asked again, seconds on the guard's clock.
+        answer_wait_s: Seconds to wait for the answer then.
     """
 
     since: float
-    meaning: Meaning
+    kind: ErrorKind
     error: str
     is_timeout: bool
     attempts: int
-    next_at: float
-    patience: float
+    next_attempt_at: float
+    answer_wait_s: float
 
 
-class Guard:
+class Availability:
     """Keeps callers away from what has just failed.
 
     As long as it is somebody's business to ask again (`kept`), callers never do.  Else one of them at a time has to.
 
     Args:
         timeout: Seconds to wait for an answer at first.
-        kept: See below.
+        has_retry_thread: See below.
         clock: Seconds, monotonic.
 
     Attributes:
         outage: What is the matter; ``None`` while all is well.
-        kept: Whether somebody else asks again, or will as soon as something fails.
-        longest_pause: Until it is asked again by somebody else, seconds.
-        returned_at: When the last outage ended; long ago if there was none.
+        has_retry_thread: Whether somebody else asks again, or will as soon as something fails.
+        retry_delay_max_s: Until it is asked again by somebody else, seconds.
+        last_recovery_at: When the last outage ended; long ago if there was none.
         since: When this outage began, or the last one ended, or else this guard; seconds on `clock`.
         last_error: Of this or the last outage: its class and what it said; empty if there was none.
     """
 
-    def __init__(self, timeout: float, *, kept: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, timeout: float, *, has_retry_thread: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.outage: Outage | None = None
-        self.kept = kept
+        self.has_retry_thread = has_retry_thread
         self.clock = clock
-        self.longest_pause = LONGEST_PAUSE
-        self._timeout = timeout
+        self.retry_delay_max_s = RETRY_DELAY_MAX_S
+        self._answer_wait_s = timeout
         self._lock = threading.RLock()
         self.since = clock()
         self.last_error = ""
-        self._turns = 0
+        self._failed_turns = 0
         #: Whether somebody was told to ask, and has not come back yet.
-        self._asked = False
-        self.returned_at = -math.inf
+        self._is_attempt_claimed = False
+        self.last_recovery_at = -math.inf
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock, and whoever asked again was left behind."""
         self._lock = threading.RLock()
-        self.kept = self._asked = False
+        self.has_retry_thread = self._is_attempt_claimed = False
         if self.outage is not None:
-            self.outage = replace(self.outage, next_at=self.clock())
+            self.outage = replace(self.outage, next_attempt_at=self.clock())
 
-    def hurry(self, max_staleness: float) -> None:
+    def limit_retry_delay(self, max_staleness: float) -> None:
         """Something has to be known again so many seconds after Redis is back, or twice as many."""
         if max_staleness:
-            self.longest_pause = min(self.longest_pause, max(max_staleness, SHORTEST_LONGEST_PAUSE))
+            self.retry_delay_max_s = min(self.retry_delay_max_s, max(max_staleness, RETRY_DELAY_MAX_FLOOR_S))
 
-    def expect(self, timeout: float) -> None:
+    def extend_answer_wait(self, timeout: float) -> None:
         """Wait so many seconds for an answer at first, if that is more than before."""
-        self._timeout = max(self._timeout, timeout)
+        self._answer_wait_s = max(self._answer_wait_s, timeout)
 
-    def may_ask(self) -> bool:
+    def claim_turn(self) -> bool:
         """Whether all is well, or nobody else asks again and it is the caller's turn."""
-        return self.outage is None or (not self.kept and self.begin())
+        return self.outage is None or (not self.has_retry_thread and self.claim_attempt())
 
-    def is_due(self) -> bool:
+    def is_attempt_due(self) -> bool:
         """Whether somebody may ask, or might be told to: a look that tells nobody to."""
         outage = self.outage
-        return outage is None or self.clock() >= outage.next_at
+        return outage is None or self.clock() >= outage.next_attempt_at
 
-    def begin(self) -> bool:
+    def claim_attempt(self) -> bool:
         """Whether it is time to ask again; then nobody else is to, until that has ended."""
         with self._lock:
             outage = self.outage
-            if outage is None or self.clock() < outage.next_at:
+            if outage is None or self.clock() < outage.next_attempt_at:
                 return False
-            self._asked = True
+            self._is_attempt_claimed = True
             # An attempt that has not ended after so long is no reason any more not to make another.
-            self.outage = replace(outage, next_at=self.clock() + LONGEST_PATIENCE + outage.patience)
+            self.outage = replace(outage, next_attempt_at=self.clock() + ANSWER_WAIT_MAX_S + outage.answer_wait_s)
             return True
 
-    def give_back(self) -> None:
+    def return_attempt(self) -> None:
         """The caller who was told to ask has not: another one may."""
         with self._lock:
-            if self._asked and not self.kept and self.outage is not None:
-                self._asked = False
-                self.outage = replace(self.outage, next_at=self.clock() + FIRST_PAUSE)
+            if self._is_attempt_claimed and not self.has_retry_thread and self.outage is not None:
+                self._is_attempt_claimed = False
+                self.outage = replace(self.outage, next_attempt_at=self.clock() + RETRY_DELAY_MIN_S)
 
-    def failed(self, error: BaseException) -> Outage | None:
+    def note_failure(self, error: BaseException) -> Outage | None:
         """There was no usable answer.
 
         Returns:
             What is the matter, if all had been well until now.
         """
-        meaning = meaning_of(error)
+        meaning = error_kind(error)
         with self._lock:
             now, before = self.clock(), self.outage
-            self.last_error = described(error)
-            if before and not self._asked:
+            self.last_error = describe_error(error)
+            if before and not self._is_attempt_claimed:
                 # Somebody who had asked before it was known that nobody answers; that is no further attempt.
-                self.outage = replace(before, meaning=meaning, error=self.last_error)
+                self.outage = replace(before, kind=meaning, error=self.last_error)
                 return None
-            self._asked = False
+            self._is_attempt_claimed = False
             if before is None:
                 # What fails again soon after it went well has not really gone well.
-                self._turns = 0 if now - self.returned_at > LONGEST_TURN else self._turns + 1
+                self._failed_turns = 0 if now - self.last_recovery_at > TURN_DELAY_MAX_S else self._failed_turns + 1
                 self.since = now
             else:
-                self._turns += 1
+                self._failed_turns += 1
             attempts = before.attempts + 1 if before else 0
-            patience = before.patience if before else self._timeout
-            if before and is_a(error, "TimeoutError"):
-                patience = min(patience * PATIENCE, LONGEST_PATIENCE)
+            patience = before.answer_wait_s if before else self._answer_wait_s
+            if before and is_instance_of_named(error, "TimeoutError"):
+                patience = min(patience * ANSWER_WAIT_GROWTH_FACTOR, ANSWER_WAIT_MAX_S)
             self.outage = Outage(
                 since=self.since,
-                meaning=meaning,
+                kind=meaning,
                 error=self.last_error,
-                is_timeout=is_a(error, "TimeoutError"),
+                is_timeout=is_instance_of_named(error, "TimeoutError"),
                 attempts=attempts,
-                next_at=now + (_SHORT_PAUSES.get(meaning) or self._pause(attempts)),
-                patience=patience,
+                next_attempt_at=now + (_FIXED_DELAYS_S.get(meaning) or self._next_delay_s(attempts)),
+                answer_wait_s=patience,
             )
             return None if before else self.outage
 
-    def answered(self) -> float | None:
+    def note_answer(self) -> float | None:
         """All is well.  Seconds that it was not, or ``None`` if it had been."""
         with self._lock:
-            outage, self.outage, self._asked = self.outage, None, False
+            outage, self.outage, self._is_attempt_claimed = self.outage, None, False
             # Two first answers may have come together; then the other one has taken it.
             if outage is None:
                 return None
-            self.since = self.returned_at = self.clock()
+            self.since = self.last_recovery_at = self.clock()
             return self.since - outage.since
 
-    def keep(self, kept: bool) -> Outage | None:
+    def set_retry_thread(self, has_retry_thread: bool) -> Outage | None:
         """Somebody else asks again from now on, or nobody does; what is the matter, if anything is."""
         with self._lock:
-            self.kept = kept
+            self.has_retry_thread = has_retry_thread
             if self.outage is not None:
-                self.outage = replace(self.outage, next_at=self.clock() + self._pause(self.outage.attempts))
+                self.outage = replace(
+                    self.outage, next_attempt_at=self.clock() + self._next_delay_s(self.outage.attempts)
+                )
             return self.outage
 
-    def _pause(self, attempts: int) -> float:
-        if self.kept:
+    def _next_delay_s(self, attempts: int) -> float:
+        if self.has_retry_thread:
             # "Full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-            return random.uniform(0, min(self.longest_pause, FIRST_PAUSE * 2 ** min(attempts, 30)))
-        return min(LONGEST_TURN, FIRST_TURN * 2.0 ** min(self._turns, 30))
+            return random.uniform(0, min(self.retry_delay_max_s, RETRY_DELAY_MIN_S * 2 ** min(attempts, 30)))
+        return min(TURN_DELAY_MAX_S, TURN_DELAY_MIN_S * 2.0 ** min(self._failed_turns, 30))

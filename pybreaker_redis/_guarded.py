@@ -26,7 +26,7 @@ _FINISHED = frozenset((type(None), bool, int, float, str, bytes, tuple, list, di
 NO_FALLBACK = object()
 
 
-def guarded_by(breaker: Callable[[], CircuitBreaker], fallback: Any) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def guard_with(breaker: Callable[[], CircuitBreaker], fallback: Any) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Have calls of a function guarded.
 
     Args:

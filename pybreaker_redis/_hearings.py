@@ -19,7 +19,7 @@ from pybreaker_redis._view import View
 
 
 @dataclass(frozen=True, slots=True)
-class Hearing:
+class Subscriber:
     """What is heard and polled for one view.
 
     Attributes:
@@ -33,7 +33,7 @@ class Hearing:
     channel: str
 
 
-class Hearings:
+class SubscriberTable:
     """Registry of the views of one listener; keeps no view alive."""
 
     def __init__(self) -> None:
@@ -46,23 +46,23 @@ class Hearings:
         #: Views that were added, and channels that lost a view, since a session looked last; and if there is one.
         self._added: weakref.WeakSet[View] = weakref.WeakSet()
         self._left: set[str] = set()
-        self._is_followed = False
+        self._is_tracked_by_session = False
 
     def __len__(self) -> int:
         return len(self._of_view)
 
-    def add(self, view: View, keys: tuple[str, ...], channel: str) -> None:
+    def add_subscriber(self, view: View, keys: tuple[str, ...], channel: str) -> None:
         """Keep a view true from now on."""
         dropped = self._dropped
         with self._lock:
-            self.remove(view)
+            self.remove_subscriber(view)
             self._of_view[view] = keys, channel
             ref = weakref.ref(view, lambda _: dropped.append(channel))
             self._of_channel[channel] = (*self._of_channel.get(channel, ()), ref)
             self._added.add(view)
             self._sweep()
 
-    def remove(self, view: View) -> None:
+    def remove_subscriber(self, view: View) -> None:
         """Keep a view true no longer."""
         with self._lock:
             _, channel = self._of_view.pop(view, ((), None))
@@ -71,34 +71,34 @@ class Hearings:
                 self._dropped.append(channel)
                 self._added.discard(view)
 
-    def views(self, channel: str) -> list[View]:
+    def views_of(self, channel: str) -> list[View]:
         """The views of one circuit."""
         return [view for ref in self._of_channel.get(channel, ()) if (view := ref()) is not None]
 
-    def at(self, channels: Iterable[str]) -> list[Hearing]:
+    def on_channels(self, channels: Iterable[str]) -> list[Subscriber]:
         """What is heard on some channels."""
         with self._lock:
-            views = [view for channel in channels for view in self.views(channel)]
-            return [Hearing(view, *self._of_view[view]) for view in views]
+            views = [view for channel in channels for view in self.views_of(channel)]
+            return [Subscriber(view, *self._of_view[view]) for view in views]
 
-    def all(self) -> list[Hearing]:
+    def snapshot(self) -> list[Subscriber]:
         """All that is heard."""
         with self._lock:
-            return [Hearing(view, *of_view) for view, of_view in self._of_view.items()]
+            return [Subscriber(view, *of_view) for view, of_view in self._of_view.items()]
 
     @contextmanager
-    def changes(self) -> Iterator[None]:
+    def track_changes(self) -> Iterator[None]:
         """Note changes for `take`; at first, all views are new."""
         with self._lock:
-            self._added, self._is_followed = weakref.WeakSet(self._of_view), True
+            self._added, self._is_tracked_by_session = weakref.WeakSet(self._of_view), True
         try:
             yield
         finally:
             with self._lock:
-                self._is_followed = False
+                self._is_tracked_by_session = False
                 self._left.clear()
 
-    def take(self) -> tuple[list[Hearing], set[str]]:
+    def take_changes(self) -> tuple[list[Subscriber], set[str]]:
         """Return what was added since the last time, and the channels that no view is left of."""
         with self._lock:
             self._sweep()
@@ -106,7 +106,7 @@ class Hearings:
                 return [], set()
             new, self._added = list(self._added), weakref.WeakSet()
             left, self._left = self._left - self._of_channel.keys(), set()
-            return [Hearing(view, *self._of_view[view]) for view in new], left
+            return [Subscriber(view, *self._of_view[view]) for view in new], left
 
     def _sweep(self) -> None:
         while self._dropped:
@@ -116,5 +116,5 @@ class Hearings:
                 self._of_channel[channel] = alive
             else:
                 self._of_channel.pop(channel, None)
-                if self._is_followed:
+                if self._is_tracked_by_session:
                     self._left.add(channel)

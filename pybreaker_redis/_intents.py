@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, after
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, next_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Intent:
     """Something that a caller wants of a circuit.  Subclasses are values: their fields are the script's arguments."""
 
     #: File name under ``lua/`` without its ending.
-    script: ClassVar[str]
+    operation: ClassVar[str]
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         """Decide, at the instant `now_ms` of the clock of the record's home."""
@@ -42,14 +42,14 @@ class Intent:
 class Load(Intent):
     """Tell me what is true."""
 
-    script: ClassVar[str] = "load"
+    operation: ClassVar[str] = "load"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         return Decision(True, circuit)
 
 
 @dataclass(frozen=True, slots=True)
-class Fenced(Intent):
+class FencedIntent(Intent):
     """Something that only counts if it comes from the circuit's present generation.
 
     Attributes:
@@ -61,17 +61,17 @@ class Fenced(Intent):
     token: str
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
-        if not circuit.admits(self.generation, self.token):
+        if not circuit.can_report(self.generation, self.token):
             return Decision(False, circuit)
-        return Decision(True, self.settle(circuit, now_ms))
+        return Decision(True, self.apply_admitted(circuit, now_ms))
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+    def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
         """The circuit that follows once the caller is admitted."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
-class RecordFailure(Fenced):
+class RecordFailure(FencedIntent):
     """A guarded call failed: one more consecutive failure.  Or several: those that a process has counted by itself.
 
     However fast calls fail, the noise moves on twice in its time: each move is told to everybody.
@@ -83,27 +83,27 @@ class RecordFailure(Fenced):
 
     noise_ms: int = 0
     times: int = 1
-    script: ClassVar[str] = "record_failure"
+    operation: ClassVar[str] = "record_failure"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        counted = circuit.with_failures(after(circuit.fail_counter, self.times))
+    def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
+        counted = circuit.with_failures(next_count(circuit.fail_counter, self.times))
         if self.noise_ms and circuit.state == CLOSED and circuit.noisy_until_ms < now_ms + self.noise_ms / 2:
             return replace(counted, noisy_until_ms=now_ms + self.noise_ms)
         return counted
 
 
 @dataclass(frozen=True, slots=True)
-class RecordSuccess(Fenced):
+class RecordSuccess(FencedIntent):
     """A guarded call succeeded: the failures before it were not consecutive."""
 
-    script: ClassVar[str] = "record_success"
+    operation: ClassVar[str] = "record_success"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
+    def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
         return circuit.with_failures(0)
 
 
 @dataclass(frozen=True, slots=True)
-class CountProbe(Fenced):
+class CountProbe(FencedIntent):
     """A probe succeeded: one more towards the success threshold.
 
     Below the threshold the probe is given back, so that the next call of any process may claim the next one.  At the
@@ -116,25 +116,25 @@ class CountProbe(Fenced):
 
     lease_ms: int
     threshold: int = 1
-    script: ClassVar[str] = "count_probe"
+    operation: ClassVar[str] = "count_probe"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        counted = replace(circuit, success_counter=after(circuit.success_counter))
+    def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
+        counted = replace(circuit, success_counter=next_count(circuit.success_counter))
         if self.generation is None or not circuit.probe_token:
             return counted
         if counted.success_counter < self.threshold:
-            return counted.without_probe()
+            return counted.with_free_probe()
         return replace(counted, probe_until_ms=now_ms + self.lease_ms, probe_lease_ms=self.lease_ms)
 
 
 @dataclass(frozen=True, slots=True)
-class Trip(Fenced):
+class Trip(FencedIntent):
     """Open the circuit, from now on."""
 
-    script: ClassVar[str] = "trip"
+    operation: ClassVar[str] = "trip"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        return circuit.moved(OPEN, success_counter=0, opened_at_ms=now_ms)
+    def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
+        return circuit.after_transition(OPEN, success_counter=0, opened_at_ms=now_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,24 +151,24 @@ class ShareTrip(Intent):
 
     generation: int
     open_ms: int
-    script: ClassVar[str] = "share_trip"
+    operation: ClassVar[str] = "share_trip"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         opened_at_ms = max(0, now_ms - self.open_ms)
         was_open = circuit.state == OPEN and (circuit.opened_at_ms or 0) >= opened_at_ms
         if circuit.generation != self.generation or was_open:
             return Decision(False, circuit)
-        return Decision(True, circuit.moved(OPEN, success_counter=0, opened_at_ms=opened_at_ms))
+        return Decision(True, circuit.after_transition(OPEN, success_counter=0, opened_at_ms=opened_at_ms))
 
 
 @dataclass(frozen=True, slots=True)
-class Close(Fenced):
+class Close(FencedIntent):
     """Close the circuit and forget all counts."""
 
-    script: ClassVar[str] = "close"
+    operation: ClassVar[str] = "close"
 
-    def settle(self, circuit: Circuit, now_ms: float) -> Circuit:
-        moved = circuit if circuit.state == CLOSED else circuit.moved(CLOSED)
+    def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
+        moved = circuit if circuit.state == CLOSED else circuit.after_transition(CLOSED)
         return replace(moved, fail_counter=0, success_counter=0)
 
 
@@ -183,25 +183,27 @@ class ClaimProbe(Intent):
         generation: The generation that the caller saw open.
         token: Unique for this claim.
         lease_ms: How long an unreported probe is waited for before it is offered again, milliseconds.
-        instead: Token of a probe that no call holds any more, and that counts as free; empty: none.
+        lost_token: Token of a probe that no call holds any more, and that counts as free; empty: none.
     """
 
     generation: int
     token: str
     lease_ms: int
-    instead: str = ""
-    script: ClassVar[str] = "claim_probe"
+    lost_token: str = ""
+    operation: ClassVar[str] = "claim_probe"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         lease: dict[str, float] = {"probe_until_ms": now_ms + self.lease_ms, "probe_lease_ms": self.lease_ms}
         if circuit.probe_token == self.token:
             return Decision(True, replace(circuit, **lease))  # type: ignore[arg-type]
-        is_free = circuit.probe_is_free(now_ms) or (circuit.probe_token == self.instead != "")
+        is_free = circuit.is_probe_free(now_ms) or (circuit.probe_token == self.lost_token != "")
         if circuit.generation != self.generation or not (circuit.state == OPEN or is_free):
             return Decision(False, circuit)
         # Successes collected by a prober that died still count; those from before the circuit opened do not.
         successes = 0 if circuit.state == OPEN else circuit.success_counter
-        return Decision(True, circuit.moved(HALF_OPEN, success_counter=successes, probe_token=self.token, **lease))
+        return Decision(
+            True, circuit.after_transition(HALF_OPEN, success_counter=successes, probe_token=self.token, **lease)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +214,12 @@ class SetState(Intent):
     """
 
     state: str
-    script: ClassVar[str] = "set_state"
+    operation: ClassVar[str] = "set_state"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         if circuit.state == self.state != HALF_OPEN:
             return Decision(True, circuit)
-        moved = circuit.moved(self.state)
+        moved = circuit.after_transition(self.state)
         if self.state == OPEN and moved.opened_at_ms is None:
             moved = replace(moved, opened_at_ms=now_ms)
         return Decision(True, moved)
@@ -235,7 +237,7 @@ class SetOpenedAt(Intent):
     """
 
     at_ms: float
-    script: ClassVar[str] = "set_opened_at"
+    operation: ClassVar[str] = "set_opened_at"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         at_ms = max(0, min(self.at_ms, now_ms))
@@ -248,7 +250,7 @@ class SetOpenedAt(Intent):
 class ResetProbes(Intent):
     """By hand: forget the successes that were collected while half-open."""
 
-    script: ClassVar[str] = "reset_probes"
+    operation: ClassVar[str] = "reset_probes"
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         return Decision(True, replace(circuit, success_counter=0))

@@ -7,10 +7,10 @@ The same rules stand in ``lua/circuit.lua``.
 
 from __future__ import annotations
 
-from pybreaker_redis._circuit import CLOSED, MAX_LEASE_MS
+from pybreaker_redis._circuit import CLOSED, LEASE_MAX_MS
 
 #: How much longer than that they live at most, milliseconds: counts renew what is left only when this is used up.
-COUNTS_MS = 1000
+TTL_RENEWAL_MARGIN_MS = 1000
 
 
 def lifetime_ms(state: str, ttl_ms: int) -> int:
@@ -23,4 +23,4 @@ def lifetime_ms(state: str, ttl_ms: int) -> int:
         state: Of the circuit.
         ttl_ms: What its user wishes, milliseconds.
     """
-    return ttl_ms if state == CLOSED else max(ttl_ms, MAX_LEASE_MS)
+    return ttl_ms if state == CLOSED else max(ttl_ms, LEASE_MAX_MS)

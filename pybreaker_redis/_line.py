@@ -17,20 +17,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pybreaker_redis._client import Origin
+from pybreaker_redis._client import Endpoint
 from pybreaker_redis._deadline import deadline
-from pybreaker_redis._words import CONNECT_FUNCTIONS
-from pybreaker_redis.errors import PushUnavailable, is_a, lacks
+from pybreaker_redis._words import CONNECT_HOOK_ARGUMENTS
+from pybreaker_redis.errors import PushUnavailableError, is_instance_of_named, is_unsupported_command
 
 #: How the connections are called in ``CLIENT LIST``.
-NAME = "pybreaker_redis"
+CONNECTION_NAME = "pybreaker_redis"
 
 #: Most pushes that are taken before other things have their turn.
-MOST_AT_ONCE = 1000
+PUSHES_PER_TURN_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class PushMode:
     """How changes are heard, and of what server.
 
     Attributes:
@@ -48,60 +48,60 @@ class Push(list[Any]):
     """What the server said without being asked: its kind, and what belongs to it."""
 
 
-class Line:
+class PushConnection:
     """Connected, subscribed to nothing yet.
 
     Args:
-        origin: Where to.
+        endpoint: Where to.
         timeout: Seconds to wait for each answer.
         hear: Told of every push, in the middle of anything.
 
     Attributes:
-        tracks: Whether changes of keys that `ask` has read are heard, besides what is published.
-        untracked: Why they are not.
-        one_by_one: Whether keys of different circuits may not be asked for in one command.
+        is_tracking: Whether changes of keys that `ask` has read are heard, besides what is published.
+        tracking_refusal: Why they are not.
+        is_one_slot: Whether keys of different circuits may not be asked for in one command.
         server: What the server calls itself, and its version; empty if it does not say.
 
     Raises:
         Exception: Whatever the library raises when nobody answers.
     """
 
-    def __init__(self, origin: Origin, timeout: float, hear: Callable[[Push], None]) -> None:
-        self._origin = origin
+    def __init__(self, endpoint: Endpoint, timeout: float, hear: Callable[[Push], None]) -> None:
+        self._endpoint = endpoint
         self._timeout = timeout
-        self._hear = hear
+        self._on_push = hear
         self._connections: list[Any] = []
-        self._asking: Any = None
-        self.tracks = False
-        self.untracked = ""
-        self.one_by_one = origin.one_by_one
+        self._query_connection: Any = None
+        self.is_tracking = False
+        self.tracking_refusal = ""
+        self.is_one_slot = endpoint.is_one_slot
         self.server = ""
         try:
-            one = self._connect_resp3(origin)
-            self._is_one = one is not None
-            self._asking = one or self._connect_resp2(origin)
-            self._hearing = one or self._connect_resp2(origin)
-            self._sockets = self._sockets_now()
-            self._introduce()
+            one = self._connect_resp3(endpoint)
+            self._is_single = one is not None
+            self._query_connection = one or self._connect_resp2(endpoint)
+            self._push_connection = one or self._connect_resp2(endpoint)
+            self._sockets = self._current_sockets()
+            self._set_up()
         except BaseException:
             self.close()
             raise
 
     @property
-    def heard(self) -> Heard:
+    def push_mode(self) -> PushMode:
         """How changes are heard here."""
-        return Heard("tracking" if self.tracks else "channel", 3 if self._is_one else 2, self.server)
+        return PushMode("tracking" if self.is_tracking else "channel", 3 if self._is_single else 2, self.server)
 
     def subscribe(self, channels: Sequence[str]) -> None:
         """Hear what is published on these channels; returns when the server has said that it will be heard.
 
         Raises:
-            PushUnavailable: The server refuses, or knows no channels.
+            PushUnavailableError: The server refuses, or knows no channels.
             Exception: It does not answer.
         """
-        refused = self._say("SUBSCRIBE", channels)
+        refused = self._confirm("SUBSCRIBE", channels)
         if refused is not None:
-            raise refusal(refused)
+            raise refusal_of(refused)
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
         """Hear no more of these channels; who may not even say so goes on hearing of what nobody needs.
@@ -109,40 +109,40 @@ class Line:
         Raises:
             Exception: The server does not answer.
         """
-        self._say("UNSUBSCRIBE", channels)
+        self._confirm("UNSUBSCRIBE", channels)
 
-    def _say(self, command: str, channels: Sequence[str]) -> Exception | None:
+    def _confirm(self, command: str, channels: Sequence[str]) -> Exception | None:
         """The error, if that was the answer; else each channel is confirmed by one."""
-        self._send(self._hearing, [(command, *channels)])
+        self._send(self._push_connection, [(command, *channels)])
         missing = len(channels)
         while missing:
-            answer = self._read(self._hearing)
+            answer = self._read(self._push_connection)
             if isinstance(answer, Exception):
                 return answer
             if answer and _text(answer[0]) == command.lower():
                 missing -= 1
             else:
-                self._hear(Push(answer))
+                self._on_push(Push(answer))
         return None
 
-    def ask(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
+    def query(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Send commands in one batch; their answers, errors among them as values.
 
         Raises:
             Exception: The server does not answer.
         """
         commands = list(commands)
-        self._send(self._asking, commands)
+        self._send(self._query_connection, commands)
         answers: list[Any] = []
         while len(answers) < len(commands):
-            answer = self._read(self._asking)
+            answer = self._read(self._query_connection)
             if isinstance(answer, Push):
-                self._hear(answer)
+                self._on_push(answer)
             else:
                 answers.append(answer)
         return answers
 
-    def beat(self) -> bool:
+    def send_beat(self) -> bool:
         """Ask for a sign of life where nothing else is asked, and Sentinels whether this is still the place.
 
         A master that was demoted keeps its connections for seconds, and hears what is published on the new one, but
@@ -155,29 +155,29 @@ class Line:
             ConnectionResetError: Sentinels know another master.
         """
         with deadline(self._timeout):
-            if self._origin.has_moved(self._asking):
+            if self._endpoint.verify_master(self._query_connection):
                 msg = "the master has moved"
                 raise ConnectionResetError(msg)
-        if self._is_one:
+        if self._is_single:
             return False
-        self._send(self._hearing, [("PING",)])
+        self._send(self._push_connection, [("PING",)])
         return True
 
-    def listen(self, seconds: float) -> None:
+    def receive(self, seconds: float) -> None:
         """Wait so long for something to be heard, and then for nothing more: one change is told in several ways.
 
         Raises:
             Exception: The line is dead.
         """
-        for _ in range(MOST_AT_ONCE):
+        for _ in range(PUSHES_PER_TURN_MAX):
             self._check()
-            if not self._hearing.can_read(timeout=seconds):
+            if not self._push_connection.can_read(timeout=seconds):
                 break
-            push = self._read(self._hearing)
+            push = self._read(self._push_connection)
             if not isinstance(push, list):
                 # Nothing was asked.  An error is what the server says before it hangs up.
-                raise refusal(push)
-            self._hear(Push(push))
+                raise refusal_of(push)
+            self._on_push(Push(push))
             seconds = 0
 
     def close(self) -> None:
@@ -186,42 +186,42 @@ class Line:
             with contextlib.suppress(Exception):
                 connection.disconnect()
 
-    def _connect(self, origin: Origin, **words: Any) -> Any:
-        connection = origin.connect(timeout=self._timeout, **words)
+    def _connect(self, endpoint: Endpoint, **words: Any) -> Any:
+        connection = endpoint.connect(timeout=self._timeout, **words)
         self._connections.append(connection)
         return connection
 
-    def _connect_resp2(self, origin: Origin) -> Any:
+    def _connect_resp2(self, endpoint: Endpoint) -> Any:
         try:
-            return self._connect(origin, protocol=2)
+            return self._connect(endpoint, protocol=2)
         except TypeError:
             pass  # redis-py before 5 knows nothing else.
         try:
-            return self._connect(origin)
+            return self._connect(endpoint)
         except TypeError as error:
             msg = f"no connection like those of the client can be made: {error}"
-            raise PushUnavailable(msg) from error
+            raise PushUnavailableError(msg) from error
 
-    def _connect_resp3(self, origin: Origin) -> Any:
+    def _connect_resp3(self, endpoint: Endpoint) -> Any:
         """A connection that can do everything; ``None`` if the library or the server has none.
 
         Whatever the client speaks: up to redis-py 7 that is RESP2, unless somebody asked for more.
         """
         try:
-            connection = self._connect(origin, protocol=3)
+            connection = self._connect(endpoint, protocol=3)
         except Exception as error:  # noqa: BLE001
             # redis-py before 5, or a server or a proxy without HELLO, each with an error of its own.  Or nobody is
             # there: then the next attempt says so.
-            self.untracked = f"no RESP3: {error}"
+            self.tracking_refusal = f"no RESP3: {error}"
             return None
-        if CONNECT_FUNCTIONS & origin.words.keys() and not self._speaks_resp3(connection):
-            self.untracked = "no RESP3: the function that connects has not asked for it"
+        if CONNECT_HOOK_ARGUMENTS & endpoint.connection_arguments.keys() and not self._speaks_resp3(connection):
+            self.tracking_refusal = "no RESP3: the function that connects has not asked for it"
             self._connections.remove(connection)
             connection.disconnect()
             return None
-        if _mark_pushes(connection):
+        if _enable_push_marks(connection):
             return connection
-        self.untracked = "no RESP3: this client library takes pushes for answers"
+        self.tracking_refusal = "no RESP3: this client library takes pushes for answers"
         # redis-py 5 with hiredis: pushes would be taken for answers.
         self._connections.remove(connection)
         connection.disconnect()
@@ -232,23 +232,23 @@ class Line:
         self._send(connection, [("HELLO",)])
         return isinstance(self._read(connection), dict)
 
-    def _introduce(self) -> None:
+    def _set_up(self) -> None:
         for connection in self._connections:
             # Whoever may not say who he is, or be told of keys, can do without.
-            self._send(connection, [("CLIENT", "SETNAME", NAME)])
+            self._send(connection, [("CLIENT", "SETNAME", CONNECTION_NAME)])
             self._read(connection)
-        if self._is_one:
-            (answer,) = self.ask([("CLIENT", "TRACKING", "ON", "OPTOUT")])
-            self.tracks = not is_a(answer, "ResponseError")
-            self.untracked = "" if self.tracks else str(answer)
-        self._send(self._asking, [("HELLO",)])
-        self.server = _described(self._read(self._asking))
+        if self._is_single:
+            (answer,) = self.query([("CLIENT", "TRACKING", "ON", "OPTOUT")])
+            self.is_tracking = not is_instance_of_named(answer, "ResponseError")
+            self.tracking_refusal = "" if self.is_tracking else str(answer)
+        self._send(self._query_connection, [("HELLO",)])
+        self.server = _server_version(self._read(self._query_connection))
 
-    def _sockets_now(self) -> list[Any]:
+    def _current_sockets(self) -> list[Any]:
         return [getattr(connection, "_sock", None) for connection in self._connections]
 
     def _check(self) -> None:
-        if self._sockets_now() != self._sockets:
+        if self._current_sockets() != self._sockets:
             msg = "the client library has replaced a connection"
             raise ConnectionResetError(msg)
 
@@ -258,16 +258,16 @@ class Line:
     def _read(self, connection: Any) -> Any:
         """The next answer or push; an error that the server has answered is a value."""
         try:
-            if connection is self._asking and self._is_one:
+            if connection is self._query_connection and self._is_single:
                 return connection.read_response(push_request=True)
             return connection.read_response()
         except Exception as error:
-            if is_a(error, "ResponseError"):
+            if is_instance_of_named(error, "ResponseError"):
                 return error
             raise
 
 
-def _mark_pushes(connection: Any) -> bool:
+def _enable_push_marks(connection: Any) -> bool:
     """Have the parser return pushes as `Push`, so that no answer is mistaken for one; whether it can."""
     parser: Any = getattr(connection, "_parser", None)
     if hasattr(parser, "set_invalidation_push_handler"):
@@ -280,14 +280,16 @@ def _mark_pushes(connection: Any) -> bool:
     return False
 
 
-def refusal(answer: Any) -> Exception:
+def refusal_of(answer: Any) -> Exception:
     """What to raise for an answer that is not what it should be: who is refused for good need not ask again soon."""
-    if any(is_a(answer, name) for name in ("NoPermissionError", "ClusterCrossSlotError")) or lacks(answer):
-        return PushUnavailable(str(answer))
+    if any(
+        is_instance_of_named(answer, name) for name in ("NoPermissionError", "ClusterCrossSlotError")
+    ) or is_unsupported_command(answer):
+        return PushUnavailableError(str(answer))
     return answer if isinstance(answer, Exception) else ConnectionError(f"unasked: {answer!r}")
 
 
-def _described(hello: Any) -> str:
+def _server_version(hello: Any) -> str:
     """What a server says of itself: a dictionary, with RESP2 a list; an error where it does not say."""
     if isinstance(hello, list):
         hello = dict(zip(hello[::2], hello[1::2], strict=False))

@@ -20,33 +20,33 @@ from functools import partial
 from typing import Protocol
 
 from pybreaker_redis import _said
-from pybreaker_redis._carrier import Lack
+from pybreaker_redis._carrier import MissingFeature
 from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._client import Origin
+from pybreaker_redis._client import Endpoint
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._hearings import Hearings
-from pybreaker_redis._line import Heard, Line
-from pybreaker_redis._secrets import described
-from pybreaker_redis._session import LONGEST_WAIT, Session
-from pybreaker_redis._threads import NoThreads, start
+from pybreaker_redis._hearings import SubscriberTable
+from pybreaker_redis._line import PushConnection, PushMode
+from pybreaker_redis._secrets import describe_error
+from pybreaker_redis._session import LISTENER_WAIT_MAX_S, Session
+from pybreaker_redis._threads import ThreadRefusedError, start
 from pybreaker_redis._view import View
-from pybreaker_redis.errors import PushUnavailable
+from pybreaker_redis.errors import PushUnavailableError
 
-THREAD_NAME = "pybreaker_redis listener"
+LISTENER_THREAD_NAME = "pybreaker_redis listener"
 
 #: Shortest time that an answer is waited for, seconds.
-SHORTEST_TIMEOUT = 0.25
+ANSWER_TIMEOUT_MIN_S = 0.25
 
 #: Pause after the first failure, seconds; twice as long after each further one.
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 5.0
+RECONNECT_DELAY_MIN_S = 0.1
+RECONNECT_DELAY_MAX_S = 5.0
 
 #: Seconds until a server that refuses to publish is asked again.
-REFUSED_PAUSE = 60.0
+REFUSED_RETRY_DELAY_S = 60.0
 
 #: So many lines in a row that came to nothing are said: somebody hangs up on them.  While Redis is away none is made.
-MANY_FAILURES = 5
+LOGGED_AFTER_FAILURES = 5
 
 #: Seconds between two looks at whether a server is back.
 AWAY_WAIT = 0.05
@@ -56,13 +56,13 @@ class Home(Protocol):
     """The server that is listened to, for everything but listening."""
 
     @property
-    def is_away(self) -> bool:
+    def is_unreachable(self) -> bool:
         """Whether it is known that nobody answers."""
 
-    def doubt(self) -> None:
+    def verify_reachable(self) -> None:
         """The line is dead: see whether the server is, too."""
 
-    def say_lack(self, lack: Lack, reason: object) -> None:
+    def note_missing_feature(self, lack: MissingFeature, reason: object) -> None:
         """It does not have something: say so, the first time."""
 
 
@@ -71,64 +71,64 @@ class Listener:
 
     Attributes:
         session: What is going on, if anything.
-        hearings: What is heard.
+        subscriber_table: What is heard.
     """
 
-    def __init__(self, origin: Origin) -> None:
-        self._origin = origin
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
         self._server: Home | None = None
         self._lock = threading.RLock()
-        self.hearings = Hearings()
+        self.subscriber_table = SubscriberTable()
         self._thread: threading.Thread | None = None
-        self._refused = False
-        self._losses, self._refusals = _said.Repeats(), _said.Repeats()
-        self._unheard: set[str] = set()
-        self._hurried = False
+        self._is_refusal_logged = False
+        self._reconnect_log, self._refusal_log = _said.RepeatThrottle(), _said.RepeatThrottle()
+        self._logged_channels: set[str] = set()
+        self._is_expedited = False
         self.session: Session | None = None
 
-    def add(self, view: View, keys: tuple[str, ...], channel: str, server: Home) -> None:
+    def add_view(self, view: View, keys: tuple[str, ...], channel: str, server: Home) -> None:
         """Listen for a view, too; starts the thread if there is none.
 
         Raises:
-            NoThreads: None can be started.
+            ThreadRefusedError: None can be started.
         """
         with self._lock:
             self._server = server
-            self.hearings.add(view, keys, channel)
+            self.subscriber_table.add_subscriber(view, keys, channel)
             if self._thread is None or not self._thread.is_alive():
-                self._thread = start(self._run, THREAD_NAME)
+                self._thread = start(self._run, LISTENER_THREAD_NAME)
 
-    def remove(self, view: View) -> None:
+    def remove_view(self, view: View) -> None:
         """Listen no more for a view: its circuit lives elsewhere by now."""
-        self.hearings.remove(view)
+        self.subscriber_table.remove_subscriber(view)
         view.is_heard(False)
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether there is a thread that listens."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
-    def hurry(self) -> None:
+    def expedite_reconnect(self) -> None:
         """What was refused is permitted again: there is no reason to wait."""
-        self._hurried = True
+        self._is_expedited = True
 
     @property
-    def heard(self) -> Heard | None:
+    def push_mode(self) -> PushMode | None:
         """How, and of what server, if at all."""
         session = self.session
-        return session.line.heard if session else None
+        return session.connection.push_mode if session else None
 
-    def tell(self, source: View, channel: str, circuit: Circuit, now_ms: float) -> None:
+    def share_answer_with_siblings(self, source: View, channel: str, circuit: Circuit, now_ms: float) -> None:
         """Pass an answer that one storage of this process was given to the others: they need not wait for the push."""
-        for view in self.hearings.views(channel):
+        for view in self.subscriber_table.views_of(channel):
             if view is not source:
-                view.share(circuit, now_ms)
+                view.store_sibling_answer(circuit, now_ms)
 
-    def _leave(self) -> bool:
+    def _end_if_unused(self) -> bool:
         """Whether nobody needs this thread any more; then it has to end."""
         with self._lock:
-            if self.hearings:
+            if self.subscriber_table:
                 return False
             # It has connections, which nobody needs any more either.
             self._thread = self._server = None
@@ -136,78 +136,80 @@ class Listener:
 
     def _run(self) -> None:
         failures, reason = 0, ""
-        while not self._leave():
+        while not self._end_if_unused():
             try:
                 session = self.session = Session(
-                    partial(Line, self._origin, self._timeout()), self.hearings, self._unheard
+                    partial(PushConnection, self._endpoint, self._timeout()),
+                    self.subscriber_table,
+                    self._logged_channels,
                 )
                 try:
-                    if not session.line.tracks:
+                    if not session.connection.is_tracking:
                         assert self._server
-                        self._server.say_lack(Lack.TRACKING, session.line.untracked)
-                    session.serve()
+                        self._server.note_missing_feature(MissingFeature.TRACKING, session.connection.tracking_refusal)
+                    session.run_session()
                 finally:
                     self.session = None
-                    session.line.close()
-                    if session.polled:
-                        failures, self._refused = 0, False
-            except PushUnavailable as error:
-                self.say_refused(error)
-                pause = REFUSED_PAUSE
+                    session.connection.close()
+                    if session.has_polled:
+                        failures, self._is_refusal_logged = 0, False
+            except PushUnavailableError as error:
+                self.log_refused(error)
+                pause = REFUSED_RETRY_DELAY_S
             except Exception as error:  # noqa: BLE001
                 # Whatever a client library raises: the way out is a new line.
-                reason = described(error)
-                if (left_out := self._losses.next()) is not None:
-                    _said.detail("no push from %s (%s)%s", self._origin, reason, left_out)
-                pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))
+                reason = describe_error(error)
+                if (left_out := self._reconnect_log.admit_line()) is not None:
+                    _said.detail("no push from %s (%s)%s", self._endpoint, reason, left_out)
+                pause = random.uniform(0, min(RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S * 2**failures))
                 failures += 1
             else:
                 continue
-            self._forget_all()
+            self._unsubscribe_views()
             assert self._server
-            self._server.doubt()
-            if failures >= MANY_FAILURES:
-                self.say_refused(reason)
-            self._rest(pause)
+            self._server.verify_reachable()
+            if failures >= LOGGED_AFTER_FAILURES:
+                self.log_refused(reason)
+            self._pause(pause)
 
-    def _rest(self, seconds: float) -> None:
+    def _pause(self, seconds: float) -> None:
         """Wait, but not for long once nobody needs this thread any more.
 
         While the server is away it is for somebody else to ask again; once it is back there is no reason to wait.
         """
         assert self._server
         until = monotonic() + seconds
-        was_away = self._hurried = False
-        while self.hearings and not self._hurried:
-            if self._server.is_away:
+        was_away = self._is_expedited = False
+        while self.subscriber_table and not self._is_expedited:
+            if self._server.is_unreachable:
                 was_away = True
                 time.sleep(AWAY_WAIT)
             elif was_away or (left := until - monotonic()) <= 0:
                 return
             else:
-                time.sleep(min(left, LONGEST_WAIT))
+                time.sleep(min(left, LISTENER_WAIT_MAX_S))
 
-    def _forget_all(self) -> None:
-        for item in self.hearings.all():
+    def _unsubscribe_views(self) -> None:
+        for item in self.subscriber_table.snapshot():
             item.view.is_heard(False)
 
     def _timeout(self) -> float:
-        return max([SHORTEST_TIMEOUT, *(item.view.max_staleness for item in self.hearings.all())])
+        return max([ANSWER_TIMEOUT_MIN_S, *(item.view.max_staleness for item in self.subscriber_table.snapshot())])
 
-    def say_refused(self, reason: object) -> None:
+    def log_refused(self, reason: object) -> None:
         """Log why nothing is heard, once until a poll is answered."""
-        if not self._refused:
-            self._refused = True
-            if (left_out := self._refusals.next()) is not None:
-                _said.unheard(str(self._origin), reason, left_out)
+        if not self._is_refusal_logged:
+            self._is_refusal_logged = True
+            if (left_out := self._refusal_log.admit_line()) is not None:
+                _said.unheard(str(self._endpoint), reason, left_out)
 
 
-class _Listeners:
+class ListenerTable:
     """The listeners of this process, one for each server."""
 
     def __init__(self) -> None:
         #: As long as anybody uses one, or it runs.
-        self._of_origin: weakref.WeakValueDictionary[Origin, Listener] = weakref.WeakValueDictionary()
+        self._by_server: weakref.WeakValueDictionary[Endpoint, Listener] = weakref.WeakValueDictionary()
         self.after_fork()
         renew_in_children(self)
 
@@ -215,29 +217,29 @@ class _Listeners:
         """In a child: none of the parent's threads is there, and its connections are not ours to keep open."""
         self._lock = threading.RLock()
         self._pid = os.getpid()
-        for listener in self._of_origin.values():
+        for listener in self._by_server.values():
             if listener.session is not None:
-                listener.session.line.close()
-        self._of_origin.clear()
+                listener.session.connection.close()
+        self._by_server.clear()
 
-    def of(self, origin: Origin) -> Listener:
+    def of(self, endpoint: Endpoint) -> Listener:
         """The listener to a server."""
         if self._pid != os.getpid():
             # Forked behind Python's back, as by uWSGI: from a master, where nobody listens and nobody holds a lock.
             self.after_fork()
         with self._lock:
-            return self._of_origin.setdefault(origin, Listener(origin))
+            return self._by_server.setdefault(endpoint, Listener(endpoint))
 
 
-_listeners = _Listeners()
+_listeners = ListenerTable()
 
 
-def listen(origin: Origin, view: View, keys: tuple[str, ...], channel: str, server: Home) -> Listener:
+def listener_for(endpoint: Endpoint, view: View, keys: tuple[str, ...], channel: str, server: Home) -> Listener:
     """Have a view kept true from now on, as long as it lives and as long as that is possible; by whom."""
-    listener = _listeners.of(origin)
+    listener = _listeners.of(endpoint)
     try:
-        listener.add(view, keys, channel, server)
-    except NoThreads as reason:
+        listener.add_view(view, keys, channel, server)
+    except ThreadRefusedError as reason:
         if str(reason):
-            listener.say_refused(reason)
+            listener.log_refused(reason)
     return listener

@@ -12,27 +12,27 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from pybreaker_redis._outside import calls_users, suppressed
+from pybreaker_redis._outside import calls_user_code, suppress_errors
 
 #: Packages whose classes execute commands as they are given.
 _LIBRARIES = frozenset(("fakeredis", "redis", "rediscluster", "valkey"))
 
 #: Methods by which clients rename keys, and where each puts the key among the words of its command.  Scripts first:
 #: under the names that they are given circuits lie already.
-_ASKED = (("evalsha", 3), ("eval", 3), ("get", 1))
+_RENAMING_COMMANDS = (("evalsha", 3), ("eval", 3), ("get", 1))
 
 
-@calls_users
-def behind(client: Any) -> Any:
+@calls_user_code
+def unwrap_client(client: Any) -> Any:
     """Return the client behind a wrapper that has no method of its own for scripts, as flask-redis and lazy objects."""
-    with suppressed():
+    with suppress_errors():
         owner = getattr(client.evalsha, "__self__", client)
-        if base_of(client) is None and base_of(owner) is not None:
+        if library_class_of(client) is None and library_class_of(owner) is not None:
             return owner
     return client
 
 
-def base_of(client: Any) -> type[Any] | None:
+def library_class_of(client: Any) -> type[Any] | None:
     """Return the library's own class of a client; ``None``: it is of no such class, so its methods are not known."""
     for cls in type(client).__mro__:
         if cls.__module__.partition(".")[0] in _LIBRARIES:
@@ -40,22 +40,22 @@ def base_of(client: Any) -> type[Any] | None:
     return None
 
 
-@calls_users
-def plain(client: Any) -> Any:
+@calls_user_code
+def plain_copy(client: Any) -> Any:
     """Return a copy of a client that has only the library's own methods.
 
     Raises:
         TypeError: It is of no library's class, or of one that cannot be left.
         Exception: Whatever a class raises that cannot be copied.
     """
-    base = base_of(client)
+    base = library_class_of(client)
     if base is None:
         msg = f"not of a known client library: {type(client).__name__}"
         raise TypeError(msg)
     own = copy.copy(client)
     if type(own) is not base:
         own.__class__ = base
-    for name in _patches(own):
+    for name in _patched_methods(own):
         del vars(own)[name]
     # What the client closes when it ends is not closed with its copy: its pool, and the one connection of a client that
     # has no more.
@@ -64,43 +64,43 @@ def plain(client: Any) -> Any:
     return own
 
 
-def is_known(client: Any) -> bool:
+def has_plain_copy(client: Any) -> bool:
     """Whether a plain client of its library can stand for a client."""
-    if type(client) is base_of(client):
+    if type(client) is library_class_of(client):
         return True
     # Whatever a class raises that cannot be copied.
-    with suppressed():
-        plain(client)
+    with suppress_errors():
+        plain_copy(client)
         return True
     return False
 
 
-def _patches(client: Any) -> list[str]:
+def _patched_methods(client: Any) -> list[str]:
     """The methods that one object has in place of those of its class, as tracing libraries do it."""
     cls = type(client)
     return [name for name, value in vars(client).items() if callable(value) and callable(getattr(cls, name, None))]
 
 
-def real_names(client: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
+def server_key_names(client: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names that keys have on the server of a client; nothing is sent.
 
     A client whose class is the library's own renames nothing.  The methods of any other class are called on a copy that
     sends nothing and notes what would be sent.
     """
-    base = base_of(client)
+    base = library_class_of(client)
     if base is None or type(client) is base:
         return keys
     # Whatever a class raises that cannot be made in this way.
-    with suppressed():
+    with suppress_errors():
         if not hasattr(client, "nodes_manager"):
             # Else the new names would be renamed once more.
-            plain(client)
-        return _observed_names(client, base, keys)
+            plain_copy(client)
+        return _observed_key_names(client, base, keys)
     return keys
 
 
-@calls_users
-def _observed_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
+@calls_user_code
+def _observed_key_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
     sent: list[tuple[Any, ...]] = []
 
     def execute_command(self: Any, *words: Any, **options: Any) -> None:
@@ -113,13 +113,13 @@ def _observed_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tupl
     last = type("Last", (base,), {"execute_command": execute_command})
     kind = type("Observed", (type(client), last), {"__del__": nothing, "close": nothing})
     observed: Any = object.__new__(kind)
-    patches = _patches(client)
+    patches = _patched_methods(client)
     vars(observed).update((name, value) for name, value in vars(client).items() if name not in patches)
 
-    @calls_users
+    @calls_user_code
     def name_of(method: str, place: int, key: str) -> str:
         sent.clear()
-        with suppressed():
+        with suppress_errors():
             # One key at a time: kombu's client renames only the first of a script.
             getattr(observed, method)(*(["0" * 40, 1] if place > 1 else []), key)
         # A client may send other commands, too.
@@ -127,7 +127,7 @@ def _observed_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> tupl
         name = named[0] if named else key
         return name.decode() if isinstance(name, bytes) else str(name)
 
-    for method, place in _ASKED:
+    for method, place in _RENAMING_COMMANDS:
         names = tuple(name_of(method, place, key) for key in keys)
         if names != keys:
             return names

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pybreaker_redis._adapter import IntentStorage
+from pybreaker_redis._adapter import InferringStorage
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
-from pybreaker_redis._clock import now_ms
+from pybreaker_redis._clock import wall_clock_ms
 from pybreaker_redis._intents import Close, Intent, Load, RecordSuccess, ResetProbes, SetState, Trip
 
 #: What puts a circuit into a state.  Who half-opens it has no right to the trial: an operator's process is rarely the
 #: one that calls.
-MOVES: dict[str, tuple[Intent, ...]] = {
+COMMANDS_FOR_STATE: dict[str, tuple[Intent, ...]] = {
     OPEN: (Trip(None, ""),),
     CLOSED: (Close(None, ""),),
     HALF_OPEN: (ResetProbes(), SetState(HALF_OPEN)),
 }
 
 #: What forgets the counts of a circuit, and leaves its state.
-RESET: tuple[Intent, ...] = (RecordSuccess(None, ""), ResetProbes())
+COMMANDS_FOR_RESET: tuple[Intent, ...] = (RecordSuccess(None, ""), ResetProbes())
 
 
-def seconds_shut(reply: Reply, reset_timeout: float) -> float:
+def rejection_time_s(reply: Reply, reset_timeout: float) -> float:
     """How long a circuit goes on rejecting calls, seconds; 0 if it lets one pass.
 
     Args:
@@ -37,13 +37,13 @@ def seconds_shut(reply: Reply, reset_timeout: float) -> float:
     circuit, left_ms = reply.circuit, 0.0
     if circuit.state == OPEN:
         # pybreaker compares with the local wall clock, wherever a test has moved it.
-        left_ms = (circuit.opened_at_ms or 0) + reset_timeout * 1000 - now_ms()
-    elif circuit.is_probed(reply.now_ms):
+        left_ms = (circuit.opened_at_ms or 0) + reset_timeout * 1000 - wall_clock_ms()
+    elif circuit.is_probe_leased(reply.now_ms):
         left_ms = circuit.probe_until_ms - reply.now_ms
     return max(0.0, left_ms / 1000)
 
 
-class OperatedStorage(IntentStorage):
+class OperatedStorage(InferringStorage):
     """A storage that operators can command, and that says when its gate opens."""
 
     def retry_after(self, reset_timeout: float) -> float:
@@ -56,14 +56,14 @@ class OperatedStorage(IntentStorage):
             Never less than 0, which means: now.
         """
         reply = self._look()
-        if self._callers.current().sees(reply.circuit, reply.now_ms) == HALF_OPEN:
+        if self._callers.current().visible_state(reply.circuit, reply.now_ms) == HALF_OPEN:
             return 0.0
-        return seconds_shut(reply, reset_timeout)
+        return rejection_time_s(reply, reset_timeout)
 
     @property
-    def won(self) -> bool:
+    def was_granted(self) -> bool:
         """Whether what this thread wanted last of the circuit was granted; of two that trip at once it is for one."""
-        return self._callers.current().won
+        return self._callers.current().was_granted
 
     def command(self, *intents: Intent) -> None:
         """Do what an operator wants.
@@ -74,7 +74,7 @@ class OperatedStorage(IntentStorage):
         for intent in intents:
             self._insist(intent)
 
-    def let_go(self) -> None:
+    def release_connections(self) -> None:
         """Let go of connections and threads that only this circuit needs, until it is used again."""
 
     def look_at(self, storages: Sequence[OperatedStorage]) -> list[Reply]:

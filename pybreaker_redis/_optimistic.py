@@ -15,57 +15,66 @@ from typing import Any, cast
 import redis
 from redis.exceptions import WatchError
 
-from pybreaker_redis._answers import milliseconds, sequence, strings
+from pybreaker_redis._answers import checked_sequence, checked_strings, server_time_ms
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._clock import monotonic
 from pybreaker_redis._deadline import seconds_left
 from pybreaker_redis._intents import ClaimProbe, Intent, Load
-from pybreaker_redis._lifetime import COUNTS_MS, lifetime_ms
-from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, Found, Writes, believe, parse, writes
-from pybreaker_redis.errors import is_a
+from pybreaker_redis._lifetime import TTL_RENEWAL_MARGIN_MS, lifetime_ms
+from pybreaker_redis._record import (
+    HASH_FIELDS,
+    VALUE_NAMES,
+    WRONG_TYPE_VALUE,
+    RecordChanges,
+    StoredRecord,
+    changes_for,
+    parse_record,
+    resolve_record,
+)
+from pybreaker_redis.errors import is_instance_of_named
 
 #: Seconds for which a contended intent is retried where no deadline is set.
-PATIENCE_S = 2.0
+CONTENTION_TIMEOUT_S = 2.0
 #: Share of the time until the deadline in which a contended intent is retried; the rest is for other steps of the call.
-RETRY_SHARE = 0.8
+CONTENTION_RETRY_RATIO = 0.8
 #: Longest pause between two attempts, seconds.
-LONGEST_PAUSE_S = 0.05
+CONTENTION_PAUSE_MAX_S = 0.05
 #: Doublings of the pause, from the duration of one attempt.
-DOUBLINGS_MAX = 5
+CONTENTION_DOUBLINGS_MAX = 5
 
 #: Part of the message of redis-py's `WatchError` for a connection that was lost under WATCH; its context is the reason.
-_LOST = "while watching"
+_LOST_UNDER_WATCH = "while watching"
 
 #: How the server says that a key has no TTL.
-ENDLESS = -1
+PTTL_NO_EXPIRY = -1
 
 #: How many commands read one circuit.
-READS = 4
+READ_COMMAND_COUNT = 4
 
 #: Whether redis-py can be asked not to decode the answer to a single command.
-CAN_LEAVE_UNDECODED = hasattr(redis.client, "NEVER_DECODE")
+HAS_NEVER_DECODE = hasattr(redis.client, "NEVER_DECODE")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ReadRequest:
     """What has to be known to look at a circuit.
 
     Attributes:
         client: Of its server.
         keys: Of the circuit, in the order of the scripts.
         known: The circuit as this process saw it last.
-        create: The state of a circuit that nobody knows.
+        state_if_missing: The state of a circuit that nobody knows.
     """
 
     client: Any
     keys: tuple[str, ...]
     known: Circuit | None
-    create: str
+    state_if_missing: str
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadResult:
     """What a look at one of several circuits has found.
 
     Attributes:
@@ -79,7 +88,7 @@ class Read:
     error: Exception | None = None
 
 
-class OptimisticCarrier:
+class TransactionEngine:
     """A circuit in Redis, moved by transactions: a load is one round trip, anything else about seven.
 
     Args:
@@ -91,11 +100,11 @@ class OptimisticCarrier:
     mode = "optimistic"
 
     def __init__(self, client: Any, keys: tuple[str, ...], ttl_ms: int = 0) -> None:
-        self.client = _undecoded(client)
+        self.client = client_without_decoding(client)
         self._keys = keys
         self._ttl_ms = ttl_ms
 
-    def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
+    def execute(self, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         """Read under WATCH, decide in Python, write under MULTI; retry while other writers are faster.
 
         The retries end before the deadline.  A claim that is overtaken until then is refused.
@@ -107,14 +116,16 @@ class OptimisticCarrier:
         """
         endless = False
         if isinstance(intent, Load):
-            reply, changes, endless = self._look(intent, known, create)
+            reply, changes, endless = self._load(intent, known, state_if_missing)
             if not (changes or endless):
                 return reply
-        until = monotonic() + (PATIENCE_S if (left := seconds_left()) is None else left * RETRY_SHARE)
+        until = monotonic() + (
+            CONTENTION_TIMEOUT_S if (left := seconds_left()) is None else left * CONTENTION_RETRY_RATIO
+        )
         overtaken = 0
         while True:
             began = monotonic()
-            reply, is_done = self._attempt(intent, known, create, endless=endless, again=bool(overtaken))
+            reply, is_done = self._try_once(intent, known, state_if_missing, endless=endless, again=bool(overtaken))
             if is_done:
                 return reply
             took = monotonic() - began
@@ -122,69 +133,75 @@ class OptimisticCarrier:
             if left <= 0:
                 break
             # "Full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-            time.sleep(random.uniform(0, min(left, LONGEST_PAUSE_S, took * 2 ** min(overtaken, DOUBLINGS_MAX))))
+            time.sleep(
+                random.uniform(
+                    0, min(left, CONTENTION_PAUSE_MAX_S, took * 2 ** min(overtaken, CONTENTION_DOUBLINGS_MAX))
+                )
+            )
             overtaken += 1
         if isinstance(intent, ClaimProbe):
             return replace(reply, accepted=False)
-        raise self._overtaken()
+        raise self._contention_error()
 
-    def _look(self, intent: Load, known: Circuit | None, create: str) -> tuple[Reply, Writes, bool]:
+    def _load(self, intent: Load, known: Circuit | None, state_if_missing: str) -> tuple[Reply, RecordChanges, bool]:
         """Read the circuit in one round trip; what is to be repaired, and whether a TTL is missing."""
         with self.client.pipeline(transaction=False) as pipe:
-            _ask(pipe, self._keys)
+            queue_reads(pipe, self._keys)
             if self._ttl_ms:
                 pipe.pttl(self._keys[0])
-            asked = READS + bool(self._ttl_ms)
-            *answers, left = (*sequence("a pipeline", pipe.execute(raise_on_error=False), asked), None)[: READS + 1]
-        reply, changes = _decide(intent, *_understand(answers), known, create)
-        return reply, changes, left == ENDLESS
+            asked = READ_COMMAND_COUNT + bool(self._ttl_ms)
+            *answers, left = (*checked_sequence("a pipeline", pipe.execute(raise_on_error=False), asked), None)[
+                : READ_COMMAND_COUNT + 1
+            ]
+        reply, changes = decide(intent, *parse_read_answers(answers), known, state_if_missing)
+        return reply, changes, left == PTTL_NO_EXPIRY
 
-    def _attempt(
-        self, intent: Intent, known: Circuit | None, create: str, *, endless: bool, again: bool
+    def _try_once(
+        self, intent: Intent, known: Circuit | None, state_if_missing: str, *, endless: bool, again: bool
     ) -> tuple[Reply, bool]:
         """Make one transaction; the circuit as it was, and ``False``, if another writer was faster."""
         with _transaction(self.client) as pipe:
             is_sent = False
             try:
                 pipe.watch(*self._keys)
-                found = _understand(_ask(pipe, self._keys))
-                reply, changes = _decide(intent, *found, known, create)
+                found = parse_read_answers(queue_reads(pipe, self._keys))
+                reply, changes = decide(intent, *found, known, state_if_missing)
                 if changes or endless:
                     pipe.multi()
-                    self._write(pipe, changes)
-                    self._keep(pipe, reply)
+                    self._queue_writes(pipe, changes)
+                    self._queue_expiry(pipe, reply)
                     is_sent = True
                     pipe.execute()
             except Exception as error:
-                lost = error.__context__ if _LOST in str(error) else None
-                if lost is None and is_a(error, "WatchError"):
-                    return _decide(Load(), *found, known, create)[0], False
-                if again and is_a(lost or error, "TimeoutError"):
+                lost = error.__context__ if _LOST_UNDER_WATCH in str(error) else None
+                if lost is None and is_instance_of_named(error, "WatchError"):
+                    return decide(Load(), *found, known, state_if_missing)[0], False
+                if again and is_instance_of_named(lost or error, "TimeoutError"):
                     # The server has answered within this deadline: contention has used the time, not an outage.
-                    raise self._overtaken() from ((lost or error) if is_sent else None)
+                    raise self._contention_error() from ((lost or error) if is_sent else None)
                 if lost is not None:
                     raise lost from lost.__cause__
                 raise
             return reply, True
 
-    def _overtaken(self) -> WatchError:
+    def _contention_error(self) -> WatchError:
         return WatchError(f"circuit {self._keys[0]!r}: transactions were overtaken until the deadline was near")
 
-    def _write(self, pipe: Any, changes: Writes) -> None:
+    def _queue_writes(self, pipe: Any, changes: RecordChanges) -> None:
         keys = dict(zip(VALUE_NAMES, self._keys, strict=True))
         for name, value in changes.plain.items():
             if value is None:
                 pipe.delete(keys[name])
             else:
                 pipe.set(keys[name], value)
-        if changes.drop_mark:
+        if changes.is_hash_deleted:
             pipe.delete(keys["circuit"])
         if changes.mark:
             pipe.hset(keys["circuit"], mapping=changes.mark)
 
-    def _keep(self, pipe: Any, reply: Reply) -> None:
+    def _queue_expiry(self, pipe: Any, reply: Reply) -> None:
         if self._ttl_ms:
-            at_ms = int(reply.now_ms) + lifetime_ms(reply.circuit.state, self._ttl_ms) + COUNTS_MS
+            at_ms = int(reply.now_ms) + lifetime_ms(reply.circuit.state, self._ttl_ms) + TTL_RENEWAL_MARGIN_MS
             for key in self._keys:
                 pipe.pexpireat(key, at_ms)
 
@@ -200,7 +217,7 @@ def _transaction(client: Any) -> Iterator[Any]:
         try:
             yield pipe
         except BaseException as error:
-            if not is_a(error, "ResponseError"):
+            if not is_instance_of_named(error, "ResponseError"):
                 _drop_connection(pipe)
             raise
         finally:
@@ -218,60 +235,60 @@ def _drop_connection(pipe: Any) -> None:
         pipe.watching = False
 
 
-def look(questions: Sequence[Question]) -> list[Reply]:
+def read_all_circuits(questions: Sequence[ReadRequest]) -> list[Reply]:
     """Look at circuits of one server in one round trip, and change nothing; one at least.
 
     Raises:
         Exception: No usable answer; whatever the client raises then.
     """
     replies = []
-    for found in read(questions):
+    for found in read_circuits(questions):
         if found.believed is None:
             raise cast("Exception", found.error)
         replies.append(found.believed)
     return replies
 
 
-def read(questions: Sequence[Question]) -> list[Read]:
+def read_circuits(questions: Sequence[ReadRequest]) -> list[ReadResult]:
     """Look at circuits of one server in one round trip, and change nothing; what is wrong with one concerns no other.
 
     Raises:
         Exception: No answer at all; whatever the client raises then.
     """
-    with _undecoded(questions[0].client).pipeline(transaction=False) as pipe:
+    with client_without_decoding(questions[0].client).pipeline(transaction=False) as pipe:
         # What is read after this is true then or later.
-        _run(pipe, _CLOCK)
+        _queue(pipe, _CLOCK)
         for question in questions:
-            _run(pipe, *_reads(question.keys))
-        each = READS - 1
-        clock, *answers = sequence("a pipeline", pipe.execute(raise_on_error=False), 1 + each * len(questions))
+            _queue(pipe, *read_commands(question.keys))
+        each = READ_COMMAND_COUNT - 1
+        clock, *answers = checked_sequence("a pipeline", pipe.execute(raise_on_error=False), 1 + each * len(questions))
     return [
         _judge([*answers[each * index : each * (index + 1)], clock], question)
         for index, question in enumerate(questions)
     ]
 
 
-def _judge(answers: list[Any], question: Question) -> Read:
+def _judge(answers: list[Any], question: ReadRequest) -> ReadResult:
     try:
-        reply, changes = _decide(Load(), *_understand(answers), question.known, question.create)
+        reply, changes = decide(Load(), *parse_read_answers(answers), question.known, question.state_if_missing)
     except Exception as error:  # noqa: BLE001
-        return Read(error=error)
-    return Read(None if changes or reply.event else reply, reply)
+        return ReadResult(error=error)
+    return ReadResult(None if changes or reply.event else reply, reply)
 
 
 _CLOCK = ("TIME",)
 
 
-def _reads(keys: tuple[str, ...]) -> tuple[tuple[Any, ...], ...]:
-    return ("MGET", *keys[:4]), ("EXISTS", keys[3]), ("HMGET", keys[4], *MARK_FIELDS)
+def read_commands(keys: tuple[str, ...]) -> tuple[tuple[Any, ...], ...]:
+    return ("MGET", *keys[:4]), ("EXISTS", keys[3]), ("HMGET", keys[4], *HASH_FIELDS)
 
 
-def _ask(pipe: Any, keys: tuple[str, ...]) -> list[Any]:
+def queue_reads(pipe: Any, keys: tuple[str, ...]) -> list[Any]:
     """Queue the reads of one circuit, or run them at once on a pipeline that watches."""
-    return _run(pipe, *_reads(keys), _CLOCK)
+    return _queue(pipe, *read_commands(keys), _CLOCK)
 
 
-def _run(pipe: Any, *commands: tuple[Any, ...]) -> list[Any]:
+def _queue(pipe: Any, *commands: tuple[Any, ...]) -> list[Any]:
     answers = []
     for command in commands:
         try:
@@ -279,38 +296,40 @@ def _run(pipe: Any, *commands: tuple[Any, ...]) -> list[Any]:
             options = {"NEVER_DECODE": True} if command[0] in ("MGET", "HMGET") else {}
             answers.append(pipe.execute_command(*command, **options))
         except Exception as error:
-            if not is_a(error, "ResponseError"):
+            if not is_instance_of_named(error, "ResponseError"):
                 raise
             answers.append(error)
     return answers
 
 
-def _undecoded(client: Any) -> Any:
+def client_without_decoding(client: Any) -> Any:
     """The client, or one of the same server: redis-py 3, if it decodes, cannot be asked not to for a single command."""
     pool = getattr(client, "connection_pool", None)
-    if CAN_LEAVE_UNDECODED or not pool or not pool.connection_kwargs.get("decode_responses"):
+    if HAS_NEVER_DECODE or not pool or not pool.connection_kwargs.get("decode_responses"):
         return client
     words = {**pool.connection_kwargs, "decode_responses": False}
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **words))
 
 
-def _understand(answers: Sequence[Any]) -> tuple[Found, int]:
+def parse_read_answers(answers: Sequence[Any]) -> tuple[StoredRecord, int]:
     answered, opened_at_exists, mark, clock = answers
     for answer in (answered, opened_at_exists, clock):
         if isinstance(answer, Exception):
             raise answer
-    plain = strings("MGET", answered, len(VALUE_NAMES) - 1)
+    plain = checked_strings("MGET", answered, len(VALUE_NAMES) - 1)
     if plain[3] is None and opened_at_exists:
-        plain = [*plain[:3], WRONG_TYPE]
+        plain = [*plain[:3], WRONG_TYPE_VALUE]
     wrong_type = isinstance(mark, Exception) and str(mark).startswith("WRONGTYPE")
     if isinstance(mark, Exception) and not wrong_type:
         raise mark
-    fields = (None,) * len(MARK_FIELDS) if wrong_type else strings("HMGET", mark, len(MARK_FIELDS))
-    return parse(plain, fields, mark_is_hash=not wrong_type), milliseconds(clock)
+    fields = (None,) * len(HASH_FIELDS) if wrong_type else checked_strings("HMGET", mark, len(HASH_FIELDS))
+    return parse_record(plain, fields, mark_is_hash=not wrong_type), server_time_ms(clock)
 
 
-def _decide(intent: Intent, found: Found, now_ms: int, known: Circuit | None, create: str) -> tuple[Reply, Writes]:
-    believed = believe(found, known, create, now_ms)
+def decide(
+    intent: Intent, found: StoredRecord, now_ms: int, known: Circuit | None, state_if_missing: str
+) -> tuple[Reply, RecordChanges]:
+    believed = resolve_record(found, known, state_if_missing, now_ms)
     decision = intent.apply(believed.circuit, now_ms)
     reply = Reply(decision.accepted, decision.circuit, now_ms, believed.event)
-    return reply, writes(decision.circuit, found)
+    return reply, changes_for(decision.circuit, found)

@@ -16,38 +16,38 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, OPEN, Circuit, after, created
-from pybreaker_redis._clock import now_ms
+from pybreaker_redis._circuit import CLOSED, OPEN, Circuit, new_circuit, next_count
+from pybreaker_redis._clock import wall_clock_ms
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._intents import Fenced, Intent, RecordFailure, RecordSuccess, ShareTrip
-from pybreaker_redis._shortcut import Shortcut
-from pybreaker_redis.errors import is_in_doubt
-from pybreaker_redis.memory import MemoryCarrier
+from pybreaker_redis._intents import FencedIntent, Intent, RecordFailure, RecordSuccess, ShareTrip
+from pybreaker_redis._shortcut import FastPath
+from pybreaker_redis.errors import may_have_executed
+from pybreaker_redis.memory import MemoryEngine
 
 #: Where the generations of circuits of one's own begin: below zero, where shared ones never are.
-FIRST_GENERATION = -(10**12)
+LOCAL_GENERATION_MIN = -(10**12)
 
 #: How a circuit of one's own begins whatever the shared one was: as it was.
-LAST = "last"
+FALLBACK_LAST = "last"
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class LocalReport:
     """What others have to be told of a circuit of one's own.
 
     Attributes:
         intents: What is wanted of the shared one.
         known: That one, as it was then.
         circuit: As it is, one's own.
-        missed: Failures that it had no use for.
-        doubtful: Failures that Redis may have counted.
+        unused_failures: Failures that it had no use for.
+        in_doubt: Failures that Redis may have counted.
     """
 
     intents: tuple[Intent, ...]
     known: Circuit | None
     circuit: Circuit
-    missed: int
-    doubtful: int
+    unused_failures: int
+    in_doubt: int
 
     @property
     def failures(self) -> int:
@@ -55,24 +55,24 @@ class Report:
         return sum(intent.times for intent in self.intents if isinstance(intent, RecordFailure))
 
     @property
-    def forgets(self) -> bool:
+    def starts_from_zero(self) -> bool:
         """Whether those of before are forgotten first."""
         return any(isinstance(intent, RecordSuccess) for intent in self.intents)
 
     @property
     def counted(self) -> int:
         """What the shared counter is once all of this is done."""
-        return self.failures + (0 if self.forgets or self.known is None else self.known.fail_counter)
+        return self.failures + (0 if self.starts_from_zero or self.known is None else self.known.fail_counter)
 
-    def shows_in(self, now: Circuit) -> bool:
+    def is_visible_in(self, now: Circuit) -> bool:
         """Whether the shared circuit looks as if all of this had been done."""
         if self.known is None or now.generation != self.known.generation:
             return False
         # Others may have counted more since, but not after what forgets what they have counted.
-        return now.fail_counter == self.counted or (not self.forgets and now.fail_counter > self.counted)
+        return now.fail_counter == self.counted or (not self.starts_from_zero and now.fail_counter > self.counted)
 
 
-class OwnCircuit:
+class LocalCircuit:
     """One circuit of this process's own, as often as it is needed.  Times are by the local clock.
 
     Args:
@@ -81,23 +81,23 @@ class OwnCircuit:
         clock: Milliseconds since the epoch.
 
     Attributes:
-        shortcut: What follows for calls while it is in use.
+        fast_path: What follows for calls while it is in use.
     """
 
-    def __init__(self, fallback: str, initial: str, clock: Callable[[], float] = now_ms) -> None:
-        self.shortcut = Shortcut(0)
+    def __init__(self, fallback: str, initial: str, clock: Callable[[], float] = wall_clock_ms) -> None:
+        self.fast_path = FastPath(0)
         self._fallback = fallback
         self._initial = initial
         self._clock = clock
         self._lock, self._returning = threading.RLock(), threading.Lock()
-        self._carrier: MemoryCarrier | None = None
+        self._engine: MemoryEngine | None = None
         #: The shared circuit that it went on from, how it began, and how it is.
         self._base: Circuit | None = None
         self._missed = self._doubtful = 0
         self._has_opened = False
         #: What others were told, and may have been told in vain.
-        self._unanswered: Report | None = None
-        self._begun = self._now = Circuit(generation=FIRST_GENERATION)
+        self._unanswered: LocalReport | None = None
+        self._begun = self._now = Circuit(generation=LOCAL_GENERATION_MIN)
         renew_in_children(self)
 
     def after_fork(self) -> None:
@@ -108,20 +108,20 @@ class OwnCircuit:
         self._unanswered = None
 
     @contextlib.contextmanager
-    def returning(self) -> Iterator[bool]:
+    def recovery_turn(self) -> Iterator[bool]:
         """Whether the caller is the one who brings back what was learned; another one at the same time is not."""
-        returning = self._returning
-        is_first = returning.acquire(blocking=False)
+        recovery_turn = self._returning
+        is_first = recovery_turn.acquire(blocking=False)
         try:
             yield is_first
         finally:
             if is_first:
-                returning.release()
+                recovery_turn.release()
 
     @property
-    def in_use(self) -> bool:
+    def is_running(self) -> bool:
         """Whether there is one."""
-        return self._carrier is not None
+        return self._engine is not None
 
     @property
     def now(self) -> Circuit:
@@ -138,13 +138,18 @@ class OwnCircuit:
             in_doubt: Whether Redis was asked for the same, and has not answered in time.
         """
         with self._lock:
-            if self._carrier is None or self._was_overtaken(known):
+            if self._engine is None or self._was_overtaken(known):
                 self._begin(known, answers=answers)
-            assert self._carrier
+            assert self._engine
             moved = self._now.generation != self._begun.generation
-            if isinstance(intent, Fenced) and self._base and not moved and intent.generation == self._base.generation:
+            if (
+                isinstance(intent, FencedIntent)
+                and self._base
+                and not moved
+                and intent.generation == self._base.generation
+            ):
                 intent = replace(intent, generation=self._begun.generation)
-            reply = self._carrier.execute(intent)
+            reply = self._engine.execute(intent)
             if reply.circuit.state == OPEN and reply.circuit.generation != self._now.generation:
                 # Not to be told from the times: clocks are set back.
                 self._has_opened = True
@@ -157,17 +162,17 @@ class OwnCircuit:
                 self._doubtful = 0
             return reply
 
-    def as_shared(self, intent: Intent) -> Intent:
+    def to_shared_intent(self, intent: Intent) -> Intent:
         """Return the intent for the shared circuit: calls admitted here speak there, if neither circuit has moved."""
         with self._lock:
             begun, base = self._begun, self._base
             if base is None or begun.state != CLOSED or begun.generation != self._now.generation:
                 return intent
-            if isinstance(intent, Fenced) and intent.generation == begun.generation:
+            if isinstance(intent, FencedIntent) and intent.generation == begun.generation:
                 return replace(intent, generation=base.generation)
             return intent
 
-    def report(self, known: Circuit | None) -> Report:
+    def report(self, known: Circuit | None) -> LocalReport:
         """What the others have to be told of it: that it has opened, if it has since it began and is not closed again.
 
         Or, if it never moved, what it has counted.  That it has recovered they are not told: where the shared circuit
@@ -179,15 +184,15 @@ class OwnCircuit:
         with self._lock:
             unanswered, self._unanswered = self._unanswered, None
             begun = self._begun.generation
-            if unanswered and known and unanswered.circuit.generation == begun and unanswered.shows_in(known):
+            if unanswered and known and unanswered.circuit.generation == begun and unanswered.is_visible_in(known):
                 self._is_told(unanswered)
                 # What has been counted for it has not been counted for anything else.
                 self._base = self._base and replace(self._base, fail_counter=unanswered.counted)
-            return Report(tuple(self._intents(known)), known, self._now, self._missed, self._doubtful)
+            return LocalReport(tuple(self._intents(known)), known, self._now, self._missed, self._doubtful)
 
     def _intents(self, known: Circuit | None) -> Iterator[Intent]:
         base = self._base or (known if known and known.state == CLOSED else None)
-        if self._carrier is None or base is None:
+        if self._engine is None or base is None:
             return
         now, begun = self._now, self._begun
         if now.state != CLOSED and self._has_opened:
@@ -205,21 +210,21 @@ class OwnCircuit:
             if failures > 0:
                 yield RecordFailure(base.generation, "", times=failures)
 
-    def is_told_in_vain(self, replies: list[Reply]) -> bool:
+    def must_report_again(self, replies: list[Reply]) -> bool:
         """Whether it has to be told again: it goes on from nothing, and somebody has just restored what was lost."""
         return self._base is None and any(not reply.accepted and reply.circuit.state == CLOSED for reply in replies)
 
     @contextlib.contextmanager
-    def telling(self, report: Report) -> Iterator[None]:
+    def reporting(self, report: LocalReport) -> Iterator[None]:
         """The others are being told; if there is no answer in time, whether they were is to be seen the next time."""
         try:
             yield
         except Exception as error:
-            if is_in_doubt(error):
+            if may_have_executed(error):
                 self._unanswered = report
             raise
 
-    def end(self, told: Report) -> bool:
+    def end(self, told: LocalReport) -> bool:
         """There is no need for it any more.
 
         Args:
@@ -234,18 +239,18 @@ class OwnCircuit:
             generation = told.circuit.generation
             if generation != self._now.generation or (counted and generation == self._begun.generation):
                 return False
-            self._carrier = None
-            self.shortcut.until = 0
-            self.shortcut.shut()
+            self._engine = None
+            self.fast_path.trusted_until = 0
+            self.fast_path.withdraw()
             return True
 
-    def _is_told(self, told: Report) -> None:
+    def _is_told(self, told: LocalReport) -> None:
         if told.circuit.generation != self._begun.generation:
             # It has moved, or begun anew since: what it has counted then is of no more use.
             return
         self._begun = replace(self._begun, fail_counter=told.circuit.fail_counter)
-        self._missed -= told.missed
-        self._doubtful = max(0, self._doubtful - told.doubtful)
+        self._missed -= told.unused_failures
+        self._doubtful = max(0, self._doubtful - told.in_doubt)
 
     def _was_overtaken(self, known: Circuit | None) -> bool:
         if known is None or self._base is None:
@@ -253,16 +258,16 @@ class OwnCircuit:
         return known.generation > self._base.generation
 
     def _begin(self, known: Circuit | None, *, answers: bool) -> None:
-        goes_on = known and (answers or known.state != CLOSED or self._fallback in (LAST, CLOSED))
+        goes_on = known and (answers or known.state != CLOSED or self._fallback in (FALLBACK_LAST, CLOSED))
         if known and goes_on:
             circuit = replace(known, noisy_until_ms=0)
         else:
-            circuit = created(self._initial if self._fallback == LAST else self._fallback, self._clock())
+            circuit = new_circuit(self._initial if self._fallback == FALLBACK_LAST else self._fallback, self._clock())
         self._base = known
         self._missed = self._doubtful = 0
         self._has_opened, self._unanswered = False, None
         # Never one that a call may have been admitted in before.
-        self._begun = self._now = replace(circuit, generation=after(self._now.generation))
-        self.shortcut.shut()
-        self.shortcut = Shortcut(0)
-        self._carrier = MemoryCarrier(self._begun, self._clock, self.shortcut, event="" if goes_on else "created")
+        self._begun = self._now = replace(circuit, generation=next_count(self._now.generation))
+        self.fast_path.withdraw()
+        self.fast_path = FastPath(0)
+        self._engine = MemoryEngine(self._begun, self._clock, self.fast_path, event="" if goes_on else "created")

@@ -19,7 +19,7 @@ from pybreaker_redis._circuit import HALF_OPEN
 from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, RecordFailure, RecordSuccess, Trip
 
 #: Tokens that are remembered at most; each outage or recovery leaves a few.
-MOST_TOKENS = 256
+PROBE_TOKENS_MAX = 256
 
 #: Intents after which the call goes on, once they are granted.
 _GO_ON = (ClaimProbe, RecordFailure, RecordSuccess)
@@ -28,7 +28,7 @@ _GO_ON = (ClaimProbe, RecordFailure, RecordSuccess)
 _WITH_TOKEN = (*_GO_ON, CountProbe, Close, Trip)
 
 
-class LooseProbes:
+class ProbeTokens:
     """Tokens instead of which this process may claim: unanswered claims, and probes that were reported.
 
     Tokens are random, so one set serves all circuits.  A token in no record does no harm.  Forked children start empty:
@@ -50,14 +50,14 @@ class LooseProbes:
         for tokens in (self._own(), self._ended):
             tokens[token] = None
             # A copy, which is made at once: other threads take and release tokens meanwhile.
-            for oldest in list(tokens)[:-MOST_TOKENS]:
+            for oldest in list(tokens)[:-PROBE_TOKENS_MAX]:
                 tokens.pop(oldest, None)
 
     def has_ended(self, token: str) -> bool:
         """Return whether no call holds the token, though a record may still name it while another caller claims."""
         return token in self._own() or token in self._ended
 
-    def execute(self, run: Callable[[Intent], Reply], intent: Intent) -> Reply:
+    def track(self, run: Callable[[Intent], Reply], intent: Intent) -> Reply:
         """Carry out an intent, and follow what becomes of the probe that it is about."""
         token = _token_of(intent)
         if not token:
@@ -68,9 +68,9 @@ class LooseProbes:
             self.release(token)
             raise
         finally:
-            if isinstance(intent, ClaimProbe) and intent.instead:
+            if isinstance(intent, ClaimProbe) and intent.lost_token:
                 # Without an answer the record may name either token.  One that is in no record does no harm.
-                self.release(intent.instead)
+                self.release(intent.lost_token)
         if not _goes_on(intent, reply):
             self.release(token)
         return self.shown(reply)
@@ -100,4 +100,4 @@ def _goes_on(intent: Intent, reply: Reply) -> bool:
 
 
 #: The probes of this process.
-PROBES = LooseProbes()
+PROBE_TOKENS = ProbeTokens()

@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 
 from pybreaker_redis._circuit import (
     CLOSED,
+    COUNT_LIMIT,
     HALF_OPEN,
-    MAX_COUNT,
-    MAX_LEASE_MS,
-    MAX_NOISE_MS,
+    LEASE_MAX_MS,
+    NOISE_MAX_MS,
     OPEN,
     STATES,
     Circuit,
-    after,
-    created,
+    new_circuit,
+    next_count,
 )
 
 #: Fields of the hash, in the order in which they are read and written.
-MARK_FIELDS = (
+HASH_FIELDS = (
     *("generation", "state", "opened_at_ms"),
     *("probe_token", "probe_until_ms", "noisy_until_ms", "probe_lease_ms"),
 )
@@ -33,21 +33,21 @@ MARK_FIELDS = (
 #: Names of the five values, in the order of the keys.
 VALUE_NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
 
-Raw = bytes | str | None
+RawValue = bytes | str | None
 
 #: Longest payload of a push that is parsed, bytes: a script's is half as long at most.
-MAX_PUSH_BYTES = 512
+PUSH_MAX_BYTES = 512
 
 #: Stands for a value of another type, which MGET reports as missing.
-WRONG_TYPE = "?"
+WRONG_TYPE_VALUE = "?"
 
 _WHOLE = re.compile(r"0|[1-9][0-9]{0,14}", re.ASCII)
 #: As claims make them, or empty.
-TOKEN = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
+PROBE_TOKEN_PATTERN = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredRecord:
     """What was read, parsed but not yet believed.  ``None`` stands for missing and for unreadable alike.
 
     Attributes:
@@ -56,8 +56,8 @@ class Found:
         success_counter: Consecutive successes.
         opened_at: Whole seconds since the epoch: all that stock writes.
         mark: The circuit as of our last transition, from the hash (its counters mean nothing).
-        anything: Whether any of the five was there at all, readable or not.
-        unreadable_mark: Whether the hash was there, but made no sense.
+        is_present: Whether any of the five was there at all, readable or not.
+        is_hash_damaged: Whether the hash was there, but made no sense.
         raw: The four plain values and the fields of the hash as read.
     """
 
@@ -66,13 +66,13 @@ class Found:
     success_counter: int | None
     opened_at: int | None
     mark: Circuit | None
-    anything: bool
-    unreadable_mark: bool
+    is_present: bool
+    is_hash_damaged: bool
     raw: tuple[str | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Believed:
+class ResolvedRecord:
     """The circuit that follows from what was found.
 
     Attributes:
@@ -84,31 +84,31 @@ class Believed:
     event: str
 
 
-def text(value: Raw) -> str | None:
+def to_text(value: RawValue) -> str | None:
     """A value as text; bytes that are not text become text that nothing accepts."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
-def parse(plain: Sequence[Raw], mark: Sequence[Raw], *, mark_is_hash: bool = True) -> Found:
+def parse_record(plain: Sequence[RawValue], mark: Sequence[RawValue], *, mark_is_hash: bool = True) -> StoredRecord:
     """Read the four plain values and the fields of the hash.
 
     Args:
         plain: State, fail counter, success counter, opened at.
-        mark: The hash, in the order of `MARK_FIELDS`.
+        mark: The hash, in the order of `HASH_FIELDS`.
         mark_is_hash: False if that key holds something else.
     """
-    raw = tuple(text(value) for value in (*plain, *mark))
+    raw = tuple(to_text(value) for value in (*plain, *mark))
     state, fail_counter, success_counter, opened_at = raw[:4]
     marked = mark_is_hash and any(field is not None for field in raw[4:])
     read = _mark(raw[4:])
-    return Found(
+    return StoredRecord(
         state=state if state in STATES else None,
         fail_counter=_count(fail_counter),
         success_counter=_count(success_counter),
         opened_at=_whole(opened_at),
         mark=read if marked else None,
-        anything=not mark_is_hash or any(value is not None for value in raw),
-        unreadable_mark=not mark_is_hash or (marked and read is None),
+        is_present=not mark_is_hash or any(value is not None for value in raw),
+        is_hash_damaged=not mark_is_hash or (marked and read is None),
         raw=raw,
     )
 
@@ -123,14 +123,14 @@ def _mark(fields: Sequence[str | None]) -> Circuit | None:
         state=state,
         opened_at_ms=_whole(opened_at_ms),
         generation=number,
-        probe_token=token if token and TOKEN.fullmatch(token) else "",
+        probe_token=token if token and PROBE_TOKEN_PATTERN.fullmatch(token) else "",
         probe_until_ms=_whole(probe_until_ms) or 0,
         noisy_until_ms=_whole(noisy_until_ms) or 0,
-        probe_lease_ms=_count(probe_lease_ms, MAX_LEASE_MS) or 0,
+        probe_lease_ms=_count(probe_lease_ms, LEASE_MAX_MS) or 0,
     )
 
 
-def parse_push(payload: Raw) -> Circuit | None:
+def parse_published(payload: RawValue) -> Circuit | None:
     """Read what a script published: the server's time and the fields of the hash, with blanks in between.
 
     Any user who may publish may have sent it, so it is something to compare with, and nothing to keep.
@@ -138,22 +138,22 @@ def parse_push(payload: Raw) -> Circuit | None:
     Returns:
         The circuit without its counters; ``None`` if the payload makes no sense.
     """
-    if payload is None or len(payload) > MAX_PUSH_BYTES:
+    if payload is None or len(payload) > PUSH_MAX_BYTES:
         return None
-    now_ms, *fields = (text(payload) or "").split(" ")
+    now_ms, *fields = (to_text(payload) or "").split(" ")
     at_ms = _whole(now_ms)
-    circuit = _mark(fields) if len(fields) == len(MARK_FIELDS) else None
+    circuit = _mark(fields) if len(fields) == len(HASH_FIELDS) else None
     if circuit is None or at_ms is None or _lies_in_the_future(circuit, at_ms):
         return None
     return circuit
 
 
 def _lies_in_the_future(circuit: Circuit, at_ms: int) -> bool:
-    is_too_long = circuit.within_lease(at_ms) is not circuit
-    return is_too_long or max(circuit.opened_at_ms or 0, circuit.noisy_until_ms - MAX_NOISE_MS) > at_ms
+    is_too_long = circuit.with_bounded_lease(at_ms) is not circuit
+    return is_too_long or max(circuit.opened_at_ms or 0, circuit.noisy_until_ms - NOISE_MAX_MS) > at_ms
 
 
-def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Believed:
+def resolve_record(found: StoredRecord, known: Circuit | None, state_if_missing: str, now_ms: int) -> ResolvedRecord:
     """Repair what is damaged, adopt what somebody else moved, bring back what was lost.
 
     The mark is the memory of our last transition.  A process that knows a later one than the hash has seen the server
@@ -163,20 +163,20 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
     Args:
         found: What was read.
         known: The circuit as this process saw it last.
-        create: The state of a circuit that nobody knows.
+        state_if_missing: The state of a circuit that nobody knows.
         now_ms: The server's time.
     """
-    if not found.anything and known is None:
-        return Believed(created(create, now_ms), "created")
+    if not found.is_present and known is None:
+        return ResolvedRecord(new_circuit(state_if_missing, now_ms), "created")
 
-    mark, lost = _remembered(found, known)
+    mark, lost = _last_transition(found, known)
     state, opened_at, event = found.state, found.opened_at, ""
     outdated = lost and found.mark is not None and found.mark.state == state
     if outdated or (lost and mark.state != CLOSED and state in (None, CLOSED)):
         state, opened_at, event = mark.state, None, "restored"
     elif state is None:
-        state = mark.state if found.mark is not None or mark.state != CLOSED else create
-        event = "" if found.anything else "restored"
+        state = mark.state if found.mark is not None or mark.state != CLOSED else state_if_missing
+        event = "" if found.is_present else "restored"
 
     # While the circuit is open the time only moves forward: a later one is somebody's new trip, an earlier one damage.
     marked_at = _seconds(mark.opened_at_ms)
@@ -203,34 +203,34 @@ def believe(found: Found, known: Circuit | None, create: str, now_ms: int) -> Be
         fail_counter=found.fail_counter or 0,
         success_counter=found.success_counter or 0,
         opened_at_ms=opened_at_ms,
-        generation=mark.generation if ours else after(mark.generation),
+        generation=mark.generation if ours else next_count(mark.generation),
         probe_token=mark.probe_token if probing else "",
         probe_until_ms=mark.probe_until_ms if probing else 0,
-        noisy_until_ms=mark.noisy_until_ms if mark.noisy_until_ms <= now_ms + MAX_NOISE_MS else 0,
+        noisy_until_ms=mark.noisy_until_ms if mark.noisy_until_ms <= now_ms + NOISE_MAX_MS else 0,
         probe_lease_ms=mark.probe_lease_ms if probing else 0,
-    ).within_lease(now_ms)
-    return Believed(circuit, event or _repairs(found, circuit, wrong_time=future or backward))
+    ).with_bounded_lease(now_ms)
+    return ResolvedRecord(circuit, event or _repair_note(found, circuit, wrong_time=future or backward))
 
 
 @dataclass(frozen=True, slots=True)
-class Writes:
+class RecordChanges:
     """What has to be written so that Redis holds a circuit.
 
     Attributes:
         plain: New values by name; ``None`` deletes.
         mark: The fields of the hash, all or none.
-        drop_mark: Delete what lies in the place of the hash first.
+        is_hash_deleted: Delete what lies in the place of the hash first.
     """
 
     plain: dict[str, str | None]
     mark: dict[str, str]
-    drop_mark: bool
+    is_hash_deleted: bool
 
     def __bool__(self) -> bool:
-        return bool(self.plain or self.mark or self.drop_mark)
+        return bool(self.plain or self.mark or self.is_hash_deleted)
 
 
-def writes(circuit: Circuit, found: Found) -> Writes:
+def changes_for(circuit: Circuit, found: StoredRecord) -> RecordChanges:
     """What differs between `circuit` and what was found.
 
     The hash is only created once there is something that stock's keys cannot say.
@@ -253,14 +253,14 @@ def writes(circuit: Circuit, found: Found) -> Writes:
     )
     moved = circuit.generation > 0 or circuit.noisy_until_ms > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
     needed = found.mark is not None or moved
-    return Writes(
+    return RecordChanges(
         plain={name: new for name, new, old in zip(VALUE_NAMES, plain, found.raw, strict=False) if new != old},
-        mark=dict(zip(MARK_FIELDS, mark, strict=True)) if needed and mark != found.raw[4:] else {},
-        drop_mark=found.unreadable_mark,
+        mark=dict(zip(HASH_FIELDS, mark, strict=True)) if needed and mark != found.raw[4:] else {},
+        is_hash_deleted=found.is_hash_damaged,
     )
 
 
-def _remembered(found: Found, known: Circuit | None) -> tuple[Circuit, bool]:
+def _last_transition(found: StoredRecord, known: Circuit | None) -> tuple[Circuit, bool]:
     """Our last transition, and whether the server has lost it.
 
     Who knows the circuit closed and finds an older mark of an open one meets somebody who has opened it on an emptied
@@ -276,16 +276,16 @@ def _remembered(found: Found, known: Circuit | None) -> tuple[Circuit, bool]:
         return mark, False
     if known.generation == mark.generation:
         reported = known.state == mark.state == HALF_OPEN and not known.probe_token
-        return mark.without_probe() if reported else mark, False
+        return mark.with_free_probe() if reported else mark, False
     if found.mark is not None and found.state == mark.state != CLOSED == known.state:
-        return replace(mark.without_probe(), generation=after(known.generation)), False
+        return replace(mark.with_free_probe(), generation=next_count(known.generation)), False
     return replace(known, noisy_until_ms=0), True
 
 
-def sound(found: Found, known: Circuit, now_ms: int) -> Circuit | None:
+def intact_circuit(found: StoredRecord, known: Circuit, now_ms: int) -> Circuit | None:
     """Return the circuit that Redis holds, ``None`` if it would have to be repaired, adopted or restored."""
-    believed = believe(found, known, CLOSED, now_ms)
-    return None if believed.event or writes(believed.circuit, found) else believed.circuit
+    believed = resolve_record(found, known, CLOSED, now_ms)
+    return None if believed.event or changes_for(believed.circuit, found) else believed.circuit
 
 
 def is_same_but_counters(one: Circuit, other: Circuit) -> bool:
@@ -293,11 +293,11 @@ def is_same_but_counters(one: Circuit, other: Circuit) -> bool:
     return replace(one, fail_counter=0, success_counter=0) == replace(other, fail_counter=0, success_counter=0)
 
 
-def _repairs(found: Found, circuit: Circuit, *, wrong_time: bool) -> str:
+def _repair_note(found: StoredRecord, circuit: Circuit, *, wrong_time: bool) -> str:
     damaged = [name for name in VALUE_NAMES[:3] if getattr(found, name) is None]
     if wrong_time or (found.opened_at is None and (found.raw[3] is not None or circuit.opened_at_ms is not None)):
         damaged.append("opened_at")
-    if found.unreadable_mark:
+    if found.is_hash_damaged:
         damaged.append("circuit")
     return f"repaired {' '.join(damaged)}" if damaged else ""
 
@@ -307,7 +307,7 @@ def _whole(value: str | None) -> int | None:
     return int(value) if value is not None and _WHOLE.fullmatch(value) else None
 
 
-def _count(value: str | None, most: int = MAX_COUNT - 1) -> int | None:
+def _count(value: str | None, most: int = COUNT_LIMIT - 1) -> int | None:
     """A number that can still be counted on from, or another one with a limit."""
     number = _whole(value)
     return number if number is not None and number <= most else None

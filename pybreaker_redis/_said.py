@@ -14,36 +14,36 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pybreaker_redis._bulletin import WINDOW_S
-from pybreaker_redis._carrier import Lack
-from pybreaker_redis._client import longest_wait
+from pybreaker_redis._bulletin import LOSS_WINDOW_S
+from pybreaker_redis._carrier import MissingFeature
+from pybreaker_redis._client import command_wait_limit
 from pybreaker_redis._clock import monotonic
-from pybreaker_redis._guard import Meaning, Outage, meaning_of
-from pybreaker_redis._outside import calls_users, suppressed
-from pybreaker_redis._secrets import described, masked
+from pybreaker_redis._guard import ErrorKind, Outage, error_kind
+from pybreaker_redis._outside import calls_user_code, suppress_errors
+from pybreaker_redis._secrets import describe_error, mask_text
 
 #: Seconds for which a client may make a guarded call wait without being told of.
-LONGEST_UNSAID_WAIT = 1.0
+CLIENT_WAIT_WARNING_S = 1.0
 
 #: Seconds between two log lines of one kind about one server.
-REPEAT_PAUSE_S = 60.0
+REPEAT_WINDOW_S = 60.0
 
 _logger = logging.getLogger("pybreaker_redis")
 
 
-class Repeats:
-    """Limit on log lines of one kind about one server: one within `REPEAT_PAUSE_S`; the others are counted."""
+class RepeatThrottle:
+    """Limit on log lines of one kind about one server: one within `REPEAT_WINDOW_S`; the others are counted."""
 
     def __init__(self) -> None:
         self._next_at = 0.0
         self._left_out = 0
 
-    def next(self) -> str | None:
+    def admit_line(self) -> str | None:
         """Return what the line has to add, the number of lines left out before it; ``None``: leave this one out."""
         if monotonic() < self._next_at:
             self._left_out += 1
             return None
-        left_out, self._left_out, self._next_at = self._left_out, 0, monotonic() + REPEAT_PAUSE_S
+        left_out, self._left_out, self._next_at = self._left_out, 0, monotonic() + REPEAT_WINDOW_S
         return f"; {left_out} more like this since the last such line" if left_out else ""
 
 
@@ -58,7 +58,7 @@ def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, be
         besides: How many more circuits of this process live there.
         more: How many losses were not logged since the last line about the server.
     """
-    pause = outage.next_at - outage.since
+    pause = outage.next_attempt_at - outage.since
     _say(
         logging.WARNING,
         "circuit %r%s: Redis at %s %s (%s%s); using this process's own state, next attempt in %.2f s, waiting up to "
@@ -66,11 +66,11 @@ def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, be
         circuit,
         f" and {besides} more" if besides else "",
         server,
-        "is away" if outage.meaning is Meaning.AWAY else "takes no writes",
+        "is away" if outage.kind is ErrorKind.UNREACHABLE else "takes no writes",
         f"no answer within {timeout * 1000:.0f} ms, " if timeout and outage.is_timeout else "",
         outage.error,
         pause,
-        outage.patience,
+        outage.answer_wait_s,
         _and_more(more),
         extra=_extra(event="away", server=server, error=outage.error, pause=pause, more_losses=more),
     )
@@ -81,7 +81,7 @@ def _extra(**words: Any) -> dict[str, Any]:
 
 
 def _and_more(losses: int) -> str:
-    return f"; and {losses} more losses in the last {WINDOW_S:.0f} s" if losses else ""
+    return f"; and {losses} more losses in the last {LOSS_WINDOW_S:.0f} s" if losses else ""
 
 
 def in_trouble(circuit: str, outage: Outage, more: int = 0) -> None:
@@ -97,7 +97,7 @@ def in_trouble(circuit: str, outage: Outage, more: int = 0) -> None:
         "circuit %r: Redis gave no usable answer (%s); using this process's own state, next attempt in %.1f s%s",
         circuit,
         outage.error,
-        outage.next_at - outage.since,
+        outage.next_attempt_at - outage.since,
         _and_more(more),
     )
 
@@ -154,23 +154,23 @@ def left(server: str, seconds: float, more: int = 0) -> None:
 
 #: How much it matters that something is missing, and what becomes of it.
 _LACKS = {
-    Lack.SCRIPTS: (
+    MissingFeature.SCRIPTS: (
         logging.WARNING,
         "runs no scripts (%s); using transactions, which take more round trips, also for every look at a circuit",
     ),
-    Lack.NAMES: (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 12 KiB"),
-    Lack.PUBLISHING: (
+    MissingFeature.EVALSHA: (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 12 KiB"),
+    MissingFeature.PUBLISH: (
         logging.WARNING,
         "lets nobody publish changes of circuits (%s); processes that it does not tell itself notice them late",
     ),
-    Lack.TRACKING: (
+    MissingFeature.TRACKING: (
         logging.INFO,
         "does not tell of changes itself (%s); what nobody publishes, as redis-cli, is noticed within max_staleness",
     ),
 }
 
 
-def lacking(server: str, lack: Lack, reason: object) -> None:
+def lacking(server: str, lack: MissingFeature, reason: object) -> None:
     """A server does not have something, and circuits do without.
 
     Args:
@@ -179,7 +179,7 @@ def lacking(server: str, lack: Lack, reason: object) -> None:
         reason: What it has answered.
     """
     level, message = _LACKS[lack]
-    said = masked(reason).partition(", with args")[0]
+    said = mask_text(reason).partition(", with args")[0]
     words = _extra(event="lack", server=server, lack=lack.value, error=said)
     _say(level, "Redis at %s " + message, server, said, extra=words)
 
@@ -215,8 +215,8 @@ def nameless(circuit: str) -> None:
 
 def may_wait(client: Any) -> None:
     """No connections with deadlines can be made like this client's: say so if it may wait for long."""
-    longest = longest_wait(client)
-    if longest is None or longest > LONGEST_UNSAID_WAIT:
+    longest = command_wait_limit(client)
+    if longest is None or longest > CLIENT_WAIT_WARNING_S:
         _say(
             logging.WARNING,
             "%s: no connections with deadlines can be made of its kind, so a guarded call may wait for Redis %s: give "
@@ -284,37 +284,37 @@ def unheard(what: str, reason: object, left_out: str = "") -> None:
     Args:
         what: Of a server, or of one circuit.
         reason: What it has answered.
-        left_out: How many such lines were left out, as `Repeats` says it.
+        left_out: How many such lines were left out, as `RepeatThrottle` says it.
     """
     _say(
         logging.WARNING,
         "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip%s",
         what,
-        masked(reason).partition(", with args")[0],
+        mask_text(reason).partition(", with args")[0],
         left_out,
     )
 
 
 @contextlib.contextmanager
-def unless(*meanings: Meaning) -> Iterator[None]:
+def suppress_except(*meanings: ErrorKind) -> Iterator[None]:
     """Errors of these meanings are the server's; all others are a single circuit's, and no more than said here."""
     try:
         yield
     except Exception as error:
-        if meaning_of(error) in meanings:
+        if error_kind(error) in meanings:
             raise
-        detail("not brought back: %s", described(error))
+        detail("not brought back: %s", describe_error(error))
 
 
 def detail(message: str, *arguments: object) -> None:
     """What helps whoever looks for a cause, and nobody else."""
     # In the log of a level that few read, and of no less interest to those who should not.
-    said = (masked(item) if isinstance(item, BaseException | str) else item for item in arguments)
+    said = (mask_text(item) if isinstance(item, BaseException | str) else item for item in arguments)
     _say(logging.DEBUG, message, *said)
 
 
-@calls_users
+@calls_user_code
 def _say(level: int, message: str, *arguments: object, logger: logging.Logger = _logger, **words: Any) -> None:
     # What a handler raises is for nobody who makes a call, nor for those who keep circuits going.
-    with suppressed():
+    with suppress_errors():
         logger.log(level, message, *arguments, **words)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
-from pybreaker_redis._arguments import LONGEST, check_flag, check_seconds, plain, shown
+from pybreaker_redis._arguments import DURATION_MAX_S, check_bool, check_seconds, format_value, plain_text
 from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
@@ -27,9 +27,9 @@ def _usual(made: Callable[..., Any], *left_out: str) -> dict[str, Any]:
 
 #: What a breaker takes and a storage takes, and what is taken if nothing is said.  What tells one from another, and
 #: where they live, is for the registry to say.
-OF_BREAKER = _usual(CircuitBreaker, "listeners", "state_storage", "name")
-OF_STORAGE = _usual(CircuitRedisStorage, "state", "redis_object", "namespace")
-OF_MEMORY = _usual(CircuitMemoryStorage, "state")
+BREAKER_DEFAULTS = _usual(CircuitBreaker, "listeners", "state_storage", "name")
+STORAGE_DEFAULTS = _usual(CircuitRedisStorage, "state", "redis_object", "namespace")
+MEMORY_DEFAULTS = _usual(CircuitMemoryStorage, "state")
 
 #: What a dependency that is down raises; to exclude one of these, or what they descend from, is to guard nothing.
 _OUTAGES = (ConnectionError, TimeoutError)
@@ -42,9 +42,9 @@ def breaker_name(name: Any) -> str:
         TypeError: It is no str, or empty.
     """
     if not isinstance(name, str) or not name:
-        msg = f"a breaker's name must be a str that is not empty, not {shown(name)}"
+        msg = f"a breaker's name must be a str that is not empty, not {format_value(name)}"
         raise TypeError(msg)
-    return plain(name)
+    return plain_text(name)
 
 
 def checked_prefix(prefix: Any) -> str:
@@ -54,9 +54,9 @@ def checked_prefix(prefix: Any) -> str:
         TypeError: It is no str.
     """
     if not isinstance(prefix, str):
-        msg = f"prefix must be a str, not {shown(prefix)}"
+        msg = f"prefix must be a str, not {format_value(prefix)}"
         raise TypeError(msg)
-    return f"{plain(prefix)}:" if prefix else ""
+    return f"{plain_text(prefix)}:" if prefix else ""
 
 
 def checked_listeners(listeners: Iterable[CircuitBreakerListener]) -> tuple[CircuitBreakerListener, ...]:
@@ -68,12 +68,12 @@ def checked_listeners(listeners: Iterable[CircuitBreakerListener]) -> tuple[Circ
     result = tuple(listeners)
     for listener in result:
         if not isinstance(listener, CircuitBreakerListener):
-            msg = f"listeners must be instances of pybreaker.CircuitBreakerListener, not {shown(listener)}"
+            msg = f"listeners must be instances of pybreaker.CircuitBreakerListener, not {format_value(listener)}"
             raise TypeError(msg)
     return result
 
 
-def checked(settings: Settings, stacklevel: int) -> dict[str, Any]:
+def validated(settings: Settings, stacklevel: int) -> dict[str, Any]:
     """Settings in the form in which they are compared.
 
     Args:
@@ -84,7 +84,7 @@ def checked(settings: Settings, stacklevel: int) -> dict[str, Any]:
         TypeError: There is no such setting, or its value is not what it should be.
         ValueError: A number is out of range.
     """
-    accepted = {**OF_BREAKER, **OF_STORAGE}
+    accepted = {**BREAKER_DEFAULTS, **STORAGE_DEFAULTS}
     for name in settings:
         if name not in accepted:
             msg = f"there is no setting {name!r}; there are {', '.join(sorted(accepted))}"
@@ -96,25 +96,25 @@ def checked(settings: Settings, stacklevel: int) -> dict[str, Any]:
     if "reset_timeout" in result:
         _check_seconds("reset_timeout", result["reset_timeout"])
     if "throw_new_error_on_trip" in result:
-        check_flag("throw_new_error_on_trip", result["throw_new_error_on_trip"])
+        check_bool("throw_new_error_on_trip", result["throw_new_error_on_trip"])
     if "exclude" in result:
         result["exclude"] = _excluded(result["exclude"], stacklevel + 1)
     # It sends nothing, and judges its own arguments.
-    CircuitRedisStorage(CLOSED, lambda: None, **part(result, OF_STORAGE))
+    CircuitRedisStorage(CLOSED, lambda: None, **subset(result, STORAGE_DEFAULTS))
     return result
 
 
-def of_breaker(settings: Settings) -> dict[str, Any]:
+def breaker_arguments(settings: Settings) -> dict[str, Any]:
     """Settings in the form in which a breaker takes them."""
-    return {**part(settings, OF_BREAKER), "exclude": [_exclusion(item) for item in settings["exclude"]]}
+    return {**subset(settings, BREAKER_DEFAULTS), "exclude": [_exclusion(item) for item in settings["exclude"]]}
 
 
-def part(settings: Settings, of: Settings) -> dict[str, Any]:
+def subset(settings: Settings, of: Settings) -> dict[str, Any]:
     """Those settings that have a name in common with `of`."""
     return {name: value for name, value in settings.items() if name in of}
 
 
-def check_agreement(name: str, present: Settings, said: Settings) -> None:
+def check_consistent(name: str, present: Settings, said: Settings) -> None:
     """Refuse what contradicts what is known.
 
     Raises:
@@ -128,17 +128,17 @@ def check_agreement(name: str, present: Settings, said: Settings) -> None:
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{name} must be a whole number, not {shown(value)}"
+        msg = f"{name} must be a whole number, not {format_value(value)}"
         raise TypeError(msg)
     if value < 1:
-        msg = f"{name} must be at least 1, not {shown(value)}"
+        msg = f"{name} must be at least 1, not {format_value(value)}"
         raise ValueError(msg)
 
 
 def _check_seconds(name: str, value: Any) -> None:
     check_seconds(name, value)
-    if not 0 <= value <= LONGEST:
-        msg = f"{name} must lie between 0 and {LONGEST} seconds, not {shown(value)}"
+    if not 0 <= value <= DURATION_MAX_S:
+        msg = f"{name} must lie between 0 and {DURATION_MAX_S} seconds, not {format_value(value)}"
         raise ValueError(msg)
 
 
@@ -148,7 +148,7 @@ def _excluded(exclude: Any, stacklevel: int) -> tuple[Any, ...]:
         return ()
     for item in items:
         if not (callable(item) and (not isinstance(item, type) or issubclass(item, BaseException))):
-            wrong = shown(exclude if item is None else item)
+            wrong = format_value(exclude if item is None else item)
             msg = f"exclude must be a list of exception classes and functions that take an exception, not {wrong}"
             raise TypeError(msg)
         if isinstance(item, type) and any(issubclass(outage, item) for outage in _OUTAGES):

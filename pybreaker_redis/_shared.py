@@ -12,34 +12,34 @@ from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis import _said
-from pybreaker_redis._carrier import Reply, SayLack
-from pybreaker_redis._carriers import Carrier, Carriers
-from pybreaker_redis._circuit import CLOSED, NOISE_MS, Circuit
-from pybreaker_redis._client import hang_up
-from pybreaker_redis._clock import Learned, Moment, moment
-from pybreaker_redis._deadline import Drop, take_drop
-from pybreaker_redis._ear import Ear
+from pybreaker_redis._carrier import NoteMissingFeature, Reply
+from pybreaker_redis._carriers import Engine, EngineSelector
+from pybreaker_redis._circuit import CLOSED, NOISE_DURATION_MS, Circuit
+from pybreaker_redis._client import close_idle_connections
+from pybreaker_redis._clock import Instant, OffsetBounds, instant
+from pybreaker_redis._deadline import LostConnection, take_lost_connection
+from pybreaker_redis._ear import Subscription
 from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
-from pybreaker_redis._line import Heard
+from pybreaker_redis._line import PushMode
 from pybreaker_redis._listener import Home
-from pybreaker_redis._optimistic import Question
-from pybreaker_redis._secrets import mask
-from pybreaker_redis._spell import Spell
-from pybreaker_redis._view import Ticket, View
-from pybreaker_redis._whereabouts import Seat
+from pybreaker_redis._optimistic import ReadRequest
+from pybreaker_redis._secrets import mask_error
+from pybreaker_redis._spell import OpeningTime
+from pybreaker_redis._view import ReadTicket, View
+from pybreaker_redis._whereabouts import Location
 
 #: What may be done twice without a difference.
 _REPEATABLE = (Load, ClaimProbe, RecordSuccess)
 
 #: How often a circuit may turn out to lie elsewhere while it is asked: its keys need a tag, and another node has them.
-MOST_MOVES = 2
+RELOCATIONS_MAX = 2
 
 
 class SharedCircuit:
     """One circuit in Redis.  Times go in and come out by the local clock; in Redis they are the server's.
 
     Args:
-        seat: Returns where it lies; called when the circuit is first used, and when it has moved.
+        location: Returns where it lies; called when the circuit is first used, and when it has moved.
         has_moved: Returns whether an error, for somebody who asked with a client, says that the circuit lies elsewhere:
             then nothing was done, and the same is asked again, there.
         name: For log lines.
@@ -48,13 +48,13 @@ class SharedCircuit:
         ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
         clock: The local clock, milliseconds since the epoch.
         view: What this process believes; kept true from here and by the listener.
-        say_lack: Told what the server does not have.
+        note_missing_feature: Told what the server does not have.
         logger: Where to say what was found.
     """
 
     def __init__(
         self,
-        seat: Callable[[], Seat],
+        location: Callable[[], Location],
         has_moved: Callable[[Exception, Any], bool],
         *,
         name: str,
@@ -63,10 +63,10 @@ class SharedCircuit:
         ttl_ms: int,
         clock: Callable[[], float],
         view: View,
-        say_lack: SayLack,
+        note_missing_feature: NoteMissingFeature,
         logger: logging.Logger,
     ) -> None:
-        self._carriers = Carriers(seat, say_lack, ttl_ms=ttl_ms)
+        self._selector = EngineSelector(location, note_missing_feature, ttl_ms=ttl_ms)
         self._has_moved = has_moved
         self._name = name
         self._initial_state = initial_state
@@ -77,27 +77,34 @@ class SharedCircuit:
         self._view = view
         self._logger = logger
         #: What is believed, by the local clock: it is looked at often, and changes rarely.
-        self._moved: tuple[Circuit, Learned | None, Spell | None, Circuit] = (Circuit(), None, None, Circuit())
-        self._ear = Ear(name, view, self._carriers)
+        self._moved: tuple[Circuit, OffsetBounds | None, OpeningTime | None, Circuit] = (
+            Circuit(),
+            None,
+            None,
+            Circuit(),
+        )
+        self._subscription = Subscription(name, view, self._selector)
 
     def believed(self, intent: Intent) -> Reply | None:
         """The answer to an intent that changes nothing, as far as it is known without asking."""
         if isinstance(intent, RecordSuccess):
-            circuit = self._view.believed_quiet(intent.generation)
+            circuit = self._view.read_trusted_quiet(intent.generation)
         else:
-            circuit = self._view.believed()
+            circuit = self._view.read_trusted()
         if circuit is None:
             return None
-        return Reply(True, self._moved_to_local_clock(circuit), self._view.server_ms - self._view.offset.ms)
+        return Reply(
+            True, self._moved_to_local_clock(circuit), self._view.estimated_server_ms - self._view.clock_offset.ms
+        )
 
     @property
     def known(self) -> Circuit | None:
         """The circuit as it was seen last; ``None`` if never."""
-        known = self._view.known
+        known = self._view.cached
         return None if known is None else self._moved_to_local_clock(known)
 
     def _moved_to_local_clock(self, circuit: Circuit) -> Circuit:
-        learned, spell = self._view.offset.learned, self._view.spell
+        learned, spell = self._view.clock_offset.known_bounds, self._view.opening_time
         of, when, since, by_local_clock = self._moved
         if of is not circuit or when is not learned or since is not spell:
             by_local_clock = self._by_local_clock(Reply(True, circuit, 0)).circuit
@@ -105,20 +112,20 @@ class SharedCircuit:
         return by_local_clock
 
     def _by_local_clock(self, reply: Reply) -> Reply:
-        circuit, offset_ms = reply.circuit, self._view.offset.ms
+        circuit, offset_ms = reply.circuit, self._view.clock_offset.ms
         # Most failures meet a circuit without any time in it.
         if circuit.opened_at_ms is not None or circuit.probe_token:
-            opened_at_ms, until_ms = self._view.opened_at_ms(circuit), circuit.probe_until_ms - offset_ms
+            opened_at_ms, until_ms = self._view.local_opened_at_ms(circuit), circuit.probe_until_ms - offset_ms
             circuit = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
         return Reply(reply.accepted, circuit, reply.now_ms - offset_ms, reply.event)
 
-    def listen(self, server: Home) -> None:
+    def subscribe_to_changes(self, server: Home) -> None:
         """Have changes of the circuit heard in this process, so that they need not be asked for.
 
         Args:
             server: Where the circuit lives.
         """
-        self._ear.listen(server)
+        self._subscription.start(server)
 
     def connect(self) -> None:
         """Get the client, if it was not asked for yet.
@@ -126,27 +133,27 @@ class SharedCircuit:
         Raises:
             Exception: Whatever the callable that returns it raises.
         """
-        self._carriers.get()
+        self._selector.get()
 
-    def is_permitted(self) -> None:
+    def retry_subscription(self) -> None:
         """What was refused is permitted again."""
-        self._ear.hurry()
+        self._subscription.expedite()
 
     @property
     def mode(self) -> str:
         """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
-        return self._carriers.mode
+        return self._selector.mode
 
     @property
-    def age(self) -> float | None:
+    def view_age(self) -> float | None:
         """Seconds since it was seen last; ``None`` if it never was."""
-        age = self._view.age
+        age = self._view.seconds_since_read
         return None if age == math.inf else age
 
     @property
-    def push(self) -> Heard | None:
+    def push(self) -> PushMode | None:
         """How changes are heard, and of what server; ``None`` if they are not."""
-        return self._ear.heard
+        return self._subscription.push_mode
 
     def execute(self, intent: Intent, *, tell: bool = True) -> Reply:
         """Carry out an intent.
@@ -160,33 +167,33 @@ class SharedCircuit:
         """
         if isinstance(intent, SetOpenedAt):
             return self._set_opened_at(intent)
-        offset = self._view.offset
+        offset = self._view.clock_offset
         try:
             reply = self._carry_out(intent, tell=tell)
         except Exception:
-            offset.forget()
+            offset.mark_unconfirmed()
             raise
         if isinstance(intent, Trip) and reply.accepted:
             # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
             # one, `opened_at` is found there.
-            offset.set(reply.now_ms - self._clock())
+            offset.pin(reply.now_ms - self._clock())
         return self._by_local_clock(reply)
 
     @property
-    def question(self) -> Question:
+    def read_request(self) -> ReadRequest:
         """What has to be known to look at it together with others.
 
         Raises:
             Exception: Whatever the callable raises that returns the client.
         """
-        known, client = self._view.known, self._carriers.get().client
-        return Question(client, self._carriers.keys, known, self._create)
+        known, client = self._view.cached, self._selector.get().client
+        return ReadRequest(client, self._selector.keys, known, self._create)
 
-    def ticket(self) -> Ticket:
+    def ticket(self) -> ReadTicket:
         """To be taken before it is looked at together with others."""
-        return self._view.ticket()
+        return self._view.begin_read()
 
-    def was_read(self, ticket: Ticket, reply: Reply, before: Moment, after: Moment) -> None:
+    def accept_bulk_read(self, ticket: ReadTicket, reply: Reply, before: Instant, after: Instant) -> None:
         """It was looked at together with others: from here on that is what is known.
 
         Args:
@@ -196,10 +203,10 @@ class SharedCircuit:
             after: When it had come.
         """
         self._learn(reply, before, after)
-        self._view.fill(ticket, reply.circuit, reply.now_ms)
-        self._ear.tell(reply.circuit, reply.now_ms)
+        self._view.store_answer(ticket, reply.circuit, reply.now_ms)
+        self._subscription.share_answer(reply.circuit, reply.now_ms)
 
-    def answered(self, reply: Reply, before: Moment, after: Moment) -> Reply:
+    def to_local_reply(self, reply: Reply, before: Instant, after: Instant) -> Reply:
         """Return an answer by the local clock.
 
         Args:
@@ -210,61 +217,61 @@ class SharedCircuit:
         self._learn(reply, before, after)
         return self._by_local_clock(reply)
 
-    def _learn(self, reply: Reply, before: Moment, after: Moment) -> None:
-        self._view.offset.learn(reply.now_ms, before, after, waiting=reply.circuit.state != CLOSED)
+    def _learn(self, reply: Reply, before: Instant, after: Instant) -> None:
+        self._view.clock_offset.note_answer_time(reply.now_ms, before, after, is_waiting=reply.circuit.state != CLOSED)
 
     @property
     def _create(self) -> str:
-        return self._initial_state if self._view.known is None else self._fallback_state
+        return self._initial_state if self._view.cached is None else self._fallback_state
 
-    def check_writable(self) -> None:
+    def verify_writable(self) -> None:
         """See whether the server takes writes, by one that changes nothing unless the circuit is gone.
 
         Raises:
             Exception: It does not.
         """
-        client = self._carriers.get().client
-        client.set(self._carriers.keys[0], self.last_known_state, nx=True)
+        client = self._selector.get().client
+        client.set(self._selector.keys[0], self.last_known_state, nx=True)
 
     @property
     def last_known_state(self) -> str:
         """The state that was seen last, or else that a new circuit begins in."""
-        return self._view.known.state if self._view.known else self._initial_state
+        return self._view.cached.state if self._view.cached else self._initial_state
 
     def _set_opened_at(self, intent: SetOpenedAt) -> Reply:
-        offset = self._view.offset
-        if not offset.known:
+        offset = self._view.clock_offset
+        if not offset.is_confirmed:
             self.execute(Load())
         at_ms = math.floor(intent.at_ms + offset.ms)
         reply = self._carry_out(SetOpenedAt(at_ms), tell=True)
         if reply.accepted and reply.circuit.opened_at_ms == at_ms:
             # Redis keeps whole milliseconds; what was said shall be read again as it was said.
-            offset.set(at_ms - intent.at_ms)
+            offset.pin(at_ms - intent.at_ms)
         return self._by_local_clock(reply)
 
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
-        known, create = self._view.known, self._create
-        carriers = self._carriers
+        known, state_if_missing = self._view.cached, self._create
+        carriers = self._selector
         moves, repeats = 0, 1
         while True:
-            carrier = carriers.get()
+            engine = carriers.get()
             if isinstance(intent, RecordFailure) and carriers.channel:
-                intent = RecordFailure(intent.generation, intent.token, NOISE_MS, intent.times)
-            ticket, before = self._view.ticket(), moment(self._clock)
+                intent = RecordFailure(intent.generation, intent.token, NOISE_DURATION_MS, intent.times)
+            ticket, before = self._view.begin_read(), instant(self._clock)
             try:
-                reply = carriers.execute(carrier, intent, known, create)
-                after = moment(self._clock)
+                reply = carriers.run_intent(engine, intent, known, state_if_missing)
+                after = instant(self._clock)
             except Exception as error:
-                mask(error)
-                drop = take_drop()
-                if repeats and (drop is Drop.UNSENT or (drop and isinstance(intent, _REPEATABLE))):
+                mask_error(error)
+                drop = take_lost_connection()
+                if repeats and (drop is LostConnection.UNSENT or (drop and isinstance(intent, _REPEATABLE))):
                     # Idle connections that a load balancer has forgotten; the others are no better.
-                    hang_up(carrier.client.connection_pool)
+                    close_idle_connections(engine.client.connection_pool)
                     repeats -= 1
                     continue
-                if moves == MOST_MOVES or not self._has_moved(error, carrier.client):
+                if moves == RELOCATIONS_MAX or not self._has_moved(error, engine.client):
                     raise
-                self.leave(carrier)
+                self.forget_location(engine)
                 moves += 1
             else:
                 break
@@ -273,21 +280,21 @@ class SharedCircuit:
             reply = replace(reply, event="created")
         # First the clock: it was this one when the record was read.
         self._learn(reply, before, after)
-        self._view.fill(ticket, reply.circuit, reply.now_ms)
-        self._ear.tell(reply.circuit, reply.now_ms)
+        self._view.store_answer(ticket, reply.circuit, reply.now_ms)
+        self._subscription.share_answer(reply.circuit, reply.now_ms)
         if tell:
             self._log(reply)
         return reply
 
-    def leave(self, carrier: Carrier | None = None) -> None:
+    def forget_location(self, engine: Engine | None = None) -> None:
         """It lies elsewhere by now.
 
         Args:
-            carrier: That has found it out; ``None``: whichever there is.
+            engine: That has found it out; ``None``: whichever there is.
         """
-        if self._ear.leave(lambda: self._carriers.leave(carrier)):
+        if self._subscription.stop(lambda: self._selector.discard(engine)):
             # There is another clock.
-            self._view.offset.forget()
+            self._view.clock_offset.mark_unconfirmed()
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state

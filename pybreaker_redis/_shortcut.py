@@ -20,45 +20,45 @@ from collections.abc import Callable
 from pybreaker_redis._circuit import CLOSED, OPEN, Admission, Circuit
 
 
-class Shortcut:
+class FastPath:
     """What is known of one circuit, in the form that costs least to look at.
 
     Attributes:
         admission: To any call, as long as the circuit is closed; ``None`` while it is not, or not known to be.
-        quiet: The same, if besides there are no failures to forget.
+        quiet_admission: The same, if besides there are no failures to forget.
         rejection: Of any call, as long as the circuit is open: what is reported in its name is refused.
-        until: When all this ends, seconds on `now`.
+        trusted_until: When all this ends, seconds on `now`.
         now: Seconds, monotonic.  An attribute, because freezegun replaces what it finds in modules.
-        taken: Whether anybody has relied on it since this was last set to ``False``.
+        was_used: Whether anybody has relied on it since this was last set to ``False``.
     """
 
-    __slots__ = ("admission", "now", "quiet", "rejection", "taken", "until")
+    __slots__ = ("admission", "now", "quiet_admission", "rejection", "trusted_until", "was_used")
 
     def __init__(self, until: float = math.inf, now: Callable[[], float] = time.monotonic) -> None:
         self.admission: Admission | None = None
-        self.quiet: Admission | None = None
+        self.quiet_admission: Admission | None = None
         self.rejection: Admission | None = None
-        self.until = until
+        self.trusted_until = until
         self.now = now
-        self.taken = False
+        self.was_used = False
 
     def follow(self, circuit: Circuit, *, quiet: bool) -> None:
         """The circuit is like this; `quiet`: and it has no failures to forget."""
-        self.end_others(circuit.state)
+        self.keep_only(circuit.state)
         if circuit.state == CLOSED:
             if self.admission is None or self.admission.generation != circuit.generation:
                 self.admission = Admission(circuit.generation)
-            self.quiet = self.admission if quiet else None
+            self.quiet_admission = self.admission if quiet else None
         elif circuit.state == OPEN and (self.rejection is None or self.rejection.generation != circuit.generation):
             self.rejection = Admission(circuit.generation)
 
-    def end_others(self, state: str) -> None:
+    def keep_only(self, state: str) -> None:
         """The circuit, or a breaker, is in this state: whoever goes by another has to look again."""
         if state != CLOSED:
-            self.admission = self.quiet = None
+            self.admission = self.quiet_admission = None
         if state != OPEN:
             self.rejection = None
 
-    def shut(self) -> None:
+    def withdraw(self) -> None:
         """From here on everybody has to ask."""
-        self.admission = self.quiet = self.rejection = None
+        self.admission = self.quiet_admission = self.rejection = None

@@ -15,27 +15,27 @@ from collections.abc import Iterator
 from types import CodeType, FrameType, TracebackType
 
 
-def raised_by_a_handler(error: BaseException) -> bool:
+def is_raised_by_signal_handler(error: BaseException) -> bool:
     """Return whether a traceback leads through the present handler of a signal, or through a function like one.
 
     A handler may restore its predecessor before it raises.  Its frame still shows what it is: it was given the frame
     that it has interrupted.
     """
-    handlers = {code for number in signal.valid_signals() if (code := _code(signal.getsignal(number)))}
+    handlers = {code for number in signal.valid_signals() if (code := _code_of_handler(signal.getsignal(number)))}
     return any(
-        item.tb_frame.f_code in handlers or _was_given_its_caller(item.tb_frame)
-        for item in entries(error.__traceback__)
+        item.tb_frame.f_code in handlers or _receives_caller_frame(item.tb_frame)
+        for item in traceback_entries(error.__traceback__)
     )
 
 
-def entries(traceback: TracebackType | None) -> Iterator[TracebackType]:
+def traceback_entries(traceback: TracebackType | None) -> Iterator[TracebackType]:
     """Yield the entries of a traceback, the innermost last."""
     while traceback is not None:
         yield traceback
         traceback = traceback.tb_next
 
 
-def _code(handler: object) -> CodeType | None:
+def _code_of_handler(handler: object) -> CodeType | None:
     while isinstance(handler, functools.partial):
         handler = handler.func
     function = getattr(handler, "__func__", handler)
@@ -46,7 +46,7 @@ def _code(handler: object) -> CodeType | None:
     return code if isinstance(code, CodeType) else None
 
 
-def _was_given_its_caller(frame: FrameType) -> bool:
+def _receives_caller_frame(frame: FrameType) -> bool:
     code = frame.f_code
     number = code.co_argcount + code.co_kwonlyargcount
     given = [frame.f_locals.get(name) for name in code.co_varnames[:number]]

@@ -10,20 +10,20 @@ from collections.abc import Callable
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED, Circuit
-from pybreaker_redis._clock import now_ms
-from pybreaker_redis._guard import Guard
+from pybreaker_redis._clock import wall_clock_ms
+from pybreaker_redis._guard import Availability
 from pybreaker_redis._intents import ClaimProbe, Intent
-from pybreaker_redis._own import OwnCircuit, Report
+from pybreaker_redis._own import LocalCircuit, LocalReport
 from pybreaker_redis._server import Server
-from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._shortcut import FastPath
 
 #: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
-FOLLOWS_WITHIN = 0.1
+FOLLOWING_TRUST_MAX_S = 0.1
 #: The same where it cannot be read: then nothing is to be noticed but that it can.
-LOOKS_WITHIN = 0.5
+LOCAL_TRUST_MAX_S = 0.5
 
 #: How often what a circuit learned alone is looked at again because it has moved just then.
-ROUNDS = 3
+RECONCILE_ROUNDS_MAX = 3
 
 
 class StandIn:
@@ -38,7 +38,7 @@ class StandIn:
     """
 
     def __init__(self, fallback: str, initial: str) -> None:
-        self.circuit = self._common = OwnCircuit(fallback, initial)
+        self.circuit = self._common = LocalCircuit(fallback, initial)
         self._settings = fallback, initial
 
     def lies(self, server: Server, keys: tuple[str, ...]) -> None:
@@ -47,7 +47,7 @@ class StandIn:
         One that is in use already is used until it ends: it has to be reported.
         """
         self._common = server.in_common((keys, *self._settings), self._common)
-        if not self.circuit.in_use:
+        if not self.circuit.is_running:
             self.circuit = self._common
 
     def report(self, known: Callable[[], Circuit | None], execute: Callable[[Intent], Reply]) -> tuple[bool, bool]:
@@ -64,11 +64,11 @@ class StandIn:
             Exception: No usable answer.
         """
         circuit, has_opened = self.circuit, False
-        for _ in range(ROUNDS):
+        for _ in range(RECONCILE_ROUNDS_MAX):
             report = circuit.report(known())
-            with circuit.telling(report):
+            with circuit.reporting(report):
                 replies = [execute(intent) for intent in report.intents]
-            if circuit.is_told_in_vain(replies):
+            if circuit.must_report_again(replies):
                 continue
             has_opened = has_opened or bool(replies and replies[0].accepted and replies[0].circuit.state != CLOSED)
             if self._end(circuit, report):
@@ -80,7 +80,7 @@ class StandIn:
         report = self.circuit.report(known)
         return not report.intents and self._end(self.circuit, report)
 
-    def _end(self, circuit: OwnCircuit, told: Report) -> bool:
+    def _end(self, circuit: LocalCircuit, told: LocalReport) -> bool:
         if not circuit.end(told):
             return False
         self.circuit = self._common
@@ -90,12 +90,12 @@ class StandIn:
         self,
         intent: Intent,
         known: Circuit | None,
-        guard: Guard,
+        availability: Availability,
         *,
         answers: bool,
         in_doubt: bool,
         max_staleness: float,
-    ) -> tuple[Reply, Shortcut]:
+    ) -> tuple[Reply, FastPath]:
         """Carry out an intent.
 
         A claim is refused while there is no outage, as after contention, or after a connection was lost just before
@@ -104,7 +104,7 @@ class StandIn:
         Args:
             intent: What is wanted.
             known: The shared circuit as it was seen last.
-            guard: Keeps callers away from Redis.
+            availability: Keeps callers away from Redis.
             answers: Whether the shared circuit can be read.
             in_doubt: Whether Redis was asked for the same, and has not answered in time.
             max_staleness: Seconds for which calls may go by what is known.
@@ -112,18 +112,18 @@ class StandIn:
         Returns:
             The answer, and what follows for calls.
         """
-        circuit, outage = self.circuit, guard.outage
+        circuit, outage = self.circuit, availability.outage
         if isinstance(intent, ClaimProbe) and outage is None and known is not None:
-            circuit.shortcut.until = 0
-            return Reply(False, known, now_ms()), circuit.shortcut
+            circuit.fast_path.trusted_until = 0
+            return Reply(False, known, wall_clock_ms()), circuit.fast_path
         reply = circuit.execute(intent, known, answers=answers, in_doubt=in_doubt)
-        shortcut = circuit.shortcut
+        fast_path = circuit.fast_path
         # Not for long: calls are to notice what others do, and that it has ended.
-        until = shortcut.now() + (min(FOLLOWS_WITHIN, max_staleness) if answers else LOOKS_WITHIN)
-        if outage is None or guard.outage is not outage:
+        until = fast_path.now() + (min(FOLLOWING_TRUST_MAX_S, max_staleness) if answers else LOCAL_TRUST_MAX_S)
+        if outage is None or availability.outage is not outage:
             # It has ended, or been asked about, just now: no call may go by this circuit without a look.
             until = 0
-        elif not guard.kept:
-            until = min(until, outage.next_at)
-        shortcut.until = until
-        return reply, shortcut
+        elif not availability.has_retry_thread:
+            until = min(until, outage.next_attempt_at)
+        fast_path.trusted_until = until
+        return reply, fast_path

@@ -9,16 +9,16 @@ import sys
 from collections.abc import Iterable
 
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._clock import moment
-from pybreaker_redis._guard import Meaning, is_rejected, meaning_of
+from pybreaker_redis._clock import instant
+from pybreaker_redis._guard import ErrorKind, error_kind, is_authentication_error
 from pybreaker_redis._intents import Load
-from pybreaker_redis._optimistic import Question, look
-from pybreaker_redis._outside import from_outside
-from pybreaker_redis._secrets import mask
+from pybreaker_redis._optimistic import ReadRequest, read_all_circuits
+from pybreaker_redis._outside import find_interruption
+from pybreaker_redis._secrets import mask_error
 from pybreaker_redis._shared import SharedCircuit
 
 
-def survey(circuits: Iterable[SharedCircuit]) -> list[Reply]:
+def read_for_operator(circuits: Iterable[SharedCircuit]) -> list[Reply]:
     """Look at circuits, all that live on one server or node at once; nothing is created, repaired or believed.
 
     Returns:
@@ -27,8 +27,8 @@ def survey(circuits: Iterable[SharedCircuit]) -> list[Reply]:
     Raises:
         Exception: No usable answer; whatever the client raises then.
     """
-    asked = [(circuit, circuit.question) for circuit in circuits]
-    together: dict[int, list[tuple[SharedCircuit, Question]]] = {}
+    asked = [(circuit, circuit.read_request) for circuit in circuits]
+    together: dict[int, list[tuple[SharedCircuit, ReadRequest]]] = {}
     for circuit, question in asked:
         pool = getattr(question.client, "connection_pool", question.client)
         together.setdefault(id(pool), []).append((circuit, question))
@@ -38,17 +38,20 @@ def survey(circuits: Iterable[SharedCircuit]) -> list[Reply]:
     return [replies[circuit] for circuit, _ in asked]
 
 
-def _look_at(group: list[tuple[SharedCircuit, Question]]) -> dict[SharedCircuit, Reply]:
-    before, handled = moment(), sys.exc_info()[1]
+def _look_at(group: list[tuple[SharedCircuit, ReadRequest]]) -> dict[SharedCircuit, Reply]:
+    before, handled = instant(), sys.exc_info()[1]
     try:
-        replies = look([question for _, question in group])
+        replies = read_all_circuits([question for _, question in group])
     except Exception as error:
-        mask(error)
-        may_move = meaning_of(error) in (Meaning.FAULT, Meaning.MIGRATING) or is_rejected(error)
-        if not may_move or from_outside(error, handled):
+        mask_error(error)
+        may_move = error_kind(error) in (ErrorKind.UNUSABLE, ErrorKind.MIGRATING) or is_authentication_error(error)
+        if not may_move or find_interruption(error, handled):
             raise
         # They lie elsewhere by now, or in a cluster that nobody knew of, or there are other credentials.  Who asks for
         # one circuit finds that out.
         return {circuit: circuit.execute(Load()) for circuit, _ in group}
-    after = moment()
-    return {circuit: circuit.answered(reply, before, after) for (circuit, _), reply in zip(group, replies, strict=True)}
+    after = instant()
+    return {
+        circuit: circuit.to_local_reply(reply, before, after)
+        for (circuit, _), reply in zip(group, replies, strict=True)
+    }

@@ -10,7 +10,7 @@ from typing import Protocol
 from pybreaker_redis._shared import SharedCircuit
 
 
-class Tenant(Protocol):
+class Member(Protocol):
     """A circuit of this process that lives on the server."""
 
     #: What people call it.
@@ -26,16 +26,16 @@ class Tenant(Protocol):
     shared: SharedCircuit
 
     @property
-    def is_alone(self) -> bool:
+    def uses_local(self) -> bool:
         """Whether it goes on in this process alone at present, so that there may be something to bring back."""
 
-    def leave(self) -> None:
+    def release_connections(self) -> None:
         """Let go of the server, until the circuit is used again."""
 
-    def lose(self) -> None:
+    def on_server_lost(self) -> None:
         """The server is out of reach: what is known of the circuit is not to be believed any more."""
 
-    def moves(self) -> bool:
+    def move_if_relocated(self) -> bool:
         """Whether it lives elsewhere by now; then it goes on there.
 
         Raises:
@@ -49,17 +49,17 @@ class Tenant(Protocol):
             Exception: No usable answer.
         """
 
-    def rejoins_at_once(self) -> None:
+    def resume_if_unchanged(self) -> None:
         """Go by the shared circuit again if nothing was learned alone; nothing is sent."""
 
-    def check_writable(self) -> None:
+    def verify_writable(self) -> None:
         """Write something that changes nothing.
 
         Raises:
             Exception: It cannot be written.
         """
 
-    def rejoin(self) -> str | None:
+    def bring_back(self) -> str | None:
         """Bring back what was learned alone, and go by the shared circuit again.
 
         Returns:

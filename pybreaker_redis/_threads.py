@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 
-class NoThreads(Exception):
+class ThreadRefusedError(Exception):
     """No thread can be started; the message says why, if that is worth a word."""
 
 
@@ -18,22 +18,22 @@ def start(target: Callable[[], None], name: str) -> threading.Thread:
     """Start a daemon thread.
 
     Raises:
-        NoThreads: It would do harm here, or cannot be.
+        ThreadRefusedError: It would do harm here, or cannot be.
     """
     if sys.is_finalizing():
         # Before Python 3.12 a thread that is started now would be waited for forever.
-        raise NoThreads
+        raise ThreadRefusedError
     uwsgi = sys.modules.get("uwsgi")
     if uwsgi and uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0:
         # In the master: a thread here would deadlock the workers that are forked from it.
-        raise NoThreads
+        raise ThreadRefusedError
     if uwsgi and not {"enable-threads", "threads"} & uwsgi.opt.keys():
         msg = "uWSGI runs without --enable-threads"
-        raise NoThreads(msg)
+        raise ThreadRefusedError(msg)
     thread = threading.Thread(target=target, name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError as error:
         # The interpreter is about to shut down, or the process may have no more threads.
-        raise NoThreads(str(error)) from error
+        raise ThreadRefusedError(str(error)) from error
     return thread

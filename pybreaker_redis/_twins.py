@@ -13,11 +13,11 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from pybreaker_redis import _said
-from pybreaker_redis._client import known_origin_of
+from pybreaker_redis._client import plain_endpoint_of
 from pybreaker_redis._forks import renew_in_children
 
 
-class Twin:
+class SettingsCheck:
     """One storage, among those of the same circuit.
 
     Args:
@@ -33,9 +33,9 @@ class Twin:
         self._name = name
         self.settings = settings
         self._is_nameless = is_nameless
-        self._circuit = _Circuit()
+        self._circuit = _CircuitUsers()
 
-    def meet(self, client: Any, keys: tuple[str, ...]) -> None:
+    def register(self, client: Any, keys: tuple[str, ...]) -> None:
         """The storage is used; say so if others that are alive should be like it, and are not.
 
         Args:
@@ -43,27 +43,27 @@ class Twin:
             keys: Of its circuit.
         """
         shared = getattr(client, "connection_pool", client)
-        origin = known_origin_of(client)
-        others = _twins.join(self, (origin.database if origin else id(shared), keys))
+        endpoint = plain_endpoint_of(client)
+        others = _twins.join(self, (endpoint.database_identity if endpoint else id(shared), keys))
         if others:
-            self.share()
+            self.note_second_breaker()
         if self._is_nameless:
             return
         for other in others:
             differences = {
                 name: (theirs, self.settings[name])
                 for name, theirs in other.settings.items()
-                if theirs != self.settings[name] and self._circuit.tell(name)
+                if theirs != self.settings[name] and self._circuit.claim_log_line(name)
             }
             if differences:
                 _said.differ(self._name, differences)
 
-    def share(self) -> None:
+    def note_second_breaker(self) -> None:
         """Another breaker of this process uses the circuit; say so if nobody can have meant that."""
-        if self._is_nameless and self._circuit.tell("namespace"):
+        if self._is_nameless and self._circuit.claim_log_line("namespace"):
             _said.nameless(self._name)
 
-    def join(self, circuit: _Circuit) -> list[Twin]:
+    def join(self, circuit: _CircuitUsers) -> list[SettingsCheck]:
         """Be one of a circuit's storages; returns the others."""
         self._circuit = circuit
         others = [twin for twin in circuit.twins if twin is not self]
@@ -71,7 +71,7 @@ class Twin:
         return others
 
 
-class _Circuit:
+class _CircuitUsers:
     """A circuit, as long as it has storages here.
 
     Attributes:
@@ -79,35 +79,35 @@ class _Circuit:
     """
 
     def __init__(self) -> None:
-        self.twins: weakref.WeakSet[Twin] = weakref.WeakSet()
-        self._told: set[str] = set()
+        self.twins: weakref.WeakSet[SettingsCheck] = weakref.WeakSet()
+        self._logged: set[str] = set()
 
-    def tell(self, what: str) -> bool:
+    def claim_log_line(self, what: str) -> bool:
         """Whether this was not said yet; from now on it was."""
-        is_new = what not in self._told
-        self._told.add(what)
+        is_new = what not in self._logged
+        self._logged.add(what)
         return is_new
 
 
-class _Twins:
+class _CircuitTable:
     """The circuits of this process."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._circuits: weakref.WeakValueDictionary[Hashable, _Circuit] = weakref.WeakValueDictionary()
+        self._circuits: weakref.WeakValueDictionary[Hashable, _CircuitUsers] = weakref.WeakValueDictionary()
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock."""
         self._lock = threading.RLock()
 
-    def join(self, twin: Twin, place: Hashable) -> list[Twin]:
+    def join(self, twin: SettingsCheck, place: Hashable) -> list[SettingsCheck]:
         """Put a storage to those of the same place; returns the others."""
         with self._lock:
             circuit = self._circuits.get(place)
             if circuit is None:
-                circuit = self._circuits[place] = _Circuit()
+                circuit = self._circuits[place] = _CircuitUsers()
             return twin.join(circuit)
 
 
-_twins = _Twins()
+_twins = _CircuitTable()

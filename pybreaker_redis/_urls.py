@@ -30,17 +30,17 @@ from urllib.parse import parse_qs, unquote
 
 import redis
 
-from pybreaker_redis._deadline import deadline, deadlined, seconds_left
-from pybreaker_redis._outside import from_outside
+from pybreaker_redis._deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._outside import find_interruption
 
 #: Seconds for each wait, unless the URL says something else: without, redis-py waits for ever, or for a minute.
-TIMEOUT = 1.0
+URL_TIMEOUT_S = 1.0
 
 #: Where each kind of server listens that does not say.
-_PORTS = {"": 6379, "sentinel": 26379, "cluster": 6379}
+_DEFAULT_PORTS = {"": 6379, "sentinel": 26379, "cluster": 6379}
 
 _LIBRARIES = ("redis", "rediss", "valkey", "valkeys")
-SCHEMES = ("unix", *(f"{library}{kind and '+' + kind}" for kind in _PORTS for library in _LIBRARIES))
+URL_SCHEMES = ("unix", *(f"{library}{kind and '+' + kind}" for kind in _DEFAULT_PORTS for library in _LIBRARIES))
 
 _URL = re.compile(r"([^:/?]+)://(?:([^/?]*)@)?([^/?@]*)([^?]*)(?:\?(.*))?", re.DOTALL)
 _HOST = re.compile(r"(\[[^\[\]]+\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
@@ -53,7 +53,7 @@ _YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n",
 _clients: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
-def client_of(url: str) -> Callable[[], Any]:
+def client_source_from_url(url: str) -> Callable[[], Any]:
     """Validate a URL; something to be called for the client that it names, the same one each time.
 
     Nothing is connected, and nothing imported for it, before that.
@@ -66,12 +66,12 @@ def client_of(url: str) -> Callable[[], Any]:
     if not isinstance(url, str):
         msg = f"url must be a str, not of type {type(url).__name__}"
         raise TypeError(msg)
-    place = _place(url)
-    make = {"": _single, "sentinel": _sentinel, "cluster": _cluster}[place.kind]
-    if place.kind == "cluster" and _cluster_library() is None:
+    place = _parse(url)
+    make = {"": _single_client, "sentinel": client_of_service, "cluster": client_of_cluster}[place.kind]
+    if place.kind == "cluster" and cluster_library() is None:
         msg = (
-            f"url {masked(url)!r}: this version of redis-py knows no clusters: upgrade it to 4.1 or later, or install "
-            "pybreaker_redis[redis-py-cluster]"
+            f"url {mask_url(url)!r}: this version of redis-py knows no clusters: upgrade it to 4.1 or later, "
+            "or install pybreaker_redis[redis-py-cluster]"
         )
         raise ModuleNotFoundError(msg)
 
@@ -83,13 +83,13 @@ def client_of(url: str) -> Callable[[], Any]:
     return client
 
 
-def masked(url: str) -> str:
+def mask_url(url: str) -> str:
     """A URL as it may be printed."""
     return _SECRETS.sub("***", url)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ParsedUrl:
     """What a URL says.
 
     Attributes:
@@ -114,16 +114,16 @@ class _Place:
         return {"ssl": True} if self.connection_class is redis.SSLConnection else {}
 
 
-def _place(url: str) -> _Place:
+def _parse(url: str) -> _ParsedUrl:
     if "#" in url or "@" in url.partition("?")[2]:
         # Most likely of a password that was not quoted, so that parts of it would be taken for something else.
-        raise _refused(url, "must have every # and, behind a question mark, every @ quoted, as %23 and %40")
+        raise _url_error(url, "must have every # and, behind a question mark, every @ quoted, as %23 and %40")
     match = _URL.fullmatch(url)
-    if match is None or match[1].lower() not in SCHEMES:
-        raise _refused(url, f"must begin with one of {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
+    if match is None or match[1].lower() not in URL_SCHEMES:
+        raise _url_error(url, f"must begin with one of {', '.join(f'{scheme}://' for scheme in URL_SCHEMES)}")
     scheme, user, netloc, path, query = match.groups()
     library, _, kind = scheme.lower().partition("+")
-    words = _words(url, query or "")
+    words = _parse_query(url, query or "")
     if user is not None:
         name, _, password = user.partition(":")
         words.update({key: unquote(value) for key, value in (("username", name), ("password", password)) if value})
@@ -133,59 +133,63 @@ def _place(url: str) -> _Place:
     service = ""
     if library == "unix":
         if netloc or not path:
-            raise _refused(url, "must have the path of a socket after unix://, as in unix:///run/redis.sock")
+            raise _url_error(url, "must have the path of a socket after unix://, as in unix:///run/redis.sock")
         words["path"] = unquote(path)
     else:
         connection_class = redis.SSLConnection if library in ("rediss", "valkeys") else redis.Connection
         # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
-        words.setdefault("socket_connect_timeout", TIMEOUT)
-        hosts = _hosts(url, netloc, kind)
+        words.setdefault("socket_connect_timeout", URL_TIMEOUT_S)
+        hosts = _parse_hosts(url, netloc, kind)
         first, _, rest = path.removeprefix("/").partition("/")
         service, db = (unquote(first), rest) if kind == "sentinel" else ("", f"{first}/{rest}" if rest else first)
         if kind == "sentinel" and not service:
-            raise _refused(url, "must name the service after the Sentinels, as in redis+sentinel://host:26379/service")
+            raise _url_error(
+                url, "must name the service after the Sentinels, as in redis+sentinel://host:26379/service"
+            )
         if db and not re.fullmatch("[0-9]{1,9}", db):
-            raise _refused(url, "must have the number of a database at the end of the path, or nothing")
+            raise _url_error(url, "must have the number of a database at the end of the path, or nothing")
         words.setdefault("db", int(db or 0))
     if kind == "cluster" and words.pop("db"):
-        raise _refused(url, "must not name a database: a cluster has number 0 only")
-    _try(url, connection_class, words)
+        raise _url_error(url, "must not name a database: a cluster has number 0 only")
+    _check_connection_arguments(url, connection_class, words)
     chosen = {name: value for name, value in words.items() if name.startswith(("socket_", "ssl_")) or name == "retry"}
-    return _Place(kind, connection_class, hosts, service, words, {**of_sentinels, **chosen})
+    return _ParsedUrl(kind, connection_class, hosts, service, words, {**of_sentinels, **chosen})
 
 
-def _hosts(url: str, netloc: str, kind: str) -> tuple[tuple[str, int], ...]:
+def _parse_hosts(url: str, netloc: str, kind: str) -> tuple[tuple[str, int], ...]:
     hosts = []
     for part in netloc.split(","):
         match = _HOST.fullmatch(part)
-        port = int(match[2] or _PORTS[kind]) if match else 0
+        port = int(match[2] or _DEFAULT_PORTS[kind]) if match else 0
         if match is None or not 0 < port < 65536:  # noqa: PLR2004
-            raise _refused(url, "must name hosts as host:port or [address]:port, with ports from 1 to 65535")
+            raise _url_error(url, "must name hosts as host:port or [address]:port, with ports from 1 to 65535")
         if kind and not match[1]:
-            raise _refused(url, f"must name at least one host, and none that is empty, as in redis+{kind}://host:port")
+            raise _url_error(
+                url, f"must name at least one host, and none that is empty, as in redis+{kind}://host:port"
+            )
         hosts.append((unquote(match[1]).strip("[]") or "localhost", port))
     if len(hosts) > 1 and not kind:
-        raise _refused(url, "must name one host; several are for +sentinel:// and +cluster://")
+        raise _url_error(url, "must name one host; several are for +sentinel:// and +cluster://")
     return tuple(hosts)
 
 
-def _words(url: str, query: str) -> dict[str, Any]:
-    words: dict[str, Any] = {"socket_timeout": TIMEOUT}
+def _parse_query(url: str, query: str) -> dict[str, Any]:
+    words: dict[str, Any] = {"socket_timeout": URL_TIMEOUT_S}
     if importlib.util.find_spec("redis.retry"):
         # Later ones try three times, or ten, with pauses.
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
         words["retry"] = Retry(NoBackoff(), 0)
-    readers: dict[str, Any] = {**redis.connection.URL_QUERY_ARGUMENT_PARSERS, **_READERS}
+    readers: dict[str, Any] = {**redis.connection.URL_QUERY_ARGUMENT_PARSERS, **_QUERY_READERS}
     for name, (text, *_) in parse_qs(query, keep_blank_values=True).items():
         if name in ("host", "port", "path"):
-            raise _refused(url, f"must have its {name} before the question mark")
+            raise _url_error(url, f"must have its {name} before the question mark")
         try:
             words[name] = readers.get(name, str)(text)
         except (TypeError, ValueError):
             shown = "***" if "password" in name else repr(text)
-            raise _refused(url, f"must have a usable value of {name}, not {shown}") from None
+            raise _url_error(url, f"must have a usable value of {name}, not {shown}") from None
     return words
 
 
@@ -209,34 +213,34 @@ def _number(text: str) -> int:
 
 
 #: How to read a value; all others as redis-py reads them.
-_READERS: Mapping[str, Callable[[str], Any]] = {
+_QUERY_READERS: Mapping[str, Callable[[str], Any]] = {
     **dict.fromkeys(("socket_timeout", "socket_connect_timeout"), _seconds),
     **dict.fromkeys(("db", "max_connections", "health_check_interval", "protocol"), _number),
     **dict.fromkeys(("decode_responses", "retry_on_timeout", "socket_keepalive", "ssl_check_hostname"), _yes_or_no),
 }
 
 
-def _try(url: str, connection_class: type[Any], words: Mapping[str, Any]) -> None:
+def _check_connection_arguments(url: str, connection_class: type[Any], words: Mapping[str, Any]) -> None:
     """See whether there are such connections now, rather than in the middle of a call; nothing is connected."""
     try:
         connection_class(**{name: value for name, value in words.items() if name != "max_connections"})
     except Exception as error:  # noqa: BLE001
         # Whatever the library raises for words that it does not know or that contradict each other.
-        raise _refused(url, f"must have a query that this version of redis-py takes ({error})") from None
+        raise _url_error(url, f"must have a query that this version of redis-py takes ({error})") from None
 
 
-def _refused(url: str, accepted: str) -> ValueError:
-    return ValueError(f"url {accepted}, not {masked(url)!r}")
+def _url_error(url: str, accepted: str) -> ValueError:
+    return ValueError(f"url {accepted}, not {mask_url(url)!r}")
 
 
-def _single(place: _Place) -> Any:
+def _single_client(place: _ParsedUrl) -> Any:
     where: dict[str, Any] = {"connection_class": place.connection_class}
     for host, port in place.hosts:
         where.update(host=host, port=port)
     return redis.Redis(connection_pool=redis.ConnectionPool(**where, **place.words))
 
 
-def _sentinel(place: _Place) -> Any:
+def client_of_service(place: _ParsedUrl) -> Any:
     library = importlib.import_module("redis.sentinel")
     words = dict(place.words)
     if place.tls:
@@ -247,15 +251,15 @@ def _sentinel(place: _Place) -> Any:
     return sentinels.master_for(place.service)
 
 
-def _cluster_library() -> str | None:
+def cluster_library() -> str | None:
     return next((name for name in ("redis.cluster", "rediscluster") if importlib.util.find_spec(name)), None)
 
 
-def _cluster(place: _Place) -> Any:
-    name = _cluster_library() or ""
+def client_of_cluster(place: _ParsedUrl) -> Any:
+    name = cluster_library() or ""
     library = importlib.import_module(name)
     words: dict[str, Any] = {**place.words, **place.tls}
-    hosts = _answering_first(place)
+    hosts = answering_first(place)
     if name == "rediscluster":
         # Else it would ask with a command that managed servers do not have.
         words["skip_full_coverage_check"] = True
@@ -273,7 +277,7 @@ def _cluster(place: _Place) -> Any:
     return library.RedisCluster(**words)
 
 
-def _answering_first(place: _Place) -> list[tuple[str, int]]:
+def answering_first(place: _ParsedUrl) -> list[tuple[str, int]]:
     """The hosts, first one that answers: a cluster's client connects when it is made, and keeps no deadline.
 
     Raises:
@@ -288,13 +292,13 @@ def _answering_first(place: _Place) -> list[tuple[str, int]]:
             return list(place.hosts)
         # Whoever does not answer leaves time for the next one.
         with deadline(left / min(len(place.hosts) - number, 2)):
-            connection = deadlined(kind)(host=host, port=port, **words)
+            connection = keep_deadlines(kind)(host=host, port=port, **words)
             try:
                 connection.connect()
                 connection.send_command("PING")
                 connection.read_response()
             except Exception as failure:
-                if from_outside(failure, handled):
+                if find_interruption(failure, handled):
                     raise
                 # Whatever the library raises: the next one may answer.
                 error = failure

@@ -25,35 +25,35 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pybreaker_redis._circuit import CLOSED, Circuit
-from pybreaker_redis._clock import Offset
+from pybreaker_redis._clock import ClockOffset
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._record import is_same_but_counters
-from pybreaker_redis._shortcut import Shortcut
-from pybreaker_redis._spell import Spell
+from pybreaker_redis._shortcut import FastPath
+from pybreaker_redis._spell import OpeningTime
 
 #: How far the time of another storage's answer may lie from the server's clock before it is one of another clock,
 #: milliseconds: in a busy process it comes late.
-FOREIGN_MS = 1000
+FOREIGN_CLOCK_GAP_MS = 1000
 
 #: Shortest time between two suspensions, seconds, however many pushes there are, forged ones too.
-SUSPENSION_PAUSE_S = 0.1
+SUSPENSION_INTERVAL_MIN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class ReadTicket:
     """What an answer must show that was asked for earlier.
 
     Attributes:
         asked_at: When, monotonic seconds: what comes back was true then or later.
-        beliefs: How often all had been forgotten by then.
-        changes: How often the record had changed by then.
-        hints: How many pushes had arrived by then.
+        distrust_count: How often all had been forgotten by then.
+        change_count: How often the record had changed by then.
+        push_count: How many pushes had arrived by then.
     """
 
     asked_at: float
-    beliefs: int
-    changes: int
-    hints: int
+    distrust_count: int
+    change_count: int
+    push_count: int
 
 
 class View:
@@ -64,54 +64,54 @@ class View:
         now: Seconds, monotonic.
 
     Attributes:
-        known: The circuit as it was seen last; ``None`` before the first answer.
-        offset: The server's clock minus the local one.
-        spell: When the circuit opened last, by a clock that is never set.
-        shortcut: What follows for calls, in the form that costs least to look at.
+        cached: The circuit as it was seen last; ``None`` before the first answer.
+        clock_offset: The server's clock minus the local one.
+        opening_time: When the circuit opened last, by a clock that is never set.
+        fast_path: What follows for calls, in the form that costs least to look at.
     """
 
     def __init__(self, max_staleness: float, now: Callable[[], float] = time.monotonic) -> None:
         self.max_staleness = max_staleness
-        self.known: Circuit | None = None
-        self.offset = Offset()
-        self.shortcut = Shortcut(0, now)
+        self.cached: Circuit | None = None
+        self.clock_offset = ClockOffset()
+        self.fast_path = FastPath(0, now)
         self._now = now
         self._lock = threading.RLock()
         self._seen_ms = 0.0
         self._seen_at = 0.0
-        self.spell = Spell()
+        self.opening_time = OpeningTime()
         self._quiet = False
         #: Whether the last record of another storage was by another clock than is known.
         self._is_foreign = False
-        self._heard = False
+        self._is_subscribed = False
         self._reachable = True
-        self._beliefs = 0
-        self._changes = 0
-        self._hints = 0
+        self._distrust_count = 0
+        self._change_count = 0
+        self._push_count = 0
         self._suspended_at = -math.inf
         self._asked_at = -math.inf
         renew_in_children(self)
 
     # For readers --------------------------------------------------------------------------------------------------
 
-    def believed(self) -> Circuit | None:
+    def read_trusted(self) -> Circuit | None:
         """The circuit, all but its counters, if it may be believed."""
-        if self._now() >= self.shortcut.until:
+        if self._now() >= self.fast_path.trusted_until:
             return None
-        self.shortcut.taken = True
-        return self.known
+        self.fast_path.was_used = True
+        return self.cached
 
     @property
-    def server_ms(self) -> float:
+    def estimated_server_ms(self) -> float:
         """The server's time, never later than it is: the last that was seen, and what has passed here since."""
         return self._seen_ms + (self._now() - self._seen_at) * 1000
 
-    def opened_at_ms(self, circuit: Circuit) -> float | None:
+    def local_opened_at_ms(self, circuit: Circuit) -> float | None:
         """When the circuit opened, by the local clock.
 
         While the record says the same, a step of the server's clock changes nothing: the timeout is a length of time.
         """
-        return self.spell.opened_at(circuit, self.offset)
+        return self.opening_time.to_local_ms(circuit, self.clock_offset)
 
     @property
     def may_believe(self) -> bool:
@@ -119,53 +119,55 @@ class View:
         return self._reachable
 
     @property
-    def age(self) -> float:
+    def seconds_since_read(self) -> float:
         """Seconds since it was seen last; `math.inf` if never."""
-        return math.inf if self.known is None else self._now() - self._seen_at
+        return math.inf if self.cached is None else self._now() - self._seen_at
 
     @property
-    def is_heard_of(self) -> bool:
+    def is_subscribed(self) -> bool:
         """Whether changes are being heard."""
-        return self._heard
+        return self._is_subscribed
 
     @property
-    def is_believed(self) -> bool:
+    def is_trusted(self) -> bool:
         """Whether nobody has to ask just now."""
-        return self._now() < self.shortcut.until
+        return self._now() < self.fast_path.trusted_until
 
-    def believed_quiet(self, generation: int | None) -> Circuit | None:
+    def read_trusted_quiet(self, generation: int | None) -> Circuit | None:
         """The circuit, if besides it is in this generation, closed and has no failures to forget."""
-        quiet = self.shortcut.quiet
+        quiet = self.fast_path.quiet_admission
         if quiet is None or quiet.generation != generation:
             return None
-        return self.believed()
+        return self.read_trusted()
 
     # For those who ask Redis --------------------------------------------------------------------------------------
 
-    def ticket(self) -> Ticket:
+    def begin_read(self) -> ReadTicket:
         """To be taken before asking: whatever was forgotten or heard meanwhile is not overwritten by the answer."""
         self._asked_at = self._now()
-        return Ticket(self._asked_at, self._beliefs, self._changes, self._hints)
+        return ReadTicket(self._asked_at, self._distrust_count, self._change_count, self._push_count)
 
-    def fill(self, ticket: Ticket, circuit: Circuit, now_ms: float) -> None:
+    def store_answer(self, ticket: ReadTicket, circuit: Circuit, now_ms: float) -> None:
         """An answer has come: this was true at `now_ms`."""
         with self._lock:
             # A failure that was pushed after the question left may have been counted after the answer was given.
-            quiet = circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms and ticket.hints == self._hints
-            if is_later := ticket.changes == self._changes:
+            quiet = (
+                circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms and ticket.push_count == self._push_count
+            )
+            if is_later := ticket.change_count == self._change_count:
                 # Nothing has come in between, though the server's clock may have been set back.
                 self._seen_ms = min(self._seen_ms, now_ms)
             if self._take(circuit, now_ms, quiet=quiet, is_later=is_later):
-                self._note_spell(circuit)
-                self._believe(ticket)
+                self._note_opening_time(circuit)
+                self._extend_trust(ticket)
 
-    def is_unreachable(self) -> None:
+    def pause_trust(self) -> None:
         """The process goes by a circuit of its own, so nothing is believed: reports would go another way than looks."""
         with self._lock:
             self._reachable = False
-            self._forget()
+            self._distrust()
 
-    def is_reachable(self) -> None:
+    def resume_trust(self) -> None:
         """The process goes by the shared circuit again."""
         self._reachable = True
 
@@ -174,17 +176,17 @@ class View:
     def is_heard(self, heard: bool) -> None:
         """From now on changes are heard, or no longer are.  What was believed before is forgotten."""
         with self._lock:
-            self._heard = heard
+            self._is_subscribed = heard
             # It may be another server that answers next, with another clock.
             self._seen_ms = 0
-            self._forget()
+            self._distrust()
 
     @property
-    def needs_changes(self) -> bool:
+    def is_in_use(self) -> bool:
         """Whether calls rely on the known record or on an answer under way, so that a change is to be read at once."""
         return self._now() < self._asked_at + self.max_staleness or not self._reachable
 
-    def hint(self, circuit: Circuit | None) -> bool:
+    def compare_push(self, circuit: Circuit | None) -> bool:
         """Compare a pushed record with the known one, and drop it.
 
         A noise mark of the known generation ends the quiet until an answer that is asked for later: successes are
@@ -197,39 +199,39 @@ class View:
             Whether the circuit has to be read again.
         """
         with self._lock:
-            self._hints += 1
-            known = self.known
-            if not self._heard or known is None or circuit is None:
-                return self._heard and self.needs_changes
+            self._push_count += 1
+            known = self.cached
+            if not self._is_subscribed or known is None or circuit is None:
+                return self._is_subscribed and self.is_in_use
             if not is_same_but_counters(replace(circuit, noisy_until_ms=known.noisy_until_ms), known):
-                return self.needs_changes
+                return self.is_in_use
             if known.state == CLOSED and circuit.noisy_until_ms != known.noisy_until_ms:
                 self._quiet = False
                 self._show()
             return False
 
-    def suspend(self) -> None:
-        """Have calls ask until the circuit has been read again, at most every `SUSPENSION_PAUSE_S`."""
+    def suspend_trust(self) -> None:
+        """Have calls ask until the circuit has been read again, at most every `SUSPENSION_INTERVAL_MIN_S`."""
         with self._lock:
             now = self._now()
-            if now >= self._suspended_at + SUSPENSION_PAUSE_S:
-                self._suspended_at, self.shortcut.until = now, 0
-                self.shortcut.shut()
+            if now >= self._suspended_at + SUSPENSION_INTERVAL_MIN_S:
+                self._suspended_at, self.fast_path.trusted_until = now, 0
+                self.fast_path.withdraw()
 
-    def share(self, circuit: Circuit, now_ms: float) -> None:
+    def store_sibling_answer(self, circuit: Circuit, now_ms: float) -> None:
         """Take the record that another storage of this process was answered; the belief lasts no longer for it."""
         with self._lock:
-            if self._heard:
-                if self._seen_ms and abs(now_ms - self.server_ms) > FOREIGN_MS:
+            if self._is_subscribed:
+                if self._seen_ms and abs(now_ms - self.estimated_server_ms) > FOREIGN_CLOCK_GAP_MS:
                     self._is_foreign = True
                 if self._take(circuit, now_ms, quiet=False, is_later=False):
                     if self._is_foreign:
                         # Its times are by a clock that was set: an answer will tell how far.
-                        self._forget()
+                        self._distrust()
                     else:
-                        self._note_spell(circuit)
+                        self._note_opening_time(circuit)
 
-    def confirm(self, ticket: Ticket, now_ms: float, *, failures: int, quiet: bool) -> None:
+    def confirm_poll(self, ticket: ReadTicket, now_ms: float, *, failures: int, quiet: bool) -> None:
         """A poll has found the circuit as it is known, counters aside.
 
         Args:
@@ -239,24 +241,24 @@ class View:
             quiet: Whether there was neither noise nor a failure to forget.
         """
         with self._lock:
-            if self.known is None or ticket.changes != self._changes:
+            if self.cached is None or ticket.change_count != self._change_count:
                 return
-            if self.known.fail_counter != failures:
-                self.known = replace(self.known, fail_counter=failures)
-            self._note_spell(self.known)
-            if self.known.within_lease(now_ms) is not self.known:
+            if self.cached.fail_counter != failures:
+                self.cached = replace(self.cached, fail_counter=failures)
+            self._note_opening_time(self.cached)
+            if self.cached.with_bounded_lease(now_ms) is not self.cached:
                 # The server's clock was set back: the record has to be repaired.
-                self._forget()
+                self._distrust()
                 return
-            self._see(now_ms)
-            self._quiet = quiet and ticket.hints == self._hints
-            self._believe(ticket)
+            self._note_read(now_ms)
+            self._quiet = quiet and ticket.push_count == self._push_count
+            self._extend_trust(ticket)
 
-    def doubt(self, ticket: Ticket) -> None:
+    def distrust_poll(self, ticket: ReadTicket) -> None:
         """A poll has found something else than what is known: whoever needs the circuit next shall ask."""
         with self._lock:
-            if ticket.changes == self._changes:
-                self._forget()
+            if ticket.change_count == self._change_count:
+                self._distrust()
 
     def after_fork(self) -> None:
         """In a child: nobody there listens, nobody holds the lock."""
@@ -267,7 +269,7 @@ class View:
 
     def _take(self, circuit: Circuit, now_ms: float, *, quiet: bool, is_later: bool) -> bool:
         """Keep the later of two records; whether that is the new one.  It is if it was asked for later (`is_later`)."""
-        known = self.known
+        known = self.cached
         if known is not None:
             if (circuit.generation, now_ms) < (known.generation, self._seen_ms):
                 return False
@@ -283,38 +285,38 @@ class View:
             if same_instant and is_same_but_counters(circuit, known):
                 # The same answer, given to two storages of this process, or only counters have changed.
                 if circuit != known:
-                    self.known = circuit
-                    self._changes += 1
+                    self.cached = circuit
+                    self._change_count += 1
                 return True
             # Two changes within a millisecond: which was first cannot be told, so believe in the noise of either.
             quiet = quiet and not (same_instant and not self._quiet)
-        self.known, self._quiet = circuit, quiet
-        self._see(now_ms)
-        self._changes += 1
+        self.cached, self._quiet = circuit, quiet
+        self._note_read(now_ms)
+        self._change_count += 1
         self._show()
         return True
 
-    def _note_spell(self, circuit: Circuit) -> None:
+    def _note_opening_time(self, circuit: Circuit) -> None:
         """This was read together with a time of the server's clock as that is known."""
         self._is_foreign = False
-        self.spell = self.spell.after(circuit, self.offset)
+        self.opening_time = self.opening_time.updated(circuit, self.clock_offset)
 
-    def _see(self, now_ms: float) -> None:
+    def _note_read(self, now_ms: float) -> None:
         self._seen_ms, self._seen_at = now_ms, self._now()
 
-    def _believe(self, ticket: Ticket) -> None:
-        if self._heard and self._reachable and ticket.beliefs == self._beliefs:
-            self.shortcut.until = max(self.shortcut.until, ticket.asked_at + self.max_staleness)
+    def _extend_trust(self, ticket: ReadTicket) -> None:
+        if self._is_subscribed and self._reachable and ticket.distrust_count == self._distrust_count:
+            self.fast_path.trusted_until = max(self.fast_path.trusted_until, ticket.asked_at + self.max_staleness)
             self._show()
 
-    def _forget(self) -> None:
-        self._beliefs += 1
-        self._changes += 1
-        self.shortcut.until = 0
-        self.shortcut.shut()
+    def _distrust(self) -> None:
+        self._distrust_count += 1
+        self._change_count += 1
+        self.fast_path.trusted_until = 0
+        self.fast_path.withdraw()
 
     def _show(self) -> None:
-        if self.known is not None and self.shortcut.until:
-            self.shortcut.follow(self.known, quiet=self._quiet)
+        if self.cached is not None and self.fast_path.trusted_until:
+            self.fast_path.follow(self.cached, quiet=self._quiet)
         else:
-            self.shortcut.shut()
+            self.fast_path.withdraw()

@@ -10,37 +10,44 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pybreaker_redis._client import origin_of, take_credentials, watched_pool, words_of
-from pybreaker_redis._cluster import Address, Cluster, cluster_behind, cluster_of, has_moved, serves_no_more
-from pybreaker_redis._guard import is_rejected
-from pybreaker_redis._keys import BASE, circuit_keys, slot_of
-from pybreaker_redis._names import behind, plain, real_names
-from pybreaker_redis._outside import calls_users, suppressed
-from pybreaker_redis.errors import is_a
+from pybreaker_redis._client import connection_arguments_of, endpoint_of, replace_credentials, sentinel_pool_of
+from pybreaker_redis._cluster import (
+    Address,
+    ClusterTopology,
+    is_moved_error,
+    is_slot_unserved,
+    topology_behind_node,
+    topology_of,
+)
+from pybreaker_redis._guard import is_authentication_error
+from pybreaker_redis._keys import KEY_BASE, circuit_keys, slot_of
+from pybreaker_redis._names import plain_copy, server_key_names, unwrap_client
+from pybreaker_redis._outside import calls_user_code, suppress_errors
+from pybreaker_redis.errors import is_instance_of_named
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class Location:
     """Where a circuit lies.
 
     Attributes:
         client: Of that server or node.
         keys: Of the circuit, in the order of the scripts.
-        one_slot: Whether there is, or may be, a cluster: then keys of circuits cannot be asked for in one command.
+        needs_one_slot: Whether the server is, or may be, a cluster: then no command may name keys of several circuits.
     """
 
     client: Any
     keys: tuple[str, ...]
-    one_slot: bool
+    needs_one_slot: bool
 
 
-class Whereabouts:
+class CircuitLocator:
     """Where one circuit lies.
 
     Args:
         given: Returns the user's client; called at first use, and again whenever credentials are rejected.
         namespace: Of the circuit.
-        one_slot: Whether to put its keys into one slot in any case; for a cluster's client they are.
+        needs_one_slot: Whether to put its keys into one slot in any case; for a cluster's client they are.
         base: Between the namespace and the names of its keys.
         settles: Called once, with the client and the keys, when it is known where it lies.
     """
@@ -50,65 +57,65 @@ class Whereabouts:
         given: Callable[[], Any],
         namespace: str | None,
         *,
-        one_slot: bool,
+        needs_one_slot: bool,
         settles: Callable[[Any, tuple[str, ...]], None],
-        base: str = BASE,
+        base: str = KEY_BASE,
     ) -> None:
-        self._given = given
+        self._client_source = given
         self._namespace = namespace
         self._base = base
         self._names: dict[bool, tuple[str, ...]] = {}
-        self._one_slot = one_slot
+        self._needs_one_slot = needs_one_slot
         self._settles: Callable[[Any, tuple[str, ...]], None] | None = settles
         self._client: Any = None
-        self._cluster: Cluster | None = None
+        self._cluster: ClusterTopology | None = None
         self._address: Address | None = None
         #: Whether the client that was given has other names for the keys.
-        self._renames = False
+        self._is_renaming = False
 
     @property
     def _keys(self) -> tuple[str, ...]:
         """The names that its keys have on the server, whatever the user's client makes of what it is given."""
-        names = self._names.get(self._one_slot)
+        names = self._names.get(self._needs_one_slot)
         if names is None:
-            asked = circuit_keys(self._namespace, one_slot=self._one_slot, base=self._base)
-            names = self._names[self._one_slot] = real_names(self._client, asked)
-            self._renames = self._renames or names != asked
+            asked = circuit_keys(self._namespace, needs_one_slot=self._needs_one_slot, base=self._base)
+            names = self._names[self._needs_one_slot] = server_key_names(self._client, asked)
+            self._is_renaming = self._is_renaming or names != asked
         return names
 
     @property
     def _slot(self) -> int:
         return slot_of(self._keys[0])
 
-    def seat(self) -> Seat:
+    def locate(self) -> Location:
         """Where it lies, as far as is known.
 
         Raises:
             Exception: Whatever the callable raises that returns the client.
         """
         if self._client is None:
-            client = behind(self._call_given())
-            self._cluster = cluster_of(client)
-            self._one_slot = self._one_slot or self._cluster is not None
+            client = unwrap_client(self._call_client_source())
+            self._cluster = topology_of(client)
+            self._needs_one_slot = self._needs_one_slot or self._cluster is not None
             self._client = client
         client = self._client
         if self._cluster is not None:
             self._address = self._cluster.primary_of(self._slot)
-            client = self._cluster.node(self._address)
+            client = self._cluster.client_of_node(self._address)
         keys = self._keys
-        if self._cluster is None and self._renames:
+        if self._cluster is None and self._is_renaming:
             # It would rename them once more.
-            client = plain(client)
+            client = plain_copy(client)
         if self._settles:
             settles, self._settles = self._settles, None
             settles(client, keys)
-        return Seat(client, keys, self._one_slot)
+        return Location(client, keys, self._needs_one_slot)
 
-    @calls_users
-    def _call_given(self) -> Any:
-        return self._given()
+    @calls_user_code
+    def _call_client_source(self) -> Any:
+        return self._client_source()
 
-    def has_moved(self, error: Exception, asked: Any) -> bool:
+    def relocate(self, error: Exception, asked: Any) -> bool:
         """Whether an error says that the circuit lies elsewhere, so that nothing was done and `seat` says where.
 
         Args:
@@ -119,27 +126,29 @@ class Whereabouts:
             ConnectionError: The node does not know, nor does anybody else.
             LookupError: Nobody serves its slot: that is its own trouble, not that of all who live there.
         """
-        if not self._one_slot and (is_a(error, "ClusterCrossSlotError") or str(error).startswith("CROSSSLOT")):
+        if not self._needs_one_slot and (
+            is_instance_of_named(error, "ClusterCrossSlotError") or str(error).startswith("CROSSSLOT")
+        ):
             # A plain client, and a cluster behind it.
-            self._one_slot = True
+            self._needs_one_slot = True
             return True
-        if has_moved(error):
-            return self._follow(error)
-        if is_rejected(error):
-            return self._has_new_credentials(asked)
-        if serves_no_more(error) and self._cluster is not None:
-            if self.look_again():
+        if is_moved_error(error):
+            return self._follow_redirection(error)
+        if is_authentication_error(error):
+            return self._reload_credentials(asked)
+        if is_slot_unserved(error) and self._cluster is not None:
+            if self.refresh_location():
                 return True
             # Even if others still name this node: it knows best.
             raise LookupError(str(error)) from error
-        pool = watched_pool(asked)
-        if pool is None or not _is_demoted(error):
+        pool = sentinel_pool_of(asked)
+        if pool is None or not is_demoted_master(error):
             return False
         # The next connection asks the Sentinels; those that wait to be used lead to the old master.
         pool.disconnect(inuse_connections=False)
         return True
 
-    def look_again(self) -> bool:
+    def refresh_location(self) -> bool:
         """Ask the other nodes of a cluster; whether the circuit lies elsewhere by now, so that `seat` says where.
 
         Raises:
@@ -148,40 +157,42 @@ class Whereabouts:
         """
         if self._cluster is None:
             return False
-        self._cluster.look_again(avoid=self._address)
+        self._cluster.refresh(avoid=self._address)
         return self._cluster.primary_of(self._slot) != self._address
 
-    def _has_new_credentials(self, asked: Any) -> bool:
+    def _reload_credentials(self, asked: Any) -> bool:
         """Read the client's present credentials; return whether they differ, so that another attempt is worth it."""
         given = None
         # Whatever a callable raises: the next attempt calls it again.
-        with suppressed():
-            given = behind(self._call_given())
+        with suppress_errors():
+            given = unwrap_client(self._call_client_source())
         if given is None:
             return False
-        words = words_of(given)
+        words = connection_arguments_of(given)
         if self._cluster is not None:
-            self._cluster.take_credentials(words)
-        return take_credentials(asked, words)
+            self._cluster.update_node_credentials(words)
+        return replace_credentials(asked, words)
 
-    def _follow(self, error: Exception) -> bool:
+    def _follow_redirection(self, error: Exception) -> bool:
         cluster, address = self._cluster, self._address
         if cluster is None:
             # The address that was given is one node's, or stands for all of them.
-            cluster = cluster_behind(self._client)
-            origin = origin_of(self._client)
-            address = origin.address if origin else None
+            cluster = topology_behind_node(self._client)
+            endpoint = endpoint_of(self._client)
+            address = endpoint.address if endpoint else None
         if cluster is None or address is None:
             return False
-        there = cluster.redirected(error, address)
+        there = cluster.redirection_target(error, address)
         if there is None:
             return False
-        cluster.moved(self._slot, there)
-        self._cluster, self._one_slot = cluster, True
+        cluster.record_redirection(self._slot, there)
+        self._cluster, self._needs_one_slot = cluster, True
         return True
 
 
-def _is_demoted(error: Exception) -> bool:
+def is_demoted_master(error: Exception) -> bool:
     """Whether a master says that it no longer is one; redis-py's Sentinel connections say it in their own words."""
     text = str(error)
-    return is_a(error, "ReadOnlyError") or "READONLY" in text or "previous master is now a slave" in text
+    return (
+        is_instance_of_named(error, "ReadOnlyError") or "READONLY" in text or "previous master is now a slave" in text
+    )

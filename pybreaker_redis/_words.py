@@ -15,18 +15,18 @@ from typing import Any
 
 from pybreaker_redis import _secrets
 from pybreaker_redis._clock import monotonic
-from pybreaker_redis._outside import calls_users
+from pybreaker_redis._outside import calls_user_code
 
 #: Seconds that a connection may be idle and is used again: load balancers forget silent ones after a minute or more,
 #: and what is sent on these is never answered.
-LONGEST_IDLE = 30.0
+IDLE_MAX_S = 30.0
 
 #: Seconds for which credentials are new: what was rejected before they were taken is worth another attempt.
-JUST_TAKEN = 1.0
+NEW_CREDENTIALS_S = 1.0
 
 #: Words that this package's own connections leave out: waiting and retries are decided elsewhere, and caches, names and
 #: notifications of maintenance belong to the client's own connections.
-_LEFT_OUT = frozenset(
+_DROPPED_ARGUMENTS = frozenset(
     (
         "cache",
         "cache_config",
@@ -43,31 +43,31 @@ _LEFT_OUT = frozenset(
 )
 
 #: Words that change neither what a connection reaches nor by what right: timing, spelling of answers, greetings.
-_NO_DIFFERENCE = frozenset(
+_IRRELEVANT_ARGUMENTS = frozenset(
     (
         *("decode_responses", "encoding", "encoding_errors", "legacy_responses", "protocol"),
         *("driver_info", "lib_name", "lib_version"),
         *("max_connections", "timeout", "socket_connect_timeout", "socket_read_size"),
         *("socket_keepalive", "socket_keepalive_options"),
         # Those of connections of our own (`_deadline.py`).
-        *("credentials", "longest_idle"),
+        *("credentials", "idle_limit"),
     )
 )
 
 #: What a function is called that connects in place of the library's own handshake.
-CONNECT_FUNCTIONS = frozenset(("redis_connect_func", "valkey_connect_func"))
+CONNECT_HOOK_ARGUMENTS = frozenset(("redis_connect_func", "valkey_connect_func"))
 
 _CREDENTIALS = ("username", "password", "credential_provider")
 
 
-class Word:
+class ArgumentValue:
     """A value that compares and hashes as what it is, or as itself where that is impossible."""
 
     def __init__(self, value: Any) -> None:
         self._key: Any = _hashable(value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Word) and bool(self._key == other._key)
+        return isinstance(other, ArgumentValue) and bool(self._key == other._key)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -85,35 +85,39 @@ def _hashable(value: Any) -> Any:
     return value
 
 
-Place = tuple[tuple[str, Word], ...]
+EndpointIdentity = tuple[tuple[str, ArgumentValue], ...]
 
 
-def kept_words(words: Mapping[str, Any]) -> dict[str, Any]:
+def kept_arguments(words: Mapping[str, Any]) -> dict[str, Any]:
     """Return the words of a client's connections that those of our own have, too; secrets among them are remembered."""
-    left_out = {*_LEFT_OUT, *(name for name in words if "maint_" in name or name.startswith("orig_"))}
+    left_out = {*_DROPPED_ARGUMENTS, *(name for name in words if "maint_" in name or name.startswith("orig_"))}
     kept = {name: value for name, value in words.items() if name not in left_out}
-    for name in CONNECT_FUNCTIONS & kept.keys():
-        if (function := _without_cluster(kept.pop(name))) is not None:
+    for name in CONNECT_HOOK_ARGUMENTS & kept.keys():
+        if (function := _user_connect_hook(kept.pop(name))) is not None:
             kept[name] = function
     for name, value in kept.items():
         if "password" in name:
-            _secrets.remember(value)
+            _secrets.register_secret(value)
     return kept
 
 
-def place_of(connection_class: Any, words: Mapping[str, Any]) -> Place:
+def identity_of(connection_class: Any, words: Mapping[str, Any]) -> EndpointIdentity:
     """Return what tells connections apart that must not be shared: all words that change what they reach, and how.
 
     What a word says that is not given is what its constructor says: however the same is said, it is the same.
     """
-    usual = {**_usual(connection_class), "db": 0}
-    said = {name: value for name, value in words.items() if name not in _NO_DIFFERENCE}
+    usual = {**_default_arguments(connection_class), "db": 0}
+    said = {name: value for name, value in words.items() if name not in _IRRELEVANT_ARGUMENTS}
     said["db"] = int(words.get("db") or 0)
-    return tuple((name, Word(value)) for name, value in sorted(said.items()) if Word(value) != Word(usual.get(name)))
+    return tuple(
+        (name, ArgumentValue(value))
+        for name, value in sorted(said.items())
+        if ArgumentValue(value) != ArgumentValue(usual.get(name))
+    )
 
 
 @lru_cache(maxsize=64)
-def _usual(connection_class: Any) -> dict[str, Any]:
+def _default_arguments(connection_class: Any) -> dict[str, Any]:
     """What the constructors of a class take for words that are not given."""
     usual: dict[str, Any] = {}
     for cls in reversed(getattr(connection_class, "__mro__", ())):
@@ -126,7 +130,7 @@ def _usual(connection_class: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _AfterHandshake:
+class _HookAfterHandshake:
     """What a connection does in place of its handshake: the handshake, and then a function of the user's.
 
     Attributes:
@@ -140,19 +144,19 @@ class _AfterHandshake:
         self.function(connection)
 
 
-def _without_cluster(function: Any) -> Any:
+def _user_connect_hook(function: Any) -> Any:
     """What there is to do when connected; of a cluster client's own function only what its user has asked for."""
     owner = getattr(function, "__self__", None)
     if not hasattr(owner, "nodes_manager"):
         return function
     own = getattr(owner, "user_on_connect_func", None)
-    return None if own is None else _AfterHandshake(own)
+    return None if own is None else _HookAfterHandshake(own)
 
 
-def longest_idle(words: Mapping[str, Any]) -> float:
+def idle_limit(words: Mapping[str, Any]) -> float:
     """Return for how many seconds a connection may be idle and is used again, as far as the client's words say."""
     interval = words.get("health_check_interval")
-    return min(float(interval), LONGEST_IDLE) if isinstance(interval, int | float) and interval > 0 else LONGEST_IDLE
+    return min(float(interval), IDLE_MAX_S) if isinstance(interval, int | float) and interval > 0 else IDLE_MAX_S
 
 
 class Credentials:
@@ -164,25 +168,25 @@ class Credentials:
 
     def __init__(self, words: Mapping[str, Any]) -> None:
         self._words = words
-        self._taken_at = -math.inf
+        self._switched_at = -math.inf
 
-    def now(self) -> dict[str, Any]:
+    def read_credentials(self) -> dict[str, Any]:
         """Return the credentials, by the word for each."""
         found = credentials_of(self._words)
         if found["credential_provider"] is not None:
-            found["credential_provider"] = _Noting(found["credential_provider"])
-        _secrets.remember(found["password"])
+            found["credential_provider"] = _RegisteringProvider(found["credential_provider"])
+        _secrets.register_secret(found["password"])
         return found
 
-    def take(self, words: Mapping[str, Any]) -> bool:
+    def switch_arguments(self, words: Mapping[str, Any]) -> bool:
         """Use other words from now on; returns whether their credentials differ, or those of a moment ago did.
 
         Several threads are rejected at the same time, and one of them takes the new ones.
         """
         before, self._words = credentials_of(self._words), words
         if credentials_of(words) != before:
-            self._taken_at = monotonic()
-        return monotonic() - self._taken_at < JUST_TAKEN
+            self._switched_at = monotonic()
+        return monotonic() - self._switched_at < NEW_CREDENTIALS_S
 
 
 def credentials_of(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +194,7 @@ def credentials_of(words: Mapping[str, Any]) -> dict[str, Any]:
     return {name: words.get(name) for name in _CREDENTIALS}
 
 
-class _Noting:
+class _RegisteringProvider:
     """A credential provider whose secrets are masked from then on; everything else is the provider's own."""
 
     def __init__(self, provider: Any) -> None:
@@ -199,9 +203,9 @@ class _Noting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._provider, name)
 
-    @calls_users
+    @calls_user_code
     def get_credentials(self) -> Any:
         """Return what the provider returns."""
         credentials = self._provider.get_credentials()
-        _secrets.remember(credentials[-1])
+        _secrets.register_secret(credentials[-1])
         return credentials

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pybreaker_redis._extras import needs
+from pybreaker_redis._extras import require_extra
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing import BreakerClock, unique_prefix
 
-with needs("pytest", extra="testing"):
+with require_extra("pytest", extra="testing"):
     import pytest
 
 __all__ = ("breaker_clock", "breaker_prefix", "memory_breakers")

@@ -13,7 +13,7 @@ from typing import Literal
 #: takes no writes.  ``away``: it does not answer.  ``refused``: it refuses what this circuit needs, or makes no sense.
 Condition = Literal["unused", "connected", "read-only", "away", "refused"]
 
-Push = Literal["tracking", "channel", "none"]
+PushKind = Literal["tracking", "channel", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,6 @@ class Health:
     next_attempt: float | None
     attempts: int
     view_age: float | None
-    push: Push
+    push: PushKind
     mode: str
     circuits: int

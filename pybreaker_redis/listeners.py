@@ -12,7 +12,7 @@ import logging
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis._breakers import has_moved
+from pybreaker_redis._breakers import made_transition
 from pybreaker_redis._circuit import OPEN
 
 __all__ = ("LogListener",)
@@ -37,7 +37,7 @@ class LogListener(CircuitBreakerListener):
         self, cb: CircuitBreaker, old_state: CircuitBreakerState | None, new_state: CircuitBreakerState
     ) -> None:
         """See `pybreaker.CircuitBreakerListener`."""
-        noticed = not has_moved(cb)
+        noticed = not made_transition(cb)
         old, new = old_state.name if old_state else "", new_state.name
         self._logger.log(
             logging.WARNING if new == OPEN and not noticed else logging.INFO,

@@ -13,48 +13,48 @@ from typing import Any
 from pybreaker_redis import _frames
 from pybreaker_redis._arguments import check_state
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit, created
-from pybreaker_redis._clock import SaidMs, now_ms
+from pybreaker_redis._circuit import Circuit, new_circuit
+from pybreaker_redis._clock import AssignedMs, wall_clock_ms
 from pybreaker_redis._forks import renew_in_children
 from pybreaker_redis._intents import Decision, Intent, Load
 from pybreaker_redis._operated import OperatedStorage
-from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._shortcut import FastPath
 
 
-class MemoryCarrier:
+class MemoryEngine:
     """The model behind a lock.
 
     Args:
         circuit: How it begins.
         clock: Milliseconds since the epoch.
-        shortcut: To be kept true.
+        fast_path: To be kept true.
         event: What is said of it in the first answer.
     """
 
     def __init__(
         self,
         circuit: Circuit,
-        clock: Callable[[], float] = now_ms,
-        shortcut: Shortcut | None = None,
+        clock: Callable[[], float] = wall_clock_ms,
+        fast_path: FastPath | None = None,
         event: str = "created",
     ) -> None:
         self._lock = threading.RLock()
         self._clock = clock
         self._circuit = circuit
         self._event = event
-        self._shortcut = shortcut or Shortcut()
+        self._shortcut = fast_path or FastPath()
         renew_in_children(self)
 
     def after_fork(self) -> None:
         """In a child: nobody holds the lock there."""
         self._lock = threading.RLock()
 
-    def execute(self, intent: Intent, known: Circuit | None = None, create: str = "") -> Reply:
+    def execute(self, intent: Intent, known: Circuit | None = None, state_if_missing: str = "") -> Reply:
         """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
         with self._lock:
             now = self._clock()
             # The local clock may have been set back.
-            decision = intent.apply(self._circuit.within_lease(now), now)
+            decision = intent.apply(self._circuit.with_bounded_lease(now), now)
             circuit = self._circuit = decision.circuit
             self._shortcut.follow(circuit, quiet=circuit.fail_counter == 0)
             event, self._event = self._event, ""
@@ -62,7 +62,7 @@ class MemoryCarrier:
 
 
 @dataclass(frozen=True, slots=True)
-class _SayOpenedAt(Intent):
+class _SetAnyOpenedAt(Intent):
     """Set when the circuit opened: any time, or none.
 
     With a single clock there is no skew to defend against, and tests move this time at will.
@@ -75,7 +75,7 @@ class _SayOpenedAt(Intent):
 
 
 @dataclass(frozen=True, slots=True)
-class _SayFailures(Intent):
+class _SetFailCounter(Intent):
     """Set the number of consecutive failures."""
 
     count: int
@@ -105,24 +105,24 @@ class CircuitMemoryStorage(OperatedStorage):
 
     def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
         check_state("state", state)
-        super().__init__("memory", probe_lease, Shortcut())
-        self._begin(created(state, now_ms()))
+        super().__init__("memory", probe_lease, FastPath())
+        self._begin(new_circuit(state, wall_clock_ms()))
 
     def _begin(self, circuit: Circuit) -> None:
-        self._carrier = MemoryCarrier(circuit, shortcut=self._shortcut)
-        self._ask(self._callers.current(), Load())
+        self._engine = MemoryEngine(circuit, fast_path=self._shortcut)
+        self._execute_for(self._callers.current(), Load())
 
     def _execute(self, intent: Intent) -> Reply:
-        return self._carrier.execute(intent)
+        return self._engine.execute(intent)
 
     def _say_opened_at(self, at: Any) -> Intent:
         if at is not None:
             super()._say_opened_at(at)
-        return _SayOpenedAt(at and SaidMs.of(at))
+        return _SetAnyOpenedAt(at and AssignedMs.of(at))
 
     def _read_opened_at(self, at_ms: float) -> Any:
-        if isinstance(at_ms, SaidMs) and _frames.asker() is not _frames.CHECKS_TIMEOUT:
-            return at_ms.said
+        if isinstance(at_ms, AssignedMs) and _frames.caller_code() is not _frames.CHECKS_TIMEOUT:
+            return at_ms.assigned
         # pybreaker compares with an aware time, which a naive one cannot be.
         return super()._read_opened_at(at_ms)
 
@@ -133,7 +133,7 @@ class CircuitMemoryStorage(OperatedStorage):
 
     @_fail_counter.setter
     def _fail_counter(self, count: int) -> None:
-        self._execute(_SayFailures(count))
+        self._execute(_SetFailCounter(count))
 
     def __getstate__(self) -> dict[str, Any]:
         circuit = self._execute(Load()).circuit
@@ -152,6 +152,6 @@ class CircuitMemoryStorage(OperatedStorage):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__init__("memory", state["probe_lease"], Shortcut())
-        self._begin(Circuit(**state["circuit"], opened_at_ms=state["opened_at"] and SaidMs.of(state["opened_at"])))
+        super().__init__("memory", state["probe_lease"], FastPath())
+        self._begin(Circuit(**state["circuit"], opened_at_ms=state["opened_at"] and AssignedMs.of(state["opened_at"])))
         vars(self).update(state["added"])

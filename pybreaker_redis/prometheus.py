@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis._breakers import has_moved
+from pybreaker_redis._breakers import made_transition
 from pybreaker_redis._circuit import STATES
-from pybreaker_redis._extras import needs
+from pybreaker_redis._extras import require_extra
 from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
 
-with needs("prometheus_client", extra="prometheus"):
+with require_extra("prometheus_client", extra="prometheus"):
     from prometheus_client import REGISTRY, CollectorRegistry, Counter
     from prometheus_client.core import GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector
@@ -29,7 +29,7 @@ with needs("prometheus_client", extra="prometheus"):
 __all__ = ("BreakerCollector", "PrometheusListener")
 
 
-class _Counters:
+class _CallCounters:
     """The counters in one of prometheus-client's registries, which takes each name once."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -52,7 +52,7 @@ class _Counters:
 _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
-_counters: WeakKeyDictionary[CollectorRegistry, _Counters] = WeakKeyDictionary()
+_counters_of_registry: WeakKeyDictionary[CollectorRegistry, _CallCounters] = WeakKeyDictionary()
 
 
 class PrometheusListener(CircuitBreakerListener):
@@ -68,7 +68,9 @@ class PrometheusListener(CircuitBreakerListener):
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         with _lock:
-            counters = _counters.get(registry) or _counters.setdefault(registry, _Counters(registry))
+            counters = _counters_of_registry.get(registry) or _counters_of_registry.setdefault(
+                registry, _CallCounters(registry)
+            )
         self._calls, self._transitions = counters.calls, counters.transitions
 
     def success(self, cb: CircuitBreaker) -> None:
@@ -87,7 +89,7 @@ class PrometheusListener(CircuitBreakerListener):
     ) -> None:
         """See `pybreaker.CircuitBreakerListener`."""
         # Who opens an open circuit by hand begins its timeout anew.
-        if has_moved(cb) and (old_state is None or old_state.name != new_state.name):
+        if made_transition(cb) and (old_state is None or old_state.name != new_state.name):
             self._transitions.labels(cb.name, new_state.name).inc()
 
 
@@ -112,21 +114,21 @@ class BreakerCollector(Collector):
             status = self._breakers.status()
         except Exception:  # noqa: BLE001
             # A scrape that fails would take all other metrics of the process along.
-            yield _gauge("up", 0)
+            yield _up_metric("up", 0)
         else:
-            yield _gauge("up", 1)
-            yield from _families(status)
+            yield _up_metric("up", 1)
+            yield from _status_metrics(status)
 
     def describe(self) -> list[Metric]:
         """What there will be, without asking anybody: it is registered when modules are imported."""
-        return [_gauge("up", 1), *_families({})]
+        return [_up_metric("up", 1), *_status_metrics({})]
 
 
-def _gauge(name: str, value: float) -> GaugeMetricFamily:
+def _up_metric(name: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"pybreaker_circuits_{name}", "Whether the circuits could be asked for.", value=value)
 
 
-def _families(status: dict[str, CircuitStatus]) -> list[GaugeMetricFamily]:
+def _status_metrics(status: dict[str, CircuitStatus]) -> list[GaugeMetricFamily]:
     state = GaugeMetricFamily("pybreaker_circuit_state", "1 for the circuit's state.", labels=["breaker", "state"])
     failures = GaugeMetricFamily("pybreaker_circuit_failures", "Consecutive failures.", labels=["breaker"])
     retry_after = GaugeMetricFamily(

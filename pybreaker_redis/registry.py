@@ -15,16 +15,16 @@ from typing import Any
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
 from pybreaker_redis import _settings
-from pybreaker_redis._arguments import check_state, key_prefix, plain
+from pybreaker_redis._arguments import check_state, checked_namespace, plain_text
 from pybreaker_redis._breakers import retry_after, storage_of
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED
-from pybreaker_redis._clock import from_ms
+from pybreaker_redis._clock import utc_from_ms
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._guarded import NO_FALLBACK, P, T, guarded_by
+from pybreaker_redis._guarded import NO_FALLBACK, P, T, guard_with
 from pybreaker_redis._intents import Intent
-from pybreaker_redis._operated import MOVES, RESET, OperatedStorage, seconds_shut
-from pybreaker_redis._urls import client_of
+from pybreaker_redis._operated import COMMANDS_FOR_RESET, COMMANDS_FOR_STATE, OperatedStorage, rejection_time_s
+from pybreaker_redis._urls import client_source_from_url
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
 
@@ -87,12 +87,12 @@ class BreakerRegistry:
         listeners: Iterable[CircuitBreakerListener] = (),
         **defaults: Any,
     ) -> None:
-        self._redis = client_of(redis) if isinstance(redis, str) else redis
+        self._redis = client_source_from_url(redis) if isinstance(redis, str) else redis
         self._prefix = _settings.checked_prefix(prefix)
         self._listeners = _settings.checked_listeners(listeners)
-        self._defaults = _settings.checked(defaults, stacklevel=2)
-        self._declared: dict[str, dict[str, Any]] = {}
-        self._made: dict[str, CircuitBreaker] = {}
+        self._defaults = _settings.validated(defaults, stacklevel=2)
+        self._settings_by_name: dict[str, dict[str, Any]] = {}
+        self._breaker_by_name: dict[str, CircuitBreaker] = {}
         self._lock = threading.RLock()
         renew_in_children(self)
         # What cannot be a client, or a prefix, is refused now, not when there is a name.
@@ -115,13 +115,13 @@ class BreakerRegistry:
             ValueError: It has other settings already, or a number is out of range.
             TypeError: There is no such setting, or a value is not what it should be.
         """
-        if not settings and (breaker := self._made.get(name)):
+        if not settings and (breaker := self._breaker_by_name.get(name)):
             return breaker
         name = self._declare(name, settings)
         with self._lock:
-            if name not in self._made:
-                self._made[name] = self._make(name)
-            return self._made[name]
+            if name not in self._breaker_by_name:
+                self._breaker_by_name[name] = self._create_breaker(name)
+            return self._breaker_by_name[name]
 
     def configure(self, name: str, /, **settings: Any) -> None:
         """Say what settings a breaker shall have, before it is first asked for; see `get`.
@@ -138,20 +138,20 @@ class BreakerRegistry:
         Raises:
             KeyError: There is none of that name.
         """
-        if name not in self._declared:
+        if name not in self._settings_by_name:
             known = ", ".join(map(repr, self)) or "none"
             msg = f"no breaker {name!r}; there are: {known}"
             raise KeyError(msg)
         return self.get(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._declared
+        return name in self._settings_by_name
 
     def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._declared))
+        return iter(tuple(self._settings_by_name))
 
     def __len__(self) -> int:
-        return len(self._declared)
+        return len(self._settings_by_name)
 
     def guard(
         self, name: str, /, *, fallback: Any = NO_FALLBACK, **settings: Any
@@ -174,7 +174,7 @@ class BreakerRegistry:
                 nothing would be guarded.
         """
         self._declare(name, settings)
-        return guarded_by(lambda: self.get(name), fallback)
+        return guard_with(lambda: self.get(name), fallback)
 
     # For operators --------------------------------------------------------------------------------------------------
 
@@ -206,11 +206,11 @@ class BreakerRegistry:
             Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
         """
         check_state("state", state)
-        self._command(name, *MOVES[state])
+        self._command(name, *COMMANDS_FOR_STATE[state])
 
     def reset(self, name: str, /) -> None:
         """Forget all counts of a circuit, and leave it in the state that it is in; raises as `set_state` does."""
-        self._command(name, *RESET)
+        self._command(name, *COMMANDS_FOR_RESET)
 
     def _command(self, name: str, *intents: Intent) -> None:
         breaker = self[name]
@@ -230,9 +230,9 @@ class BreakerRegistry:
         What was configured stays, and whoever asks for a breaker again gets a new one.
         """
         with self._lock:
-            made, self._made = self._made, {}
+            made, self._breaker_by_name = self._breaker_by_name, {}
         for breaker in made.values():
-            _operated(breaker).let_go()
+            _operated(breaker).release_connections()
 
     def __enter__(self) -> BreakerRegistry:
         return self
@@ -243,40 +243,40 @@ class BreakerRegistry:
     # Behind it ------------------------------------------------------------------------------------------------------
 
     def _declare(self, name: str, settings: dict[str, Any]) -> str:
-        known = self._declared.get(name)
+        known = self._settings_by_name.get(name)
         if known is not None and all(item in known.items() for item in settings.items()):
-            return plain(name)
+            return plain_text(name)
         name = _settings.breaker_name(name)
-        key_prefix(f"{self._prefix}{name}")
-        settings = _settings.checked(settings, stacklevel=3)
+        checked_namespace(f"{self._prefix}{name}")
+        settings = _settings.validated(settings, stacklevel=3)
         with self._lock:
-            declared = self._declared.get(name, {})
-            present = self._effective(name) if name in self._made else declared
-            _settings.check_agreement(name, present, settings)
-            self._declared[name] = {**declared, **settings}
+            declared = self._settings_by_name.get(name, {})
+            present = self._settings_of(name) if name in self._breaker_by_name else declared
+            _settings.check_consistent(name, present, settings)
+            self._settings_by_name[name] = {**declared, **settings}
         return name
 
-    def _effective(self, name: str) -> dict[str, Any]:
-        usual = {**_settings.OF_BREAKER, "exclude": (), **_settings.OF_STORAGE}
-        return {**usual, **self._defaults, **self._declared.get(name, {})}
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        usual = {**_settings.BREAKER_DEFAULTS, "exclude": (), **_settings.STORAGE_DEFAULTS}
+        return {**usual, **self._defaults, **self._settings_by_name.get(name, {})}
 
-    def _make(self, name: str) -> CircuitBreaker:
+    def _create_breaker(self, name: str) -> CircuitBreaker:
         return CircuitBreaker(
             name=name,
             listeners=self._listeners,
             state_storage=self._storage(name),
-            **_settings.of_breaker(self._effective(name)),
+            **_settings.breaker_arguments(self._settings_of(name)),
         )
 
     def _storage(self, name: str) -> OperatedStorage:
-        settings = self._effective(name)
+        settings = self._settings_of(name)
         if self._redis is None:
-            return CircuitMemoryStorage(CLOSED, **_settings.part(settings, _settings.OF_MEMORY))
+            return CircuitMemoryStorage(CLOSED, **_settings.subset(settings, _settings.MEMORY_DEFAULTS))
         return CircuitRedisStorage(
             CLOSED,
             self._redis,
             namespace=f"{self._prefix}{name}",
-            **_settings.part(settings, _settings.OF_STORAGE),
+            **_settings.subset(settings, _settings.STORAGE_DEFAULTS),
         )
 
 
@@ -293,8 +293,8 @@ def _status(name: str, breaker: CircuitBreaker, reply: Reply) -> CircuitStatus:
         state=circuit.state,
         fail_counter=circuit.fail_counter,
         success_counter=circuit.success_counter,
-        opened_at=None if circuit.opened_at_ms is None else from_ms(circuit.opened_at_ms),
-        retry_after=seconds_shut(reply, breaker.reset_timeout),
+        opened_at=None if circuit.opened_at_ms is None else utc_from_ms(circuit.opened_at_ms),
+        retry_after=rejection_time_s(reply, breaker.reset_timeout),
         fail_max=breaker.fail_max,
         reset_timeout=breaker.reset_timeout,
     )

@@ -13,37 +13,37 @@ from typing import Any, TypeVar
 
 from pybreaker_redis import _frames
 from pybreaker_redis._arguments import (
+    check_bool,
     check_fallback,
-    check_flag,
     check_state,
+    checked_base_namespace,
+    checked_max_staleness,
+    checked_namespace,
+    checked_timeout,
+    checked_ttl_ms,
     client_source,
-    kept_ms,
-    key_base,
-    key_prefix,
-    staleness,
-    wait,
 )
-from pybreaker_redis._caller import Caller
+from pybreaker_redis._caller import CallContext
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import Circuit
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._intents import Intent, Load, ResetProbes, SetOpenedAt, SetState
-from pybreaker_redis._keys import BASE
+from pybreaker_redis._keys import KEY_BASE
 from pybreaker_redis._operated import OperatedStorage
-from pybreaker_redis._outside import suppressed
-from pybreaker_redis._probes import PROBES
-from pybreaker_redis._survey import survey
-from pybreaker_redis._tenancy import Tenancy
-from pybreaker_redis._twins import Twin
-from pybreaker_redis._urls import client_of
+from pybreaker_redis._outside import suppress_errors
+from pybreaker_redis._probes import PROBE_TOKENS
+from pybreaker_redis._survey import read_for_operator
+from pybreaker_redis._tenancy import Failover
+from pybreaker_redis._twins import SettingsCheck
+from pybreaker_redis._urls import client_source_from_url
 from pybreaker_redis._view import View
-from pybreaker_redis._whereabouts import Whereabouts
+from pybreaker_redis._whereabouts import CircuitLocator
 from pybreaker_redis.health import Health
 
 _Storage = TypeVar("_Storage", bound="CircuitRedisStorage")
 
 #: Seconds that an operator waits for Redis, unless a guarded call would wait longer.
-PATIENCE = 2.0
+OPERATOR_TIMEOUT_MIN_S = 2.0
 
 
 class CircuitRedisStorage(OperatedStorage):
@@ -76,7 +76,7 @@ class CircuitRedisStorage(OperatedStorage):
     """
 
     #: Stands between the namespace and the names of the keys; subclasses may have another one, as of pybreaker's class.
-    BASE_NAMESPACE = BASE
+    BASE_NAMESPACE = KEY_BASE
     logger = logging.getLogger("pybreaker_redis")
 
     def __init__(
@@ -94,12 +94,12 @@ class CircuitRedisStorage(OperatedStorage):
     ) -> None:
         check_state("state", state)
         check_fallback(fallback_circuit_state)
-        check_flag("cluster_mode", cluster_mode)
-        base = key_base(type(self), self.BASE_NAMESPACE)
-        namespace = key_prefix(namespace)
-        view = View(staleness(max_staleness))
-        super().__init__("redis", probe_lease, view.shortcut)
-        self._timeout = wait(timeout)
+        check_bool("cluster_mode", cluster_mode)
+        base = checked_base_namespace(type(self), self.BASE_NAMESPACE)
+        namespace = checked_namespace(namespace)
+        view = View(checked_max_staleness(max_staleness))
+        super().__init__("redis", probe_lease, view.fast_path)
+        self._timeout = checked_timeout(timeout)
         name = namespace or base
         settings = {
             "state": state,
@@ -109,20 +109,20 @@ class CircuitRedisStorage(OperatedStorage):
             "timeout": timeout,
             "ttl": ttl,
         }
-        self._twin = Twin(name, settings, is_nameless=namespace is None)
-        self._tenancy = Tenancy(
+        self._twin = SettingsCheck(name, settings, is_nameless=namespace is None)
+        self._core = Failover(
             name,
-            Whereabouts(
+            CircuitLocator(
                 client_source(redis_object),
                 namespace,
-                one_slot=cluster_mode,
-                settles=self._twin.meet,
+                needs_one_slot=cluster_mode,
+                settles=self._twin.register,
                 base=base,
             ),
             initial_state=state,
             fallback=fallback_circuit_state,
             timeout=self._timeout,
-            ttl_ms=kept_ms(ttl),
+            ttl_ms=checked_ttl_ms(ttl),
             view=view,
             callers=self._callers,
             logger=self.logger,
@@ -147,27 +147,32 @@ class CircuitRedisStorage(OperatedStorage):
             TypeError: It is no text.
             ModuleNotFoundError: It names a cluster, and no library is installed that knows clusters.
         """
-        return cls(state, client_of(url), namespace, **words)
+        return cls(state, client_source_from_url(url), namespace, **words)
 
     def health(self) -> Health:
         """What this process knows about the circuit's Redis; asks nobody, and may be called as often as one likes."""
-        tenancy = self._tenancy
-        server, shared, trouble, heard = tenancy.server, tenancy.shared, tenancy.trouble, tenancy.shared.push
+        tenancy = self._core
+        server, shared, availability_report, heard = (
+            tenancy.server,
+            tenancy.shared,
+            tenancy.availability_report,
+            tenancy.shared.push,
+        )
         return Health(
             circuit=tenancy.circuit_name,
             server="" if server is None else str(server),
             server_version=heard.server if heard else "",
-            condition=trouble.condition,
-            since=trouble.since,
+            condition=availability_report.condition,
+            since=availability_report.since,
             state=tenancy.last_known_state,
-            is_own=tenancy.is_alone,
-            last_error=trouble.last_error,
-            next_attempt=trouble.next_attempt,
-            attempts=trouble.attempts,
-            view_age=shared.age,
+            is_own=tenancy.uses_local,
+            last_error=availability_report.last_error,
+            next_attempt=availability_report.next_attempt,
+            attempts=availability_report.attempts,
+            view_age=shared.view_age,
             push=heard.how if heard else "none",
             mode=shared.mode,
-            circuits=server.tenants if server else 0,
+            circuits=server.member_count if server else 0,
         )
 
     # For operators --------------------------------------------------------------------------------------------------
@@ -176,32 +181,32 @@ class CircuitRedisStorage(OperatedStorage):
         """See `OperatedStorage.look_at`; one round trip for all, in a cluster one for each node."""
         in_redis = [storage for storage in storages if isinstance(storage, CircuitRedisStorage)]
         with deadline(self._patience):
-            found = iter(survey(storage._tenancy.shared for storage in in_redis))  # noqa: SLF001
+            found = iter(read_for_operator(storage._core.shared for storage in in_redis))  # noqa: SLF001
         return [
             next(found) if isinstance(storage, CircuitRedisStorage) else storage._insist(Load())  # noqa: SLF001
             for storage in storages
         ]
 
-    def let_go(self) -> None:
-        """See `OperatedStorage.let_go`."""
-        self._tenancy.leave()
+    def release_connections(self) -> None:
+        """See `OperatedStorage.release_connections`."""
+        self._core.release_connections()
 
     def _insist(self, intent: Intent) -> Reply:
         with deadline(self._patience):
-            return self._tenancy.shared.execute(intent)
+            return self._core.shared.execute(intent)
 
     @property
     def _patience(self) -> float | None:
-        return None if self._timeout is None else max(self._timeout, PATIENCE)
+        return None if self._timeout is None else max(self._timeout, OPERATOR_TIMEOUT_MIN_S)
 
     # Which circuit to go by -----------------------------------------------------------------------------------------
 
     def _look(self) -> Reply:
-        reply = self._tenancy.believed(Load())
+        reply = self._core.believed(Load())
         if reply is None:
             return self._execute(Load())
-        self._shortcut = self._tenancy.shortcut
-        return PROBES.shown(reply)
+        self._shortcut = self._core.fast_path
+        return PROBE_TOKENS.shown(reply)
 
     def retry_after(self, reset_timeout: float) -> float:
         """See `OperatedStorage.retry_after`."""
@@ -209,38 +214,38 @@ class CircuitRedisStorage(OperatedStorage):
             return super().retry_after(reset_timeout)
 
     def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
-        if _frames.asker() is breakers:
+        if _frames.caller_code() is breakers:
             return super()._count(breakers, read)
         # Somebody looks, be it every second.
         with self._callers.current().asks_apart():
             return super()._count(breakers, read)
 
-    def _look_at_state(self, caller: Caller, *, for_a_call: bool) -> Reply:
+    def _read_circuit(self, caller: CallContext, *, for_a_call: bool) -> Reply:
         if not for_a_call:
             with caller.asks_apart():
-                return self._ask(caller)
+                return self._execute_for(caller)
         # Once an open circuit's timeout is over, pybreaker calls a second time within the call: that is no new one.
-        if not (caller.waited and _frames.asked_through(_frames.CHECKS_TIMEOUT)):
+        if not (caller.waited and _frames.frame_among(_frames.CHECKS_TIMEOUT)):
             caller.begins()
-        return self._ask(caller)
+        return self._execute_for(caller)
 
-    def _called(self) -> None:
-        if self._admissions.are_several:
-            self._twin.share()
+    def _before_guarded_call(self) -> None:
+        if self._admissions.has_several_breakers:
+            self._twin.note_second_breaker()
         # Whatever may go wrong with that, nobody who makes a call is to hear of it.
-        with suppressed():
-            self._tenancy.listen()
+        with suppress_errors():
+            self._core.ensure_subscribed()
 
     def _execute(self, intent: Intent) -> Reply:
         with self._callers.current().asks_apart() if _is_by_hand(intent) else contextlib.nullcontext():
-            reply = PROBES.execute(self._tenancy.execute, intent)
-        self._shortcut = self._tenancy.shortcut
+            reply = PROBE_TOKENS.track(self._core.carry_out, intent)
+        self._shortcut = self._core.fast_path
         return reply
 
-    def _state_unasked(self) -> str:
+    def _state_without_query(self) -> str:
         # pybreaker's constructor reads the state.  Modules create breakers when they are imported, before settings are
         # sure to be there and in masters that fork later: no time to connect.  The first call hears what is true.
-        return self._tenancy.last_known_state
+        return self._core.last_known_state
 
 
 def _is_by_hand(intent: Intent) -> bool:

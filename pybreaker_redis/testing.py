@@ -23,7 +23,7 @@ from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import CLOSED, OPEN, Circuit
 from pybreaker_redis._intents import Intent
 from pybreaker_redis._operated import OperatedStorage
-from pybreaker_redis._shortcut import Shortcut
+from pybreaker_redis._shortcut import FastPath
 from pybreaker_redis.registry import BreakerRegistry
 
 __all__ = ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_prefix")
@@ -33,22 +33,22 @@ __all__ = ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_pr
 _pybreaker: Any = pybreaker
 
 
-class _Fixed(OperatedStorage):
+class FixedCircuitStorage(OperatedStorage):
     """A circuit that stays as it is, whatever becomes of calls, and whatever operators want."""
 
     def __init__(self, state: str, breaker: CircuitBreaker) -> None:
-        super().__init__("fixed", 1.0, Shortcut())
-        self._always = state
+        super().__init__("fixed", 1.0, FastPath())
+        self._fixed_state = state
         # With a timeout of next to nothing it would be over before it has been looked at.
-        self._ahead_ms = 0 if breaker.reset_timeout > 1 else 1000
+        self._opened_ahead_ms = 0 if breaker.reset_timeout > 1 else 1000
 
     def _execute(self, intent: Intent) -> Reply:
-        now = _clock.now_ms()
-        return Reply(True, Circuit(self._always, opened_at_ms=now + self._ahead_ms), now)
+        now = _clock.wall_clock_ms()
+        return Reply(True, Circuit(self._fixed_state, opened_at_ms=now + self._opened_ahead_ms), now)
 
 
 @contextlib.contextmanager
-def _in_place(breaker: CircuitBreaker, storage: CircuitBreakerStorage) -> Iterator[None]:
+def _replace_storage(breaker: CircuitBreaker, storage: CircuitBreakerStorage) -> Iterator[None]:
     """Another circuit for a breaker; afterwards its own again, as it was.  No listener is told."""
     with breaker._lock:
         before = breaker._state_storage, breaker._state
@@ -68,14 +68,14 @@ def force_open(breaker: CircuitBreaker) -> Iterator[None]:
     Its circuit, wherever it is, is neither asked nor changed, and no listener is told.  For a ``with`` block, or as a
     decorator of a test.
     """
-    with _in_place(breaker, _Fixed(OPEN, breaker)):
+    with _replace_storage(breaker, FixedCircuitStorage(OPEN, breaker)):
         yield
 
 
 @contextlib.contextmanager
 def force_closed(breaker: CircuitBreaker) -> Iterator[None]:
     """Let every call through a breaker pass, however many fail; see `force_open`."""
-    with _in_place(breaker, _Fixed(CLOSED, breaker)):
+    with _replace_storage(breaker, FixedCircuitStorage(CLOSED, breaker)):
         yield
 
 
@@ -87,15 +87,15 @@ def in_memory(breakers: BreakerRegistry) -> Iterator[BreakerRegistry]:
     afterwards.  Redis is not asked.
     """
     with contextlib.ExitStack() as stack:
-        made = dict(breakers._made)
+        made = dict(breakers._breaker_by_name)
         redis, breakers._redis = breakers._redis, None
         for name, breaker in made.items():
-            stack.enter_context(_in_place(breaker, breakers._storage(name)))
+            stack.enter_context(_replace_storage(breaker, breakers._storage(name)))
         try:
             yield breakers
         finally:
             breakers._redis = redis
-            for name, breaker in breakers._made.items():
+            for name, breaker in breakers._breaker_by_name.items():
                 if breaker is not made.get(name):
                     breaker._state_storage = breakers._storage(name)
                     breaker._state = breaker._create_new_state(CLOSED)
@@ -113,7 +113,7 @@ class BreakerClock:
 
     def __init__(self) -> None:
         self.ahead = 0.0
-        self._before: list[tuple[Any, str, Any]] = []
+        self._originals: list[tuple[Any, str, Any]] = []
 
     def advance(self, seconds: float) -> None:
         """So much time passes for breakers: timeouts and, in memory, leases of probes; in Redis leases go by Redis."""
@@ -125,17 +125,17 @@ class BreakerClock:
 
     def __enter__(self) -> BreakerClock:
         # What pybreaker compares with, and what storages say.
-        for module, name, moved in ((_pybreaker, "UTC", _Ahead(self)), (_clock, "time", self)):
-            self._before.append((module, name, getattr(module, name)))
+        for module, name, moved in ((_pybreaker, "UTC", _AdvancedUtc(self)), (_clock, "time", self)):
+            self._originals.append((module, name, getattr(module, name)))
             setattr(module, name, moved)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        while self._before:
-            setattr(*self._before.pop())
+        while self._originals:
+            setattr(*self._originals.pop())
 
 
-class _Ahead(tzinfo):
+class _AdvancedUtc(tzinfo):
     """UTC, but what is now is told as it will be.
 
     pybreaker asks for ``datetime.now(UTC)``.  freezegun puts a class of its own in the place of `datetime`, at times

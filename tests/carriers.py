@@ -27,7 +27,7 @@ TakeServer = Callable[[FoundServer], PrivateServer]
 
 
 @dataclass(frozen=True)
-class Carrier:
+class EngineCase:
     """One way to hold a circuit.
 
     Attributes:
@@ -85,19 +85,19 @@ def _storage(client: Any, state: str = "closed", namespace: str | None = None, *
     return CircuitRedisStorage(state, client, namespace=namespace, **{"max_staleness": 0, "timeout": 10, **options})
 
 
-def _of_servers() -> Iterator[Carrier]:
+def _of_servers() -> Iterator[EngineCase]:
     for found in servers.at_hand():
         name = servers.name_of(found)
-        yield Carrier(name, partial(_server, found))
-        yield Carrier(f"{name}-decoded", partial(_server, found, decode_responses=True))
-        yield Carrier(f"{name}-optimistic", partial(_server_without_scripts, found))
+        yield EngineCase(name, partial(_server, found))
+        yield EngineCase(f"{name}-decoded", partial(_server, found, decode_responses=True))
+        yield EngineCase(f"{name}-optimistic", partial(_server_without_scripts, found))
 
 
 #: The one list.
-CARRIERS = [
-    Carrier("reference", _reference, ours=False, shared=False),
-    Carrier("memory", _memory, shared=False),
-    Carrier("fakeredis", _fakeredis),
-    Carrier("fakeredis-decoded", partial(_fakeredis, decode_responses=True)),
+ENGINE_CASES = [
+    EngineCase("reference", _reference, ours=False, shared=False),
+    EngineCase("memory", _memory, shared=False),
+    EngineCase("fakeredis", _fakeredis),
+    EngineCase("fakeredis-decoded", partial(_fakeredis, decode_responses=True)),
     *_of_servers(),
 ]

@@ -30,7 +30,7 @@ from typing import Any
 import pybreaker
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._probes import PROBES, LooseProbes
+from pybreaker_redis._probes import PROBE_TOKENS, ProbeTokens
 from tests.chaos import CIRCUITS
 from tests.faults import USER
 from tests.history import HALF_OPEN, SAME, Limits
@@ -79,7 +79,7 @@ class Recorder(logging.Handler):
         if len(self.lines) < MOST_LINES:
             self.lines.append((time.monotonic(), f"{record.levelname} {record.getMessage()}"))
 
-    def watch_probes(self, probes: LooseProbes) -> None:
+    def watch_probes(self, probes: ProbeTokens) -> None:
         """Record from when on no call holds a probe."""
         release = probes.release
 
@@ -210,7 +210,7 @@ def _own(storage: CircuitRedisStorage) -> tuple[bool, float, int]:
     """Return whether this process uses its local circuit, since when Redis has been as it is, and which one it is."""
     health = storage.health()
     since = 0.0 if health.since is None else health.since.timestamp() - time.time() + time.monotonic()
-    return health.is_own, since, storage._tenancy.own._begun.generation
+    return health.is_own, since, storage._core.own._begun.generation
 
 
 def _throughout(first: tuple[bool, float, int], last: tuple[bool, float, int]) -> bool | None:
@@ -231,7 +231,7 @@ def main() -> None:
     logger.addHandler(recorder)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    recorder.watch_probes(PROBES)
+    recorder.watch_probes(PROBE_TOKENS)
     threading.excepthook = lambda args: recorder.error_in_a_thread(words["process"], args.exc_value)
 
     make = getattr(importlib.import_module(LIBRARY), PREFIX)

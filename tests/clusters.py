@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._keys import SLOTS
+from pybreaker_redis._keys import CLUSTER_SLOT_COUNT
 from tests.servers import ONCE
 from tests.viewed import wait_for
 
@@ -68,7 +68,7 @@ class Nodes:
         for number, node in enumerate(self.all):
             self.run(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
             if number < PRIMARIES:
-                first, last = number * SLOTS // PRIMARIES, (number + 1) * SLOTS // PRIMARIES
+                first, last = number * CLUSTER_SLOT_COUNT // PRIMARIES, (number + 1) * CLUSTER_SLOT_COUNT // PRIMARIES
                 self.run(node, "CLUSTER", "ADDSLOTS", *range(first, last))
             if number:
                 self.run(node, "CLUSTER", "MEET", "127.0.0.1", self.all[0].port)
@@ -176,7 +176,11 @@ class Nodes:
             pause: Called in the middle: the slot is under way, and no key has moved yet.
         """
         source = self.primary_of(slot)
-        target = next(node for node in map(self.primary_of, (0, SLOTS // 2, SLOTS - 1)) if node is not source)
+        target = next(
+            node
+            for node in map(self.primary_of, (0, CLUSTER_SLOT_COUNT // 2, CLUSTER_SLOT_COUNT - 1))
+            if node is not source
+        )
         self.run(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.id(source))
         self.run(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", self.id(target))
         pause()

@@ -14,7 +14,7 @@ import redis
 
 from pybreaker_redis import CircuitRedisStorage, _listener, _secrets, _server, _session, _settings, _twins
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._line import Line
+from pybreaker_redis._line import PushConnection
 from tests import places, servers
 from tests.fleet import Fleet, Make, Shared, Spec, Visits
 from tests.servers import FoundServer
@@ -130,7 +130,7 @@ def client(server: PrivateServer) -> Iterator[redis.Redis]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an outage is not the subject, a busy machine shall be none: calls wait for Redis much longer than usual."""
-    for usual in (CircuitRedisStorage.__init__.__kwdefaults__, _settings.OF_STORAGE):
+    for usual in (CircuitRedisStorage.__init__.__kwdefaults__, _settings.STORAGE_DEFAULTS):
         monkeypatch.setitem(usual, "timeout", 10.0)
 
 
@@ -228,7 +228,7 @@ def visits(tmp_path: Path) -> Visits:
 def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """What the listener speaks; as much as it can, unless kept from it."""
     if request.param != max(PROTOCOLS):
-        monkeypatch.setattr(Line, "_connect_resp3", lambda self, origin: None)
+        monkeypatch.setattr(PushConnection, "_connect_resp3", lambda self, origin: None)
     chosen: int = request.param
     return chosen
 
@@ -238,7 +238,7 @@ def _listeners_look_round_often() -> Iterator[None]:
     """A thread that nobody needs any more ends sooner than usual: hundreds of tests wait until there is none."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (_listener, _session):
-            patch.setattr(module, "LONGEST_WAIT", 0.1)
+            patch.setattr(module, "LISTENER_WAIT_MAX_S", 0.1)
         yield
 
 
@@ -258,20 +258,20 @@ def nobody_has_twins() -> None:
 @pytest.fixture(autouse=True)
 def _no_secret_is_known() -> None:
     """Passwords of earlier tests are short words, which would be masked in the lines of this one."""
-    _secrets._known.clear()
+    _secrets._patterns_of_secrets.clear()
 
 
 @pytest.fixture
 def nobody_listens() -> None:
     """The test begins without a thread: those of earlier ones end when their storages have gone."""
     gc.collect()
-    for listener in _listener._listeners._of_origin.values():
+    for listener in _listener._listeners._by_server.values():
         # A test that failed is kept, with its storages, for its traceback.
-        for item in listener.hearings.all():
-            listener.hearings.remove(item.view)
+        for item in listener.subscriber_table.snapshot():
+            listener.subscriber_table.remove_subscriber(item.view)
     for server in [*_server._servers._of_key.values()]:
         # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
         with server._lock:
-            server._tenants.clear()
+            server._members.clear()
     wait_for(lambda: not listeners() and not keepers(), "the threads of earlier tests end")
-    _listener._listeners._of_origin.clear()
+    _listener._listeners._by_server.clear()

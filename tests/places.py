@@ -117,7 +117,7 @@ class Place:
 
     def keys(self, namespace: str) -> tuple[str, ...]:
         """Of a circuit that lives here."""
-        return circuit_keys(namespace, one_slot=self._nodes is not None)
+        return circuit_keys(namespace, needs_one_slot=self._nodes is not None)
 
     def home(self, namespace: str) -> PrivateServer:
         """The server on which a circuit lies."""

@@ -29,7 +29,14 @@ from pybreaker_redis._intents import (
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES, WRONG_TYPE, believe, parse, writes
+from pybreaker_redis._record import (
+    HASH_FIELDS,
+    VALUE_NAMES,
+    WRONG_TYPE_VALUE,
+    changes_for,
+    parse_record,
+    resolve_record,
+)
 
 #: What a key may hold: a string, a hash, or the name of another type, with content that does not matter.
 Value = bytes | dict[str, bytes] | str
@@ -329,24 +336,24 @@ class Paper:
     values: dict[str, Value]
     now_ms: float = 0
 
-    def execute(self, intent: Intent, known: Circuit | None, create: str) -> Reply:
-        """As `Carrier.execute`."""
+    def execute(self, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+        """As `Engine.execute`."""
         plain: list[bytes | str | None] = [self._string(name) for name in VALUE_NAMES[:4]]
         if plain[3] is None and "opened_at" in self.values:
-            plain[3] = WRONG_TYPE
+            plain[3] = WRONG_TYPE_VALUE
         circuit = self.values.get("circuit", {})
         is_hash = isinstance(circuit, dict)
-        mark = [circuit.get(field) if isinstance(circuit, dict) else None for field in MARK_FIELDS]
-        record = parse(plain, mark, mark_is_hash=is_hash)
-        believed = believe(record, known, create, int(self.now_ms))
+        mark = [circuit.get(field) if isinstance(circuit, dict) else None for field in HASH_FIELDS]
+        record = parse_record(plain, mark, mark_is_hash=is_hash)
+        believed = resolve_record(record, known, state_if_missing, int(self.now_ms))
         decision = intent.apply(believed.circuit, self.now_ms)
-        changes = writes(decision.circuit, record)
+        changes = changes_for(decision.circuit, record)
         for name, text in changes.plain.items():
             if text is None:
                 self.values.pop(name, None)
             else:
                 self.values[name] = text.encode()
-        if changes.drop_mark:
+        if changes.is_hash_deleted:
             self.values.pop("circuit", None)
         if changes.mark:
             fields = self.values.setdefault("circuit", {})

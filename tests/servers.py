@@ -66,7 +66,7 @@ def at_hand() -> tuple[FoundServer, ...]:
 
 def _given() -> Iterator[FoundServer]:
     for path in filter(None, (part.strip() for part in os.environ[VARIABLE].split(","))):
-        server = _binaries.identify(path, VARIABLE)
+        server = _binaries.identify_binary(path, VARIABLE)
         if server is None:
             raise LookupError(f"{VARIABLE} names {path!r}, which is no Redis or Valkey server that runs here")
         yield server

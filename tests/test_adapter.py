@@ -20,9 +20,9 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListene
 from pybreaker import CircuitMemoryStorage as StockMemoryStorage
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _forks
-from pybreaker_redis._circuit import CLOSED, Circuit, created
+from pybreaker_redis._circuit import CLOSED, Circuit, new_circuit
 from pybreaker_redis._intents import Load
-from pybreaker_redis.memory import MemoryCarrier
+from pybreaker_redis.memory import MemoryEngine
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -1000,7 +1000,7 @@ def test_late_failure_surfaces_as_the_very_exception(storage_of, state):
 def memory_at(clock: Callable[[], float], **words: Any) -> CircuitMemoryStorage:
     """An open circuit in memory whose time, in milliseconds, is told."""
     storage = CircuitMemoryStorage("open", **words)
-    storage._carrier = MemoryCarrier(created("open", clock()), clock)
+    storage._engine = MemoryEngine(new_circuit("open", clock()), clock)
     return storage
 
 
@@ -1075,10 +1075,10 @@ def test_calls_that_bypass_the_breaker_are_admitted_anew(storage_of, last):
 
 def test_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_holds() -> None:
     """There nobody would ever let go of it."""
-    carrier = MemoryCarrier(Circuit())
-    carrier._lock.acquire()
-    carrier.after_fork()
-    assert carrier.execute(Load()).circuit.state == CLOSED
+    engine = MemoryEngine(Circuit())
+    engine._lock.acquire()
+    engine.after_fork()
+    assert engine.execute(Load()).circuit.state == CLOSED
 
 
 @pytest.mark.parametrize("given", [-1, 0.001, 61, float("nan"), float("inf")])

@@ -12,19 +12,19 @@ import pytest
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._answers import milliseconds, script_reply, strings
+from pybreaker_redis._answers import checked_strings, parse_script_reply, server_time_ms
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, MAX_LEASE_MS, MAX_NOISE_MS, Circuit
+from pybreaker_redis._circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, LEASE_MAX_MS, NOISE_MAX_MS, Circuit
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._guard import Meaning, meaning_of
+from pybreaker_redis._guard import ErrorKind, error_kind
 from pybreaker_redis._intents import Load, Trip
 from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._optimistic import OptimisticCarrier, Question, look
-from pybreaker_redis._scripts import LuaCarrier
-from pybreaker_redis.errors import UnusableAnswer
+from pybreaker_redis._optimistic import ReadRequest, TransactionEngine, read_all_circuits
+from pybreaker_redis._scripts import LuaEngine
+from pybreaker_redis.errors import UnusableReplyError
 from tests.faults import site_of
 
-KEYS = circuit_keys("answers", one_slot=False)
+KEYS = circuit_keys("answers", needs_one_slot=False)
 
 #: What a script returns, in the order of its header.
 SOUND: list[Any] = [1, 1005, b"half-open", 2, 1, 1000, 3, b"a0", 2000, 1500, 1000, b"restored", b"NOPERM"]
@@ -34,14 +34,14 @@ UNSOUND: dict[int, tuple[Any, ...]] = {
     0: (None, 2, -1, b"1", 1.0, True),
     1: (None, -1, 10**15, b"1005", 1005.5),
     2: (None, b"ajar", b"\xff", 1, [b"open"]),
-    3: (None, -1, MAX_COUNT, b"2"),
-    4: (None, -1, MAX_COUNT, b"1"),
+    3: (None, -1, COUNT_LIMIT, b"2"),
+    4: (None, -1, COUNT_LIMIT, b"1"),
     5: (None, -2, 1006, b"1000"),
-    6: (None, -1, MAX_COUNT, b"3"),
+    6: (None, -1, COUNT_LIMIT, b"3"),
     7: (None, b"A0", b"g", b"a" * 65, 7),
-    8: (None, -1, 1006 + MAX_LEASE_MS, b"2000"),
-    9: (None, -1, 1006 + MAX_NOISE_MS, b"1500"),
-    10: (None, -1, MAX_LEASE_MS + 1, b"1000"),
+    8: (None, -1, 1006 + LEASE_MAX_MS, b"2000"),
+    9: (None, -1, 1006 + NOISE_MAX_MS, b"1500"),
+    10: (None, -1, LEASE_MAX_MS + 1, b"1000"),
     11: (None, 0),
     12: (None, 0),
 }
@@ -51,36 +51,36 @@ UNSOUND: dict[int, tuple[Any, ...]] = {
 def test_sound_answer_is_the_circuit(answer: list[Any]) -> None:
     """Of clients that decode and of those that do not."""
     circuit = Circuit(HALF_OPEN, 2, 1, 1000, 3, "a0", 2000, 1500, 1000)
-    assert script_reply(answer) == (Reply(True, circuit, 1005, "restored"), "NOPERM")
+    assert parse_script_reply(answer) == (Reply(True, circuit, 1005, "restored"), "NOPERM")
 
 
 @pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in UNSOUND.items() for value in values])
 def test_answer_with_a_value_that_no_script_returns_is_a_fault(place: int, value: Any) -> None:
     """The circuit takes nothing from it, and the log says what came."""
     answer = [*SOUND[:place], value, *SOUND[place + 1 :]]
-    with pytest.raises(UnusableAnswer, match="no server gives") as error:
-        script_reply(answer)
-    assert meaning_of(error.value) is Meaning.FAULT
+    with pytest.raises(UnusableReplyError, match="no server gives") as error:
+        parse_script_reply(answer)
+    assert error_kind(error.value) is ErrorKind.UNUSABLE
 
 
 def test_open_circuit_without_a_time_is_a_fault() -> None:
     """A probe would pass at once."""
-    with pytest.raises(UnusableAnswer):
-        script_reply([1, 1005, b"open", 0, 0, -1, 3, b"", 0, 0, 0, b"", b""])
+    with pytest.raises(UnusableReplyError):
+        parse_script_reply([1, 1005, b"open", 0, 0, -1, 3, b"", 0, 0, 0, b"", b""])
 
 
 @pytest.mark.parametrize("answer", [None, [], SOUND[:-1], [*SOUND, b""], b"OK", 1, {1: 2}, "x" * 13])
 def test_answer_that_is_no_list_of_its_length_is_a_fault(answer: Any) -> None:
     """A client that swallows errors returns None."""
-    carrier = LuaCarrier(SimpleNamespace(evalsha=lambda *_: answer), KEYS)
-    with pytest.raises(UnusableAnswer):
-        carrier.execute(Load(), None, CLOSED)
+    engine = LuaEngine(SimpleNamespace(evalsha=lambda *_: answer), KEYS)
+    with pytest.raises(UnusableReplyError):
+        engine.execute(Load(), None, CLOSED)
 
 
 @pytest.mark.parametrize("answer", [(1, 2_345), [b"1", b"2345"], ["1", "2345"]])
 def test_time_is_read_from_any_client(answer: Any) -> None:
     """Parsed or not, decoded or not."""
-    assert milliseconds(answer) == 1002
+    assert server_time_ms(answer) == 1002
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_time_is_read_from_any_client(answer: Any) -> None:
 )
 def test_time_that_no_server_shows_is_a_fault(answer: Any) -> None:
     """All that is compared with it would be wrong."""
-    with pytest.raises(UnusableAnswer):
-        milliseconds(answer)
+    with pytest.raises(UnusableReplyError):
+        server_time_ms(answer)
 
 
 @pytest.mark.parametrize("answer", [None, [], [b"x"], [b"x", 1], [b"x", [b"y"]], b"xy"])
 def test_strings_that_are_none_are_a_fault(answer: Any) -> None:
     """A string, or nothing."""
-    assert strings("MGET", [b"x", None], 2) == [b"x", None]
-    with pytest.raises(UnusableAnswer):
-        strings("MGET", answer, 2)
+    assert checked_strings("MGET", [b"x", None], 2) == [b"x", None]
+    with pytest.raises(UnusableReplyError):
+        checked_strings("MGET", answer, 2)
 
 
 class Swallowing:
@@ -124,10 +124,10 @@ class Swallowing:
 def test_transaction_without_an_answer_is_a_fault(intent: Any, ttl_ms: int) -> None:
     """In one round trip, under WATCH, or for several circuits."""
     client = SimpleNamespace(pipeline=Swallowing)
-    with pytest.raises(UnusableAnswer):
-        OptimisticCarrier(client, KEYS, ttl_ms).execute(intent, None, CLOSED)
-    with pytest.raises(UnusableAnswer):
-        look([Question(client, KEYS, None, CLOSED)])
+    with pytest.raises(UnusableReplyError):
+        TransactionEngine(client, KEYS, ttl_ms).execute(intent, None, CLOSED)
+    with pytest.raises(UnusableReplyError):
+        read_all_circuits([ReadRequest(client, KEYS, None, CLOSED)])
 
 
 #: What a proxy makes of the answers of scripts, and of those of single commands.

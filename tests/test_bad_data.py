@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, OPEN, STATES, Circuit
+from pybreaker_redis._circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, OPEN, STATES, Circuit
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import Load
 from pybreaker_redis._keys import circuit_keys
@@ -185,44 +185,44 @@ thorough = settings(
 @given(
     content=contents,
     before=st.none() | circuits(),
-    create=st.sampled_from(STATES),
+    state_if_missing=st.sampled_from(STATES),
     failures=st.lists(st.booleans(), min_size=1, max_size=3),
 )
 @example(
     # The generation after the largest readable one was unreadable, and so repaired for ever.
     content={"state": b"closed", "circuit": {"generation": b"999999999999999", "state": b"open"}},
     before=None,
-    create=CLOSED,
+    state_if_missing=CLOSED,
     failures=[False, True, False],
 )
 @example(
     # The same for counters: one more than the largest readable number was repaired again.
     content={"state": b"half-open", "fail_counter": b"9" * 15, "success_counter": b"9" * 15},
     before=None,
-    create=CLOSED,
+    state_if_missing=CLOSED,
     failures=[False, True],
 )
-@example(content={"opened_at": "list"}, before=None, create=CLOSED, failures=[True, False])
+@example(content={"opened_at": "list"}, before=None, state_if_missing=CLOSED, failures=[True, False])
 def test_damaged_record_admits_or_rejects_as_its_repair_says(
-    place: Place, content: dict[str, Any], before: Circuit | None, create: str, failures: list[bool]
+    place: Place, content: dict[str, Any], before: Circuit | None, state_if_missing: str, failures: list[bool]
 ) -> None:
     """No exception but the user's own or CircuitBreakerError, one log line, and afterwards stock can read it all."""
     namespace = fresh_namespace()
-    keys = circuit_keys(namespace, one_slot=False)
+    keys = circuit_keys(namespace, needs_one_slot=False)
     breaker, known = None, None
     if before is not None:
         # What the process knows from before the record came to harm.
         lay(place.plain, keys, _as_left(moved_by(before, place.now_ms() - 1_000_000_000_000)))
-        breaker = place.breaker(namespace, create)
+        breaker = place.breaker(namespace, state_if_missing)
         assert breaker.current_state in STATES
-        known = Paper(found(place.plain, keys), place.now_ms()).execute(Load(), None, create).circuit
+        known = Paper(found(place.plain, keys), place.now_ms()).execute(Load(), None, state_if_missing).circuit
     now_ms = place.now_ms()
     values = laid(content, now_ms)
     lay(place.plain, keys, values)
-    repaired = Paper(dict(values), now_ms).execute(Load(), known, create if known is None else CLOSED)
+    repaired = Paper(dict(values), now_ms).execute(Load(), known, state_if_missing if known is None else CLOSED)
     admits = admitted_by(repaired.circuit, now_ms)
     with logged("pybreaker_redis") as lines:
-        breaker = breaker or place.breaker(namespace, create)
+        breaker = breaker or place.breaker(namespace, state_if_missing)
         assert call(breaker, fail=failures[0]) is admits, repaired
         for fail in failures[1:]:
             call(breaker, fail=fail)
@@ -233,12 +233,12 @@ def test_damaged_record_admits_or_rejects_as_its_repair_says(
 @pytest.mark.parametrize("name", ["fail_counter", "generation"])
 def test_largest_readable_number_is_said_once(server: PrivateServer, name: str) -> None:
     """Whatever the limit, there is a number that reaches it with the next failure or transition."""
-    largest = b"%d" % (MAX_COUNT - 1)
+    largest = b"%d" % (COUNT_LIMIT - 1)
     values: dict[str, Value] = {"fail_counter": largest}
     if name == "generation":
         values = {"state": b"closed", "circuit": {"generation": largest, "state": b"open"}}
     with _on_server(server) as place, logged("pybreaker_redis") as lines:
-        lay(place.plain, circuit_keys("largest", one_slot=False), values)
+        lay(place.plain, circuit_keys("largest", needs_one_slot=False), values)
         breaker = place.breaker("largest")
         for _ in range(3):
             call(breaker, fail=True)
@@ -281,7 +281,7 @@ SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(V
 
 def harm(place: Place, namespace: str, names: tuple[str, ...], how: str) -> None:
     """Do this to these keys."""
-    for name, key in zip(VALUE_NAMES, circuit_keys(namespace, one_slot=False), strict=True):
+    for name, key in zip(VALUE_NAMES, circuit_keys(namespace, needs_one_slot=False), strict=True):
         if name in names:
             place.plain.delete(key)
             HARMS[how](place.plain, key)
@@ -362,7 +362,7 @@ def test_opening_time_set_back_while_open_lets_nothing_through(either: Place) ->
 def test_absurd_opening_time_lets_nothing_through_and_does_not_stay(either: Place, opened_at: Any) -> None:
     """Neither the gate opens early, nor does a time in the future hold the fleet open."""
     namespace = fresh_namespace()
-    keys = circuit_keys(namespace, one_slot=False)
+    keys = circuit_keys(namespace, needs_one_slot=False)
     lay(either.plain, keys, laid({"state": b"open", "opened_at": opened_at}, either.now_ms()))
     before = time.monotonic()
     breaker = either.breaker(namespace, reset_timeout=0.3)
@@ -393,7 +393,7 @@ def test_bad_data_that_stock_raises_into_the_call_stays_out_of_ours(
     """What stock fails with (or, where texts are decoded, cannot even be built), ours repairs."""
     values, fail = STOCK_RAISES[defect]
     namespace = fresh_namespace()
-    keys = circuit_keys(namespace, one_slot=False)
+    keys = circuit_keys(namespace, needs_one_slot=False)
     with _on_server(server, decoded=decoded) as place:
         lay(place.plain, keys, values)
         with pytest.raises((ValueError, OverflowError, OSError, AttributeError)):

@@ -13,7 +13,7 @@ import pytest
 import time_machine
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
-from tests.carriers import CARRIERS, Carrier, MakeStorage
+from tests.carriers import ENGINE_CASES, EngineCase, MakeStorage
 
 #: ``reset_timeout`` of scenarios that wait for it, seconds: longer than a few round trips on a busy machine.
 SHORT = 0.2
@@ -64,17 +64,17 @@ def down() -> None:
     raise Down
 
 
-@pytest.fixture(params=CARRIERS, ids=lambda carrier: carrier.name)
-def carrier(request: pytest.FixtureRequest) -> Carrier:
+@pytest.fixture(params=ENGINE_CASES, ids=lambda engine: engine.name)
+def engine(request: pytest.FixtureRequest) -> EngineCase:
     """Each way to hold a circuit."""
-    carried: Carrier = request.param
+    carried: EngineCase = request.param
     return carried
 
 
 @pytest.fixture
-def make_storage(carrier: Carrier, empty_server: Any) -> Iterator[MakeStorage]:
+def make_storage(engine: EngineCase, empty_server: Any) -> Iterator[MakeStorage]:
     """Make a storage on this carrier: ``make_storage(state, namespace)``."""
-    with carrier.opened(empty_server) as make:
+    with engine.opened(empty_server) as make:
         yield make
 
 
@@ -630,18 +630,18 @@ def test_second_breaker_forgets_no_failures(make_storage):
     assert CircuitBreaker(state_storage=storage).fail_counter == 1
 
 
-def test_storages_of_one_namespace_are_one_circuit(make_storage, carrier):
+def test_storages_of_one_namespace_are_one_circuit(make_storage, engine):
     """What one storage counts, another of the same namespace trips on; in memory, every storage is its own circuit."""
     first, second, other = (
         CircuitBreaker(fail_max=2, state_storage=make_storage("closed", namespace)) for namespace in ("a", "a", "b")
     )
     with pytest.raises(Down):
         first.call(down)
-    with pytest.raises(CircuitBreakerError if carrier.shared else Down):
+    with pytest.raises(CircuitBreakerError if engine.shared else Down):
         second.call(down)
     assert other.call(up) == "answer"
     states = tuple(breaker.current_state for breaker in (first, second, other))
-    assert states == (("open", "open", "closed") if carrier.shared else ("closed",) * 3)
+    assert states == (("open", "open", "closed") if engine.shared else ("closed",) * 3)
 
 
 # -- the storage's interface by hand -----------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class LikeSQS(virtual.Transport):
         default_visibility_timeout = 1800
 
         @property
-        def visibility_timeout(self) -> float:
+        def broker_visibility_timeout(self) -> float:
             """What it was told, or the default."""
             raise NotImplementedError
 
@@ -252,7 +252,7 @@ def test_wait_ends_before_the_broker_takes_the_task_for_lost(
     shop.breaker.open()
     shop.celery.conf.broker_url = broker
     task = shop.task()
-    assert task.visibility_timeout() == longest
+    assert task.broker_visibility_timeout() == longest
     error = rejection(shop)
     if longest is None:
         assert task.countdown(error) > 99_000

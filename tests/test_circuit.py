@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from pybreaker_redis import _circuit, _intents
 from pybreaker_redis._circuit import (
     CLOSED,
+    COUNT_LIMIT,
     HALF_OPEN,
-    MAX_COUNT,
-    MAX_LEASE_MS,
-    MAX_NOISE_MS,
+    LEASE_MAX_MS,
+    NOISE_MAX_MS,
     OPEN,
     STATES,
     Circuit,
-    created,
+    new_circuit,
 )
 from pybreaker_redis._intents import (
     INTENTS,
@@ -30,7 +30,7 @@ from pybreaker_redis._intents import (
     Close,
     CountProbe,
     Decision,
-    Fenced,
+    FencedIntent,
     Intent,
     Load,
     RecordFailure,
@@ -41,7 +41,7 @@ from pybreaker_redis._intents import (
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._record import MAX_PUSH_BYTES, believe, parse, parse_push, writes
+from pybreaker_redis._record import PUSH_MAX_BYTES, changes_for, parse_published, parse_record, resolve_record
 from tests.records import Wish, circuits, states, wishes
 
 NOW = 1_000_000_000_000
@@ -90,26 +90,26 @@ class TestValues:
         defined = {
             value
             for value in vars(_intents).values()
-            if isinstance(value, type) and issubclass(value, Intent) and hasattr(value, "script")
+            if isinstance(value, type) and issubclass(value, Intent) and hasattr(value, "operation")
         }
         assert set(INTENTS) == defined
-        assert len({intent.script for intent in INTENTS}) == len(INTENTS)
+        assert len({intent.operation for intent in INTENTS}) == len(INTENTS)
 
     def test_intent_itself_decides_nothing(self) -> None:
         """A new kind of intent without a decision of its own is noticed at once."""
         with pytest.raises(NotImplementedError):
             Intent().apply(closed, NOW)
         with pytest.raises(NotImplementedError):
-            Fenced(7, "").apply(closed, NOW)
+            FencedIntent(7, "").apply(closed, NOW)
 
     def test_new_circuit_is_closed_and_never_moved(self) -> None:
         """Generation 0 means: nothing has ever happened here."""
-        assert created(CLOSED, NOW) == Circuit(CLOSED, 0, 0, None, 0, "", 0)
+        assert new_circuit(CLOSED, NOW) == Circuit(CLOSED, 0, 0, None, 0, "", 0)
 
     @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
     def test_circuit_created_in_another_state_has_moved_once(self, state: str) -> None:
         """Beginning open is a transition, so that results of calls from before it count for nothing."""
-        circuit = created(state, NOW)
+        circuit = new_circuit(state, NOW)
         assert (circuit.state, circuit.generation, circuit.probe_token) == (state, 1, "")
         assert circuit.opened_at_ms == (NOW if state == OPEN else None)
 
@@ -338,7 +338,7 @@ class TestByHand:
     def test_half_open_by_hand_takes_the_trial_from_whoever_has_it(self, circuit: Circuit, token: str) -> None:
         """An operator can offer the probe again without waiting for the lease, and so can the next one."""
         taken = granted(SetState(HALF_OPEN), circuit)
-        assert taken.probe_is_free(NOW)
+        assert taken.is_probe_free(NOW)
         assert_refused(Close(7, token), taken)
 
     def test_open_by_hand_without_a_time_opens_now(self) -> None:
@@ -395,7 +395,7 @@ class TestNoise:
         """There nobody keeps a success to himself."""
         assert granted(RecordFailure(None, "", 1000), circuit).noisy_until_ms == 0
 
-    @given(circuit=circuits(NOW), count=st.integers(0, MAX_COUNT))
+    @given(circuit=circuits(NOW), count=st.integers(0, COUNT_LIMIT))
     def test_other_number_of_failures_changes_nothing_else(self, circuit: Circuit, count: int) -> None:
         """It names each field, so a new one must be added there."""
         assert circuit.with_failures(count) == replace(circuit, fail_counter=count)
@@ -458,7 +458,7 @@ class TestWhatever:
     def test_open_never_turns_closed_without_a_probe_or_a_hand(self, state: str, steps: list[tuple[Wish, int]]) -> None:
         """No order of events lets a call close a circuit that was not probed."""
         now = NOW
-        circuit = created(state, now)
+        circuit = new_circuit(state, now)
         for wish, pause in steps:
             now += pause
             intent = wish.intent(circuit, now)
@@ -471,7 +471,7 @@ class TestWhatever:
     def test_probe_changes_hands_only_when_free_or_by_hand(self, steps: list[tuple[Wish, int]]) -> None:
         """However many ask, one probes."""
         now = NOW
-        circuit = created(OPEN, now)
+        circuit = new_circuit(OPEN, now)
         for wish, pause in steps:
             now += pause
             intent = wish.intent(circuit, now)
@@ -519,7 +519,7 @@ def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
     assert not hasattr(value, "__dict__")
 
 
-@pytest.mark.parametrize("name", ["MAX_LEASE_MS", "MAX_COUNT", "MAX_NOISE_MS"])
+@pytest.mark.parametrize("name", ["LEASE_MAX_MS", "COUNT_LIMIT", "NOISE_MAX_MS"])
 def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
     """What one of them calls damage, the other does not count on from."""
     scripts = Path(_circuit.__file__).with_name("lua") / "circuit.lua"
@@ -531,7 +531,7 @@ def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
 
 def test_largest_count_is_reached_and_is_its_own_successor() -> None:
     """A number beyond it could not be read again, and would be repaired for ever."""
-    last = MAX_COUNT - 1
+    last = COUNT_LIMIT - 1
     full = replace(probed, fail_counter=last, success_counter=last, generation=last)
     below = replace(full, fail_counter=last - 1, success_counter=last - 1, generation=last - 1)
     for circuit in (below, full):
@@ -545,47 +545,47 @@ class TestRecord:
 
     def test_count_is_read_up_to_the_limit_and_not_from_there_on(self) -> None:
         """The limit itself is damage, as in the scripts."""
-        for number, read in ((MAX_COUNT - 1, MAX_COUNT - 1), (MAX_COUNT, None), (MAX_COUNT + 1, None)):
-            found = parse((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0", "0", "0"))
+        for number, read in ((COUNT_LIMIT - 1, COUNT_LIMIT - 1), (COUNT_LIMIT, None), (COUNT_LIMIT + 1, None)):
+            found = parse_record((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0", "0", "0"))
             assert found.fail_counter == read
             assert (found.mark is None) == (read is None)
 
     def test_opened_by_others_without_saying_when_is_open_from_now_on(self) -> None:
         """The time of an earlier spell would let a probe through at once."""
-        found = parse((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0", "0", "0"))
-        assert believe(found, None, CLOSED, NOW).circuit == Circuit(OPEN, opened_at_ms=NOW, generation=4)
+        found = parse_record((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0", "0", "0"))
+        assert resolve_record(found, None, CLOSED, NOW).circuit == Circuit(OPEN, opened_at_ms=NOW, generation=4)
 
     def test_opened_by_a_newcomer_on_an_emptied_server_goes_on_in_a_new_generation(self) -> None:
         """Whoever knows it closed, and later, costs nobody a trip; the opening time keeps its milliseconds."""
-        found = parse((OPEN, "5", "0", "2"), ("1", OPEN, "2500", "", "0", "0", "0"))
-        circuit = believe(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
+        found = parse_record((OPEN, "5", "0", "2"), ("1", OPEN, "2500", "", "0", "0", "0"))
+        circuit = resolve_record(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
         assert circuit == Circuit(OPEN, fail_counter=5, opened_at_ms=2500, generation=7)
 
     def test_older_circuit_does_not_close_one_that_is_known_to_be_open(self) -> None:
         """A server that has lost a trip gets it back."""
         known = Circuit(OPEN, opened_at_ms=NOW - 10, generation=6)
-        found = parse((CLOSED, "0", "0", None), ("5", CLOSED, "", "", "0", "0", "0"))
-        assert believe(found, known, CLOSED, NOW).circuit == known
+        found = parse_record((CLOSED, "0", "0", None), ("5", CLOSED, "", "", "0", "0", "0"))
+        assert resolve_record(found, known, CLOSED, NOW).circuit == known
 
     def test_closed_by_others_remembers_when_it_was_open(self) -> None:
         """A lost time is restored from the mark as long as it holds nobody up."""
-        found = parse((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0", "0", "0"))
-        assert believe(found, None, CLOSED, NOW).circuit == Circuit(CLOSED, opened_at_ms=1000, generation=4)
+        found = parse_record((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0", "0", "0"))
+        assert resolve_record(found, None, CLOSED, NOW).circuit == Circuit(CLOSED, opened_at_ms=1000, generation=4)
 
     @pytest.mark.parametrize(("state", "marked"), [(CLOSED, CLOSED), (OPEN, OPEN), (HALF_OPEN, OPEN)])
     def test_prober_is_believed_only_of_a_half_open_circuit_of_our_own(self, state: str, marked: str) -> None:
         """A token that was left where nobody can probe gives nobody the probe."""
-        found = parse((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10), "0", "0"))
-        circuit = believe(found, None, CLOSED, NOW).circuit
+        found = parse_record((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10), "0", "0"))
+        circuit = resolve_record(found, None, CLOSED, NOW).circuit
         assert (circuit.state, circuit.probe_token, circuit.probe_until_ms) == (state, "", 0)
 
-    @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + MAX_LEASE_MS), (1, 0)])
+    @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + LEASE_MAX_MS), (1, 0)])
     def test_longest_lease_is_believed_and_a_longer_one_is_over(self, beyond: int, until_ms: int) -> None:
         """Nobody could have asked for it, and it would be waited for."""
-        found = parse(
-            (HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + MAX_LEASE_MS + beyond), "0", "0")
+        found = parse_record(
+            (HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + LEASE_MAX_MS + beyond), "0", "0")
         )
-        circuit = believe(found, None, CLOSED, NOW).circuit
+        circuit = resolve_record(found, None, CLOSED, NOW).circuit
         assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", until_ms)
 
     @pytest.mark.parametrize(
@@ -594,52 +594,56 @@ class TestRecord:
             (NOW + 500, 500, NOW + 500),
             (NOW + 501, 500, NOW + 500),
             (NOW + 20_000, 500, NOW + 500),
-            (NOW + MAX_LEASE_MS + 1, 500, NOW + 500),
-            (NOW + 400, MAX_LEASE_MS + 1, NOW + 400),
-            (NOW + MAX_LEASE_MS + 1, MAX_LEASE_MS + 1, 0),
+            (NOW + LEASE_MAX_MS + 1, 500, NOW + 500),
+            (NOW + 400, LEASE_MAX_MS + 1, NOW + 400),
+            (NOW + LEASE_MAX_MS + 1, LEASE_MAX_MS + 1, 0),
         ],
     )
     def test_lease_has_never_more_left_than_its_length(self, until_ms: int, lease_ms: int, ends_ms: int) -> None:
         """A clock that was set back would let a dead prober block the circuit for as long."""
-        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(until_ms), "0", str(lease_ms)))
-        circuit = believe(found, None, CLOSED, NOW).circuit
+        found = parse_record(
+            (HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(until_ms), "0", str(lease_ms))
+        )
+        circuit = resolve_record(found, None, CLOSED, NOW).circuit
         assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", ends_ms)
-        assert bool(writes(circuit, found)) == (until_ms != ends_ms or lease_ms > MAX_LEASE_MS), "once, and only then"
+        assert bool(changes_for(circuit, found)) == (until_ms != ends_ms or lease_ms > LEASE_MAX_MS), (
+            "once, and only then"
+        )
 
     @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
     def test_record_from_before_a_lost_recovery_has_a_free_probe(self, state: str) -> None:
         """Its prober has reported long ago, and would be waited for."""
-        found = parse((state, "0", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
-        circuit = believe(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
+        found = parse_record((state, "0", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
+        circuit = resolve_record(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
         assert circuit == Circuit(state, success_counter=1, opened_at_ms=1000, generation=7)
 
     @pytest.mark.parametrize("token", ["", "b1"])
     def test_record_from_before_a_lost_report_has_a_free_probe(self, token: str) -> None:
         """Within a generation the probe is given back once, and its next holder begins the next generation."""
-        found = parse((HALF_OPEN, "0", "1", "1"), ("5", HALF_OPEN, "1000", "a0", str(NOW + 500), "0", "500"))
+        found = parse_record((HALF_OPEN, "0", "1", "1"), ("5", HALF_OPEN, "1000", "a0", str(NOW + 500), "0", "500"))
         known = Circuit(HALF_OPEN, generation=5, opened_at_ms=1000, probe_token=token, success_counter=2)
-        circuit = believe(found, known, CLOSED, NOW).circuit
+        circuit = resolve_record(found, known, CLOSED, NOW).circuit
         assert (circuit.generation, circuit.probe_token) == (5, "a0" if token else "")
-        assert circuit.probe_is_free(NOW) == (not token)
+        assert circuit.is_probe_free(NOW) == (not token)
 
     @pytest.mark.parametrize("left_ms", [400, 20_000])
     @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
     def test_lost_claim_is_restored_with_the_rest_of_its_lease(self, state: str, left_ms: int) -> None:
         """One probe at a time, though the server has lost who has it; and no longer than a lease."""
-        found = parse((state, "0", "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
+        found = parse_record((state, "0", "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
         known = replace(
             probed, opened_at_ms=1000, generation=6, probe_until_ms=NOW + left_ms, probe_lease_ms=500, fail_counter=0
         )
-        believed = believe(found, known, CLOSED, NOW)
+        believed = resolve_record(found, known, CLOSED, NOW)
         assert believed.event == "restored"
         assert believed.circuit == replace(known, success_counter=0, probe_until_ms=NOW + min(left_ms, 500))
 
     @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
     def test_lost_trip_is_restored_with_its_time(self, state: str) -> None:
         """The state before makes no difference, nor does the holder of the probe."""
-        found = parse((state, "2", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
+        found = parse_record((state, "2", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
         known = Circuit(OPEN, generation=6, opened_at_ms=NOW - 10)
-        believed = believe(found, known, CLOSED, NOW)
+        believed = resolve_record(found, known, CLOSED, NOW)
         assert believed.event == "restored"
         assert believed.circuit == replace(known, fail_counter=2, success_counter=1)
 
@@ -647,16 +651,18 @@ class TestRecord:
     @pytest.mark.parametrize("fail_counter", [1, 4])
     def test_lost_counts_are_those_of_the_server(self, state: str, fail_counter: int) -> None:
         """Within a generation nothing tells which count is later: a few failures more or less, and no transition."""
-        found = parse((state, str(fail_counter), "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
+        found = parse_record((state, str(fail_counter), "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
         known = Circuit(state, fail_counter=3, success_counter=1, opened_at_ms=1000, generation=5)
-        circuit = believe(found, known, CLOSED, NOW).circuit
+        circuit = resolve_record(found, known, CLOSED, NOW).circuit
         assert circuit == replace(known, fail_counter=fail_counter, success_counter=0)
 
-    @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + MAX_NOISE_MS), (1, 0)])
+    @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + NOISE_MAX_MS), (1, 0)])
     def test_noise_that_nobody_can_have_made_is_none(self, beyond: int, until_ms: int) -> None:
         """Successes would be reported, and no failure would be told, until then."""
-        found = parse((CLOSED, "0", "0", "1"), ("3", CLOSED, "1000", "", "0", str(NOW + MAX_NOISE_MS + beyond), "0"))
-        assert believe(found, None, CLOSED, NOW).circuit.noisy_until_ms == until_ms
+        found = parse_record(
+            (CLOSED, "0", "0", "1"), ("3", CLOSED, "1000", "", "0", str(NOW + NOISE_MAX_MS + beyond), "0")
+        )
+        assert resolve_record(found, None, CLOSED, NOW).circuit.noisy_until_ms == until_ms
 
     @pytest.mark.parametrize(
         "payload",
@@ -672,13 +678,13 @@ class TestRecord:
             ),
             # What cannot have been yet; of a time without a date every call would hear.
             *(b"1005 3 open 999999999999999  0 0 0", b"1005 3 open 1006  0 0 0"),
-            f"1005 3 half-open 1000 a0 {1006 + MAX_LEASE_MS} 0 0".encode(),
-            f"1005 3 closed 1000  0 {1006 + MAX_NOISE_MS} 0".encode(),
+            f"1005 3 half-open 1000 a0 {1006 + LEASE_MAX_MS} 0 0".encode(),
+            f"1005 3 closed 1000  0 {1006 + NOISE_MAX_MS} 0".encode(),
         ],
     )
     def test_push_that_makes_no_sense_is_none(self, payload: bytes | None) -> None:
         """Anybody may publish on a channel."""
-        assert parse_push(payload) is None
+        assert parse_published(payload) is None
 
     def test_huge_push_is_not_even_decoded(self) -> None:
         """A flood of them would cost the listening thread more than the read that follows."""
@@ -687,39 +693,39 @@ class TestRecord:
             def decode(self, *_: str) -> str:
                 raise AssertionError
 
-        assert parse_push(Huge(b"1005 3 closed   0 0 0" + b" " * MAX_PUSH_BYTES)) is None
+        assert parse_published(Huge(b"1005 3 closed   0 0 0" + b" " * PUSH_MAX_BYTES)) is None
 
     def test_push_is_read_as_scripts_write_it(self) -> None:
         """All but the counters."""
-        pushed = parse_push(b"1005 3 half-open 1000 a0 2000 1500 1000")
+        pushed = parse_published(b"1005 3 half-open 1000 a0 2000 1500 1000")
         assert pushed == Circuit(HALF_OPEN, 0, 0, 1000, 3, "a0", 2000, 1500, 1000)
-        assert parse_push(b"1005 3 closed   0 0 0") == Circuit(generation=3)
+        assert parse_published(b"1005 3 closed   0 0 0") == Circuit(generation=3)
 
     @pytest.mark.parametrize("token", ["A0", "a0 ", "g", "a" * 65])
     def test_token_that_we_never_wrote_is_nobodys(self, token: str) -> None:
         """A probe that nobody can hold would be waited for."""
-        found = parse((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10), "0", "0"))
-        assert believe(found, None, CLOSED, NOW).circuit.probe_token == ""
+        found = parse_record((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10), "0", "0"))
+        assert resolve_record(found, None, CLOSED, NOW).circuit.probe_token == ""
 
     @pytest.mark.parametrize("field", range(7))
     def test_hash_with_one_field_alone_is_damage(self, field: int) -> None:
         """It is told from a hash that is not there."""
         alone = ["3", CLOSED, "1000", "a0", "5", "6", "7"]
         mark = [value if index == field else None for index, value in enumerate(alone)]
-        assert parse((CLOSED, "0", "0", None), mark).unreadable_mark
-        assert not parse((CLOSED, "0", "0", None), (None,) * 7).unreadable_mark
+        assert parse_record((CLOSED, "0", "0", None), mark).is_hash_damaged
+        assert not parse_record((CLOSED, "0", "0", None), (None,) * 7).is_hash_damaged
 
     @pytest.mark.parametrize("mark", [(None,) * 7, ("3", CLOSED, "2000", "", "0", "0", "0")])
     def test_sound_record_is_left_as_it_is(self, mark: tuple[str | None, ...]) -> None:
         """Looking writes nothing, and what stock's keys can say needs no hash."""
-        found = parse((CLOSED, "1", "0", "2"), mark)
-        assert not writes(believe(found, None, CLOSED, NOW).circuit, found)
+        found = parse_record((CLOSED, "1", "0", "2"), mark)
+        assert not changes_for(resolve_record(found, None, CLOSED, NOW).circuit, found)
 
     def test_what_was_read_cannot_be_changed(self) -> None:
         """Found, believed and to be written are values too."""
-        found = parse((CLOSED, "1", "0", "2"), (None,) * 7)
-        believed = believe(found, None, CLOSED, NOW)
-        for value in (found, believed, writes(believed.circuit, found)):
+        found = parse_record((CLOSED, "1", "0", "2"), (None,) * 7)
+        believed = resolve_record(found, None, CLOSED, NOW)
+        for value in (found, believed, changes_for(believed.circuit, found)):
             with pytest.raises(FrozenInstanceError):
                 setattr(value, fields(value)[0].name, None)
             assert not hasattr(value, "__dict__")

@@ -18,11 +18,11 @@ import redis
 import valkey
 
 from pybreaker_redis import CircuitRedisStorage, _client
-from pybreaker_redis._client import MOST_CONNECTIONS, Origin, bounded, longest_wait, origin_of
+from pybreaker_redis._client import POOL_CONNECTIONS_MAX, Endpoint, bounded_client, command_wait_limit, endpoint_of
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._names import base_of
-from pybreaker_redis._server import server_of
+from pybreaker_redis._names import library_class_of
+from pybreaker_redis._server import server_for
 from tests.kinds import KINDS, CredentialProvider, by_port, retrying
 from tests.sentinels import Sentinels
 from tests.servers import ONCE, FoundServer
@@ -77,7 +77,7 @@ def take(pool: Any) -> Any:
     return pool.get_connection(*(["PING"] if needed else []))
 
 
-def words_of(pool: Any) -> dict[str, Any]:
+def connection_arguments_of(pool: Any) -> dict[str, Any]:
     """What a pool's connections are given."""
     return dict(pool.connection_kwargs)
 
@@ -90,7 +90,7 @@ class TestBounded:
 
     def test_copy_reaches_the_same_database_as_the_same_user(self, client: Any) -> None:
         """What one writes the other reads."""
-        own = bounded(client, ENOUGH)
+        own = bounded_client(client, ENOUGH)
         assert own is not None
         with deadline(ENOUGH):
             own.set("key", "written")
@@ -102,7 +102,7 @@ class TestBounded:
 
     def test_copy_answers_in_bytes(self, client: Any) -> None:
         """Whatever lies there is ours to judge: a client that decodes would fail on some of it."""
-        own = bounded(client, ENOUGH)
+        own = bounded_client(client, ENOUGH)
         with deadline(ENOUGH):
             own.set("key", b"\xff\xfe")
             assert own.get("key") == b"\xff\xfe"
@@ -115,8 +115,8 @@ class TestBounded:
         """Its pool, its connections and its settings are the user's; closing ours closes none of them."""
         client.set("mine", 1)
         pool = client.connection_pool
-        before = in_use(pool), words_of(pool), pool.connection_class, dict(vars(client))
-        own = bounded(client, ENOUGH)
+        before = in_use(pool), connection_arguments_of(pool), pool.connection_class, dict(vars(client))
+        own = bounded_client(client, ENOUGH)
         assert own.connection_pool is not pool
         with deadline(ENOUGH):
             own.get("mine")
@@ -125,20 +125,20 @@ class TestBounded:
         del own
         gc.collect()
         assert client.connection_pool is pool
-        assert (in_use(pool), words_of(pool), pool.connection_class, dict(vars(client))) == before
+        assert (in_use(pool), connection_arguments_of(pool), pool.connection_class, dict(vars(client))) == before
         assert int(client.get("mine")) == 1
 
     def test_copy_is_a_plain_client_of_the_same_library(self, client: Any) -> None:
         """Methods of subclasses may wait and retry, and what they call the keys was found out before."""
-        own = bounded(client, ENOUGH)
-        assert type(own) is base_of(client)
+        own = bounded_client(client, ENOUGH)
+        assert type(own) is library_class_of(client)
         assert isinstance(client, type(own))
         assert own is not client
         assert issubclass(own.connection_pool.connection_class, client.connection_pool.connection_class)
 
     def test_copy_neither_repeats_nor_names_nor_asks_after_its_health(self, client: Any) -> None:
         """Trying again is decided elsewhere, and what belongs to the user's connections is not ours."""
-        own = bounded(client, ENOUGH)
+        own = bounded_client(client, ENOUGH)
         with deadline(ENOUGH):
             own.ping()
         made = take(own.connection_pool)
@@ -153,7 +153,7 @@ class TestBounded:
 
     def test_copy_does_not_wait_longer_than_its_deadline(self, reached: PrivateServer, client: Any) -> None:
         """Whatever the client's own timeouts and retries are: a server that is frozen, a connection or none."""
-        own = bounded(client, TIMEOUT)
+        own = bounded_client(client, TIMEOUT)
         for connected in (True, False):
             if connected:
                 with deadline(ENOUGH):
@@ -190,7 +190,7 @@ def test_callbacks_of_the_client_are_kept(reached: PrivateServer) -> None:
     """As far as they are the client's, they are the copy's."""
     client = by_port(reached)
     client.set_response_callback("GET", lambda answer, **_: ("seen", answer))
-    own = bounded(client, ENOUGH)
+    own = bounded_client(client, ENOUGH)
     with deadline(ENOUGH):
         own.set("key", "value")
         assert own.get("key") == ("seen", b"value")
@@ -199,9 +199,9 @@ def test_callbacks_of_the_client_are_kept(reached: PrivateServer) -> None:
 
 def test_pool_of_ones_own_waits_no_longer_than_the_timeout_for_a_connection(reached: PrivateServer) -> None:
     """All of them are in use, so Redis does not answer."""
-    own = bounded(by_port(reached), TIMEOUT)
+    own = bounded_client(by_port(reached), TIMEOUT)
     with deadline(10):
-        taken = [take(own.connection_pool) for _ in range(MOST_CONNECTIONS)]
+        taken = [take(own.connection_pool) for _ in range(POOL_CONNECTIONS_MAX)]
         began = time.monotonic()
         with pytest.raises(redis.ConnectionError):
             own.ping()
@@ -213,7 +213,7 @@ def test_pool_of_ones_own_waits_no_longer_than_the_timeout_for_a_connection(reac
 
 def test_wrong_password_is_wrong_for_the_copy(reached: PrivateServer) -> None:
     """It has no other credentials than the client's."""
-    own = bounded(by_port(reached, username="shop", password="wrong"), ENOUGH)
+    own = bounded_client(by_port(reached, username="shop", password="wrong"), ENOUGH)
     with pytest.raises((redis.exceptions.AuthenticationError, redis.ResponseError)), deadline(ENOUGH):
         own.ping()
     own.connection_pool.disconnect()
@@ -232,7 +232,7 @@ def test_credentials_are_asked_for_anew_by_each_connection(reached: PrivateServe
             asked.append(1)
             return "shop", "secret"
 
-    own = bounded(by_port(reached, credential_provider=Rotating()), ENOUGH)
+    own = bounded_client(by_port(reached, credential_provider=Rotating()), ENOUGH)
     for times in (1, 2):
         with deadline(ENOUGH):
             assert own.ping()
@@ -254,7 +254,7 @@ def test_handshake_of_the_copy_asks_for_no_more_than_the_clients(reached: Privat
         stats = observer.info("commandstats")
         return {name: stat["calls"] for name, stat in stats.items() if not name.startswith("cmdstat_config")}
 
-    own = bounded(client, ENOUGH)
+    own = bounded_client(client, ENOUGH)
     theirs, ours = asked_by(client), asked_by(own)
     assert all(count <= theirs.get(name, 0) for name, count in ours.items()), (theirs, ours)
     own.connection_pool.disconnect()
@@ -310,12 +310,12 @@ def cluster(kind: Any = None) -> Any:
 )
 def test_no_copy_of_what_has_no_single_server(make: Callable[[], Any]) -> None:
     """It is used as it is, and nothing is raised."""
-    assert bounded(make(), TIMEOUT) is None
+    assert bounded_client(make(), TIMEOUT) is None
 
 
 def test_copy_of_a_dead_servers_client_connects_to_nobody(tmp_path: Path) -> None:
     """It is made when a circuit is first used, and that may be in an outage."""
-    own = bounded(redis.Redis(unix_socket_path=str(tmp_path / "nobody")), TIMEOUT)
+    own = bounded_client(redis.Redis(unix_socket_path=str(tmp_path / "nobody")), TIMEOUT)
     assert own is not None
     with pytest.raises(redis.ConnectionError), deadline(TIMEOUT):
         own.ping()
@@ -345,25 +345,28 @@ class TestSentinel:
         manager = sentinels(2).manager(socket_timeout=20)
         client = manager.master_for("shop", db=1)
         pools = [sentinel.connection_pool for sentinel in manager.sentinels]
-        before = words_of(client.connection_pool), [words_of(pool) for pool in pools]
-        own = bounded(client, ENOUGH)
+        before = connection_arguments_of(client.connection_pool), [connection_arguments_of(pool) for pool in pools]
+        own = bounded_client(client, ENOUGH)
         with deadline(10):
             own.set("key", "value")
             assert own.get("key") == b"value"
         assert client.get("key") == b"value"
         (idle,) = own.connection_pool._available_connections
-        _client.hang_up(own.connection_pool)
+        _client.close_idle_connections(own.connection_pool)
         assert idle._sock is None
         assert own.connection_pool.sentinel_manager is not manager
         assert [sentinel.connection_pool for sentinel in manager.sentinels] == pools
-        assert (words_of(client.connection_pool), [words_of(pool) for pool in pools]) == before
+        assert (
+            connection_arguments_of(client.connection_pool),
+            [connection_arguments_of(pool) for pool in pools],
+        ) == before
         assert client.connection_pool.sentinel_manager is manager
-        hang_up(own, client)
+        close_idle_connections(own, client)
 
     def test_copy_follows_the_master(self, sentinels: Callable[[int], Sentinels]) -> None:
         """After a failover the Sentinels name another one, and that is where the next connection goes."""
         shop = sentinels(1)
-        own = bounded(shop.manager().master_for("shop"), ENOUGH)
+        own = bounded_client(shop.manager().master_for("shop"), ENOUGH)
         with deadline(10):
             assert own.ping()
         with PrivateServer(shop.master.binary, port=free_port()) as other:
@@ -377,19 +380,19 @@ class TestSentinel:
                 own.set("key", "there")
             with contextlib.closing(other.client()) as client:
                 assert client.get("key") == b"there"
-            hang_up(own)
+            close_idle_connections(own)
 
     def test_frozen_sentinel_leaves_time_for_the_next_one(self, sentinels: Callable[[int], Sentinels]) -> None:
         """Each has its share of the time, and one is left for the master."""
         shop = sentinels(2)
         client = shop.manager(socket_timeout=30).master_for("shop")
-        own = bounded(client, 3.0)
+        own = bounded_client(client, 3.0)
         shop.sentinels[0].pause()
         began = time.monotonic()
         with deadline(3.0):
             assert own.ping()
         assert time.monotonic() - began > 0.9
-        hang_up(own, client)
+        close_idle_connections(own, client)
 
     @pytest.mark.parametrize("count", [1, 3])
     def test_frozen_sentinels_are_waited_for_no_longer_than_the_deadline(
@@ -398,14 +401,14 @@ class TestSentinel:
         """All of them together."""
         shop = sentinels(count)
         client = shop.manager(socket_timeout=30).master_for("shop")
-        own = bounded(client, TIMEOUT)
+        own = bounded_client(client, TIMEOUT)
         for sentinel in shop.sentinels:
             sentinel.pause()
         began = time.monotonic()
         with pytest.raises(redis.ConnectionError), deadline(TIMEOUT):
             own.ping()
         assert time.monotonic() - began < TIMEOUT + MORE
-        hang_up(own, client)
+        close_idle_connections(own, client)
 
     def test_frozen_master_is_waited_for_no_longer_than_the_deadline(
         self, sentinels: Callable[[int], Sentinels]
@@ -413,13 +416,13 @@ class TestSentinel:
         """It takes connections, and the Sentinels have not noticed yet."""
         shop = sentinels(1)
         client = shop.manager(socket_timeout=30).master_for("shop")
-        own = bounded(client, TIMEOUT)
+        own = bounded_client(client, TIMEOUT)
         shop.master.pause()
         began = time.monotonic()
         with pytest.raises((redis.TimeoutError, redis.ConnectionError)), deadline(TIMEOUT):
             own.ping()
         assert time.monotonic() - began < TIMEOUT + MORE
-        hang_up(own, client)
+        close_idle_connections(own, client)
 
     def test_clients_of_one_master_share_a_server_if_one_pool_serves_them(
         self, sentinels: Callable[[int], Sentinels]
@@ -427,11 +430,11 @@ class TestSentinel:
         """And say by which name they know it."""
         client = sentinels(1).manager().master_for("shop")
         again = redis.Redis(connection_pool=client.connection_pool)
-        assert server_of(client) is server_of(again)
-        assert str(origin_of(client)) == "the master 'shop'/0"
+        assert server_for(client) is server_for(again)
+        assert str(endpoint_of(client)) == "the master 'shop'/0"
 
 
-def hang_up(*clients: Any) -> None:
+def close_idle_connections(*clients: Any) -> None:
     """Also on the Sentinels."""
     for client in clients:
         client.connection_pool.disconnect()
@@ -447,30 +450,30 @@ class TestLongestWait:
 
     def test_client_without_a_timeout_waits_without_end(self) -> None:
         """Whatever its retries are."""
-        assert longest_wait(redis.Redis(socket_timeout=None)) is None
+        assert command_wait_limit(redis.Redis(socket_timeout=None)) is None
 
     def test_every_retry_waits_as_long(self) -> None:
         """redis-py 8 retries ten times unless told otherwise."""
-        assert longest_wait(redis.Redis(socket_timeout=0.5, **ONCE)) == 0.5
+        assert command_wait_limit(redis.Redis(socket_timeout=0.5, **ONCE)) == 0.5
         if ONCE:
-            assert longest_wait(redis.Redis(socket_timeout=0.5, **retrying(3))) == 2.0
+            assert command_wait_limit(redis.Redis(socket_timeout=0.5, **retrying(3))) == 2.0
 
     @pytest.mark.skipif(not ONCE, reason="this redis-py never tries again")
     def test_client_that_tries_for_ever_waits_without_end(self) -> None:
         """A negative number of retries means that."""
-        assert longest_wait(redis.Redis(socket_timeout=0.5, **retrying(-1))) is None
+        assert command_wait_limit(redis.Redis(socket_timeout=0.5, **retrying(-1))) is None
 
     @pytest.mark.parametrize("make", [fakeredis.FakeRedis, MagicMock, object], ids=["fakeredis", "mock", "object"])
     def test_what_never_waits_or_cannot_be_judged_is_not_complained_of(self, make: Callable[[], Any]) -> None:
         """Nothing is known of it, or it is known not to wait."""
-        assert longest_wait(make()) == 0.0
+        assert command_wait_limit(make()) == 0.0
 
     def test_cluster_is_judged_by_its_nodes(self) -> None:
         """It has no pool of its own."""
         made = cluster()
-        assert longest_wait(made) == 5.0
+        assert command_wait_limit(made) == 5.0
         made.nodes_manager.connection_kwargs["socket_timeout"] = None
-        assert longest_wait(made) is None
+        assert command_wait_limit(made) is None
 
 
 class TestWarning:
@@ -489,9 +492,9 @@ class TestWarning:
     ) -> None:
         """Not for each circuit, not for each call; not for a wait that nobody minds."""
         client = Unusual(unix_socket_path="/nowhere", socket_timeout=seconds, **ONCE)
-        servers = [server_of(client) for _ in range(3)]
+        servers = [server_for(client) for _ in range(3)]
         assert servers[0] is servers[1] is servers[2]
-        assert all(server.client_like(client, TIMEOUT) is client for server in servers)
+        assert all(server.client_with_timeout(client, TIMEOUT) is client for server in servers)
         if complaint is None:
             assert self.said(caplog) == []
         else:
@@ -512,12 +515,12 @@ class TestWarning:
     def test_nothing_is_said_of_who_wants_it_so(self, caplog: pytest.LogCaptureFixture) -> None:
         """`timeout=None` is to use the client as it is."""
         client = Unusual(unix_socket_path="/nowhere", socket_timeout=None, **ONCE)
-        assert server_of(client).client_like(client, None) is client
+        assert server_for(client).client_with_timeout(client, None) is client
         assert self.said(caplog) == []
 
     def test_nothing_is_said_of_a_client_that_is_bounded(self, caplog: pytest.LogCaptureFixture, client: Any) -> None:
         """However long it would wait itself."""
-        assert server_of(client).client_like(client, TIMEOUT) is not client
+        assert server_for(client).client_with_timeout(client, TIMEOUT) is not client
         assert self.said(caplog) == []
 
 
@@ -531,9 +534,9 @@ class TestServer:
         """When it goes, all circuits know at once, and one thread alone asks again."""
         one, other = by_port(reached), by_port(reached, socket_timeout=3, max_connections=7)
         assert one.connection_pool is not other.connection_pool
-        assert server_of(one) is server_of(other)
-        server = server_of(one)
-        pools = {server.client_like(client, TIMEOUT).connection_pool for client in (one, other)}
+        assert server_for(one) is server_for(other)
+        server = server_for(one)
+        pools = {server.client_with_timeout(client, TIMEOUT).connection_pool for client in (one, other)}
         assert len(pools) == 1
         assert not pools & {one.connection_pool, other.connection_pool}
 
@@ -542,16 +545,16 @@ class TestServer:
         storages = [CircuitRedisStorage("closed", by_port(reached), name, timeout=10) for name in ("one", "other")]
         for storage in storages:
             assert storage.state == "closed"
-        one, other = (storage._tenancy.server for storage in storages)
+        one, other = (storage._core.server for storage in storages)
         assert one is not None
         assert one is other
-        assert one.tenants == 2
-        assert one.guard is other.guard
+        assert one.member_count == 2
+        assert one.availability is other.availability
         with contextlib.closing(by_port(reached)) as operator:
             assert {storage.health().circuits for storage in storages} == {2}
             own = [made for made in operator.client_list() if made["cmd"].startswith("eval")]
         assert len(own) == 1, "one connection does for both"
-        one.hang_up()
+        one.close_idle_pools()
 
     @pytest.mark.parametrize(
         "words",
@@ -575,7 +578,7 @@ class TestServer:
         if len(words) > 1 and "ssl" in words:
             given["ssl"] = True
         one, other = redis.Redis(**given), redis.Redis(**{**given, **words})
-        assert server_of(one) is not server_of(other)
+        assert server_for(one) is not server_for(other)
 
     @pytest.mark.parametrize(
         "words",
@@ -592,7 +595,7 @@ class TestServer:
             pytest.skip("this redis-py does not know these words")
         one, other = (redis.Redis(host="there", **words) for _ in range(2))
         assert one.connection_pool is not other.connection_pool
-        assert server_of(one) is server_of(other)
+        assert server_for(one) is server_for(other)
 
     def test_words_of_no_known_constructor_tell_servers_apart(self) -> None:
         """A kind of connection of an application's own may be given a tunnel, or a list of them."""
@@ -606,7 +609,7 @@ class TestServer:
 
         def server(tunnels: Any) -> Any:
             pool = redis.ConnectionPool(connection_class=Tunnelled, host="there", tunnels=tunnels)
-            return server_of(redis.Redis(connection_pool=pool))
+            return server_for(redis.Redis(connection_pool=pool))
 
         kept = [server(tunnels) for tunnels in (["a"], ["b"], {"a": 1}, {"a"}, None)]
         assert kept[0] is server(["a"])
@@ -618,17 +621,17 @@ class TestServer:
         if not ONCE:
             pytest.skip("this redis-py has no such functions")
         one, other = redis.Redis(redis_connect_func=print), redis.Redis(redis_connect_func=repr)
-        assert server_of(one) is not server_of(other)
+        assert server_for(one) is not server_for(other)
 
     def test_other_timeout_is_another_pool_of_one_server(self) -> None:
         """A pool waits as long as it was made to; what one circuit finds out about the server holds for all."""
         client = redis.Redis(unix_socket_path="/nowhere")
-        server = server_of(client)
-        one, other, same = (server.client_like(client, timeout) for timeout in (TIMEOUT, 2 * TIMEOUT, TIMEOUT))
+        server = server_for(client)
+        one, other, same = (server.client_with_timeout(client, timeout) for timeout in (TIMEOUT, 2 * TIMEOUT, TIMEOUT))
         assert one.connection_pool is same.connection_pool
         assert one.connection_pool is not other.connection_pool
         assert other.connection_pool.timeout == 2 * TIMEOUT
-        assert server.client_like(client, None) is client
+        assert server.client_with_timeout(client, None) is client
 
     @pytest.mark.parametrize(
         ("url", "words"),
@@ -646,20 +649,20 @@ class TestServer:
     )
     def test_url_and_words_that_lead_to_the_same_place_are_one_server(self, url: str, words: dict[str, Any]) -> None:
         """Some of an application is configured by a URL, as django-redis is, and some by words."""
-        one, other = server_of(redis.Redis.from_url(url)), server_of(redis.Redis(**words))
+        one, other = server_for(redis.Redis.from_url(url)), server_for(redis.Redis(**words))
         assert one is other
 
     def test_clients_of_two_libraries_share_nothing(self) -> None:
         """Their pools do not go together."""
         one, other = redis.Redis(unix_socket_path="/there"), valkey.Valkey(unix_socket_path="/there")
-        assert server_of(one) is not server_of(other)
+        assert server_for(one) is not server_for(other)
 
     def test_client_without_an_origin_is_a_server_of_its_own(self) -> None:
         """Nobody knows whether two of them are the same."""
         one, other = MagicMock(), MagicMock()
-        kept = server_of(one)
-        assert kept is server_of(one)
-        assert kept is not server_of(other)
+        kept = server_for(one)
+        assert kept is server_for(one)
+        assert kept is not server_for(other)
         assert kept._client is one
         assert str(kept) == "MagicMock"
 
@@ -668,9 +671,9 @@ class TestServer:
         client = redis.Redis(unix_socket_path="/nowhere")
         storage = CircuitRedisStorage("closed", client)
         assert storage.state == "closed"
-        server = weakref.ref(server_of(client))
-        assert server() is storage._tenancy.server
-        ended = server().guard.outage  # type: ignore[union-attr]
+        server = weakref.ref(server_for(client))
+        assert server() is storage._core.server
+        ended = server().availability.outage  # type: ignore[union-attr]
         assert ended is not None, "nobody is there"
         del storage
         gc.collect()
@@ -692,18 +695,18 @@ class TestOrigin:
     )
     def test_origin_says_where_it_is_and_no_secrets(self, client: Callable[[], Any], said: str) -> None:
         """For lines in the log."""
-        assert str(origin_of(client())) == said
+        assert str(endpoint_of(client())) == said
 
     @pytest.mark.parametrize("make", [cluster, fakeredis.FakeRedis, MagicMock, object])
     def test_what_has_no_single_place_has_no_origin(self, make: Callable[[], Any]) -> None:
         """Clusters are many places, and fakeredis is none."""
-        assert origin_of(make()) is None
+        assert endpoint_of(make()) is None
 
     def test_origin_connects_once_without_retries(self, tmp_path: Path) -> None:
         """Its timeouts are those that it is given."""
-        origin = origin_of(redis.Redis(unix_socket_path=str(tmp_path / "nobody"), socket_timeout=60))
-        assert isinstance(origin, Origin)
+        endpoint = endpoint_of(redis.Redis(unix_socket_path=str(tmp_path / "nobody"), socket_timeout=60))
+        assert isinstance(endpoint, Endpoint)
         began = time.monotonic()
         with pytest.raises(redis.ConnectionError):
-            origin.connect(timeout=ENOUGH)
+            endpoint.connect(timeout=ENOUGH)
         assert time.monotonic() - began < ENOUGH

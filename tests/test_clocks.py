@@ -285,11 +285,11 @@ def test_time_said_by_hand_with_any_fraction_moves_nothing_when_read_again(
     storage.opened_at = NOON.replace(microsecond=fraction)
     storage.state = "open"
     first = storage.opened_at
-    generation = storage._tenancy.shared._view.known.generation
+    generation = storage._core.shared._view.cached.generation
     assert abs(first - NOON.replace(microsecond=fraction)) < timedelta(milliseconds=1.001)
     for _ in range(3):
         assert storage.opened_at == first
-    assert storage._tenancy.shared._view.known.generation == generation == 1
+    assert storage._core.shared._view.cached.generation == generation == 1
 
 
 def test_opening_time_is_precise_for_ours_and_whole_seconds_for_stock(client: redis.Redis) -> None:

@@ -20,12 +20,12 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage, _cluster, _ear
-from pybreaker_redis._cluster import Cluster, cluster_behind, cluster_of
+from pybreaker_redis._cluster import ClusterTopology, topology_behind_node, topology_of
 from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._keys import circuit_keys, slot_of
-from pybreaker_redis._listener import Listener, listen
-from pybreaker_redis._scripts import LuaCarrier
-from pybreaker_redis._server import Server, server_of
+from pybreaker_redis._listener import Listener, listener_for
+from pybreaker_redis._scripts import LuaEngine
+from pybreaker_redis._server import Server, server_for
 from tests import servers
 from tests.clusters import Nodes
 from tests.conftest import no_server
@@ -33,13 +33,13 @@ from tests.fleet import DependencyDown, Fleet, Spec, Worker
 from tests.places import cluster_client
 from tests.servers import ONCE, FoundServer
 from tests.test_outage import calls, health_of, is_back, lines_of
-from tests.test_outage_races import is_away
+from tests.test_outage_races import is_unreachable_for
 from tests.viewed import breaker_on, fails, listeners, settled, up, view_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 NAMESPACE = "shop"
-SLOT = slot_of(circuit_keys(NAMESPACE, one_slot=True)[0])
+SLOT = slot_of(circuit_keys(NAMESPACE, needs_one_slot=True)[0])
 
 
 @pytest.fixture(
@@ -145,15 +145,15 @@ def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
     """A node passes on what is published at any other, whatever the rights of the publisher."""
     nodes = emptied(every_cluster)
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=60)) for _ in range(2))
-    channel = one._state_storage._tenancy.shared._carriers.channel
-    known = view_of(one).known
+    channel = one._state_storage._core.shared._selector.channel
+    known = view_of(one).cached
     now_ms = int(time.time() * 1000)
     for _ in range(20):
         nodes.run(nodes.primary_of(SLOT), "PUBLISH", channel, f"{now_ms} 999999999999 open {now_ms}  0 0 0")
         assert one.call(up) == other.call(up) == "answer"
     other.open()
     wait_for(lambda: one.current_state == "open", "the trip is read")
-    assert view_of(one).known.generation == known.generation + 1
+    assert view_of(one).cached.generation == known.generation + 1
 
 
 def test_tag_of_a_namespace_is_respected(cluster: Nodes):
@@ -182,7 +182,7 @@ def test_circuits_of_all_nodes_are_kept_true_by_one_process(cluster: Nodes):
 def has_moved(tenancy: Any) -> bool:
     """What the thread that asks again does: while a node takes over, there may be nobody who serves a slot."""
     try:
-        return bool(tenancy.moves())
+        return bool(tenancy.move_if_relocated())
     except (LookupError, ConnectionError, redis.RedisError):
         return False
 
@@ -238,7 +238,7 @@ def test_dead_primary_keeps_no_circuit_of_another_away(cluster: Nodes):
     )
     others = settled(breaker_on(client, elsewhere))
     cluster.primary_of(SLOT).kill()
-    wait_for(lambda: is_away(mine), "it is away")
+    wait_for(lambda: is_unreachable_for(mine), "it is away")
     assert not health_of(others).is_own
     fails(others)
     assert others.fail_counter == 1
@@ -275,7 +275,7 @@ def test_stuck_slot_makes_nobody_look_for_its_node(cluster: Nodes, monkeypatch):
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, fail_max=10**6))
     fails(breaker)
     looked: list[Any] = []
-    monkeypatch.setattr(Cluster, "look_again", lambda self, avoid=None: looked.append(avoid))
+    monkeypatch.setattr(ClusterTopology, "refresh", lambda self, avoid=None: looked.append(avoid))
     cluster.move(SLOT, pause=lambda: calls(breaker, 0.5, failing=0.5))
     wait_for(lambda: is_back(breaker), "it is shared again")
     assert looked == []
@@ -348,7 +348,11 @@ def test_callers_take_turns_where_no_thread_may_be_started(cluster: Nodes, monke
     """Under uWSGI without threads: whose turn it is to ask finds out who has taken over, too."""
     breaker = breaker_on(client_of(cluster), NAMESPACE, fail_max=3, reset_timeout=60, max_staleness=0)
     breaker.call(up)
-    monkeypatch.setattr(Server, "_is_kept", lambda self: bool(self.guard.kept and self.guard.keep(False)) and False)
+    monkeypatch.setattr(
+        Server,
+        "_ensure_retry_thread",
+        lambda self: bool(self.availability.has_retry_thread and self.availability.set_retry_thread(False)) and False,
+    )
     killed = cluster.primary_of(SLOT)
     killed.kill()
     assert calls(breaker, 0.2, failing=1.0).unexpected == []
@@ -362,7 +366,7 @@ def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(clust
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = breaker_on(client_of(cluster), NAMESPACE, max_staleness=0)
     breaker.call(up)
-    tenancy = breaker._state_storage._tenancy
+    tenancy = breaker._state_storage._core
     began = time.monotonic()
     waits = threading.Thread(target=lambda: tenancy._failed(TimeoutError("of the old one"), began))
     cluster.fail_over(SLOT)
@@ -380,33 +384,33 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
     """One thread has begun to listen to the old node while another was told of the move."""
     breaker = breaker_on(client_of(cluster), NAMESPACE)
     breaker.call(up)
-    shared = breaker._state_storage._tenancy.shared
-    shared.leave()
+    shared = breaker._state_storage._core.shared
+    shared.forget_location()
     shared.connect()
     heard: list[Listener] = []
 
-    leaves = threading.Thread(target=shared.leave)
+    leaves = threading.Thread(target=shared.forget_location)
 
     def late(*arguments: Any) -> Listener | None:
         leaves.start()
         leaves.join(0.1)
-        heard.append(listen(*arguments))
+        heard.append(listener_for(*arguments))
         return heard[-1]
 
-    monkeypatch.setattr(_ear, "listen", late)
-    breaker._state_storage._tenancy.listen()
+    monkeypatch.setattr(_ear, "listener_for", late)
+    breaker._state_storage._core.ensure_subscribed()
     leaves.join()
-    assert not any(item.view is shared._view for item in heard[0].hearings.all())
+    assert not any(item.view is shared._view for item in heard[0].subscriber_table.snapshot())
     monkeypatch.undo()
     settled(breaker)
 
 
 def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster: Nodes):
     """Its listener may have been forked in the middle of anything, its lock held for ever."""
-    shared = settled(breaker_on(client_of(cluster), NAMESPACE))._state_storage._tenancy.shared
-    listener, shared._ear._pid = shared._ear._listener, os.getppid()
+    shared = settled(breaker_on(client_of(cluster), NAMESPACE))._state_storage._core.shared
+    listener, shared._subscription._pid = shared._subscription._listener, os.getppid()
     with listener._lock:
-        leaves = threading.Thread(target=shared.leave, daemon=True)
+        leaves = threading.Thread(target=shared.forget_location, daemon=True)
         leaves.start()
         leaves.join(2)
         assert not leaves.is_alive()
@@ -416,7 +420,7 @@ def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, ca
     """Whoever is sent there goes on by himself, and somebody asks there again."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, timeout=0.25))
-    tenancy = breaker._state_storage._tenancy
+    tenancy = breaker._state_storage._core
     old = cluster.primary_of(SLOT)
     there = cluster.replica_of(old)
     cluster.fail_over(SLOT)
@@ -481,13 +485,13 @@ def _commands_of(client: redis.Redis) -> Iterator[Callable[[], list[str]]]:
 # -- what is known of a cluster ----------------------------------------------------------------------------------------
 
 
-def known(*seeds: tuple[str, int], node: Callable[..., Any] | None = None) -> Cluster:
+def known(*seeds: tuple[str, int], node: Callable[..., Any] | None = None) -> ClusterTopology:
     """A cluster of which nothing is known but where to ask."""
 
     def plain(address: tuple[str, int]) -> redis.Redis:
         return redis.Redis(host=address[0], port=address[1], **ONCE)
 
-    return Cluster(object(), node or plain, list(seeds), lambda slot: None, lambda address: address)
+    return ClusterTopology(object(), node or plain, list(seeds), lambda slot: None, lambda address: address)
 
 
 def test_nobody_knows_who_serves_a_slot():
@@ -500,26 +504,26 @@ def test_nodes_that_do_not_answer_are_passed_over(cluster: Nodes):
     """Whoever failed is asked last; the others say who serves what, and who else there is."""
     dead, living = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[4].port)
     found = known(dead, living)
-    found.look_again(avoid=living)
+    found.refresh(avoid=living)
     assert found.primary_of(SLOT) == ("127.0.0.1", cluster.primary_of(SLOT).port)
-    assert found._known == {("127.0.0.1", node.port) for node in cluster.all}
+    assert found._known_nodes == {("127.0.0.1", node.port) for node in cluster.all}
 
 
 def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatch):
     """New ones may come with new addresses, year after year; the ones to begin with may be names that stay."""
     gone, first = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[0].port)
     found = known(first)
-    found.moved(SLOT, gone)
-    found.node(gone)
-    while gone in found._known:
-        found._looked_at = 0
-        found.look_again()
+    found.record_redirection(SLOT, gone)
+    found.client_of_node(gone)
+    while gone in found._known_nodes:
+        found._refreshed_at = 0
+        found.refresh()
     assert gone not in found._nodes, "nothing is kept of it"
-    found._seeds = {gone}
+    found._seed_nodes = {gone}
     asked: list[Any] = []
-    monkeypatch.setattr(Cluster, "_ask", lambda self, address: asked.append(address))
-    found._looked_at = 0
-    found.look_again(avoid=first)
+    monkeypatch.setattr(ClusterTopology, "_query_slots", lambda self, address: asked.append(address))
+    found._refreshed_at = 0
+    found.refresh(avoid=first)
     assert len(asked) == len(cluster.all) + 1
     assert asked[-2:] == [gone, first]
 
@@ -528,38 +532,40 @@ def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(clust
     """Else each of hundreds would ask for itself when their node has gone."""
     client = redis.Redis(port=cluster.all[0].port, **ONCE)
     one, other = (breaker_on(client, f"circuit {number}", cluster_mode=True) for number in range(2))
-    clusters = [breaker._state_storage._tenancy._whereabouts for breaker in (one, other)]
-    assert cluster_behind(client) is cluster_behind(client)
+    clusters = [breaker._state_storage._core._locator for breaker in (one, other)]
+    assert topology_behind_node(client) is topology_behind_node(client)
     for whereabouts in clusters:
-        whereabouts.seat()
-        assert whereabouts.has_moved(redis.ResponseError("MOVED 1 127.0.0.1:1"), client)
+        whereabouts.locate()
+        assert whereabouts.relocate(redis.ResponseError("MOVED 1 127.0.0.1:1"), client)
     assert len({id(whereabouts._cluster) for whereabouts in clusters}) == 1
 
 
 def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch):
     """Hundreds of circuits are looked for at the same moment."""
-    monkeypatch.setattr(_cluster, "LOOK_PAUSE", 60)
+    monkeypatch.setattr(_cluster, "SURVEY_PAUSE_S", 60)
     found = known(("127.0.0.1", cluster.all[0].port))
     asked: list[Any] = []
-    ask = Cluster._ask
-    monkeypatch.setattr(Cluster, "_ask", lambda self, address: asked.append(address) or ask(self, address))
+    ask = ClusterTopology._query_slots
+    monkeypatch.setattr(
+        ClusterTopology, "_query_slots", lambda self, address: asked.append(address) or ask(self, address)
+    )
     for _ in range(10):
-        found.look_again()
+        found.refresh()
     assert len(asked) == 1
 
 
 def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes, monkeypatch):
     """Hundreds of circuits of one node are looked for one after the other; whoever answers needs some time, too."""
-    monkeypatch.setattr(_cluster, "LOOK_PAUSE", 60)
+    monkeypatch.setattr(_cluster, "SURVEY_PAUSE_S", 60)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         found = known(("127.0.0.1", silent.getsockname()[1]))
         with deadline(2.0):
-            found.look_again()
+            found.refresh()
             left = seconds_left()
         assert left is not None
         assert 0.5 < left <= 1.0
         began = time.monotonic()
-        found.look_again()
+        found.refresh()
         assert time.monotonic() < began + 0.5
 
 
@@ -567,17 +573,17 @@ def test_time_that_is_over_is_not_spent_on_further_nodes(monkeypatch):
     """However many they are."""
     found = known(*((f"10.0.0.{number}", 1) for number in range(5)))
     asked: list[Any] = []
-    monkeypatch.setattr(Cluster, "_ask", lambda self, address: asked.append(address))
+    monkeypatch.setattr(ClusterTopology, "_query_slots", lambda self, address: asked.append(address))
     with deadline(0):
-        found.look_again()
+        found.refresh()
     assert asked == []
 
 
 def test_node_without_slots_knows_nothing(server, monkeypatch):
     """One that has been taken out of the cluster is passed over as well."""
     found = known(("127.0.0.1", 1))
-    monkeypatch.setattr(Cluster, "_ask", lambda self, address: [])
-    found.look_again()
+    monkeypatch.setattr(ClusterTopology, "_query_slots", lambda self, address: [])
+    found.refresh()
     with pytest.raises(ConnectionError):
         found.primary_of(0)
 
@@ -606,30 +612,30 @@ def test_answer_without_slots_is_no_answer():
     found = known(("there", 1), node=lambda address: SimpleNamespace(connection_pool=pool))
     with pytest.raises(ConnectionError, match="slot 17"):
         found.primary_of(17)
-    assert found._known == {("there", 1)}
+    assert found._known_nodes == {("there", 1)}
 
 
 def test_circuit_that_has_moved_to_a_server_that_is_away_waits_there(client: redis.Redis, monkeypatch):
     """Somebody asks there already."""
     breaker = breaker_on(client, NAMESPACE, max_staleness=0)
     breaker.call(up)
-    tenancy = breaker._state_storage._tenancy
+    tenancy = breaker._state_storage._core
     assert tenancy.server
-    monkeypatch.setattr(tenancy._whereabouts, "look_again", lambda: True)
+    monkeypatch.setattr(tenancy._locator, "refresh", lambda: True)
     monkeypatch.setattr(tenancy, "load", lambda: pytest.fail("nobody has to ask"))
     with monkeypatch.context() as patched:
-        patched.setattr(tenancy.server.guard, "outage", "there is one")
-        assert tenancy.moves()
+        patched.setattr(tenancy.server.availability, "outage", "there is one")
+        assert tenancy.move_if_relocated()
 
 
 def test_news_that_a_circuit_has_moved_are_news_once(client: redis.Redis):
     """Of two threads that find it out the later one leaves the new home alone."""
     breaker = breaker_on(client, NAMESPACE)
     breaker.call(up)
-    carriers = breaker._state_storage._tenancy.shared._carriers
-    now = carriers.now
-    breaker._state_storage._tenancy.shared.leave(LuaCarrier(client, carriers.keys))
-    assert carriers.now is now
+    carriers = breaker._state_storage._core.shared._selector
+    now = carriers.current
+    breaker._state_storage._core.shared.forget_location(LuaEngine(client, carriers.keys))
+    assert carriers.current is now
 
 
 @pytest.mark.parametrize(
@@ -651,20 +657,20 @@ def test_news_that_a_circuit_has_moved_are_news_once(client: redis.Redis):
 def test_redirections_are_understood(said: str, address: tuple[str, int] | None):
     """Of every client library, in pipelines, and from nodes that do not know their own name."""
     error = type("MovedError", (Exception,), {})(said)
-    assert known().redirected(error, ("asked", 1)) == address
-    assert known().redirected(ValueError("other"), ("asked", 1)) is None
+    assert known().redirection_target(error, ("asked", 1)) == address
+    assert known().redirection_target(ValueError("other"), ("asked", 1)) is None
 
 
 def test_client_that_leads_nowhere_else_is_not_followed(tmp_path):
     """A unix socket is not a cluster's endpoint, and what is no client of a server is not one either."""
-    assert cluster_behind(redis.Redis(unix_socket_path=str(tmp_path / "nobody"))) is None
-    assert cluster_behind(SimpleNamespace(connection_pool=None)) is None
-    whereabouts = CircuitRedisStorage("closed", redis.Redis(unix_socket_path="/nowhere"))._tenancy._whereabouts
+    assert topology_behind_node(redis.Redis(unix_socket_path=str(tmp_path / "nobody"))) is None
+    assert topology_behind_node(SimpleNamespace(connection_pool=None)) is None
+    whereabouts = CircuitRedisStorage("closed", redis.Redis(unix_socket_path="/nowhere"))._core._locator
     whereabouts._client = redis.Redis(unix_socket_path="/nowhere")
     moved = type("MovedError", (Exception,), {})
-    assert not whereabouts.has_moved(moved("1 there:1"), whereabouts._client)
+    assert not whereabouts.relocate(moved("1 there:1"), whereabouts._client)
     whereabouts._client = redis.Redis(port=1)
-    assert not whereabouts.has_moved(moved("no such thing"), whereabouts._client)
+    assert not whereabouts.relocate(moved("no such thing"), whereabouts._client)
 
 
 def test_node_knows_best_what_it_does_not_serve(cluster: Nodes):
@@ -673,12 +679,12 @@ def test_node_knows_best_what_it_does_not_serve(cluster: Nodes):
     for client in (client_of(cluster), redis.Redis(port=cluster.primary_of(SLOT).port, **ONCE)):
         storage = CircuitRedisStorage("closed", client, NAMESPACE, cluster_mode=True)
         pybreaker.CircuitBreaker(state_storage=storage).call(up)
-        whereabouts = storage._tenancy._whereabouts
-        if cluster_of(client):
+        whereabouts = storage._core._locator
+        if topology_of(client):
             with pytest.raises(LookupError, match="not served"):
-                whereabouts.has_moved(error, client)
+                whereabouts.relocate(error, client)
         else:
-            assert not whereabouts.has_moved(error, client)
+            assert not whereabouts.relocate(error, client)
 
 
 def test_addresses_are_those_by_which_they_are_reached_from_here():
@@ -691,12 +697,12 @@ def test_addresses_are_those_by_which_they_are_reached_from_here():
         connection_kwargs={"password": "secret"},
         create_redis_node=lambda host, port, **words: (host, port, words),
     )
-    found = cluster_of(SimpleNamespace(nodes_manager=manager))
-    assert found is cluster_of(SimpleNamespace(nodes_manager=manager))
+    found = topology_of(SimpleNamespace(nodes_manager=manager))
+    assert found is topology_of(SimpleNamespace(nodes_manager=manager))
     assert found
     assert found.primary_of(5) == ("outside", 2)
-    assert found.redirected(type("MovedError", (Exception,), {})("5 inside:7"), ("a", 1)) == ("outside", 7)
-    assert found.node(("outside", 2)) == ("outside", 2, {"password": "secret"})
+    assert found.redirection_target(type("MovedError", (Exception,), {})("5 inside:7"), ("a", 1)) == ("outside", 7)
+    assert found.client_of_node(("outside", 2)) == ("outside", 2, {"password": "secret"})
     with pytest.raises(ConnectionError):
         found.primary_of(6)
 
@@ -718,12 +724,12 @@ def test_redis_py_cluster_is_understood():
             return host, port
 
     pool = type("ClusterConnectionPool", (), {"__module__": "rediscluster.connection", "nodes": Nodes3()})()
-    found = cluster_of(SimpleNamespace(connection_pool=pool))
+    found = topology_of(SimpleNamespace(connection_pool=pool))
     assert found
-    assert found._known == {("a", 1), ("b", 2)}
+    assert found._known_nodes == {("a", 1), ("b", 2)}
     assert found.primary_of(5) == ("b", 2)
-    assert found.node(("b", 2)) == ("b", 2)
-    assert found.redirected(type("MovedError", (Exception,), {})("5 inside:7"), ("a", 1)) == ("outside", 7)
+    assert found.client_of_node(("b", 2)) == ("b", 2)
+    assert found.redirection_target(type("MovedError", (Exception,), {})("5 inside:7"), ("a", 1)) == ("outside", 7)
     with pytest.raises(ConnectionError):
         found.primary_of(6)
 
@@ -732,21 +738,21 @@ def test_cluster_whose_nodes_have_no_translation():
     """A client that has none, and calls its nodes after Valkey."""
     words = {"startup_nodes": {}, "nodes_cache": {}, "slots_cache": {}, "connection_kwargs": {}}
     manager = SimpleNamespace(**words, create_valkey_node=lambda host, port: (host, port))
-    found = cluster_of(SimpleNamespace(nodes_manager=manager))
+    found = topology_of(SimpleNamespace(nodes_manager=manager))
     assert found
-    assert found.redirected(type("MovedError", (Exception,), {})("5 there:7"), ("a", 1)) == ("there", 7)
-    assert found.node(("there", 7)) == ("there", 7)
+    assert found.redirection_target(type("MovedError", (Exception,), {})("5 there:7"), ("a", 1)) == ("there", 7)
+    assert found.client_of_node(("there", 7)) == ("there", 7)
 
 
 def test_nodes_are_servers_like_any_other(cluster: Nodes):
     """Two cluster clients of one process share the guards of the nodes, and each keeps a client of a node."""
-    one, other = (cluster_of(client_of(cluster)) for _ in range(2))
+    one, other = (topology_of(client_of(cluster)) for _ in range(2))
     assert one
     assert other
     address = one.primary_of(SLOT)
-    assert one.node(address) is one.node(address)
-    kept = server_of(one.node(address))
-    assert kept is server_of(other.node(address))
+    assert one.client_of_node(address) is one.client_of_node(address)
+    kept = server_for(one.client_of_node(address))
+    assert kept is server_for(other.client_of_node(address))
 
 
 # -- a fleet -----------------------------------------------------------------------------------------------------------

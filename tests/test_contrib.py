@@ -15,9 +15,9 @@ import pybreaker
 import pytest
 
 import pybreaker_redis
-from pybreaker_redis._extras import needs
-from pybreaker_redis.contrib._answer import answer_to, wants_json
-from pybreaker_redis.contrib._operator import ACTIONS, OperatorRefused, operate
+from pybreaker_redis._extras import require_extra
+from pybreaker_redis.contrib._answer import prefers_json, rejection_response
+from pybreaker_redis.contrib._operator import COMMAND_ACTIONS, CommandRefusedError, run_command
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests.viewed import down
 
@@ -66,7 +66,7 @@ def test_without_its_framework_an_integration_says_what_to_install(extra: str, m
 
 def test_what_a_framework_itself_lacks_is_not_taken_for_it():
     """A broken installation is not mended by installing the extra."""
-    with pytest.raises(ImportError) as raised, needs("flask"):
+    with pytest.raises(ImportError) as raised, require_extra("flask"):
         import nowhere.at_all  # noqa: F401
     assert raised.value.name == "nowhere"
 
@@ -147,7 +147,7 @@ def test_module_states_its_question(path: Path):
 )
 def test_json_is_for_who_asks_for_it(accept: str, json: bool):
     """Whoever names JSON gets it, unless they like a page better."""
-    assert wants_json(accept) is json
+    assert prefers_json(accept) is json
 
 
 def test_retry_after_is_a_whole_second_at_least():
@@ -158,8 +158,8 @@ def test_retry_after_is_a_whole_second_at_least():
     with pytest.raises(pybreaker.CircuitBreakerError) as raised:
         breaker.call(down)
     assert retry_after(raised.value) == 0
-    assert answer_to(raised.value, "").retry_after == 1
-    assert answer_to(pybreaker.CircuitBreakerError("from elsewhere"), "").retry_after == 1
+    assert rejection_response(raised.value, "").retry_after == 1
+    assert rejection_response(pybreaker.CircuitBreakerError("from elsewhere"), "").retry_after == 1
 
 
 def test_retry_after_is_not_too_early():
@@ -169,7 +169,7 @@ def test_retry_after_is_not_too_early():
     with pytest.raises(pybreaker.CircuitBreakerError) as raised:
         breaker.call(down)
     most = retry_after(raised.value)
-    told = answer_to(raised.value, "").retry_after
+    told = rejection_response(raised.value, "").retry_after
     assert retry_after(raised.value) <= told < most + 1
 
 
@@ -179,11 +179,11 @@ def test_retry_after_is_not_too_early():
 def test_operator_of_nothing_is_told_so():
     """A project without circuits has a table with nothing in it, and nothing to move."""
     registry = BreakerRegistry()
-    assert len(operate(registry, "status", []).splitlines()) == 1
-    with pytest.raises(OperatorRefused, match="'payments'; configured: none"):
-        operate(registry, "open", ["payments"])
-    with pytest.raises(OperatorRefused, match="none is configured"):
-        operate(registry, "close", [])
+    assert len(run_command(registry, "status", []).splitlines()) == 1
+    with pytest.raises(CommandRefusedError, match="'payments'; configured: none"):
+        run_command(registry, "open", ["payments"])
+    with pytest.raises(CommandRefusedError, match="none is configured"):
+        run_command(registry, "close", [])
 
 
 def test_status_may_be_of_some_circuits():
@@ -191,18 +191,18 @@ def test_status_may_be_of_some_circuits():
     registry = BreakerRegistry()
     registry.configure("payments")
     registry.configure("stock")
-    assert [line.split()[0] for line in operate(registry, "status", ["stock"]).splitlines()] == ["circuit", "stock"]
+    assert [line.split()[0] for line in run_command(registry, "status", ["stock"]).splitlines()] == ["circuit", "stock"]
 
 
-@pytest.mark.parametrize("action", [action for action in ACTIONS if action != "status"])
+@pytest.mark.parametrize("action", [action for action in COMMAND_ACTIONS if action != "status"])
 def test_circuits_of_this_process_alone_are_not_moved_by_a_command(action: str):
     """It would end with the command, and whoever has been told that it was done would rely on it."""
     registry = BreakerRegistry()
     breaker = registry.get("payments")
-    with pytest.raises(OperatorRefused) as refused:
-        operate(registry, action, ["payments"])
+    with pytest.raises(CommandRefusedError) as refused:
+        run_command(registry, action, ["payments"])
     assert str(refused.value) == (
         f"the circuits are each process's own (no Redis is configured): there is nothing to {action} from here"
     )
     assert breaker.current_state == "closed"
-    assert operate(registry, "status", ["payments"])
+    assert run_command(registry, "status", ["payments"])

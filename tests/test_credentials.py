@@ -14,10 +14,10 @@ import redis
 import valkey
 
 from pybreaker_redis import CircuitRedisStorage, _words
-from pybreaker_redis._client import bounded, origin_of, take_credentials, words_of
+from pybreaker_redis._client import bounded_client, connection_arguments_of, endpoint_of, replace_credentials
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._keys import SLOTS
+from pybreaker_redis._keys import CLUSTER_SLOT_COUNT
 from pybreaker_redis.registry import BreakerRegistry
 from tests.clusters import bus_port
 from tests.kinds import CredentialProvider
@@ -83,7 +83,7 @@ def recovers(breaker: pybreaker.CircuitBreaker, server: PrivateServer) -> None:
             breaker.call(up)
         return bool(storage.health().push != "none")
 
-    if storage._tenancy.max_staleness:
+    if storage._core.max_staleness:
         wait_for(is_heard, "others are heard")
 
 
@@ -219,9 +219,9 @@ class TestRotation:
 
 def test_credentials_of_a_client_that_is_not_ours_are_not_touched() -> None:
     """They are the user's."""
-    assert not take_credentials(redis.Redis(), {"password": "other"})
-    assert not take_credentials(None, {})
-    assert words_of(None) == {}
+    assert not replace_credentials(redis.Redis(), {"password": "other"})
+    assert not replace_credentials(None, {})
+    assert connection_arguments_of(None) == {}
 
 
 def test_rejected_credentials_are_worth_another_attempt_if_there_are_others_or_were_just_taken(
@@ -230,12 +230,12 @@ def test_rejected_credentials_are_worth_another_attempt_if_there_are_others_or_w
     """One of several threads takes them, and all of them were rejected."""
     now = [100.0]
     monkeypatch.setattr(_words, "monotonic", lambda: now[0])
-    own = bounded(redis.Redis(password="one"), 1.0)
-    assert not take_credentials(own, {"password": "one"})
-    assert take_credentials(own, {"password": "two"})
-    assert take_credentials(own, {"password": "two"})
-    now[0] += _words.JUST_TAKEN
-    assert not take_credentials(own, {"password": "two"})
+    own = bounded_client(redis.Redis(password="one"), 1.0)
+    assert not replace_credentials(own, {"password": "one"})
+    assert replace_credentials(own, {"password": "two"})
+    assert replace_credentials(own, {"password": "two"})
+    now[0] += _words.NEW_CREDENTIALS_S
+    assert not replace_credentials(own, {"password": "two"})
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
     """A cluster of one node, which asks for the password ``old``."""
     with PrivateServer(preferred.binary, port=bus_port(), args=["--cluster-enabled", "yes"]) as node:
         with contextlib.closing(node.client()) as client:
-            client.execute_command("CLUSTER ADDSLOTS", *range(SLOTS))
+            client.execute_command("CLUSTER ADDSLOTS", *range(CLUSTER_SLOT_COUNT))
             wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "it serves all slots")
             client.config_set("requirepass", "old")
         yield node
@@ -278,12 +278,12 @@ def test_cluster_client_that_renames_keys_and_has_a_new_password_is_followed(clu
 
 def test_nodes_of_a_cluster_take_the_credentials_of_its_client() -> None:
     """Their clients were made with those of before."""
-    from pybreaker_redis._cluster import Cluster
+    from pybreaker_redis._cluster import ClusterTopology
 
     node = redis.Redis(password="old")
-    cluster = Cluster(None, lambda address: node, [], lambda slot: None, lambda address: address)
-    assert cluster.node(("there", 1)) is node
-    cluster.take_credentials({"password": "new", "username": "shop", "ssl": True})
+    cluster = ClusterTopology(None, lambda address: node, [], lambda slot: None, lambda address: address)
+    assert cluster.client_of_node(("there", 1)) is node
+    cluster.update_node_credentials({"password": "new", "username": "shop", "ssl": True})
     words = node.connection_pool.connection_kwargs
     assert (words["username"], words["password"], words.get("ssl")) == ("shop", "new", None)
 
@@ -354,13 +354,13 @@ def test_function_of_a_clusters_client_is_left_out_and_that_of_its_user_kept(ser
     called = []
     for function in (None, called.append):
         client = redis.Redis(unix_socket_path=server.unix_socket, redis_connect_func=FakeCluster(function).on_connect)
-        own = bounded(client, ENOUGH)
+        own = bounded_client(client, ENOUGH)
         with deadline(ENOUGH):
             assert own.ping()
         assert len(called) == (0 if function is None else 1)
         own.connection_pool.disconnect()
     same = [redis.Redis(redis_connect_func=FakeCluster(print).on_connect) for _ in range(2)]
-    assert origin_of(same[0]) == origin_of(same[1]) != origin_of(redis.Redis())
+    assert endpoint_of(same[0]) == endpoint_of(same[1]) != endpoint_of(redis.Redis())
 
 
 # -- clients that wait by themselves -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import redis
 import valkey
 
 from pybreaker_redis import _deadline
-from pybreaker_redis._deadline import deadline, deadlined, seconds_left
+from pybreaker_redis._deadline import deadline, keep_deadlines, seconds_left
 from pybreaker_redis._demo.server import PrivateServer
 from tests.servers import ONCE
 from tests.tls import Certificates
@@ -213,7 +213,7 @@ def connection(library: Any, name: str, longest: float | None = None, **words: A
     if "path" not in words:
         timeouts["socket_connect_timeout"] = PATIENCE
     once = ONCE if library is redis else {"retry": None}
-    return deadlined(kind, longest)(**timeouts, **once, **words)
+    return keep_deadlines(kind, longest)(**timeouts, **once, **words)
 
 
 def ask(made: Any, *command: Any) -> Any:
@@ -597,9 +597,9 @@ class TestClass:
 
     def test_class_is_made_once(self) -> None:
         """Pools of one server are equal, so that they count as one."""
-        assert deadlined(redis.Connection) is deadlined(redis.Connection)
-        assert deadlined(redis.Connection) is not deadlined(redis.Connection, 1.0)
-        assert deadlined(redis.Connection) is not deadlined(redis.UnixDomainSocketConnection)
+        assert keep_deadlines(redis.Connection) is keep_deadlines(redis.Connection)
+        assert keep_deadlines(redis.Connection) is not keep_deadlines(redis.Connection, 1.0)
+        assert keep_deadlines(redis.Connection) is not keep_deadlines(redis.UnixDomainSocketConnection)
 
     def test_class_is_like_the_one_it_was_made_from(self, tmp_path: Path) -> None:
         """Somebody's own connection goes on doing what it does, and is called what it was called."""
@@ -616,7 +616,7 @@ class TestClass:
                 seen.append("connecting")
                 return super()._connect()
 
-        kind = deadlined(Traced)
+        kind = keep_deadlines(Traced)
         assert issubclass(kind, Traced)
         assert kind.__name__ == "Traced"
         with pytest.raises(redis.ConnectionError), deadline(TIMEOUT):
@@ -630,14 +630,14 @@ def test_nothing_is_sent_once_the_deadline_has_passed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(_deadline, "monotonic", lambda: now[0])
     near, far = socket.socketpair()
     with near, far:
-        late = _deadline._Socket(near, None, None)
+        late = _deadline.DeadlineSocket(near, None, None)
         far.setblocking(False)
         with deadline(1.0):
             now[0] += 1.0
             late.sendall(b"a little late")
-            assert seconds_left() == pytest.approx(_deadline.GRACE), "it was this process that was slow"
+            assert seconds_left() == pytest.approx(_deadline.SEND_GRACE_S), "it was this process that was slow"
             assert far.recv(100) == b"a little late"
-            now[0] += _deadline.GRACE
+            now[0] += _deadline.SEND_GRACE_S
             with pytest.raises(TimeoutError):
                 late.sendall(b"EVALSHA")
         with pytest.raises(BlockingIOError):
@@ -662,7 +662,7 @@ def test_connection_without_a_word_for_credentials_is_given_none(server: Private
             """The same each time."""
             return {"nickname": "shop", "username": None}
 
-    made = deadlined(Older)(path=server.unix_socket, credentials=Present())
+    made = keep_deadlines(Older)(path=server.unix_socket, credentials=Present())
     made.connect()
     assert "nickname" not in vars(made)
     made.disconnect()

@@ -233,7 +233,7 @@ def test_impossible_duration_is_refused(seconds: str, capsys: pytest.CaptureFixt
 def test_no_server_at_all_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A bare installation tells how to get on."""
     monkeypatch.setattr(play, "find_servers", list)
-    assert command_line.main(["demo", "--plain"]) == play.NO_SERVER
+    assert command_line.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
     assert "pip install 'pybreaker_redis[demo]'" in capsys.readouterr().err
 
 
@@ -244,7 +244,7 @@ def test_useless_address_is_named_without_its_password(
 ):
     """The message may be pasted anywhere."""
     monkeypatch.setenv("PYBREAKER_REDIS_URL", url.format(port=server.free_port()))
-    assert command_line.main(["demo", "--plain"]) == play.NO_SERVER
+    assert command_line.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
     errors = capsys.readouterr().err
     assert "PYBREAKER_REDIS_URL" in errors
     assert ":secret@" not in errors
@@ -256,7 +256,7 @@ def test_useless_address_is_named_without_its_password(
 @pytest.fixture
 def acts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Play other acts than usual."""
-    monkeypatch.setattr(stage, "FAREWELL", 0.2)
+    monkeypatch.setattr(stage, "EXIT_TIMEOUT_S", 0.2)
 
     def choose(*plays: Callable[[stage.Stage], None]) -> None:
         known = {act.play: act for act in scenario.ACTS}
@@ -281,7 +281,7 @@ def test_demo_on_the_server_that_is_named_leaves_no_keys(
 
     monkeypatch.setenv("PYBREAKER_REDIS_URL", server.url)
     acts(scenario.healthy, scenario.server_killed, look)
-    assert play.play(seconds=2.0, plain=True) == play.KEPT
+    assert play.play(seconds=2.0, plain=True) == play.EXIT_KEPT
     output = capsys.readouterr().out
     assert "from PYBREAKER_REDIS_URL\n" in output
     assert "\nAct 2 of 3 left out: it kills the server, and the one from PYBREAKER_REDIS_URL is not ours\n" in output
@@ -298,11 +298,11 @@ def test_worker_that_never_sees_the_trip_breaks_the_promise(
     """Exit code 0 means that it happened; a process that is frozen does not hang the demo."""
 
     def freeze(on: stage.Stage) -> None:
-        monkeypatch.setattr(stage, "GRACE", 5.0)
+        monkeypatch.setattr(stage, "PROMISE_GRACE_S", 5.0)
         os.kill(on._children["worker 3"]._process.pid, signal.SIGSTOP)
 
     acts(scenario.healthy, freeze, scenario.outage)
-    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
     assert "BROKEN PROMISE: did not happen in time: every worker rejects calls" in capsys.readouterr().out
 
 
@@ -340,8 +340,8 @@ def test_stock_storage_breaks_the_promise(
     """The acts can fail: with pybreaker's own storage a dead prober leaves all gates open, a dead server no circuit."""
     workers_begin_with(STOCK)
     # What never comes is waited for less long than usual.
-    acts(scenario.healthy, lambda _: monkeypatch.setattr(stage, "GRACE", 5.0), act)
-    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    acts(scenario.healthy, lambda _: monkeypatch.setattr(stage, "PROMISE_GRACE_S", 5.0), act)
+    assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
     assert "BROKEN PROMISE" in capsys.readouterr().out
 
 
@@ -364,7 +364,7 @@ def test_error_that_reaches_a_caller_breaks_the_promise(acts, workers_begin_with
     """Callers are ready for the errors of their dependency and for the breaker's; those of Redis are none of them."""
     workers_begin_with(LEAKING)
     acts(scenario.healthy, scenario.server_killed)
-    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
     output = capsys.readouterr().out
     assert re.search(r"BROKEN PROMISE: a call of worker \d ended with ConnectionError\('no Redis'\)\n", output)
 
@@ -378,12 +378,12 @@ def test_circuit_that_is_not_open_in_the_server_breaks_the_promise(
 
     def look_elsewhere(on: stage.Stage, state: str) -> list[Event]:
         monkeypatch.setattr(on, "_namespace", "no-such-circuit")
-        monkeypatch.setattr(stage, "GRACE", 0.5)
+        monkeypatch.setattr(stage, "PROMISE_GRACE_S", 0.5)
         return recorded(on, state)
 
     monkeypatch.setattr(stage.Stage, "recorded", look_elsewhere)
     acts(scenario.healthy, scenario.server_killed)
-    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
     assert "did not happen in time: the circuit is open in the server, for all" in capsys.readouterr().out
 
 
@@ -391,10 +391,10 @@ def test_circuit_that_is_not_open_in_the_server_breaks_the_promise(
 def test_stage_that_cannot_be_set_is_cleared(acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A process that does not start is a broken promise like any other, and leaves no other process waiting."""
     acts()
-    monkeypatch.setattr(stage, "GRACE", 0.5)
+    monkeypatch.setattr(stage, "PROMISE_GRACE_S", 0.5)
     monkeypatch.setattr(stage, "parse", lambda _: Event("nobody", "reached", 0.0, state="up"))
     before = threading.active_count()
-    assert play.play(seconds=2.0, plain=True) == play.BROKEN
+    assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
     assert "the dependency starts" in capsys.readouterr().out
     assert threading.active_count() == before
 
@@ -403,7 +403,7 @@ class Told(stage.Stage):
     """A stage on which everything has happened already."""
 
     def __init__(self, *events: Event) -> None:
-        super().__init__("", "", 10.0, show.Lines(), interruption=Interruption())
+        super().__init__("", "", 10.0, show.PlainLines(), interruption=Interruption())
         self._events = list(events)
 
     def switch(self, health: str) -> Event:
@@ -540,12 +540,12 @@ def test_outage_that_harms_the_dependency_breaks_the_promise(more: tuple[Event, 
 @pytest.mark.parametrize(
     ("terminal", "quiet", "installed", "expected"),
     [
-        (True, "", True, "Table"),
-        (True, "--plain", True, "Lines"),
-        (True, "NO_COLOR", True, "Lines"),
-        (True, "CI", True, "Lines"),
-        (True, "", False, "Lines"),
-        (False, "", True, "Lines"),
+        (True, "", True, "LiveTable"),
+        (True, "--plain", True, "PlainLines"),
+        (True, "NO_COLOR", True, "PlainLines"),
+        (True, "CI", True, "PlainLines"),
+        (True, "", False, "PlainLines"),
+        (False, "", True, "PlainLines"),
     ],
 )
 def test_table_needs_a_terminal_and_rich(
@@ -556,19 +556,19 @@ def test_table_needs_a_terminal_and_rich(
         monkeypatch.setenv(name, "1" if name == quiet else "")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(show.importlib.util, "find_spec", lambda _: installed)
-    assert type(show.choose(plain=quiet == "--plain")).__name__ == expected
+    assert type(show.choose_display(plain=quiet == "--plain")).__name__ == expected
 
 
 def test_figures_of_who_came_last_are_shown(capsys: pytest.CaptureFixture[str]):
     """A run may end before the next figures are due; what happened last is not lost."""
-    with show.Lines() as lines:
+    with show.PlainLines() as lines:
         lines.event(Event("worker 4", "success", 0.0, state="closed"))
     assert "worker 4 closed: 1 ok, 0 failed, 0 rejected" in capsys.readouterr().out
 
 
 def test_worker_reports_that_the_server_is_away_and_logs_nothing(capfd: pytest.CaptureFixture[str]):
     """What the library says of the server is part of the story; whatever else it logs would disturb the picture."""
-    lookout = worker.Lookout("worker 1")
+    lookout = worker.OutageReporter("worker 1")
     lookout.handle(logging.makeLogRecord({"msg": "Redis has lost it"}))
     lookout.handle(logging.makeLogRecord({"msg": "Redis is away", "pybreaker_redis": {"event": "away"}}))
     output, errors = capfd.readouterr()
@@ -590,9 +590,9 @@ def test_report_to_nobody_is_lost_in_silence():
 
 def test_frozen_child_is_killed(monkeypatch: pytest.MonkeyPatch):
     """A child that does not end when it is asked to does not stay."""
-    monkeypatch.setattr(stage, "FAREWELL", 0.1)
+    monkeypatch.setattr(stage, "EXIT_TIMEOUT_S", 0.1)
     inbox: queue.Queue[Event] = queue.Queue()
-    child = stage.Child("dependency", "", inbox)
+    child = stage.ChildProcess("dependency", "", inbox)
     assert inbox.get(timeout=30).kind == "ready"
     os.kill(child._process.pid, signal.SIGSTOP)
     child.close_input()
@@ -607,7 +607,7 @@ def test_frozen_child_is_killed(monkeypatch: pytest.MonkeyPatch):
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only directory on PATH, and no pip package with a server in it."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(binaries, "PACKAGES", (("no_such_package", "redis-server"),))
+    monkeypatch.setattr(binaries, "SERVER_PACKAGES", (("no_such_package", "redis-server"),))
     return tmp_path
 
 

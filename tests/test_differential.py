@@ -18,16 +18,16 @@ import redis
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from pybreaker_redis._carrier import Carrier
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, created
+from pybreaker_redis._carrier import Engine
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, new_circuit
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import ClaimProbe, CountProbe, Load, RecordFailure, Trip
 from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._lifetime import COUNTS_MS, lifetime_ms
-from pybreaker_redis._optimistic import OptimisticCarrier
+from pybreaker_redis._lifetime import TTL_RENEWAL_MARGIN_MS, lifetime_ms
+from pybreaker_redis._optimistic import TransactionEngine
 from pybreaker_redis._record import VALUE_NAMES
-from pybreaker_redis._scripts import LuaCarrier
-from pybreaker_redis.memory import MemoryCarrier
+from pybreaker_redis._scripts import LuaEngine
+from pybreaker_redis.memory import MemoryEngine
 from tests.records import (
     LEASE_MS,
     Ago,
@@ -66,7 +66,7 @@ class Bench:
     """
 
     plain: Any
-    makes: dict[str, Callable[..., Carrier]] = field(default_factory=dict)
+    makes: dict[str, Callable[..., Engine]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -79,10 +79,10 @@ def bench_on(server: PrivateServer) -> Iterator[Bench]:
         yield Bench(
             plain,
             {
-                "lua": lambda keys, ttl_ms=0: LuaCarrier(plain, keys, ttl_ms=ttl_ms),
-                "lua, decoded": lambda keys, ttl_ms=0: LuaCarrier(texts, keys, ttl_ms=ttl_ms),
-                "optimistic": lambda keys, ttl_ms=0: OptimisticCarrier(plain, keys, ttl_ms),
-                "optimistic, decoded": lambda keys, ttl_ms=0: OptimisticCarrier(texts, keys, ttl_ms),
+                "lua": lambda keys, ttl_ms=0: LuaEngine(plain, keys, ttl_ms=ttl_ms),
+                "lua, decoded": lambda keys, ttl_ms=0: LuaEngine(texts, keys, ttl_ms=ttl_ms),
+                "optimistic": lambda keys, ttl_ms=0: TransactionEngine(plain, keys, ttl_ms),
+                "optimistic, decoded": lambda keys, ttl_ms=0: TransactionEngine(texts, keys, ttl_ms),
             },
         )
 
@@ -96,8 +96,8 @@ def bench_on_fakeredis() -> Iterator[Bench]:
     yield Bench(
         plain,
         {
-            "optimistic": lambda keys, ttl_ms=0: OptimisticCarrier(plain, keys, ttl_ms),
-            "optimistic, decoded": lambda keys, ttl_ms=0: OptimisticCarrier(texts, keys, ttl_ms),
+            "optimistic": lambda keys, ttl_ms=0: TransactionEngine(plain, keys, ttl_ms),
+            "optimistic, decoded": lambda keys, ttl_ms=0: TransactionEngine(texts, keys, ttl_ms),
         },
     )
 
@@ -132,13 +132,13 @@ class Run:
     """One carrier, and beside it the definition on paper and in memory."""
 
     name: str
-    carrier: Carrier
+    engine: Engine
     client: Any
     keys: tuple[str, ...]
-    create: str
+    state_if_missing: str
     paper: Paper = field(default_factory=lambda: Paper({}))
     clock: SettableClock = field(default_factory=SettableClock)
-    memory: MemoryCarrier | None = None
+    memory: MemoryEngine | None = None
     known: Circuit | None = None
     ttl_ms: int = 0
 
@@ -146,12 +146,12 @@ class Run:
         """One intent, and everything compared; whether it was accepted."""
         intent = Load() if self.known is None else wish.intent(self.known, self.clock.now_ms)
         before = deepcopy(self.paper.values), self.ends() if self.ttl_ms else {}
-        reply = self.carrier.execute(intent, self.known, self.create)
+        reply = self.engine.execute(intent, self.known, self.state_if_missing)
         self.paper.now_ms = self.clock.now_ms = reply.now_ms
-        assert reply == self.paper.execute(intent, self.known, self.create), (self.name, intent)
+        assert reply == self.paper.execute(intent, self.known, self.state_if_missing), (self.name, intent)
         assert found(self.client, self.keys) == self.paper.values, (self.name, intent)
         if self.memory is None:
-            self.memory = MemoryCarrier(created(self.create, self.clock()), self.clock)
+            self.memory = MemoryEngine(new_circuit(self.state_if_missing, self.clock()), self.clock)
         in_memory = self.memory.execute(intent, None, "")
         assert (reply.accepted, reply.circuit) == (in_memory.accepted, in_memory.circuit), (self.name, intent)
         self.known = reply.circuit
@@ -183,7 +183,7 @@ class Run:
         promised = self.clock.now_ms + lifetime_ms(self.known.state, self.ttl_ms)
         for name, end in after.items():
             assert end is not None, f"{self.name}: {name} has no end"
-            assert promised - CLOCK_MS <= end <= promised + COUNTS_MS + CLOCK_MS, (self.name, name)
+            assert promised - CLOCK_MS <= end <= promised + TTL_RENEWAL_MARGIN_MS + CLOCK_MS, (self.name, name)
         assert max(after.values()) - min(after.values()) <= CLOCK_MS, self.name  # type: ignore[operator,type-var]
 
     def age(self) -> None:
@@ -191,7 +191,7 @@ class Run:
         with self.client.pipeline() as pipe:
             end = min((end for end in self.ends().values() if end is not None), default=None)
             for key in self.keys:
-                pipe.pexpireat(key, end - 2 * COUNTS_MS) if end else pipe.ping()
+                pipe.pexpireat(key, end - 2 * TTL_RENEWAL_MARGIN_MS) if end else pipe.ping()
             pipe.execute()
 
     def persist(self) -> None:
@@ -217,12 +217,12 @@ class Run:
             self.client.script_flush()
 
 
-def runs(bench: Bench, create: str, ttl_ms: int = 0) -> list[Run]:
+def runs(bench: Bench, state_if_missing: str, ttl_ms: int = 0) -> list[Run]:
     """A circuit of its own for each carrier."""
     made = []
     for name, make in bench.makes.items():
-        keys = circuit_keys(fresh_namespace(), one_slot=False)
-        made.append(Run(name, make(keys, ttl_ms), bench.plain, keys, create, ttl_ms=ttl_ms))
+        keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
+        made.append(Run(name, make(keys, ttl_ms), bench.plain, keys, state_if_missing, ttl_ms=ttl_ms))
     return made
 
 
@@ -234,9 +234,9 @@ histories = st.lists(
 )
 
 
-def live_through(bench: Bench, create: str, history: list[Wish | str], ttl_ms: int = 0) -> None:
+def live_through(bench: Bench, state_if_missing: str, history: list[Wish | str], ttl_ms: int = 0) -> None:
     """The same history on every carrier, compared at every step."""
-    for run in runs(bench, create, ttl_ms):
+    for run in runs(bench, state_if_missing, ttl_ms):
         accepted = [run.step(Wish(Load))]
         for step in history:
             if isinstance(step, Wish):
@@ -268,23 +268,23 @@ RECOVERY: list[Wish | str] = [
 
 
 @thorough
-@given(create=states, history=histories)
-@example(create=CLOSED, history=RECOVERY)
+@given(state_if_missing=states, history=histories)
+@example(state_if_missing=CLOSED, history=RECOVERY)
 def test_any_history_on_a_server_leaves_the_same_records_on_every_carrier(
-    bench: Bench, create: str, history: list[Wish | str]
+    bench: Bench, state_if_missing: str, history: list[Wish | str]
 ) -> None:
     """Scripts, transactions and memory hold the same circuit; scripts and transactions the same five keys."""
-    live_through(bench, create, history)
+    live_through(bench, state_if_missing, history)
 
 
 @thorough
-@given(create=states, history=histories)
-@example(create=CLOSED, history=RECOVERY)
+@given(state_if_missing=states, history=histories)
+@example(state_if_missing=CLOSED, history=RECOVERY)
 def test_any_history_on_fakeredis_leaves_the_same_records_on_every_carrier(
-    fake_bench: Bench, create: str, history: list[Wish | str]
+    fake_bench: Bench, state_if_missing: str, history: list[Wish | str]
 ) -> None:
     """Users' own tests on fakeredis see what production will see."""
-    live_through(fake_bench, create, history)
+    live_through(fake_bench, state_if_missing, history)
 
 
 #: A day is what a circuit that is not closed lives for at least: one TTL is shorter, one longer.
@@ -294,28 +294,28 @@ ageing = st.lists(
     min_size=1,
     max_size=12,
 )
-with_ttl = given(create=states, history=ageing, ttl_ms=ttls)
+with_ttl = given(state_if_missing=states, history=ageing, ttl_ms=ttls)
 
 
 @settings(thorough, max_examples=40)
 @with_ttl
-@example(create=CLOSED, history=RECOVERY, ttl_ms=60_000)
-@example(create=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
+@example(state_if_missing=CLOSED, history=RECOVERY, ttl_ms=60_000)
+@example(state_if_missing=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
 def test_any_history_with_a_ttl_on_a_server_ends_all_keys_together(
-    bench: Bench, create: str, history: list[Wish | str], ttl_ms: int
+    bench: Bench, state_if_missing: str, history: list[Wish | str], ttl_ms: int
 ) -> None:
     """The same records again; besides, who writes renews the TTL of all five keys, and who is refused of none."""
-    live_through(bench, create, history, ttl_ms)
+    live_through(bench, state_if_missing, history, ttl_ms)
 
 
 @settings(thorough, max_examples=40)
 @with_ttl
-@example(create=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
+@example(state_if_missing=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
 def test_any_history_with_a_ttl_on_fakeredis_ends_all_keys_together(
-    fake_bench: Bench, create: str, history: list[Wish | str], ttl_ms: int
+    fake_bench: Bench, state_if_missing: str, history: list[Wish | str], ttl_ms: int
 ) -> None:
     """The same on fakeredis."""
-    live_through(fake_bench, create, history, ttl_ms)
+    live_through(fake_bench, state_if_missing, history, ttl_ms)
 
 
 def now_of(client: Any) -> int:
@@ -324,45 +324,45 @@ def now_of(client: Any) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
-def repair(bench: Bench, content: dict[str, Any], known: Any, create: str, wish: Wish) -> list[str]:
+def repair(bench: Bench, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish) -> list[str]:
     """The same damage on every carrier; what each makes of it, compared with the definition, and said in short."""
     became = []
     for name, make in bench.makes.items():
-        keys = circuit_keys(fresh_namespace(), one_slot=False)
-        carrier = make(keys)
+        keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
+        engine = make(keys)
         laid_at = now_of(bench.plain)
         values, circuit = laid(content, laid_at), known(laid_at)
         lay(bench.plain, keys, values)
         intent = wish.intent(circuit or Circuit(), laid_at)
-        reply = carrier.execute(intent, circuit, create)
+        reply = engine.execute(intent, circuit, state_if_missing)
         paper = Paper(dict(values), reply.now_ms)
-        assert reply == paper.execute(intent, circuit, create), name
+        assert reply == paper.execute(intent, circuit, state_if_missing), name
         assert found(bench.plain, keys) == paper.values, name
-        again = carrier.execute(Load(), reply.circuit, create)
+        again = engine.execute(Load(), reply.circuit, state_if_missing)
         assert (again.circuit, again.event) == (reply.circuit, ""), f"{name}: still damaged after the repair"
         became.append(f"{reply.event.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
     return became
 
 
-damage = given(content=contents, known=known_circuits(), create=states, wish=wishes)
+damage = given(content=contents, known=known_circuits(), state_if_missing=states, wish=wishes)
 
 
 @thorough
 @damage
 def test_any_damage_on_a_server_is_repaired_alike_by_every_carrier(
-    bench: Bench, content: dict[str, Any], known: Any, create: str, wish: Wish
+    bench: Bench, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish
 ) -> None:
     """Whatever lies in the keys and whatever the process knew: one rule, and what it leaves behind is sound."""
-    event(repair(bench, content, known, create, wish)[0])
+    event(repair(bench, content, known, state_if_missing, wish)[0])
 
 
 @thorough
 @damage
 def test_any_damage_on_fakeredis_is_repaired_alike_by_every_carrier(
-    fake_bench: Bench, content: dict[str, Any], known: Any, create: str, wish: Wish
+    fake_bench: Bench, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish
 ) -> None:
     """The same on fakeredis."""
-    event(repair(fake_bench, content, known, create, wish)[0])
+    event(repair(fake_bench, content, known, state_if_missing, wish)[0])
 
 
 #: A generation 3 that was opened 70 s ago and is now half-open, its prober alive for 30 s more.
@@ -434,7 +434,7 @@ def test_rule_that_is_seldom_met_is_kept_by_every_carrier(bench: Bench, fake_ben
     for some in (bench, fake_bench):
         repair(some, content, lambda _: None, CLOSED, wish)
         for make in some.makes.values():
-            keys = circuit_keys(fresh_namespace(), one_slot=False)
+            keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
             lay(some.plain, keys, laid(content, now_of(some.plain)))
             circuit = make(keys).execute(wish.intent(Circuit(), 0), None, CLOSED).circuit
             assert {name: getattr(circuit, name) for name in expected} == expected
@@ -473,7 +473,7 @@ def test_lost_write_is_made_good_alike_by_every_carrier(
     for some in (bench, fake_bench):
         repair(some, content, known, CLOSED, Wish(Load))
         for make in some.makes.values():
-            keys = circuit_keys(fresh_namespace(), one_slot=False)
+            keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
             laid_at = now_of(some.plain)
             lay(some.plain, keys, laid(content, laid_at))
             reply = make(keys).execute(Load(), known(laid_at), CLOSED)
@@ -488,7 +488,7 @@ def test_opening_time_in_the_future_is_now_on_every_carrier(bench: Bench, unit: 
     if unit == 1:
         content["circuit"] = {**content["circuit"], "opened_at_ms": Ago(-3_600_000, 1)}
     for name, make in bench.makes.items():
-        keys = circuit_keys(fresh_namespace(), one_slot=False)
+        keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
         lay(bench.plain, keys, laid(content, now_of(bench.plain)))
         reply = make(keys).execute(Load(), None, CLOSED)
         assert reply.circuit.opened_at_ms == reply.now_ms, name
@@ -501,14 +501,14 @@ def test_lease_ends_to_the_millisecond_on_every_carrier(bench: Bench) -> None:
         granted_at = set()
         # A slow machine is not there yet when little is left.
         for lead in range(2, 32):
-            keys = circuit_keys(fresh_namespace(), one_slot=False)
+            keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
             until = now_of(bench.plain) + lead
             lay(bench.plain, keys, laid(probed(probe_until_ms=b"%d" % until), until))
-            carrier = make(keys)
-            reply = carrier.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)
+            engine = make(keys)
+            reply = engine.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)
             while not reply.accepted:
                 assert reply.now_ms < until, name
-                reply = carrier.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)
+                reply = engine.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)
             assert reply.now_ms >= until, name
             granted_at.add(reply.now_ms - until)
         assert 0 in granted_at, name

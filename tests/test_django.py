@@ -179,7 +179,7 @@ def test_settings_that_change_let_go_of_what_was_there(project, server: PrivateS
     trip()
     project(PYBREAKER={"BREAKERS": BREAKERS})
     assert breakers.registry is not registry
-    assert not registry._made
+    assert not registry._breaker_by_name
 
 
 def test_child_does_not_wait_for_a_thread_of_its_parent(project):

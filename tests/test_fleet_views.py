@@ -29,7 +29,7 @@ def settle(worker: Worker) -> None:
 
 def hear_noise(worker: Worker) -> None:
     """Wait until this process knows that there is a failure to forget."""
-    wait_for(lambda: view_of(worker.breaker).shortcut.quiet is None, "noise")
+    wait_for(lambda: view_of(worker.breaker).fast_path.quiet_admission is None, "noise")
 
 
 def calls_until_trip(fleet: Fleet, seed: int, *, listens: bool) -> tuple[int, int]:
@@ -155,15 +155,15 @@ def child(number, go, inherited):
             pass
         else:
             raise AssertionError("not rejected")
-        wait_for(lambda: mine.current_state and view_of(mine).is_believed, "the child listens")
+        wait_for(lambda: mine.current_state and view_of(mine).is_trusted, "the child listens")
     else:
         assert mine.call(up) == "answer"
-        wait_for(lambda: mine.call(up) and view_of(mine).shortcut.quiet, "the child listens")
+        wait_for(lambda: mine.call(up) and view_of(mine).fast_path.quiet_admission, "the child listens")
     assert len(listeners()) == 1
 
 for number in range(forks):
-    (session,) = [listener.session for listener in _listener._listeners._of_origin.values()]
-    fds = [connection._sock.fileno() for connection in session.line._connections]
+    (session,) = [listener.session for listener in _listener._listeners._by_server.values()]
+    fds = [connection._sock.fileno() for connection in session.connection._connections]
     inherited = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in fds}
     go, start = os.pipe()
     pid = os.fork()

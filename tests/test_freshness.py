@@ -19,10 +19,10 @@ import pytest
 import redis
 
 from pybreaker_redis import _listener
-from pybreaker_redis._client import origin_of
+from pybreaker_redis._client import endpoint_of
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._line import Line
+from pybreaker_redis._line import PushConnection
 from tests.proxy import Proxy
 from tests.viewed import NAMESPACE, breaker_on, counted, down, fails, lines, settled, up, view_of, wait_for
 
@@ -75,7 +75,7 @@ def seconds_until(breaker: pybreaker.CircuitBreaker, state: str) -> float:
 
 def subscribers(client: redis.Redis) -> int:
     """How many connections are told what happens to the circuit."""
-    ((_, found),) = client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, one_slot=False), 0))
+    ((_, found),) = client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, needs_one_slot=False), 0))
     return int(found)
 
 
@@ -107,7 +107,7 @@ def test_transition_is_read_once_by_each_process(other, server, client):
 def test_failure_of_another_is_heard_at_once(told, other):
     """From then on this process reports its successes, so that the failures are not taken for consecutive ones."""
     fails(other)
-    assert wait_for(lambda: view_of(told).shortcut.quiet is None, "noise") < PUSH
+    assert wait_for(lambda: view_of(told).fast_path.quiet_admission is None, "noise") < PUSH
     told.call(up)
     assert other.fail_counter == 0
 
@@ -188,15 +188,15 @@ def test_muted_push_is_bounded_by_the_poll(tracking, server, protocol):
 
 def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, other, client, monkeypatch):
     """CLIENT KILL, an output buffer that overflows, a proxy with a timeout."""
-    seen, rest = threading.Event(), _listener.Listener._rest
-    monkeypatch.setattr(_listener.Listener, "_rest", lambda self, seconds: seen.wait(10) and rest(self, seconds))
+    seen, rest = threading.Event(), _listener.Listener._pause
+    monkeypatch.setattr(_listener.Listener, "_pause", lambda self, seconds: seen.wait(10) and rest(self, seconds))
     for _ in range(3):
         seen.clear()
         before = {line["id"] for line in lines(client)}
         assert before
         for line in before:
             client.client_kill_filter(_id=line)
-        wait_for(lambda: not view_of(told).is_believed, "belief ends")
+        wait_for(lambda: not view_of(told).is_trusted, "belief ends")
         other.open()
         assert seconds_until(told, "open") < PUSH, "it asks"
         seen.set()
@@ -223,25 +223,25 @@ def test_lost_line_ends_belief_at_once_however_long_it_might_have_lasted(server,
 
 def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, client, monkeypatch):
     """The new one is subscribed to nothing: without a look at the socket all would seem well."""
-    replaced: list[Line] = []
-    ask = Line.ask
-    origin = origin_of(breaker._state_storage._tenancy.shared._carriers.now.client)
-    listener = _listener._listeners.of(origin)
+    replaced: list[PushConnection] = []
+    ask = PushConnection.query
+    endpoint = endpoint_of(breaker._state_storage._core.shared._selector.current.client)
+    listener = _listener._listeners.of(endpoint)
 
-    def replace_then_ask(line: Line, commands: Any) -> Any:
+    def replace_then_ask(line: PushConnection, commands: Any) -> Any:
         # Others may still listen, for storages of earlier tests.
-        if not replaced and listener.session and line is listener.session.line:
+        if not replaced and listener.session and line is listener.session.connection:
             replaced.append(line)
             # As redis-py does when it finds an error where we do not look.
-            line._hearing.disconnect()
-            line._hearing.connect()
+            line._push_connection.disconnect()
+            line._push_connection.connect()
         return ask(line, commands)
 
-    monkeypatch.setattr(Line, "ask", replace_then_ask)
+    monkeypatch.setattr(PushConnection, "query", replace_then_ask)
 
     def is_replaced() -> bool:
         session = listener.session
-        return bool(replaced and session and session.line is not replaced[0])
+        return bool(replaced and session and session.connection is not replaced[0])
 
     wait_for(is_replaced, "a new line")
     settled(breaker)
@@ -278,7 +278,7 @@ def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
         raise ConnectionError("at last")
 
     monkeypatch.setattr(Session, "_beat", stuck)
-    monkeypatch.setattr(Session, "_take", lambda self, push: None)
+    monkeypatch.setattr(Session, "_receive", lambda self, push: None)
     other.open()
     try:
         assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
@@ -297,7 +297,7 @@ def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_serv
         for _ in range(3):
             other.open()
             other.close()
-        wait_for(lambda: view_of(breaker).known.generation == 6, "all is heard")
+        wait_for(lambda: view_of(breaker).cached.generation == 6, "all is heard")
         os.kill(killable_server.pid or 0, signal.SIGKILL)
         killable_server.restart(keep_data=False)
         newcomer = breaker_on(killable_server.client(), max_staleness=0, fail_max=1)

@@ -22,21 +22,21 @@ from pybreaker_redis import _guard
 from pybreaker_redis._circuit import CLOSED
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._guard import (
-    FIRST_PAUSE,
-    FIRST_TURN,
-    LONGEST_PATIENCE,
-    LONGEST_PAUSE,
-    LONGEST_TURN,
-    PATIENCE,
-    SHORTEST_LONGEST_PAUSE,
-    Guard,
-    Meaning,
-    meaning_of,
+    ANSWER_WAIT_GROWTH_FACTOR,
+    ANSWER_WAIT_MAX_S,
+    RETRY_DELAY_MAX_FLOOR_S,
+    RETRY_DELAY_MAX_S,
+    RETRY_DELAY_MIN_S,
+    TURN_DELAY_MAX_S,
+    TURN_DELAY_MIN_S,
+    Availability,
+    ErrorKind,
+    error_kind,
 )
 from pybreaker_redis._intents import Load, Trip
 from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._optimistic import OptimisticCarrier
-from pybreaker_redis._scripts import LuaCarrier, script
+from pybreaker_redis._optimistic import TransactionEngine
+from pybreaker_redis._scripts import LuaEngine, compose_script
 from tests import servers
 from tests.conftest import no_server
 from tests.servers import ONCE, FoundServer
@@ -44,37 +44,42 @@ from tests.viewed import Clock, wait_for
 
 TIMEOUT = 0.25
 
-AWAY, READ_ONLY, FORBIDDEN, FAULT = Meaning.AWAY, Meaning.READ_ONLY, Meaning.FORBIDDEN, Meaning.FAULT
-MIGRATING, CONTENDED = Meaning.MIGRATING, Meaning.CONTENDED
+UNREACHABLE, READ_ONLY, FORBIDDEN, UNUSABLE = (
+    ErrorKind.UNREACHABLE,
+    ErrorKind.READ_ONLY,
+    ErrorKind.FORBIDDEN,
+    ErrorKind.UNUSABLE,
+)
+MIGRATING, CONTENDED = ErrorKind.MIGRATING, ErrorKind.CONTENDED
 
-KEYS = circuit_keys("guarded", one_slot=True)
+KEYS = circuit_keys("guarded", needs_one_slot=True)
 
 # -- what errors mean --------------------------------------------------------------------------------------------------
 
 #: Classes that redis-py and valkey's client have, as far as they have them, and what the client leaves of the text.
 CLASSES = {
-    "ConnectionError": ("Connection refused.", AWAY),
-    "TimeoutError": ("Timeout reading from socket", AWAY),
-    "BusyLoadingError": ("Redis is loading the dataset in memory", AWAY),
-    "MaxConnectionsError": ("max number of clients reached", AWAY),
-    "AuthenticationError": ("Authentication required.", AWAY),
-    "AuthorizationError": ("", AWAY),
-    "ClusterError": ("TTL exhausted.", AWAY),
-    "ClusterDownError": ("Hash slot not served", AWAY),
-    "MasterDownError": ("Link with MASTER is down and replica-serve-stale-data is set to 'no'.", AWAY),
-    "RedisClusterException": ("Redis Cluster cannot be connected.", AWAY),
-    "ValkeyClusterException": ("Valkey Cluster cannot be connected.", AWAY),
-    "SlotNotCoveredError": ('Slot "1" is not covered by the cluster.', AWAY),
+    "ConnectionError": ("Connection refused.", UNREACHABLE),
+    "TimeoutError": ("Timeout reading from socket", UNREACHABLE),
+    "BusyLoadingError": ("Redis is loading the dataset in memory", UNREACHABLE),
+    "MaxConnectionsError": ("max number of clients reached", UNREACHABLE),
+    "AuthenticationError": ("Authentication required.", UNREACHABLE),
+    "AuthorizationError": ("", UNREACHABLE),
+    "ClusterError": ("TTL exhausted.", UNREACHABLE),
+    "ClusterDownError": ("Hash slot not served", UNREACHABLE),
+    "MasterDownError": ("Link with MASTER is down and replica-serve-stale-data is set to 'no'.", UNREACHABLE),
+    "RedisClusterException": ("Redis Cluster cannot be connected.", UNREACHABLE),
+    "ValkeyClusterException": ("Valkey Cluster cannot be connected.", UNREACHABLE),
+    "SlotNotCoveredError": ('Slot "1" is not covered by the cluster.', UNREACHABLE),
     "TryAgainError": ("Multiple keys request during rehashing of slot", MIGRATING),
     "WatchError": ("Watched variable changed.", CONTENDED),
     "ReadOnlyError": ("You can't write against a read only replica.", READ_ONLY),
     "OutOfMemoryError": ("command not allowed when used memory > 'maxmemory'.", READ_ONLY),
     "NoPermissionError": ("User shop has no permissions to run the 'evalsha' command", FORBIDDEN),
-    "ResponseError": ("WRONGTYPE Operation against a key holding the wrong kind of value", FAULT),
-    "NoScriptError": ("No matching script. Please use EVAL.", FAULT),
-    "ClusterCrossSlotError": ("Keys in request don't hash to the same slot", FAULT),
-    "InvalidResponse": ("Protocol Error: b'HTTP/1.1 400 Bad Request'", FAULT),
-    "DataError": ("Invalid input of type: 'NoneType'.", FAULT),
+    "ResponseError": ("WRONGTYPE Operation against a key holding the wrong kind of value", UNUSABLE),
+    "NoScriptError": ("No matching script. Please use EVAL.", UNUSABLE),
+    "ClusterCrossSlotError": ("Keys in request don't hash to the same slot", UNUSABLE),
+    "InvalidResponse": ("Protocol Error: b'HTTP/1.1 400 Bad Request'", UNUSABLE),
+    "DataError": ("Invalid input of type: 'NoneType'.", UNUSABLE),
 }
 
 LIBRARIES = {"redis-py": redis.exceptions, "valkey-py": valkey.exceptions}
@@ -88,30 +93,30 @@ HAD = [(library, name) for library, module in LIBRARIES.items() for name in CLAS
 def test_class_of_any_client_means_the_same(library: str, name: str) -> None:
     """Whichever client raises it: what an error means follows from the name of its class."""
     text, meaning = CLASSES[name]
-    assert meaning_of(getattr(LIBRARIES[library], name)(text)) is meaning
+    assert error_kind(getattr(LIBRARIES[library], name)(text)) is meaning
 
 
 @pytest.mark.parametrize(
     ("error", "meaning"),
     [
-        (OSError("raw"), AWAY),
-        (ConnectionResetError("by peer"), AWAY),
-        (socket.timeout("timed out"), AWAY),  # noqa: UP041 (as libraries still call it)
-        (TimeoutError("timed out"), AWAY),
-        (socket.gaierror(-2, "Name or service not known"), AWAY),
-        (ssl.SSLError("handshake failed"), AWAY),
-        (type("RedisClusterException", (Exception,), {})("redis-py-cluster's own"), AWAY),
-        (type("ClusterError", (Exception,), {})("redis-py-cluster's own"), AWAY),
-        (TypeError("'NoneType' object is not callable"), FAULT),
-        (ModuleNotFoundError("No module named 'settings'"), FAULT),
-        (KeyError("REDIS_URL"), FAULT),
-        (Exception("of somebody's own"), FAULT),
+        (OSError("raw"), UNREACHABLE),
+        (ConnectionResetError("by peer"), UNREACHABLE),
+        (socket.timeout("timed out"), UNREACHABLE),  # noqa: UP041 (as libraries still call it)
+        (TimeoutError("timed out"), UNREACHABLE),
+        (socket.gaierror(-2, "Name or service not known"), UNREACHABLE),
+        (ssl.SSLError("handshake failed"), UNREACHABLE),
+        (type("RedisClusterException", (Exception,), {})("redis-py-cluster's own"), UNREACHABLE),
+        (type("ClusterError", (Exception,), {})("redis-py-cluster's own"), UNREACHABLE),
+        (TypeError("'NoneType' object is not callable"), UNUSABLE),
+        (ModuleNotFoundError("No module named 'settings'"), UNUSABLE),
+        (KeyError("REDIS_URL"), UNUSABLE),
+        (Exception("of somebody's own"), UNUSABLE),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_error_of_no_client_is_away_if_it_is_of_a_socket_and_else_a_fault(error: Exception, meaning: Meaning) -> None:
+def test_error_of_no_client_is_away_if_it_is_of_a_socket_and_else_a_fault(error: Exception, meaning: ErrorKind) -> None:
     """A network that fails is nobody's fault; a callable that returns no client is that circuit's own."""
-    assert meaning_of(error) is meaning
+    assert error_kind(error) is meaning
 
 
 def test_own_subclass_of_a_known_class_means_what_that_means() -> None:
@@ -123,8 +128,8 @@ def test_own_subclass_of_a_known_class_means_what_that_means() -> None:
     class Denied(redis.exceptions.NoPermissionError):
         """Somebody's own."""
 
-    assert meaning_of(Away()) is AWAY
-    assert meaning_of(Denied()) is FORBIDDEN
+    assert error_kind(Away()) is UNREACHABLE
+    assert error_kind(Denied()) is FORBIDDEN
 
 
 #: What servers say, with its code.
@@ -134,16 +139,16 @@ SAID = [
     ("MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.", READ_ONLY),
     ("NOREPLICAS Not enough good replicas to write.", READ_ONLY),
     ("NOPERM this user has no permissions to run the 'set' command or its subcommand", FORBIDDEN),
-    ("LOADING Redis is loading the dataset in memory", AWAY),
-    ("BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", AWAY),
-    ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", AWAY),
-    ("CLUSTERDOWN The cluster is down", AWAY),
-    ("CLUSTERDOWN Hash slot not served", AWAY),
+    ("LOADING Redis is loading the dataset in memory", UNREACHABLE),
+    ("BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", UNREACHABLE),
+    ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", UNREACHABLE),
+    ("CLUSTERDOWN The cluster is down", UNREACHABLE),
+    ("CLUSTERDOWN Hash slot not served", UNREACHABLE),
     ("TRYAGAIN Multiple keys request during rehashing of slot", MIGRATING),
     ("ASK 3999 127.0.0.1:6381", MIGRATING),
     ("MOVED 3999 127.0.0.1:6381", MIGRATING),
-    ("NOAUTH Authentication required.", AWAY),
-    ("WRONGPASS invalid username-password pair or user is disabled.", AWAY),
+    ("NOAUTH Authentication required.", UNREACHABLE),
+    ("WRONGPASS invalid username-password pair or user is disabled.", UNREACHABLE),
 ]
 
 #: Where they say it: at the beginning, or in a sentence that says where in a script it was.
@@ -160,10 +165,12 @@ SENTENCES = {
 @pytest.mark.parametrize("sentence", SENTENCES)
 @pytest.mark.parametrize(("said", "meaning"), SAID, ids=[said.partition(" ")[0] for said, _ in SAID])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_code_of_the_server_counts_wherever_it_stands(said: str, meaning: Meaning, sentence: str, library: str) -> None:
+def test_code_of_the_server_counts_wherever_it_stands(
+    said: str, meaning: ErrorKind, sentence: str, library: str
+) -> None:
     """Inside scripts, older servers put the code of a command's error into a sentence; older clients know no code."""
     error = LIBRARIES[library].ResponseError(SENTENCES[sentence].format(said))
-    assert meaning_of(error) is meaning
+    assert error_kind(error) is meaning
 
 
 @pytest.mark.parametrize(
@@ -172,22 +179,22 @@ def test_code_of_the_server_counts_wherever_it_stands(said: str, meaning: Meanin
         ("ACL failure in script: User ro has no permissions to run the 'set' command", FORBIDDEN),
         ("The user executing the script can't access at least one of the keys mentioned", FORBIDDEN),
         ("Error running script (call to f_60): The user executing the script can't run this command", FORBIDDEN),
-        ("ERR unknown command 'EVALSHA'", FAULT),
-        ("Script killed by user with SCRIPT KILL.", FAULT),
-        ("a key named busy, or oom, or loading", FAULT),
+        ("ERR unknown command 'EVALSHA'", UNUSABLE),
+        ("Script killed by user with SCRIPT KILL.", UNUSABLE),
+        ("a key named busy, or oom, or loading", UNUSABLE),
     ],
 )
-def test_sentence_without_a_code_counts_by_what_it_says(said: str, meaning: Meaning) -> None:
+def test_sentence_without_a_code_counts_by_what_it_says(said: str, meaning: ErrorKind) -> None:
     """What an ACL forbids inside a script has no code of its own."""
-    assert meaning_of(ResponseError(said)) is meaning
+    assert error_kind(ResponseError(said)) is meaning
 
 
 @pytest.mark.parametrize("user", ["READONLY", "LOADING"])
 def test_name_of_a_user_is_not_taken_for_a_code(user: str) -> None:
     """The class has said what it means; the rest of the text is the user's own words."""
     said = f"User {user} has no permissions to run the 'set' command"
-    assert meaning_of(redis.exceptions.NoPermissionError(said)) is FORBIDDEN
-    assert meaning_of(ResponseError(f"ACL failure in script: {said}")) is FORBIDDEN
+    assert error_kind(redis.exceptions.NoPermissionError(said)) is FORBIDDEN
+    assert error_kind(ResponseError(f"ACL failure in script: {said}")) is FORBIDDEN
 
 
 # -- what servers really say -------------------------------------------------------------------------------------------
@@ -306,12 +313,12 @@ TROUBLES = {
     Troubled.unable_to_save: (READ_ONLY, None),
     Troubled.forbidden_to_write: (FORBIDDEN, None),
     Troubled.forbidden_the_keys: (FORBIDDEN, FORBIDDEN),
-    Troubled.wrong_password: (AWAY, AWAY),
-    Troubled.no_password: (AWAY, AWAY),
-    Troubled.busy: (AWAY, AWAY),
-    Troubled.cluster_down: (AWAY, AWAY),
+    Troubled.wrong_password: (UNREACHABLE, UNREACHABLE),
+    Troubled.no_password: (UNREACHABLE, UNREACHABLE),
+    Troubled.busy: (UNREACHABLE, UNREACHABLE),
+    Troubled.cluster_down: (UNREACHABLE, UNREACHABLE),
     # A command that writes is told that this is a replica; whoever reads, that it has no master.
-    Troubled.cut_off_replica: (READ_ONLY, AWAY),
+    Troubled.cut_off_replica: (READ_ONLY, UNREACHABLE),
 }
 
 #: What clients may speak: older libraries cannot be told, and redis-py 7 does not speak 3 on unix sockets.
@@ -341,13 +348,13 @@ def troubled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callabl
         item.server.close()
 
 
-def outcome(ask: Callable[[], Any]) -> Meaning | None:
+def outcome(ask: Callable[[], Any]) -> ErrorKind | None:
     """What the error means that comes of asking; ``None`` if there is none."""
     try:
         ask()
     except Exception as error:  # noqa: BLE001
         print(f"{type(error).__module__}.{type(error).__name__}: {error}")
-        return meaning_of(error)
+        return error_kind(error)
     return None
 
 
@@ -360,21 +367,21 @@ def test_what_servers_say_means_what_the_table_says(
     clustered = trouble is Troubled.cluster_down
     case = troubled(spoken, *(["--cluster-enabled", "yes"] if clustered else []))
     if not clustered:
-        LuaCarrier(case.operator, KEYS).execute(Load(), None, CLOSED)
+        LuaEngine(case.operator, KEYS).execute(Load(), None, CLOSED)
     client = trouble(case)
     writing, reading = TROUBLES[trouble]
     trip = Trip(None, "")
     # A cut off replica refuses whatever is asked by scripts: they may write.
-    by_script = AWAY if trouble is Troubled.cut_off_replica else writing
+    by_script = UNREACHABLE if trouble is Troubled.cut_off_replica else writing
     assert outcome(lambda: client.setnx(KEYS[0], CLOSED)) is writing
     assert outcome(lambda: client.get(KEYS[0])) is reading
-    assert outcome(lambda: OptimisticCarrier(client, KEYS).execute(trip, None, CLOSED)) in {writing, reading} - {None}
-    assert outcome(lambda: LuaCarrier(client, KEYS).execute(Load(), None, CLOSED)) is reading
-    assert outcome(lambda: LuaCarrier(client, KEYS).execute(trip, None, CLOSED)) is by_script
-    source, _ = script("trip")
+    assert outcome(lambda: TransactionEngine(client, KEYS).execute(trip, None, CLOSED)) in {writing, reading} - {None}
+    assert outcome(lambda: LuaEngine(client, KEYS).execute(Load(), None, CLOSED)) is reading
+    assert outcome(lambda: LuaEngine(client, KEYS).execute(trip, None, CLOSED)) is by_script
+    source, _ = compose_script("trip")
     if reading is None:
         case.operator.script_load(source)
-        assert outcome(lambda: LuaCarrier(client, KEYS).execute(trip, None, CLOSED)) is by_script
+        assert outcome(lambda: LuaEngine(client, KEYS).execute(trip, None, CLOSED)) is by_script
     client.close()
 
 
@@ -383,9 +390,9 @@ def test_dead_and_frozen_servers_are_away(killable_server: PrivateServer) -> Non
     client = killable_server.client(socket_timeout=1.0, **ONCE)
     client.ping()
     killable_server.pause()
-    assert outcome(client.ping) is AWAY
+    assert outcome(client.ping) is UNREACHABLE
     killable_server.kill()
-    assert outcome(client.ping) is AWAY
+    assert outcome(client.ping) is UNREACHABLE
     client.close()
 
 
@@ -399,7 +406,7 @@ def test_pool_without_a_connection_to_spare_is_away(server: PrivateServer) -> No
         client = redis.Redis(connection_pool=pool, **ONCE)
         with client.pipeline() as pipe:
             pipe.watch("key")
-            assert outcome(client.ping) is AWAY
+            assert outcome(client.ping) is UNREACHABLE
         pool.disconnect()
         client.close()
 
@@ -414,16 +421,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def kept(clock: Clock) -> Guard:
+def kept(clock: Clock) -> Availability:
     """A guard of a server that a thread asks again."""
-    return Guard(TIMEOUT, kept=True, clock=clock)
+    return Availability(TIMEOUT, has_retry_thread=True, clock=clock)
 
 
 @pytest.fixture
-def turns(clock: Clock) -> Guard:
+def turns(clock: Clock) -> Availability:
     """A guard where callers ask again, that has been well for long."""
-    guard = Guard(TIMEOUT, kept=False, clock=clock)
-    clock.now += 2 * LONGEST_TURN
+    guard = Availability(TIMEOUT, has_retry_thread=False, clock=clock)
+    clock.now += 2 * TURN_DELAY_MAX_S
     return guard
 
 
@@ -454,18 +461,18 @@ def silent() -> redis.TimeoutError:
     return redis.TimeoutError("Timeout reading from socket")
 
 
-def pause(guard: Guard) -> float:
+def pause(guard: Availability) -> float:
     """Seconds until Redis may be asked again."""
     assert guard.outage is not None
-    return guard.outage.next_at - guard.clock()
+    return guard.outage.next_attempt_at - guard.clock()
 
 
-def tried_in_vain(guard: Guard, clock: Clock, error: Exception | None = None) -> None:
+def tried_in_vain(guard: Availability, clock: Clock, error: Exception | None = None) -> None:
     """When it is time to, somebody asks again, and fails."""
     assert guard.outage is not None
-    clock.now = max(clock.now, guard.outage.next_at)
-    assert guard.begin()
-    guard.failed(error or gone())
+    clock.now = max(clock.now, guard.outage.next_attempt_at)
+    assert guard.claim_attempt()
+    guard.note_failure(error or gone())
 
 
 class TestWell:
@@ -474,78 +481,78 @@ class TestWell:
     @pytest.mark.parametrize("is_kept", [True, False])
     def test_everybody_may_ask(self, is_kept: bool, clock: Clock) -> None:
         """And there is nothing to ask again."""
-        guard = Guard(TIMEOUT, kept=is_kept, clock=clock)
-        assert guard.may_ask()
-        assert guard.may_ask()
-        assert not guard.begin()
+        guard = Availability(TIMEOUT, has_retry_thread=is_kept, clock=clock)
+        assert guard.claim_turn()
+        assert guard.claim_turn()
+        assert not guard.claim_attempt()
         assert guard.outage is None
         assert guard.last_error == ""
         assert guard.since == clock.now
-        assert guard.keep(not is_kept) is None
+        assert guard.set_retry_thread(not is_kept) is None
 
-    def test_answer_ends_no_outage(self, kept: Guard, clock: Clock) -> None:
+    def test_answer_ends_no_outage(self, has_retry_thread: Availability, clock: Clock) -> None:
         """So nothing is said of it."""
         clock.now += 1
-        assert kept.answered() is None
+        assert kept.note_answer() is None
         assert kept.since == 100.0
 
 
 class TestKept:
     """Where a thread asks again."""
 
-    def test_callers_never_ask_however_long_it_takes(self, kept: Guard, clock: Clock) -> None:
+    def test_callers_never_ask_however_long_it_takes(self, has_retry_thread: Availability, clock: Clock) -> None:
         """They would have to wait for the answer."""
-        kept.failed(gone())
-        assert not kept.may_ask()
+        kept.note_failure(gone())
+        assert not kept.claim_turn()
         clock.now += 1e6
-        assert not kept.may_ask()
-        assert kept.begin(), "nor have they taken the thread's turn"
+        assert not kept.claim_turn()
+        assert kept.claim_attempt(), "nor have they taken the thread's turn"
 
-    def test_first_failure_alone_is_news(self, kept: Guard, clock: Clock) -> None:
+    def test_first_failure_alone_is_news(self, has_retry_thread: Availability, clock: Clock) -> None:
         """One line in the log when it goes, however many meet it."""
-        news = kept.failed(gone())
+        news = kept.note_failure(gone())
         assert news is not None
-        assert (news.since, news.meaning, news.attempts, news.patience) == (100.0, AWAY, 0, TIMEOUT)
+        assert (news.since, news.kind, news.attempts, news.patience) == (100.0, UNREACHABLE, 0, TIMEOUT)
         assert news.error == "ConnectionError: Connection refused."
-        assert kept.failed(gone()) is None
+        assert kept.note_failure(gone()) is None
         clock.now += 5
         tried_in_vain(kept, clock, redis.exceptions.ReadOnlyError("You can't write against a read only replica."))
         assert kept.outage is not None
         assert kept.outage.since == kept.since == 100.0
-        assert kept.outage.meaning is READ_ONLY
+        assert kept.outage.kind is READ_ONLY
         assert kept.outage.error == kept.last_error == "ReadOnlyError: You can't write against a read only replica."
 
     def test_pauses_are_random_and_grow_to_the_longest(
-        self, kept: Guard, clock: Clock, dice: Callable[[float], list[tuple[float, float]]]
+        self, has_retry_thread: Availability, clock: Clock, dice: Callable[[float], list[tuple[float, float]]]
     ) -> None:
         """A fleet that lost Redis at once does not come back at once; and once it is back, it is soon noticed."""
         bounds = dice(1)
-        kept.failed(gone())
+        kept.note_failure(gone())
         for _ in range(40):
             tried_in_vain(kept, clock)
         assert {low for low, _ in bounds} == {0}
         longest = [high for _, high in bounds]
-        assert longest[:6] == [FIRST_PAUSE * 2**attempt for attempt in range(5)] + [LONGEST_PAUSE]
-        assert set(longest[5:]) == {LONGEST_PAUSE}
-        assert pause(kept) == LONGEST_PAUSE
+        assert longest[:6] == [RETRY_DELAY_MIN_S * 2**attempt for attempt in range(5)] + [RETRY_DELAY_MAX_S]
+        assert set(longest[5:]) == {RETRY_DELAY_MAX_S}
+        assert pause(kept) == RETRY_DELAY_MAX_S
 
-    def test_pauses_lie_between_none_and_the_longest(self, kept: Guard, clock: Clock) -> None:
+    def test_pauses_lie_between_none_and_the_longest(self, has_retry_thread: Availability, clock: Clock) -> None:
         """As the dice fall."""
-        kept.failed(gone())
+        kept.note_failure(gone())
         seen = []
         for _ in range(50):
             tried_in_vain(kept, clock)
             seen.append(pause(kept))
-        assert 0 <= min(seen) < max(seen) <= LONGEST_PAUSE
+        assert 0 <= min(seen) < max(seen) <= RETRY_DELAY_MAX_S
         assert len(set(seen)) > 40
 
     @pytest.mark.parametrize(
         ("staleness", "longest"),
-        [([2.0], LONGEST_PAUSE), ([0.3, 0.5], 0.3), ([0.01], SHORTEST_LONGEST_PAUSE), ([0], 1)],
+        [([2.0], RETRY_DELAY_MAX_S), ([0.3, 0.5], 0.3), ([0.01], RETRY_DELAY_MAX_FLOOR_S), ([0], 1)],
     )
     def test_pauses_are_shorter_where_something_has_to_be_fresher(
         self,
-        kept: Guard,
+        has_retry_thread: Availability,
         clock: Clock,
         dice: Callable[[float], list[tuple[float, float]]],
         staleness: list[float],
@@ -554,194 +561,206 @@ class TestKept:
         """As fresh as the most demanding circuit has to be, within reason; one that always asks demands nothing."""
         dice(1)
         for seconds in staleness:
-            kept.hurry(seconds)
-        kept.failed(gone())
+            kept.limit_retry_delay(seconds)
+        kept.note_failure(gone())
         for _ in range(10):
             tried_in_vain(kept, clock)
         assert pause(kept) == pytest.approx(longest)
 
-    def test_one_attempt_at_a_time(self, kept: Guard, clock: Clock) -> None:
+    def test_one_attempt_at_a_time(self, has_retry_thread: Availability, clock: Clock) -> None:
         """As long as it has not ended; one that never ends is not waited for without end."""
-        kept.failed(gone())
-        clock.now += LONGEST_PAUSE
-        assert kept.begin()
-        assert not kept.begin()
-        clock.now += LONGEST_PATIENCE + TIMEOUT - 0.001
-        assert not kept.begin()
+        kept.note_failure(gone())
+        clock.now += RETRY_DELAY_MAX_S
+        assert kept.claim_attempt()
+        assert not kept.claim_attempt()
+        clock.now += ANSWER_WAIT_MAX_S + TIMEOUT - 0.001
+        assert not kept.claim_attempt()
         clock.now += 0.001
-        assert kept.begin()
+        assert kept.claim_attempt()
 
-    def test_answer_ends_the_outage_and_says_how_long_it_was(self, kept: Guard, clock: Clock) -> None:
+    def test_answer_ends_the_outage_and_says_how_long_it_was(
+        self, has_retry_thread: Availability, clock: Clock
+    ) -> None:
         """For the line in the log; what was last wrong can still be read."""
-        kept.failed(gone())
+        kept.note_failure(gone())
         clock.now += 7.5
-        assert kept.answered() == 7.5
+        assert kept.note_answer() == 7.5
         assert kept.outage is None
         assert kept.since == clock.now
         assert kept.last_error == "ConnectionError: Connection refused."
-        assert kept.may_ask()
-        assert kept.answered() is None
+        assert kept.claim_turn()
+        assert kept.note_answer() is None
 
-    def test_next_outage_begins_anew(self, kept: Guard, clock: Clock) -> None:
+    def test_next_outage_begins_anew(self, has_retry_thread: Availability, clock: Clock) -> None:
         """It has its own attempts, and its own patience."""
-        kept.failed(silent())
+        kept.note_failure(silent())
         for _ in range(5):
             tried_in_vain(kept, clock, silent())
-        kept.answered()
-        news = kept.failed(silent())
+        kept.note_answer()
+        news = kept.note_failure(silent())
         assert news is not None
         assert (news.since, news.attempts, news.patience) == (clock.now, 0, TIMEOUT)
-        assert pause(kept) <= FIRST_PAUSE
+        assert pause(kept) <= RETRY_DELAY_MIN_S
 
-    def test_guard_that_nobody_keeps_any_more_lets_callers_take_turns(self, kept: Guard, clock: Clock) -> None:
+    def test_guard_that_nobody_keeps_any_more_lets_callers_take_turns(
+        self, has_retry_thread: Availability, clock: Clock
+    ) -> None:
         """In a process that may start no threads."""
-        kept.failed(gone())
-        outage = kept.keep(False)
+        kept.note_failure(gone())
+        outage = kept.set_retry_thread(False)
         assert outage is kept.outage
-        assert pause(kept) >= FIRST_TURN
-        assert not kept.may_ask()
+        assert pause(kept) >= TURN_DELAY_MIN_S
+        assert not kept.claim_turn()
         clock.now += pause(kept)
-        assert kept.may_ask()
-        assert not kept.may_ask()
+        assert kept.claim_turn()
+        assert not kept.claim_turn()
 
-    def test_guard_that_somebody_keeps_now_is_asked_soon(self, turns: Guard) -> None:
+    def test_guard_that_somebody_keeps_now_is_asked_soon(self, turns: Availability) -> None:
         """And no more by callers."""
-        turns.failed(gone())
-        turns.keep(True)
-        assert pause(turns) <= FIRST_PAUSE
-        assert not turns.may_ask()
+        turns.note_failure(gone())
+        turns.set_retry_thread(True)
+        assert pause(turns) <= RETRY_DELAY_MIN_S
+        assert not turns.claim_turn()
 
 
 class TestPatience:
     """How long an attempt waits for its answer."""
 
-    def test_patience_grows_by_half_with_each_attempt_that_got_no_answer(self, kept: Guard, clock: Clock) -> None:
+    def test_patience_grows_by_half_with_each_attempt_that_got_no_answer(
+        self, has_retry_thread: Availability, clock: Clock
+    ) -> None:
         """A server that has become slow for all is reached in the end."""
-        kept.failed(silent())
+        kept.note_failure(silent())
         seen = []
         for _ in range(15):
             assert kept.outage is not None
-            seen.append(kept.outage.patience)
+            seen.append(kept.outage.answer_wait_s)
             tried_in_vain(kept, clock, silent())
-        assert seen == pytest.approx([min(TIMEOUT * PATIENCE**n, LONGEST_PATIENCE) for n in range(15)])
-        assert seen[-1] == LONGEST_PATIENCE == 30.0
-        assert PATIENCE == 1.5
+        assert seen == pytest.approx(
+            [min(TIMEOUT * ANSWER_WAIT_GROWTH_FACTOR**n, ANSWER_WAIT_MAX_S) for n in range(15)]
+        )
+        assert seen[-1] == ANSWER_WAIT_MAX_S == 30.0
+        assert ANSWER_WAIT_GROWTH_FACTOR == 1.5
 
     @pytest.mark.parametrize(
         "error", [gone(), redis.ResponseError("BUSY"), OSError(), redis.exceptions.ReadOnlyError()], ids=repr
     )
-    def test_patience_does_not_grow_when_there_was_an_answer(self, kept: Guard, clock: Clock, error: Exception) -> None:
+    def test_patience_does_not_grow_when_there_was_an_answer(
+        self, has_retry_thread: Availability, clock: Clock, error: Exception
+    ) -> None:
         """Who is refused at once need not wait longer."""
-        kept.failed(silent())
+        kept.note_failure(silent())
         for _ in range(5):
             tried_in_vain(kept, clock, error)
         assert kept.outage is not None
-        assert kept.outage.patience == TIMEOUT
+        assert kept.outage.answer_wait_s == TIMEOUT
 
     @pytest.mark.parametrize("error", [silent(), valkey.TimeoutError(), TimeoutError()], ids=repr)
-    def test_any_kind_of_timeout_makes_patient(self, kept: Guard, clock: Clock, error: Exception) -> None:
+    def test_any_kind_of_timeout_makes_patient(
+        self, has_retry_thread: Availability, clock: Clock, error: Exception
+    ) -> None:
         """Libraries have classes of their own."""
-        kept.failed(gone())
+        kept.note_failure(gone())
         tried_in_vain(kept, clock, error)
         assert kept.outage is not None
-        assert kept.outage.patience == TIMEOUT * PATIENCE
+        assert kept.outage.answer_wait_s == TIMEOUT * ANSWER_WAIT_GROWTH_FACTOR
 
     def test_calls_that_wait_together_are_one_attempt(
-        self, kept: Guard, dice: Callable[[float], list[tuple[float, float]]]
+        self, has_retry_thread: Availability, dice: Callable[[float], list[tuple[float, float]]]
     ) -> None:
         """Forty threads that were under way when Redis froze have waited once each, not forty times."""
         dice(1)
         for _ in range(40):
-            kept.failed(silent())
+            kept.note_failure(silent())
         assert kept.outage is not None
-        assert kept.outage.patience == TIMEOUT
+        assert kept.outage.answer_wait_s == TIMEOUT
         assert kept.outage.attempts == 0
-        assert pause(kept) <= FIRST_PAUSE
+        assert pause(kept) <= RETRY_DELAY_MIN_S
 
 
 class TestTurns:
     """Where callers have to ask again."""
 
-    def test_one_caller_at_a_time_asks_when_the_pause_is_over(self, turns: Guard, clock: Clock) -> None:
+    def test_one_caller_at_a_time_asks_when_the_pause_is_over(self, turns: Availability, clock: Clock) -> None:
         """All others go by their own circuit meanwhile."""
-        turns.failed(gone())
-        assert not turns.may_ask()
-        clock.now += FIRST_TURN - 0.001
-        assert not turns.may_ask()
+        turns.note_failure(gone())
+        assert not turns.claim_turn()
+        clock.now += TURN_DELAY_MIN_S - 0.001
+        assert not turns.claim_turn()
         clock.now += 0.001
-        assert [turns.may_ask() for _ in range(5)] == [True, False, False, False, False]
-        clock.now += LONGEST_PATIENCE + TIMEOUT
-        assert turns.may_ask(), "a caller that has died with its turn is not waited for without end"
+        assert [turns.claim_turn() for _ in range(5)] == [True, False, False, False, False]
+        clock.now += ANSWER_WAIT_MAX_S + TIMEOUT
+        assert turns.claim_turn(), "a caller that has died with its turn is not waited for without end"
 
-    def test_pauses_double_up_to_the_longest(self, turns: Guard, clock: Clock) -> None:
+    def test_pauses_double_up_to_the_longest(self, turns: Availability, clock: Clock) -> None:
         """Each costs a caller its wait."""
-        turns.failed(gone())
+        turns.note_failure(gone())
         seen = []
         for _ in range(40):
             seen.append(pause(turns))
             tried_in_vain(turns, clock)
-        assert seen[:6] == [FIRST_TURN * 2**turn for turn in range(5)] + [LONGEST_TURN]
-        assert set(seen[5:]) == {LONGEST_TURN}
+        assert seen[:6] == [TURN_DELAY_MIN_S * 2**turn for turn in range(5)] + [TURN_DELAY_MAX_S]
+        assert set(seen[5:]) == {TURN_DELAY_MAX_S}
 
-    def test_pauses_of_a_forbidden_circuit_do_not_grow(self, turns: Guard, clock: Clock) -> None:
+    def test_pauses_of_a_forbidden_circuit_do_not_grow(self, turns: Availability, clock: Clock) -> None:
         """The server answers at once, so a call hardly waits; other processes may wait for what this one holds."""
         forbidden = redis.exceptions.NoPermissionError("no permissions")
-        turns.failed(forbidden)
+        turns.note_failure(forbidden)
         for _ in range(4):
-            assert pause(turns) == FIRST_TURN
+            assert pause(turns) == TURN_DELAY_MIN_S
             tried_in_vain(turns, clock, forbidden)
 
-    def test_what_fails_again_soon_goes_on_where_it_was(self, turns: Guard, clock: Clock) -> None:
+    def test_what_fails_again_soon_goes_on_where_it_was(self, turns: Availability, clock: Clock) -> None:
         """A server that answers every other time would else cost a caller its wait each second."""
-        turns.failed(gone())
+        turns.note_failure(gone())
         for _ in range(3):
             tried_in_vain(turns, clock)
         clock.now += pause(turns)
-        assert turns.may_ask()
-        assert turns.answered()
-        clock.now += LONGEST_TURN
-        turns.failed(gone())
-        assert pause(turns) == FIRST_TURN * 2**4
+        assert turns.claim_turn()
+        assert turns.note_answer()
+        clock.now += TURN_DELAY_MAX_S
+        turns.note_failure(gone())
+        assert pause(turns) == TURN_DELAY_MIN_S * 2**4
         assert turns.outage is not None
         assert turns.outage.attempts == 0
 
-    def test_what_was_well_for_long_begins_anew(self, turns: Guard, clock: Clock) -> None:
+    def test_what_was_well_for_long_begins_anew(self, turns: Availability, clock: Clock) -> None:
         """It is another outage."""
-        turns.failed(gone())
+        turns.note_failure(gone())
         for _ in range(3):
             tried_in_vain(turns, clock)
-        turns.answered()
-        clock.now += LONGEST_TURN + 0.001
-        turns.failed(gone())
-        assert pause(turns) == FIRST_TURN
+        turns.note_answer()
+        clock.now += TURN_DELAY_MAX_S + 0.001
+        turns.note_failure(gone())
+        assert pause(turns) == TURN_DELAY_MIN_S
 
     def test_first_failure_of_all_waits_for_the_first_turn(self, clock: Clock) -> None:
         """A process that has just started has not failed before."""
-        guard = Guard(TIMEOUT, kept=False, clock=clock)
+        guard = Availability(TIMEOUT, has_retry_thread=False, clock=clock)
         clock.now += 0.1
-        guard.failed(gone())
-        assert pause(guard) == FIRST_TURN
+        guard.note_failure(gone())
+        assert pause(guard) == TURN_DELAY_MIN_S
 
-    def test_calls_that_fail_together_are_one_turn(self, turns: Guard) -> None:
+    def test_calls_that_fail_together_are_one_turn(self, turns: Availability) -> None:
         """Ten threads that met the same outage do not keep the process alone for half a minute."""
         for _ in range(10):
-            turns.failed(gone())
-        assert pause(turns) == FIRST_TURN
+            turns.note_failure(gone())
+        assert pause(turns) == TURN_DELAY_MIN_S
 
-    def test_answer_lets_all_callers_in(self, turns: Guard, clock: Clock) -> None:
+    def test_answer_lets_all_callers_in(self, turns: Availability, clock: Clock) -> None:
         """From the moment on that one of them had it."""
-        turns.failed(gone())
-        clock.now += FIRST_TURN
-        assert turns.may_ask()
+        turns.note_failure(gone())
+        clock.now += TURN_DELAY_MIN_S
+        assert turns.claim_turn()
         clock.now += 0.25
-        assert turns.answered() == FIRST_TURN + 0.25
-        assert all(turns.may_ask() for _ in range(5))
+        assert turns.note_answer() == TURN_DELAY_MIN_S + 0.25
+        assert all(turns.claim_turn() for _ in range(5))
 
 
 class TestThreads:
     """What comes together."""
 
-    def test_answers_that_come_together_end_one_outage_once(self, kept: Guard) -> None:
+    def test_answers_that_come_together_end_one_outage_once(self, has_retry_thread: Availability) -> None:
         """One line in the log, and no thread collides with another."""
         rounds, threads = 200, 6
         barrier = threading.Barrier(threads)
@@ -749,39 +768,39 @@ class TestThreads:
         def answer() -> Iterator[tuple[int, float | None]]:
             for number in range(rounds):
                 if barrier.wait() == 0:
-                    kept.failed(gone())
+                    kept.note_failure(gone())
                 barrier.wait()
-                yield number, kept.answered()
+                yield number, kept.note_answer()
 
         with ThreadPoolExecutor(threads) as pool:
             answers = [pair for pairs in pool.map(lambda _: list(answer()), range(threads)) for pair in pairs]
         assert Counter(number for number, seconds in answers if seconds is not None) == Counter(range(rounds))
 
-    def test_one_of_many_threads_has_the_turn(self, turns: Guard, clock: Clock) -> None:
+    def test_one_of_many_threads_has_the_turn(self, turns: Availability, clock: Clock) -> None:
         """However close together they look."""
         rounds, threads = 200, 6
-        turns.failed(gone())
+        turns.note_failure(gone())
         barrier = threading.Barrier(threads)
 
         def look() -> Iterator[bool]:
             for _ in range(rounds):
                 if barrier.wait() == 0:
-                    clock.now += LONGEST_PATIENCE + TIMEOUT
+                    clock.now += ANSWER_WAIT_MAX_S + TIMEOUT
                 barrier.wait()
-                yield turns.may_ask()
+                yield turns.claim_turn()
 
         with ThreadPoolExecutor(threads) as pool:
             taken = list(pool.map(lambda _: list(look()), range(threads)))
         assert [sum(of_round) for of_round in zip(*taken, strict=True)] == [1] * rounds
 
-    def test_failures_that_come_together_are_news_once(self, kept: Guard) -> None:
+    def test_failures_that_come_together_are_news_once(self, has_retry_thread: Availability) -> None:
         """One line in the log when it goes, too."""
         threads = 6
         barrier = threading.Barrier(threads)
 
         def fail(_: int) -> bool:
             barrier.wait()
-            return kept.failed(gone()) is not None
+            return kept.note_failure(gone()) is not None
 
         with ThreadPoolExecutor(threads) as pool:
             assert sum(pool.map(fail, range(threads))) == 1
@@ -790,28 +809,30 @@ class TestThreads:
 class TestForks:
     """In a child."""
 
-    def test_child_of_a_process_whose_lock_was_held_can_go_on(self, kept: Guard, clock: Clock) -> None:
+    def test_child_of_a_process_whose_lock_was_held_can_go_on(
+        self, has_retry_thread: Availability, clock: Clock
+    ) -> None:
         """Whoever held it has not come along; nor has the thread that asks again."""
-        kept.failed(gone())
+        kept.note_failure(gone())
         held = kept._lock
         held.acquire()
         try:
             kept.after_fork()
-            assert not kept.kept
+            assert not kept.has_retry_thread
             assert kept.outage is not None, "the server has not come back by forking"
-            clock.now += LONGEST_PAUSE
-            assert kept.may_ask()
-            assert kept.answered() == LONGEST_PAUSE
+            clock.now += RETRY_DELAY_MAX_S
+            assert kept.claim_turn()
+            assert kept.note_answer() == RETRY_DELAY_MAX_S
         finally:
             held.release()
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="nobody forks here")
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-    def test_every_child_is_told(self, kept: Guard) -> None:
+    def test_every_child_is_told(self, has_retry_thread: Availability) -> None:
         """Nobody has to think of it."""
         with kept._lock:
             pid = os.fork()
             if pid == 0:
-                os._exit(0 if kept._lock.acquire(timeout=1) and not kept.kept else 1)
+                os._exit(0 if kept._lock.acquire(timeout=1) and not kept.has_retry_thread else 1)
         assert os.waitpid(pid, 0)[1] == 0
-        assert kept.kept
+        assert kept.has_retry_thread

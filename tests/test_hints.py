@@ -21,15 +21,15 @@ import redis
 
 from pybreaker_redis import CircuitMemoryStorage, _said
 from pybreaker_redis._circuit import OPEN, Circuit
-from pybreaker_redis._clock import from_ms
+from pybreaker_redis._clock import utc_from_ms
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._hearings import Hearings
+from pybreaker_redis._hearings import SubscriberTable
 from pybreaker_redis._keys import channel_of, circuit_keys
 from pybreaker_redis._line import Push
 from pybreaker_redis._listener import Listener
-from pybreaker_redis._session import REREAD_EVERY_S, REREADS_AT_ONCE, Session
-from pybreaker_redis._view import SUSPENSION_PAUSE_S, View
-from pybreaker_redis.errors import UnusableAnswer
+from pybreaker_redis._session import REREAD_BURST, REREAD_INTERVAL_S, Session
+from pybreaker_redis._view import SUSPENSION_INTERVAL_MIN_S, View
+from pybreaker_redis.errors import UnusableReplyError
 from tests.viewed import (
     NAMESPACE,
     breaker_on,
@@ -53,7 +53,7 @@ PUSH = 2.0
 
 STALENESS = 1.0
 
-KEYS = circuit_keys(NAMESPACE, one_slot=False)
+KEYS = circuit_keys(NAMESPACE, needs_one_slot=False)
 CHANNEL = channel_of(KEYS, 0)
 
 Publish = Callable[..., None]
@@ -109,7 +109,7 @@ FORGED = {
 def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, protocol, forge, name):
     """Calls go on, the record stays as it is, and so does what would be stored if Redis lost it."""
     breaker = settled(breaker_on(client, max_staleness=STALENESS, reset_timeout=60))
-    known, before = view_of(breaker).known, stored(client)
+    known, before = view_of(breaker).cached, stored(client)
     until = time.monotonic() + 0.3
     while time.monotonic() < until:
         forge(FORGED[name](now_ms()))
@@ -117,7 +117,7 @@ def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, p
         assert breaker.current_state == "closed"
         assert breaker._state_storage.opened_at is None
     assert stored(client) == before
-    assert view_of(breaker).known == known
+    assert view_of(breaker).cached == known
     client.flushall()
     wait_for(lambda: breaker.call(up) and client.exists(KEYS[0]), "the circuit is back in Redis")
     assert stored(client) == before
@@ -141,9 +141,9 @@ def test_message_on_a_channel_that_looks_alike_is_not_received(client, protocol,
     """Invalidations come from the server alone, and each circuit has one channel."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT))
     received: list[Push] = []
-    line = breaker._state_storage._tenancy.shared._ear._listener.session.line
-    hear = line._hear
-    monkeypatch.setattr(line, "_hear", lambda push: (received.append(push), hear(push)))
+    line = breaker._state_storage._core.shared._subscription._listener.session.connection
+    hear = line._on_push
+    monkeypatch.setattr(line, "_on_push", lambda push: (received.append(push), hear(push)))
     for payload in (KEYS[0], FORGED["next generation"](now_ms())):
         forge(payload, channel=channel)
     forge(FORGED["next generation"](now_ms()))
@@ -166,7 +166,7 @@ def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(clien
         seconds = time.monotonic() - began
     reads = asked["hmget"] - asked.get("evalsha", 0)
     assert sent > 200
-    assert 1 <= reads <= seconds / REREAD_EVERY_S + REREADS_AT_ONCE + 2 * seconds / STALENESS + 2, asked
+    assert 1 <= reads <= seconds / REREAD_INTERVAL_S + REREAD_BURST + 2 * seconds / STALENESS + 2, asked
     # The call may have begun during a read, and an answer that a push has overtaken is not quiet.
     assert asked.get("evalsha", 0) <= 2
     assert caplog.messages == []
@@ -199,7 +199,7 @@ def test_forged_noise_costs_one_report_at_most(client, protocol, forge):
     breaker = settled(breaker_on(client, max_staleness=PATIENT))
     with counted(client) as asked:
         forge(FORGED["noise"](now_ms()))
-        wait_for(lambda: view_of(breaker).shortcut.quiet is None, "the mark arrives")
+        wait_for(lambda: view_of(breaker).fast_path.quiet_admission is None, "the mark arrives")
         for _ in range(100):
             breaker.call(up)
     assert asked["evalsha"] == 1
@@ -220,7 +220,7 @@ def test_transitions_of_another_process_cost_calls_ten_round_trips_a_second_at_m
             with contextlib.suppress(pybreaker.CircuitBreakerError):
                 breaker.call(up)
         own += asked["evalsha"] - scripts  # The others are of the one who moves it.
-    assert own <= 1 + (time.monotonic() - began) / SUSPENSION_PAUSE_S
+    assert own <= 1 + (time.monotonic() - began) / SUSPENSION_INTERVAL_MIN_S
 
 
 def test_record_that_the_listener_has_read_is_restored(client, protocol, other):
@@ -237,7 +237,7 @@ def test_record_that_the_listener_has_read_is_restored(client, protocol, other):
 class Fake:
     """A line whose answers a test writes."""
 
-    tracks = one_by_one = False
+    is_tracking = is_one_slot = False
 
     def __init__(self, hear: Callable[[Push], None]) -> None:
         self.hear = hear
@@ -253,34 +253,34 @@ class Fake:
 
 def overtaken(*pushes: Push) -> tuple[View, Session]:
     """A view of an open circuit, after a poll between whose commands a probe was claimed."""
-    view, hearings = View(PATIENT), Hearings()
-    hearings.add(view, KEYS, CHANNEL)
-    session = Session(Fake, hearings, set())  # type: ignore[arg-type]
-    session._keys = {CHANNEL: KEYS}
-    session._channels = dict.fromkeys(KEYS, CHANNEL)
-    line: Any = session.line
+    view, subscriber_table = View(PATIENT), SubscriberTable()
+    subscriber_table.add_subscriber(view, KEYS, CHANNEL)
+    session = Session(Fake, subscriber_table, set())  # type: ignore[arg-type]
+    session._keys_by_channel = {CHANNEL: KEYS}
+    session._channel_by_key = dict.fromkeys(KEYS, CHANNEL)
+    line: Any = session.connection
     view.is_heard(True)
-    view.fill(view.ticket(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
-    assert view.is_believed
+    view.store_answer(view.begin_read(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
+    assert view.is_trusted
     line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0", b"2000"]]
     line.pushes = [*pushes]
-    session._poll(hearings.all())
+    session._poll(subscriber_table.snapshot())
     return view, session
 
 
 def test_read_with_a_script_in_between_is_repeated_and_changes_nothing():
     """The commands of a batch are not one step, and this time the push says so."""
     view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
-    assert view.known == Circuit(OPEN, opened_at_ms=5000, generation=1)
+    assert view.cached == Circuit(OPEN, opened_at_ms=5000, generation=1)
     assert session._changed == {CHANNEL}
-    line: Any = session.line
+    line: Any = session.connection
     line.answers[2] = [b"half-open", b"5"]
     line.pushes = []
-    session._read_again()
-    known = view.known
+    session._reread_changed()
+    known = view.cached
     assert known is not None
     assert (known.generation, known.state) == (2, "half-open")
-    assert view.is_believed
+    assert view.is_trusted
     assert session._changed == set()
 
 
@@ -288,39 +288,39 @@ def test_calls_ask_from_a_push_until_the_circuit_was_read_in_ten_reads_a_second(
     """A call that begins after a push must not use the record of before.  A flood of pushes costs calls little."""
     push = Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"])
     view, session = overtaken()
-    line: Any = session.line
+    line: Any = session.connection
     line.answers[2:] = [[b"open", b"5"], [b"1", b"open", b"5000", b"", b"0", b"0", b"0"]]
-    session._poll(session._hearings.all())
-    assert view.is_believed
+    session._poll(session._subscriber_table.snapshot())
+    assert view.is_trusted
     believed = []
     for _ in range(3):
-        session._take(push)
-        believed.append(view.is_believed)
-        session._read_again()
-        assert view.is_believed
+        session._receive(push)
+        believed.append(view.is_trusted)
+        session._reread_changed()
+        assert view.is_trusted
     assert believed == [False, True, True]
-    time.sleep(SUSPENSION_PAUSE_S)
+    time.sleep(SUSPENSION_INTERVAL_MIN_S)
     session._reread_at = time.monotonic() + 60
-    session._take(push)
-    assert view.is_believed, "the read does not follow at once"
+    session._receive(push)
+    assert view.is_trusted, "the read does not follow at once"
 
 
 @pytest.mark.parametrize("time_read", [[b"9999999999999", b"0"], [b"-7", b"0"], [b"7"], None])
 def test_clock_that_no_server_shows_ends_the_line_and_changes_nothing(time_read):
     """What a listener reads is checked like the answer of a script."""
     view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
-    known, learned = view.known, view.offset.learned
-    line: Any = session.line
+    known, learned = view.cached, view.clock_offset.known_bounds
+    line: Any = session.connection
     line.answers = [time_read, [b"0"], [b"half-open", b"5"], line.answers[3]]
-    with pytest.raises(UnusableAnswer, match="TIME"):
-        session._read_again()
-    assert (view.known, view.offset.learned) == (known, learned)
+    with pytest.raises(UnusableReplyError, match="TIME"):
+        session._reread_changed()
+    assert (view.cached, view.clock_offset.known_bounds) == (known, learned)
 
 
 def test_read_that_makes_no_sense_is_left_to_the_next_caller():
     """A foreign writer's record has to be adopted, which takes a script."""
     view, _ = overtaken()
-    assert not view.is_believed
+    assert not view.is_trusted
 
 
 @pytest.mark.parametrize(
@@ -336,16 +336,16 @@ def test_read_that_makes_no_sense_is_left_to_the_next_caller():
 def test_noise_mark_excuses_the_change_of_the_hash_that_it_made_and_no_other(key, pushed, is_read):
     """Failures cost listeners no read; a mark, forged or not, hides no foreign writer."""
     view, session = overtaken()
-    view.fill(view.ticket(), Circuit(generation=1), 6500)
-    session._take(Push([b"invalidate", [key.encode(), b"unknown"]]))
-    session._take(Push([b"message", CHANNEL.encode(), pushed]))
-    assert bool(session._changed | session._touched) == is_read
+    view.store_answer(view.begin_read(), Circuit(generation=1), 6500)
+    session._receive(Push([b"invalidate", [key.encode(), b"unknown"]]))
+    session._receive(Push([b"message", CHANNEL.encode(), pushed]))
+    assert bool(session._changed | session._maybe_changed) == is_read
 
 
 def test_circuit_that_calls_do_not_rely_on_is_not_read_again(client, other):
     """An idle process costs the server nothing for a transition but the push."""
     breaker = settled(breaker_on(client, max_staleness=0.2))
-    wait_for(lambda: not view_of(breaker).is_believed and not view_of(breaker).shortcut.taken, "idle")
+    wait_for(lambda: not view_of(breaker).is_trusted and not view_of(breaker).fast_path.was_used, "idle")
     with counted(client) as asked:
         other.open()
         other.close()
@@ -363,7 +363,7 @@ def test_push_costs_the_same_with_many_circuits(client):
         breakers = [breaker_on(client, f"many{count}-{number}", fail_max=10**6) for number in range(count)]
         for breaker in breakers:
             breaker.call(up)
-        wait_for(lambda breakers=breakers: all(view_of(breaker).is_heard_of for breaker in breakers), "heard")
+        wait_for(lambda breakers=breakers: all(view_of(breaker).is_subscribed for breaker in breakers), "heard")
         spans = []
         for begin in range(3):
             began = time.process_time()
@@ -378,39 +378,39 @@ def test_push_costs_the_same_with_many_circuits(client):
 
 def test_wake_up_takes_what_was_added_and_left_since_the_last():
     """Views that came and went between two looks leave no trace."""
-    hearings = Hearings()
+    subscriber_table = SubscriberTable()
     one, two, three = View(1.0), View(1.0), View(1.0)
-    hearings.add(one, KEYS, "a")
-    with hearings.changes():
-        assert [item.view for item in hearings.take()[0]] == [one]
-        assert hearings.take() == ([], set())
-        hearings.add(two, KEYS, "a")
-        hearings.add(three, KEYS, "b")
-        hearings.remove(three)
-        new, left = hearings.take()
+    subscriber_table.add_subscriber(one, KEYS, "a")
+    with subscriber_table.track_changes():
+        assert [item.view for item in subscriber_table.take_changes()[0]] == [one]
+        assert subscriber_table.take_changes() == ([], set())
+        subscriber_table.add_subscriber(two, KEYS, "a")
+        subscriber_table.add_subscriber(three, KEYS, "b")
+        subscriber_table.remove_subscriber(three)
+        new, left = subscriber_table.take_changes()
         assert ([item.view for item in new], left) == ([two], {"b"})
         del new
-        hearings.remove(one)
-        assert hearings.take() == ([], set()), "another one of that channel is there"
+        subscriber_table.remove_subscriber(one)
+        assert subscriber_table.take_changes() == ([], set()), "another one of that channel is there"
         gone = weakref.ref(two)
         del two
         wait_for(lambda: gone() is None, "collected")
-        assert hearings.take() == ([], {"a"})
-        assert hearings.views("a") == []
-    assert not hearings
+        assert subscriber_table.take_changes() == ([], {"a"})
+        assert subscriber_table.views_of("a") == []
+    assert not subscriber_table
 
 
 def test_view_that_comes_again_on_another_channel_leaves_the_first():
     """A circuit that moves to another node of a cluster."""
-    hearings, view = Hearings(), View(1.0)
-    with hearings.changes():
-        hearings.add(view, KEYS, "a")
-        assert hearings.take()[1] == set()
-        hearings.add(view, KEYS, "b")
-        new, left = hearings.take()
+    subscriber_table, view = SubscriberTable(), View(1.0)
+    with subscriber_table.track_changes():
+        subscriber_table.add_subscriber(view, KEYS, "a")
+        assert subscriber_table.take_changes()[1] == set()
+        subscriber_table.add_subscriber(view, KEYS, "b")
+        new, left = subscriber_table.take_changes()
     assert ([item.channel for item in new], left) == (["b"], {"a"})
-    hearings.remove(view)
-    assert hearings.take() == ([], set()), "nothing is noted while nothing takes it"
+    subscriber_table.remove_subscriber(view)
+    assert subscriber_table.take_changes() == ([], set()), "nothing is noted while nothing takes it"
 
 
 # -- times and log lines -----------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_view_that_comes_again_on_another_channel_leaves_the_first():
 @pytest.mark.parametrize("at_ms", [1e18, -1e18, float("inf"), float("-inf"), float("nan")])
 def test_time_without_a_date_is_bounded(at_ms):
     """A guarded call adds its timeout to it, and must not raise."""
-    assert isinstance(from_ms(at_ms) + timedelta(days=365_000), datetime)
+    assert isinstance(utc_from_ms(at_ms) + timedelta(days=365_000), datetime)
 
 
 def test_far_time_that_was_set_rejects_calls_and_does_not_raise_otherwise():
@@ -450,7 +450,7 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkey
         lose()
     said = [message for message in caplog.messages if "no push" in message]
     assert len(said) == 1
-    clock.now += _said.REPEAT_PAUSE_S
+    clock.now += _said.REPEAT_WINDOW_S
     lose()
     (_, again) = [message for message in caplog.messages if "no push" in message]
     assert "3 more" in again
@@ -461,11 +461,11 @@ def test_refusals_are_logged_once_a_minute_with_a_count(client, caplog, monkeypa
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(_said, "monotonic", lambda: clock.now)
     breaker = settled(breaker_on(client))
-    listener: Listener = breaker._state_storage._tenancy.shared._ear._listener
-    for seconds in (0, 1, 1, _said.REPEAT_PAUSE_S):
+    listener: Listener = breaker._state_storage._core.shared._subscription._listener
+    for seconds in (0, 1, 1, _said.REPEAT_WINDOW_S):
         clock.now += seconds
-        listener._refused = False  # A poll was answered in between.
-        listener.say_refused("NOPERM")
+        listener._is_refusal_logged = False  # A poll was answered in between.
+        listener.log_refused("NOPERM")
     first, last = caplog.messages
     assert first.endswith("every look at a circuit is a round trip")
     assert last.endswith("; 2 more like this since the last such line")

@@ -14,7 +14,7 @@ import redis
 
 from pybreaker_redis import CircuitRedisStorage, _deadline
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._words import LONGEST_IDLE
+from pybreaker_redis._words import IDLE_MAX_S
 from tests.proxy import Proxy
 from tests.viewed import Down, down, up, wait_for
 
@@ -57,7 +57,7 @@ def outages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "seconds"), [({}, LONGEST_IDLE), ({"health_check_interval": 5}, 5), ({"health_check_interval": 60}, 30)]
+    ("words", "seconds"), [({}, IDLE_MAX_S), ({"health_check_interval": 5}, 5), ({"health_check_interval": 60}, 30)]
 )
 def test_connection_that_was_idle_for_long_is_not_used_again(  # noqa: PLR0917
     words: dict[str, Any],
@@ -83,7 +83,7 @@ def test_connection_that_was_idle_for_less_is_used_again(
     breaker = guarded(balancer)
     before = client.info("stats")["total_connections_received"]
     for _ in range(3):
-        later[0] += LONGEST_IDLE - 5
+        later[0] += IDLE_MAX_S - 5
         breaker.call(up)
     assert client.info("stats")["total_connections_received"] == before
 
@@ -151,7 +151,7 @@ def test_report_that_could_not_be_sent_is_made_once_more(
 
     def tears() -> None:
         storage: Any = breaker._state_storage
-        (pool,) = storage._tenancy.server._connections._pools.values()
+        (pool,) = storage._core.server._connections._pools.values()
         for made in pool._connections:
             made._sock._wrapped = Torn(made._sock._wrapped)
         raise Down
@@ -164,9 +164,9 @@ def test_report_that_could_not_be_sent_is_made_once_more(
 
 def test_drop_is_of_an_operation_with_a_deadline() -> None:
     """Without one nothing is tried again."""
-    assert _deadline.take_drop() is None
+    assert _deadline.take_lost_connection() is None
     with _deadline.deadline(1.0):
-        assert _deadline.take_drop() is None
+        assert _deadline.take_lost_connection() is None
 
 
 class Ends:
@@ -192,14 +192,14 @@ def test_drop_is_an_end_without_an_answer_of_a_reused_connection(
     answer: bytes | Exception, is_reused: bool, has_deadline: bool
 ) -> None:
     """A new connection that ends is an outage, and so is one that ends in the middle of an answer."""
-    made = _deadline._Socket(Ends(answer), None, None)  # type: ignore[arg-type]
+    made = _deadline.DeadlineSocket(Ends(answer), None, None)  # type: ignore[arg-type]
     made.is_reused = is_reused
     with _deadline.deadline(1.0 if has_deadline else None):
         with contextlib.suppress(ConnectionResetError):
             made.recv(10)
-        expected = _deadline.Drop.UNANSWERED if is_reused and has_deadline and answer != b"+OK" else None
-        assert _deadline.take_drop() is expected
+        expected = _deadline.LostConnection.UNANSWERED if is_reused and has_deadline and answer != b"+OK" else None
+        assert _deadline.take_lost_connection() is expected
         if answer == b"+OK":
             made._wrapped = Ends(b"")  # type: ignore[assignment]
             assert made.recv(10) == b""
-            assert _deadline.take_drop() is None
+            assert _deadline.take_lost_connection() is None

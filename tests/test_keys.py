@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._arguments import key_prefix
-from pybreaker_redis._keys import NAMES, channel_of, circuit_keys
+from pybreaker_redis._arguments import checked_namespace
+from pybreaker_redis._keys import KEY_SUFFIXES, channel_of, circuit_keys
 
 
 @pytest.mark.parametrize(("namespace", "prefix"), [(None, "pybreaker"), ("shop", "shop:pybreaker")])
 def test_names_are_those_of_stock(namespace, prefix):
     """A stock worker finds the circuit under the same names."""
-    assert circuit_keys(namespace, one_slot=False) == tuple(f"{prefix}:{name}" for name in NAMES)
+    assert circuit_keys(namespace, needs_one_slot=False) == tuple(f"{prefix}:{name}" for name in KEY_SUFFIXES)
 
 
 def slot(key: str) -> int:
@@ -41,7 +41,7 @@ def slot(key: str) -> int:
 )
 def test_keys_of_a_cluster_share_one_slot(namespace, first):
     """Scripts and transactions need all keys of a circuit on one node; a tag that is there already decides which."""
-    keys = circuit_keys(namespace, one_slot=True)
+    keys = circuit_keys(namespace, needs_one_slot=True)
     assert keys[0] == first
     assert len({slot(key) for key in keys}) == 1
 
@@ -67,7 +67,7 @@ REFUSED = [(namespace, accepted) for accepted, namespaces in MISTAKES.items() fo
 @pytest.mark.parametrize("namespace", [None, *USED])
 def test_namespace_that_works_with_stock_is_taken(namespace):
     """Whoever changes the import keeps the namespaces, whatever language they are in."""
-    key_prefix(namespace)
+    checked_namespace(namespace)
 
 
 @pytest.mark.parametrize(("namespace", "accepted"), REFUSED, ids=ascii)
@@ -89,19 +89,19 @@ def test_namespace_of_another_type_is_refused_at_once(namespace):
 texts = st.text(st.one_of(st.sampled_from("{}{}a:\0\n"), st.characters()), max_size=12)
 
 
-@given(namespace=texts, one_slot=st.booleans())
-def test_any_namespace_is_refused_or_names_one_circuit_in_one_slot(namespace, one_slot):
+@given(namespace=texts, needs_one_slot=st.booleans())
+def test_any_namespace_is_refused_or_names_one_circuit_in_one_slot(namespace, needs_one_slot):
     """What is taken can be sent, and printed, and in a cluster all keys lie in one slot: the tag that people see."""
     try:
-        key_prefix(namespace)
+        checked_namespace(namespace)
     except ValueError:
         braced = "{" in namespace or "}" in namespace
         assert not namespace or braced or any(category(char) in ("Cc", "Cs") for char in namespace)
         return
-    keys = circuit_keys(namespace, one_slot=one_slot)
+    keys = circuit_keys(namespace, needs_one_slot=needs_one_slot)
     assert all(key.encode().startswith(namespace.encode()) or key.startswith(f"{{{namespace}}}:") for key in keys)
     assert channel_of(keys, 0).isprintable() or not namespace.isprintable()
-    if one_slot or "{" in namespace:
+    if needs_one_slot or "{" in namespace:
         assert len({slot(key) for key in keys}) == 1
 
 
@@ -115,7 +115,7 @@ class Shop(CircuitRedisStorage):
 
 
 @pytest.mark.parametrize(
-    ("namespace", "one_slot", "first"),
+    ("namespace", "needs_one_slot", "first"),
     [
         ("pay", False, "pay:shop:cb:state"),
         (None, False, "shop:cb:state"),
@@ -123,12 +123,12 @@ class Shop(CircuitRedisStorage):
         (None, True, "{shop:cb}:state"),
     ],
 )
-def test_base_namespace_of_a_subclass_stands_where_stock_has_it(namespace, one_slot, first):
+def test_base_namespace_of_a_subclass_stands_where_stock_has_it(namespace, needs_one_slot, first):
     """In a cluster, too, all keys lie in one slot."""
-    keys = circuit_keys(namespace, one_slot=one_slot, base=Shop.BASE_NAMESPACE)
+    keys = circuit_keys(namespace, needs_one_slot=needs_one_slot, base=Shop.BASE_NAMESPACE)
     assert keys[0] == first
-    assert not one_slot or len({slot(key) for key in keys}) == 1
-    assert circuit_keys(namespace, one_slot=True, base="{eu}cb")[0] == f"{namespace}:{{eu}}cb:state".removeprefix(
+    assert not needs_one_slot or len({slot(key) for key in keys}) == 1
+    assert circuit_keys(namespace, needs_one_slot=True, base="{eu}cb")[0] == f"{namespace}:{{eu}}cb:state".removeprefix(
         "None:"
     )
 
@@ -143,7 +143,7 @@ def test_tenants_that_differ_by_base_namespace_have_circuits_of_their_own(server
             breaker.call({}.__getitem__, "missing")
     stored = {bytes(key).rpartition(b":")[0] for key in client.keys("*:state")}
     assert stored == {b"pay:shop:cb", b"buy:shop:cb", b"pay:pybreaker"}
-    assert storages[0]._tenancy.shared._carriers.channel == "pay:shop:cb:circuit@0"
+    assert storages[0]._core.shared._selector.channel == "pay:shop:cb:circuit@0"
     assert Shop("closed", client).health().circuit == "shop:cb"
 
 

@@ -81,8 +81,8 @@ def full_service(server: PrivateServer, client: Any, namespace: str, **another_w
         wait_for(lambda: two.here.current_state == "closed", "it hears", within=SLACK)
         settled(two.here)
 
-        own = two.here._state_storage._tenancy.server
-        assert own.client_like(client, TIMEOUT) is not client, "waits are bounded by this package's connections"
+        own = two.here._state_storage._core.server
+        assert own.client_with_timeout(client, TIMEOUT) is not client, "waits are bounded by this package's connections"
         two.here.reset_timeout = 60
         server.kill()
         fails(two.here, 2)

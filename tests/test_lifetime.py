@@ -16,26 +16,26 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._carrier import Carrier
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_LEASE_MS, OPEN, STATES
+from pybreaker_redis._carrier import Engine
+from pybreaker_redis._circuit import CLOSED, HALF_OPEN, LEASE_MAX_MS, OPEN, STATES
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import Close, Load, RecordFailure, RecordSuccess, Trip
 from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._lifetime import COUNTS_MS, lifetime_ms
-from pybreaker_redis._optimistic import OptimisticCarrier
-from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis._lifetime import TTL_RENEWAL_MARGIN_MS, lifetime_ms
+from pybreaker_redis._optimistic import TransactionEngine
+from pybreaker_redis._scripts import LuaEngine
 from tests.viewed import NAMESPACE, breaker_on, counted, fails, settled, up, view_of, wait_for
 
 TTL = 60
 TTL_MS = TTL * 1000
 
-KEYS = circuit_keys(NAMESPACE, one_slot=False)
+KEYS = circuit_keys(NAMESPACE, needs_one_slot=False)
 
-MakeCarrier = Callable[..., Carrier]
+MakeCarrier = Callable[..., Engine]
 
 both_carriers = pytest.mark.parametrize(
     "make",
-    [lambda client: LuaCarrier(client, KEYS, ttl_ms=TTL_MS), lambda client: OptimisticCarrier(client, KEYS, TTL_MS)],
+    [lambda client: LuaEngine(client, KEYS, ttl_ms=TTL_MS), lambda client: TransactionEngine(client, KEYS, TTL_MS)],
     ids=["lua", "optimistic"],
 )
 
@@ -64,7 +64,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("ttl_ms", [TTL_MS, MAX_LEASE_MS - 1, MAX_LEASE_MS, MAX_LEASE_MS + 1])
+@pytest.mark.parametrize("ttl_ms", [TTL_MS, LEASE_MAX_MS - 1, LEASE_MAX_MS, LEASE_MAX_MS + 1])
 def test_circuit_that_is_not_closed_lives_for_a_day_at_least(state: str, ttl_ms: int) -> None:
     """However short the TTL: no probe's lease is longer, and no reset timeout that makes sense."""
     assert lifetime_ms(state, ttl_ms) == (ttl_ms if state == CLOSED else max(ttl_ms, 24 * 3600 * 1000))
@@ -75,7 +75,7 @@ def test_breaker_with_a_ttl_keeps_its_circuit_as_long_as_that_needs(client: redi
     breaker = breaker_on(client, fail_max=2, reset_timeout=0.01, ttl=TTL, timeout=10)
 
     def lives(seconds: float) -> bool:
-        return all(seconds * 500 < ms <= seconds * 1000 + COUNTS_MS for ms in left(client))
+        return all(seconds * 500 < ms <= seconds * 1000 + TTL_RENEWAL_MARGIN_MS for ms in left(client))
 
     fails(breaker)
     assert lives(TTL)
@@ -114,16 +114,16 @@ def test_without_a_ttl_no_key_expires_and_none_is_asked_when(client: redis.Redis
 
 def test_counts_renew_the_ttl_once_a_second_only(client: redis.Redis) -> None:
     """A server tells of a new TTL whoever tracks the key: however fast calls fail, that is not often."""
-    carrier = LuaCarrier(client, KEYS, ttl_ms=TTL_MS)
+    engine = LuaEngine(client, KEYS, ttl_ms=TTL_MS)
 
     def counted_within_a_second() -> bool:
         client.delete(*KEYS)
-        created = carrier.execute(Load(), None, CLOSED)
+        created = engine.execute(Load(), None, CLOSED)
         with client.pipeline() as watching:
             watching.watch(KEYS[0])
-            carrier.execute(RecordFailure(0, ""), created.circuit, CLOSED)
-            last = carrier.execute(RecordSuccess(0, ""), created.circuit, CLOSED)
-            if last.now_ms - created.now_ms >= COUNTS_MS:
+            engine.execute(RecordFailure(0, ""), created.circuit, CLOSED)
+            last = engine.execute(RecordSuccess(0, ""), created.circuit, CLOSED)
+            if last.now_ms - created.now_ms >= TTL_RENEWAL_MARGIN_MS:
                 return False
             watching.multi()
             watching.ping()
@@ -137,10 +137,10 @@ def test_counts_renew_the_ttl_once_a_second_only(client: redis.Redis) -> None:
 @both_carriers
 def test_counter_that_was_lost_gets_the_ttl_of_the_others(client: redis.Redis, make: MakeCarrier) -> None:
     """It would be all that is left of the circuit."""
-    carrier = make(client)
-    known = carrier.execute(Load(), None, CLOSED).circuit
+    engine = make(client)
+    known = engine.execute(Load(), None, CLOSED).circuit
     client.delete(KEYS[1])
-    assert carrier.execute(Load(), known, CLOSED).event == "repaired fail_counter"
+    assert engine.execute(Load(), known, CLOSED).event == "repaired fail_counter"
     assert len(left(client)) == 3
     assert min(left(client)) > 0
 
@@ -152,14 +152,14 @@ def test_keys_that_others_wrote_without_a_ttl_get_one_at_the_next_look(client: r
         fail_max=1, state_storage=pybreaker.CircuitRedisStorage(CLOSED, client, NAMESPACE)
     )
     assert set(left(client)) == {-1}
-    carrier = make(client)
-    known = carrier.execute(Load(), None, CLOSED).circuit
+    engine = make(client)
+    known = engine.execute(Load(), None, CLOSED).circuit
     assert min(left(client)) > 0
     fails(breaker)
     assert client.get(KEYS[0]) == b"open"
     assert -1 in left(client)
-    assert carrier.execute(Load(), known, CLOSED).circuit.state == OPEN
-    assert min(left(client)) > TTL_MS + COUNTS_MS
+    assert engine.execute(Load(), known, CLOSED).circuit.state == OPEN
+    assert min(left(client)) > TTL_MS + TTL_RENEWAL_MARGIN_MS
     assert len(left(client)) == 5
 
 
@@ -177,7 +177,7 @@ def test_healthy_circuit_that_expires_is_made_anew_once_and_in_silence(
         breaker.open()
         breaker.close()
     settled(breaker)
-    assert bool(view_of(breaker).known.generation) is closed_once
+    assert bool(view_of(breaker).cached.generation) is closed_once
     with counted(client) as asked:
         let_expire(client)
         wait_for(lambda: breaker.call(up) and client.exists(KEYS[0]), "somebody looks")
@@ -197,11 +197,11 @@ def test_circuit_that_expires_while_open_is_still_open_to_those_who_knew_it(
     client: redis.Redis, make: MakeCarrier
 ) -> None:
     """As after any loss: the gate of a circuit that is known to be open does not open by itself."""
-    carrier = make(client)
-    known = carrier.execute(Trip(None, ""), None, CLOSED).circuit
+    engine = make(client)
+    known = engine.execute(Trip(None, ""), None, CLOSED).circuit
     let_expire(client)
-    assert carrier.execute(Load(), known, CLOSED).circuit == known
-    assert min(left(client)) > TTL_MS + COUNTS_MS
+    assert engine.execute(Load(), known, CLOSED).circuit == known
+    assert min(left(client)) > TTL_MS + TTL_RENEWAL_MARGIN_MS
 
 
 def test_circuit_that_expires_while_open_is_told_of(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,11 +250,11 @@ def test_ttl_holds_where_no_scripts_run() -> None:
     client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
     breaker = breaker_on(client, fail_max=1, ttl=TTL)
     breaker.call(up)
-    assert all(0 < ms <= TTL_MS + COUNTS_MS for ms in left(client))
+    assert all(0 < ms <= TTL_MS + TTL_RENEWAL_MARGIN_MS for ms in left(client))
     fails(breaker)
-    assert all(ms > MAX_LEASE_MS / 2 for ms in left(client))
+    assert all(ms > LEASE_MAX_MS / 2 for ms in left(client))
     breaker.close()
-    assert all(0 < ms <= TTL_MS + COUNTS_MS for ms in left(client))
+    assert all(0 < ms <= TTL_MS + TTL_RENEWAL_MARGIN_MS for ms in left(client))
     assert len(left(client)) == 5
 
 
@@ -264,10 +264,10 @@ def test_ttl_costs_transactions_no_round_trip_more(client: redis.Redis) -> None:
     trips = []
     for ttl_ms in (0, TTL_MS):
         client.delete(*KEYS)
-        carrier = OptimisticCarrier(client, KEYS, ttl_ms)
-        known = carrier.execute(Load(), None, CLOSED).circuit
+        engine = TransactionEngine(client, KEYS, ttl_ms)
+        known = engine.execute(Load(), None, CLOSED).circuit
         before = client.info("stats")["total_reads_processed"]
         for intent in (Load(), RecordFailure(0, ""), Trip(0, ""), Close(None, ""), Load()):
-            known = carrier.execute(intent, known, CLOSED).circuit
+            known = engine.execute(intent, known, CLOSED).circuit
         trips.append(client.info("stats")["total_reads_processed"] - before)
     assert trips[0] == trips[1]

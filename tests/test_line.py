@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from redis.exceptions import NoPermissionError, ResponseError
 
-from pybreaker_redis._client import origin_of
-from pybreaker_redis._line import Line, Push
-from pybreaker_redis.errors import PushUnavailable
+from pybreaker_redis._client import endpoint_of
+from pybreaker_redis._line import Push, PushConnection
+from pybreaker_redis.errors import PushUnavailableError
 
 
 class Parser:
@@ -96,11 +96,11 @@ class Client:
             connection_kwargs={"path": "/nowhere", "db": 0},
         )
 
-    def line(self, heard: list[Push]) -> Line:
+    def line(self, heard: list[Push]) -> PushConnection:
         """Connected."""
-        origin = origin_of(self)
-        assert origin is not None
-        return Line(origin, 1.0, heard.append)
+        endpoint = endpoint_of(self)
+        assert endpoint is not None
+        return PushConnection(endpoint, 1.0, heard.append)
 
 
 OK = [b"OK", b"OK"]  # CLIENT SETNAME, CLIENT TRACKING
@@ -112,7 +112,7 @@ def test_one_connection_does_if_the_library_tells_pushes_from_answers(parser, co
     client = Client(parser, resp3=OK, resp2=[b"OK"])
     line = client.line([])
     assert sum(connection._sock is not None for connection in client.made) == connections
-    assert line.tracks == (connections == 1)
+    assert line.is_tracking == (connections == 1)
     line.close()
     assert all(connection._sock is None for connection in client.made)
 
@@ -125,11 +125,11 @@ def test_push_in_the_middle_of_anything_is_heard_at_once_and_taken_for_no_answer
     line = Client(resp3=[*OK, *answers]).line(heard)
     line.subscribe(["a"])
     assert heard == news[:1]
-    first, second = line.ask([("TIME",), ("MGET", "a")])
+    first, second = line.query([("TIME",), ("MGET", "a")])
     assert heard == news[:2]
     assert first == [b"0", b"0"]
     assert isinstance(second, ResponseError)
-    line.listen(0)
+    line.receive(0)
     assert heard == news
 
 
@@ -139,16 +139,16 @@ def test_refusal_to_hear_no_more_is_taken_for_no_answer():
     line = Client(resp3=[*OK, Push([b"subscribe", b"a", 1]), forbidden, [b"0", b"0"]]).line([])
     line.subscribe(["a"])
     line.unsubscribe(["a"])
-    assert line.ask([("TIME",)]) == [[b"0", b"0"]]
+    assert line.query([("TIME",)]) == [[b"0", b"0"]]
 
 
 def test_error_that_nobody_asked_for_ends_the_line():
     """What a server says before it hangs up, or a proxy that is out of step."""
     line = Client(resp3=[*OK, ResponseError("ERR max clients"), b"OK"]).line([])
     with pytest.raises(ResponseError, match="max clients"):
-        line.listen(0)
+        line.receive(0)
     with pytest.raises(ConnectionError, match="unasked"):
-        line.listen(0)
+        line.receive(0)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_error_that_nobody_asked_for_ends_the_line():
 def test_refusal_for_good_is_told_from_one_for_now(said, for_good):
     """After the first nobody asks again for a minute."""
     line = Client(resp3=[*OK, said]).line([])
-    with pytest.raises(PushUnavailable if for_good else ResponseError):
+    with pytest.raises(PushUnavailableError if for_good else ResponseError):
         line.subscribe(["a"])
 
 
@@ -179,10 +179,10 @@ def test_line_that_cannot_be_made_leaves_nothing_open():
 
 def test_flood_of_pushes_lets_other_things_have_their_turn(monkeypatch):
     """A poll, or a new circuit, must not wait for ever."""
-    monkeypatch.setattr("pybreaker_redis._line.MOST_AT_ONCE", 3)
+    monkeypatch.setattr("pybreaker_redis._line.PUSHES_PER_TURN_MAX", 3)
     heard: list[Push] = []
     line = Client(resp3=[*OK, *[Push([b"message", b"a", b""])] * 5]).line(heard)
-    line.listen(0)
+    line.receive(0)
     assert len(heard) == 3
 
 
@@ -208,12 +208,12 @@ def test_origins_are_equal_if_they_reach_the_same_database_as_the_same_user():
     """So that all clients of a process need one line."""
     one, other = Client(), Client()
     other.connection_pool.connection_class = one.connection_pool.connection_class
-    assert origin_of(one) == origin_of(other)
+    assert endpoint_of(one) == endpoint_of(other)
     other.connection_pool.connection_kwargs["socket_timeout"] = 3
-    assert origin_of(one) == origin_of(other)
-    assert hash(origin_of(one)) == hash(origin_of(other))
+    assert endpoint_of(one) == endpoint_of(other)
+    assert hash(endpoint_of(one)) == hash(endpoint_of(other))
     for name, value in (("db", 1), ("path", "/elsewhere"), ("username", "somebody"), ("credential_provider", [])):
         before = dict(other.connection_pool.connection_kwargs)
         other.connection_pool.connection_kwargs[name] = value
-        assert origin_of(one) != origin_of(other), name
+        assert endpoint_of(one) != endpoint_of(other), name
         other.connection_pool.connection_kwargs = before

@@ -28,10 +28,10 @@ import redis
 import time_machine
 
 from pybreaker_redis import CircuitRedisStorage, _ear, _listener, _server
-from pybreaker_redis._client import origin_of
+from pybreaker_redis._client import endpoint_of
 from pybreaker_redis._demo.server import PrivateServer, free_port
 from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._listener import listen
+from pybreaker_redis._listener import listener_for
 from pybreaker_redis._view import View
 from tests.servers import ONCE
 from tests.test_freshness import PATIENT, PUSH, ROUND_TRIP, seconds_until
@@ -79,7 +79,7 @@ def test_rejected_call_is_a_guarded_call(server, client):
     def needs_nobody() -> bool:
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(up)
-        return bool(view_of(breaker).is_believed)
+        return bool(view_of(breaker).is_trusted)
 
     wait_for(needs_nobody, "rejections that ask nothing")
 
@@ -104,7 +104,7 @@ def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_bat
     breakers = [breaker_on(clients[number % 10], f"circuit{number}", max_staleness=2 * beat) for number in range(1000)]
     for breaker in breakers:
         breaker.call(up)
-    wait_for(lambda: all(view_of(breaker)._heard for breaker in breakers), "all are heard", within=30)
+    wait_for(lambda: all(view_of(breaker)._is_subscribed for breaker in breakers), "all are heard", within=30)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(listeners()) == 1
@@ -137,7 +137,7 @@ def test_circuit_that_needs_shorter_beats_gets_them(client):
     """It need not wait for a beat that was planned for others."""
     settled(breaker_on(client, "slow", max_staleness=60))
     breaker = settled(breaker_on(client, max_staleness=0.5))
-    wait_for(lambda: breaker.call(up) and view_of(breaker).shortcut.quiet, "believed")
+    wait_for(lambda: breaker.call(up) and view_of(breaker).fast_path.quiet_admission, "believed")
     with counted(client) as asked:
         until = time.monotonic() + 3.0
         while time.monotonic() < until:
@@ -150,7 +150,7 @@ def test_idle_circuits_are_not_polled(client):
     """What nobody uses costs nobody anything."""
     breaker = settled(breaker_on(client, max_staleness=0.2))
     view = view_of(breaker)
-    wait_for(lambda: not view.is_believed and not view.shortcut.taken, "nobody uses it")
+    wait_for(lambda: not view.is_trusted and not view.fast_path.was_used, "nobody uses it")
     with counted(client) as asked:
         wait_for(
             lambda: client.info("commandstats").get("cmdstat_time", {"calls": 0})["calls"] >= 6, "the heartbeat goes on"
@@ -166,7 +166,7 @@ def test_storages_of_one_circuit_in_one_process_both_hear(server, client):
         breaker_on(elsewhere, max_staleness=0).open()
     assert seconds_until(one, "open") < PUSH
     assert seconds_until(two, "open") < PUSH
-    assert client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, one_slot=False), 0))[0][1] == 1
+    assert client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, needs_one_slot=False), 0))[0][1] == 1
 
 
 def test_storages_of_one_circuit_in_one_process_do_not_wait_for_the_push(server, client):
@@ -255,7 +255,7 @@ def test_noise_lasts_though_a_poll_finds_nothing_to_forget(client):
     breaker.call(up)
     while True:
         assert breaker.current_state == "closed"
-        quiet = view_of(breaker).shortcut.quiet
+        quiet = view_of(breaker).fast_path.quiet_admission
         # Looked at last: it may be that nobody was allowed to run for a while.
         if time.monotonic() > began + 0.8:
             break
@@ -267,7 +267,7 @@ def test_failure_of_a_stock_worker_is_forgotten_too(client):
     """It counts without making noise; the poll reads the counter."""
     breaker = settled(breaker_on(client, max_staleness=0.2))
     pybreaker.CircuitRedisStorage("closed", client, NAMESPACE).increment_counter()
-    wait_for(lambda: breaker.current_state and view_of(breaker).shortcut.quiet is None, "the poll tells")
+    wait_for(lambda: breaker.current_state and view_of(breaker).fast_path.quiet_admission is None, "the poll tells")
     breaker.call(up)
     assert breaker.fail_counter == 0
 
@@ -296,7 +296,7 @@ def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog
         wait_for(lambda: caplog.messages, "a warning")
         for breaker in breakers:
             breaker.call(up)
-            assert not view_of(breaker).is_believed
+            assert not view_of(breaker).is_trusted
         breaker_on(client, "limited0", max_staleness=0).open()
         assert breakers[0].current_state == "open", "it asks"
         with pytest.raises(pybreaker.CircuitBreakerError):
@@ -317,7 +317,7 @@ def test_circuit_that_may_not_be_heard_takes_nothing_from_the_others(server, cap
         after = settled(breaker_on(limited, "mine:after"))
         for breaker in (before, after):
             assert settled(breaker).call(up) == "answer"
-        assert not view_of(other).is_believed
+        assert not view_of(other).is_trusted
         assert len(listeners()) == 1
         (said,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert "permission" in said.message.lower() or "NOPERM" in said.message
@@ -360,7 +360,7 @@ def test_connection_class_that_nobody_else_can_make_reads_through(server, client
     for _ in range(2):
         other.call(up)
     wait_for(lambda: any("connection" in message for message in caplog.messages), "a warning")
-    assert not view_of(other).is_believed
+    assert not view_of(other).is_trusted
 
 
 def test_fakeredis_and_servers_without_scripts_read_through(server):
@@ -373,10 +373,10 @@ def test_fakeredis_and_servers_without_scripts_read_through(server):
             one.call(up)
             two.open()
             assert one.current_state == "open"
-            assert not view_of(one).is_believed
+            assert not view_of(one).is_trusted
     assert listeners() == []
-    assert origin_of(fakeredis.FakeStrictRedis(server=home)) is None
-    assert origin_of(object()) is None
+    assert endpoint_of(fakeredis.FakeStrictRedis(server=home)) is None
+    assert endpoint_of(object()) is None
 
 
 def renamed(command: str) -> list[str]:
@@ -408,7 +408,7 @@ def test_server_without_subscribe_reads_through(preferred, caplog):
         breaker.call(up)
         wait_for(lambda: caplog.messages, "a warning")
         breaker.call(up)
-        assert not view_of(breaker).is_believed
+        assert not view_of(breaker).is_trusted
 
 
 def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(client, caplog):
@@ -434,7 +434,7 @@ def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(cli
 def test_garbage_on_the_channel_is_ignored(client):
     """Anybody may publish there."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT))
-    channel = channel_of(circuit_keys(NAMESPACE, one_slot=False), 0)
+    channel = channel_of(circuit_keys(NAMESPACE, needs_one_slot=False), 0)
     for payload in (b"", b"open", b"1 2 open", b"\xff" * 100, b"1 -1 open   0 0"):
         client.publish(channel, payload)
     breaker_on(client, max_staleness=0).open()
@@ -450,7 +450,7 @@ def test_redis_that_is_there_later_is_heard_later(killable_server):
         assert breaker.call(up) == "answer"
         assert len(listeners()) == 1
         killable_server.start()
-        wait_for(lambda: view_of(breaker)._heard, "it hears", within=20)
+        wait_for(lambda: view_of(breaker)._is_subscribed, "it hears", within=20)
         settled(breaker)
 
 
@@ -492,37 +492,37 @@ class UWSGI:
 
 def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
     """UWSGI calls no hooks: then the process id tells."""
-    mine = _listener._Listeners()
-    origin = origin_of(client)
-    inherited = mine.of(origin)
+    mine = _listener.ListenerTable()
+    endpoint = endpoint_of(client)
+    inherited = mine.of(endpoint)
     closed: list[bool] = []
-    inherited.session = SimpleNamespace(line=SimpleNamespace(close=lambda: closed.append(True)))
-    assert mine.of(origin) is inherited
+    inherited.session = SimpleNamespace(connection=SimpleNamespace(close=lambda: closed.append(True)))
+    assert mine.of(endpoint) is inherited
     mine._pid = -1
-    assert mine.of(origin) is not inherited
+    assert mine.of(endpoint) is not inherited
     assert closed == [True]
-    again = mine.of(origin)
+    again = mine.of(endpoint)
     mine.after_fork()
     assert closed == [True], "one that has not begun has nothing to close"
-    assert mine.of(origin) is not again
+    assert mine.of(endpoint) is not again
 
 
 def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
     """The same for each circuit: nobody listens for it here."""
     breaker = settled(breaker_on(client))
-    tenancy = breaker._state_storage._tenancy
-    ear = tenancy.shared._ear
+    tenancy = breaker._state_storage._core
+    ear = tenancy.shared._subscription
     ear._pid = os.getppid()
     tenancy.listen()
     assert ear._pid == os.getpid()
-    assert ear._listener.runs
+    assert ear._listener.is_running
     settled(breaker)
 
 
 def test_nobody_listens_to_what_nobody_has_asked_for(client):
     """Then it is not known where it lies."""
     breaker = breaker_on(client)
-    shared = breaker._state_storage._tenancy.shared
+    shared = breaker._state_storage._core.shared
     shared.listen(None)
     assert listeners() == []
     assert shared.push is None
@@ -580,7 +580,7 @@ def test_process_that_may_have_no_more_threads_reads_through(client, monkeypatch
 def test_thread_and_connection_end_with_the_last_storage(client):
     """Nothing is kept alive by listening for it."""
     breakers = [settled(breaker_on(client, f"circuit{number}")) for number in range(2)]
-    channels = [channel_of(circuit_keys(f"circuit{number}", one_slot=False), 0) for number in range(2)]
+    channels = [channel_of(circuit_keys(f"circuit{number}", needs_one_slot=False), 0) for number in range(2)]
     del breakers[0]
     gc.collect()
     wait_for(lambda: dict(client.pubsub_numsub(*channels)) == {channels[0].encode(): 0, channels[1].encode(): 1}, "one")
@@ -601,20 +601,20 @@ def test_nothing_is_kept_of_circuits_that_are_gone(client):
     def most_are_forgotten() -> bool:
         gc.collect()
         breaker_on(client, "last").call(up)
-        return len(listener.hearings._of_channel) < 30
+        return len(listener.subscriber_table._of_channel) < 30
 
     # The listener may just be reading some of them.
     wait_for(most_are_forgotten, "nothing is kept")
     for number in range(5):
         user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
-        listen(origin_of(user), View(1.0), ("",) * 5, "channel", kept._state_storage._tenancy.server)
+        listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", kept._state_storage._core.server)
     gc.collect()
-    wait_for(lambda: gc.collect() is not None and len(_listener._listeners._of_origin) == 1, "nobody listens elsewhere")
+    wait_for(lambda: gc.collect() is not None and len(_listener._listeners._by_server) == 1, "nobody listens elsewhere")
 
 
 def view_of_listener(breaker):
     """Who keeps the breaker's view true."""
-    return breaker._state_storage._tenancy.shared._ear._listener
+    return breaker._state_storage._core.shared._subscription._listener
 
 
 # -- when it ended before its time -------------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ def test_circuit_that_left_and_is_back_is_heard_again(client):
     """A master that was demoted for a moment: the same line, and the same thread, which had been told to forget it."""
     breaker = settled(breaker_on(client))
     for _ in range(3):
-        breaker._state_storage._tenancy.shared.leave()
+        breaker._state_storage._core.shared.forget_location()
         settled(breaker)
     assert len(listeners()) == 1
 
@@ -635,12 +635,12 @@ def test_thread_that_died_is_replaced(client, monkeypatch):
     breaker = settled(breaker_on(client))
     (died,) = listeners()
     with monkeypatch.context() as patched:
-        patched.setattr(_listener.Listener, "_forget_all", lambda self: 1 / 0)
+        patched.setattr(_listener.Listener, "_unsubscribe_views", lambda self: 1 / 0)
         for line in lines(client):
             client.client_kill_filter(_id=line["id"])
         wait_for(lambda: not died.is_alive(), "it dies")
     # As long after it began as a thread usually dies.
-    breaker._state_storage._tenancy.shared._ear._next_at = 0.0
+    breaker._state_storage._core.shared._subscription._next_start_at = 0.0
     wait_for(lambda: breaker.call(up) and listeners(), "another one")
     settled(breaker)
     assert len(listeners()) == 1
@@ -648,7 +648,7 @@ def test_thread_that_died_is_replaced(client, monkeypatch):
 
 def test_thread_that_could_not_be_started_is_tried_again(client, monkeypatch, caplog):
     """The limit of processes may have been reached for a moment."""
-    monkeypatch.setattr(_ear, "REFUSED_PAUSE", 0.1)
+    monkeypatch.setattr(_ear, "REFUSED_RETRY_DELAY_S", 0.1)
 
     def no_more(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -776,8 +776,8 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     breaker = breaker_on(client)
     storage = breaker._state_storage
     breaker.call(up)
-    guards = (storage._tenancy._faults, storage._tenancy.server.guard)
-    for item in (storage._tenancy.own, storage._tenancy.server, *guards, view_of(breaker), _server._servers):
+    guards = (storage._core._faults, storage._core.server.availability)
+    for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), _server._servers):
         with held_elsewhere(item._lock):
             item.after_fork()
             assert item._lock.acquire(timeout=1)
@@ -841,7 +841,7 @@ def test_two_breakers_of_one_storage_both_notice(client, server):
 
     second.add_listener(Ears())
     for each in (breaker, second):
-        wait_for(lambda each=each: each.call(up) and view_of(breaker).is_believed, "believed")
+        wait_for(lambda each=each: each.call(up) and view_of(breaker).is_trusted, "believed")
     with contextlib.closing(server.client()) as elsewhere:
         other = breaker_on(elsewhere, max_staleness=0)
         other.open()
@@ -859,7 +859,7 @@ def test_two_breakers_of_one_storage_both_notice(client, server):
 
 def test_refused_line_is_tried_again_later(client, monkeypatch, server, caplog):
     """Rights that were withdrawn may come back."""
-    monkeypatch.setattr(_listener, "REFUSED_PAUSE", 0.1)
+    monkeypatch.setattr(_listener, "REFUSED_RETRY_DELAY_S", 0.1)
     administrate(server, "~*", "+@all", "resetchannels")
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = breaker_on(limited)

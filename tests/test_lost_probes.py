@@ -20,7 +20,7 @@ from pybreaker_redis._carrier import Reply
 from pybreaker_redis._circuit import HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, Load, RecordFailure, RecordSuccess, Trip
-from pybreaker_redis._probes import MOST_TOKENS, PROBES, LooseProbes
+from pybreaker_redis._probes import PROBE_TOKENS, PROBE_TOKENS_MAX, ProbeTokens
 from tests.viewed import wait_for
 
 #: Seconds: longer than any test here may take.
@@ -76,9 +76,9 @@ class Line:
     def __init__(self, storage: CircuitRedisStorage) -> None:
         self.lost: list[Intent] = []
         self._loses: tuple[type[Intent], bool] | None = None
-        self._carriers = storage._tenancy.shared._carriers
-        self._execute = self._carriers.execute
-        self._carriers.execute = self._carry  # type: ignore[method-assign]
+        self._selector = storage._core.shared._selector
+        self._execute = self._selector.run_intent
+        self._selector.run_intent = self._carry  # type: ignore[method-assign]
 
     def lose(
         self, kind: type[Intent], *, executed: bool, error: type[Exception] = redis.exceptions.TimeoutError
@@ -86,13 +86,13 @@ class Line:
         """Lose the next answer to such an intent, or the intent itself."""
         self._loses, self._error = (kind, executed), error
 
-    def _carry(self, carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:
+    def _carry(self, carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         loses = self._loses
         if loses is None or not isinstance(intent, loses[0]):
-            return self._execute(carrier, intent, known, create)
+            return self._execute(carrier, intent, known, state_if_missing)
         self._loses = None
         if loses[1]:
-            self._execute(carrier, intent, known, create)
+            self._execute(carrier, intent, known, state_if_missing)
         self.lost.append(intent)
         msg = "Timeout reading from socket"
         raise self._error(msg)
@@ -223,7 +223,7 @@ def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: r
     with contextlib.closing(server.client()) as client:
         other = CircuitRedisStorage("closed", client, namespace=storage.health().circuit)
         generation = other._execute(Load()).circuit.generation
-        assert other._tenancy.execute(ClaimProbe(generation, "abcdef", LEASE * 1000)).accepted
+        assert other._core.carry_out(ClaimProbe(generation, "abcdef", LEASE * 1000)).accepted
         request(breaker)
         assert storage._execute(Load()).circuit.probe_token == "abcdef"
         assert shared_state(storage, engine) == b"half-open"
@@ -232,19 +232,19 @@ def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: r
 def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis) -> None:
     """The server was back before the error: another call may get the shared probe, so there is no local one."""
     breaker, storage = opened(engine)
-    server = storage._tenancy.server
+    server = storage._core.server
     assert server is not None
     line = Line(storage)
 
-    def returns(carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:
+    def returns(carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         if isinstance(intent, ClaimProbe) and not line.lost:
             line.lost.append(intent)
-            server.guard.returned_at = time.monotonic()
+            server.availability.last_recovery_at = time.monotonic()
             msg = "Connection closed by server."
             raise redis.exceptions.ConnectionError(msg)
-        return line._execute(carrier, intent, known, create)
+        return line._execute(carrier, intent, known, state_if_missing)
 
-    line._carriers.execute = returns  # type: ignore[method-assign]
+    line._selector.run_intent = returns  # type: ignore[method-assign]
     with pytest.raises(CircuitBreakerError):
         breaker.call(up)
     assert line.lost
@@ -256,8 +256,8 @@ def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis
 def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engine: redis.Redis) -> None:
     """There is no outage any more, so the shared circuit has the only probe."""
     breaker, storage = opened(engine)
-    storage._tenancy.lose()
-    with storage._tenancy.own.returning() as is_first:
+    storage._core.on_server_lost()
+    with storage._core.own.recovery_turn() as is_first:
         assert is_first
         with pytest.raises(CircuitBreakerError):
             breaker.call(up)
@@ -309,13 +309,13 @@ def test_thread_that_lost_its_report_does_not_join_while_another_thread_claims(e
     breaker, storage, line = after_lost_report(engine)
     claims, may_claim = threading.Event(), threading.Event()
 
-    def waits(carrier: Any, intent: Intent, known: Circuit | None, create: str) -> Reply:
+    def waits(carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         if isinstance(intent, ClaimProbe) and not claims.is_set():
             claims.set()
             may_claim.wait(SOON)
-        return line._execute(carrier, intent, known, create)
+        return line._execute(carrier, intent, known, state_if_missing)
 
-    line._carriers.execute = waits  # type: ignore[method-assign]
+    line._selector.run_intent = waits  # type: ignore[method-assign]
     other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     thread = threading.Thread(target=request, args=(other,))
     thread.start()
@@ -334,7 +334,7 @@ def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
     """Else the probe would be given back under the call that holds it, and a third call would be admitted."""
     _, storage, report = taken_over
     probed = storage._execute(Load()).circuit
-    late = storage._tenancy.shared.execute(report)
+    late = storage._core.shared.execute(report)
     assert not late.accepted
     assert (late.circuit.probe_token, late.circuit.generation) == (probed.probe_token, probed.generation)
 
@@ -363,38 +363,38 @@ class TestLooseProbes:
 
     def test_released_token_is_shown_as_free_until_one_caller_takes_it(self) -> None:
         """Of many, exactly one."""
-        probes = LooseProbes()
-        assert probes.shown(self.half_open("a")).circuit.is_probed(1e12)
+        probes = ProbeTokens()
+        assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
         probes.release("a")
-        assert not probes.shown(self.half_open("a")).circuit.is_probed(1e12)
-        assert probes.shown(self.half_open("b")).circuit.is_probed(1e12)
+        assert not probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
+        assert probes.shown(self.half_open("b")).circuit.is_probe_leased(1e12)
         assert not probes.has_ended("b")
         assert [probes.take("a") for _ in range(3)] == [True, False, False]
         assert probes.has_ended("a")
-        assert probes.shown(self.half_open("a")).circuit.is_probed(1e12)
+        assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
 
     def test_no_token_is_never_taken(self) -> None:
         """Nor is one that was never released."""
-        assert not LooseProbes().take("")
-        assert not LooseProbes().take("a")
+        assert not ProbeTokens().take("")
+        assert not ProbeTokens().take("a")
 
     def test_oldest_tokens_are_forgotten(self) -> None:
         """So the memory of a process that runs for a year is bounded."""
-        probes = LooseProbes()
-        for number in range(MOST_TOKENS + 1):
+        probes = ProbeTokens()
+        for number in range(PROBE_TOKENS_MAX + 1):
             probes.release(str(number))
         assert not probes.take("0")
         assert probes.take("1")
-        assert probes.take(str(MOST_TOKENS))
+        assert probes.take(str(PROBE_TOKENS_MAX))
 
     def test_forked_child_owns_none(self) -> None:
         """The parent claims again, not each of its children."""
-        PROBES.release("inherited")
+        PROBE_TOKENS.release("inherited")
         pid = os.fork()
         if not pid:
-            os._exit(int(PROBES.take("inherited")))
+            os._exit(int(PROBE_TOKENS.take("inherited")))
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert PROBES.take("inherited")
+        assert PROBE_TOKENS.take("inherited")
 
     @pytest.mark.parametrize(
         ("intent", "accepted", "token_after", "is_loose"),
@@ -415,19 +415,19 @@ class TestLooseProbes:
         self, intent: Intent, accepted: bool, token_after: str, is_loose: bool
     ) -> None:
         """A call that has reported holds nothing, whatever became of the report."""
-        probes = LooseProbes()
+        probes = ProbeTokens()
         reply = Reply(accepted, Circuit(OPEN, probe_token=token_after), 0)
-        assert probes.execute(lambda _: reply, intent) is reply
+        assert probes.track(lambda _: reply, intent) is reply
         assert probes.take("a") == is_loose
 
     @pytest.mark.parametrize("accepted", [True, False])
     def test_token_that_was_replaced_stays_loose(self, accepted: bool) -> None:
         """Whether the record has the new token is not certain: another circuit may have given the answer."""
-        probes = LooseProbes()
+        probes = ProbeTokens()
         probes.release("a")
         assert probes.take("a")
         reply = Reply(accepted, Circuit(HALF_OPEN, probe_token="b"), 0)
-        probes.execute(lambda _: reply, ClaimProbe(1, "b", 1, "a"))
+        probes.track(lambda _: reply, ClaimProbe(1, "b", 1, "a"))
         assert probes.take("a")
         assert probes.take("b") is not accepted
 
@@ -440,18 +440,18 @@ class TestLooseProbes:
     )
     def test_token_is_loose_after_an_exception_from_outside(self, intent: Intent) -> None:
         """As a greenlet's timeout, raised while the intent waited for its answer: the server may have executed it."""
-        probes = LooseProbes()
+        probes = ProbeTokens()
 
         def interrupted(_: Intent) -> Reply:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            probes.execute(interrupted, intent)
+            probes.track(interrupted, intent)
         assert probes.take("a")
 
     def test_tokens_released_by_many_threads_at_once_raise_nothing(self) -> None:
         """Also once the oldest are forgotten, since `release` runs in guarded calls."""
-        probes = LooseProbes()
+        probes = ProbeTokens()
         errors: list[RuntimeError] = []
         ends = time.monotonic() + 1
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("patient")
 #: Seconds; so much longer than any of these tests waits that no lease has ended by itself.
 LEASE = 60.0
 
-KEYS = circuit_keys("lost", one_slot=False)
+KEYS = circuit_keys("lost", needs_one_slot=False)
 
 
 class Fleet:

@@ -166,11 +166,11 @@ class Machine(RuleBasedStateMachine):
 
     def truth(self) -> Circuit:
         """The record, by the server's clock."""
-        return self.observer._tenancy.shared._carry_out(Load(), tell=True).circuit
+        return self.observer._core.shared._carry_out(Load(), tell=True).circuit
 
     def now_ms(self) -> float:
         """The server's clock."""
-        return self.observer._tenancy.shared._carry_out(Load(), tell=True).now_ms
+        return self.observer._core.shared._carry_out(Load(), tell=True).now_ms
 
     @contextlib.contextmanager
     def step(self, *, may_close: bool = False, may_count: bool = False) -> Iterator[Circuit]:
@@ -222,7 +222,7 @@ class Machine(RuleBasedStateMachine):
                     assert not before.probe_token or before.probe_until_ms <= self.now_ms(), "a live lease is kept"
                     assert after.success_counter == before.success_counter
             # Who heard late that it has opened opens the gate as much later: server and worker have one clock here.
-            late_ms = -worker.storage._tenancy.shared._view.offset.ms
+            late_ms = -worker.storage._core.shared._view.clock_offset.ms
             if before.state == OPEN and asked_at >= open_until + late_ms + self.home.blur_ms:
                 assert entered, "once the timeout has passed, the first who asks is let through"
 
@@ -369,7 +369,7 @@ class Machine(RuleBasedStateMachine):
             self.home.client.delete(*(f"machine:pybreaker:{name}" for name in names))
             if "fail_counter" in names:
                 self.failures = 0
-            known = self.workers[index].storage._tenancy.shared._view.known
+            known = self.workers[index].storage._core.shared._view.cached
             if known is not None and known.generation == before.generation:
                 _ = self.workers[index].storage.state
             after = self.truth()

@@ -16,13 +16,13 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._names import base_of, behind, plain, real_names
-from pybreaker_redis._settings import OF_STORAGE
+from pybreaker_redis._names import library_class_of, plain_copy, server_key_names, unwrap_client
+from pybreaker_redis._settings import STORAGE_DEFAULTS
 from pybreaker_redis.registry import BreakerRegistry
 from tests.kinds import Prefixing
 from tests.viewed import Down, down, up, wait_for
 
-KEYS = circuit_keys("payments", one_slot=False)
+KEYS = circuit_keys("payments", needs_one_slot=False)
 
 pytestmark = pytest.mark.usefixtures("patient", "nobody_listens")
 
@@ -149,7 +149,7 @@ def test_bulk_look_agrees_with_the_circuits(of: Callable[..., Any], timeout: flo
     assert other.status()["payments"].state == "closed"
     registry.set_state("payments", "closed")
     assert registry["payments"].call(up) == "answer"
-    assert OF_STORAGE["timeout"] == 10.0
+    assert STORAGE_DEFAULTS["timeout"] == 10.0
 
 
 def test_transactions_use_the_names_on_the_server(of: Callable[..., Any], server: PrivateServer) -> None:
@@ -176,7 +176,7 @@ def test_writing_check_after_an_outage_writes_to_the_circuits_own_key(
     breaker = application(of(Scripts, "a:"))
     breaker.call(up)
     client.flushall()
-    breaker._state_storage._tenancy.check_writable()  # type: ignore[attr-defined]
+    breaker._state_storage._core.verify_writable()  # type: ignore[attr-defined]
     assert client.get("a:payments:pybreaker:state") == b"closed"
     assert {bytes(name)[:2] for name in client.keys("*")} == {b"a:"}
 
@@ -196,8 +196,8 @@ class Fake(fakeredis.FakeRedis):  # type: ignore[misc]
 
 def test_fake_client_is_renamed_by_its_subclass() -> None:
     """Tests of applications use the same subclass."""
-    assert real_names(Fake(), KEYS) == tuple(f"f:{key}" for key in KEYS)
-    assert type(plain(Fake())) is fakeredis.FakeRedis
+    assert server_key_names(Fake(), KEYS) == tuple(f"f:{key}" for key in KEYS)
+    assert type(plain_copy(Fake())) is fakeredis.FakeRedis
 
 
 class Broken(redis.Redis):
@@ -221,7 +221,7 @@ class Single(redis.Redis):
 )
 def test_names_stay_where_nothing_is_renamed_or_known(make: Callable[[], Any]) -> None:
     """And nothing is raised, whatever a class does."""
-    assert real_names(make(), KEYS) == KEYS
+    assert server_key_names(make(), KEYS) == KEYS
 
 
 def test_nothing_is_closed_or_sent_to_find_the_names(of: Callable[..., Any]) -> None:
@@ -229,7 +229,7 @@ def test_nothing_is_closed_or_sent_to_find_the_names(of: Callable[..., Any]) -> 
     given = of(Scripts, "a:")
     assert given.ping()
     before = dict(vars(given)), given.client_id()
-    assert real_names(given, KEYS) == tuple(f"a:{key}" for key in KEYS)
+    assert server_key_names(given, KEYS) == tuple(f"a:{key}" for key in KEYS)
     assert (dict(vars(given)), given.client_id()) == before
 
 
@@ -286,20 +286,20 @@ def test_client_behind_a_wrapper_is_found_if_that_sends_scripts_by_it() -> None:
     """A wrapper that has nothing to say about scripts is looked through, also several."""
     client = redis.Redis()
     for seen in (client, Wrapper(client), Wrapper(Wrapper(client))):
-        assert behind(seen) is client
+        assert unwrap_client(seen) is client
     for opaque in (Counting(client), object(), None):
-        assert behind(opaque) is opaque
-        assert base_of(opaque) is None
+        assert unwrap_client(opaque) is opaque
+        assert library_class_of(opaque) is None
     deep: Any = client
     for _ in range(20):
         deep = Wrapper(deep)
-    assert behind(deep) is client
+    assert unwrap_client(deep) is client
 
 
 def test_plain_client_of_no_library_is_refused() -> None:
     """What its methods do is not known."""
     with pytest.raises(TypeError, match="Counting"):
-        plain(Counting(redis.Redis()))
+        plain_copy(Counting(redis.Redis()))
 
 
 def test_other_commands_of_a_client_are_not_taken_for_names() -> None:
@@ -313,4 +313,4 @@ def test_other_commands_of_a_client_are_not_taken_for_names() -> None:
                 words = (*words[:3], "a:" + words[3], *words[4:])
             return super().execute_command(*words, **options)
 
-    assert real_names(Counting(), KEYS) == tuple(f"a:{key}" for key in KEYS)
+    assert server_key_names(Counting(), KEYS) == tuple(f"a:{key}" for key in KEYS)

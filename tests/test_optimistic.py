@@ -17,21 +17,21 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage, _optimistic, errors
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
-from pybreaker_redis._deadline import GRACE, deadline
+from pybreaker_redis._deadline import SEND_GRACE_S, deadline
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._guard import Meaning, meaning_of
+from pybreaker_redis._guard import ErrorKind, error_kind
 from pybreaker_redis._intents import ClaimProbe, Load, RecordFailure, SetState, Trip
 from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._optimistic import OptimisticCarrier
-from pybreaker_redis._scripts import LuaCarrier
-from pybreaker_redis.errors import ScriptingUnavailable
+from pybreaker_redis._optimistic import TransactionEngine
+from pybreaker_redis._scripts import LuaEngine
+from pybreaker_redis.errors import ScriptingUnavailableError
 from tests.fleet import _start_fork_server
 from tests.servers import without_scripts
 from tests.viewed import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 
-KEYS = circuit_keys("optimistic", one_slot=False)
+KEYS = circuit_keys("optimistic", needs_one_slot=False)
 
 PROCESSES = 8
 FAILURES = 100
@@ -49,16 +49,16 @@ def scriptless(server: PrivateServer) -> Iterator[redis.Redis]:
 def _contend(unix_socket: str, what: str, line: Any) -> None:
     """In a process of its own: wait for the word, and then do it."""
     with contextlib.closing(redis.Redis(unix_socket_path=unix_socket)) as client:
-        carrier = OptimisticCarrier(client, KEYS)
-        known = carrier.execute(Load(), None, CLOSED).circuit
+        engine = TransactionEngine(client, KEYS)
+        known = engine.execute(Load(), None, CLOSED).circuit
         line.send("ready")
         line.recv()
         if what == "count":
-            line.send([carrier.execute(RecordFailure(None, ""), known, CLOSED).circuit for _ in range(FAILURES)])
+            line.send([engine.execute(RecordFailure(None, ""), known, CLOSED).circuit for _ in range(FAILURES)])
         elif what == "trip":
-            line.send(carrier.execute(Trip(known.generation, ""), known, CLOSED).accepted)
+            line.send(engine.execute(Trip(known.generation, ""), known, CLOSED).accepted)
         else:
-            line.send(carrier.execute(ClaimProbe(known.generation, what, 60_000), known, CLOSED).accepted)
+            line.send(engine.execute(ClaimProbe(known.generation, what, 60_000), known, CLOSED).accepted)
 
 
 def contend(server: PrivateServer, *what: str) -> list[Any]:
@@ -117,7 +117,7 @@ def test_many_processes_trip_once(server: PrivateServer, client: redis.Redis) ->
 
 def test_many_processes_get_one_probe(server: PrivateServer, client: redis.Redis) -> None:
     """The probe goes to one of them."""
-    OptimisticCarrier(client, KEYS).execute(SetState(OPEN), None, CLOSED)
+    TransactionEngine(client, KEYS).execute(SetState(OPEN), None, CLOSED)
     tokens = [f"{number:x}" for number in range(16)]
     answers = contend(server, *tokens)
     assert sum(answers) == 1
@@ -195,7 +195,7 @@ def test_overtaken_transaction_is_tried_again_on_what_is_there_then(
 ) -> None:
     """The decision is made anew: three foreign failures in between, and ours comes fourth."""
     overtaker = Overtaker(client, 3, another_failure)
-    reply = OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+    reply = TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
     assert reply.circuit.fail_counter == 4
     assert client.get(KEYS[1]) == b"4"
     assert overtaker.transactions == 4
@@ -206,10 +206,10 @@ def test_overtaken_intent_is_refused_if_what_is_there_then_refuses_it(
     client: redis.Redis, no_pauses: list[float]
 ) -> None:
     """A trip that somebody else makes in between fences this failure off."""
-    carrier = OptimisticCarrier(client, KEYS)
-    known = carrier.execute(Load(), None, CLOSED).circuit
-    overtaker = Overtaker(client, 1, lambda client: OptimisticCarrier(client, KEYS).execute(Trip(0, ""), known, CLOSED))
-    reply = OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(0, ""), known, CLOSED)
+    engine = TransactionEngine(client, KEYS)
+    known = engine.execute(Load(), None, CLOSED).circuit
+    overtaker = Overtaker(client, 1, lambda client: TransactionEngine(client, KEYS).execute(Trip(0, ""), known, CLOSED))
+    reply = TransactionEngine(overtaker, KEYS).execute(RecordFailure(0, ""), known, CLOSED)
     assert not reply.accepted
     assert reply.circuit.state == OPEN
     assert client.get(KEYS[1]) == b"0"
@@ -223,11 +223,11 @@ def test_carrier_that_is_always_overtaken_retries_until_the_deadline_is_near(
     overtaker = Overtaker(client, 10**9, another_failure)
     began = time.monotonic()
     with deadline(0.5), pytest.raises(redis.WatchError, match=r"'optimistic:.*state': .* overtaken") as raised:
-        OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
-    assert time.monotonic() - began < 0.5 + GRACE
+        TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+    assert time.monotonic() - began < 0.5 + SEND_GRACE_S
     assert raised.value.__cause__ is None, "nothing is in doubt"
     assert overtaker.transactions > 1
-    assert all(0 <= pause <= _optimistic.LONGEST_PAUSE_S for pause in no_pauses)
+    assert all(0 <= pause <= _optimistic.CONTENTION_PAUSE_MAX_S for pause in no_pauses)
     # Nothing of ours was written: all that is there are the failures of the others.
     assert client.get(KEYS[1]) == b"%d" % overtaker.transactions
 
@@ -236,18 +236,18 @@ def test_carrier_without_a_deadline_retries_for_a_limited_time(
     client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``timeout=None`` does not mean for ever."""
-    monkeypatch.setattr(_optimistic, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(_optimistic, "CONTENTION_TIMEOUT_S", 0.1)
     overtaker = Overtaker(client, 10**9, another_failure)
     with pytest.raises(redis.WatchError):
-        OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+        TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
 
 
 def test_claim_that_is_always_overtaken_is_refused(client: redis.Redis, no_pauses: list[float]) -> None:
     """A probe that the server did not grant is made by no process, and the circuit is as the others left it."""
-    known = OptimisticCarrier(client, KEYS).execute(Trip(None, ""), None, CLOSED).circuit
+    known = TransactionEngine(client, KEYS).execute(Trip(None, ""), None, CLOSED).circuit
     overtaker = Overtaker(client, 10**9, another_failure)
     with deadline(0.2):
-        reply = OptimisticCarrier(overtaker, KEYS).execute(ClaimProbe(known.generation, "mine", 60_000), known, CLOSED)
+        reply = TransactionEngine(overtaker, KEYS).execute(ClaimProbe(known.generation, "mine", 60_000), known, CLOSED)
     assert not reply.accepted
     assert (reply.circuit.state, reply.circuit.probe_token) == (OPEN, "")
     assert client.hget(KEYS[4], "probe_token") != b"mine"
@@ -267,9 +267,9 @@ def test_time_that_ends_in_a_transaction_after_an_overtaken_one_is_contention(
     overtaker = Overtaker(client, 1, another_failure)
     slow = Overtaker(overtaker, 10**9, lambda client: overtaker.transactions > 1 and no_answer(client), at=lost_at)
     with pytest.raises(redis.WatchError) as raised:
-        OptimisticCarrier(slow, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+        TransactionEngine(slow, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
     assert overtaker.transactions == 2
-    assert errors.is_in_doubt(raised.value) is (lost_at == "execute")
+    assert errors.may_have_executed(raised.value) is (lost_at == "execute")
 
 
 @pytest.mark.parametrize("lost_at", ["watch", "execute"])
@@ -277,7 +277,7 @@ def test_time_that_ends_in_the_first_transaction_is_no_contention(client: redis.
     """Nothing has shown that the server is there."""
     overtaker = Overtaker(client, 10**9, no_answer, at=lost_at)
     with pytest.raises(redis.TimeoutError):
-        OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+        TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
     assert overtaker.transactions == 1
 
 
@@ -285,21 +285,21 @@ def test_connection_that_is_lost_under_watch_is_no_contention(client: redis.Redi
     """redis-py reports it as `WatchError`, in this message alone; the error behind it says what it is."""
     with contextlib.closing(server.client()) as administrator:
 
-        def hang_up(_: redis.Redis) -> None:
+        def close_idle_connections(_: redis.Redis) -> None:
             administrator.client_kill_filter(_type="normal", skipme=True)
 
-        overtaker = Overtaker(client, 10**9, hang_up, at="ask")
+        overtaker = Overtaker(client, 10**9, close_idle_connections, at="ask")
         with pytest.raises(redis.ConnectionError) as raised:
-            OptimisticCarrier(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
-    assert meaning_of(raised.value) is Meaning.AWAY
+            TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
+    assert error_kind(raised.value) is ErrorKind.UNREACHABLE
     assert overtaker.transactions == 1
 
 
 def test_load_that_finds_all_well_starts_no_transaction(client: redis.Redis) -> None:
     """Reading contends with nobody."""
-    OptimisticCarrier(client, KEYS).execute(Trip(None, ""), None, CLOSED)
+    TransactionEngine(client, KEYS).execute(Trip(None, ""), None, CLOSED)
     overtaker = Overtaker(client, 1, another_failure)
-    assert OptimisticCarrier(overtaker, KEYS).execute(Load(), None, CLOSED).circuit.state == OPEN
+    assert TransactionEngine(overtaker, KEYS).execute(Load(), None, CLOSED).circuit.state == OPEN
     assert overtaker.transactions == 0
 
 
@@ -307,7 +307,7 @@ def test_load_that_must_repair_decides_again_under_watch(client: redis.Redis, no
     """What the first look found may be repaired by somebody else meanwhile."""
     client.set(KEYS[0], "ajar")
     overtaker = Overtaker(client, 1, lambda client: client.set(KEYS[0], "open"))
-    reply = OptimisticCarrier(overtaker, KEYS).execute(Load(), None, CLOSED)
+    reply = TransactionEngine(overtaker, KEYS).execute(Load(), None, CLOSED)
     assert (reply.circuit.state, reply.event) == (OPEN, "repaired fail_counter success_counter opened_at")
     assert client.get(KEYS[0]) == b"open"
     assert len(no_pauses) == 1
@@ -322,14 +322,14 @@ def test_contention_without_end_is_no_outage(
     timeout: float | None,
 ) -> None:
     """The caller gets their own exception, no line says that the server is away, and the failures count in the end."""
-    monkeypatch.setattr(_optimistic, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(_optimistic, "CONTENTION_TIMEOUT_S", 0.2)
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=timeout)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
     caplog.clear()
-    carrier = storage._tenancy.shared._carriers.now
-    usual, overtaker = carrier.client, Overtaker(carrier.client, 10**9, lambda _: client.set(KEYS[2], 0))
-    carrier.client = overtaker
+    engine = storage._core.shared._selector.current
+    usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
+    engine.client = overtaker
     for _ in range(3):
         began = time.monotonic()
         with pytest.raises(ZeroDivisionError):
@@ -337,7 +337,7 @@ def test_contention_without_end_is_no_outage(
         assert time.monotonic() - began < 10, "of the call, which waits for contention once"
     assert storage.health().is_own
     assert (storage.health().condition, storage.health().last_error) == ("connected", "")
-    carrier.client = usual
+    engine.client = usual
     with pytest.raises(ZeroDivisionError):
         breaker.call(lambda: 1 / 0)
     assert not storage.health().is_own
@@ -352,14 +352,14 @@ def test_call_that_contention_has_held_up_reports_without_asking_again(
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.5)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
-    carrier = storage._tenancy.shared._carriers.now
-    usual, overtaker = carrier.client, Overtaker(carrier.client, 10**9, lambda _: client.set(KEYS[2], 0))
-    carrier.client = overtaker
+    engine = storage._core.shared._selector.current
+    usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
+    engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
         breaker.call(lambda: 1 / 0)
 
     def fail() -> None:
-        carrier.client = usual
+        engine.client = usual
         raise ZeroDivisionError
 
     # What the first call has counted is added before this one: that is overtaken, and takes the time of this call.
@@ -378,14 +378,14 @@ def test_call_that_was_admitted_alone_is_counted_where_the_circuit_is_shared_aga
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.3)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
-    carrier = storage._tenancy.shared._carriers.now
-    usual, overtaker = carrier.client, Overtaker(carrier.client, 10**9, lambda _: client.set(KEYS[2], 0))
-    carrier.client = overtaker
+    engine = storage._core.shared._selector.current
+    usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
+    engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
         breaker.call(lambda: 1 / 0)
 
     def fail() -> None:
-        carrier.client = usual
+        engine.client = usual
         thread = threading.Thread(target=lambda: breaker.fail_counter)
         thread.start()
         thread.join()
@@ -463,7 +463,7 @@ def test_sixteen_processes_at_full_speed_without_scripts_are_no_outage(
 
 
 @pytest.mark.parametrize("command", ["mget", "exists", "hmget", "time"])
-@pytest.mark.parametrize("intent", [Load(), RecordFailure(None, "")], ids=lambda intent: intent.script)
+@pytest.mark.parametrize("intent", [Load(), RecordFailure(None, "")], ids=lambda intent: intent.operation)
 def test_command_that_the_server_refuses_is_an_error_and_not_a_missing_key(
     server: PrivateServer, command: str, intent: Any
 ) -> None:
@@ -471,13 +471,13 @@ def test_command_that_the_server_refuses_is_an_error_and_not_a_missing_key(
     with contextlib.closing(server.client()) as administrator:
         rights = ("~*", "&*", "+@all", "-@scripting", f"-{command}")
         administrator.execute_command("ACL", "SETUSER", f"no{command}", "reset", "on", "nopass", *rights)
-        OptimisticCarrier(administrator, KEYS).execute(Trip(None, ""), None, CLOSED)
+        TransactionEngine(administrator, KEYS).execute(Trip(None, ""), None, CLOSED)
         before = [administrator.dump(key) for key in KEYS]
         with (
             contextlib.closing(server.client(username=f"no{command}", password="any")) as client,
             pytest.raises(redis.ResponseError),
         ):
-            OptimisticCarrier(client, KEYS).execute(intent, None, CLOSED)
+            TransactionEngine(client, KEYS).execute(intent, None, CLOSED)
         assert [administrator.dump(key) for key in KEYS] == before
 
 
@@ -512,22 +512,22 @@ def test_circuit_that_is_left_while_scripts_are_missed_lives_there_again_when_it
 ) -> None:
     """It was let go of by another thread just when the first transaction had done what a script could not."""
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic")
-    execute = OptimisticCarrier.execute
+    execute = TransactionEngine.execute
     left: list[int] = []
 
-    def leaves(carrier: OptimisticCarrier, *arguments: Any) -> Any:
-        reply = execute(carrier, *arguments)
+    def leaves(engine: TransactionEngine, *arguments: Any) -> Any:
+        reply = execute(engine, *arguments)
         if not left:
             left.append(1)
-            storage.let_go()
+            storage.release_connections()
         return reply
 
-    monkeypatch.setattr(OptimisticCarrier, "execute", leaves)
+    monkeypatch.setattr(TransactionEngine, "execute", leaves)
     breaker = CircuitBreaker(state_storage=storage)
     for _ in range(2):
         breaker.call(lambda: None)
     assert storage.health().mode == "optimistic"
-    assert storage._tenancy in storage._tenancy.server._tenants
+    assert storage._core in storage._core.server._members
 
 
 @pytest.mark.parametrize("step", ["execute_command", "execute"])
@@ -541,23 +541,23 @@ def test_connection_lost_in_a_transaction_is_raised(monkeypatch: pytest.MonkeyPa
         return original(self, *args, **options)
 
     monkeypatch.setattr(redis.client.Pipeline, step, lost)
-    carrier = OptimisticCarrier(fakeredis.FakeStrictRedis(), circuit_keys("lost", one_slot=False))
+    engine = TransactionEngine(fakeredis.FakeStrictRedis(), circuit_keys("lost", needs_one_slot=False))
     with pytest.raises(redis.ConnectionError, match="lost"):
-        carrier.execute(RecordFailure(None, ""), None, CLOSED)
+        engine.execute(RecordFailure(None, ""), None, CLOSED)
 
 
 def test_client_that_always_decodes_reads_damage_undecoded(
     monkeypatch: pytest.MonkeyPatch, server: PrivateServer
 ) -> None:
     """redis-py 3 has no way to leave a single answer as it is; bytes that are no text must not raise there either."""
-    monkeypatch.setattr(_optimistic, "CAN_LEAVE_UNDECODED", False)
-    keys = circuit_keys("damaged", one_slot=False)
+    monkeypatch.setattr(_optimistic, "HAS_NEVER_DECODE", False)
+    keys = circuit_keys("damaged", needs_one_slot=False)
     with contextlib.closing(server.client(decode_responses=True)) as client:
         client.set(keys[0], b"\xff")
-        carrier = OptimisticCarrier(client, keys)
-        assert carrier.client is not client
-        assert carrier.execute(Load(), None, OPEN).circuit.state == OPEN
-        carrier.client.connection_pool.disconnect()
+        engine = TransactionEngine(client, keys)
+        assert engine.client is not client
+        assert engine.execute(Load(), None, OPEN).circuit.state == OPEN
+        engine.client.connection_pool.disconnect()
 
 
 def test_fakeredis_that_misses_lupa_runs_no_scripts() -> None:
@@ -567,5 +567,5 @@ def test_fakeredis_that_misses_lupa_runs_no_scripts() -> None:
         def evalsha(self, *_: Any) -> None:
             raise ModuleNotFoundError("No module named 'lupa'")
 
-    with pytest.raises(ScriptingUnavailable, match="lupa"):
-        LuaCarrier(Old(), circuit_keys("old", one_slot=False)).execute(Load(), None, CLOSED)
+    with pytest.raises(ScriptingUnavailableError, match="lupa"):
+        LuaEngine(Old(), circuit_keys("old", needs_one_slot=False)).execute(Load(), None, CLOSED)

@@ -455,13 +455,13 @@ def test_question_from_before_the_return_says_nothing_when_it_is_given_up(site: 
     """A server that has thawed is not away because somebody has waited for it while it was frozen."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), timeout=10))
-    tenancy = breaker._state_storage._tenancy
+    tenancy = breaker._state_storage._core
     began = time.monotonic()
     site.proxy.refuse()
     wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
     site.proxy.listen()
     wait_for(lambda: len(lines_of(caplog, site)) == 2, "it is back, and that is said")
-    tenancy.server.failed(redis.TimeoutError("Timeout reading from socket"), tenancy, began)
+    tenancy.server.report_failure(redis.TimeoutError("Timeout reading from socket"), tenancy, began)
     assert health_of(breaker).condition == "connected"
     assert len(lines_of(caplog, site)) == 2
 
@@ -498,10 +498,10 @@ def test_100_outages_leave_no_connection_behind(site: Site):
 @pytest.mark.slow
 def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
     """As many attempts to return, calls, trips and probes as in an hour, in less time."""
-    monkeypatch.setattr(_guard, "LONGEST_PAUSE", 0.001)
-    monkeypatch.setattr(_guard, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(_guard, "RETRY_DELAY_MAX_S", 0.001)
+    monkeypatch.setattr(_guard, "RETRY_DELAY_MIN_S", 0.001)
     breaker = settled(breaker_on(site.client(), fail_max=3, reset_timeout=0.01))
-    breaker._state_storage._tenancy.server.guard.longest_pause = 0.001
+    breaker._state_storage._core.server.availability.retry_delay_max_s = 0.001
     site.proxy.refuse()
     site.server.kill()
 

@@ -24,7 +24,7 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._server import THREAD_NAME
+from pybreaker_redis._server import RETRY_THREAD_NAME
 from pybreaker_redis.registry import retry_after
 from tests.faults import FAULTS, Site
 from tests.stopwatch import Stopwatch
@@ -34,7 +34,7 @@ from tests.viewed import Down, breaker_on, down, fails, settled, up, view_of, wa
 __all__ = ["site"]
 
 
-def is_away(breaker: pybreaker.CircuitBreaker) -> bool:
+def is_unreachable_for(breaker: pybreaker.CircuitBreaker) -> bool:
     """Whether this process knows that Redis is away."""
     with contextlib.suppress(pybreaker.CircuitBreakerError):
         breaker.call(up)
@@ -54,10 +54,10 @@ def test_answer_that_was_under_way_does_not_end_the_outage(site: Site):
     """That is for whoever brings back all circuits: else the others would go by their own for ever."""
     first, second = (settled(breaker_on(site.client(), name, fail_max=2, reset_timeout=60)) for name in ("a", "b"))
     site.proxy.refuse()
-    wait_for(lambda: is_away(first) and is_away(second), "both are alone")
+    wait_for(lambda: is_unreachable_for(first) and is_unreachable_for(second), "both are alone")
     calls(second, 0.05, failing=1.0)
-    server = first._state_storage._tenancy.server
-    server.answered("")
+    server = first._state_storage._core.server
+    server.report_answer("")
     assert health_of(first).condition == "away"
     site.proxy.listen()
     wait_for(lambda: is_back(first) and is_back(second), "both are back")
@@ -70,7 +70,7 @@ def test_circuits_that_are_first_used_in_an_outage_wait_for_nothing(site: Site):
     settled_one = settled(breaker_on(site.client(), timeout=timeout))
     site.server.pause()
     try:
-        wait_for(lambda: is_away(settled_one), "it is away")
+        wait_for(lambda: is_unreachable_for(settled_one), "it is away")
         for number in range(10):
             storage = CircuitRedisStorage("closed", site.client(), f"new {number}", timeout=timeout)
             breaker = pybreaker.CircuitBreaker(state_storage=storage)
@@ -86,7 +86,7 @@ def test_child_that_is_forked_in_an_outage_comes_back_by_itself(site: Site):
     """Its parent's threads are not there; what it inherited it does not go by."""
     breaker = settled(breaker_on(site.client(), reset_timeout=60))
     site.proxy.refuse()
-    wait_for(lambda: is_away(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "it is away")
     breaker.call(up)
     child = os.fork()
     if not child:
@@ -112,7 +112,7 @@ def test_circuit_that_others_have_opened_is_followed_when_only_reads_work(site: 
         other = breaker_on(direct, reset_timeout=60, timeout=10)
         late_other = breaker_on(direct, "viewed, seen late", timeout=10)
         site.proxy.refuse()
-        wait_for(lambda: is_away(ours) and is_away(late), "it is away")
+        wait_for(lambda: is_unreachable_for(ours) and is_unreachable_for(late), "it is away")
         other.open()
         late_other.open()
         site.administrator.config_set("maxmemory", 1)
@@ -138,7 +138,7 @@ def test_handler_that_raises_stops_nothing(site: Site):
         breaker = settled(breaker_on(site.client()))
         for _ in range(3):
             site.proxy.refuse()
-            wait_for(lambda: is_away(breaker), "it is away")
+            wait_for(lambda: is_unreachable_for(breaker), "it is away")
             site.proxy.listen()
             wait_for(lambda: is_back(breaker), "it is back")
     finally:
@@ -172,7 +172,7 @@ def test_handler_that_is_guarded_itself_waits_for_no_one(site: Site):
 def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
     """Whatever it died of: nobody else would ever ask."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._tenancy.server
+    server = breaker._state_storage._core.server
     died = threading.Event()
 
     def dies() -> NoReturn:
@@ -180,9 +180,9 @@ def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
         died.set()
         raise SystemExit
 
-    monkeypatch.setattr(server.guard, "begin", dies)
+    monkeypatch.setattr(server.availability, "claim_attempt", dies)
     site.proxy.refuse()
-    wait_for(lambda: is_away(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "it is away")
     assert died.wait(5)
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
@@ -194,12 +194,12 @@ def test_listener_does_not_wait_for_a_server_that_nobody_asks_for(site: Site):
     other = settled(breaker_on(site.client(), "other", timeout=0.3))
     site.proxy.refuse()
     for item in (breaker, other):
-        wait_for(lambda item=item: is_away(item), "both are alone")
+        wait_for(lambda item=item: is_unreachable_for(item), "both are alone")
     del other, item
     gc.collect()
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
-    wait_for(lambda: view_of(breaker).is_heard_of or breaker.call(up) is None, "it hears")
+    wait_for(lambda: view_of(breaker).is_subscribed or breaker.call(up) is None, "it hears")
 
 
 def test_refused_circuit_is_asked_for_when_the_server_is_back(site: Site):
@@ -217,12 +217,12 @@ def test_turn_is_left_to_a_circuit_that_may_ask(site: Site, monkeypatch):
     """Where callers take turns: one whose own trouble keeps it from asking does not take the server's."""
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
-    guard = storage._tenancy.server.guard
-    monkeypatch.setattr(storage._tenancy.server, "_is_kept", lambda: False)
-    guard.keep(False)
-    storage._tenancy.server.failed(redis.ConnectionError("gone"), storage._tenancy, time.monotonic())
-    storage._tenancy._faults.failed(TypeError("no sense"))
-    guard.outage = due = replace(guard.outage, next_at=0.0)
+    guard = storage._core.server.availability
+    monkeypatch.setattr(storage._core.server, "_ensure_retry_thread", lambda: False)
+    guard.set_retry_thread(False)
+    storage._core.server.report_failure(redis.ConnectionError("gone"), storage._core, time.monotonic())
+    storage._core._faults.note_failure(TypeError("no sense"))
+    guard.outage = due = replace(guard.outage, next_attempt_at=0.0)
     breaker.call(up)
     assert guard.outage is due
     monkeypatch.undo()
@@ -320,18 +320,18 @@ def hasty_switches() -> Iterator[None]:
 def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches):
     """The circuits of a server are counted while others are added."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._tenancy.server
+    server = breaker._state_storage._core.server
 
     def come_and_go() -> None:
         for _ in range(100):
             storages = [CircuitRedisStorage("closed", client, f"brief {number}") for number in range(5)]
             for storage in storages:
-                server.admit(storage._tenancy)
+                server.add_member(storage._core)
 
     def fail() -> None:
         for _ in range(100):
-            server.failed(redis.ConnectionError("gone"), breaker._state_storage._tenancy, time.monotonic())
-            server.guard.answered()
+            server.report_failure(redis.ConnectionError("gone"), breaker._state_storage._core, time.monotonic())
+            server.availability.note_answer()
 
     client = site.client()
     with ThreadPoolExecutor(4) as pool:
@@ -348,7 +348,7 @@ from pybreaker_redis import CircuitRedisStorage
 client = redis.Redis(host="127.0.0.1", port={site.proxy.port}, username="app", password="any")
 breaker = pybreaker.CircuitBreaker(state_storage=CircuitRedisStorage("closed", client, "exits", timeout=2))
 breaker.call(int)
-while not any(thread.name == {THREAD_NAME!r} for thread in threading.enumerate()):
+while not any(thread.name == {RETRY_THREAD_NAME!r} for thread in threading.enumerate()):
     breaker.call(int)
     time.sleep(0.01)
 print(time.time())

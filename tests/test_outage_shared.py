@@ -16,18 +16,18 @@ import pytest
 import redis
 
 from pybreaker_redis import _bulletin, _rejoin, _server
-from pybreaker_redis._bulletin import Bulletin
+from pybreaker_redis._bulletin import LossThrottle
 from pybreaker_redis._carrier import Reply
-from pybreaker_redis._guard import Guard
+from pybreaker_redis._guard import Availability
 from pybreaker_redis._intents import RecordFailure
-from pybreaker_redis._optimistic import Read
-from pybreaker_redis._own import OwnCircuit
-from pybreaker_redis._rejoin import bring_back, rejoin
-from pybreaker_redis._secrets import described
+from pybreaker_redis._optimistic import ReadResult
+from pybreaker_redis._own import LocalCircuit
+from pybreaker_redis._rejoin import bring_back_all, bring_back_each
+from pybreaker_redis._secrets import describe_error
 from pybreaker_redis._shared import SharedCircuit
 from tests.faults import Site
 from tests.test_outage import health_of, is_back, lines_of, site
-from tests.test_outage_races import is_away
+from tests.test_outage_races import is_unreachable_for
 from tests.viewed import Clock, Down, breaker_on, down, fails, settled, up, wait_for
 
 __all__ = ["site"]
@@ -35,7 +35,7 @@ __all__ = ["site"]
 
 def tenancy_of(breaker: pybreaker.CircuitBreaker) -> Any:
     """The breaker's tenancy."""
-    return breaker._state_storage._tenancy  # type: ignore[attr-defined]
+    return breaker._state_storage._core  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -83,12 +83,12 @@ def test_circuit_waits_no_longer_than_its_own_timeout_though_others_do(site: Sit
 
 def test_first_attempt_waits_as_long_as_the_longest_timeout() -> None:
     """The thread that asks again asks for all circuits."""
-    guard = Guard(0, kept=True)
+    guard = Availability(0, has_retry_thread=True)
     for timeout in (0.25, 2.0, 0.5):
-        guard.expect(timeout)
-    outage = guard.failed(redis.ConnectionError())
+        guard.extend_answer_wait(timeout)
+    outage = guard.note_failure(redis.ConnectionError())
     assert outage is not None
-    assert outage.patience == 2.0
+    assert outage.answer_wait_s == 2.0
 
 
 # -- one local circuit -------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_storages_of_one_circuit_trip_after_fail_max_failures_in_all(site: Site,
             settled(breaker)
     site.proxy.refuse()
     site.proxy.hang_up()
-    wait_for(lambda: is_away(breakers[0]), "it is away")
+    wait_for(lambda: is_unreachable_for(breakers[0]), "it is away")
     reached = []
     for _ in range(4):
         for breaker in breakers:
@@ -128,7 +128,7 @@ def test_storages_of_one_circuit_probe_one_at_a_time(site: Site) -> None:
     breakers = [settled(breaker) for breaker in storages(site, fail_max=1, reset_timeout=0.05)]
     site.proxy.refuse()
     site.proxy.hang_up()
-    wait_for(lambda: is_away(breakers[0]), "it is away")
+    wait_for(lambda: is_unreachable_for(breakers[0]), "it is away")
     fails(breakers[0])
     time.sleep(0.06)  # the timeout, so that it is time to try
     probes: list[int] = []
@@ -163,20 +163,20 @@ def test_failure_that_is_counted_alone_just_when_redis_is_back_is_reported(
     """A caller was on the way to the local circuit when that ended; the circuit begins again, and is brought back."""
     breaker = settled(breaker_on(site.client(), fail_max=9, timeout=5.0))
     tenancy = tenancy_of(breaker)
-    execute = OwnCircuit.execute
+    execute = LocalCircuit.execute
 
-    def late(own: OwnCircuit, intent: Any, *arguments: Any, **words: Any) -> Reply:
+    def late(own: LocalCircuit, intent: Any, *arguments: Any, **words: Any) -> Reply:
         if isinstance(intent, RecordFailure):
             monkeypatch.undo()
             site.proxy.listen()
-            wait_for(lambda: not own.in_use and tenancy.server.guard.outage is None, "it is back")
+            wait_for(lambda: not own.is_running and tenancy.server.availability.outage is None, "it is back")
         return execute(own, intent, *arguments, **words)
 
     site.proxy.refuse()
     site.proxy.hang_up()
-    wait_for(lambda: is_away(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "it is away")
     breaker.call(up)
-    monkeypatch.setattr(OwnCircuit, "execute", late)
+    monkeypatch.setattr(LocalCircuit, "execute", late)
     fails(breaker)
     wait_for(lambda: breaker.fail_counter == 1 and is_back(breaker), "the failure is reported")
 
@@ -227,7 +227,7 @@ def test_circuit_in_use_before_its_place_was_known_is_reported(site: Site) -> No
 
 def test_circuits_that_have_learned_nothing_are_read_in_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand circuits are back after a few round trips; the one that has opened alone is reported for itself."""
-    monkeypatch.setattr(_rejoin, "BATCH", 20)
+    monkeypatch.setattr(_rejoin, "READ_BATCH_CIRCUITS", 20)
     breakers = [breaker_on(site.client(), f"circuit{number}", fail_max=2, timeout=5.0) for number in range(50)]
     for breaker in breakers:
         settled(breaker)
@@ -291,8 +291,8 @@ def test_caller_that_brings_a_circuit_back_meanwhile_is_counted(
             with pytest.raises(pybreaker.CircuitBreakerError):
                 breaker.call(up)
 
-    monkeypatch.setattr(_rejoin, "BROUGHT_BACK_FIRST", 0)
-    monkeypatch.setattr(_server, "bring_back", callers_come)
+    monkeypatch.setattr(_rejoin, "RETURN_FIRST_CIRCUITS_MAX", 0)
+    monkeypatch.setattr(_server, "bring_back_each", callers_come)
     with away(site, breaker):
         fails(breaker)
     wait_for(lambda: any("is back" in line for line in lines_of(caplog, site)), "it is logged")
@@ -304,7 +304,7 @@ def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch:
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy, gone = tenancy_of(breaker), redis.ConnectionError("gone again")
     ended = [(gone, tenancy, time.monotonic() + 60)]
-    monkeypatch.setattr(_server, "bring_back", lambda tenants, outcomes: ended.pop() if ended else None)
+    monkeypatch.setattr(_server, "bring_back_each", lambda tenants, outcomes: ended.pop() if ended else None)
     with away(site, breaker):
         breaker.call(up)
     wait_for(lambda: not ended, "it has gone again")
@@ -315,14 +315,14 @@ def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch:
 def test_server_that_all_circuits_have_left_in_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """They live on other nodes of a cluster; of a server that answered nothing is logged."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = _server.server_of(redis.Redis(port=1))
+    server = _server.server_for(redis.Redis(port=1))
     lone: Any = Lone()
-    server.admit(lone)
-    server.dismiss(lone)
+    server.add_member(lone)
+    server.remove_member(lone)
     assert lines_of(caplog) == []
-    server.admit(lone)
-    server.guard.failed(redis.ConnectionError("gone"))
-    server.dismiss(lone)
+    server.add_member(lone)
+    server.availability.note_failure(redis.ConnectionError("gone"))
+    server.remove_member(lone)
     assert "its circuits live on other nodes of the cluster" in lines_of(caplog)[0]
 
 
@@ -334,10 +334,10 @@ def test_first_answers_that_come_together_are_one_line(
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     faults = tenancy_of(breaker)._faults
     tenancy_of(breaker)._failed(TypeError("of its own"), time.monotonic())
-    answered = faults.answered
+    answered = faults.note_answer
     with monkeypatch.context() as patched:
-        patched.setattr(faults, "answered", lambda: answered() and None)
-        faults.outage = replace(faults.outage, next_at=0.0)
+        patched.setattr(faults, "note_answer", lambda: answered() and None)
+        faults.outage = replace(faults.outage, next_attempt_at=0.0)
         breaker.call(up)
     assert len(lines_of(caplog, site)) == 1
     assert is_back(breaker)
@@ -350,7 +350,7 @@ class Lone:
         error: Raised by all that it does.
     """
 
-    max_staleness, timeout, circuit_name, is_alone = 1.0, 1.0, "lone", True
+    max_staleness, timeout, circuit_name, uses_local = 1.0, 1.0, "lone", True
 
     def __init__(self, error: Exception | None = None, question: Any = None) -> None:
         self.loaded = 0
@@ -359,7 +359,7 @@ class Lone:
         self.shared: Any = self
 
     @property
-    def question(self) -> Any:
+    def read_request(self) -> Any:
         """What has to be known to read it."""
         if self._question is None:
             raise LookupError
@@ -368,7 +368,7 @@ class Lone:
     def ticket(self) -> None:
         """Nothing is known."""
 
-    def lose(self) -> None:
+    def on_server_lost(self) -> None:
         """It is alone already."""
 
     def load(self) -> None:
@@ -377,14 +377,14 @@ class Lone:
         if self._error:
             raise self._error
 
-    def rejoin(self) -> str:
+    def bring_back(self) -> str:
         """It is back."""
         return "restored"
 
-    def check_writable(self) -> None:
+    def verify_writable(self) -> None:
         """It is."""
 
-    def rejoins_at_once(self) -> None:
+    def resume_if_unchanged(self) -> None:
         """It does not."""
         pytest.fail("it could not be read")
 
@@ -394,21 +394,21 @@ def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last
 ) -> None:
     """The return of before is no news any more."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = _server.server_of(redis.Redis(port=1))
+    server = _server.server_for(redis.Redis(port=1))
     lone: Any = Lone()
-    server.admit(lone)
+    server.add_member(lone)
 
     def goes(said: str) -> None:
-        server.failed(redis.ConnectionError(said), lone, time.monotonic())
+        server.report_failure(redis.ConnectionError(said), lone, time.monotonic())
 
-    monkeypatch.setattr(server, "_is_kept", lambda: True)
-    monkeypatch.setattr(_server, "rejoin", lambda *words: None)
-    monkeypatch.setattr(_server, "bring_back", lambda tenants, outcomes: goes("again"))
+    monkeypatch.setattr(server, "_ensure_retry_thread", lambda: True)
+    monkeypatch.setattr(_server, "bring_back_all", lambda *words: None)
+    monkeypatch.setattr(_server, "bring_back_each", lambda tenants, outcomes: goes("again"))
     goes("at first")
-    assert server.guard.outage is not None
-    server._try_to_return(server.guard.outage)
-    monkeypatch.setattr(server._bulletin, "_until", 0.0)
-    server._bulletin.flush()
+    assert server.availability.outage is not None
+    server._attempt_return(server.availability.outage)
+    monkeypatch.setattr(server._bulletin, "_window_ends_at", 0.0)
+    server._bulletin.flush_held_line()
     assert ["at first" in line or "again" in line for line in lines_of(caplog)] == [True, True]
 
 
@@ -416,7 +416,7 @@ def test_server_that_goes_while_circuits_are_brought_back_is_not_asked_for_each(
     """Each of the others would wait for it; a circuit with a trouble of its own keeps no other away."""
     tenants: Any = [Lone(TypeError()), Lone(), Lone(redis.ConnectionError("gone")), Lone()]
     outcomes: Counter[str] = Counter()
-    ended_by = bring_back(tenants, outcomes)
+    ended_by = bring_back_each(tenants, outcomes)
     assert ended_by is not None
     assert ended_by[1] is tenants[2]
     assert [tenant.loaded for tenant in tenants] == [1, 1, 1, 0]
@@ -425,7 +425,7 @@ def test_server_that_goes_while_circuits_are_brought_back_is_not_asked_for_each(
 
 def test_circuit_whose_place_is_not_known_is_left_for_later() -> None:
     """It is loaded by itself."""
-    rejoin([Lone()], 1.0, Counter())  # type: ignore[list-item]
+    bring_back_all([Lone()], 1.0, Counter())  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("why", ["the pipeline fails", "the circuit may not be read", "the server is loading"])
@@ -439,15 +439,15 @@ def test_batch_that_cannot_be_read(why: str, monkeypatch: pytest.MonkeyPatch) ->
     def read(questions: Any) -> Any:
         if why == "the pipeline fails":
             raise AttributeError("pipeline")
-        return [Read(error=found[why])]
+        return [ReadResult(error=found[why])]
 
-    monkeypatch.setattr(_rejoin, "read", read)
-    lone: Any = Lone(question=type("Question", (), {"client": object()}))
+    monkeypatch.setattr(_rejoin, "read_circuits", read)
+    lone: Any = Lone(question=type("ReadRequest", (), {"client": object()}))
     if why == "the server is loading":
         with pytest.raises(redis.ConnectionError):
-            rejoin([lone], 1.0, Counter())
+            bring_back_all([lone], 1.0, Counter())
     else:
-        rejoin([lone], 1.0, Counter())
+        bring_back_all([lone], 1.0, Counter())
 
 
 @pytest.mark.slow
@@ -464,7 +464,7 @@ def test_two_thousand_circuits_rejoin_beside_a_busy_thread(site: Site, report: C
 
     site.proxy.refuse()
     site.proxy.hang_up()
-    wait_for(lambda: is_away(breakers[0]), "it is away")
+    wait_for(lambda: is_unreachable_for(breakers[0]), "it is away")
     for breaker in breakers:
         breaker.call(up)
     busy = threading.Thread(target=spin)
@@ -496,8 +496,8 @@ def test_flapping_server_is_logged_once_a_minute_with_a_count(
             pass
     assert len(lines_of(caplog, site)) == 2, lines_of(caplog, site)
     assert ["is away" in line for line in lines_of(caplog, site)] == [True, False]
-    wait_for(lambda: server._bulletin.holds_a_line, "the last return is held")
-    server._bulletin._until = 0.0  # the minute is over
+    wait_for(lambda: server._bulletin.has_held_line, "the last return is held")
+    server._bulletin._window_ends_at = 0.0  # the minute is over
     wait_for(lambda: len(lines_of(caplog, site)) == 3, "how it is in the end")
     last = caplog.records[-1]
     assert "is back after" in last.getMessage()
@@ -512,10 +512,10 @@ def test_circuit_with_a_flapping_trouble_is_logged_once_a_minute(site: Site, cap
     tenancy = tenancy_of(breaker)
     for _ in range(3):
         tenancy._failed(TypeError("of its own"), time.monotonic())
-        tenancy._faults.outage = replace(tenancy._faults.outage, next_at=0.0)
+        tenancy._faults.outage = replace(tenancy._faults.outage, next_attempt_at=0.0)
         wait_for(lambda: is_back(breaker), "it is served")
     assert len(lines_of(caplog, site)) == 2
-    tenancy._bulletin._until = 0.0
+    tenancy._bulletin._window_ends_at = 0.0
     tenancy._failed(TypeError("of its own"), time.monotonic())
     assert lines_of(caplog, site)[-1].endswith("; and 2 more losses in the last 60 s")
     tenancy._failed(TypeError("of its own"), time.monotonic())
@@ -539,12 +539,12 @@ class TestBulletin:
     def bulletin(self, clock: Clock, lines: list[str]) -> Any:
         """A bulletin, with two words of its own."""
 
-        class Noted(Bulletin):
+        class Noted(LossThrottle):
             def goes(self) -> None:
-                self.lost(lambda more: lines.append(f"away {more}"))
+                self.log_loss(lambda more: lines.append(f"away {more}"))
 
             def comes(self) -> None:
-                self.returned(lambda more: lines.append(f"back {more}"))
+                self.log_return(lambda more: lines.append(f"back {more}"))
 
         return Noted(clock)
 
@@ -552,12 +552,12 @@ class TestBulletin:
         """Nothing is held after the first pair."""
         bulletin.goes()
         bulletin.comes()
-        assert not bulletin.holds_a_line
+        assert not bulletin.has_held_line
         for _ in range(3):
             bulletin.goes()
             bulletin.comes()
         assert lines == ["away 0", "back 0"]
-        assert bulletin.holds_a_line
+        assert bulletin.has_held_line
 
     @pytest.mark.parametrize(("ends", "line"), [("goes", "away 2"), ("comes", "back 3")])
     def test_last_condition_is_logged_when_the_window_is_over(
@@ -570,12 +570,12 @@ class TestBulletin:
         bulletin.goes()
         if ends == "comes":
             bulletin.comes()
-        clock.now += _bulletin.WINDOW_S - 1
-        bulletin.flush()
+        clock.now += _bulletin.LOSS_WINDOW_S - 1
+        bulletin.flush_held_line()
         assert len(lines) == 2
         clock.now += 1
-        bulletin.flush()
-        bulletin.flush()
+        bulletin.flush_held_line()
+        bulletin.flush_held_line()
         assert lines[2:] == [line]
 
     def test_return_of_a_loss_that_was_logged_late_is_logged(
@@ -585,8 +585,8 @@ class TestBulletin:
         bulletin.goes()
         bulletin.comes()
         bulletin.goes()
-        clock.now += _bulletin.WINDOW_S
-        bulletin.flush()
+        clock.now += _bulletin.LOSS_WINDOW_S
+        bulletin.flush_held_line()
         bulletin.comes()
         bulletin.goes()
         assert lines == ["away 0", "back 0", "away 0", "back 0"]
@@ -596,7 +596,7 @@ class TestBulletin:
         bulletin.goes()
         bulletin.comes()
         bulletin.goes()
-        clock.now += _bulletin.WINDOW_S
+        clock.now += _bulletin.LOSS_WINDOW_S
         bulletin.comes()
         assert lines == ["away 0", "back 0", "back 1"]
 
@@ -606,8 +606,8 @@ class TestBulletin:
         bulletin.comes()
         bulletin.goes()
         bulletin.after_fork()
-        clock.now += _bulletin.WINDOW_S
-        bulletin.flush()
+        clock.now += _bulletin.LOSS_WINDOW_S
+        bulletin.flush_held_line()
         assert len(lines) == 2
 
 
@@ -619,7 +619,7 @@ def test_empty_error_is_described_by_its_class_alone(
 ) -> None:
     """No colon that nothing follows."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
-    assert described(error) == text
+    assert describe_error(error) == text
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy = tenancy_of(breaker)
     tenancy._failed(error, time.monotonic())

@@ -21,13 +21,13 @@ import redis
 from redis.sentinel import Sentinel
 
 from pybreaker_redis import _client
-from pybreaker_redis._cluster import Cluster
-from pybreaker_redis._deadline import _note_struck, deadline
-from pybreaker_redis._outside import from_outside, suppressed
-from pybreaker_redis._server import server_of
-from pybreaker_redis._survey import survey
-from pybreaker_redis._tenancy import Tenancy
-from pybreaker_redis._urls import client_of
+from pybreaker_redis._cluster import ClusterTopology
+from pybreaker_redis._deadline import _note_interruption, deadline
+from pybreaker_redis._outside import find_interruption, suppress_errors
+from pybreaker_redis._server import server_for
+from pybreaker_redis._survey import read_for_operator
+from pybreaker_redis._tenancy import Failover
+from pybreaker_redis._urls import client_source_from_url
 from tests.faults import Site
 from tests.places import has_clusters
 from tests.servers import ONCE
@@ -167,7 +167,7 @@ def test_error_of_a_handler_in_a_handshake_leaves_no_connection_in_the_middle_of
     """A call that takes a connection later gets none that was never told the password."""
     silent = asking(site)
     storage: Any = silent._state_storage
-    storage._tenancy.server.hang_up()
+    storage._core.server.close_idle_pools()
     with frozen(site), alarm(raising(JobTimeout())), pytest.raises(JobTimeout):
         silent.call(up)
     assert silent.call(up) == "answer"
@@ -206,7 +206,7 @@ def test_every_kind_of_handler_is_recognised(kind: str) -> None:
     }
     with alarm(handlers[kind], 0.01):
         error = caught(lambda: time.sleep(10))
-        assert from_outside(error) is error
+        assert find_interruption(error) is error
 
 
 def test_wrapped_error_of_a_handler_is_found() -> None:
@@ -225,7 +225,7 @@ def test_wrapped_error_of_a_handler_is_found() -> None:
 
     with pytest.raises(redis.ConnectionError) as raised:
         wraps()
-    assert from_outside(raised.value) is struck
+    assert find_interruption(raised.value) is struck
 
 
 # -- by way of the interpreter -----------------------------------------------------------------------------------------
@@ -342,9 +342,9 @@ def test_class_decides_where_nothing_else_does() -> None:
         """A class of an application's, made of the library's."""
 
     for error in (KeyError("key"), AttributeError("none"), OSError(), redis.RedisError(), Denied()):
-        assert from_outside(caught(functools.partial(raising(error), 1, None))) is None
-    assert isinstance(from_outside(caught(functools.partial(raising(JobTimeout()), 1, None))), JobTimeout)
-    assert isinstance(from_outside(JobTimeout()), JobTimeout)
+        assert find_interruption(caught(functools.partial(raising(error), 1, None))) is None
+    assert isinstance(find_interruption(caught(functools.partial(raising(JobTimeout()), 1, None))), JobTimeout)
+    assert isinstance(find_interruption(JobTimeout()), JobTimeout)
 
 
 def test_error_that_a_wrapper_makes_of_a_clients_error_stays_inside(site: Site) -> None:
@@ -366,12 +366,12 @@ def test_error_that_a_wrapper_makes_of_a_clients_error_stays_inside(site: Site) 
             cause = error
         raise CacheDown from cause
 
-    assert from_outside(caught(translates)) is None
-    assert from_outside(caught(retries)) is None
+    assert find_interruption(caught(translates)) is None
+    assert find_interruption(caught(retries)) is None
     handled = KeyError("of the caller")
     later = CacheDown()
     later.__context__ = handled
-    assert from_outside(caught(functools.partial(raising(later), 1, None)), handled) is later
+    assert find_interruption(caught(functools.partial(raising(later), 1, None)), handled) is later
 
 
 def test_error_of_a_callable_that_returns_a_client_stays_inside() -> None:
@@ -449,7 +449,7 @@ def test_time_limit_that_a_library_has_swallowed_is_raised_in_the_end() -> None:
 
     def operate(error: Exception | None) -> None:
         with deadline(LONG):
-            _note_struck(JobTimeout())
+            _note_interruption(JobTimeout())
             if error:
                 raise error
 
@@ -460,9 +460,9 @@ def test_time_limit_that_a_library_has_swallowed_is_raised_in_the_end() -> None:
 
 def test_suppressed_errors_are_those_of_inside() -> None:
     """What was raised from outside comes out."""
-    with suppressed():
+    with suppress_errors():
         raise KeyError
-    with pytest.raises(JobTimeout), suppressed():
+    with pytest.raises(JobTimeout), suppress_errors():
         raise JobTimeout
 
 
@@ -471,16 +471,18 @@ def test_suppressed_errors_are_those_of_inside() -> None:
 
 def test_time_limit_ends_the_look_for_nodes_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that does not answer leaves it to the next one; a time limit does not."""
-    cluster = Cluster(None, lambda address: None, [("a", 1), ("b", 2)], lambda slot: None, lambda address: address)
-    monkeypatch.setattr(cluster, "_ask", raising(JobTimeout()).__get__(cluster))
+    cluster = ClusterTopology(
+        None, lambda address: None, [("a", 1), ("b", 2)], lambda slot: None, lambda address: address
+    )
+    monkeypatch.setattr(cluster, "_query_slots", raising(JobTimeout()).__get__(cluster))
     with pytest.raises(JobTimeout):
-        cluster.look_again()
+        cluster.refresh()
 
 
 @pytest.mark.skipif(not has_clusters(), reason="no library here knows clusters")
 def test_time_limit_ends_the_look_for_hosts_of_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where the client of a cluster is made."""
-    make = client_of("redis+cluster://127.0.0.1:1,127.0.0.1:2")
+    make = client_source_from_url("redis+cluster://127.0.0.1:1,127.0.0.1:2")
     monkeypatch.setattr(redis.connection.Connection, "connect", lambda self: raising(JobTimeout())(1, None))
     with deadline(LONG), pytest.raises(JobTimeout):
         make()
@@ -490,19 +492,19 @@ def test_time_limit_is_no_reason_to_take_a_client_for_an_unknown_kind(monkeypatc
     """Connections with deadlines can be made, the next time."""
     client = redis.Redis(port=1)
     with monkeypatch.context() as patched:
-        patched.setattr(_client, "_copy", lambda *_: raising(JobTimeout())(1, None))
+        patched.setattr(_client, "_copy_client", lambda *_: raising(JobTimeout())(1, None))
         with pytest.raises(JobTimeout):
-            server_of(client).client_like(client, 1.0)
-    assert server_of(client).client_like(client, 1.0) is not client
+            server_for(client).client_with_timeout(client, 1.0)
+    assert server_for(client).client_with_timeout(client, 1.0) is not client
 
 
 def test_time_limit_ends_a_look_at_all_circuits(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
     """Who asks for one circuit after the other does so for another reason."""
     breaker = asking(site)
     storage: Any = breaker._state_storage
-    monkeypatch.setattr("pybreaker_redis._survey.look", lambda questions: raising(JobTimeout())(1, None))
+    monkeypatch.setattr("pybreaker_redis._survey.read_all_circuits", lambda questions: raising(JobTimeout())(1, None))
     with pytest.raises(JobTimeout):
-        survey([storage._tenancy.shared])
+        read_for_operator([storage._core.shared])
 
 
 def test_time_limit_in_the_second_look_at_what_is_refused_reaches_the_call(
@@ -511,7 +513,7 @@ def test_time_limit_in_the_second_look_at_what_is_refused_reaches_the_call(
     """A circuit that may not be written is read at once."""
     breaker = asking(site, fail_max=100)
     site.permit("+@all", "-@write")
-    monkeypatch.setattr(Tenancy, "load", lambda self, **words: raising(JobTimeout())(1, None))
+    monkeypatch.setattr(Failover, "load", lambda self, **words: raising(JobTimeout())(1, None))
     with pytest.raises(JobTimeout):
         breaker.call(lambda: 1 / 0)
 
@@ -522,11 +524,11 @@ def test_interrupt_drops_the_connections_that_are_not_in_use(site: Site, monkeyp
     storage: Any = breaker._state_storage
     pool = SimpleNamespace(pool=None, disconnect=lambda **words: dropped.append(words["inuse_connections"]))
     dropped: list[bool] = []
-    monkeypatch.setattr(storage._tenancy.server, "hang_up", lambda: _client.hang_up(pool))
-    monkeypatch.setattr(storage._tenancy, "_execute_shared", lambda intent: raising(KeyboardInterrupt())(1, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(storage._core.server, "close_idle_pools", lambda: _client.close_idle_connections(pool))
+    monkeypatch.setattr(storage._core, "_execute_shared", lambda intent: raising(KeyboardInterrupt())(1, None))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         breaker.call(up)
-    monkeypatch.setattr(storage._tenancy, "server", None)
+    monkeypatch.setattr(storage._core, "server", None)
     with pytest.raises(KeyboardInterrupt):
         breaker.call(up)
     assert dropped == [False]

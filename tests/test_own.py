@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import redis
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, MAX_COUNT, OPEN, STATES, Circuit
+from pybreaker_redis._circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, OPEN, STATES, Circuit
 from pybreaker_redis._intents import (
     ClaimProbe,
     Close,
@@ -22,7 +22,7 @@ from pybreaker_redis._intents import (
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._own import FIRST_GENERATION, LAST, OwnCircuit
+from pybreaker_redis._own import FALLBACK_LAST, LOCAL_GENERATION_MIN, LocalCircuit
 from tests.viewed import Clock
 
 LEASE_MS = 30_000
@@ -66,7 +66,7 @@ class Process:
         self.clock = clock
         self.known = known
         self.answers = answers
-        self.own = OwnCircuit(fallback, initial, clock)
+        self.own = LocalCircuit(fallback, initial, clock)
 
     def ask(self, intent: Intent | None = None) -> Circuit:
         """Carry out an intent; the circuit as it is then."""
@@ -107,7 +107,7 @@ class Process:
 
 def own_generation(circuit: Circuit) -> bool:
     """Whether nobody else can have been admitted in it."""
-    return FIRST_GENERATION < circuit.generation < 0
+    return LOCAL_GENERATION_MIN < circuit.generation < 0
 
 
 class TestBeginning:
@@ -116,12 +116,12 @@ class TestBeginning:
     def test_there_is_none_until_it_is_needed(self, clock: Clock) -> None:
         """A process that reaches Redis has no circuit of its own."""
         process = Process(clock, KNOWN[OPEN])
-        assert not process.own.in_use
+        assert not process.own.is_running
         assert process.trip() is None
         process.ask()
-        assert process.own.in_use
+        assert process.own.is_running
 
-    @pytest.mark.parametrize("fallback", [*STATES, LAST])
+    @pytest.mark.parametrize("fallback", [*STATES, FALLBACK_LAST])
     @pytest.mark.parametrize("known", [OPEN, HALF_OPEN])
     @pytest.mark.parametrize("answers", [True, False])
     def test_circuit_that_is_known_not_to_be_closed_goes_on_as_it_was(
@@ -146,7 +146,7 @@ class TestBeginning:
         assert began == Circuit(fallback, generation=began.generation, opened_at_ms=opened_at_ms)
         assert own_generation(began)
 
-    @pytest.mark.parametrize("fallback", [CLOSED, LAST])
+    @pytest.mark.parametrize("fallback", [CLOSED, FALLBACK_LAST])
     @pytest.mark.parametrize("known", [CLOSED, "never opened"])
     def test_circuit_that_is_known_to_be_closed_goes_on_where_it_was(
         self, clock: Clock, fallback: str, known: str
@@ -161,7 +161,7 @@ class TestBeginning:
         began = Process(clock, None, CLOSED).ask()
         assert began == Circuit(CLOSED, generation=began.generation)
 
-    @pytest.mark.parametrize("fallback", [*STATES, LAST])
+    @pytest.mark.parametrize("fallback", [*STATES, FALLBACK_LAST])
     @pytest.mark.parametrize("known", [CLOSED, "never opened"])
     def test_circuit_that_can_still_be_read_goes_on_closed_whatever_the_fallback(
         self, clock: Clock, fallback: str, known: str
@@ -174,7 +174,7 @@ class TestBeginning:
     @pytest.mark.parametrize("initial", STATES)
     def test_last_goes_on_from_a_closed_circuit(self, clock: Clock, initial: str) -> None:
         """As it was known last, not as it was first."""
-        assert Process(clock, KNOWN[CLOSED], LAST, initial).ask().state == CLOSED
+        assert Process(clock, KNOWN[CLOSED], FALLBACK_LAST, initial).ask().state == CLOSED
 
     @pytest.mark.parametrize("initial", STATES)
     @pytest.mark.parametrize("answers", [True, False])
@@ -182,7 +182,7 @@ class TestBeginning:
         self, clock: Clock, initial: str, answers: bool
     ) -> None:
         """There is nothing else to go by."""
-        process = Process(clock, None, LAST, initial, answers=answers)
+        process = Process(clock, None, FALLBACK_LAST, initial, answers=answers)
         assert process.ask().state == initial
         assert process.ask().opened_at_ms == (clock.now if initial == OPEN else None)
 
@@ -203,9 +203,9 @@ class TestBeginning:
         """It is for the storage to say how long nobody need ask."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask()
-        assert process.own.shortcut.until == 0
-        assert process.own.shortcut.admission is not None
-        assert process.own.shortcut.admission.generation == process.own.now.generation
+        assert process.own.fast_path.trusted_until == 0
+        assert process.own.fast_path.admission is not None
+        assert process.own.fast_path.admission.generation == process.own.now.generation
 
 
 class TestReports:
@@ -293,7 +293,7 @@ class TestFollowing:
         process = Process(clock, KNOWN[CLOSED], answers=True)
         process.ask(RecordFailure(None, ""))
         before = process.own.now.generation
-        process.known = KNOWN[CLOSED].moved(to, opened_at_ms=950)
+        process.known = KNOWN[CLOSED].after_transition(to, opened_at_ms=950)
         after = process.ask()
         assert after.state == to
         assert after.opened_at_ms == 950
@@ -306,7 +306,7 @@ class TestFollowing:
         process = Process(clock, KNOWN[CLOSED], answers=True)
         process.open()
         assert process.trip() is not None
-        process.known = KNOWN[CLOSED].moved(OPEN, opened_at_ms=950).moved(CLOSED)
+        process.known = KNOWN[CLOSED].after_transition(OPEN, opened_at_ms=950).after_transition(CLOSED)
         assert process.ask().state == CLOSED
         assert process.trip() is None
 
@@ -314,7 +314,7 @@ class TestFollowing:
         """Those that were admitted in its new generation; no longer those of the old one."""
         process = Process(clock, KNOWN[CLOSED], answers=True)
         admitted = process.ask().generation
-        process.known = KNOWN[CLOSED].moved(OPEN).moved(CLOSED)
+        process.known = KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED)
         assert process.ask(RecordFailure(process.known.generation, "")).fail_counter == 4
         assert not process.accepted(RecordFailure(KNOWN[CLOSED].generation, ""))
         assert not process.accepted(RecordFailure(admitted, ""))
@@ -330,11 +330,11 @@ class TestFollowing:
         """A thread that has looked at it a moment ago must look again."""
         process = Process(clock, KNOWN[CLOSED], answers=True)
         process.ask()
-        old = process.own.shortcut
-        process.known = KNOWN[CLOSED].moved(OPEN, opened_at_ms=950)
+        old = process.own.fast_path
+        process.known = KNOWN[CLOSED].after_transition(OPEN, opened_at_ms=950)
         process.ask()
-        assert process.own.shortcut is not old
-        assert (old.admission, old.quiet, old.rejection) == (None, None, None)
+        assert process.own.fast_path is not old
+        assert (old.admission, old.quiet_admission, old.rejection) == (None, None, None)
 
     def test_circuit_that_began_from_nothing_is_no_longer_unknown_once_seen(self, clock: Clock) -> None:
         """It goes on by itself until Redis is back: what is seen then is for `reports` to judge."""
@@ -348,7 +348,7 @@ class TestTrip:
     """What the others are told."""
 
     @pytest.mark.parametrize("known", [*KNOWN, None])
-    @pytest.mark.parametrize("fallback", [*STATES, LAST])
+    @pytest.mark.parametrize("fallback", [*STATES, FALLBACK_LAST])
     @pytest.mark.parametrize("answers", [True, False])
     def test_circuit_that_has_not_opened_since_it_began_is_not_shared(
         self, clock: Clock, known: str | None, fallback: str, answers: bool
@@ -442,7 +442,7 @@ class TestTrip:
         """Whoever has moved the circuit since knows better, and refuses it."""
         process = Process(clock, KNOWN[CLOSED])
         process.open()
-        moved = KNOWN[CLOSED].moved(OPEN, opened_at_ms=950).moved(CLOSED)
+        moved = KNOWN[CLOSED].after_transition(OPEN, opened_at_ms=950).after_transition(CLOSED)
         trip = process.trip(moved)
         assert trip == ShareTrip(KNOWN[CLOSED].generation, 0)
         assert not trip.apply(moved, clock.now).accepted
@@ -538,7 +538,7 @@ class TestCounts:
         """They are of calls that were admitted before that."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        moved = KNOWN[CLOSED].moved(OPEN).moved(CLOSED)
+        moved = KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED)
         assert not any(report.apply(moved, clock.now).accepted for report in process.reports(moved))
 
     @pytest.mark.parametrize(("since", "told"), [(0, 2), (1, 1), (5, 1)])
@@ -560,7 +560,7 @@ class TestCounts:
         generation = process.ask().generation
         for _ in range(2):
             process.ask(RecordFailure(generation, ""))
-        with pytest.raises(redis.TimeoutError), process.own.telling(process.own.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.report(process.known)):
             raise redis.TimeoutError
         process.own.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=since > 1)
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
@@ -578,7 +578,7 @@ class TestCounts:
         process.ask(RecordFailure(generation, ""))
         expected = [RecordSuccess(7, ""), RecordFailure(7, "", times=1)]
         assert process.reports() == expected
-        with pytest.raises(redis.TimeoutError), process.own.telling(process.own.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.report(process.known)):
             raise redis.TimeoutError
         assert process.reports(replace(KNOWN[CLOSED], fail_counter=counter)) == expected * again
 
@@ -586,7 +586,7 @@ class TestCounts:
         """There was an answer, so whatever the counter is, others have counted that."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        with pytest.raises(redis.ReadOnlyError), process.own.telling(process.own.report(process.known)):
+        with pytest.raises(redis.ReadOnlyError), process.own.reporting(process.own.report(process.known)):
             raise redis.ReadOnlyError
         assert process.reports(replace(KNOWN[CLOSED], fail_counter=4)) == [RecordFailure(7, "", times=1)]
 
@@ -594,9 +594,9 @@ class TestCounts:
         """Its counter began anew; what is told once more is refused there."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        with pytest.raises(redis.TimeoutError), process.own.telling(process.own.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.report(process.known)):
             raise redis.TimeoutError
-        moved = replace(KNOWN[CLOSED].moved(OPEN).moved(CLOSED), fail_counter=9)
+        moved = replace(KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED), fail_counter=9)
         (again,) = process.reports(moved)
         assert not again.apply(moved, clock.now).accepted
 
@@ -606,10 +606,10 @@ class TestCounts:
         generation = process.ask().generation
         for _ in range(2):
             process.ask(RecordFailure(generation, ""))
-        moved = replace(KNOWN[CLOSED].moved(OPEN).moved(CLOSED), fail_counter=0)
+        moved = replace(KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED), fail_counter=0)
         early = process.own.report(moved)
         process.known = moved
-        with contextlib.suppress(redis.TimeoutError), process.own.telling(early):
+        with contextlib.suppress(redis.TimeoutError), process.own.reporting(early):
             process.ask(RecordFailure(process.ask().generation, ""))
             raise redis.TimeoutError
         now = replace(moved, fail_counter=9)
@@ -666,23 +666,23 @@ class TestEnd:
         report = process.own.report(process.known)
         process.open()
         assert not process.own.end(report)
-        assert process.own.in_use
+        assert process.own.is_running
         assert process.own.now.state == OPEN
         assert process.trip() is not None
         assert process.end()
-        assert not process.own.in_use
+        assert not process.own.is_running
         assert process.trip() is None
 
     def test_end_shuts_the_shortcut(self, clock: Clock) -> None:
         """Nobody goes by a circuit that has ended."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask()
-        shortcut = process.own.shortcut
-        shortcut.until = 1e9
-        assert shortcut.admission is not None
+        fast_path = process.own.fast_path
+        fast_path.trusted_until = 1e9
+        assert fast_path.admission is not None
         assert process.end()
-        assert shortcut.until == 0
-        assert (shortcut.admission, shortcut.quiet, shortcut.rejection) == (None, None, None)
+        assert fast_path.trusted_until == 0
+        assert (fast_path.admission, fast_path.quiet_admission, fast_path.rejection) == (None, None, None)
 
     def test_end_of_none_is_no_error(self, clock: Clock) -> None:
         """Storages that were not needed meanwhile rejoin like all others."""
@@ -710,10 +710,10 @@ class TestEnd:
             assert process.end()
         # Followed, it is another one, too.
         seen.append(process.ask().generation)
-        process.answers, process.known = True, KNOWN[CLOSED].moved(CLOSED)
+        process.answers, process.known = True, KNOWN[CLOSED].after_transition(CLOSED)
         seen.append(process.ask().generation)
         assert seen == sorted(set(seen))
-        assert all(FIRST_GENERATION < generation < 0 for generation in seen)
+        assert all(LOCAL_GENERATION_MIN < generation < 0 for generation in seen)
         for generation in seen[:-1]:
             assert not process.accepted(RecordFailure(generation, ""))
 
@@ -727,8 +727,8 @@ class TestEnd:
 
     def test_there_are_generations_for_all_time(self) -> None:
         """A transition a second would take three decades to come to those of shared circuits."""
-        assert FIRST_GENERATION + 30 * 365 * 24 * 3600 < 0
-        assert -FIRST_GENERATION <= MAX_COUNT
+        assert LOCAL_GENERATION_MIN + 30 * 365 * 24 * 3600 < 0
+        assert -LOCAL_GENERATION_MIN <= COUNT_LIMIT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nobody forks here")

@@ -26,7 +26,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _rejoin, _server, _survey
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._optimistic import look
+from pybreaker_redis._optimistic import read_all_circuits
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from tests.clusters import Nodes
@@ -278,7 +278,7 @@ class TestSettings:
         breakers = BreakerRegistry(client, timeout=5)
         storage: Any = breakers.get("payments", max_staleness=3, cluster_mode=True)._state_storage
         assert isinstance(storage, CircuitRedisStorage)
-        assert (storage._timeout, storage._tenancy.max_staleness) == (5, 3)
+        assert (storage._timeout, storage._core.max_staleness) == (5, 3)
         breakers["payments"].call(up)
         assert client.exists("{payments}:pybreaker:state")
 
@@ -695,7 +695,11 @@ class TestStatus:
             for number in range(12):
                 fails(breakers.get(f"circuit {number}"), number % 3)
             looks: list[int] = []
-            monkeypatch.setattr(_survey, "look", lambda questions: looks.append(len(questions)) or look(questions))
+            monkeypatch.setattr(
+                _survey,
+                "read_all_circuits",
+                lambda questions: looks.append(len(questions)) or read_all_circuits(questions),
+            )
             states = [status.state for status in breakers.status().values()]
         assert states == ["closed", "closed", "open"] * 4
         assert len(looks) == 3
@@ -832,7 +836,7 @@ class TestCommands:
         with BreakerRegistry(killable_server.client(), timeout=0.1) as breakers:
             breakers.configure("payments")
             breakers.set_state("payments", "open")
-            monkeypatch.setattr("pybreaker_redis.storage.PATIENCE", 0.4)
+            monkeypatch.setattr("pybreaker_redis.storage.OPERATOR_TIMEOUT_MIN_S", 0.4)
             killable_server.pause()
             began = time.monotonic()
             with pytest.raises(redis.exceptions.TimeoutError):

@@ -12,10 +12,10 @@ import pytest
 import redis
 
 from pybreaker_redis import _listener
-from pybreaker_redis._carrier import Lack
+from pybreaker_redis._carrier import MissingFeature
 from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._server import server_of
-from pybreaker_redis.errors import lacks
+from pybreaker_redis._server import server_for
+from pybreaker_redis.errors import is_unsupported_command
 from tests import servers
 from tests.agreement import Two, health_of, said_of
 from tests.conftest import no_server
@@ -202,7 +202,7 @@ def test_line_that_is_hung_up_on_again_and_again_is_said_once(
     server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Some proxies do not refuse what they cannot pass on, they hang up: everything is asked, and one line says so."""
-    monkeypatch.setattr(_listener, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(_listener, "RECONNECT_DELAY_MAX_S", 0.02)
     with (
         contextlib.closing(Proxy(server.unix_socket)) as proxy,
         contextlib.closing(redis.Redis(host="127.0.0.1", port=proxy.port)) as client,
@@ -228,7 +228,7 @@ def test_server_that_is_away_is_not_said_to_hang_up(
     killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """However often the listener tries meanwhile: one line about the outage is enough."""
-    monkeypatch.setattr(_listener, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(_listener, "RECONNECT_DELAY_MAX_S", 0.01)
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client))
         killable_server.kill()
@@ -256,25 +256,25 @@ def test_server_that_is_away_is_not_said_to_hang_up(
 )
 def test_missing_command_is_told_from_trouble_with_it(said: str, is_lack: bool) -> None:
     """What a script misses is no reason to do without scripts."""
-    assert lacks(redis.ResponseError(said), "evalsha") is is_lack
-    assert not lacks(redis.ConnectionError(said), "evalsha")
+    assert is_unsupported_command(redis.ResponseError(said), "evalsha") is is_lack
+    assert not is_unsupported_command(redis.ConnectionError(said), "evalsha")
 
 
 def test_forbidden_command_is_told_from_a_forbidden_key() -> None:
     """Who may not touch a key is not helped by another command."""
     forbidden = redis.exceptions.NoPermissionError
-    assert lacks(forbidden("this user has no permissions to run the 'evalsha' command"), "evalsha")
-    assert not lacks(forbidden("this user has no permissions to run the 'eval' command"), "evalsha")
-    assert not lacks(forbidden("this user has no permissions to access one of the keys"), "evalsha")
+    assert is_unsupported_command(forbidden("this user has no permissions to run the 'evalsha' command"), "evalsha")
+    assert not is_unsupported_command(forbidden("this user has no permissions to run the 'eval' command"), "evalsha")
+    assert not is_unsupported_command(forbidden("this user has no permissions to access one of the keys"), "evalsha")
 
 
 def test_each_lack_is_said_once_for_each_server(caplog: pytest.LogCaptureFixture) -> None:
     """Two servers that lack the same are two things to know."""
     caplog.set_level("INFO", "pybreaker_redis")
     for path in ("/one", "/other"):
-        server = server_of(redis.Redis(unix_socket_path=path))
+        server = server_for(redis.Redis(unix_socket_path=path))
         for _ in range(2):
-            for lack in Lack:
-                server.say_lack(lack, "no")
-    assert len(caplog.messages) == 2 * len(Lack)
-    assert len(set(caplog.messages)) == 2 * len(Lack)
+            for lack in MissingFeature:
+                server.note_missing_feature(lack, "no")
+    assert len(caplog.messages) == 2 * len(MissingFeature)
+    assert len(set(caplog.messages)) == 2 * len(MissingFeature)

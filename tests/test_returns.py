@@ -16,11 +16,11 @@ import time_machine
 
 from pybreaker_redis._carrier import Reply
 from pybreaker_redis._intents import Intent, RecordFailure
-from pybreaker_redis._own import OwnCircuit, Report
+from pybreaker_redis._own import LocalCircuit, LocalReport
 from pybreaker_redis._shared import SharedCircuit
 from tests.faults import Site
 from tests.test_outage import health_of, is_back, lines_of, site
-from tests.test_outage_races import is_away
+from tests.test_outage_races import is_unreachable_for
 from tests.viewed import Down, breaker_on, fails, settled, up, wait_for
 
 __all__ = ["site"]
@@ -88,7 +88,7 @@ def test_child_of_an_outage_reports_nothing_of_its_parent(site: Site) -> None:
 
     children = []
     with cut_off(site):
-        wait_for(lambda: is_away(breaker), "it is away")
+        wait_for(lambda: is_unreachable_for(breaker), "it is away")
         fails(breaker, 3)
         for _ in range(3):
             child = os.fork()
@@ -137,7 +137,7 @@ def test_turn_that_comes_to_nothing_is_another_ones(site: Site, caplog: pytest.L
 
     other, late = settled(breaker_on(client, "other")), breaker_on(given, "late")
     with cut_off(site):
-        wait_for(lambda: is_away(other), "the server is away")
+        wait_for(lambda: is_unreachable_for(other), "the server is away")
         late.call(up)
         assert health_of(late).condition == "refused"
         wait_for(lambda: late.call(up) and len(tries) == 2, "its turn")
@@ -152,9 +152,9 @@ def test_turn_that_a_signal_ends_is_another_ones(
 ) -> None:
     """The process may go on after it."""
     breaker = settled(breaker_on(site.client()))
-    tenancy = breaker._state_storage._tenancy  # type: ignore[attr-defined]
+    tenancy = breaker._state_storage._core  # type: ignore[attr-defined]
     tenancy._failed(ValueError("of its own"), time.monotonic())
-    wait_for(tenancy._faults.is_due, "its turn")
+    wait_for(tenancy._faults.is_attempt_due, "its turn")
 
     def interrupted(_: Any) -> Any:
         raise error
@@ -171,7 +171,7 @@ def test_connections_that_lead_nowhere_are_one_outage(site: Site, caplog: pytest
     caplog.set_level("INFO", "pybreaker_redis")
     words = {"fail_max": 10**6, "timeout": 2.0}
     breakers = [settled(breaker_on(site.client(), f"circuit{number}", **words)) for number in range(6)]
-    pool = breakers[0]._state_storage._tenancy.server._connections._pools[2.0]  # type: ignore[attr-defined]
+    pool = breakers[0]._state_storage._core.server._connections._pools[2.0]  # type: ignore[attr-defined]
 
     def all_at_once() -> None:
         together = threading.Barrier(len(breakers))
@@ -210,7 +210,7 @@ def test_trip_is_told_wherever_the_clock_stands(site: Site, step: float) -> None
     settled(breaker)
     with time_machine.travel(time.time() + step, tick=True):
         with cut_off(site):
-            wait_for(lambda: is_away(breaker), "it is away")
+            wait_for(lambda: is_unreachable_for(breaker), "it is away")
             fails(breaker, 2)
             assert breaker.current_state == "open"
         wait_for(lambda: is_back(breaker), "it is back")
@@ -226,7 +226,7 @@ def test_success_forgets_no_failures_that_others_have_counted_since(site: Site) 
         fails(other)
         wait_for(lambda: breaker.fail_counter == 1, "the failure is known")
         with cut_off(site):
-            wait_for(lambda: is_away(breaker), "it is away, and has succeeded")
+            wait_for(lambda: is_unreachable_for(breaker), "it is away, and has succeeded")
             fails(other, 3)
         # To look is enough, and no success of afterwards.
         wait_for(lambda: breaker.fail_counter == 4 and is_connected(breaker), "it is back")
@@ -268,9 +268,9 @@ def test_failure_in_the_middle_of_the_return_counts_once(
 ) -> None:
     """Calls go on while the others are told of earlier ones; some were admitted before the outage."""
     breaker = settled(breaker_on(site.client(), fail_max=MANY, fallback_circuit_state=fallback, timeout=10))
-    report: Callable[[OwnCircuit, Any], Report] = OwnCircuit.report
+    report: Callable[[LocalCircuit, Any], LocalReport] = LocalCircuit.report
 
-    def interrupted(own: OwnCircuit, known: Any) -> Report:
+    def interrupted(own: LocalCircuit, known: Any) -> LocalReport:
         made = report(own, known)
         late.end()
         return made
@@ -281,6 +281,6 @@ def test_failure_in_the_middle_of_the_return_counts_once(
     with cut_off(site):
         early.end()
         assert health_of(breaker).is_own
-        monkeypatch.setattr(OwnCircuit, "report", interrupted)
+        monkeypatch.setattr(LocalCircuit, "report", interrupted)
     wait_for(lambda: late.has_ended and is_connected(breaker), "it is back")
     assert counter(site) == 2

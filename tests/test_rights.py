@@ -16,7 +16,7 @@ import redis
 
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._line import Line
+from pybreaker_redis._line import PushConnection
 from tests.agreement import Two, health_of
 from tests.viewed import PROTOCOLS, breaker_on, fails, lines, up, view_of, wait_for
 
@@ -102,7 +102,7 @@ class Service:
         self.client, self.operator, self.protocol, self.caplog = client, operator, protocol, caplog
         self.patience = patience
         self.namespace = next(_names)
-        self.keys = circuit_keys(self.namespace, one_slot=False)
+        self.keys = circuit_keys(self.namespace, needs_one_slot=False)
         self.channel = channel_of(self.keys, 0)
         self.breaker = breaker_on(client, self.namespace, fail_max=1, max_staleness=STALENESS, timeout=2.0)
         self.other = breaker_on(operator, self.namespace, fail_max=1, max_staleness=0, timeout=2.0)
@@ -128,7 +128,7 @@ class Service:
             def is_settled() -> bool:
                 self.breaker.call(up)
                 view = view_of(self.breaker)
-                return bool(view.is_believed and view.shortcut.quiet)
+                return bool(view.is_trusted and view.fast_path.quiet_admission)
 
             self.wait(is_settled, "settled")
         with expected("health"):
@@ -169,7 +169,7 @@ class Service:
             assert self.other.current_state == "closed"
         with expected("a success forgets failures"):
             self.other._state_storage.increment_counter()
-            self.wait(lambda: view_of(self.breaker).shortcut.quiet is None, "noise")
+            self.wait(lambda: view_of(self.breaker).fast_path.quiet_admission is None, "noise")
             self.breaker.call(up)
             assert self.other.fail_counter == 0
 
@@ -178,7 +178,7 @@ class Service:
         with expected("another circuit comes and goes"):
             also = breaker_on(self.client, next(_names), max_staleness=STALENESS, timeout=2.0)
             also.call(up)
-            channel = channel_of(circuit_keys(also._state_storage.health().circuit, one_slot=False), 0)
+            channel = channel_of(circuit_keys(also._state_storage.health().circuit, needs_one_slot=False), 0)
             subscribed = lambda: dict(self.operator.pubsub_numsub(channel))[channel.encode()]  # noqa: E731
             self.wait(subscribed, "it is listened to")
             del also
@@ -256,7 +256,7 @@ def test_none_of_the_rights_is_too_many(
     losses = []
     for protocol in PROTOCOLS:
         if protocol != max(PROTOCOLS):
-            monkeypatch.setattr(Line, "_connect_resp3", lambda self, origin: None)
+            monkeypatch.setattr(PushConnection, "_connect_resp3", lambda self, origin: None)
         with (
             limited(every_server, words) as client,
             contextlib.closing(every_server.client()) as operator,

@@ -19,7 +19,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import INTENTS
-from pybreaker_redis._scripts import script
+from pybreaker_redis._scripts import compose_script
 from tests import servers
 from tests.sent import commands_sent
 from tests.viewed import settled
@@ -111,7 +111,7 @@ def storage_of(who: str, server: PrivateServer) -> Iterator[Any]:
         administrator.flushall()
         administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
         for intent in INTENTS:
-            administrator.script_load(script(intent.script)[0])
+            administrator.script_load(compose_script(intent.operation)[0])
     if who == WITHOUT_SCRIPTS:
         user = {"username": "noscript", "password": "any"}
     with contextlib.closing(server.client(**user)) as client:
@@ -173,7 +173,7 @@ def test_whatever_a_storage_sends_is_a_script(server: PrivateServer) -> None:
 def test_constructing_costs_no_round_trip(server: PrivateServer) -> None:
     """Neither the storage nor pybreaker's breaker, which reads the state, says anything to Redis."""
     with contextlib.closing(Meter(server)) as meter, contextlib.closing(server.client()) as client:
-        client.script_load(script("load")[0])
+        client.script_load(compose_script("load")[0])
         made: list[Any] = []
         assert meter.cost(lambda: made.append(CircuitRedisStorage("closed", client, "another"))) == 0
         assert meter.cost(lambda: CircuitBreaker(state_storage=made[0])) == 0

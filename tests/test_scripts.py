@@ -19,7 +19,7 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._carrier import Carrier, Reply
+from pybreaker_redis._carrier import Engine, Reply
 from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import (
@@ -35,11 +35,11 @@ from pybreaker_redis._intents import (
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._keys import NAMES, circuit_keys
-from pybreaker_redis._optimistic import OptimisticCarrier
-from pybreaker_redis._record import MARK_FIELDS, VALUE_NAMES
-from pybreaker_redis._scripts import LuaCarrier, script
-from pybreaker_redis.errors import ScriptingUnavailable
+from pybreaker_redis._keys import KEY_SUFFIXES, circuit_keys
+from pybreaker_redis._optimistic import TransactionEngine
+from pybreaker_redis._record import HASH_FIELDS, VALUE_NAMES
+from pybreaker_redis._scripts import LuaEngine, compose_script
+from pybreaker_redis.errors import ScriptingUnavailableError
 from tests import servers
 from tests.sent import commands_sent
 
@@ -47,9 +47,9 @@ pytestmark = pytest.mark.usefixtures("patient")
 
 LUA = Path(str(resources.files("pybreaker_redis"))) / "lua"
 
-KEYS = circuit_keys("scripts", one_slot=False)
+KEYS = circuit_keys("scripts", needs_one_slot=False)
 
-every_intent = pytest.mark.parametrize("intent", INTENTS, ids=lambda intent: intent.script)
+every_intent = pytest.mark.parametrize("intent", INTENTS, ids=lambda intent: intent.operation)
 
 
 class Recording(redis.Redis):
@@ -104,13 +104,13 @@ def body(name: str) -> str:
 
 def test_every_script_has_an_intent_and_every_intent_a_script() -> None:
     """No file lies there unused, and no intent works in memory only."""
-    assert {path.name for path in LUA.iterdir()} == {f"{intent.script}.lua" for intent in INTENTS} | {"circuit.lua"}
+    assert {path.name for path in LUA.iterdir()} == {f"{intent.operation}.lua" for intent in INTENTS} | {"circuit.lua"}
 
 
 @every_intent
 def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent]) -> None:
     """ARGV[10] and on are the intent's fields: who adds one, adds it in both places."""
-    arguments = {key: text.split()[0] for key, text in header(intent.script).items() if key.startswith("ARGV")}
+    arguments = {key: text.split()[0] for key, text in header(intent.operation).items() if key.startswith("ARGV")}
     expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 10)}
     assert arguments == expected
     assert list(arguments) == list(expected)
@@ -119,7 +119,7 @@ def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent])
 @every_intent
 def test_script_uses_the_arguments_that_its_header_names_under_their_names(intent: type[Intent]) -> None:
     """`local generation, token = tonumber(ARGV[10]), ARGV[11]`: what is read first is called what it is."""
-    source = body(intent.script)
+    source = body(intent.operation)
     named = [field.name for field in fields(intent)]
     if not named:
         assert "ARGV" not in source
@@ -133,9 +133,9 @@ def test_script_uses_the_arguments_that_its_header_names_under_their_names(inten
 @every_intent
 def test_header_says_what_everybody_wants_to_know(intent: type[Intent]) -> None:
     """What it is for, which keys, what comes back, what is written."""
-    said = header(intent.script)
-    assert said[""].startswith(f"{intent.script}: ")
-    assert said["KEYS[1..5]"] == ", ".join(NAMES)
+    said = header(intent.operation)
+    assert said[""].startswith(f"{intent.operation}: ")
+    assert said["KEYS[1..5]"] == ", ".join(KEY_SUFFIXES)
     assert said["RETURNS"].startswith("{")
     assert said["WRITES"]
 
@@ -143,16 +143,16 @@ def test_header_says_what_everybody_wants_to_know(intent: type[Intent]) -> None:
 @every_intent
 def test_header_mentions_the_clock_if_and_only_if_it_is_used(intent: type[Intent]) -> None:
     """Whose time it is, is said wherever time matters."""
-    assert ("TIME" in header(intent.script)) == bool(
-        re.search(r"\bnow\b|probe_is_free|hold_probe", body(intent.script))
+    assert ("TIME" in header(intent.operation)) == bool(
+        re.search(r"\bnow\b|probe_is_free|hold_probe", body(intent.operation))
     )
 
 
 def test_shared_beginning_names_keys_fields_and_arguments_as_python_does() -> None:
     """`circuit.lua` is prepended to all others, so its header speaks for all of them."""
     said = header("circuit")
-    assert [said[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(NAMES)
-    assert re.findall(r"\w+", said["KEYS[5]"].partition("as of")[0])[2:] == list(MARK_FIELDS)
+    assert [said[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(KEY_SUFFIXES)
+    assert re.findall(r"\w+", said["KEYS[5]"].partition("as of")[0])[2:] == list(HASH_FIELDS)
     known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until", "known_lease"]
     assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 10)] == ["create", *known, "channel", "ttl"]
     assert {"RETURNS", "TIME", "WRITES"} <= said.keys()
@@ -169,24 +169,24 @@ def test_unknown_script_is_sent_once_and_then_called_by_name(every_server: Priva
     """First use of a server costs one round trip more, and so does SCRIPT FLUSH."""
     with recording(every_server, decode_responses=decoded) as client:
         client.script_flush()
-        carrier = LuaCarrier(client, KEYS)
+        engine = LuaEngine(client, KEYS)
         client.sent.clear()
         for _ in range(3):
-            carrier.execute(Load(), None, CLOSED)
+            engine.execute(Load(), None, CLOSED)
         assert client.sent == ["EVALSHA", "EVAL", "EVALSHA", "EVALSHA"]
         client.script_flush()
         client.sent.clear()
-        carrier.execute(Load(), None, CLOSED)
-        carrier.execute(Load(), None, CLOSED)
+        engine.execute(Load(), None, CLOSED)
+        engine.execute(Load(), None, CLOSED)
         assert client.sent == ["EVALSHA", "EVAL", "EVALSHA"]
 
 
 def test_server_that_knows_no_names_is_sent_each_script_and_not_asked_again(preferred: servers.FoundServer) -> None:
     """EVALSHA alone is missing: scripts are as atomic without."""
     with _renamed(preferred.binary, "EVALSHA") as make_client, contextlib.closing(make_client()) as client:
-        carrier = LuaCarrier(client, KEYS)
+        engine = LuaEngine(client, KEYS)
         for failures in (1, 2, 3):
-            assert carrier.execute(RecordFailure(None, ""), None, CLOSED).circuit.fail_counter == failures
+            assert engine.execute(RecordFailure(None, ""), None, CLOSED).circuit.fail_counter == failures
         assert client.sent == ["EVALSHA", "EVAL", "EVAL", "EVAL"]
 
 
@@ -208,13 +208,13 @@ def test_script_is_sent_whatever_the_encoding_of_the_client(server: PrivateServe
     """Comments have characters that not every encoding has."""
     with contextlib.closing(server.client(encoding="ascii", decode_responses=True)) as client:
         client.script_flush()
-        assert LuaCarrier(client, KEYS).execute(RecordFailure(None, ""), None, CLOSED).circuit.fail_counter == 1
+        assert LuaEngine(client, KEYS).execute(RecordFailure(None, ""), None, CLOSED).circuit.fail_counter == 1
 
 
 @every_intent
 def test_name_of_script_is_what_the_server_calls_it(server: PrivateServer, intent: type[Intent]) -> None:
     """EVALSHA with a digest of our own making finds what EVAL has left."""
-    source, digest = script(intent.script)
+    source, digest = compose_script(intent.operation)
     with contextlib.closing(server.client()) as client:
         client.script_flush()
         client.script_load(source)
@@ -348,8 +348,8 @@ def test_other_refusals_are_not_mistaken_for_a_server_without_scripts(server: Pr
     for user in ("elsewhere", "hashless"):
         with contextlib.closing(server.client(username=user, password="any")) as client:
             with pytest.raises(redis.ResponseError) as caught:
-                LuaCarrier(client, KEYS).execute(SetOpenedAt(1), None, OPEN)
-            assert not isinstance(caught.value, ScriptingUnavailable)
+                LuaEngine(client, KEYS).execute(SetOpenedAt(1), None, OPEN)
+            assert not isinstance(caught.value, ScriptingUnavailableError)
 
 
 # -- the client --------------------------------------------------------------------------------------------------------
@@ -445,16 +445,16 @@ REFUSED: list[tuple[str, Intent]] = [
 ]
 
 
-def circuit_of_generation_4(carrier: Carrier, state: str) -> Circuit:
+def circuit_of_generation_4(engine: Engine, state: str) -> Circuit:
     """A sound circuit in that state, with some failures."""
-    circuit = carrier.execute(Load(), None, CLOSED).circuit
+    circuit = engine.execute(Load(), None, CLOSED).circuit
     steps: dict[str, list[Intent]] = {
         CLOSED: [Trip(None, ""), Close(None, ""), Trip(None, ""), Close(None, "")],
         OPEN: [Trip(None, "")] * 4,
         HALF_OPEN: [Trip(None, "")] * 3 + [ClaimProbe(3, "a0", 60_000)],
     }
     for intent in [*steps[state], RecordFailure(None, ""), CountProbe(None, "", 1)]:
-        circuit = carrier.execute(intent, circuit, CLOSED).circuit
+        circuit = engine.execute(intent, circuit, CLOSED).circuit
     assert (circuit.state, circuit.generation) == (state, 4)
     return circuit
 
@@ -468,22 +468,22 @@ def ends_ms(client: redis.Redis, key: str) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000 + int(left)
 
 
-@pytest.mark.parametrize("make", [LuaCarrier, OptimisticCarrier])
-@pytest.mark.parametrize(("state", "intent"), REFUSED, ids=lambda value: getattr(value, "script", value))
+@pytest.mark.parametrize("make", [LuaEngine, TransactionEngine])
+@pytest.mark.parametrize(("state", "intent"), REFUSED, ids=lambda value: getattr(value, "operation", value))
 def test_refused_intent_writes_nothing(
-    server: PrivateServer, make: Callable[..., Carrier], state: str, intent: Intent
+    server: PrivateServer, make: Callable[..., Engine], state: str, intent: Intent
 ) -> None:
     """Not a byte, not a TTL, not even the same value once more: a refusal must not keep anything alive."""
     with contextlib.closing(server.client()) as client, contextlib.closing(server.client()) as observer:
-        carrier = make(client, KEYS)
-        known = circuit_of_generation_4(carrier, state)
+        engine = make(client, KEYS)
+        known = circuit_of_generation_4(engine, state)
         for number, key in enumerate(KEYS):
             observer.pexpire(key, 10**7 + number)
         before = [observer.dump(key) for key in KEYS]
         ends = [ends_ms(observer, key) for key in KEYS]
         with observer.pipeline() as pipe:
             pipe.watch(*KEYS)
-            reply = carrier.execute(intent, known, CLOSED)
+            reply = engine.execute(intent, known, CLOSED)
             assert not reply.accepted
             assert reply.circuit == known
             pipe.multi()
@@ -497,11 +497,11 @@ def test_refused_intent_writes_nothing(
 def test_check_for_writes_can_fail(server: PrivateServer) -> None:
     """An accepted intent is noticed by the same means."""
     with contextlib.closing(server.client()) as client, contextlib.closing(server.client()) as observer:
-        carrier = LuaCarrier(client, KEYS)
-        known = circuit_of_generation_4(carrier, CLOSED)
+        engine = LuaEngine(client, KEYS)
+        known = circuit_of_generation_4(engine, CLOSED)
         with observer.pipeline() as pipe:
             pipe.watch(*KEYS)
-            carrier.execute(RecordFailure(4, ""), known, CLOSED)
+            engine.execute(RecordFailure(4, ""), known, CLOSED)
             pipe.multi()
             pipe.ping()
             with pytest.raises(redis.WatchError):

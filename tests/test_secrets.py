@@ -12,11 +12,11 @@ import redis
 import redis.sentinel
 
 from pybreaker_redis import CircuitRedisStorage, _said, _secrets
-from pybreaker_redis._carrier import Lack
+from pybreaker_redis._carrier import MissingFeature
 from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._guard import Guard
-from pybreaker_redis._secrets import MASK, MOST_SECRETS, mask, masked, remember
-from pybreaker_redis._server import server_of
+from pybreaker_redis._guard import Availability
+from pybreaker_redis._secrets import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
+from pybreaker_redis._server import server_for
 from pybreaker_redis._words import Credentials
 from pybreaker_redis.registry import BreakerRegistry
 from tests.servers import ONCE
@@ -28,7 +28,7 @@ SECRET = "hunter2-hunter2"
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is remembered from other tests."""
-    monkeypatch.setattr(_secrets, "_known", {})
+    monkeypatch.setattr(_secrets, "_patterns_of_secrets", {})
     return
 
 
@@ -42,7 +42,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("<Connection(password=hidden)>", "<Connection(password=***)>"),
         ("?sentinel_password=hidden&db=1", "?sentinel_password=***&db=1"),
         ("Command # 1 (AUTH shop hidden) of pipeline", "Command # 1 (AUTH ***) of pipeline"),
-        ("ERR unknown command 'AUTH', with args beginning with: 'hidden' ", f"ERR unknown command 'AUTH', with args beginning with: {MASK}"),  # noqa: E501
+        ("ERR unknown command 'AUTH', with args beginning with: 'hidden' ", f"ERR unknown command 'AUTH', with args beginning with: {SECRET_MASK}"),  # noqa: E501
         ("ERR AUTH <password> called without any password configured", "ERR AUTH <password> called without any password configured"),  # noqa: E501
         ("WRONGPASS invalid username-password pair or user is disabled.", "WRONGPASS invalid username-password pair or user is disabled."),  # noqa: E501
         ("circuit 'payments': payments:pybreaker:circuit@0", "circuit 'payments': payments:pybreaker:circuit@0"),
@@ -50,7 +50,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )  # fmt: skip
 def test_text_is_printed_without_what_looks_like_a_secret(said: str, printed: str) -> None:
     """Servers and libraries print what they were given; all else stays as it is."""
-    assert masked(said) == printed
+    assert mask_text(said) == printed
 
 
 @pytest.mark.parametrize(
@@ -69,35 +69,35 @@ def test_text_is_printed_without_what_looks_like_a_secret(said: str, printed: st
 )
 def test_secret_that_was_used_is_masked_wherever_it_stands(secret: Any, said: str, printed: str) -> None:
     """As it is, quoted for a URL, or as Python prints it; a short one only where it is a word."""
-    remember(secret)
-    remember(secret)
-    assert masked(said) == printed
+    register_secret(secret)
+    register_secret(secret)
+    assert mask_text(said) == printed
 
 
 def test_secrets_that_are_replaced_often_are_forgotten() -> None:
     """Tokens of a quarter of an hour are no memory leak."""
-    for number in range(MOST_SECRETS + 50):
-        remember(f"token-number-{number}")
-    assert len(_secrets._known) == MOST_SECRETS
-    assert masked("token-number-149 token-number-0") == "*** token-number-0"
+    for number in range(SECRETS_MAX + 50):
+        register_secret(f"token-number-{number}")
+    assert len(_secrets._patterns_of_secrets) == SECRETS_MAX
+    assert mask_text("token-number-149 token-number-0") == "*** token-number-0"
 
 
 def test_error_of_a_client_library_is_masked_and_no_other() -> None:
     """An application's own error may be the one that a caller waits for."""
     ours, theirs = redis.ConnectionError("password=hidden", 7), ValueError("password=hidden")
     for error in (ours, theirs):
-        mask(error)
+        mask_error(error)
     assert ours.args == ("password=***", 7)
     assert theirs.args == ("password=hidden",)
     plain = redis.ConnectionError("Error 111")
-    mask(plain)
+    mask_error(plain)
     assert plain.args == ("Error 111",)
 
 
 def test_guard_keeps_no_secret() -> None:
     """What it keeps is logged, and shown by health endpoints."""
-    guard = Guard(1.0, kept=True)
-    outage = guard.failed(redis.ConnectionError("no master in ConnectionPool(password=hidden,db=0)"))
+    guard = Availability(1.0, has_retry_thread=True)
+    outage = guard.note_failure(redis.ConnectionError("no master in ConnectionPool(password=hidden,db=0)"))
     assert outage is not None
     assert "hidden" not in guard.last_error + outage.error
 
@@ -105,7 +105,7 @@ def test_guard_keeps_no_secret() -> None:
 def test_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     """What is missing, why nothing is heard, and what only those read who look for a cause."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
-    _said.lacking("there", Lack.TRACKING, "no RESP3: password=hidden")
+    _said.lacking("there", MissingFeature.TRACKING, "no RESP3: password=hidden")
     _said.unheard("there", redis.ConnectionError("password=hidden"))
     _said.detail("%s: attempt %d failed (%s)", "there", 2, redis.ConnectionError("password=hidden"))
     assert len(caplog.messages) == 3
@@ -137,9 +137,9 @@ def test_words_of_a_client_and_of_its_sentinels_are_remembered() -> None:
     manager = redis.sentinel.Sentinel(
         [("there", 1)], sentinel_kwargs={"password": "of-sentinels"}, password="of-master"
     )
-    server_of(manager.master_for("shop"))
-    server_of(redis.Redis(password=b"of-bytes"))
-    assert masked("of-sentinels, of-master, of-bytes") == "***, ***, ***"
+    server_for(manager.master_for("shop"))
+    server_for(redis.Redis(password=b"of-bytes"))
+    assert mask_text("of-sentinels, of-master, of-bytes") == "***, ***, ***"
 
 
 def test_last_values_of_a_credential_provider_are_remembered() -> None:
@@ -151,10 +151,10 @@ def test_last_values_of_a_credential_provider_are_remembered() -> None:
         def get_credentials(self) -> tuple[str, ...]:
             return "shop", SECRET
 
-    now = Credentials({"credential_provider": Provider()}).now()
+    now = Credentials({"credential_provider": Provider()}).read_credentials()
     assert now["credential_provider"].get_credentials() == ("shop", SECRET)
     assert now["credential_provider"].region == "eu"
-    assert masked(f"shop {SECRET}") == "shop ***"
+    assert mask_text(f"shop {SECRET}") == "shop ***"
 
 
 def test_wrong_password_is_printed_nowhere(server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:

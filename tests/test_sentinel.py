@@ -80,16 +80,16 @@ def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_serv
         client = shop.manager().master_for("shop")
         breaker = breaker_on(client, max_staleness=0, timeout=10)
         breaker.call(lambda: None)
-        asked = breaker._state_storage._tenancy.shared._carriers.now.client
-        whereabouts = breaker._state_storage._tenancy._whereabouts
+        asked = breaker._state_storage._core.shared._selector.current.client
+        whereabouts = breaker._state_storage._core._locator
         (idle,) = asked.connection_pool._available_connections
         for said in ("READONLY You can't write", "The previous master is now a slave"):
             asked.ping()
-            assert whereabouts.has_moved(redis.ConnectionError(said), asked)
+            assert whereabouts.relocate(redis.ConnectionError(said), asked)
             assert idle._sock is None
-        assert whereabouts.has_moved(redis.ReadOnlyError("You can't write"), asked)
-        assert not whereabouts.has_moved(redis.ConnectionError("gone"), asked)
-        assert not whereabouts.has_moved(redis.ReadOnlyError("You can't write"), killable_server.client())
+        assert whereabouts.relocate(redis.ReadOnlyError("You can't write"), asked)
+        assert not whereabouts.relocate(redis.ConnectionError("gone"), asked)
+        assert not whereabouts.relocate(redis.ReadOnlyError("You can't write"), killable_server.client())
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pybreaker_redis._circuit import CLOSED, OPEN
 from pybreaker_redis._demo.server import free_port
 from pybreaker_redis._intents import ClaimProbe, Load, RecordFailure, Trip
 from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._scripts import LuaCarrier
+from pybreaker_redis._scripts import LuaEngine
 from tests.proxy import Proxy
 from tests.servers import FoundServer
 from tests.shifted import ShiftedServer
@@ -34,7 +34,7 @@ LATE = 6.0
 #: Seconds by which a clock is set forward or back.
 STEPS = [20.0, -20.0]
 
-KEYS = circuit_keys("clock", one_slot=False)
+KEYS = circuit_keys("clock", needs_one_slot=False)
 
 Start = Callable[..., ShiftedServer]
 
@@ -79,9 +79,9 @@ def passes(breaker: CircuitBreaker) -> bool:
 def other_process(server: ShiftedServer, *intents: Any) -> None:
     """What another process does to the circuit, which ends with that."""
     with contextlib.closing(server.client()) as client:
-        carrier = LuaCarrier(client, KEYS, channel_of(KEYS, 0))
+        engine = LuaEngine(client, KEYS, channel_of(KEYS, 0))
         for intent in intents:
-            assert carrier.execute(intent, None, CLOSED).accepted
+            assert engine.execute(intent, None, CLOSED).accepted
 
 
 def is_rejected(breaker: CircuitBreaker) -> None:

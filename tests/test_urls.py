@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from pybreaker import CircuitBreaker
 
 from pybreaker_redis import CircuitRedisStorage, _urls
-from pybreaker_redis._client import longest_wait
-from pybreaker_redis._cluster import cluster_of
+from pybreaker_redis._client import command_wait_limit
+from pybreaker_redis._cluster import topology_of
 from pybreaker_redis._deadline import deadline
 from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._keys import SLOTS
-from pybreaker_redis._urls import SCHEMES, TIMEOUT, client_of, masked
+from pybreaker_redis._keys import CLUSTER_SLOT_COUNT
+from pybreaker_redis._urls import URL_SCHEMES, URL_TIMEOUT_S, client_source_from_url, mask_url
 from tests.clusters import bus_port
 from tests.records import fresh_namespace
 from tests.sentinels import Sentinels
@@ -31,12 +31,12 @@ from tests.servers import FoundServer
 from tests.tls import Certificates, Terminator
 from tests.viewed import up, wait_for
 
-has_cluster = pytest.mark.skipif(_urls._cluster_library() is None, reason="no library for clusters is installed")
+has_cluster = pytest.mark.skipif(_urls.cluster_library() is None, reason="no library for clusters is installed")
 
 
 def words_of(url: str) -> dict[str, Any]:
     """What the connections of a URL's client are made with."""
-    words: dict[str, Any] = client_of(url)().connection_pool.connection_kwargs
+    words: dict[str, Any] = client_source_from_url(url)().connection_pool.connection_kwargs
     return words
 
 
@@ -65,7 +65,7 @@ def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
     """A cluster of one node."""
     with PrivateServer(preferred.binary, port=bus_port(), args=["--cluster-enabled", "yes"]) as node:
         with contextlib.closing(node.client()) as client:
-            client.execute_command("CLUSTER ADDSLOTS", *range(SLOTS))
+            client.execute_command("CLUSTER ADDSLOTS", *range(CLUSTER_SLOT_COUNT))
             wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "it serves all slots")
         yield node
 
@@ -90,7 +90,7 @@ def answers(url: str, where: PrivateServer, timeout: float | None = 10) -> Any:
     assert (health.condition, health.last_error) == ("connected", "")
     with contextlib.closing(where.client()) as observer:
         assert observer.get(f"{{{namespace}}}:pybreaker:state") == b"open"
-    return client_of(url)()
+    return client_source_from_url(url)()
 
 
 # -- every scheme ------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_url_with_tls_leads_there_and_certificates_are_checked(
     client = answers(url, reached)
     assert issubclass(client.connection_pool.connection_class, redis.SSLConnection)
     with pytest.raises((redis.ConnectionError, ssl.SSLError)):
-        client_of(f"{library}://127.0.0.1:{encrypted}/0?socket_timeout=5")().ping()
+        client_source_from_url(f"{library}://127.0.0.1:{encrypted}/0?socket_timeout=5")().ping()
 
 
 @pytest.mark.parametrize("library", ["redis", "valkey"])
@@ -142,7 +142,7 @@ def test_url_of_sentinels_leads_to_the_master(watched: Sentinels, library: str, 
 
 def test_words_of_a_sentinel_url_are_for_master_or_sentinels(watched: Sentinels) -> None:
     """User and password stand for the master's; the Sentinels' have names of their own."""
-    client = client_of(
+    client = client_source_from_url(
         "redis+sentinel://shop:secret@one,[::1]:5/my%20shop/2?sentinel_username=watch&sentinel_password=se%26cret"
         "&socket_timeout=0.4&decode_responses=yes&max_connections=7"
     )()
@@ -150,24 +150,24 @@ def test_words_of_a_sentinel_url_are_for_master_or_sentinels(watched: Sentinels)
     assert (pool.service_name, pool.max_connections) == ("my shop", 7)
     master = pool.connection_kwargs
     assert (master["db"], master["username"], master["password"]) == (2, "shop", "secret")
-    assert (master["socket_timeout"], master["socket_connect_timeout"]) == (0.4, TIMEOUT)
+    assert (master["socket_timeout"], master["socket_connect_timeout"]) == (0.4, URL_TIMEOUT_S)
     assert master["decode_responses"] is True
     asked = [made.connection_pool.connection_kwargs for made in pool.sentinel_manager.sentinels]
     assert [(words["host"], words["port"]) for words in asked] == [("one", 26379), ("::1", 5)]
     for words in asked:
         assert (words["username"], words["password"], words["db"]) == ("watch", "se&cret", 0)
-        assert (words["socket_timeout"], words["socket_connect_timeout"]) == (0.4, TIMEOUT)
+        assert (words["socket_timeout"], words["socket_connect_timeout"]) == (0.4, URL_TIMEOUT_S)
         assert not words.get("decode_responses")
 
 
 @pytest.mark.parametrize("library", ["rediss", "valkeys"])
 def test_sentinels_and_master_are_talked_to_by_tls(library: str) -> None:
     """Who encrypts the one encrypts the other."""
-    pool = client_of(f"{library}+sentinel://one/shop?ssl_ca_certs=/nowhere")().connection_pool
+    pool = client_source_from_url(f"{library}+sentinel://one/shop?ssl_ca_certs=/nowhere")().connection_pool
     for some in (pool, *(made.connection_pool for made in pool.sentinel_manager.sentinels)):
         assert issubclass(some.connection_class, redis.SSLConnection)
         assert some.connection_kwargs["ssl_ca_certs"] == "/nowhere"
-    plain = client_of("redis+sentinel://one/shop")().connection_pool
+    plain = client_source_from_url("redis+sentinel://one/shop")().connection_pool
     for some in (plain, *(made.connection_pool for made in plain.sentinel_manager.sentinels)):
         assert not issubclass(some.connection_class, redis.SSLConnection)
 
@@ -185,7 +185,7 @@ def test_url_of_a_cluster_leads_there(cluster: PrivateServer, library: str, time
     assert client.get("{named}") == b"here"
     if hasattr(client, "nodes_manager"):
         words = client.nodes_manager.connection_kwargs
-        assert (words["socket_timeout"], words["socket_connect_timeout"]) == (0.7, TIMEOUT)
+        assert (words["socket_timeout"], words["socket_connect_timeout"]) == (0.7, URL_TIMEOUT_S)
 
 
 @has_cluster
@@ -202,9 +202,9 @@ def test_silent_nodes_of_a_cluster_keep_a_call_waiting_for_one_timeout(cluster: 
             assert time.monotonic() < began + 2.0 + 3.0
             assert storage.health().is_own == is_own
         # Whoever is silent now may be the one who is left later.
-        known = cluster_of(storage._tenancy._whereabouts._client)
+        known = topology_of(storage._core._locator._client)
         assert known
-        assert ("127.0.0.1", silent.getsockname()[1]) in known._seeds
+        assert ("127.0.0.1", silent.getsockname()[1]) in known._seed_nodes
 
 
 class TimeLimit(Exception):
@@ -224,9 +224,9 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 
     monkeypatch.setattr(redis.Connection, "connect", lambda self: None)
     monkeypatch.setattr(redis.Connection, "send_command", send_command)
-    place = _urls._place("redis+cluster://127.0.0.1:1,127.0.0.1:2")
+    place = _urls._parse("redis+cluster://127.0.0.1:1,127.0.0.1:2")
     with deadline(1.0), pytest.raises(TimeLimit):
-        _urls._answering_first(place)
+        _urls.answering_first(place)
     assert tried == [1]
 
 
@@ -235,15 +235,15 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 def test_cluster_is_talked_to_by_tls(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     """The words of TLS go with those of the nodes."""
     made: list[dict[str, Any]] = []
-    clusters = importlib.import_module(str(_urls._cluster_library()))
+    clusters = importlib.import_module(str(_urls.cluster_library()))
 
     class Noted:
         def __init__(self, **words: Any) -> None:
             made.append(words)
 
     monkeypatch.setattr(clusters, "RedisCluster", Noted)
-    client_of(f"{library}+cluster://one:1,two?ssl_ca_certs=/nowhere")()
-    client_of("redis+cluster://one:1,two")()
+    client_source_from_url(f"{library}+cluster://one:1,two?ssl_ca_certs=/nowhere")()
+    client_source_from_url("redis+cluster://one:1,two")()
     assert [words.get("ssl") for words in made] == [True, None]
     assert made[0]["ssl_ca_certs"] == "/nowhere"
     assert not {"db", "host", "port"} & made[0].keys()
@@ -263,7 +263,7 @@ def test_redis_py_3_takes_redis_py_cluster(monkeypatch: pytest.MonkeyPatch) -> N
     found = {"rediscluster": Library, "redis.cluster": None, "redis.retry": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found[name] if name in found else find(name))
     monkeypatch.setattr(importlib, "import_module", lambda name: found.get(name) or imported(name))
-    client_of("redis+cluster://one:1,two")()
+    client_source_from_url("redis+cluster://one:1,two")()
     assert made[0]["startup_nodes"] == [{"host": "one", "port": 1}, {"host": "two", "port": 6379}]
     assert made[0]["skip_full_coverage_check"] is True
     assert "retry" not in made[0]
@@ -271,7 +271,7 @@ def test_redis_py_3_takes_redis_py_cluster(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_cluster_without_a_library_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names what to install."""
-    monkeypatch.setattr(_urls, "_cluster_library", lambda: None)
+    monkeypatch.setattr(_urls, "cluster_library", lambda: None)
     with pytest.raises(ModuleNotFoundError, match=r"pybreaker_redis\[redis-py-cluster\]") as caught:
         CircuitRedisStorage.from_url("redis+cluster://:secret@one")
     assert "secret" not in str(caught.value)
@@ -283,9 +283,9 @@ def test_cluster_without_a_library_is_refused_at_once(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("url", ["redis://there", "rediss://there", "unix:///there", "redis+sentinel://there/shop"])
 def test_client_waits_for_a_second_and_tries_once(url: str) -> None:
     """So even `timeout=None`, which uses it as it is, hangs nobody for long."""
-    assert longest_wait(client_of(url)()) == TIMEOUT == 1
+    assert command_wait_limit(client_source_from_url(url)()) == URL_TIMEOUT_S == 1
     if not url.startswith("unix"):
-        assert words_of(url)["socket_connect_timeout"] == TIMEOUT
+        assert words_of(url)["socket_connect_timeout"] == URL_TIMEOUT_S
 
 
 def test_nobody_who_answers_is_waited_for_no_longer_than_that() -> None:
@@ -340,9 +340,9 @@ def test_what_is_not_said_is_as_usual(url: str, host: str, port: int, db: int) -
 def test_circuits_of_one_url_share_a_client_as_long_as_one_of_them_lives() -> None:
     """Else each would have Sentinels and nodes of its own to keep up with."""
     url = "redis+sentinel://nobody/shared"
-    first = client_of(url)()
-    assert client_of(url)() is first
-    assert client_of(f"{url}/1")() is not first
+    first = client_source_from_url(url)()
+    assert client_source_from_url(url)() is first
+    assert client_source_from_url(f"{url}/1")() is not first
     del first
     gc.collect()
     assert url not in _urls._clients
@@ -418,7 +418,7 @@ def test_mistake_in_a_url_is_said_at_once(url: str) -> None:
     """What was given, and what is accepted."""
     with pytest.raises(ValueError, match=f"^url .*(?:{MISTAKES[url]})") as caught:
         CircuitRedisStorage.from_url(url)
-    assert repr(masked(url)) in str(caught.value)
+    assert repr(mask_url(url)) in str(caught.value)
     assert caught.value.__cause__ is None
 
 
@@ -457,16 +457,16 @@ secrets = st.text(st.characters(codec="utf-8"), min_size=1).map(lambda text: f"s
 
 @settings(deadline=None)
 @given(
-    scheme=st.sampled_from(SCHEMES) | st.just("http"),
+    scheme=st.sampled_from(URL_SCHEMES) | st.just("http"),
     secret=secrets,
     rest=st.text(st.sampled_from("ab:/@,?#=&[]0"), max_size=12),
 )
 def test_any_text_is_refused_without_its_secret_or_taken(scheme: str, secret: str, rest: str) -> None:
     """Nothing but the errors that are promised, and no secret in any."""
     url = f"{scheme}://user:{secret}@{rest}"
-    assert "s3cr3t" not in masked(url)
+    assert "s3cr3t" not in mask_url(url)
     try:
-        client_of(url)
+        client_source_from_url(url)
     except ModuleNotFoundError as error:
         said = str(error)
     except ValueError as error:

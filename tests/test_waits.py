@@ -17,7 +17,7 @@ from pybreaker_redis._carrier import Reply
 from pybreaker_redis._deadline import deadline, seconds_left
 from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure
-from pybreaker_redis._optimistic import OptimisticCarrier
+from pybreaker_redis._optimistic import TransactionEngine
 from tests.servers import without_scripts
 from tests.stopwatch import Stopwatch
 from tests.viewed import Down, down, up
@@ -42,18 +42,18 @@ class Looks(pybreaker.CircuitBreakerListener):
 
 def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], float]]:
     """Return a list that gets what is sent to Redis, with the seconds that are left for the answer; claims are slow."""
-    carriers = storage._tenancy.shared._carriers
-    execute, sent = carriers.execute, []
+    carriers = storage._core.shared._selector
+    execute, sent = carriers.run_intent, []
 
-    def timed(carrier: Any, intent: Intent, *arguments: Any) -> Reply:
+    def timed(engine: Any, intent: Intent, *arguments: Any) -> Reply:
         left = seconds_left()
         assert left is not None
         sent.append((type(intent), left))
         if isinstance(intent, ClaimProbe):
             time.sleep(SLOW)
-        return execute(carrier, intent, *arguments)
+        return execute(engine, intent, *arguments)
 
-    carriers.execute = timed  # type: ignore[method-assign]
+    carriers.run_intent = timed  # type: ignore[method-assign]
     return sent
 
 
@@ -93,9 +93,9 @@ def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
 @pytest.mark.parametrize(
     ("step", "intent"),
     [
-        ("_ask", RecordFailure(None, "")),
-        ("_decide", ClaimProbe(99, "refused", 1000)),
-        ("_write", RecordFailure(None, "")),
+        ("queue_reads", RecordFailure(None, "")),
+        ("decide", ClaimProbe(99, "refused", 1000)),
+        ("_queue_writes", RecordFailure(None, "")),
     ],
     ids=["while it reads", "after a refusal", "while it writes"],
 )
@@ -110,9 +110,9 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
     storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
     breaker.call(up)
-    carrier = storage._tenancy.shared._carriers.get()
-    carrier = OptimisticCarrier(carrier.client, carrier._keys)
-    home = OptimisticCarrier if step == "_write" else _optimistic
+    engine = storage._core.shared._selector.get()
+    engine = TransactionEngine(engine.client, engine._keys)
+    home = TransactionEngine if step == "_queue_writes" else _optimistic
     original = getattr(home, step)
 
     def frozen(*arguments: Any) -> Any:
@@ -127,7 +127,7 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
         with Stopwatch() as watch:
             # Not `pytest.raises`, which keeps the error, and with it the pipeline.
             with contextlib.suppress(redis.TimeoutError), deadline(TIMEOUT):
-                carrier.execute(intent, None, "closed")
+                engine.execute(intent, None, "closed")
             gc.collect()
     finally:
         gc.unfreeze()

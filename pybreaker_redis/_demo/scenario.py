@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pybreaker_redis._demo.stage import FAIL_MAX, WORKERS, BrokenPromise
-from pybreaker_redis._demo.worker import PATIENCE, PROBE_LEASE
+from pybreaker_redis._demo.worker import CALL_TIMEOUT_S, PROBE_LEASE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,14 +92,14 @@ def prober_killed(stage: Stage) -> None:
     probe = stage.until(
         "one worker's call reaches the dependency that hangs",
         # Who has waited for most of its patience may have given up before it is killed.
-        lambda: stage.seen("reached", since=noticed, within=PATIENCE / 2),
+        lambda: stage.seen("reached", since=noticed, within=CALL_TIMEOUT_S / 2),
         expected=stage.reset_timeout,
     )[0]
     killed = stage.replace(probe.caller)
     again = stage.until(
         "another worker's call reaches the dependency",
         lambda: stage.seen("reached", since=killed.at),
-        expected=PROBE_LEASE,
+        expected=PROBE_LEASE_S,
     )[0]
     stage.until("that call fails", lambda: stage.seen("failure", source=again.caller, since=again.at))
     up = stage.switch("up")
@@ -112,13 +112,13 @@ def prober_killed(stage: Stage) -> None:
     # The first call that was answered has closed the circuit.
     closed = stage.seen("left", state="up", since=up.at)[0].at
     crowd = _most_at_once(stage, noticed, closed)
-    stage.note(f"from the prober's death to the next probe (probe_lease {PROBE_LEASE:g} s)", _s(again.at - killed.at))
+    stage.note(f"from the prober's death to the next probe (probe_lease {PROBE_LEASE_S:g} s)", _s(again.at - killed.at))
     stage.note("calls at the dependency at the same time, until the circuit closed", f"{crowd} at the most")
     if stage.seen("failure", source=probe.caller, since=probe.at):
         raise BrokenPromise("the prober was to be killed in the middle of its call; that was over (a busy machine?)")
     # It asked for the probe after its last rejection, and had it for the whole lease.
     asked = max(e.at for e in stage.seen("rejected", source=probe.caller) if e.at < probe.at)
-    if again.at < asked + PROBE_LEASE:
+    if again.at < asked + PROBE_LEASE_S:
         raise BrokenPromise("another worker took over before the lease of the dead prober had run out")
     if crowd != 1:
         raise BrokenPromise(f"{crowd} calls were at the dependency at the same time")
@@ -185,7 +185,7 @@ def server_killed(stage: Stage) -> None:
 
 
 @dataclass(frozen=True)
-class Guard:
+class WorkerProtection:
     """How a worker guarded the dead dependency while it was alone."""
 
     worker: str
@@ -197,14 +197,14 @@ class Guard:
     bound: int
 
 
-def _guard(stage: Stage, worker: str, since: float, until: float) -> Guard:
+def _guard(stage: Stage, worker: str, since: float, until: float) -> WorkerProtection:
     reached = [e.at for e in stage.seen("reached", state="down", since=since) if e.caller == worker and e.at < until]
     rejected = stage.seen("rejected", source=worker, since=since)[0].at
     # The call that opened its circuit cannot have done so before it began.
     failures = [e.at - e.took for e in stage.seen("failure", source=worker, since=since) if e.at < rejected]
     open_for = until - max(failures, default=since)
     bound = FAIL_MAX + int(open_for / stage.reset_timeout)
-    return Guard(worker, len(reached), sum(at < rejected for at in reached), bound)
+    return WorkerProtection(worker, len(reached), sum(at < rejected for at in reached), bound)
 
 
 def _most_at_once(stage: Stage, since: float, until: float) -> int:

@@ -17,25 +17,25 @@ import tempfile
 from pathlib import Path
 
 #: What the names of all these directories begin with.
-PREFIX = "pybreaker-"
+DIRECTORY_PREFIX = "pybreaker-"
 
 #: The file that is locked.
-LOCK = "in-use"
+LOCK_FILE = "in-use"
 
 
 class Scratch:
     """A temporary directory of one's own; making one removes those that killed processes have left."""
 
     def __init__(self) -> None:
-        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        for left in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*/{LOCK_FILE}"):
             _remove_unless_in_use(left)
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self.path = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
         # Locked before it has its name: nobody finds it without the lock on it.
-        nameless = self.path / f"{LOCK}.new"
+        nameless = self.path / f"{LOCK_FILE}.new"
         #: To be inherited by processes that use the directory.
         self.lock = nameless.open("wb")
         fcntl.flock(self.lock, fcntl.LOCK_EX)
-        nameless.rename(self.path / LOCK)
+        nameless.rename(self.path / LOCK_FILE)
 
     def remove(self) -> None:
         """Remove it with all that is in it."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from pybreaker_redis._demo.binaries import find_servers, identify  # noqa: F401 (tests/test_wheel.py has it from here)
+from pybreaker_redis._demo.binaries import find_servers, identify_binary  # noqa: F401 (tests/test_wheel.py has it from here)
 from pybreaker_redis._demo.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 #: Seconds until a server must answer after its start.
-START_TIMEOUT = 10.0
+SERVER_START_TIMEOUT_S = 10.0
 
 #: Seconds that a server has to end after SIGTERM before it is killed.
-STOP_TIMEOUT = 3.0
+SERVER_STOP_TIMEOUT_S = 3.0
 
 # The kernel kills the server when its starter dies, however it dies: exit handlers do not run on SIGKILL.  Run in the
 # child, by exec and not by `preexec_fn`: forking Python code is unsafe (3.12 warns) once this process has threads.
-_LEASH = """
+_PARENT_DEATH_LAUNCHER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     PR_SET_PDEATHSIG = 1
@@ -89,7 +89,7 @@ class PrivateServer:
     @property
     def version(self) -> str:
         """As in ``8.2.3``; empty if the binary does not say."""
-        found = identify(self.binary, "")
+        found = identify_binary(self.binary, "")
         return found.version if found else ""
 
     @property
@@ -117,12 +117,21 @@ class PrivateServer:
         """Start the server and wait until it answers; does nothing if it runs.
 
         Raises:
-            ServerDidNotStart: It ended, or did not answer within :data:`START_TIMEOUT`.
+            ServerDidNotStart: It ended, or did not answer within :data:`SERVER_START_TIMEOUT_S`.
         """
         if self.pid:
             return self
         self.directory.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()), self.binary, *self._arguments()]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _PARENT_DEATH_LAUNCHER,
+            str(os.getpid()),
+            self.binary,
+            *self._arguments(),
+        ]
         with (self.directory / "server.log").open("ab") as log:
             # In a session of its own: Ctrl-C in the terminal is for the starter, who ends the server in good order.
             self._process = subprocess.Popen(
@@ -134,7 +143,7 @@ class PrivateServer:
                 # Where the server outlives its starter (see above), the directory is in use as long.
                 pass_fds=[self._scratch.lock.fileno()] if self._scratch else [],
             )
-        deadline = time.monotonic() + START_TIMEOUT
+        deadline = time.monotonic() + SERVER_START_TIMEOUT_S
         while not self._answers():
             if not self.pid or time.monotonic() > deadline:
                 self.kill()
@@ -148,7 +157,7 @@ class PrivateServer:
             self._process.terminate()
             self.resume()  # a frozen process does not hear SIGTERM
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_TIMEOUT)
+                self._process.wait(SERVER_STOP_TIMEOUT_S)
             self.kill()
 
     def kill(self) -> None:

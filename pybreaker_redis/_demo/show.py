@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pybreaker_redis._demo.events import Event
 
 #: Seconds between two lines with figures in plain output.
-INTERVAL = 1.0
+FIGURES_INTERVAL_S = 1.0
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Tally:
     #: Of its circuit; or ``killed``.
     state: str = "closed"
     #: Whether it goes by a circuit of its own, because it found the server away.
-    alone: bool = False
+    uses_local_state: bool = False
     success: int = 0
     failure: int = 0
     rejected: int = 0
@@ -38,10 +38,10 @@ class Tally:
     @property
     def circuit(self) -> str:
         """Its state, and whose it is if that is not everybody's."""
-        return f"{self.state} (its own)" if self.alone else self.state
+        return f"{self.state} (its own)" if self.uses_local_state else self.state
 
 
-class Show(ABC):
+class Display(ABC):
     """A way to show the demo; a context manager."""
 
     def __init__(self) -> None:
@@ -53,16 +53,16 @@ class Show(ABC):
         self._there: set[str] = set()
 
     @abstractmethod
-    def __enter__(self) -> Show: ...
+    def __enter__(self) -> Display: ...
 
     @abstractmethod
     def __exit__(self, *_: object) -> None: ...
 
     @abstractmethod
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Show a line that stays."""
 
-    def _who_is_there(self) -> str:
+    def _workers_at_dependency(self) -> str:
         # A copy, because somebody may come or go meanwhile.
         return ", ".join(sorted(self._there.copy())) or "nobody"
 
@@ -77,10 +77,12 @@ class Show(ABC):
             self._happened(event, event.state)
         elif event.kind in ("away", "back"):
             tally = self._tallies.setdefault(event.source, Tally())
-            tally.alone = event.kind == "away"
+            tally.uses_local_state = event.kind == "away"
             self._happened(
                 event,
-                "the server is away, goes by its own circuit" if tally.alone else "goes by the shared circuit again",
+                "the server is away, goes by its own circuit"
+                if tally.uses_local_state
+                else "goes by the shared circuit again",
             )
         elif event.kind not in ("ready", "health"):
             tally = self._tallies.setdefault(event.source, Tally())
@@ -92,23 +94,23 @@ class Show(ABC):
                 tally.took = event.took
 
     def _happened(self, event: Event, what: str) -> None:
-        self.say(f"{event.at - self._start:7.2f} s  {event.source}: {what}")
+        self.print_line(f"{event.at - self._start:7.2f} s  {event.source}: {what}")
 
 
-class Lines(Show):
+class PlainLines(Display):
     """Plain lines: what is said, and the figures once a second and in the end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._next = self._start + INTERVAL
+        self._next = self._start + FIGURES_INTERVAL_S
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> PlainLines:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._say_figures(time.monotonic())
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print it now: somebody may be watching a pipe."""
         print(text, flush=True)
 
@@ -116,7 +118,7 @@ class Lines(Show):
         """Count it; print the figures if they are due."""
         super().event(event)
         if event.at >= self._next:
-            self._next = event.at + INTERVAL
+            self._next = event.at + FIGURES_INTERVAL_S
             self._say_figures(event.at)
 
     def _say_figures(self, at: float) -> None:
@@ -124,11 +126,11 @@ class Lines(Show):
             f"{name} {tally.circuit}: {tally.success} ok, {tally.failure} failed, {tally.rejected} rejected"
             for name, tally in sorted(self._tallies.items())
         ]
-        figures.append(f"at the dependency: {self._who_is_there()}")
-        self.say(f"{at - self._start:7.2f} s  {' | '.join(figures)}")
+        figures.append(f"at the dependency: {self._workers_at_dependency()}")
+        self.print_line(f"{at - self._start:7.2f} s  {' | '.join(figures)}")
 
 
-def choose(*, plain: bool) -> Show:
+def choose_display(*, plain: bool) -> Display:
     """A live table for a person at a terminal, if rich is installed; else plain lines.
 
     Args:
@@ -136,7 +138,7 @@ def choose(*, plain: bool) -> Show:
     """
     quiet = plain or os.environ.get("NO_COLOR") or os.environ.get("CI")
     if not quiet and sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        from pybreaker_redis._demo.live import Table
+        from pybreaker_redis._demo.live import LiveTable
 
-        return Table()
-    return Lines()
+        return LiveTable()
+    return PlainLines()

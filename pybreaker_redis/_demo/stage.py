@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pybreaker_redis._demo.events import Event, parse
-from pybreaker_redis._demo.worker import PATIENCE, PROBE_LEASE, Settings
+from pybreaker_redis._demo.worker import CALL_TIMEOUT_S, PROBE_LEASE_S, WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pybreaker_redis._demo.events import Kind
     from pybreaker_redis._demo.interruption import Interruption
     from pybreaker_redis._demo.server import PrivateServer
-    from pybreaker_redis._demo.show import Show
+    from pybreaker_redis._demo.show import Display
 
 #: How many worker processes there are.
 WORKERS = 3
@@ -36,32 +36,32 @@ WORKERS = 3
 FAIL_MAX = 5
 
 #: Beats that the acts take, all together but for those without the server.
-BEATS = 8
+ACT_BEATS = 8
 
 #: Seconds that the run takes beyond them: processes start, calls that hang give up, the lease of a dead prober ends.
-FIXED = PROBE_LEASE + 4 * PATIENCE
+ACT_FIXED_S = PROBE_LEASE_S + 4 * CALL_TIMEOUT_S
 
 #: The same of those acts: each worker finds out that the dependency is dead, and later that the server is back.
-BEATS_ALONE, FIXED_ALONE = 3, 2.5
+OUTAGE_BEATS, OUTAGE_FIXED_S = 3, 2.5
 
 #: Seconds of a beat, at least: less than this nobody could follow.
-SHORTEST_BEAT = 0.25
+BEAT_MIN_S = 0.25
 
 #: Seconds, at most, between two looks at whether what an act waits for has come.
-TICK = 0.05
+POLL_INTERVAL_S = 0.05
 
 #: Seconds beyond what is expected before a promise counts as broken: a machine may be busy.
-GRACE = 15.0
+PROMISE_GRACE_S = 15.0
 
 #: Seconds that a process has to end in good order.
-FAREWELL = 3.0
+EXIT_TIMEOUT_S = 3.0
 
 
 class BrokenPromise(Exception):
     """Something that is promised did not happen, or something happened that never should; the message says what."""
 
 
-class Child:
+class ChildProcess:
     """A process of the demo: it reports on its standard output, and ends when its standard input does.
 
     So it ends with us even if we are killed.
@@ -91,7 +91,7 @@ class Child:
             for line in reports:
                 self._inbox.put(parse(line))
 
-    def tell(self, word: str) -> None:
+    def send_line(self, word: str) -> None:
         """Write a line to its standard input."""
         assert self._process.stdin
         self._process.stdin.write(f"{word}\n")
@@ -111,7 +111,7 @@ class Child:
     def join(self) -> None:
         """Wait until it has ended, and see to it that it does."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(FAREWELL)
+            self._process.wait(EXIT_TIMEOUT_S)
         self.kill()
 
 
@@ -132,14 +132,14 @@ class Stage:
         url: str,
         namespace: str,
         seconds: float,
-        show: Show,
+        show: Display,
         *,
         interruption: Interruption,
         server: PrivateServer | None = None,
     ) -> None:
-        beats, fixed = (BEATS + BEATS_ALONE, FIXED + FIXED_ALONE) if server else (BEATS, FIXED)
+        beats, fixed = (ACT_BEATS + OUTAGE_BEATS, ACT_FIXED_S + OUTAGE_FIXED_S) if server else (ACT_BEATS, ACT_FIXED_S)
         #: The time, in seconds, that the acts count in.
-        self.beat = max(SHORTEST_BEAT, (seconds - fixed) / beats)
+        self.beat = max(BEAT_MIN_S, (seconds - fixed) / beats)
         #: Seconds that the circuit stays open.
         self.reset_timeout = self.beat
         #: Those of the workers that are alive.
@@ -154,13 +154,13 @@ class Stage:
         self._events: list[Event] = []
         self._inbox: queue.Queue[Event] = queue.Queue()
         #: By name; also those that were killed.
-        self._children: dict[str, Child] = {}
+        self._children: dict[str, ChildProcess] = {}
         self._port = 0
 
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as undo:
             undo.push(self)
-            self._children["dependency"] = Child("dependency", "", self._inbox)
+            self._children["dependency"] = ChildProcess("dependency", "", self._inbox)
             self._port = self.until("the dependency starts", lambda: self.seen("ready"))[0].port
             for name in self.names:
                 self._start_worker(name)
@@ -176,8 +176,8 @@ class Stage:
             child.join()
 
     def _start_worker(self, name: str) -> None:
-        settings = Settings(name, self._url, self._namespace, self._port, FAIL_MAX, self.reset_timeout)
-        self._children[name] = Child("worker", json.dumps(asdict(settings)), self._inbox)
+        settings = WorkerSettings(name, self._url, self._namespace, self._port, FAIL_MAX, self.reset_timeout)
+        self._children[name] = ChildProcess("worker", json.dumps(asdict(settings)), self._inbox)
 
     def replace(self, name: str) -> Event:
         """Kill a worker without warning and start another one in its place; returns the moment of the kill."""
@@ -192,7 +192,7 @@ class Stage:
     def switch(self, health: str) -> Event:
         """Make the dependency ``up``, ``down`` or ``hanging``; returns its confirmation."""
         asked = time.monotonic()
-        self._children["dependency"].tell(health)
+        self._children["dependency"].send_line(health)
         return self.until(f"the dependency goes {health}", lambda: self.seen("health", since=asked))[0]
 
     def kill_server(self) -> Event:
@@ -263,11 +263,11 @@ class Stage:
         start = time.monotonic()
         while not (events := found()) or time.monotonic() < start + at_least:
             self._interruption.check()
-            if time.monotonic() > start + max(at_least, expected) + GRACE:
+            if time.monotonic() > start + max(at_least, expected) + PROMISE_GRACE_S:
                 raise BrokenPromise(f"did not happen in time: {promise}")
             # All that is there before the next look: a look takes the longer the more has been reported.
             with contextlib.suppress(queue.Empty):
-                self._take(self._inbox.get(timeout=TICK))
+                self._take(self._inbox.get(timeout=POLL_INTERVAL_S))
                 while True:
                     self._take(self._inbox.get_nowait())
         return events

@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from pybreaker_redis._demo.events import Kind
 
 #: Seconds between two calls.
-PACE = 0.05
+CALL_INTERVAL_S = 0.05
 
 #: Seconds after which a call gives up.
-PATIENCE = 0.5
+CALL_TIMEOUT_S = 0.5
 
 #: Seconds after which the probe of a worker that was killed is offered again.  Longer than any call.
-PROBE_LEASE = 2 * PATIENCE
+PROBE_LEASE_S = 2 * CALL_TIMEOUT_S
 
 #: Seconds to wait for the server.  More than usual: that this machine is busy is not the outage that is to be shown.
-REDIS_PATIENCE = 2.0
+REDIS_TIMEOUT_S = 2.0
 
 #: Characters of an error that are reported: a report is a single write.
-LONGEST_ERROR = 500
+ERROR_TEXT_MAX = 500
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSettings:
     """What a worker is told when it is started."""
 
     #: Its reports are signed with it.
@@ -60,7 +60,7 @@ class Settings:
     reset_timeout: float
 
 
-class Herald(CircuitBreakerListener):
+class StateReporter(CircuitBreakerListener):
     """Reports each change of state that this worker's breaker announces."""
 
     def __init__(self, name: str) -> None:
@@ -71,7 +71,7 @@ class Herald(CircuitBreakerListener):
         emit(Event(self._name, "state", time.monotonic(), state=new_state.name))
 
 
-class Lookout(logging.Handler):
+class OutageReporter(logging.Handler):
     """Reports when this worker finds the server away, and when it is back; whatever else is logged is not printed."""
 
     def __init__(self, name: str) -> None:
@@ -96,7 +96,7 @@ def ask(port: int, name: str) -> None:
         DependencyFailed: There was no good answer, or not in time.
     """
     try:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=CALL_TIMEOUT_S)) as connection:
             connection.request("GET", "/", headers={"User-Agent": name})
             status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
@@ -107,23 +107,23 @@ def ask(port: int, name: str) -> None:
 
 def main() -> None:
     """Call, report, wait a little, until standard input ends."""
-    settings = Settings(**json.loads(sys.argv[1]))
+    settings = WorkerSettings(**json.loads(sys.argv[1]))
     logger = logging.getLogger("pybreaker_redis")
-    logger.addHandler(Lookout(settings.name))
+    logger.addHandler(OutageReporter(settings.name))
     logger.setLevel(logging.INFO)
     client = redis.Redis.from_url(settings.url)
     breaker = CircuitBreaker(
         fail_max=settings.fail_max,
         reset_timeout=settings.reset_timeout,
         state_storage=CircuitRedisStorage(
-            "closed", client, namespace=settings.namespace, probe_lease=PROBE_LEASE, timeout=REDIS_PATIENCE
+            "closed", client, namespace=settings.namespace, probe_lease=PROBE_LEASE_S, timeout=REDIS_TIMEOUT_S
         ),
-        listeners=[Herald(settings.name)],
+        listeners=[StateReporter(settings.name)],
         # The caller whose failure opens the circuit sees that failure, so "rejected" means: it was not even tried.
         throw_new_error_on_trip=False,
     )
     # The wait between calls ends at once when the demo closes our standard input, or dies.
-    while not select.select([sys.stdin], [], [], PACE)[0]:
+    while not select.select([sys.stdin], [], [], CALL_INTERVAL_S)[0]:
         outcome: Kind = "success"
         leaked = ""
         started = time.monotonic()
@@ -135,7 +135,7 @@ def main() -> None:
             outcome = "failure"
         except Exception as error:  # noqa: BLE001
             # No caller should have to be ready for it.
-            outcome, leaked = "leaked", repr(error)[:LONGEST_ERROR]
+            outcome, leaked = "leaked", repr(error)[:ERROR_TEXT_MAX]
         now = time.monotonic()
         emit(Event(settings.name, outcome, now, took=now - started, state=breaker.current_state, error=leaked))
 

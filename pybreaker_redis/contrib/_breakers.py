@@ -11,14 +11,14 @@ from typing import Any, ParamSpec, TypeVar
 
 from pybreaker import CircuitBreaker
 
-from pybreaker_redis._guarded import NO_FALLBACK, guarded_by
+from pybreaker_redis._guarded import NO_FALLBACK, guard_with
 from pybreaker_redis.registry import BreakerRegistry
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Breakers(abc.ABC):
+class RegistryProxy(abc.ABC):
     """The breakers of the registry that is in charge at each moment; `registry` has the rest of what it can do."""
 
     @property
@@ -54,4 +54,4 @@ class Breakers(abc.ABC):
         Raises:
             TypeError: The function, or the fallback, is asynchronous.
         """
-        return guarded_by(lambda: self.registry.get(name), fallback)
+        return guard_with(lambda: self.registry.get(name), fallback)

@@ -14,17 +14,17 @@ from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.registry import BreakerRegistry
 
 #: What puts a circuit into which state.
-_STATES = {"open": STATE_OPEN, "close": STATE_CLOSED, "half-open": STATE_HALF_OPEN}
+_STATE_BY_ACTION = {"open": STATE_OPEN, "close": STATE_CLOSED, "half-open": STATE_HALF_OPEN}
 
 #: What can be asked for; the first is what is meant if nothing is said.
-ACTIONS = ("status", *_STATES, "reset")
+COMMAND_ACTIONS = ("status", *_STATE_BY_ACTION, "reset")
 
 
-class OperatorRefused(Exception):
+class CommandRefusedError(Exception):
     """It could not be done; the message is a line for whoever asked."""
 
 
-def operate(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str:
+def run_command(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str:
     """Do what is asked for.
 
     Args:
@@ -36,35 +36,37 @@ def operate(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str
         What to print.
 
     Raises:
-        OperatorRefused: An unknown circuit, one that ends with the command's process, or Redis has not done it.
+        CommandRefusedError: An unknown circuit, one that ends with the command's process, or Redis has not done it.
     """
     if unknown := sorted(set(names) - set(registry)):
         known = ", ".join(sorted(registry)) or "none"
-        raise OperatorRefused(f"no circuit is called {', '.join(map(repr, unknown))}; configured: {known}")
+        raise CommandRefusedError(f"no circuit is called {', '.join(map(repr, unknown))}; configured: {known}")
     if not names and action != "status":
-        raise OperatorRefused(f"name the circuits to {action}: {', '.join(sorted(registry)) or 'none is configured'}")
-    if action != "status" and _ends_with_us(registry, names[0]):
+        raise CommandRefusedError(
+            f"name the circuits to {action}: {', '.join(sorted(registry)) or 'none is configured'}"
+        )
+    if action != "status" and _is_process_local(registry, names[0]):
         # The command's process ends before anybody makes a call in it.
         ours = "the circuits are each process's own (no Redis is configured)"
-        raise OperatorRefused(f"{ours}: there is nothing to {action} from here")
+        raise CommandRefusedError(f"{ours}: there is nothing to {action} from here")
     try:
         for name in names:
-            if action in _STATES:
-                registry.set_state(name, _STATES[action])
+            if action in _STATE_BY_ACTION:
+                registry.set_state(name, _STATE_BY_ACTION[action])
             elif action == "reset":
                 registry.reset(name)
-        return _table(registry, names or sorted(registry))
+        return _status_table(registry, names or sorted(registry))
     except Exception as error:
         # An operator who has seen no error relies on it; of which library's kind it is, is of no interest.
-        raise OperatorRefused(f"Redis has not done it: {type(error).__name__}: {error}") from error
+        raise CommandRefusedError(f"Redis has not done it: {type(error).__name__}: {error}") from error
 
 
-def _ends_with_us(registry: BreakerRegistry, name: str) -> bool:
+def _is_process_local(registry: BreakerRegistry, name: str) -> bool:
     """Whether a circuit is this process's alone."""
     return isinstance(storage_of(registry[name]), CircuitMemoryStorage)
 
 
-def _table(registry: BreakerRegistry, names: Sequence[str]) -> str:
+def _status_table(registry: BreakerRegistry, names: Sequence[str]) -> str:
     states = registry.status()
     rows = [("circuit", "state", "failures", "opened at", "retry after")]
     for name in names:

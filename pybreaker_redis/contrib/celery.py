@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis._extras import needs
+from pybreaker_redis._extras import require_extra
 from pybreaker_redis.registry import retry_after
 
-with needs("celery"):
+with require_extra("celery"):
     from celery import Task
     from celery.app import autoretry
 
@@ -79,17 +79,17 @@ class BreakerTask(Task):
     def countdown(self, error: CircuitBreakerError) -> float:
         """Seconds until the circuit may be tried again, and a little more; less than a broker waits for its workers."""
         # A worker has a task that waits; were it not back in time, the broker would give it to another one, too.
-        visible_for = self.visibility_timeout() or math.inf
+        visible_for = self.broker_visibility_timeout() or math.inf
         wait = min(retry_after(error), visible_for / 2)
         return wait + random.uniform(0, min(self.rejection_jitter * max(wait, 1.0), visible_for / 4))
 
-    def visibility_timeout(self) -> float | None:
+    def broker_visibility_timeout(self) -> float | None:
         """Seconds after which the broker takes a task for lost; ``None`` if it never does so."""
         connection = self.app.connection_for_write()
         channel = getattr(connection.get_transport_cls(), "Channel", None)
         stated = (
             connection.transport_options.get("visibility_timeout"),
-            getattr(channel, "visibility_timeout", None),
+            getattr(channel, "broker_visibility_timeout", None),
             getattr(channel, "default_visibility_timeout", None),
         )
         # A class may have a property of that name, which is no number.

@@ -9,14 +9,14 @@ from typing import Any
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis._extras import needs
+from pybreaker_redis._extras import require_extra
 from pybreaker_redis.contrib import _breakers
-from pybreaker_redis.contrib._answer import UNAVAILABLE, answer_to
-from pybreaker_redis.contrib._operator import ACTIONS, OperatorRefused, operate
-from pybreaker_redis.contrib._settings import KEYS, registry_from
+from pybreaker_redis.contrib._answer import STATUS_UNAVAILABLE, rejection_response
+from pybreaker_redis.contrib._operator import COMMAND_ACTIONS, CommandRefusedError, run_command
+from pybreaker_redis.contrib._settings import CONFIG_KEYS, build_registry
 from pybreaker_redis.registry import BreakerRegistry
 
-with needs("flask"):
+with require_extra("flask"):
     import click
     from flask import Flask, Response, current_app, request
     from flask.cli import with_appcontext
@@ -24,13 +24,13 @@ with needs("flask"):
 
 #: What the keys of an application's configuration begin with, and what they may be.
 PREFIX = "PYBREAKER_"
-ALL_KEYS = tuple(PREFIX + key for key in ("URL", *KEYS))
+ALL_CONFIG_KEYS = tuple(PREFIX + key for key in ("URL", *CONFIG_KEYS))
 
 #: Under which name an application has its registry.
-EXTENSION = "pybreaker_redis"
+EXTENSION_NAME = "pybreaker_redis"
 
 
-class Breakers(_breakers.Breakers):
+class Breakers(_breakers.RegistryProxy):
     """The breakers of the application that is being served: one of these for any number of applications.
 
     An application configures them by ``PYBREAKER_URL``, ``PYBREAKER_PREFIX``, ``PYBREAKER_DEFAULTS``,
@@ -56,15 +56,17 @@ class Breakers(_breakers.Breakers):
             ValueError: The application's configuration is not right; the message says what.
         """
         given = {key: app.config[key] for key in app.config if key.startswith(PREFIX)}
-        if unknown := sorted(given.keys() - set(ALL_KEYS)):
-            raise ValueError(f"unknown in the configuration: {', '.join(unknown)}; there are {', '.join(ALL_KEYS)}")
+        if unknown := sorted(given.keys() - set(ALL_CONFIG_KEYS)):
+            raise ValueError(
+                f"unknown in the configuration: {', '.join(unknown)}; there are {', '.join(ALL_CONFIG_KEYS)}"
+            )
         settings = {key.removeprefix(PREFIX): value for key, value in given.items()}
         url = settings.get("URL")
         # An empty one is refused: it is that of a variable that the environment lacks, not a wish for no Redis.
-        app.extensions[EXTENSION] = registry_from(settings, self._redis if url is None else url)
+        app.extensions[EXTENSION_NAME] = build_registry(settings, self._redis if url is None else url)
         if CircuitBreakerError not in app.error_handler_spec[None][None]:
-            app.register_error_handler(CircuitBreakerError, _answer)
-        app.cli.add_command(_command)
+            app.register_error_handler(CircuitBreakerError, _handle_open_circuit)
+        app.cli.add_command(_breakers_command)
 
     @property
     def registry(self) -> BreakerRegistry:
@@ -74,43 +76,43 @@ class Breakers(_breakers.Breakers):
             RuntimeError: There is none, as outside of requests and ``app.app_context()``, or it has not been to
                 `init_app`.
         """
-        if EXTENSION not in current_app.extensions:
+        if EXTENSION_NAME not in current_app.extensions:
             raise RuntimeError(f"{current_app} has no breakers: call init_app(app)")
-        registry: BreakerRegistry = current_app.extensions[EXTENSION]
+        registry: BreakerRegistry = current_app.extensions[EXTENSION_NAME]
         return registry
 
 
-def _answer(error: CircuitBreakerError) -> Response:
-    answer = answer_to(error, request.headers.get("Accept", ""))
-    response = Response(answer.body, UNAVAILABLE, content_type=answer.content_type)
+def _handle_open_circuit(error: CircuitBreakerError) -> Response:
+    answer = rejection_response(error, request.headers.get("Accept", ""))
+    response = Response(answer.body, STATUS_UNAVAILABLE, content_type=answer.content_type)
     unavailable = ServiceUnavailable(retry_after=answer.retry_after)
     # The application's own page, if it has one; else it gives back what it was given.
     shown = current_app.handle_http_exception(unavailable)
     if shown is not unavailable:
         page = current_app.make_response(shown)
         # What is for whatever may be raised answers 500 to all that it does not know.
-        if page.status_code == UNAVAILABLE or _has_page():
+        if page.status_code == STATUS_UNAVAILABLE or _has_http_error_page():
             response = page
     response.headers.setdefault("Retry-After", str(answer.retry_after))
     return response
 
 
-def _has_page() -> bool:
+def _has_http_error_page() -> bool:
     """Whether the handler that Flask finds for 503 is one for answers, not one for all errors."""
     spec, places = current_app.error_handler_spec, (*request.blueprints, None)
     # In the order in which Flask looks for it.
-    maps = [spec[place][code] for code in (UNAVAILABLE, None) for place in places]
+    maps = [spec[place][code] for code in (STATUS_UNAVAILABLE, None) for place in places]
     kind = next((kind for known in maps for kind in ServiceUnavailable.__mro__ if kind in known), Exception)
     return issubclass(kind, HTTPException)
 
 
 @click.command("breakers")
-@click.argument("action", type=click.Choice(ACTIONS), default=ACTIONS[0])
+@click.argument("action", type=click.Choice(COMMAND_ACTIONS), default=COMMAND_ACTIONS[0])
 @click.argument("names", metavar="[CIRCUIT]...", nargs=-1)
 @with_appcontext
-def _command(action: str, names: tuple[str, ...]) -> None:
+def _breakers_command(action: str, names: tuple[str, ...]) -> None:
     """Shows the application's circuits, or opens, closes, half-opens or resets some of them."""
     try:
-        click.echo(operate(current_app.extensions[EXTENSION], action, names))
-    except OperatorRefused as error:
+        click.echo(run_command(current_app.extensions[EXTENSION_NAME], action, names))
+    except CommandRefusedError as error:
         raise click.ClickException(str(error)) from error

@@ -24,10 +24,10 @@
 --
 -- The reasons for these rules stand in _record.py and _lifetime.py, the rules themselves in both: keep them alike.
 
-local MAX_LEASE_MS = 24 * 3600 * 1000
-local MAX_COUNT = 10 ^ 12
-local MAX_NOISE_MS = 60 * 1000
-local COUNTS_MS = 1000
+local LEASE_MAX_MS = 24 * 3600 * 1000
+local COUNT_LIMIT = 10 ^ 12
+local NOISE_MAX_MS = 60 * 1000
+local TTL_RENEWAL_MARGIN_MS = 1000
 local BY_HAND = -1
 local FIELDS = {'generation', 'state', 'opened_at_ms', 'probe_token', 'probe_until_ms', 'noisy_until_ms',
                 'probe_lease_ms'}
@@ -49,18 +49,18 @@ end
 -- A number that can still be counted on from.
 local function count(raw)
   local number = whole(raw)
-  return number and number < MAX_COUNT and number or nil
+  return number and number < COUNT_LIMIT and number or nil
 end
 
 -- The length of a lease, ms; 0 if none is that long.
 local function lease(raw)
   local number = whole(raw) or 0
-  return number <= MAX_LEASE_MS and number or 0
+  return number <= LEASE_MAX_MS and number or 0
 end
 
 -- The next count or generation, so many times; the last is its own successor, so that it can be read again.
 local function after(number, times)
-  return math.min(number + (times or 1), MAX_COUNT - 1)
+  return math.min(number + (times or 1), COUNT_LIMIT - 1)
 end
 
 local function decimal(number)
@@ -206,12 +206,12 @@ local function believe()
     generation = ours and mark.generation or after(mark.generation),
     probe_token = probing and mark.probe_token or '',
     probe_until_ms = probing and mark.probe_until_ms or 0,
-    noisy_until_ms = mark.noisy_until_ms <= now + MAX_NOISE_MS and mark.noisy_until_ms or 0,
+    noisy_until_ms = mark.noisy_until_ms <= now + NOISE_MAX_MS and mark.noisy_until_ms or 0,
     probe_lease_ms = probing and mark.probe_lease_ms or 0,
   }
   -- More than its length is left of a lease only if the clock was set back.
   local length = circuit.probe_lease_ms
-  if circuit.probe_until_ms > now + (length > 0 and length or MAX_LEASE_MS) then
+  if circuit.probe_until_ms > now + (length > 0 and length or LEASE_MAX_MS) then
     circuit.probe_until_ms = length > 0 and now + length or 0
   end
   return event ~= '' and event or repairs(future or backward)
@@ -220,11 +220,11 @@ end
 -- All five end together: what is left of a circuit without the rest would be taken for damage.
 local function keep(moved, counted, looks)
   if ttl == 0 or not (moved or counted or looks) then return end
-  local lifetime = circuit.state == 'closed' and ttl or math.max(ttl, MAX_LEASE_MS)
+  local lifetime = circuit.state == 'closed' and ttl or math.max(ttl, LEASE_MAX_MS)
   local left = redis.call('PTTL', KEYS[1])
   -- Everybody who tracks a key is told of its new TTL, so counts renew those of the others once a second only.
   if moved or (counted and left < lifetime) or (looks and left == -1) then
-    local at = decimal(now + lifetime + COUNTS_MS)
+    local at = decimal(now + lifetime + TTL_RENEWAL_MARGIN_MS)
     for i = 1, 5 do redis.call('PEXPIREAT', KEYS[i], at) end
   end
 end

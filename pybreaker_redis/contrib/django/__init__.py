@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pybreaker_redis._extras import needs
+from pybreaker_redis._extras import require_extra
 
-with needs("django"):
+with require_extra("django"):
     from pybreaker_redis.contrib.django.registry import breakers
 
 __all__ = ("breakers",)

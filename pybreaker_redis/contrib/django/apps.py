@@ -11,7 +11,7 @@ from django.apps import AppConfig
 from django.core import checks
 from django.core.signals import setting_changed
 
-from pybreaker_redis.contrib.django.registry import breakers, problems
+from pybreaker_redis.contrib.django.registry import breakers, configuration_problems
 
 
 class PybreakerConfig(AppConfig):
@@ -24,9 +24,9 @@ class PybreakerConfig(AppConfig):
     def ready(self) -> None:
         """Check settings when asked, follow them when tests change them; nothing is sent."""
         checks.register(check_settings, "pybreaker_redis")
-        setting_changed.connect(breakers.forget, dispatch_uid="pybreaker_redis")
+        setting_changed.connect(breakers.reset_on_setting_change, dispatch_uid="pybreaker_redis")
 
 
 def check_settings(**_: Any) -> list[checks.CheckMessage]:
     """What ``manage.py check`` says about ``PYBREAKER``."""
-    return list(problems())
+    return list(configuration_problems())

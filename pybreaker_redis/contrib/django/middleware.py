@@ -13,7 +13,7 @@ from django.utils.deprecation import MiddlewareMixin
 from django.utils.log import log_response
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis.contrib._answer import UNAVAILABLE, answer_to
+from pybreaker_redis.contrib._answer import STATUS_UNAVAILABLE, rejection_response
 
 
 class CircuitBreakerMiddleware(MiddlewareMixin):
@@ -26,12 +26,12 @@ class CircuitBreakerMiddleware(MiddlewareMixin):
         """The answer, if the exception is a circuit's."""
         if not isinstance(exception, CircuitBreakerError):
             return None
-        answer = answer_to(exception, request.headers.get("Accept", ""))
-        response = HttpResponse(answer.body, answer.content_type, UNAVAILABLE)
+        answer = rejection_response(exception, request.headers.get("Accept", ""))
+        response = HttpResponse(answer.body, answer.content_type, STATUS_UNAVAILABLE)
         if answer.content_type.startswith("text/"):
             with contextlib.suppress(TemplateDoesNotExist):
                 page = loader.render_to_string("503.html", {"retry_after": answer.retry_after}, request)
-                response = HttpResponse(page, status=UNAVAILABLE)
+                response = HttpResponse(page, status=STATUS_UNAVAILABLE)
         response["Retry-After"] = str(answer.retry_after)
         # Else Django logs an error, and so writes a mail to each of ADMINS, for each request.
         said = (response.reason_phrase, request.path)

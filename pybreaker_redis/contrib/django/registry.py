@@ -18,18 +18,18 @@ from django.core.cache.backends.redis import RedisCache
 from django.core.exceptions import ImproperlyConfigured
 
 from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis.contrib._breakers import Breakers
-from pybreaker_redis.contrib._settings import KEYS, registry_from
+from pybreaker_redis.contrib._breakers import RegistryProxy
+from pybreaker_redis.contrib._settings import CONFIG_KEYS, build_registry
 from pybreaker_redis.registry import BreakerRegistry
 
 #: The keys of ``PYBREAKER``.
-ALL_KEYS = ("CACHE", "URL", *KEYS)
+ALL_CONFIG_KEYS = ("CACHE", "URL", *CONFIG_KEYS)
 
 #: Caches that live in one process.
-LOCAL = (LocMemCache, DummyCache)
+PROCESS_LOCAL_CACHES = (LocMemCache, DummyCache)
 
 
-class DjangoBreakers(Breakers):
+class DjangoBreakers(RegistryProxy):
     """The breakers of ``settings.PYBREAKER``, made when they are first asked for and anew when the settings change."""
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ class DjangoBreakers(Breakers):
         if (registry := self._registry) is None:
             with self._lock:
                 # One without breakers counts as false.
-                registry = self._registry = _made() if self._registry is None else self._registry
+                registry = self._registry = _create_registry() if self._registry is None else self._registry
         return registry
 
-    def forget(self, *, setting: str, **_: Any) -> None:
+    def reset_on_setting_change(self, *, setting: str, **_: Any) -> None:
         """Settings have changed: begin anew."""
         if setting in ("PYBREAKER", "CACHES") and (registry := self._registry) is not None:
             self._registry = None
@@ -66,58 +66,60 @@ class DjangoBreakers(Breakers):
 breakers = DjangoBreakers()
 
 
-def problems() -> Iterator[checks.CheckMessage]:
+def configuration_problems() -> Iterator[checks.CheckMessage]:
     """What is wrong with the settings, as far as it shows before listeners are made; nothing is sent."""
-    given = _given()
+    given = _read_settings()
     if not isinstance(given, Mapping):
-        yield _wrong(1, "PYBREAKER is no dictionary.", f"Its keys are {', '.join(ALL_KEYS)}.")
+        yield _error(1, "PYBREAKER is no dictionary.", f"Its keys are {', '.join(ALL_CONFIG_KEYS)}.")
         return
-    for key in sorted(given.keys() - set(ALL_KEYS), key=str):
-        yield _wrong(2, f"PYBREAKER has an unknown key {key!r}.", f"Its keys are {', '.join(ALL_KEYS)}.")
+    for key in sorted(given.keys() - set(ALL_CONFIG_KEYS), key=str):
+        yield _error(2, f"PYBREAKER has an unknown key {key!r}.", f"Its keys are {', '.join(ALL_CONFIG_KEYS)}.")
     alias = given.get("CACHE")
     if alias and given.get("URL"):
-        yield _wrong(3, "PYBREAKER has both CACHE and URL.", "Leave one of them out.")
+        yield _error(3, "PYBREAKER has both CACHE and URL.", "Leave one of them out.")
     elif alias and alias not in settings.CACHES:
-        yield _wrong(4, f"PYBREAKER['CACHE'] is {alias!r}.", f"CACHES has {', '.join(settings.CACHES)}.")
-    elif alias and not (isinstance(caches[alias], (RedisCache, *LOCAL)) or hasattr(caches[alias], "client")):
+        yield _error(4, f"PYBREAKER['CACHE'] is {alias!r}.", f"CACHES has {', '.join(settings.CACHES)}.")
+    elif alias and not (
+        isinstance(caches[alias], (RedisCache, *PROCESS_LOCAL_CACHES)) or hasattr(caches[alias], "client")
+    ):
         hint = "Name one of django-redis or of Django's own RedisCache, or give a URL."
-        yield _wrong(5, f"PYBREAKER['CACHE'] is {alias!r}, which is not in Redis.", hint)
+        yield _error(5, f"PYBREAKER['CACHE'] is {alias!r}, which is not in Redis.", hint)
     elif alias and any(kind.__name__ == "ShardClient" for kind in type(getattr(caches[alias], "client", 0)).__mro__):
         # django-redis spreads keys over several servers by it, and has no client of a single one then.
-        yield _wrong(7, f"PYBREAKER['CACHE'] is {alias!r}, a ShardClient.", "A circuit has one server: give its URL.")
+        yield _error(7, f"PYBREAKER['CACHE'] is {alias!r}, a ShardClient.", "A circuit has one server: give its URL.")
     else:
-        if (redis := _redis(given)) is None:
+        if (redis := _redis_source(given)) is None:
             hint = "That is for tests, and for a single process; else name a Redis by PYBREAKER['CACHE'] or ['URL']."
             yield checks.Warning("Every process has circuits of its own.", hint=hint, id="pybreaker_redis.W001")
         try:
-            registry_from(given, redis, listening=False)
+            build_registry(given, redis, create_listeners=False)
         except ValueError as error:
-            yield _wrong(6, f"PYBREAKER: {error}.", "The README says what there is, and in what range.")
+            yield _error(6, f"PYBREAKER: {error}.", "The README says what there is, and in what range.")
 
 
-def _wrong(number: int, message: str, hint: str) -> checks.CheckMessage:
+def _error(number: int, message: str, hint: str) -> checks.CheckMessage:
     return checks.Error(message, hint=hint, id=f"pybreaker_redis.E{number:03}")
 
 
-def _made() -> BreakerRegistry:
-    for problem in problems():
+def _create_registry() -> BreakerRegistry:
+    for problem in configuration_problems():
         if problem.is_serious():
             raise ImproperlyConfigured(f"{problem.msg} {problem.hint}")
     try:
-        return registry_from(_given(), _redis(_given()))
+        return build_registry(_read_settings(), _redis_source(_read_settings()))
     except ValueError as error:
         raise ImproperlyConfigured(f"PYBREAKER: {error}.") from error
 
 
-def _given() -> Any:
+def _read_settings() -> Any:
     return getattr(settings, "PYBREAKER", {})
 
 
-def _redis(given: Mapping[str, Any]) -> Any:
+def _redis_source(given: Mapping[str, Any]) -> Any:
     alias = given.get("CACHE")
     if not alias:
         return given.get("URL")
-    return None if isinstance(caches[alias], LOCAL) else lambda: _client(caches[alias])
+    return None if isinstance(caches[alias], PROCESS_LOCAL_CACHES) else lambda: _client(caches[alias])
 
 
 def _client(cache: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis.contrib._answer import DETAIL, UNAVAILABLE, seconds_until
+from pybreaker_redis.contrib._answer import DETAIL_TEXT, STATUS_UNAVAILABLE, retry_after_header
 
 
 def exception_handler(error: Exception, context: dict[str, Any]) -> Any:
@@ -17,9 +17,9 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Any:
     from rest_framework import exceptions, views
 
     if isinstance(error, CircuitBreakerError):
-        unavailable = exceptions.APIException(DETAIL, code="service_unavailable")
-        unavailable.status_code = UNAVAILABLE
+        unavailable = exceptions.APIException(DETAIL_TEXT, code="service_unavailable")
+        unavailable.status_code = STATUS_UNAVAILABLE
         # The framework makes the header of it.
-        unavailable.wait = seconds_until(error)
+        unavailable.wait = retry_after_header(error)
         error = unavailable
     return views.exception_handler(error, context)

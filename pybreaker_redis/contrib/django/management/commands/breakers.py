@@ -9,7 +9,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from pybreaker_redis.contrib._operator import ACTIONS, OperatorRefused, operate
+from pybreaker_redis.contrib._operator import COMMAND_ACTIONS, CommandRefusedError, run_command
 from pybreaker_redis.contrib.django import breakers
 
 
@@ -20,12 +20,12 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """What to do, and with which circuits."""
-        parser.add_argument("action", nargs="?", default=ACTIONS[0], choices=ACTIONS)
+        parser.add_argument("action", nargs="?", default=COMMAND_ACTIONS[0], choices=COMMAND_ACTIONS)
         parser.add_argument("names", nargs="*", metavar="circuit")
 
     def handle(self, *_: Any, action: str, names: list[str], **options: Any) -> str:
         """Do it, and print how the circuits are then."""
         try:
-            return operate(breakers.registry, action, names)
-        except OperatorRefused as error:
+            return run_command(breakers.registry, action, names)
+        except CommandRefusedError as error:
             raise CommandError(str(error)) from error
