@@ -1,0 +1,1 @@
+"""Inference of what an unmodified pybreaker breaker asks for."""

@@ -1,0 +1,1 @@
+"""Circuits of this process: shared, local, reconciled, operated in bulk."""

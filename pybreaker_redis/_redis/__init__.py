@@ -1,0 +1,1 @@
+"""Access to Redis and Valkey: endpoints, pools, deadlines, errors, keys, locations."""

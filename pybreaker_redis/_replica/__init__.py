@@ -1,0 +1,1 @@
+"""The local replica of circuits: views and the listener that keeps them current."""

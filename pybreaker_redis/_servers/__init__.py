@@ -1,0 +1,1 @@
+"""One object for each server of this process: availability and retries."""

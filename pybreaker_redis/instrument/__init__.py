@@ -1,0 +1,1 @@
+"""Subscribers that log and count what circuits do."""

@@ -1,0 +1,1 @@
+"""Registry of an application's breakers: names, settings, decorator."""

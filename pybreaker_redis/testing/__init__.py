@@ -1,0 +1,1 @@
+"""Tools for tests of guarded code; nothing here needs Redis."""

@@ -1,0 +1,1 @@
+"""Tests of frameworks, instruments and the command line."""

@@ -1,0 +1,1 @@
+"""Tests with fleets of processes."""
