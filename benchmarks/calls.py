@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.contenders import NEVER, Contender, Guard, Terms
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.testing.servers import PrivateServer
 
 Action = Literal["success", "rejected", "failure"]
 ACTIONS: tuple[Action, ...] = ("success", "rejected", "failure")

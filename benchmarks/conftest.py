@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import contenders
-from pybreaker_redis._demo.server import PrivateServer
-from tests import servers
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import servers
 
 #: Whose versions are said: what is measured, and what it runs on.
 PACKAGES = ("pybreaker", "pybreaker_redis", "redis", "interlock-cb", "nopanic-redis", "aiobreaker", "lasier")

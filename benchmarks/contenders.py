@@ -19,7 +19,7 @@ from typing import Any
 import pybreaker
 
 import pybreaker_redis
-from tests.fleet import Make
+from tests.support.fleet import Make
 
 #: A `Terms.fail_max` that nothing reaches.
 NEVER = 10**9
@@ -221,7 +221,7 @@ def lasier_redis(terms: Terms, client: Any) -> Guard:
 #: The one that all others are compared with.
 REFERENCE = Contender("pybreaker, memory", False, pybreaker_memory, "pybreaker")
 
-#: The storages of `tests.fleet`, and how the tables call them.
+#: The storages of `tests.support.fleet`, and how the tables call them.
 STORAGES: dict[Make, str] = {"stock": "pybreaker", "ours": "pybreaker_redis"}
 
 #: In the order of the tables.

@@ -17,9 +17,9 @@ import matplotlib as mpl
 import pybreaker
 
 from benchmarks.contenders import STORAGES
-from pybreaker_redis._demo.server import PrivateServer
-from tests.fleet import DependencyDown, Fleet, Make, Spec, Worker
-from tests.servers import at_hand
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.fleet import DependencyDown, Fleet, Make, Spec, Worker
+from tests.support.servers import at_hand
 
 #: Processes that share the circuit.
 WORKERS = 4

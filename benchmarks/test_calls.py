@@ -12,7 +12,7 @@ import pytest
 from benchmarks.calls import ACTIONS, Action, Entrant, Race, entrant
 from benchmarks.contenders import REFERENCE, at_hand
 from benchmarks.figures import Spread, short, table
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.testing.servers import PrivateServer
 
 
 @pytest.mark.parametrize("threads", [1, 8], ids=["one-thread", "eight-threads"])

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from benchmarks.contenders import STORAGES
 from benchmarks.figures import percentile, short, table
-from pybreaker_redis._demo.server import PrivateServer
-from tests.fleet import Fleet, Make, Spec, Worker
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.fleet import Fleet, Make, Spec, Worker
 
 #: Processes that look.
 OBSERVERS = 4

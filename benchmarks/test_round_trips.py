@@ -12,8 +12,8 @@ from typing import TypeVar
 from benchmarks.calls import ACTIONS, Down, Entrant, Unexpected, down, entrant, guard_of, settle, up
 from benchmarks.contenders import Contender, at_hand
 from benchmarks.figures import percentile, table
-from pybreaker_redis._demo.server import PrivateServer
-from tests.test_round_trips import Meter
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.round_trips import Meter
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import redis
 
 from benchmarks.contenders import NEVER, STORAGES
 from benchmarks.figures import short, table
-from pybreaker_redis._demo.server import PrivateServer
-from tests.fleet import DependencyDown, Fleet, Make, Spec, Worker, make_storage
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.fleet import DependencyDown, Fleet, Make, Spec, Worker, make_storage
 
 #: Processes, each of which stands for many.
 HOSTS = 5

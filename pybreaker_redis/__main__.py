@@ -2,56 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import TYPE_CHECKING
 
-from pybreaker_redis import __version__
-from pybreaker_redis._demo.play import play
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-#: Seconds that may be asked for: shorter than this nothing can be seen, longer nobody watches.
-DEMO_SECONDS_MIN, DEMO_SECONDS_MAX = 2.0, 600.0
-
-SECONDS_HELP = "how long, roughly, and no less than it takes to see it all, about 9 (default: %(default)g)"
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not DEMO_SECONDS_MIN <= seconds <= DEMO_SECONDS_MAX:
-        raise argparse.ArgumentTypeError(f"must be between {DEMO_SECONDS_MIN:g} and {DEMO_SECONDS_MAX:g}, not {text}")
-    return seconds
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name; without one, explain.
-
-    Args:
-        arguments: Those of the process if not given.
-
-    Returns:
-        The exit code.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m pybreaker_redis", description="One circuit breaker for many processes, on Redis or Valkey."
-    )
-    parser.add_argument("--version", action="version", version=f"pybreaker_redis {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands")
-    demo = commands.add_parser(
-        "demo",
-        help="three real worker processes share a circuit while their dependency dies, hangs and comes back",
-        epilog="Plays on a private server, which it starts and ends; PYBREAKER_REDIS_URL names another one.",
-    )
-    demo.add_argument("--seconds", type=_seconds, default=22.0, help=SECONDS_HELP)
-    demo.add_argument("--plain", action="store_true", help="plain lines instead of a live table")
-    options = parser.parse_args(arguments)
-    if options.command == "demo":
-        return play(seconds=options.seconds, plain=options.plain)
-    parser.print_help()
-    return 0
-
+from pybreaker_redis.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,43 +8,22 @@ carry what they say as a dictionary, too, in the attribute ``pybreaker_redis``.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pybreaker_redis._bulletin import LOSS_WINDOW_S
-from pybreaker_redis._carrier import MissingFeature
-from pybreaker_redis._client import command_wait_limit
-from pybreaker_redis._clock import monotonic
-from pybreaker_redis._guard import ErrorKind, Outage, error_kind
-from pybreaker_redis._outside import calls_user_code, suppress_errors
-from pybreaker_redis._secrets import describe_error, mask_text
+from pybreaker_redis._redis.classify import ErrorKind, MissingFeature
+from pybreaker_redis._redis.endpoint import command_wait_limit
+from pybreaker_redis._runtime.logger import LOSS_WINDOW_S, _say
+from pybreaker_redis._runtime.redaction import mask_text
+from pybreaker_redis._servers.availability import Outage
 
 #: Seconds for which a client may make a guarded call wait without being told of.
 CLIENT_WAIT_WARNING_S = 1.0
 
-#: Seconds between two log lines of one kind about one server.
-REPEAT_WINDOW_S = 60.0
 
 _logger = logging.getLogger("pybreaker_redis")
-
-
-class RepeatThrottle:
-    """Limit on log lines of one kind about one server: one within `REPEAT_WINDOW_S`; the others are counted."""
-
-    def __init__(self) -> None:
-        self._next_at = 0.0
-        self._left_out = 0
-
-    def admit_line(self) -> str | None:
-        """Return what the line has to add, the number of lines left out before it; ``None``: leave this one out."""
-        if monotonic() < self._next_at:
-            self._left_out += 1
-            return None
-        left_out, self._left_out, self._next_at = self._left_out, 0, monotonic() + REPEAT_WINDOW_S
-        return f"; {left_out} more like this since the last such line" if left_out else ""
 
 
 def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, besides: int, more: int) -> None:
@@ -295,26 +274,8 @@ def unheard(what: str, reason: object, left_out: str = "") -> None:
     )
 
 
-@contextlib.contextmanager
-def suppress_except(*meanings: ErrorKind) -> Iterator[None]:
-    """Errors of these meanings are the server's; all others are a single circuit's, and no more than said here."""
-    try:
-        yield
-    except Exception as error:
-        if error_kind(error) in meanings:
-            raise
-        detail("not brought back: %s", describe_error(error))
-
-
 def detail(message: str, *arguments: object) -> None:
     """What helps whoever looks for a cause, and nobody else."""
     # In the log of a level that few read, and of no less interest to those who should not.
     said = (mask_text(item) if isinstance(item, BaseException | str) else item for item in arguments)
     _say(logging.DEBUG, message, *said)
-
-
-@calls_user_code
-def _say(level: int, message: str, *arguments: object, logger: logging.Logger = _logger, **words: Any) -> None:
-    # What a handler raises is for nobody who makes a call, nor for those who keep circuits going.
-    with suppress_errors():
-        logger.log(level, message, *arguments, **words)

@@ -5,60 +5,17 @@ Knows: the model, a lock.  Does not know: Redis.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pybreaker_redis import _frames
-from pybreaker_redis._arguments import check_state
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit, new_circuit
-from pybreaker_redis._clock import AssignedMs, wall_clock_ms
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._intents import Decision, Intent, Load
-from pybreaker_redis._operated import OperatedStorage
-from pybreaker_redis._shortcut import FastPath
-
-
-class MemoryEngine:
-    """The model behind a lock.
-
-    Args:
-        circuit: How it begins.
-        clock: Milliseconds since the epoch.
-        fast_path: To be kept true.
-        event: What is said of it in the first answer.
-    """
-
-    def __init__(
-        self,
-        circuit: Circuit,
-        clock: Callable[[], float] = wall_clock_ms,
-        fast_path: FastPath | None = None,
-        event: str = "created",
-    ) -> None:
-        self._lock = threading.RLock()
-        self._clock = clock
-        self._circuit = circuit
-        self._event = event
-        self._shortcut = fast_path or FastPath()
-        renew_in_children(self)
-
-    def after_fork(self) -> None:
-        """In a child: nobody holds the lock there."""
-        self._lock = threading.RLock()
-
-    def execute(self, intent: Intent, known: Circuit | None = None, state_if_missing: str = "") -> Reply:
-        """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
-        with self._lock:
-            now = self._clock()
-            # The local clock may have been set back.
-            decision = intent.apply(self._circuit.with_bounded_lease(now), now)
-            circuit = self._circuit = decision.circuit
-            self._shortcut.follow(circuit, quiet=circuit.fail_counter == 0)
-            event, self._event = self._event, ""
-            return Reply(decision.accepted, circuit, now, event)
+from pybreaker_redis._adapter import callsite
+from pybreaker_redis._adapter.operated import OperatedStorage
+from pybreaker_redis._engines.memory import MemoryEngine
+from pybreaker_redis._model.circuit import Circuit, new_circuit
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.intents import Decision, Intent, Load, Reply
+from pybreaker_redis._runtime.clock import AssignedMs, wall_clock_ms
+from pybreaker_redis._runtime.validation import check_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +78,7 @@ class CircuitMemoryStorage(OperatedStorage):
         return _SetAnyOpenedAt(at and AssignedMs.of(at))
 
     def _read_opened_at(self, at_ms: float) -> Any:
-        if isinstance(at_ms, AssignedMs) and _frames.caller_code() is not _frames.CHECKS_TIMEOUT:
+        if isinstance(at_ms, AssignedMs) and callsite.caller_code() is not callsite.CHECKS_TIMEOUT:
             return at_ms.assigned
         # pybreaker compares with an aware time, which a naive one cannot be.
         return super()._read_opened_at(at_ms)

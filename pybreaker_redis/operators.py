@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerState, CircuitBreakerStorage
 
-from pybreaker_redis._circuit import OPEN
-from pybreaker_redis._clock import ms_from_utc, wall_clock_ms
-from pybreaker_redis._frames import COMPARES_FAILURES, PROBE_FAILED, is_own_transition
-from pybreaker_redis._operated import OperatedStorage
+from pybreaker_redis._adapter.callsite import COMPARES_FAILURES, PROBE_FAILED, is_own_transition
+from pybreaker_redis._adapter.operated import OperatedStorage
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN
+from pybreaker_redis._model.intents import Close, Intent, RecordSuccess, ResetProbes, SetState, Trip
+from pybreaker_redis._runtime.clock import ms_from_utc, wall_clock_ms
 
 
 def storage_of(breaker: CircuitBreaker) -> CircuitBreakerStorage:
@@ -71,3 +72,16 @@ def retry_after(breaker_or_error: CircuitBreaker | CircuitBreakerError) -> float
     if storage.state != OPEN or not (opened_at := storage.opened_at):
         return 0.0
     return max(0.0, (ms_from_utc(opened_at) - wall_clock_ms()) / 1000 + breaker.reset_timeout)
+
+
+#: What puts a circuit into a state.  Who half-opens it has no right to the trial: an operator's process is rarely the
+#: one that calls.
+COMMANDS_FOR_STATE: dict[str, tuple[Intent, ...]] = {
+    OPEN: (Trip(None, ""),),
+    CLOSED: (Close(None, ""),),
+    HALF_OPEN: (ResetProbes(), SetState(HALF_OPEN)),
+}
+
+
+#: What forgets the counts of a circuit, and leaves its state.
+COMMANDS_FOR_RESET: tuple[Intent, ...] = (RecordSuccess(None, ""), ResetProbes())

@@ -11,8 +11,22 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any, TypeVar
 
-from pybreaker_redis import _frames
-from pybreaker_redis._arguments import (
+from pybreaker_redis._adapter import callsite
+from pybreaker_redis._adapter.call_context import CallContext
+from pybreaker_redis._adapter.operated import OperatedStorage
+from pybreaker_redis._circuits.bulk import read_for_operator
+from pybreaker_redis._circuits.failover import Failover
+from pybreaker_redis._circuits.probes import PROBE_TOKENS
+from pybreaker_redis._circuits.source import client_source
+from pybreaker_redis._model.circuit import Circuit
+from pybreaker_redis._model.intents import Intent, Load, Reply, ResetProbes, SetOpenedAt, SetState
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.keys import KEY_BASE
+from pybreaker_redis._redis.locator import CircuitLocator
+from pybreaker_redis._redis.url import client_source_from_url
+from pybreaker_redis._replica.view import View
+from pybreaker_redis._runtime.interruption import suppress_errors
+from pybreaker_redis._runtime.validation import (
     check_bool,
     check_fallback,
     check_state,
@@ -21,23 +35,8 @@ from pybreaker_redis._arguments import (
     checked_namespace,
     checked_timeout,
     checked_ttl_ms,
-    client_source,
 )
-from pybreaker_redis._caller import CallContext
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._intents import Intent, Load, ResetProbes, SetOpenedAt, SetState
-from pybreaker_redis._keys import KEY_BASE
-from pybreaker_redis._operated import OperatedStorage
-from pybreaker_redis._outside import suppress_errors
-from pybreaker_redis._probes import PROBE_TOKENS
-from pybreaker_redis._survey import read_for_operator
-from pybreaker_redis._tenancy import Failover
-from pybreaker_redis._twins import SettingsCheck
-from pybreaker_redis._urls import client_source_from_url
-from pybreaker_redis._view import View
-from pybreaker_redis._whereabouts import CircuitLocator
+from pybreaker_redis._servers.settings_check import SettingsCheck
 from pybreaker_redis.health import Health
 
 _Storage = TypeVar("_Storage", bound="CircuitRedisStorage")
@@ -214,7 +213,7 @@ class CircuitRedisStorage(OperatedStorage):
             return super().retry_after(reset_timeout)
 
     def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
-        if _frames.caller_code() is breakers:
+        if callsite.caller_code() is breakers:
             return super()._count(breakers, read)
         # Somebody looks, be it every second.
         with self._callers.current().asks_apart():
@@ -225,7 +224,7 @@ class CircuitRedisStorage(OperatedStorage):
             with caller.asks_apart():
                 return self._execute_for(caller)
         # Once an open circuit's timeout is over, pybreaker calls a second time within the call: that is no new one.
-        if not (caller.waited and _frames.frame_among(_frames.CHECKS_TIMEOUT)):
+        if not (caller.waited and callsite.frame_among(callsite.CHECKS_TIMEOUT)):
             caller.begins()
         return self._execute_for(caller)
 

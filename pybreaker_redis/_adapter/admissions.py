@@ -18,10 +18,7 @@ from typing import Any
 
 from pybreaker import CircuitBreaker
 
-from pybreaker_redis._circuit import Admission
-
-#: Of operators, tests, and users of a storage without a breaker.
-BY_HAND = Admission(None)
+from pybreaker_redis._model.circuit import Admission
 
 _ATTRIBUTE = "_pybreaker_redis_ticket"
 

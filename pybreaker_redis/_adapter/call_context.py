@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NamedTuple
 
-from pybreaker_redis._admissions import BY_HAND
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import HALF_OPEN, OPEN, Admission, Circuit
-from pybreaker_redis._clock import monotonic
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._probes import PROBE_TOKENS
+from pybreaker_redis._circuits.probes import PROBE_TOKENS
+from pybreaker_redis._model.circuit import BY_HAND, HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._model.intents import Reply
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._runtime.clock import monotonic
 
 #: Tokens of the probes that were claimed last in the running context: tasks share a thread, and each has its context.
 #: One variable for all storages, since a variable is never freed.

@@ -28,7 +28,7 @@ any                         anybody else                             by hand: li
 ==========================  =======================================  ================================================
 
 Trip, claim, close and half-open are committed before pybreaker runs its listeners: it builds the new state object, and
-so tells them, before it assigns `storage.state`.  In steady state nobody is asked anything: `_shortcut.py`.
+so tells them, before it assigns `storage.state`.  In steady state nobody is asked anything: `_model/fast_path.py`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,11 @@ from typing import cast
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis import _frames
-from pybreaker_redis._admissions import BY_HAND
-from pybreaker_redis._arguments import format_value
-from pybreaker_redis._caller import CallContext, CountedReport
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import COUNT_LIMIT, HALF_OPEN, OPEN, Admission, Circuit
-from pybreaker_redis._clock import ms_from_utc, utc_from_ms
-from pybreaker_redis._gate import PROBE_TAKEN_MESSAGE, StateReads
-from pybreaker_redis._intents import (
+from pybreaker_redis._adapter import callsite
+from pybreaker_redis._adapter.call_context import CallContext, CountedReport
+from pybreaker_redis._adapter.state_reads import PROBE_TAKEN_MESSAGE, StateReads
+from pybreaker_redis._model.circuit import BY_HAND, COUNT_LIMIT, HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._model.intents import (
     Close,
     CountProbe,
     FencedIntent,
@@ -57,11 +53,14 @@ from pybreaker_redis._intents import (
     Load,
     RecordFailure,
     RecordSuccess,
+    Reply,
     ResetProbes,
     SetOpenedAt,
     SetState,
     Trip,
 )
+from pybreaker_redis._runtime.clock import ms_from_utc, utc_from_ms
+from pybreaker_redis._runtime.validation import format_value
 
 
 class InferringStorage(StateReads):
@@ -72,8 +71,8 @@ class InferringStorage(StateReads):
 
     def increment_counter(self) -> None:
         """Count a failure."""
-        caller, frame = self._callers.current(), _frames.calling_frame()
-        if frame is None or frame.f_code is not _frames.REPORTS_FAILURE:
+        caller, frame = self._callers.current(), callsite.calling_frame()
+        if frame is None or frame.f_code is not callsite.REPORTS_FAILURE:
             self._execute_for(caller, RecordFailure(*BY_HAND))
             return
         admission = self._admission_of(caller, frame)
@@ -85,18 +84,18 @@ class InferringStorage(StateReads):
         # Where there is nothing to forget, a success changes nothing, however late it comes.
         if self._tagged is fast_path.quiet_admission and fast_path.now() < fast_path.trusted_until:
             return
-        caller, frame = self._callers.current(), _frames.calling_frame()
-        if frame is None or frame.f_code not in (_frames.REPORTS_SUCCESS, _frames.BUILDS_CLOSED):
+        caller, frame = self._callers.current(), callsite.calling_frame()
+        if frame is None or frame.f_code not in (callsite.REPORTS_SUCCESS, callsite.BUILDS_CLOSED):
             self._execute_for(caller, RecordSuccess(*BY_HAND))
-        elif frame.f_code is _frames.REPORTS_SUCCESS:
+        elif frame.f_code is callsite.REPORTS_SUCCESS:
             self._execute_for(caller, RecordSuccess(*self._admission_of(caller, frame)))
         else:
             self._tag_new_state(caller, frame)
 
     def increment_success_counter(self) -> None:
         """Count a success while half-open."""
-        caller, frame = self._callers.current(), _frames.calling_frame()
-        if frame is None or frame.f_code is not _frames.COUNTS_PROBE:
+        caller, frame = self._callers.current(), callsite.calling_frame()
+        if frame is None or frame.f_code is not callsite.COUNTS_PROBE:
             self._execute_for(caller, CountProbe(*BY_HAND, self._lease_ms))
             return
         state = frame.f_locals["self"]
@@ -115,24 +114,24 @@ class InferringStorage(StateReads):
         Raises:
             pybreaker.CircuitBreakerError: This was the way into half-open, and somebody else has the probe.
         """
-        caller, frame = self._callers.current(), _frames.calling_frame()
+        caller, frame = self._callers.current(), callsite.calling_frame()
         caller_code = frame.f_code if frame else None
-        if caller_code is _frames.CLOSES:
+        if caller_code is callsite.CLOSES:
             # The closed state that is built next needs a ticket, even if the circuit was closed.
             self._tagged = BY_HAND
-            probed = _frames.frame_among(_frames.COUNTS_PROBE)
+            probed = callsite.frame_among(callsite.COUNTS_PROBE)
             self._execute_for(caller, Close(*(self._admission_of(caller, probed) if probed else BY_HAND)))
-        elif frame is not None and caller_code is _frames.BUILDS_OPEN:
-            if _frames.frame_among(_frames.OPENS):
+        elif frame is not None and caller_code is callsite.BUILDS_OPEN:
+            if callsite.frame_among(callsite.OPENS):
                 fence, caller.trip_admission = caller.trip_admission, BY_HAND
                 self._execute_for(caller, Trip(*fence))
             self._tag_new_state(caller, frame)
-        elif frame is not None and caller_code is _frames.BUILDS_HALF_OPEN:
-            claims = _frames.frame_among(_frames.CHECKS_TIMEOUT) is not None
+        elif frame is not None and caller_code is callsite.BUILDS_HALF_OPEN:
+            claims = callsite.frame_among(callsite.CHECKS_TIMEOUT) is not None
             if claims:
                 if not self._claim_probe(caller, caller.seen_open).accepted:
                     raise CircuitBreakerError(PROBE_TAKEN_MESSAGE)
-            elif _frames.frame_among(_frames.HALF_OPENS):
+            elif callsite.frame_among(callsite.HALF_OPENS):
                 self._execute_for(caller, ResetProbes())
                 self._execute_for(caller, SetState(HALF_OPEN))
             self._tag_new_state(caller, frame, claims=claims)
@@ -142,12 +141,12 @@ class InferringStorage(StateReads):
     @property
     def counter(self) -> int:
         """Consecutive failures; to the breaker that compares with `fail_max`, the count that its own failure made."""
-        return self._count(_frames.COMPARES_FAILURES, lambda circuit: circuit.fail_counter)
+        return self._count(callsite.COMPARES_FAILURES, lambda circuit: circuit.fail_counter)
 
     @property
     def success_counter(self) -> int:
         """Consecutive successes while half-open; to the breaker that has just counted one, the count that it made."""
-        return self._count(_frames.COUNTS_PROBE, lambda circuit: circuit.success_counter)
+        return self._count(callsite.COUNTS_PROBE, lambda circuit: circuit.success_counter)
 
     @property
     def opened_at(self) -> datetime | None:
@@ -158,7 +157,9 @@ class InferringStorage(StateReads):
         caller = self._callers.current()
         rejected, caller.rejected_reply = caller.rejected_reply, None
         # The call that is about to be rejected has just looked: one look is enough for both of its questions.
-        reply = rejected if rejected and _frames.caller_code() is _frames.CHECKS_TIMEOUT else self._execute_for(caller)
+        reply = (
+            rejected if rejected and callsite.caller_code() is callsite.CHECKS_TIMEOUT else self._execute_for(caller)
+        )
         circuit = reply.circuit
         # Right before it claims the probe, whoever claims it reads this.
         caller.seen_open = circuit
@@ -170,11 +171,11 @@ class InferringStorage(StateReads):
     @opened_at.setter
     def opened_at(self, at: datetime | None) -> None:
         caller = self._callers.current()
-        if _frames.caller_code() is not _frames.OPENS:
+        if callsite.caller_code() is not callsite.OPENS:
             self._execute_for(caller, self._say_opened_at(at))
             return
-        failed = _frames.frame_among(_frames.COMPARES_FAILURES, _frames.PROBE_FAILED)
-        failure = _frames.frame_among(_frames.REPORTS_FAILURE) if failed else None
+        failed = callsite.frame_among(callsite.COMPARES_FAILURES, callsite.PROBE_FAILED)
+        failure = callsite.frame_among(callsite.REPORTS_FAILURE) if failed else None
         report = caller.counted_in(failure)
         if failure is not None and report is not None and not report.accepted:
             # The failure came too late to count, so nothing trips; the caller gets their own exception.
@@ -207,10 +208,10 @@ class InferringStorage(StateReads):
         return reply
 
     def _count(self, breakers: CodeType, read: Callable[[Circuit], int]) -> int:
-        caller, frame = self._callers.current(), _frames.calling_frame()
+        caller, frame = self._callers.current(), callsite.calling_frame()
         if frame is not None and frame.f_code is breakers:
-            is_failure = breakers is _frames.COMPARES_FAILURES
-            reporter = _frames.frame_among(_frames.REPORTS_FAILURE, calling_frame=frame) if is_failure else frame
+            is_failure = breakers is callsite.COMPARES_FAILURES
+            reporter = callsite.frame_among(callsite.REPORTS_FAILURE, calling_frame=frame) if is_failure else frame
             if report := caller.counted_in(reporter):
                 return report.total
         return read(self._execute_for(caller, Load()).circuit)
@@ -222,7 +223,7 @@ class InferringStorage(StateReads):
             caller: Of this thread.
             frame: Of the method of a state object that reports.
         """
-        state = _frames.reporting_state(frame)
+        state = callsite.reporting_state(frame)
         ticket = self._admissions.ticket(state)
         if ticket is not None:
             return ticket.admission

@@ -9,38 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pybreaker_redis._adapter import InferringStorage
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
-from pybreaker_redis._clock import wall_clock_ms
-from pybreaker_redis._intents import Close, Intent, Load, RecordSuccess, ResetProbes, SetState, Trip
-
-#: What puts a circuit into a state.  Who half-opens it has no right to the trial: an operator's process is rarely the
-#: one that calls.
-COMMANDS_FOR_STATE: dict[str, tuple[Intent, ...]] = {
-    OPEN: (Trip(None, ""),),
-    CLOSED: (Close(None, ""),),
-    HALF_OPEN: (ResetProbes(), SetState(HALF_OPEN)),
-}
-
-#: What forgets the counts of a circuit, and leaves its state.
-COMMANDS_FOR_RESET: tuple[Intent, ...] = (RecordSuccess(None, ""), ResetProbes())
-
-
-def rejection_time_s(reply: Reply, reset_timeout: float) -> float:
-    """How long a circuit goes on rejecting calls, seconds; 0 if it lets one pass.
-
-    Args:
-        reply: What is true of it, by the local clock.
-        reset_timeout: Of its breaker, seconds.
-    """
-    circuit, left_ms = reply.circuit, 0.0
-    if circuit.state == OPEN:
-        # pybreaker compares with the local wall clock, wherever a test has moved it.
-        left_ms = (circuit.opened_at_ms or 0) + reset_timeout * 1000 - wall_clock_ms()
-    elif circuit.is_probe_leased(reply.now_ms):
-        left_ms = circuit.probe_until_ms - reply.now_ms
-    return max(0.0, left_ms / 1000)
+from pybreaker_redis._adapter.inference import InferringStorage
+from pybreaker_redis._circuits.core import rejection_time_s
+from pybreaker_redis._model.circuit import HALF_OPEN
+from pybreaker_redis._model.intents import Intent, Load, Reply
 
 
 class OperatedStorage(InferringStorage):

@@ -14,15 +14,14 @@ from types import FrameType
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerStorage
 
-from pybreaker_redis import _frames
-from pybreaker_redis._admissions import BY_HAND, Admissions, breaker_lock_if_free
-from pybreaker_redis._arguments import check_state, checked_lease_ms
-from pybreaker_redis._caller import CallContext, CallContexts
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Admission, Circuit
-from pybreaker_redis._intents import ClaimProbe, Intent, Load, SetState
-from pybreaker_redis._probes import PROBE_TOKENS
-from pybreaker_redis._shortcut import FastPath
+from pybreaker_redis._adapter import callsite
+from pybreaker_redis._adapter.admissions import Admissions, breaker_lock_if_free
+from pybreaker_redis._adapter.call_context import CallContext, CallContexts
+from pybreaker_redis._circuits.probes import PROBE_TOKENS
+from pybreaker_redis._model.circuit import BY_HAND, CLOSED, HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.intents import ClaimProbe, Intent, Load, Reply, SetState
+from pybreaker_redis._runtime.validation import check_state, checked_lease_ms
 
 PROBE_TAKEN_MESSAGE = "Another caller is testing the dependency, circuit breaker still open"
 
@@ -77,15 +76,15 @@ class StateReads(CircuitBreakerStorage):
     @state.setter
     def state(self, state: str) -> None:
         check_state("state", state)
-        if _frames.caller_code() not in (_frames.OPENS, _frames.HALF_OPENS, _frames.CLOSES):
+        if callsite.caller_code() not in (callsite.OPENS, callsite.HALF_OPENS, callsite.CLOSES):
             self._execute_for(self._callers.current(), SetState(state))
 
     def _read_state(self) -> str:
         if unasked := self._state_for_constructor():
             return unasked
         caller = self._callers.current()
-        breaker = _frames.comparing_breaker()
-        for_a_call = breaker is not None and _frames.is_admission_read(breaker)
+        breaker = callsite.comparing_breaker()
+        for_a_call = breaker is not None and callsite.is_admission_read(breaker)
         reply = self._read_circuit(caller, for_a_call=for_a_call)
         if for_a_call:
             self._before_guarded_call()
@@ -93,7 +92,7 @@ class StateReads(CircuitBreakerStorage):
             return caller.visible_state(reply.circuit, reply.now_ms)
         self._note(breaker)
         if caller.is_notifying:
-            if breaker in (told := _frames.notifying_breakers()):
+            if breaker in (told := callsite.notifying_breakers()):
                 # A listener reads `breaker.state`, which tells all listeners whenever the storage disagrees with the
                 # breaker; that lasts until they have been told, so they would be told for ever.
                 return breaker._state.name
@@ -173,7 +172,7 @@ class StateReads(CircuitBreakerStorage):
             self._tagged = BY_HAND
 
     def _state_for_constructor(self) -> str | None:
-        if (created := _frames.breaker_under_construction()) is None:
+        if (created := callsite.breaker_under_construction()) is None:
             return None
         self._note(created)
         return self._state_without_query()

@@ -5,17 +5,23 @@ Knows: which circuits can be read together, how long that may take.  Does not kn
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
-from pybreaker_redis import _said
-from pybreaker_redis._clock import instant, monotonic
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._guard import ErrorKind, error_kind, is_authentication_error
-from pybreaker_redis._intents import Load
-from pybreaker_redis._optimistic import ReadRequest, read_circuits
-from pybreaker_redis._secrets import describe_error
-from pybreaker_redis._tenant import Member
+from pybreaker_redis import _log
+from pybreaker_redis._circuits.shared import SharedCircuit
+from pybreaker_redis._engines.reader import ReadRequest, read_circuits
+from pybreaker_redis._log import detail
+from pybreaker_redis._model.intents import Load, Reply
+from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_authentication_error
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._runtime.clock import instant, monotonic
+from pybreaker_redis._runtime.interruption import find_interruption
+from pybreaker_redis._runtime.redaction import describe_error, mask_error
+from pybreaker_redis._servers.member import Member
 
 #: Circuits that are read in one round trip.
 READ_BATCH_CIRCUITS = 200
@@ -39,7 +45,7 @@ def bring_back_all(members: Sequence[Member], answer_wait_s: float, outcomes: Co
     read_circuits = set(_read_again(asked, answer_wait_s))
     # A server that takes no writes is followed: the views hold what was read.
     for member in asked:
-        with deadline(member.timeout), _said.suppress_except(ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
+        with deadline(member.timeout), suppress_except(ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
             member.verify_writable()
             break
     for member in members:
@@ -74,7 +80,7 @@ def bring_back_each(members: Iterable[Member], outcomes: Counter[str]) -> tuple[
                 if error_kind(error) in (ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
                     return error, member, began
                 # The next caller logs what is wrong with this one.
-                _said.detail("not brought back: %s", describe_error(error))
+                _log.detail("not brought back: %s", describe_error(error))
     return None
 
 
@@ -112,7 +118,7 @@ def _read_again(members: Sequence[Member], answer_wait_s: float) -> list[Member]
 def _batches(members: Sequence[Member]) -> Iterator[list[tuple[Member, ReadRequest]]]:
     together: dict[int, list[tuple[Member, ReadRequest]]] = {}
     for member in members:
-        with _said.suppress_except(ErrorKind.UNREACHABLE):
+        with suppress_except(ErrorKind.UNREACHABLE):
             question = member.shared.read_request
             pool = getattr(question.client, "connection_pool", question.client)
             together.setdefault(id(pool), []).append((member, question))
@@ -124,7 +130,7 @@ def _batches(members: Sequence[Member]) -> Iterator[list[tuple[Member, ReadReque
 def _read(batch: list[tuple[Member, ReadRequest]]) -> list[Member]:
     tickets = [member.shared.ticket() for member, _ in batch]
     before = instant()
-    with _said.suppress_except(ErrorKind.UNREACHABLE):
+    with suppress_except(ErrorKind.UNREACHABLE):
         answers = read_circuits([question for _, question in batch])
         after = instant()
         for answer in answers:
@@ -137,3 +143,67 @@ def _read(batch: list[tuple[Member, ReadRequest]]) -> list[Member]:
                 found.append(member)
         return found
     return []
+
+
+def read_all_circuits(questions: Sequence[ReadRequest]) -> list[Reply]:
+    """Look at circuits of one server in one round trip, and change nothing; one at least.
+
+    Raises:
+        Exception: No usable answer; whatever the client raises then.
+    """
+    replies = []
+    for found in read_circuits(questions):
+        if found.believed is None:
+            raise cast("Exception", found.error)
+        replies.append(found.believed)
+    return replies
+
+
+@contextlib.contextmanager
+def suppress_except(*meanings: ErrorKind) -> Iterator[None]:
+    """Errors of these meanings are the server's; all others are a single circuit's, and no more than said here."""
+    try:
+        yield
+    except Exception as error:
+        if error_kind(error) in meanings:
+            raise
+        detail("not brought back: %s", describe_error(error))
+
+
+def read_for_operator(circuits: Iterable[SharedCircuit]) -> list[Reply]:
+    """Look at circuits, all that live on one server or node at once; nothing is created, repaired or believed.
+
+    Returns:
+        For each what is true of it, in the same order, times by the local clock.
+
+    Raises:
+        Exception: No usable answer; whatever the client raises then.
+    """
+    asked = [(circuit, circuit.read_request) for circuit in circuits]
+    together: dict[int, list[tuple[SharedCircuit, ReadRequest]]] = {}
+    for circuit, question in asked:
+        pool = getattr(question.client, "connection_pool", question.client)
+        together.setdefault(id(pool), []).append((circuit, question))
+    replies: dict[SharedCircuit, Reply] = {}
+    for group in together.values():
+        replies.update(_look_at(group))
+    return [replies[circuit] for circuit, _ in asked]
+
+
+def _look_at(group: list[tuple[SharedCircuit, ReadRequest]]) -> dict[SharedCircuit, Reply]:
+    before, handled = instant(), sys.exc_info()[1]
+    try:
+        replies = read_all_circuits([question for _, question in group])
+    except Exception as error:
+        mask_error(error)
+        may_move = error_kind(error) in (ErrorKind.UNUSABLE, ErrorKind.MIGRATING) or is_authentication_error(error)
+        if not may_move or find_interruption(error, handled):
+            raise
+        # They lie elsewhere by now, or in a cluster that nobody knew of, or there are other credentials.  Who asks for
+        # one circuit finds that out.
+        return {circuit: circuit.execute(Load()) for circuit, _ in group}
+    after = instant()
+    return {
+        circuit: circuit.to_local_reply(reply, before, after)
+        for (circuit, _), reply in zip(group, replies, strict=True)
+    }

@@ -4,7 +4,7 @@ Knows: both circuits, the server they belong to, what each error means for them.
 scripts, threads.
 
 The shared one as long as Redis serves it.  What is one circuit's own trouble (`_faults`) leaves the others alone; what
-is the server's (`_server.py`) concerns all that live there, and so does its return.
+is the server's (`_servers/server.py`) concerns all that live there, and so does its return.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ import math
 import sys
 from dataclasses import replace
 
-from pybreaker_redis import _said
-from pybreaker_redis._bulletin import LossThrottle
-from pybreaker_redis._caller import CallContexts
-from pybreaker_redis._carrier import MissingFeature, Reply
-from pybreaker_redis._circuit import CLOSED
-from pybreaker_redis._clock import monotonic, wall_clock_ms
-from pybreaker_redis._examination import AvailabilityReport, report_availability
-from pybreaker_redis._guard import TURN_DELAY_MIN_S, Availability, ErrorKind, error_kind
-from pybreaker_redis._intents import CountProbe, Intent, Load, RecordFailure, RecordSuccess
-from pybreaker_redis._outside import find_interruption, suppress_errors
-from pybreaker_redis._own import FALLBACK_LAST, LocalCircuit
-from pybreaker_redis._server import Server, server_for
-from pybreaker_redis._shared import SharedCircuit
-from pybreaker_redis._shortcut import FastPath
-from pybreaker_redis._stand_in import StandIn
-from pybreaker_redis._view import View
-from pybreaker_redis._whereabouts import CircuitLocator, Location
-from pybreaker_redis.errors import may_have_executed
+from pybreaker_redis import _log
+from pybreaker_redis._adapter.call_context import CallContexts
+from pybreaker_redis._circuits.local import FALLBACK_LAST, LocalCircuit
+from pybreaker_redis._circuits.shared import SharedCircuit
+from pybreaker_redis._circuits.stand_in import StandIn
+from pybreaker_redis._model.circuit import CLOSED
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.intents import CountProbe, Intent, Load, RecordFailure, RecordSuccess, Reply
+from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind, may_have_executed
+from pybreaker_redis._redis.locator import CircuitLocator, Location
+from pybreaker_redis._replica.view import View
+from pybreaker_redis._runtime.clock import monotonic, wall_clock_ms
+from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
+from pybreaker_redis._runtime.logger import LossThrottle
+from pybreaker_redis._servers.availability import (
+    TURN_DELAY_MIN_S,
+    Availability,
+    AvailabilityReport,
+    report_availability,
+)
+from pybreaker_redis._servers.server import Server, server_for
 
 #: What is said of a call when it has ended.
 _REPORTS = (RecordFailure, RecordSuccess, CountProbe)
@@ -223,7 +226,7 @@ class Failover:
         if self._faults.outage:
             self._may_read = False
             if (seconds := self._faults.note_answer()) is not None:
-                self._bulletin.log_return(lambda more: _said.permitted(self.circuit_name, seconds, more))
+                self._bulletin.log_return(lambda more: _log.permitted(self.circuit_name, seconds, more))
             self.shared.retry_subscription()
         if self.server and self.server.availability.outage:
             self.server.report_answer(outcome)
@@ -264,7 +267,7 @@ class Failover:
                 with suppress_errors(), self._callers.current().waits(self.timeout):
                     self.load()
                     self._may_read = True
-            self._bulletin.log_loss(lambda more: _said.in_trouble(self.circuit_name, outage, more))
+            self._bulletin.log_loss(lambda more: _log.in_trouble(self.circuit_name, outage, more))
 
     @property
     def uses_local(self) -> bool:

@@ -13,63 +13,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, OPEN, Circuit, new_circuit, next_count
-from pybreaker_redis._clock import wall_clock_ms
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._intents import FencedIntent, Intent, RecordFailure, RecordSuccess, ShareTrip
-from pybreaker_redis._shortcut import FastPath
-from pybreaker_redis.errors import may_have_executed
-from pybreaker_redis.memory import MemoryEngine
+from pybreaker_redis._circuits.reconcile import LocalReport
+from pybreaker_redis._engines.memory import MemoryEngine
+from pybreaker_redis._model.circuit import CLOSED, OPEN, Circuit, new_circuit, next_count
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.intents import FencedIntent, Intent, RecordFailure, RecordSuccess, Reply, ShareTrip
+from pybreaker_redis._redis.classify import may_have_executed
+from pybreaker_redis._runtime.clock import wall_clock_ms
+from pybreaker_redis._runtime.fork import renew_in_children
 
 #: Where the generations of circuits of one's own begin: below zero, where shared ones never are.
 LOCAL_GENERATION_MIN = -(10**12)
 
 #: How a circuit of one's own begins whatever the shared one was: as it was.
 FALLBACK_LAST = "last"
-
-
-@dataclass(frozen=True, slots=True)
-class LocalReport:
-    """What others have to be told of a circuit of one's own.
-
-    Attributes:
-        intents: What is wanted of the shared one.
-        known: That one, as it was then.
-        circuit: As it is, one's own.
-        unused_failures: Failures that it had no use for.
-        in_doubt: Failures that Redis may have counted.
-    """
-
-    intents: tuple[Intent, ...]
-    known: Circuit | None
-    circuit: Circuit
-    unused_failures: int
-    in_doubt: int
-
-    @property
-    def failures(self) -> int:
-        """How many the others are told of."""
-        return sum(intent.times for intent in self.intents if isinstance(intent, RecordFailure))
-
-    @property
-    def starts_from_zero(self) -> bool:
-        """Whether those of before are forgotten first."""
-        return any(isinstance(intent, RecordSuccess) for intent in self.intents)
-
-    @property
-    def counted(self) -> int:
-        """What the shared counter is once all of this is done."""
-        return self.failures + (0 if self.starts_from_zero or self.known is None else self.known.fail_counter)
-
-    def is_visible_in(self, now: Circuit) -> bool:
-        """Whether the shared circuit looks as if all of this had been done."""
-        if self.known is None or now.generation != self.known.generation:
-            return False
-        # Others may have counted more since, but not after what forgets what they have counted.
-        return now.fail_counter == self.counted or (not self.starts_from_zero and now.fail_counter > self.counted)
 
 
 class LocalCircuit:

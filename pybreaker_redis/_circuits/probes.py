@@ -14,9 +14,17 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import HALF_OPEN
-from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, RecordFailure, RecordSuccess, Trip
+from pybreaker_redis._model.circuit import HALF_OPEN
+from pybreaker_redis._model.intents import (
+    ClaimProbe,
+    Close,
+    CountProbe,
+    Intent,
+    RecordFailure,
+    RecordSuccess,
+    Reply,
+    Trip,
+)
 
 #: Tokens that are remembered at most; each outage or recovery leaves a few.
 PROBE_TOKENS_MAX = 256

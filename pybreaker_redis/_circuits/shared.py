@@ -11,22 +11,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pybreaker_redis import _said
-from pybreaker_redis._carrier import NoteMissingFeature, Reply
-from pybreaker_redis._carriers import Engine, EngineSelector
-from pybreaker_redis._circuit import CLOSED, NOISE_DURATION_MS, Circuit
-from pybreaker_redis._client import close_idle_connections
-from pybreaker_redis._clock import Instant, OffsetBounds, instant
-from pybreaker_redis._deadline import LostConnection, take_lost_connection
-from pybreaker_redis._ear import Subscription
-from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure, RecordSuccess, SetOpenedAt, Trip
-from pybreaker_redis._line import PushMode
-from pybreaker_redis._listener import Home
-from pybreaker_redis._optimistic import ReadRequest
-from pybreaker_redis._secrets import mask_error
-from pybreaker_redis._spell import OpeningTime
-from pybreaker_redis._view import ReadTicket, View
-from pybreaker_redis._whereabouts import Location
+from pybreaker_redis import _log as log_module
+from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis._engines.reader import ReadRequest
+from pybreaker_redis._engines.selector import Engine, EngineSelector
+from pybreaker_redis._model.circuit import CLOSED, NOISE_DURATION_MS, Circuit
+from pybreaker_redis._model.intents import (
+    ClaimProbe,
+    Intent,
+    Load,
+    RecordFailure,
+    RecordSuccess,
+    Reply,
+    SetOpenedAt,
+    Trip,
+)
+from pybreaker_redis._redis.deadline import LostConnection, take_lost_connection
+from pybreaker_redis._redis.locator import Location
+from pybreaker_redis._redis.pool import close_idle_connections
+from pybreaker_redis._replica.clock_offset import OffsetBounds, OpeningTime
+from pybreaker_redis._replica.connection import PushMode
+from pybreaker_redis._replica.listener import Home
+from pybreaker_redis._replica.subscription import Subscription
+from pybreaker_redis._replica.view import ReadTicket, View
+from pybreaker_redis._runtime.clock import Instant, instant
+from pybreaker_redis._runtime.redaction import mask_error
 
 #: What may be done twice without a difference.
 _REPEATABLE = (Load, ClaimProbe, RecordSuccess)
@@ -299,6 +308,6 @@ class SharedCircuit:
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state
         if reply.event.startswith("repaired"):
-            _said.repaired(self._logger, self._name, reply.event, state)
+            log_module.repaired(self._logger, self._name, reply.event, state)
         elif reply.event == "restored":
-            _said.restored(self._logger, self._name, state)
+            log_module.restored(self._logger, self._name, state)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, Circuit
-from pybreaker_redis._clock import wall_clock_ms
-from pybreaker_redis._guard import Availability
-from pybreaker_redis._intents import ClaimProbe, Intent
-from pybreaker_redis._own import LocalCircuit, LocalReport
-from pybreaker_redis._server import Server
-from pybreaker_redis._shortcut import FastPath
+from pybreaker_redis._circuits.local import LocalCircuit
+from pybreaker_redis._circuits.reconcile import LocalReport
+from pybreaker_redis._model.circuit import CLOSED, Circuit
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.intents import ClaimProbe, Intent, Reply
+from pybreaker_redis._runtime.clock import wall_clock_ms
+from pybreaker_redis._servers.availability import Availability
+from pybreaker_redis._servers.server import Server
 
 #: Seconds, at most, until a process that goes by its own circuit follows what others do to one that it can still read.
 FOLLOWING_TRUST_MAX_S = 0.1

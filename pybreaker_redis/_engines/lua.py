@@ -5,17 +5,21 @@ Knows: the scripts, their arguments and answers, EVALSHA and NOSCRIPT.  Does not
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import fields
-from functools import cache
-from importlib import resources
 from typing import Any
 
-from pybreaker_redis._answers import NO_VALUE, parse_script_reply
-from pybreaker_redis._carrier import MissingFeature, NoteMissingFeature, Reply
-from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._intents import INTENTS, Intent
-from pybreaker_redis.errors import ScriptingUnavailableError, is_instance_of_named, is_unsupported_command
+from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis._engines.scripts import compose_script
+from pybreaker_redis._model.answers import _unusable, checked_sequence
+from pybreaker_redis._model.circuit import COUNT_LIMIT, LEASE_MAX_MS, NOISE_MAX_MS, OPEN, STATES, TIME_MAX_MS, Circuit
+from pybreaker_redis._model.codec import PROBE_TOKEN_PATTERN, to_text
+from pybreaker_redis._model.intents import INTENTS, Intent, Reply
+from pybreaker_redis._redis.classify import (
+    MissingFeature,
+    ScriptingUnavailableError,
+    is_instance_of_named,
+    is_unsupported_command,
+)
 
 #: The arguments of each script, in their order.
 _FIELDS_OF_INTENT = {intent: tuple(field.name for field in fields(intent)) for intent in INTENTS}
@@ -92,17 +96,6 @@ class LuaEngine:
         return answer
 
 
-@cache
-def compose_script(name: str) -> tuple[bytes, str]:
-    """Source and SHA-1 of a script: `circuit.lua`, which they all share, and the intent's own file behind it.
-
-    Bytes: a client may have an encoding that does not have all of its characters.
-    """
-    folder = resources.files(__package__) / "lua"
-    source = b"\n".join((folder / f"{part}.lua").read_bytes() for part in ("circuit", name))
-    return source, hashlib.sha1(source, usedforsecurity=False).hexdigest()
-
-
 def _known_arguments(circuit: Circuit | None) -> tuple[int | str, ...]:
     if circuit is None:
         return NO_VALUE, "", NO_VALUE, "", 0, 0
@@ -120,3 +113,58 @@ def _script_argument(value: float | str | None) -> int | str:
     if value is None:
         return NO_VALUE
     return value if isinstance(value, str) else int(value)
+
+
+#: How scripts and their arguments spell "by hand" and "never".
+NO_VALUE = -1
+
+
+#: How many values a script returns.
+_VALUES = 13
+
+
+def parse_script_reply(answer: object) -> tuple[Reply, str]:
+    """Return the answer of a script, and why PUBLISH was refused or an empty text.
+
+    Raises:
+        UnusableReplyError: An answer that no script returns.
+    """
+    accepted, now_ms, state, fails, successes, opened_at_ms, generation, token, *rest = checked_sequence(
+        "a script", answer, _VALUES
+    )
+    until_ms, noisy_ms, lease_ms, event, unheard = rest
+    texts = state, token, event, unheard
+    if bytes in set(map(type, texts)):
+        state, token, event, unheard = map(to_text, texts)
+    numbers = accepted, now_ms, fails, successes, opened_at_ms, generation, until_ms, noisy_ms, lease_ms
+    # One look at all types costs a third of one at each value.
+    is_sound = (
+        set(map(type, numbers)) == {int}
+        and set(map(type, (state, token, event, unheard))) == {str}
+        and 0 <= accepted <= 1
+        and 0 <= now_ms <= TIME_MAX_MS
+        and state in STATES
+        and 0 <= fails < COUNT_LIMIT
+        and 0 <= successes < COUNT_LIMIT
+        and 0 <= generation < COUNT_LIMIT
+        # An open circuit has a time: without it a probe would pass at once.
+        and (0 if state == OPEN else NO_VALUE) <= opened_at_ms <= now_ms
+        and PROBE_TOKEN_PATTERN.fullmatch(token)
+        and 0 <= until_ms <= now_ms + LEASE_MAX_MS
+        and 0 <= noisy_ms <= now_ms + NOISE_MAX_MS
+        and 0 <= lease_ms <= LEASE_MAX_MS
+    )
+    if not is_sound:
+        raise _unusable("a script", answer)
+    circuit = Circuit(
+        state=state,
+        fail_counter=fails,
+        success_counter=successes,
+        opened_at_ms=None if opened_at_ms == NO_VALUE else opened_at_ms,
+        generation=generation,
+        probe_token=token,
+        probe_until_ms=until_ms,
+        noisy_until_ms=noisy_ms,
+        probe_lease_ms=lease_ms,
+    )
+    return Reply(bool(accepted), circuit, now_ms, event), unheard

@@ -10,15 +10,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from pybreaker_redis._carrier import MissingFeature, NoteMissingFeature, Reply
-from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._client import Endpoint, plain_endpoint_of
-from pybreaker_redis._intents import Intent
-from pybreaker_redis._keys import channel_of
-from pybreaker_redis._optimistic import TransactionEngine
-from pybreaker_redis._scripts import LuaEngine
-from pybreaker_redis._whereabouts import Location
-from pybreaker_redis.errors import ScriptingUnavailableError, is_instance_of_named
+from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._engines.transaction import TransactionEngine
+from pybreaker_redis._model.circuit import Circuit
+from pybreaker_redis._model.intents import Intent, Reply
+from pybreaker_redis._redis.classify import MissingFeature, ScriptingUnavailableError, is_instance_of_named
+from pybreaker_redis._redis.endpoint import Endpoint, plain_endpoint_of
+from pybreaker_redis._redis.keys import channel_of
+from pybreaker_redis._redis.locator import Location
 
 Engine = LuaEngine | TransactionEngine
 
@@ -101,7 +101,7 @@ class EngineSelector:
             return True
 
     def run_intent(self, engine: Engine, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
-        """Have an intent carried out, without scripts if need be; see `_carrier.Engine.execute`.
+        """Have an intent carried out, without scripts if need be; see `base.Engine.execute`.
 
         Raises:
             Exception: No usable answer.

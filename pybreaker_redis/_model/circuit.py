@@ -2,7 +2,7 @@
 
 Knows: its values, time as a number that is passed in.  Does not know: clocks, threads, keys, Redis.
 
-With `_intents.py` this is the definition; everything else carries it.
+With `_model/intents.py` this is the definition; everything else carries it.
 """
 
 from __future__ import annotations
@@ -141,3 +141,7 @@ def new_circuit(state: str, now_ms: float) -> Circuit:
     if state == CLOSED:
         return Circuit()
     return Circuit().after_transition(state, opened_at_ms=now_ms if state == OPEN else None)
+
+
+#: Of operators, tests, and users of a storage without a breaker.
+BY_HAND = Admission(None)

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 
-from pybreaker_redis._circuit import CLOSED, OPEN, Admission, Circuit
+from pybreaker_redis._model.circuit import CLOSED, OPEN, Admission, Circuit
 
 
 class FastPath:

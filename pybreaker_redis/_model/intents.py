@@ -2,9 +2,9 @@
 
 Knows: the intents, time as a number that is passed in.  Does not know: clocks, threads, keys, Redis.
 
-With `_circuit.py` this is the definition.  `lua/` says the same to a server that runs scripts, `_optimistic.py` applies
-these very functions between WATCH and EXEC, `memory.py` behind a lock; `tests/test_differential.py` holds the three
-together.
+With `_model/circuit.py` this is the definition.  `_engines/lua/` says the same to a server that runs scripts,
+`_engines/transaction.py` applies these very functions between WATCH and EXEC, `_engines/memory.py` behind a lock;
+`tests/servers/test_differential.py` holds the three together.
 
 An intent is a value: what a caller wants, with the generation in which that caller was admitted.  `apply` decides.  A
 refused intent leaves the circuit as it is.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, next_count
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit, next_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,3 +270,20 @@ INTENTS: tuple[type[Intent], ...] = (
     SetOpenedAt,
     ResetProbes,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to an intent.
+
+    Attributes:
+        accepted: Whether it was granted; a refused intent has changed nothing.
+        circuit: What is true now.
+        now_ms: When that was, milliseconds since the epoch by the clock of the record's home.
+        event: ``created``, ``restored``, ``repaired NAME…`` if this answer found the record so, else empty.
+    """
+
+    accepted: bool
+    circuit: Circuit
+    now_ms: float
+    event: str = ""

@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pybreaker_redis._client import client_module_of, client_on_pool, endpoint_of
-from pybreaker_redis._clock import monotonic
-from pybreaker_redis._deadline import deadline, keep_deadlines, seconds_left
-from pybreaker_redis._outside import suppress_errors
-from pybreaker_redis._words import credentials_of
-from pybreaker_redis.errors import is_instance_of_named
+from pybreaker_redis._redis.classify import is_moved_error
+from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._redis.endpoint import client_module_of, endpoint_of
+from pybreaker_redis._redis.pool import client_on_pool, credentials_of
+from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.interruption import suppress_errors
 
 #: Host and port.
 Address = tuple[str, int]
@@ -186,17 +186,6 @@ class ClusterTopology:
 
 def _shuffled(addresses: set[Address]) -> list[Address]:
     return random.sample(list(addresses), len(addresses))
-
-
-def is_moved_error(error: BaseException) -> bool:
-    """Whether a node says that it does not serve the slot, and who does."""
-    # Of redis-py's classes `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
-    return is_instance_of_named(error, "MovedError") or str(error).startswith("MOVED ")
-
-
-def is_slot_unserved(error: BaseException) -> bool:
-    """Whether a node says that it knows of nobody who serves the slot: there is none, or it was taken out itself."""
-    return "Hash slot not served" in str(error)
 
 
 def topology_of(client: Any) -> ClusterTopology | None:

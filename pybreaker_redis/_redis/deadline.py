@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from pybreaker_redis._clock import monotonic
-from pybreaker_redis._outside import is_interruption
+from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.interruption import is_interruption
 
 _Result = TypeVar("_Result")
 

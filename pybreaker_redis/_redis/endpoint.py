@@ -6,21 +6,15 @@ Knows: clients and connection pools of redis-py and its kin.  Does not know: wha
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
-import queue
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from pybreaker_redis._deadline import keep_deadlines
-from pybreaker_redis._names import has_plain_copy, plain_copy
-from pybreaker_redis._outside import suppress_errors
-from pybreaker_redis._words import Credentials, EndpointIdentity, identity_of, idle_limit, kept_arguments
-
-#: Most connections of one's own to a server.  One is enough unless threads ask at the same time.
-POOL_CONNECTIONS_MAX = 50
+from pybreaker_redis._redis.keys import has_plain_copy
+from pybreaker_redis._runtime import redaction
 
 #: Words that say which server, which database and which user; behind Sentinels the pool knows the master's name.
 _DATABASE_ARGUMENTS = frozenset(
@@ -138,64 +132,6 @@ def _client_packages_of(client: Any) -> set[str]:
     return {cls.__module__.partition(".")[0] for cls in classes}
 
 
-def bounded_client(client: Any, timeout: float) -> Any:
-    """A plain client of the same library on connections of its own, which try once and keep deadlines (`_deadline.py`).
-
-    Methods of subclasses and of single objects are left out: they may wait, and retry.  What subclasses call the keys
-    is found out before (`_names.py`).  Sentinels are asked on such connections, too, each for its share of the time.
-
-    Args:
-        client: Of a single server, or of a master that Sentinels know.
-        timeout: Seconds to wait for a connection while all of them are in use.
-
-    Returns:
-        The copy, or ``None`` if there is no making one: it is a cluster's, not redis-py's kin, or no client at all.
-    """
-    # Whatever pools, connections and clients of somebody's own raise that are not made like the library's.
-    with suppress_errors():
-        return _copy_client(client, timeout)
-    return None
-
-
-def client_on_pool(client: Any, pool: Any) -> Any:
-    """Return a plain client of the same library that uses another pool."""
-    own = plain_copy(client)
-    own.connection_pool = pool
-    return own
-
-
-def close_idle_connections(pool: Any) -> None:
-    """Close the connections of a pool that nobody uses just now; whoever takes one of them connects anew."""
-    idle = getattr(pool, "pool", None)
-    if idle is None:
-        with suppress_errors():
-            pool.disconnect(inuse_connections=False)
-        return
-    # What is taken out of a blocking pool is in nobody else's hands.
-    taken = []
-    with contextlib.suppress(queue.Empty):
-        while True:
-            taken.append(idle.get_nowait())
-    for connection in reversed(taken):
-        with suppress_errors():
-            if connection is not None:
-                connection.disconnect()
-        with contextlib.suppress(queue.Full):
-            idle.put_nowait(connection)
-
-
-def replace_credentials(client: Any, words: Mapping[str, Any]) -> bool:
-    """Have a client on connections of our own authenticate by other words from now on; whether they differ."""
-    own = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {}).get("credentials")
-    return isinstance(own, Credentials) and own.switch_arguments(words)
-
-
-def sentinel_pool_of(client: Any) -> Any:
-    """The pool of a client whose master Sentinels watch; ``None`` of any other client."""
-    pool = getattr(client, "connection_pool", None)
-    return pool if hasattr(pool, "sentinel_manager") and getattr(pool, "is_master", False) else None
-
-
 def connection_arguments_of(client: Any) -> Mapping[str, Any]:
     """Return what a client's connections are given; nothing if it has none."""
     words = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
@@ -221,51 +157,6 @@ def command_wait_limit(client: Any) -> float | None:
     return float(words["socket_timeout"]) * (1 + retries)
 
 
-def _copy_client(client: Any, timeout: float, longest: float | None = None) -> Any:
-    endpoint = endpoint_of(client)
-    library = client_module_of(client)
-    if endpoint is None or library is None:
-        msg = f"not redis-py's kin: {client!r}"
-        raise TypeError(msg)
-    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest)
-    # Now rather than in the middle of a call: the kinds of connection that need something else raise here.
-    pool.connection_class(**pool.connection_kwargs)
-    return client_on_pool(client, pool)
-
-
-def _make_pool(pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None) -> Any:
-    connection_class = keep_deadlines(endpoint.connection_class, longest)
-    words = {
-        **endpoint.connection_arguments,
-        "decode_responses": False,
-        "socket_timeout": timeout,
-        "credentials": Credentials(pool.connection_kwargs),
-        "idle_limit": idle_limit(pool.connection_kwargs),
-    }
-    knows_protocols = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
-    if knows_protocols and longest is None:
-        # Nothing is pushed here, and RESP2 every server speaks; redis-py 8 asks for more unless told not to.  What
-        # Sentinels answer is understood in the protocol alone that their client was made for.
-        words["protocol"] = 2
-    if "path" not in words:
-        # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
-        words["socket_connect_timeout"] = timeout
-    notifications = sys.modules.get(f"{library.__name__.partition('.')[0]}.maint_notifications")
-    if notifications:
-        # They would ask every new connection for one answer more, and lengthen its timeouts at will.
-        words["maint_notifications_config"] = notifications.MaintNotificationsConfig(enabled=False)
-    if not hasattr(pool, "sentinel_manager"):
-        words.update(max_connections=POOL_CONNECTIONS_MAX, timeout=timeout, connection_class=connection_class)
-        return library.BlockingConnectionPool(**words)
-    manager = copy.copy(pool.sentinel_manager)
-    # Some time has to be left for the next Sentinel, and for the master.
-    share = timeout / (len(manager.sentinels) + 1)
-    manager.sentinels = [_copy_client(sentinel, timeout, share) for sentinel in manager.sentinels]
-    del words["connection_pool"]
-    words.update(connection_class=connection_class, is_master=pool.is_master, check_connection=pool.check_connection)
-    return type(pool)(pool.service_name, manager, **words)
-
-
 def client_module_of(client: Any) -> Any:
     """The module that the kind of the client's pool comes from, which has the other kinds, too; or ``None``."""
     for cls in type(client.connection_pool).__mro__:
@@ -273,3 +164,132 @@ def client_module_of(client: Any) -> Any:
         if cls.__name__ == "ConnectionPool" and hasattr(module, "BlockingConnectionPool"):
             return module
     return None
+
+
+#: Words that this package's own connections leave out: waiting and retries are decided elsewhere, and caches, names and
+#: notifications of maintenance belong to the client's own connections.
+_DROPPED_ARGUMENTS = frozenset(
+    (
+        "cache",
+        "cache_config",
+        "client_name",
+        "event_dispatcher",
+        "health_check_interval",
+        "himport_registry",
+        "parser_class",
+        "retry",
+        "retry_on_error",
+        "retry_on_timeout",
+        "socket_timeout",
+    )
+)
+
+
+#: Words that change neither what a connection reaches nor by what right: timing, spelling of answers, greetings.
+_IRRELEVANT_ARGUMENTS = frozenset(
+    (
+        *("decode_responses", "encoding", "encoding_errors", "legacy_responses", "protocol"),
+        *("driver_info", "lib_name", "lib_version"),
+        *("max_connections", "timeout", "socket_connect_timeout", "socket_read_size"),
+        *("socket_keepalive", "socket_keepalive_options"),
+        # Those of connections of our own (`_redis/deadline.py`).
+        *("credentials", "idle_limit"),
+    )
+)
+
+
+#: What a function is called that connects in place of the library's own handshake.
+CONNECT_HOOK_ARGUMENTS = frozenset(("redis_connect_func", "valkey_connect_func"))
+
+
+class ArgumentValue:
+    """A value that compares and hashes as what it is, or as itself where that is impossible."""
+
+    def __init__(self, value: Any) -> None:
+        self._key: Any = _hashable(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ArgumentValue) and bool(self._key == other._key)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple(sorted((str(name), _hashable(item)) for name, item in value.items()))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+EndpointIdentity = tuple[tuple[str, ArgumentValue], ...]
+
+
+def kept_arguments(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the words of a client's connections that those of our own have, too; secrets among them are remembered."""
+    left_out = {*_DROPPED_ARGUMENTS, *(name for name in words if "maint_" in name or name.startswith("orig_"))}
+    kept = {name: value for name, value in words.items() if name not in left_out}
+    for name in CONNECT_HOOK_ARGUMENTS & kept.keys():
+        if (function := _user_connect_hook(kept.pop(name))) is not None:
+            kept[name] = function
+    for name, value in kept.items():
+        if "password" in name:
+            redaction.register_secret(value)
+    return kept
+
+
+def identity_of(connection_class: Any, words: Mapping[str, Any]) -> EndpointIdentity:
+    """Return what tells connections apart that must not be shared: all words that change what they reach, and how.
+
+    What a word says that is not given is what its constructor says: however the same is said, it is the same.
+    """
+    usual = {**_default_arguments(connection_class), "db": 0}
+    said = {name: value for name, value in words.items() if name not in _IRRELEVANT_ARGUMENTS}
+    said["db"] = int(words.get("db") or 0)
+    return tuple(
+        (name, ArgumentValue(value))
+        for name, value in sorted(said.items())
+        if ArgumentValue(value) != ArgumentValue(usual.get(name))
+    )
+
+
+@lru_cache(maxsize=64)
+def _default_arguments(connection_class: Any) -> dict[str, Any]:
+    """What the constructors of a class take for words that are not given."""
+    usual: dict[str, Any] = {}
+    for cls in reversed(getattr(connection_class, "__mro__", ())):
+        if "__init__" in vars(cls) and cls is not object:
+            # Some that are not written in Python have none.
+            with contextlib.suppress(TypeError, ValueError):
+                parameters = inspect.signature(cls.__init__).parameters.values()
+                usual.update((item.name, item.default) for item in parameters if item.default is not item.empty)
+    return usual
+
+
+@dataclass(frozen=True)
+class _HookAfterHandshake:
+    """What a connection does in place of its handshake: the handshake, and then a function of the user's.
+
+    Attributes:
+        function: Of the user's, called with the connection.
+    """
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, connection: Any) -> None:
+        connection.on_connect()
+        self.function(connection)
+
+
+def _user_connect_hook(function: Any) -> Any:
+    """What there is to do when connected; of a cluster client's own function only what its user has asked for."""
+    owner = getattr(function, "__self__", None)
+    if not hasattr(owner, "nodes_manager"):
+        return function
+    own = getattr(owner, "user_on_connect_func", None)
+    return None if own is None else _HookAfterHandshake(own)

@@ -10,20 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pybreaker_redis._client import connection_arguments_of, endpoint_of, replace_credentials, sentinel_pool_of
-from pybreaker_redis._cluster import (
-    Address,
-    ClusterTopology,
+from pybreaker_redis._redis.classify import (
+    is_authentication_error,
+    is_instance_of_named,
     is_moved_error,
     is_slot_unserved,
-    topology_behind_node,
-    topology_of,
 )
-from pybreaker_redis._guard import is_authentication_error
-from pybreaker_redis._keys import KEY_BASE, circuit_keys, slot_of
-from pybreaker_redis._names import plain_copy, server_key_names, unwrap_client
-from pybreaker_redis._outside import calls_user_code, suppress_errors
-from pybreaker_redis.errors import is_instance_of_named
+from pybreaker_redis._redis.cluster import Address, ClusterTopology, topology_behind_node, topology_of
+from pybreaker_redis._redis.endpoint import connection_arguments_of, endpoint_of
+from pybreaker_redis._redis.keys import KEY_BASE, circuit_keys, plain_copy, server_key_names, slot_of, unwrap_client
+from pybreaker_redis._redis.pool import replace_credentials
+from pybreaker_redis._redis.sentinel import is_demoted_master, sentinel_pool_of
+from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +186,3 @@ class CircuitLocator:
         cluster.record_redirection(self._slot, there)
         self._cluster, self._needs_one_slot = cluster, True
         return True
-
-
-def is_demoted_master(error: Exception) -> bool:
-    """Whether a master says that it no longer is one; redis-py's Sentinel connections say it in their own words."""
-    text = str(error)
-    return (
-        is_instance_of_named(error, "ReadOnlyError") or "READONLY" in text or "previous master is now a slave" in text
-    )

@@ -30,8 +30,8 @@ from urllib.parse import parse_qs, unquote
 
 import redis
 
-from pybreaker_redis._deadline import deadline, keep_deadlines, seconds_left
-from pybreaker_redis._outside import find_interruption
+from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._runtime.interruption import find_interruption
 
 #: Seconds for each wait, unless the URL says something else: without, redis-py waits for ever, or for a minute.
 URL_TIMEOUT_S = 1.0

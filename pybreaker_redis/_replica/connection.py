@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pybreaker_redis._client import Endpoint
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._words import CONNECT_HOOK_ARGUMENTS
-from pybreaker_redis.errors import PushUnavailableError, is_instance_of_named, is_unsupported_command
+from pybreaker_redis._redis.classify import PushUnavailableError, is_instance_of_named, is_unsupported_command
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.endpoint import CONNECT_HOOK_ARGUMENTS, Endpoint
 
 #: How the connections are called in ``CLIENT LIST``.
 CONNECTION_NAME = "pybreaker_redis"

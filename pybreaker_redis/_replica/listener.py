@@ -5,7 +5,7 @@ Knows: threads, processes, when to try again.  Does not know: circuits, what is 
 One thread and one line for each server that this process uses, whatever the number of clients and circuits.  It begins
 with the first guarded call, so never where modules are merely imported, and it is made anew in each forked child.
 
-What is done on the line stands in `_session.py`.  Whatever goes wrong with it, everything is forgotten, and after a
+What is done on the line stands in `session.py`.  Whatever goes wrong with it, everything is forgotten, and after a
 pause there is a new line.  Until then callers ask Redis themselves, which is slower and never wrong.
 """
 
@@ -19,19 +19,19 @@ import weakref
 from functools import partial
 from typing import Protocol
 
-from pybreaker_redis import _said
-from pybreaker_redis._carrier import MissingFeature
-from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._client import Endpoint
-from pybreaker_redis._clock import monotonic
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._hearings import SubscriberTable
-from pybreaker_redis._line import PushConnection, PushMode
-from pybreaker_redis._secrets import describe_error
-from pybreaker_redis._session import LISTENER_WAIT_MAX_S, Session
-from pybreaker_redis._threads import ThreadRefusedError, start
-from pybreaker_redis._view import View
-from pybreaker_redis.errors import PushUnavailableError
+from pybreaker_redis import _log
+from pybreaker_redis._model.circuit import Circuit
+from pybreaker_redis._redis.classify import MissingFeature, PushUnavailableError
+from pybreaker_redis._redis.endpoint import Endpoint
+from pybreaker_redis._replica.connection import PushConnection, PushMode
+from pybreaker_redis._replica.session import LISTENER_WAIT_MAX_S, Session
+from pybreaker_redis._replica.subscribers import SubscriberTable
+from pybreaker_redis._replica.view import View
+from pybreaker_redis._runtime import logger
+from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.redaction import describe_error
+from pybreaker_redis._runtime.threads import ThreadRefusedError, start
 
 LISTENER_THREAD_NAME = "pybreaker_redis listener"
 
@@ -81,7 +81,7 @@ class Listener:
         self.subscriber_table = SubscriberTable()
         self._thread: threading.Thread | None = None
         self._is_refusal_logged = False
-        self._reconnect_log, self._refusal_log = _said.RepeatThrottle(), _said.RepeatThrottle()
+        self._reconnect_log, self._refusal_log = logger.RepeatThrottle(), logger.RepeatThrottle()
         self._logged_channels: set[str] = set()
         self._is_expedited = False
         self.session: Session | None = None
@@ -160,7 +160,7 @@ class Listener:
                 # Whatever a client library raises: the way out is a new line.
                 reason = describe_error(error)
                 if (left_out := self._reconnect_log.admit_line()) is not None:
-                    _said.detail("no push from %s (%s)%s", self._endpoint, reason, left_out)
+                    _log.detail("no push from %s (%s)%s", self._endpoint, reason, left_out)
                 pause = random.uniform(0, min(RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S * 2**failures))
                 failures += 1
             else:
@@ -201,7 +201,7 @@ class Listener:
         if not self._is_refusal_logged:
             self._is_refusal_logged = True
             if (left_out := self._refusal_log.admit_line()) is not None:
-                _said.unheard(str(self._endpoint), reason, left_out)
+                _log.unheard(str(self._endpoint), reason, left_out)
 
 
 class ListenerTable:

@@ -17,23 +17,16 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pybreaker_redis import _said
-from pybreaker_redis._answers import server_time_ms
-from pybreaker_redis._circuit import CLOSED, Circuit
-from pybreaker_redis._clock import instant, monotonic
-from pybreaker_redis._hearings import Subscriber, SubscriberTable
-from pybreaker_redis._line import Push, PushConnection, refusal_of
-from pybreaker_redis._record import (
-    HASH_FIELDS,
-    StoredRecord,
-    intact_circuit,
-    is_same_but_counters,
-    parse_published,
-    parse_record,
-    to_text,
-)
-from pybreaker_redis._view import ReadTicket, View
-from pybreaker_redis.errors import PushUnavailableError
+from pybreaker_redis import _log
+from pybreaker_redis._model.answers import server_time_ms
+from pybreaker_redis._model.circuit import CLOSED, Circuit
+from pybreaker_redis._model.codec import HASH_FIELDS, StoredRecord, parse_published, parse_record, to_text
+from pybreaker_redis._model.repair import intact_circuit, is_same_but_counters
+from pybreaker_redis._redis.classify import PushUnavailableError
+from pybreaker_redis._replica.connection import Push, PushConnection, refusal_of
+from pybreaker_redis._replica.subscribers import Subscriber, SubscriberTable
+from pybreaker_redis._replica.view import ReadTicket, View
+from pybreaker_redis._runtime.clock import instant, monotonic
 
 #: Beats in the time for which a record may be believed: so one of them may come late.
 BEATS_PER_STALENESS = 2
@@ -139,7 +132,7 @@ class Session:
             if not self._keys_by_channel and self._refused_channels.issuperset(channels):
                 raise
             for channel in sorted(self._refused_channels - self._logged_channels):
-                _said.unheard(f"channel {channel!r}", error)
+                _log.unheard(f"channel {channel!r}", error)
             self._logged_channels |= self._refused_channels
         self._logged_channels -= set(channels) - self._refused_channels
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pybreaker_redis._view import View
+from pybreaker_redis._replica.view import View
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from pybreaker_redis import _said
-from pybreaker_redis._carriers import EngineSelector
-from pybreaker_redis._circuit import Circuit
-from pybreaker_redis._clock import monotonic
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._line import PushMode
-from pybreaker_redis._listener import REFUSED_RETRY_DELAY_S, Home, Listener, listener_for
-from pybreaker_redis._scripts import LuaEngine
-from pybreaker_redis._view import View
+from pybreaker_redis import _log
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._engines.selector import EngineSelector
+from pybreaker_redis._model.circuit import Circuit
+from pybreaker_redis._replica.connection import PushMode
+from pybreaker_redis._replica.listener import REFUSED_RETRY_DELAY_S, Home, Listener, listener_for
+from pybreaker_redis._replica.view import View
+from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.fork import renew_in_children
 
 
 class Subscription:
@@ -72,7 +72,7 @@ class Subscription:
                 self._listener = listener_for(endpoint, self._view, keys, channel, server)
             elif self._selector.mode == LuaEngine.mode:
                 self._next_start_at = float("inf")
-                _said.deaf(self._name, engine.client)
+                _log.deaf(self._name, engine.client)
 
     def stop(self, is_left: Callable[[], bool]) -> bool:
         """Cease to hear, if the circuit is left.

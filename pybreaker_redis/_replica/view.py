@@ -24,12 +24,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pybreaker_redis._circuit import CLOSED, Circuit
-from pybreaker_redis._clock import ClockOffset
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._record import is_same_but_counters
-from pybreaker_redis._shortcut import FastPath
-from pybreaker_redis._spell import OpeningTime
+from pybreaker_redis._model.circuit import CLOSED, Circuit
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.repair import is_same_but_counters
+from pybreaker_redis._replica.clock_offset import ClockOffset, OpeningTime
+from pybreaker_redis._runtime.fork import renew_in_children
 
 #: How far the time of another storage's answer may lie from the server's clock before it is one of another clock,
 #: milliseconds: in a busy process it comes late.

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, TracebackType
 from typing import TypeVar
 
-from pybreaker_redis._signals import is_raised_by_signal_handler, traceback_entries
+from pybreaker_redis._runtime.signals import is_raised_by_signal_handler, traceback_entries
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 

@@ -5,11 +5,15 @@ Knows: when a line was logged last, how many losses were not.  Does not know: wo
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 
 #: Seconds after a logged loss in which further ones are counted only.
 LOSS_WINDOW_S = 60.0
@@ -77,3 +81,33 @@ class LossThrottle:
             self._window_ends_at = self._clock() + LOSS_WINDOW_S
             self._is_silent = False
         build_line(more)
+
+
+#: Seconds between two log lines of one kind about one server.
+REPEAT_WINDOW_S = 60.0
+
+
+_logger = logging.getLogger("pybreaker_redis")
+
+
+class RepeatThrottle:
+    """Limit on log lines of one kind about one server: one within `REPEAT_WINDOW_S`; the others are counted."""
+
+    def __init__(self) -> None:
+        self._next_at = 0.0
+        self._left_out = 0
+
+    def admit_line(self) -> str | None:
+        """Return what the line has to add, the number of lines left out before it; ``None``: leave this one out."""
+        if monotonic() < self._next_at:
+            self._left_out += 1
+            return None
+        left_out, self._left_out, self._next_at = self._left_out, 0, monotonic() + REPEAT_WINDOW_S
+        return f"; {left_out} more like this since the last such line" if left_out else ""
+
+
+@calls_user_code
+def _say(level: int, message: str, *arguments: object, logger: logging.Logger = _logger, **words: Any) -> None:
+    # What a handler raises is for nobody who makes a call, nor for those who keep circuits going.
+    with suppress_errors():
+        logger.log(level, message, *arguments, **words)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
 from typing import Any
 
-from pybreaker_redis._circuit import LEASE_MAX_MS, STATES
+from pybreaker_redis._model.circuit import LEASE_MAX_MS, STATES
 
 #: Of anything, seconds; ten years.
 DURATION_MAX_S = 10 * 365 * 24 * 3600
@@ -97,18 +96,6 @@ def checked_base_namespace(storage: type, base: Any) -> str:
         msg = f"{storage.__name__}.BASE_NAMESPACE must be a str, not None"
         raise TypeError(msg)
     return checked
-
-
-def client_source(redis_object: Any) -> Callable[[], Any]:
-    """Validate a client or a callable that returns one; something to be called in either case."""
-    is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
-    asynchronous = is_client and "asyncio" in type(redis_object).__module__
-    if asynchronous or not (is_client or callable(redis_object)):
-        shown = format_value(redis_object)
-        msg = f"redis_object must be a synchronous client or a callable that returns one, not {shown}"
-        raise TypeError(msg)
-    source: Callable[[], Any] = (lambda: redis_object) if is_client else redis_object
-    return source
 
 
 def check_seconds(argument: str, seconds: Any, *, or_none: bool = False) -> None:

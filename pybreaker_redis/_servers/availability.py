@@ -8,18 +8,19 @@ circuits of this process that live there are concerned; the others are a single 
 
 from __future__ import annotations
 
-import enum
 import math
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._secrets import describe_error
-from pybreaker_redis.errors import is_instance_of_named
+from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_instance_of_named
+from pybreaker_redis._runtime.clock import utc_from_ms, wall_clock_ms
+from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.redaction import describe_error
+from pybreaker_redis.health import Condition
 
 #: The first pause before Redis is asked again is shorter than this, seconds; each further one may be twice as long.
 RETRY_DELAY_MIN_S = 0.05
@@ -38,101 +39,6 @@ MIGRATING_RETRY_DELAY_S = 0.1
 #: How much longer each attempt may wait than the last one, if that got no answer in its time, up to so many seconds.
 ANSWER_WAIT_GROWTH_FACTOR = 1.5
 ANSWER_WAIT_MAX_S = 30.0
-
-
-class ErrorKind(enum.Enum):
-    """What an error says."""
-
-    UNREACHABLE = "away"
-    """Nobody answers, or not yet: of the server."""
-    READ_ONLY = "read-only"
-    """It answers, and takes no writes at present: of the server."""
-    FORBIDDEN = "forbidden"
-    """This user may not do this: of the circuit."""
-    CONTENDED = "contended"
-    """The server answers, and other writers were faster: of a single report."""
-    MIGRATING = "migrating"
-    """Its slot of a cluster is under way from one node to another: of the circuit."""
-    UNUSABLE = "fault"
-    """What was sent or what came back makes no sense, or what was to give a client failed: of the circuit."""
-
-
-#: Names of error classes, and what they mean; of a class's own and its ancestors' names the first that stands here
-#: decides.  By name, because valkey's client and redis-py-cluster have classes of their own, called alike.
-_KIND_BY_CLASS = {
-    "ReadOnlyError": ErrorKind.READ_ONLY,
-    "OutOfMemoryError": ErrorKind.READ_ONLY,
-    "NoPermissionError": ErrorKind.FORBIDDEN,
-    # A server that is loading, a pool without a connection to spare, a wrong password: all of these are this, too.
-    "ConnectionError": ErrorKind.UNREACHABLE,
-    "TimeoutError": ErrorKind.UNREACHABLE,
-    "ClusterError": ErrorKind.UNREACHABLE,
-    # redis-py's class for MOVED is one of this kind, too.
-    "AskError": ErrorKind.MIGRATING,
-    "TryAgainError": ErrorKind.MIGRATING,
-    "RedisClusterException": ErrorKind.UNREACHABLE,
-    "ValkeyClusterException": ErrorKind.UNREACHABLE,
-    "WatchError": ErrorKind.CONTENDED,
-    "OSError": ErrorKind.UNREACHABLE,
-}
-
-#: First words of the server's own errors, and what they mean, where the client has no class for them.
-_KIND_BY_CODE = {
-    "READONLY": ErrorKind.READ_ONLY,
-    "OOM": ErrorKind.READ_ONLY,
-    "MISCONF": ErrorKind.READ_ONLY,
-    "NOREPLICAS": ErrorKind.READ_ONLY,
-    "NOPERM": ErrorKind.FORBIDDEN,
-    "BUSY": ErrorKind.UNREACHABLE,
-    "LOADING": ErrorKind.UNREACHABLE,
-    "MASTERDOWN": ErrorKind.UNREACHABLE,
-    "CLUSTERDOWN": ErrorKind.UNREACHABLE,
-    "ASK": ErrorKind.MIGRATING,
-    "MOVED": ErrorKind.MIGRATING,
-    "TRYAGAIN": ErrorKind.MIGRATING,
-    "NOAUTH": ErrorKind.UNREACHABLE,
-    "WRONGPASS": ErrorKind.UNREACHABLE,
-}
-
-
-#: Parts of what servers say in their own words, and what they mean: of commands in scripts, and before any password.
-_KIND_BY_PHRASE = {
-    "permission": ErrorKind.FORBIDDEN,
-    "can't access": ErrorKind.FORBIDDEN,
-    "can't run this command": ErrorKind.FORBIDDEN,
-    "unauthenticated": ErrorKind.UNREACHABLE,
-}
-
-#: A code begins an error, or, inside that of a script, the error of a command.
-_ERROR_CODE = re.compile(r"(?:^|[-@])([A-Z]+)\b")
-
-#: What redis-py puts before the error of a command in a pipeline, with the command, ends like this.
-_PIPELINE_PREFIX = "of pipeline caused error: "
-
-
-def error_kind(error: BaseException) -> ErrorKind:
-    """What an error means, of whatever client library."""
-    for cls in type(error).__mro__:
-        if cls.__name__ in _KIND_BY_CLASS:
-            return _KIND_BY_CLASS[cls.__name__]
-    if is_instance_of_named(error, "ResponseError"):
-        said = str(error).rpartition(_PIPELINE_PREFIX)[2]
-        for code in _ERROR_CODE.findall(said):
-            if code in _KIND_BY_CODE:
-                return _KIND_BY_CODE[code]
-        for phrase, meaning in _KIND_BY_PHRASE.items():
-            if phrase in said:
-                return meaning
-    return ErrorKind.UNUSABLE
-
-
-def is_authentication_error(error: BaseException) -> bool:
-    """Whether a server does not accept the credentials of a connection, or misses them."""
-    if is_instance_of_named(error, "AuthenticationError") or is_instance_of_named(
-        error, "AuthenticationWrongNumberOfArgsError"
-    ):
-        return True
-    return is_instance_of_named(error, "ResponseError") and any(code in str(error) for code in ("NOAUTH", "WRONGPASS"))
 
 
 #: Pauses that do not grow, seconds: the server answers at once, so a caller hardly waits.
@@ -300,3 +206,39 @@ class Availability:
             # "Full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
             return random.uniform(0, min(self.retry_delay_max_s, RETRY_DELAY_MIN_S * 2 ** min(attempts, 30)))
         return min(TURN_DELAY_MAX_S, TURN_DELAY_MIN_S * 2.0 ** min(self._failed_turns, 30))
+
+
+@dataclass(frozen=True, slots=True)
+class AvailabilityReport:
+    """What there is to say; the attributes are those of `Health`."""
+
+    condition: Condition
+    since: datetime | None
+    last_error: str
+    next_attempt: float | None
+    attempts: int
+
+
+def report_availability(server: Availability | None, circuit: Availability) -> AvailabilityReport:
+    """Look at both guards.
+
+    Args:
+        server: Of the server; ``None``: it is not known yet which that is.
+        circuit: Of what is only this circuit's trouble.
+    """
+    availability = circuit if server is None or circuit.outage else server
+    outage = availability.outage
+    condition: Condition = "unused" if server is None else "connected"
+    if outage is not None:
+        condition = (
+            "refused" if availability is circuit else "away" if outage.kind is ErrorKind.UNREACHABLE else "read-only"
+        )
+    return AvailabilityReport(
+        condition=condition,
+        since=None
+        if condition == "unused"
+        else utc_from_ms(wall_clock_ms() - (availability.clock() - availability.since) * 1000),
+        last_error=circuit.last_error or (server.last_error if server else ""),
+        next_attempt=None if outage is None else max(0.0, outage.next_attempt_at - availability.clock()),
+        attempts=outage.attempts if outage else 0,
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pybreaker_redis._shared import SharedCircuit
+from pybreaker_redis._circuits.shared import SharedCircuit
 
 
 class Member(Protocol):

@@ -21,18 +21,19 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any, TypeVar
 
-from pybreaker_redis import _said, _threads
-from pybreaker_redis._bulletin import LossThrottle
-from pybreaker_redis._carrier import MissingFeature
-from pybreaker_redis._client import endpoint_of, plain_endpoint_of
-from pybreaker_redis._clock import monotonic
-from pybreaker_redis._connections import ConnectionPools
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._guard import TURN_DELAY_MIN_S, Availability, ErrorKind, Outage, error_kind
-from pybreaker_redis._rejoin import bring_back_all, bring_back_each
-from pybreaker_redis._secrets import describe_error
-from pybreaker_redis._tenant import Member
+from pybreaker_redis import _log
+from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each, suppress_except
+from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.endpoint import endpoint_of, plain_endpoint_of
+from pybreaker_redis._redis.pool import ConnectionPools
+from pybreaker_redis._runtime import threads
+from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.logger import LossThrottle
+from pybreaker_redis._runtime.redaction import describe_error
+from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability, Outage
+from pybreaker_redis._servers.member import Member
 
 RETRY_THREAD_NAME = "pybreaker_redis keeper"
 
@@ -118,7 +119,7 @@ class Server:
         with self._lock:
             self._members.pop(member, None)
         if not self._members and (seconds := self.availability.note_answer()) is not None:
-            self._bulletin.log_return(lambda more: _said.left(str(self), seconds, more))
+            self._bulletin.log_return(lambda more: _log.left(str(self), seconds, more))
 
     def release_member(self, member: Member) -> None:
         """This circuit is not used for now; without any there is no need for connections."""
@@ -175,7 +176,7 @@ class Server:
                 self.close_idle_pools()
             timeout, circuit, besides = member.timeout, member.circuit_name, len(self._members) - 1
             self._bulletin.log_loss(
-                lambda more: _said.away(str(self), outage, timeout=timeout, circuit=circuit, besides=besides, more=more)
+                lambda more: _log.away(str(self), outage, timeout=timeout, circuit=circuit, besides=besides, more=more)
             )
             self._ensure_retry_thread()
 
@@ -190,7 +191,7 @@ class Server:
     def _log_return(self, seconds: float | None, outcomes: Counter[str]) -> None:
         # Two first answers may have come together; then the other one has ended the outage.
         if seconds is not None:
-            self._bulletin.log_return(lambda more: _said.back(str(self), seconds, outcomes, more))
+            self._bulletin.log_return(lambda more: _log.back(str(self), seconds, outcomes, more))
 
     def note_missing_feature(self, lack: MissingFeature, reason: object) -> None:
         """A circuit has missed something that this server does not have: say so, the first time."""
@@ -198,7 +199,7 @@ class Server:
             is_new = lack not in self._missing_features
             self._missing_features.add(lack)
         if is_new:
-            _said.lacking(str(self), lack, reason)
+            _log.lacking(str(self), lack, reason)
 
     def log_if_slow(self, seconds: float, timeout: float | None) -> None:
         """An operation has taken so long, and should have taken that at most."""
@@ -229,9 +230,9 @@ class Server:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = None
-                with contextlib.suppress(_threads.ThreadRefusedError):
+                with contextlib.suppress(threads.ThreadRefusedError):
                     # It looks at the attribute under the lock, so it cannot end before it is noted.
-                    self._thread = _threads.start(self._run_retry_thread, RETRY_THREAD_NAME)
+                    self._thread = threads.start(self._run_retry_thread, RETRY_THREAD_NAME)
             kept = self._thread is not None
         if kept != self.availability.has_retry_thread:
             self.availability.set_retry_thread(kept)
@@ -268,7 +269,7 @@ class Server:
     def _attempt_return(self, outage: Outage) -> None:
         for member in self._current_members():
             # Whoever lives elsewhere by now need not wait for this one.  To look for it takes half of the time.
-            with deadline(member.timeout and 2 * member.timeout), _said.suppress_except():
+            with deadline(member.timeout and 2 * member.timeout), suppress_except():
                 member.move_if_relocated()
         outcomes: Counter[str] = Counter()
         try:
@@ -276,7 +277,7 @@ class Server:
         except Exception as error:  # noqa: BLE001
             # Whatever a client raises: it is not well yet.
             self.availability.note_failure(error)
-            _said.detail("%s: attempt %d failed (%s)", self, outage.attempts + 1, describe_error(error))
+            _log.detail("%s: attempt %d failed (%s)", self, outage.attempts + 1, describe_error(error))
         else:
             self.outcomes = outcomes
             seconds = self.availability.note_answer()

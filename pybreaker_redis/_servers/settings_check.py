@@ -12,9 +12,9 @@ import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from pybreaker_redis import _said
-from pybreaker_redis._client import plain_endpoint_of
-from pybreaker_redis._forks import renew_in_children
+from pybreaker_redis import _log
+from pybreaker_redis._redis.endpoint import plain_endpoint_of
+from pybreaker_redis._runtime.fork import renew_in_children
 
 
 class SettingsCheck:
@@ -56,12 +56,12 @@ class SettingsCheck:
                 if theirs != self.settings[name] and self._circuit.claim_log_line(name)
             }
             if differences:
-                _said.differ(self._name, differences)
+                _log.differ(self._name, differences)
 
     def note_second_breaker(self) -> None:
         """Another breaker of this process uses the circuit; say so if nobody can have meant that."""
         if self._is_nameless and self._circuit.claim_log_line("namespace"):
-            _said.nameless(self._name)
+            _log.nameless(self._name)
 
     def join(self, circuit: _CircuitUsers) -> list[SettingsCheck]:
         """Be one of a circuit's storages; returns the others."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
 
-from pybreaker_redis._breakers import storage_of
 from pybreaker_redis.memory import CircuitMemoryStorage
+from pybreaker_redis.operators import storage_of
 from pybreaker_redis.registry import BreakerRegistry
 
 #: What puts a circuit into which state.

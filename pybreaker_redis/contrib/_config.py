@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pybreaker_redis._arguments import format_value
+from pybreaker_redis._runtime.validation import format_value
 from pybreaker_redis.registry import BreakerRegistry
 
 #: What there is to configure, besides where Redis is, and of which type it has to be.

@@ -11,8 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from pybreaker import CircuitBreaker
 
-from pybreaker_redis._guarded import NO_FALLBACK, guard_with
 from pybreaker_redis.registry import BreakerRegistry
+from pybreaker_redis.registry.decorator import NO_FALLBACK, guard_with
 
 P = ParamSpec("P")
 T = TypeVar("T")

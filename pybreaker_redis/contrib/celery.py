@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis._extras import require_extra
+from pybreaker_redis._runtime.optional import require_extra
 from pybreaker_redis.registry import retry_after
 
 with require_extra("celery"):

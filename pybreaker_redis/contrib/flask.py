@@ -9,11 +9,11 @@ from typing import Any
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis._extras import require_extra
-from pybreaker_redis.contrib import _breakers
-from pybreaker_redis.contrib._answer import STATUS_UNAVAILABLE, rejection_response
-from pybreaker_redis.contrib._operator import COMMAND_ACTIONS, CommandRefusedError, run_command
-from pybreaker_redis.contrib._settings import CONFIG_KEYS, build_registry
+from pybreaker_redis._runtime.optional import require_extra
+from pybreaker_redis.contrib import _proxy
+from pybreaker_redis.contrib._commands import COMMAND_ACTIONS, CommandRefusedError, run_command
+from pybreaker_redis.contrib._config import CONFIG_KEYS, build_registry
+from pybreaker_redis.contrib._http import STATUS_UNAVAILABLE, rejection_response
 from pybreaker_redis.registry import BreakerRegistry
 
 with require_extra("flask"):
@@ -30,7 +30,7 @@ ALL_CONFIG_KEYS = tuple(PREFIX + key for key in ("URL", *CONFIG_KEYS))
 EXTENSION_NAME = "pybreaker_redis"
 
 
-class Breakers(_breakers.RegistryProxy):
+class Breakers(_proxy.RegistryProxy):
     """The breakers of the application that is being served: one of these for any number of applications.
 
     An application configures them by ``PYBREAKER_URL``, ``PYBREAKER_PREFIX``, ``PYBREAKER_DEFAULTS``,

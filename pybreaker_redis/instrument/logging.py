@@ -12,8 +12,8 @@ import logging
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis._breakers import made_transition
-from pybreaker_redis._circuit import OPEN
+from pybreaker_redis._model.circuit import OPEN
+from pybreaker_redis.operators import made_transition
 
 __all__ = ("LogListener",)
 

@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis._breakers import made_transition
-from pybreaker_redis._circuit import STATES
-from pybreaker_redis._extras import require_extra
+from pybreaker_redis._model.circuit import STATES
+from pybreaker_redis._runtime.optional import require_extra
+from pybreaker_redis.operators import made_transition
 from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
 
 with require_extra("prometheus_client", extra="prometheus"):

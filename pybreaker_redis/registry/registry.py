@@ -14,18 +14,18 @@ from typing import Any
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
-from pybreaker_redis import _settings
-from pybreaker_redis._arguments import check_state, checked_namespace, plain_text
-from pybreaker_redis._breakers import retry_after, storage_of
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED
-from pybreaker_redis._clock import utc_from_ms
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis._guarded import NO_FALLBACK, P, T, guard_with
-from pybreaker_redis._intents import Intent
-from pybreaker_redis._operated import COMMANDS_FOR_RESET, COMMANDS_FOR_STATE, OperatedStorage, rejection_time_s
-from pybreaker_redis._urls import client_source_from_url
+from pybreaker_redis._adapter.operated import OperatedStorage
+from pybreaker_redis._circuits.core import rejection_time_s
+from pybreaker_redis._model.circuit import CLOSED
+from pybreaker_redis._model.intents import Intent, Reply
+from pybreaker_redis._redis.url import client_source_from_url
+from pybreaker_redis._runtime.clock import utc_from_ms
+from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.validation import check_state, checked_namespace, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
+from pybreaker_redis.operators import COMMANDS_FOR_RESET, COMMANDS_FOR_STATE, retry_after, storage_of
+from pybreaker_redis.registry import settings as settings_module
+from pybreaker_redis.registry.decorator import NO_FALLBACK, P, T, guard_with
 from pybreaker_redis.storage import CircuitRedisStorage
 
 __all__ = ("BreakerRegistry", "CircuitStatus", "retry_after")
@@ -88,9 +88,9 @@ class BreakerRegistry:
         **defaults: Any,
     ) -> None:
         self._redis = client_source_from_url(redis) if isinstance(redis, str) else redis
-        self._prefix = _settings.checked_prefix(prefix)
-        self._listeners = _settings.checked_listeners(listeners)
-        self._defaults = _settings.validated(defaults, stacklevel=2)
+        self._prefix = settings_module.checked_prefix(prefix)
+        self._listeners = settings_module.checked_listeners(listeners)
+        self._defaults = settings_module.validated(defaults, stacklevel=2)
         self._settings_by_name: dict[str, dict[str, Any]] = {}
         self._breaker_by_name: dict[str, CircuitBreaker] = {}
         self._lock = threading.RLock()
@@ -246,18 +246,18 @@ class BreakerRegistry:
         known = self._settings_by_name.get(name)
         if known is not None and all(item in known.items() for item in settings.items()):
             return plain_text(name)
-        name = _settings.breaker_name(name)
+        name = settings_module.breaker_name(name)
         checked_namespace(f"{self._prefix}{name}")
-        settings = _settings.validated(settings, stacklevel=3)
+        settings = settings_module.validated(settings, stacklevel=3)
         with self._lock:
             declared = self._settings_by_name.get(name, {})
             present = self._settings_of(name) if name in self._breaker_by_name else declared
-            _settings.check_consistent(name, present, settings)
+            settings_module.check_consistent(name, present, settings)
             self._settings_by_name[name] = {**declared, **settings}
         return name
 
     def _settings_of(self, name: str) -> dict[str, Any]:
-        usual = {**_settings.BREAKER_DEFAULTS, "exclude": (), **_settings.STORAGE_DEFAULTS}
+        usual = {**settings_module.BREAKER_DEFAULTS, "exclude": (), **settings_module.STORAGE_DEFAULTS}
         return {**usual, **self._defaults, **self._settings_by_name.get(name, {})}
 
     def _create_breaker(self, name: str) -> CircuitBreaker:
@@ -265,18 +265,18 @@ class BreakerRegistry:
             name=name,
             listeners=self._listeners,
             state_storage=self._storage(name),
-            **_settings.breaker_arguments(self._settings_of(name)),
+            **settings_module.breaker_arguments(self._settings_of(name)),
         )
 
     def _storage(self, name: str) -> OperatedStorage:
         settings = self._settings_of(name)
         if self._redis is None:
-            return CircuitMemoryStorage(CLOSED, **_settings.subset(settings, _settings.MEMORY_DEFAULTS))
+            return CircuitMemoryStorage(CLOSED, **settings_module.subset(settings, settings_module.MEMORY_DEFAULTS))
         return CircuitRedisStorage(
             CLOSED,
             self._redis,
             namespace=f"{self._prefix}{name}",
-            **_settings.subset(settings, _settings.STORAGE_DEFAULTS),
+            **settings_module.subset(settings, settings_module.STORAGE_DEFAULTS),
         )
 
 

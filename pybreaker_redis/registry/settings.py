@@ -12,8 +12,8 @@ from typing import Any
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
-from pybreaker_redis._arguments import DURATION_MAX_S, check_bool, check_seconds, format_value, plain_text
-from pybreaker_redis._circuit import CLOSED
+from pybreaker_redis._model.circuit import CLOSED
+from pybreaker_redis._runtime.validation import DURATION_MAX_S, check_bool, check_seconds, format_value, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
 

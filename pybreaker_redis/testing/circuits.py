@@ -1,6 +1,6 @@
 """How does one test code that is guarded?
 
-Knows: breakers, their storages, clocks.  Does not know: test runners; `fixtures.py` knows pytest.
+Knows: breakers, their storages, clocks.  Does not know: test runners; `testing/fixtures.py` knows pytest.
 
 Nothing here needs Redis, and nothing here sleeps.
 """
@@ -10,27 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, tzinfo
-from typing import Any
 
-import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerStorage
 
-from pybreaker_redis import _clock
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, OPEN, Circuit
-from pybreaker_redis._intents import Intent
-from pybreaker_redis._operated import OperatedStorage
-from pybreaker_redis._shortcut import FastPath
+from pybreaker_redis._adapter.operated import OperatedStorage
+from pybreaker_redis._model.circuit import CLOSED, OPEN, Circuit
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.intents import Intent, Reply
+from pybreaker_redis._runtime import clock as clock_module
 from pybreaker_redis.registry import BreakerRegistry
 
-__all__ = ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_prefix")
-
-
-#: Names that a module imports for itself are nothing that it exports.
-_pybreaker: Any = pybreaker
+__all__ = ("force_closed", "force_open", "in_memory", "unique_prefix")
 
 
 class FixedCircuitStorage(OperatedStorage):
@@ -43,7 +34,7 @@ class FixedCircuitStorage(OperatedStorage):
         self._opened_ahead_ms = 0 if breaker.reset_timeout > 1 else 1000
 
     def _execute(self, intent: Intent) -> Reply:
-        now = _clock.wall_clock_ms()
+        now = clock_module.wall_clock_ms()
         return Reply(True, Circuit(self._fixed_state, opened_at_ms=now + self._opened_ahead_ms), now)
 
 
@@ -99,63 +90,6 @@ def in_memory(breakers: BreakerRegistry) -> Iterator[BreakerRegistry]:
                 if breaker is not made.get(name):
                     breaker._state_storage = breakers._storage(name)
                     breaker._state = breaker._create_new_state(CLOSED)
-
-
-class BreakerClock:
-    """A clock for breakers, and for nothing else, that goes on as the real one does and can be advanced.
-
-    As long as the ``with`` block lasts, all breakers and storages of this process go by it.  If freezegun or
-    time-machine move the real one, it moves along.
-
-    Attributes:
-        ahead: Seconds by which it has been advanced.
-    """
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-        self._originals: list[tuple[Any, str, Any]] = []
-
-    def advance(self, seconds: float) -> None:
-        """So much time passes for breakers: timeouts and, in memory, leases of probes; in Redis leases go by Redis."""
-        self.ahead += seconds
-
-    def time(self) -> float:
-        """Seconds since the epoch, as `time.time`."""
-        return time.time() + self.ahead
-
-    def __enter__(self) -> BreakerClock:
-        # What pybreaker compares with, and what storages say.
-        for module, name, moved in ((_pybreaker, "UTC", _AdvancedUtc(self)), (_clock, "time", self)):
-            self._originals.append((module, name, getattr(module, name)))
-            setattr(module, name, moved)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        while self._originals:
-            setattr(*self._originals.pop())
-
-
-class _AdvancedUtc(tzinfo):
-    """UTC, but what is now is told as it will be.
-
-    pybreaker asks for ``datetime.now(UTC)``.  freezegun puts a class of its own in the place of `datetime`, at times
-    where something else has been put meanwhile; nobody touches the time zone.
-    """
-
-    def __init__(self, clock: BreakerClock) -> None:
-        self._clock = clock
-
-    def fromutc(self, dt: datetime) -> datetime:
-        return dt + timedelta(seconds=self._clock.ahead)
-
-    def utcoffset(self, dt: datetime | None) -> timedelta:
-        return timedelta(0)
-
-    def dst(self, dt: datetime | None) -> None:
-        return None
-
-    def tzname(self, dt: datetime | None) -> str:
-        return "UTC"
 
 
 def unique_prefix(test: str = "test") -> str:

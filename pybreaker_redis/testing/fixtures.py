@@ -1,6 +1,6 @@
 """What does pytest offer to tests of guarded code?
 
-Knows: pytest.  Does not know: how it is done; `testing.py` does it.
+Knows: pytest.  Does not know: how it is done; `testing/circuits.py` does it.
 
 Not loaded unless asked for: ``pytest_plugins = ["pybreaker_redis.fixtures"]`` in the topmost ``conftest.py``.  Nothing
 here applies to a test that does not name it.
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pybreaker_redis._extras import require_extra
+from pybreaker_redis._runtime.optional import require_extra
 from pybreaker_redis.registry import BreakerRegistry
-from pybreaker_redis.testing import BreakerClock, unique_prefix
+from pybreaker_redis.testing.circuits import unique_prefix
+from pybreaker_redis.testing.clock import BreakerClock
 
 with require_extra("pytest", extra="testing"):
     import pytest

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from pybreaker_redis._demo.binaries import find_servers, identify_binary  # noqa: F401 (tests/test_wheel.py has it from here)
-from pybreaker_redis._demo.scratch import Scratch
+from pybreaker_redis.testing.binaries import find_servers, identify_binary  # noqa: F401 (tests/project/test_wheel.py has it from here)
+from pybreaker_redis.testing.scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ from pybreaker import CircuitBreakerError
 
 from pybreaker_redis.contrib.celery import BreakerTask
 from pybreaker_redis.registry import BreakerRegistry
-from tests.viewed import Down, down, up
+from tests.support.breakers import Down, down, up
 
 #: Seconds for which the circuit stays open.
 RESET_TIMEOUT = 40.0

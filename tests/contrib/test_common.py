@@ -15,11 +15,11 @@ import pybreaker
 import pytest
 
 import pybreaker_redis
-from pybreaker_redis._extras import require_extra
-from pybreaker_redis.contrib._answer import prefers_json, rejection_response
-from pybreaker_redis.contrib._operator import COMMAND_ACTIONS, CommandRefusedError, run_command
+from pybreaker_redis._runtime.optional import require_extra
+from pybreaker_redis.contrib._commands import COMMAND_ACTIONS, CommandRefusedError, run_command
+from pybreaker_redis.contrib._http import prefers_json, rejection_response
 from pybreaker_redis.registry import BreakerRegistry, retry_after
-from tests.viewed import down
+from tests.support.breakers import down
 
 PACKAGE = Path(pybreaker_redis.__file__).parent
 CONTRIB = PACKAGE / "contrib"

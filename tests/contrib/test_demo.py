@@ -21,15 +21,16 @@ from typing import Any
 import pytest
 import redis
 
-from pybreaker_redis import __main__ as command_line
 from pybreaker_redis import __version__
-from pybreaker_redis._demo import binaries, play, scenario, server, show, stage, worker
-from pybreaker_redis._demo.binaries import FoundServer
-from pybreaker_redis._demo.events import Event, parse
-from pybreaker_redis._demo.interruption import Interruption
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.cli import main
+from pybreaker_redis.cli.demo import play, scenario, show, stage, worker
+from pybreaker_redis.cli.demo.events import Event, parse
+from pybreaker_redis.cli.demo.interruption import Interruption
+from pybreaker_redis.testing import binaries, servers
+from pybreaker_redis.testing.binaries import FoundServer
+from pybreaker_redis.testing.servers import PrivateServer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
@@ -217,7 +218,7 @@ def test_version_is_the_one_of_the_package():
 
 def test_no_command_explains_itself(capsys: pytest.CaptureFixture[str]):
     """Who does not know what to type is told."""
-    assert command_line.main([]) == 0
+    assert main.main([]) == 0
     assert "demo" in capsys.readouterr().out
 
 
@@ -225,7 +226,7 @@ def test_no_command_explains_itself(capsys: pytest.CaptureFixture[str]):
 def test_impossible_duration_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]):
     """A run is bounded."""
     with pytest.raises(SystemExit, match="2"):
-        command_line.main(["demo", "--seconds", seconds])
+        main.main(["demo", "--seconds", seconds])
     assert "--seconds" in capsys.readouterr().err
 
 
@@ -233,7 +234,7 @@ def test_impossible_duration_is_refused(seconds: str, capsys: pytest.CaptureFixt
 def test_no_server_at_all_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A bare installation tells how to get on."""
     monkeypatch.setattr(play, "find_servers", list)
-    assert command_line.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
+    assert main.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
     assert "pip install 'pybreaker_redis[demo]'" in capsys.readouterr().err
 
 
@@ -243,8 +244,8 @@ def test_useless_address_is_named_without_its_password(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """The message may be pasted anywhere."""
-    monkeypatch.setenv("PYBREAKER_REDIS_URL", url.format(port=server.free_port()))
-    assert command_line.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
+    monkeypatch.setenv("PYBREAKER_REDIS_URL", url.format(port=servers.free_port()))
+    assert main.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
     errors = capsys.readouterr().err
     assert "PYBREAKER_REDIS_URL" in errors
     assert ":secret@" not in errors
@@ -578,7 +579,9 @@ def test_worker_reports_that_the_server_is_away_and_logs_nothing(capfd: pytest.C
 
 def test_report_to_nobody_is_lost_in_silence():
     """A worker whose demo was killed is about to end; a stack trace in the terminal would help nobody."""
-    code = "import time; from pybreaker_redis._demo.events import Event, emit; input(); emit(Event('x', 'ready', 0.0))"
+    code = (
+        "import time; from pybreaker_redis.cli.demo.events import Event, emit; input(); emit(Event('x', 'ready', 0.0))"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     )
@@ -601,68 +604,3 @@ def test_frozen_child_is_killed(monkeypatch: pytest.MonkeyPatch):
 
 
 # -- the server that it plays on ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only directory on PATH, and no pip package with a server in it."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(binaries, "SERVER_PACKAGES", (("no_such_package", "redis-server"),))
-    return tmp_path
-
-
-def test_server_on_path_is_found(programs: Path, preferred: FoundServer):
-    """Who has installed a server need not install another one."""
-    (programs / "valkey-server").symlink_to(preferred.binary)
-    (found,) = binaries.find_servers()
-    assert found == FoundServer(str(programs / "valkey-server"), "PATH", preferred.product, preferred.version)
-    assert str(found) == f"{preferred.product} {preferred.version} (PATH)"
-
-
-@pytest.mark.parametrize("content", ["#!/bin/sh\necho Redis is not what this is", "\0 made for another machine"])
-def test_program_that_is_no_server_is_not_found(content: str, programs: Path):
-    """The name of a file proves nothing."""
-    program = programs / "redis-server"
-    program.write_text(content)
-    program.chmod(0o755)
-    assert binaries.find_servers() == []
-    assert PrivateServer(str(program), directory=programs).version == ""
-
-
-@pytest.mark.usefixtures("programs")
-def test_server_behind_another_one_on_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A pip package that brings a server puts it before that of the system."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder, version in ((first, "1.2.3"), (second, "4.5.6")):
-        folder.mkdir()
-        binary = folder / "redis-server"
-        binary.write_text(f"#!{sys.executable}\nprint('Redis server v={version} sha=0')\n")
-        binary.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{first}{os.pathsep}{second}")
-    assert [found.version for found in binaries.find_servers()] == ["1.2.3", "4.5.6"]
-
-
-def test_server_that_does_not_start_shows_its_log(tmp_path: Path, preferred: FoundServer):
-    """The reason is in the error, not in a file that nobody knows of; a directory that was given is kept."""
-    private = PrivateServer(preferred.binary, directory=tmp_path, args=["--no-such-option", "1"])
-    with pytest.raises(server.ServerDidNotStart, match="no-such-option"), private:
-        pytest.fail("started")
-    private.close()
-    assert tmp_path.is_dir()
-
-
-def test_server_that_does_not_run_can_be_ended_and_frozen(tmp_path: Path, preferred: FoundServer):
-    """A test that cleans up need not know how far it came."""
-    private = PrivateServer(preferred.binary, directory=tmp_path)
-    for act in (private.pause, private.resume, private.stop, private.kill, private.close):
-        act()
-    assert private.pid is None
-
-
-def test_server_on_a_port_says_where_it_is(preferred: FoundServer):
-    """Its address and its version are known without asking it."""
-    with PrivateServer(preferred.binary, port=server.free_port()) as private, private.client() as client:
-        assert private.url == f"redis://127.0.0.1:{private.port}/0"
-        assert private.version == preferred.version
-        assert client.ping()
-        assert private.start().pid

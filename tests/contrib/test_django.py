@@ -22,15 +22,15 @@ from django.core.management import CommandError, call_command
 from django.test import AsyncClient, Client, override_settings
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis.contrib.django import breakers
 from pybreaker_redis.testing import in_memory
-from tests import django_project
-from tests.viewed import Down, down
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import django_project
+from tests.support.breakers import Down, down
 
 pytestmark = pytest.mark.usefixtures("patient")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOCMEM = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
 BREAKERS = {"payments": {"fail_max": 2, "reset_timeout": 30}}
 
@@ -264,7 +264,7 @@ WRONG = {
         ({"URL": "redis://x", "DEFAULTS": {"fail_maxx": 1}}, "fail_maxx"),
         ({"URL": "redis://x", "DEFAULTS": {"exclude": "KeyError"}}, "exclude"),
         ({"URL": "redis://x", "DEFAULTS": {"exclude": ["nowhere.KeyError"]}}, "nowhere"),
-        ({"URL": "redis://x", "LISTENERS": ["tests.test_django.Nobody"]}, "Nobody"),
+        ({"URL": "redis://x", "LISTENERS": ["tests.contrib.test_django.Nobody"]}, "Nobody"),
         ({"URL": "redis://x", "BREAKERS": {"payments": {"reset_timeout": -1}}}, "BREAKERS['payments']: reset_timeout"),
         ({"URL": "redis://x", "BREAKERS": {"payments": 5}}, "BREAKERS['payments']"),
         ({"URL": "memcached://x"}, "URL"),

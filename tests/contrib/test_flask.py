@@ -11,10 +11,10 @@ import redis
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
 from pybreaker_redis import CircuitMemoryStorage
-from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis.contrib.flask import Breakers
 from pybreaker_redis.testing import in_memory
-from tests.viewed import Down, down, up
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
 
 pytestmark = pytest.mark.usefixtures("patient")
 

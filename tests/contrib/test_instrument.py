@@ -17,16 +17,17 @@ import pytest
 import redis
 from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitClosedState
 
-from pybreaker_redis._demo.server import PrivateServer
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry
-from tests.viewed import fails, up, wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import fails, up
+from tests.support.wait import wait_for
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest  # noqa: E402
 
-from pybreaker_redis import prometheus  # noqa: E402
+from pybreaker_redis.instrument import prometheus  # noqa: E402
 from pybreaker_redis.prometheus import BreakerCollector, PrometheusListener  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -395,7 +396,7 @@ def test_sum_over_four_processes_is_the_truth(workers: list[Worker], client: red
 
 @pytest.mark.parametrize(
     ("module", "missing", "extra"),
-    [("prometheus", "prometheus_client", "prometheus"), ("fixtures", "pytest", "testing")],
+    [("instrument.prometheus", "prometheus_client", "prometheus"), ("testing.fixtures", "pytest", "testing")],
 )
 def test_without_its_extra_a_module_says_what_to_install(
     module: str, missing: str, extra: str, monkeypatch: pytest.MonkeyPatch

@@ -11,26 +11,18 @@ from collections import Counter
 
 import pytest
 
-from tests import fleet as fleets
-from tests.fleet import (
+from tests.support import fleet as fleets
+from tests.support.fleet import (
     Fleet,
-    Outcome,
-    Puppet,
     call,
     calls,
     monitor,
     operator,
     read_state,
+    trip,
     uncounted_failures,
     wait_until,
 )
-
-
-def trip(worker: Puppet) -> Outcome:
-    """Let `worker` fail until the circuit opens; the call that opened it."""
-    outcomes: list[Outcome] = worker.run(calls, worker.spec.fail_max, fail=True)
-    assert outcomes[-1].tripped, outcomes
-    return outcomes[-1]
 
 
 def recover(fleet: Fleet) -> None:

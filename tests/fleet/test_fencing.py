@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.fleet import (
+from tests.support.fleet import (
     Fleet,
     Outcome,
     Puppet,
@@ -20,9 +20,9 @@ from tests.fleet import (
     held_call_when_admitted,
     operator,
     read_state,
+    trip,
     wait_until,
 )
-from tests.test_fleet_counts import trip
 
 #: Seconds by which a gate may seem to open early: the two clocks of one host are compared through one round trip.
 EARLY = 0.02

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.fleet import DependencyDown, Fleet, Make, Shared, Spec, Worker, call, calls, flood, operator
-from tests.viewed import wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.fleet import DependencyDown, Fleet, Make, Shared, Spec, Worker, call, calls, flood, operator
+from tests.support.wait import wait_for
 
 #: Seconds; the fleet is to agree again after twice as many.
 STALENESS = 0.5

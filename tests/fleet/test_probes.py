@@ -10,9 +10,8 @@ from collections import Counter
 
 import pytest
 
-from tests import soak as soaks
-from tests.fleet import call, calls, flood, held_call, most_at_once, read_state, recover, wait_until
-from tests.test_fleet_counts import trip
+from tests.support import soak as soaks
+from tests.support.fleet import call, calls, flood, held_call, most_at_once, read_state, recover, trip, wait_until
 
 
 def test_burst_at_end_of_reset_timeout_executes_one_call(promised, fleet_of):

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.fleet import Fleet, Spec, Worker, call, operator
-from tests.viewed import settled, view_of, wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import settled
+from tests.support.fleet import Fleet, Spec, Worker, call, operator
+from tests.support.inspect import view_of
+from tests.support.wait import wait_for
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def settle(worker: Worker) -> None:
@@ -118,8 +120,10 @@ def test_transition_is_seen_by_idle_processes_in_milliseconds(fleet_of, report):
 FORKS = """
 import os, select, signal, sys, threading, time
 import redis, pybreaker
-from pybreaker_redis import _listener
-from tests.viewed import breaker_on, lines, listeners, settled, up, view_of, wait_for
+from pybreaker_redis._replica import listener as _listener
+from tests.support.breakers import breaker_on, settled, up
+from tests.support.inspect import lines, listeners, view_of
+from tests.support.wait import wait_for
 
 socket, forks = sys.argv[1], int(sys.argv[2])
 client = redis.Redis(unix_socket_path=socket)

@@ -12,15 +12,15 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _optimistic
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._deadline import deadline, seconds_left
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import ClaimProbe, Intent, Load, RecordFailure
-from pybreaker_redis._optimistic import TransactionEngine
-from tests.servers import without_scripts
-from tests.stopwatch import Stopwatch
-from tests.viewed import Down, down, up
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._engines import transaction
+from pybreaker_redis._engines.transaction import TransactionEngine
+from pybreaker_redis._model.intents import ClaimProbe, Intent, Load, RecordFailure, Reply
+from pybreaker_redis._redis.deadline import deadline, seconds_left
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
+from tests.support.clock import Stopwatch
+from tests.support.servers import without_scripts
 
 #: Seconds that a call may wait here, so many that a busy machine makes no difference.
 TIMEOUT = 2.0
@@ -112,7 +112,7 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
     breaker.call(up)
     engine = storage._core.shared._selector.get()
     engine = TransactionEngine(engine.client, engine._keys)
-    home = TransactionEngine if step == "_queue_writes" else _optimistic
+    home = TransactionEngine if step == "_queue_writes" else transaction
     original = getattr(home, step)
 
     def frozen(*arguments: Any) -> Any:

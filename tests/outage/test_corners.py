@@ -10,22 +10,24 @@ from typing import Any, NoReturn
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _said, _server, _threads
-from pybreaker_redis._client import endpoint_of
-from pybreaker_redis._guard import ErrorKind
-from pybreaker_redis._hearings import Subscriber
-from pybreaker_redis._line import Push, PushConnection
-from pybreaker_redis._server import server_for
-from pybreaker_redis._session import Session
-from pybreaker_redis._shortcut import FastPath
-from pybreaker_redis._tenancy import Failover
-from pybreaker_redis._view import View
-from tests.faults import Site
-from tests.test_outage import calls, health_of, is_back, site
-from tests.test_outage_races import is_unreachable_for
-from tests.viewed import breaker_on, fails, keepers, settled, up, wait_for
-
-__all__ = ["site"]
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._circuits import bulk
+from pybreaker_redis._circuits.failover import Failover
+from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._redis.classify import ErrorKind
+from pybreaker_redis._redis.endpoint import endpoint_of
+from pybreaker_redis._replica.connection import Push, PushConnection
+from pybreaker_redis._replica.session import Session
+from pybreaker_redis._replica.subscribers import Subscriber
+from pybreaker_redis._replica.view import View
+from pybreaker_redis._runtime import threads
+from pybreaker_redis._servers import server as server_module
+from pybreaker_redis._servers.server import server_for
+from tests.support.breakers import breaker_on, fails, settled, up
+from tests.support.faults import Site
+from tests.support.inspect import keepers
+from tests.support.outages import calls, health_of, is_back, is_unreachable_for
+from tests.support.wait import wait_for
 
 
 def test_client_as_it_is_goes_through_an_outage(site: Site):
@@ -44,10 +46,10 @@ def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypat
     caplog.set_level("INFO", "pybreaker_redis")
 
     def refuse(*_: object) -> NoReturn:
-        raise _threads.ThreadRefusedError
+        raise threads.ThreadRefusedError
 
     breaker = settled(breaker_on(site.client(), fail_max=2, reset_timeout=60))
-    monkeypatch.setattr(_threads, "start", refuse)
+    monkeypatch.setattr(threads, "start", refuse)
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
     calls(breaker, 0.05, failing=1.0)
@@ -111,7 +113,7 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
     breaker.call(up)
     outage = storage._core.server.availability.outage
     with monkeypatch.context() as patched:
-        patched.setattr(_server, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
+        patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
         patched.setattr(Failover, "bring_back", lambda self: 1 / 0)
         storage._core.server._attempt_return(outage)
     site.proxy.listen()
@@ -128,7 +130,7 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
     newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
     fails(newcomer)
     with monkeypatch.context() as patched:
-        patched.setattr(_server, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
+        patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
         site.proxy.listen()
         server._attempt_return(outage)
     # The thread that asks again may be at it, too; then that one brings it back.
@@ -151,9 +153,9 @@ def test_nobody_asks_again_for_circuits_that_are_gone(site: Site, nobody_listens
 
 def test_trouble_of_one_circuit_keeps_no_other_away():
     """What is a circuit's own passes, what is the server's does not."""
-    with _said.suppress_except(ErrorKind.UNREACHABLE):
+    with bulk.suppress_except(ErrorKind.UNREACHABLE):
         raise TypeError("its own")
-    with pytest.raises(redis.ConnectionError), _said.suppress_except(ErrorKind.UNREACHABLE):
+    with pytest.raises(redis.ConnectionError), bulk.suppress_except(ErrorKind.UNREACHABLE):
         raise redis.ConnectionError("gone")
 
 

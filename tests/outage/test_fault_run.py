@@ -18,12 +18,13 @@ import pybreaker
 import pytest
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
-from tests import chaos, servers
-from tests.faults import Site
-from tests.history import Loss, Write, check, describe
-from tests.servers import ONCE
-from tests.viewed import Down, down, up, wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import fault_run, servers
+from tests.support.breakers import Down, down, up
+from tests.support.faults import Site
+from tests.support.history import Loss, Write, check, describe
+from tests.support.servers import ONCE
+from tests.support.wait import wait_for
 
 #: Seconds of the slow test's schedule.
 SECONDS = 55.0
@@ -39,11 +40,11 @@ def site(killable_server: PrivateServer) -> Iterator[Site]:
 @pytest.mark.slow
 def test_processes_keep_all_rules_whatever_happens_to_redis(preferred, tmp_path, report):
     """Processes and threads under random faults: no error in a call, timely recovery, one probe, no lost generation."""
-    seed = int(os.environ.get(chaos.SEED_VARIABLE) or random.SystemRandom().getrandbits(32))
-    seconds = float(os.environ.get(chaos.SECONDS_VARIABLE) or SECONDS)
-    engine: Any = os.environ.get(chaos.ENGINE_VARIABLE) or "lua"
-    print(f"{chaos.SEED_VARIABLE}={seed}")
-    made = chaos.run(preferred.binary, tmp_path, seed=seed, seconds=seconds, engine=engine, say=print)
+    seed = int(os.environ.get(fault_run.SEED_VARIABLE) or random.SystemRandom().getrandbits(32))
+    seconds = float(os.environ.get(fault_run.SECONDS_VARIABLE) or SECONDS)
+    engine: Any = os.environ.get(fault_run.ENGINE_VARIABLE) or "lua"
+    print(f"{fault_run.SEED_VARIABLE}={seed}")
+    made = fault_run.run(preferred.binary, tmp_path, seed=seed, seconds=seconds, engine=engine, say=print)
     problems = check(made.history)
     said = f"{engine}, seed {seed}: {describe(made.history, problems)}"
     report(said)
@@ -58,18 +59,18 @@ def test_processes_keep_all_rules_whatever_happens_to_redis(preferred, tmp_path,
 
 def test_same_seed_makes_the_same_schedule() -> None:
     """A failed run can be repeated; all faults are drawn before one is drawn again."""
-    steps = chaos.plan(7, 60.0)
-    assert steps == chaos.plan(7, 60.0) != chaos.plan(8, 60.0)
+    steps = fault_run.plan(7, 60.0)
+    assert steps == fault_run.plan(7, 60.0) != fault_run.plan(8, 60.0)
     assert sum(step.seconds for step in steps) >= 60.0
-    drawn = [name for step in chaos.plan(7, 300.0) for name, _ in step.faults]
-    assert set(drawn[: len(chaos.FAULTS)]) == set(chaos.FAULTS)
+    drawn = [name for step in fault_run.plan(7, 300.0) for name, _ in step.faults]
+    assert set(drawn[: len(fault_run.FAULTS)]) == set(fault_run.FAULTS)
 
 
 def test_lease_is_longer_than_a_recovery() -> None:
     """Else a lost lease would be no violation, and the run could not find one; a calm is long enough to see it."""
-    for limits in chaos.limits().values():
+    for limits in fault_run.limits().values():
         assert limits.recovery + 0.5 < limits.probe_lease
-        assert limits.recovery < chaos.calm_seconds()
+        assert limits.recovery < fault_run.calm_seconds()
 
 
 def test_run_that_fails_leaves_no_process_behind(preferred, tmp_path, monkeypatch):
@@ -81,22 +82,22 @@ def test_run_that_fails_leaves_no_process_behind(preferred, tmp_path, monkeypatc
             super().__init__(*args, **kwargs)
             started.append(self)
 
-    def fails(stage: chaos.Stage, seconds: float) -> None:
+    def fails(stage: fault_run.Stage, seconds: float) -> None:
         stage.server.pause()
         raise LookupError("no such fault")
 
     monkeypatch.setattr(subprocess, "Popen", Noted)
-    monkeypatch.setattr(chaos, "FAULTS", {"fails": fails})
+    monkeypatch.setattr(fault_run, "FAULTS", {"fails": fails})
     with pytest.raises(LookupError, match="no such fault"):
-        chaos.run(preferred.binary, tmp_path, seed=1, seconds=1.0)
+        fault_run.run(preferred.binary, tmp_path, seed=1, seconds=1.0)
     assert len(started) >= 3
     assert [process.poll() is None for process in started] == [False] * len(started)
 
 
 def test_worker_that_ends_early_is_an_error(site, tmp_path):
     """A crew that has lost a member shows nothing; what is left of it is killed."""
-    with contextlib.closing(chaos.Dependencies(tmp_path / "up")) as dependencies:
-        crew = chaos.Crew(site, dependencies, tmp_path, processes=2, threads=1, seed=1, seconds=1.0)
+    with contextlib.closing(fault_run.Dependencies(tmp_path / "up")) as dependencies:
+        crew = fault_run.Crew(site, dependencies, tmp_path, processes=2, threads=1, seed=1, seconds=1.0)
         with contextlib.closing(crew):
             crew.check()
             crew._workers[0].kill()
@@ -107,14 +108,14 @@ def test_worker_that_ends_early_is_an_error(site, tmp_path):
                 crew.finish()
 
 
-@pytest.mark.parametrize("engine", list(chaos.RIGHTS))
+@pytest.mark.parametrize("engine", list(fault_run.RIGHTS))
 @pytest.mark.parametrize("found", servers.at_hand(), ids=servers.name_of)
 def test_monitor_records_each_transition(found, engine):
     """Trip, claim and close of a circuit, then the loss, whether scripts or transactions made them."""
     with (
         PrivateServer(found.binary) as server,
-        contextlib.closing(Site(server, chaos.RIGHTS[engine])) as site,
-        contextlib.closing(chaos.Monitor(server)) as monitor,
+        contextlib.closing(Site(server, fault_run.RIGHTS[engine])) as site,
+        contextlib.closing(fault_run.Monitor(server)) as monitor,
         contextlib.closing(site.client(**ONCE)) as client,
     ):
         monitor.attach()
@@ -137,7 +138,7 @@ def test_monitor_records_each_transition(found, engine):
     assert moves[1, "open"].token == moves[3, "closed"].token == ""
 
 
-def _loss(monitor: chaos.Monitor) -> Loss:
+def _loss(monitor: fault_run.Monitor) -> Loss:
     return next(item for item in monitor.trace if isinstance(item, Loss))
 
 
@@ -149,13 +150,16 @@ def _answers(breaker: pybreaker.CircuitBreaker) -> bool:
 
 def test_restarted_server_is_recorded_before_a_worker_reaches_it(site):
     """Of a server that was shut down in good order nothing is lost, and nothing of the new one escapes the monitor."""
-    with contextlib.closing(chaos.Monitor(site.server)) as monitor, contextlib.closing(site.client(**ONCE)) as client:
+    with (
+        contextlib.closing(fault_run.Monitor(site.server)) as monitor,
+        contextlib.closing(site.client(**ONCE)) as client,
+    ):
         monitor.attach()
         client.hset("once:pybreaker:circuit", mapping={"generation": 4, "state": "open"})
-        chaos.FAULTS["shut down, whole"](chaos.Stage(site, monitor), 0.0)
+        fault_run.FAULTS["shut down, whole"](fault_run.Stage(site, monitor), 0.0)
         client.hset("once:pybreaker:circuit", "generation", 5)
         wait_for(lambda: len(monitor.trace) == 2, "the second write is recorded")
-        chaos.FAULTS["killed, empty"](chaos.Stage(site, monitor), 0.0)
+        fault_run.FAULTS["killed, empty"](fault_run.Stage(site, monitor), 0.0)
     shown = [(item.generation, item.state) if isinstance(item, Write) else "lost" for item in monitor.trace]
     assert shown == [(4, "open"), (5, "open"), "lost"]
 
@@ -175,7 +179,7 @@ def test_reset_connection_ends_by_a_rst(site):
 
 def test_dependency_is_down_for_as_long_as_recorded(tmp_path):
     """What workers see is between the two times; flapping leaves each as it is, closing mends all."""
-    dependencies = chaos.Dependencies(tmp_path / "up")
+    dependencies = fault_run.Dependencies(tmp_path / "up")
     dependencies.set("once", up=False)
     assert (tmp_path / "up").read_bytes()[0] == 0
     dependencies.set("once", up=True)
@@ -190,10 +194,10 @@ def test_dependency_is_down_for_as_long_as_recorded(tmp_path):
 
 def test_faults_are_mended_when_they_return(site):
     """After each of them the server answers and takes writes, by way of the proxy."""
-    with contextlib.closing(chaos.Monitor(site.server)) as monitor:
+    with contextlib.closing(fault_run.Monitor(site.server)) as monitor:
         monitor.attach()
-        for name, fault in chaos.FAULTS.items():
-            fault(chaos.Stage(site, monitor), 0.05)
+        for name, fault in fault_run.FAULTS.items():
+            fault(fault_run.Stage(site, monitor), 0.05)
             with contextlib.closing(site.client(**ONCE)) as client:
                 assert client.set("key", name), name
             monitor.check()

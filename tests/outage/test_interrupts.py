@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import logging
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -20,67 +19,29 @@ import pytest
 import redis
 from redis.sentinel import Sentinel
 
-from pybreaker_redis import _client
-from pybreaker_redis._cluster import ClusterTopology
-from pybreaker_redis._deadline import _note_interruption, deadline
-from pybreaker_redis._outside import find_interruption, suppress_errors
-from pybreaker_redis._server import server_for
-from pybreaker_redis._survey import read_for_operator
-from pybreaker_redis._tenancy import Failover
-from pybreaker_redis._urls import client_source_from_url
-from tests.faults import Site
-from tests.places import has_clusters
-from tests.servers import ONCE
-from tests.test_outage import health_of, is_back, lines_of, site
-from tests.viewed import Down, breaker_on, up, wait_for
-
-__all__ = ["site"]
+from pybreaker_redis._circuits.bulk import read_for_operator
+from pybreaker_redis._circuits.failover import Failover
+from pybreaker_redis._redis import pool as pool_module
+from pybreaker_redis._redis.cluster import ClusterTopology
+from pybreaker_redis._redis.deadline import _note_interruption, deadline
+from pybreaker_redis._redis.url import client_source_from_url
+from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
+from pybreaker_redis._servers.server import server_for
+from tests.support.breakers import Down, breaker_on, up
+from tests.support.faults import Site
+from tests.support.interrupts import JobTimeout, SoftTimeout, alarm, frozen, raising
+from tests.support.logs import lines_of
+from tests.support.outages import health_of, is_back
+from tests.support.places import has_clusters
+from tests.support.servers import ONCE
+from tests.support.wait import wait_for
 
 #: Seconds that a call waits for a frozen server, so that what strikes it is noticed before that.
 LONG = 10.0
 
 
-class JobTimeout(Exception):
-    """A time limit of a worker's, as RQ's."""
-
-
-class SoftTimeout(TimeoutError):
-    """A time limit of an application's, of a class that client libraries take for the network's."""
-
-
 class CacheDown(Exception):
     """What a wrapper of a client makes of the client's errors."""
-
-
-@contextlib.contextmanager
-def alarm(handler: Callable[..., Any], after: float = 0.2) -> Iterator[None]:
-    """A signal interrupts the main thread."""
-    usual = signal.signal(signal.SIGALRM, handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, after)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, usual)
-
-
-@contextlib.contextmanager
-def frozen(site: Site) -> Iterator[None]:
-    """The server answers no client for a while."""
-    site.server.pause()
-    try:
-        yield
-    finally:
-        site.server.resume()
-
-
-def raising(error: BaseException) -> Callable[..., NoReturn]:
-    """A signal handler that raises."""
-
-    def handler(number: int, frame: object) -> NoReturn:
-        raise error
-
-    return handler
 
 
 def asking(site: Site, **words: Any) -> pybreaker.CircuitBreaker:
@@ -492,7 +453,7 @@ def test_time_limit_is_no_reason_to_take_a_client_for_an_unknown_kind(monkeypatc
     """Connections with deadlines can be made, the next time."""
     client = redis.Redis(port=1)
     with monkeypatch.context() as patched:
-        patched.setattr(_client, "_copy_client", lambda *_: raising(JobTimeout())(1, None))
+        patched.setattr(pool_module, "_copy_client", lambda *_: raising(JobTimeout())(1, None))
         with pytest.raises(JobTimeout):
             server_for(client).client_with_timeout(client, 1.0)
     assert server_for(client).client_with_timeout(client, 1.0) is not client
@@ -502,7 +463,9 @@ def test_time_limit_ends_a_look_at_all_circuits(monkeypatch: pytest.MonkeyPatch,
     """Who asks for one circuit after the other does so for another reason."""
     breaker = asking(site)
     storage: Any = breaker._state_storage
-    monkeypatch.setattr("pybreaker_redis._survey.read_all_circuits", lambda questions: raising(JobTimeout())(1, None))
+    monkeypatch.setattr(
+        "pybreaker_redis._circuits.bulk.read_all_circuits", lambda questions: raising(JobTimeout())(1, None)
+    )
     with pytest.raises(JobTimeout):
         read_for_operator([storage._core.shared])
 
@@ -524,7 +487,7 @@ def test_interrupt_drops_the_connections_that_are_not_in_use(site: Site, monkeyp
     storage: Any = breaker._state_storage
     pool = SimpleNamespace(pool=None, disconnect=lambda **words: dropped.append(words["inuse_connections"]))
     dropped: list[bool] = []
-    monkeypatch.setattr(storage._core.server, "close_idle_pools", lambda: _client.close_idle_connections(pool))
+    monkeypatch.setattr(storage._core.server, "close_idle_pools", lambda: pool_module.close_idle_connections(pool))
     monkeypatch.setattr(storage._core, "_execute_shared", lambda intent: raising(KeyboardInterrupt())(1, None))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         breaker.call(up)

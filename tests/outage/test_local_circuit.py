@@ -15,10 +15,11 @@ import valkey
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._own import LOCAL_GENERATION_MIN
-from tests.servers import ONCE
-from tests.viewed import NAMESPACE, Down, breaker_on, down, settled, up, wait_for
+from pybreaker_redis._circuits.local import LOCAL_GENERATION_MIN
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import NAMESPACE, Down, breaker_on, down, settled, up
+from tests.support.servers import ONCE
+from tests.support.wait import wait_for
 
 
 class Asynchronous:

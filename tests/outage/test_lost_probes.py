@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +14,20 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import HALF_OPEN, OPEN, Circuit
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import ClaimProbe, Close, CountProbe, Intent, Load, RecordFailure, RecordSuccess, Trip
-from pybreaker_redis._probes import PROBE_TOKENS, PROBE_TOKENS_MAX, ProbeTokens
-from tests.viewed import wait_for
+from pybreaker_redis._model.circuit import Circuit
+from pybreaker_redis._model.intents import (
+    ClaimProbe,
+    Close,
+    CountProbe,
+    Intent,
+    Load,
+    RecordFailure,
+    RecordSuccess,
+    Reply,
+    Trip,
+)
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.wait import wait_for
 
 #: Seconds: longer than any test here may take.
 LEASE = 60
@@ -351,127 +357,3 @@ def test_server_that_freezes_as_the_gate_opens_blocks_for_no_lease(killable_serv
         killable_server.resume()
         wait_for(lambda: storage.health().condition == "connected", "it is back")
         recovers(breaker, client)
-
-
-class TestLooseProbes:
-    """The tokens that no call of this process holds."""
-
-    def half_open(self, token: str) -> Reply:
-        """The record says that this token has the probe, for a long time."""
-        circuit = Circuit(HALF_OPEN, generation=2, probe_token=token, probe_until_ms=1e15)
-        return Reply(True, circuit, 1e12)
-
-    def test_released_token_is_shown_as_free_until_one_caller_takes_it(self) -> None:
-        """Of many, exactly one."""
-        probes = ProbeTokens()
-        assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
-        probes.release("a")
-        assert not probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
-        assert probes.shown(self.half_open("b")).circuit.is_probe_leased(1e12)
-        assert not probes.has_ended("b")
-        assert [probes.take("a") for _ in range(3)] == [True, False, False]
-        assert probes.has_ended("a")
-        assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
-
-    def test_no_token_is_never_taken(self) -> None:
-        """Nor is one that was never released."""
-        assert not ProbeTokens().take("")
-        assert not ProbeTokens().take("a")
-
-    def test_oldest_tokens_are_forgotten(self) -> None:
-        """So the memory of a process that runs for a year is bounded."""
-        probes = ProbeTokens()
-        for number in range(PROBE_TOKENS_MAX + 1):
-            probes.release(str(number))
-        assert not probes.take("0")
-        assert probes.take("1")
-        assert probes.take(str(PROBE_TOKENS_MAX))
-
-    def test_forked_child_owns_none(self) -> None:
-        """The parent claims again, not each of its children."""
-        PROBE_TOKENS.release("inherited")
-        pid = os.fork()
-        if not pid:
-            os._exit(int(PROBE_TOKENS.take("inherited")))
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert PROBE_TOKENS.take("inherited")
-
-    @pytest.mark.parametrize(
-        ("intent", "accepted", "token_after", "is_loose"),
-        [
-            (ClaimProbe(1, "a", 1), True, "a", False),
-            (ClaimProbe(1, "a", 1), False, "b", True),
-            (RecordFailure(2, "a"), True, "a", False),
-            (RecordFailure(2, "a"), False, "a", True),
-            (CountProbe(2, "a", 1), True, "a", False),
-            (CountProbe(2, "a", 1, 3), True, "", True),
-            (CountProbe(2, "a", 1), False, "a", True),
-            (Close(2, "a"), True, "", True),
-            (Trip(2, "a"), True, "", True),
-            (RecordSuccess(2, "a"), True, "a", False),
-        ],
-    )
-    def test_token_is_held_until_the_last_report_of_its_call(
-        self, intent: Intent, accepted: bool, token_after: str, is_loose: bool
-    ) -> None:
-        """A call that has reported holds nothing, whatever became of the report."""
-        probes = ProbeTokens()
-        reply = Reply(accepted, Circuit(OPEN, probe_token=token_after), 0)
-        assert probes.track(lambda _: reply, intent) is reply
-        assert probes.take("a") == is_loose
-
-    @pytest.mark.parametrize("accepted", [True, False])
-    def test_token_that_was_replaced_stays_loose(self, accepted: bool) -> None:
-        """Whether the record has the new token is not certain: another circuit may have given the answer."""
-        probes = ProbeTokens()
-        probes.release("a")
-        assert probes.take("a")
-        reply = Reply(accepted, Circuit(HALF_OPEN, probe_token="b"), 0)
-        probes.track(lambda _: reply, ClaimProbe(1, "b", 1, "a"))
-        assert probes.take("a")
-        assert probes.take("b") is not accepted
-
-    @pytest.mark.parametrize(
-        "intent",
-        [
-            *(ClaimProbe(1, "a", 1), RecordFailure(2, "a"), Trip(2, "a")),
-            *(RecordSuccess(2, "a"), CountProbe(2, "a", 1), Close(2, "a")),
-        ],
-    )
-    def test_token_is_loose_after_an_exception_from_outside(self, intent: Intent) -> None:
-        """As a greenlet's timeout, raised while the intent waited for its answer: the server may have executed it."""
-        probes = ProbeTokens()
-
-        def interrupted(_: Intent) -> Reply:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            probes.track(interrupted, intent)
-        assert probes.take("a")
-
-    def test_tokens_released_by_many_threads_at_once_raise_nothing(self) -> None:
-        """Also once the oldest are forgotten, since `release` runs in guarded calls."""
-        probes = ProbeTokens()
-        errors: list[RuntimeError] = []
-        ends = time.monotonic() + 1
-
-        def release(name: int) -> None:
-            try:
-                for number in itertools.count():
-                    probes.release(f"{name} {number}")
-                    if errors or time.monotonic() > ends:
-                        break
-            except RuntimeError as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=release, args=(name,)) for name in range(8)]
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(SOON)
-        finally:
-            sys.setswitchinterval(interval)
-        assert not errors

@@ -12,10 +12,10 @@ import pytest
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._keys import circuit_keys
-from tests.viewed import wait_for
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN
+from pybreaker_redis._redis.keys import circuit_keys
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 

@@ -6,24 +6,25 @@ import contextlib
 import gc
 import logging
 import random
-import statistics
 import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, Health, _guard
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from tests.faults import FAULTS, Fault, Site, site_of
-from tests.servers import ONCE
-from tests.stopwatch import Stopwatch
-from tests.viewed import Down, breaker_on, down, settled, up, wait_for
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._servers import availability
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.breakers import Down, breaker_on, down, settled, up
+from tests.support.faults import FAULTS, Fault, Site
+from tests.support.logs import lines_of
+from tests.support.outages import WAITED, calls, health_of, is_back
+from tests.support.servers import ONCE
+from tests.support.wait import wait_for
 
 #: Seconds that a guarded call may wait for Redis.
 TIMEOUT = 0.25
@@ -31,105 +32,8 @@ TIMEOUT = 0.25
 #: What a loaded machine adds to that.
 SLACK = 0.05
 
-#: A call that takes longer than this has waited for something, seconds.
-WAITED = 0.1
-
-#: Calls of a spell, on however busy a machine.
-FEWEST = 12
 
 every_fault = pytest.mark.parametrize("fault", FAULTS, ids=str)
-
-
-@pytest.fixture
-def site(preferred) -> Iterator[Site]:
-    """A server of this test alone, behind a proxy."""
-    with PrivateServer(preferred.binary) as server, site_of(server) as site:
-        yield site
-
-
-@dataclass(frozen=True)
-class Spell:
-    """Some seconds of guarded calls, as their callers saw them.
-
-    Attributes:
-        took: Seconds of each call.
-        reached: How many reached the dependency.
-        unexpected: Errors that were neither the dependency's nor the breaker's.
-    """
-
-    took: list[float]
-    reached: int
-    unexpected: list[BaseException]
-
-    @property
-    def waits(self) -> int:
-        """How many of the calls have waited for something."""
-        return sum(seconds > WAITED for seconds in self.took)
-
-    @property
-    def usual(self) -> float:
-        """What 99 of 100 calls that have not waited take at most, seconds."""
-        return statistics.quantiles([seconds for seconds in self.took if seconds <= WAITED], n=100)[-1]
-
-
-def calls(breaker: pybreaker.CircuitBreaker, seconds: float, *, failing: float) -> Spell:
-    """Make calls one after the other, of which so many in one fail."""
-    chance = random.Random(seconds)
-    spell = Spell([], 0, [])
-    reached = 0
-
-    def dependency() -> None:
-        nonlocal reached
-        reached += 1
-        if chance.random() < failing:
-            raise Down
-
-    until = time.monotonic() + seconds
-    while time.monotonic() < until or len(spell.took) < FEWEST:
-        with Stopwatch() as watch:
-            try:
-                breaker.call(dependency)
-            except (Down, pybreaker.CircuitBreakerError):
-                pass
-            except BaseException as error:  # noqa: BLE001
-                spell.unexpected.append(error)
-        spell.took.append(watch.seconds)
-        time.sleep(0.0005)
-    return Spell(spell.took, reached, spell.unexpected)
-
-
-def health_of(breaker: pybreaker.CircuitBreaker) -> Health:
-    """What the breaker's storage says of its Redis."""
-    health: Health = breaker._state_storage.health()
-    return health
-
-
-def is_back(breaker: pybreaker.CircuitBreaker) -> bool:
-    """Whether this process goes by the shared circuit again."""
-    with contextlib.suppress(pybreaker.CircuitBreakerError):
-        breaker.call(up)
-    health = health_of(breaker)
-    return health.condition == "connected" and not health.is_own
-
-
-def lines_of(caplog: pytest.LogCaptureFixture, site: Site | None = None) -> list[str]:
-    """The log lines about outages.
-
-    Left out are those about what libraries without RESP3 lack, and those about circuits that a server has lost: a call
-    can find that out before the server's return is logged, or after it.
-
-    Args:
-        caplog: The log of the test.
-        site: The server of the test.  Lines about other servers are left out: a storage of an earlier test may notice
-            only now that its server has gone.
-    """
-    lines = []
-    for record in caplog.records:
-        said, line = getattr(record, "pybreaker_redis", {}), record.getMessage()
-        is_of_site = site is None or "server" not in said or f":{site.proxy.port}/" in said["server"]
-        if "Redis" in line and "has lost it" not in line and said.get("event") != "lack" and is_of_site:
-            lines.append(line)
-    return lines
 
 
 # -- every fault -------------------------------------------------------------------------------------------------------
@@ -498,8 +402,8 @@ def test_100_outages_leave_no_connection_behind(site: Site):
 @pytest.mark.slow
 def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
     """As many attempts to return, calls, trips and probes as in an hour, in less time."""
-    monkeypatch.setattr(_guard, "RETRY_DELAY_MAX_S", 0.001)
-    monkeypatch.setattr(_guard, "RETRY_DELAY_MIN_S", 0.001)
+    monkeypatch.setattr(availability, "RETRY_DELAY_MAX_S", 0.001)
+    monkeypatch.setattr(availability, "RETRY_DELAY_MIN_S", 0.001)
     breaker = settled(breaker_on(site.client(), fail_max=3, reset_timeout=0.01))
     breaker._state_storage._core.server.availability.retry_delay_max_s = 0.001
     site.proxy.refuse()

@@ -24,21 +24,14 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._server import RETRY_THREAD_NAME
+from pybreaker_redis._servers.server import RETRY_THREAD_NAME
 from pybreaker_redis.registry import retry_after
-from tests.faults import FAULTS, Site
-from tests.stopwatch import Stopwatch
-from tests.test_outage import calls, health_of, is_back, site
-from tests.viewed import Down, breaker_on, down, fails, settled, up, view_of, wait_for
-
-__all__ = ["site"]
-
-
-def is_unreachable_for(breaker: pybreaker.CircuitBreaker) -> bool:
-    """Whether this process knows that Redis is away."""
-    with contextlib.suppress(pybreaker.CircuitBreakerError):
-        breaker.call(up)
-    return health_of(breaker).condition == "away"
+from tests.support.breakers import Down, breaker_on, down, fails, settled, up
+from tests.support.clock import Stopwatch
+from tests.support.faults import FAULTS, Site
+from tests.support.inspect import view_of
+from tests.support.outages import calls, health_of, is_back, is_unreachable_for
+from tests.support.wait import wait_for
 
 
 def rejected(breaker: pybreaker.CircuitBreaker) -> bool:

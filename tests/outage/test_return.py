@@ -14,16 +14,15 @@ import pytest
 import redis
 import time_machine
 
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._intents import Intent, RecordFailure
-from pybreaker_redis._own import LocalCircuit, LocalReport
-from pybreaker_redis._shared import SharedCircuit
-from tests.faults import Site
-from tests.test_outage import health_of, is_back, lines_of, site
-from tests.test_outage_races import is_unreachable_for
-from tests.viewed import Down, breaker_on, fails, settled, up, wait_for
-
-__all__ = ["site"]
+from pybreaker_redis._circuits.local import LocalCircuit
+from pybreaker_redis._circuits.reconcile import LocalReport
+from pybreaker_redis._circuits.shared import SharedCircuit
+from pybreaker_redis._model.intents import Intent, RecordFailure, Reply
+from tests.support.breakers import Down, breaker_on, fails, settled, up
+from tests.support.faults import Site
+from tests.support.logs import lines_of
+from tests.support.outages import health_of, is_back, is_unreachable_for
+from tests.support.wait import wait_for
 
 #: More failures than any of these circuits sees.
 MANY = 100

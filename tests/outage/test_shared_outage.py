@@ -15,22 +15,23 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import _bulletin, _rejoin, _server
-from pybreaker_redis._bulletin import LossThrottle
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._guard import Availability
-from pybreaker_redis._intents import RecordFailure
-from pybreaker_redis._optimistic import ReadResult
-from pybreaker_redis._own import LocalCircuit
-from pybreaker_redis._rejoin import bring_back_all, bring_back_each
-from pybreaker_redis._secrets import describe_error
-from pybreaker_redis._shared import SharedCircuit
-from tests.faults import Site
-from tests.test_outage import health_of, is_back, lines_of, site
-from tests.test_outage_races import is_unreachable_for
-from tests.viewed import Clock, Down, breaker_on, down, fails, settled, up, wait_for
-
-__all__ = ["site"]
+from pybreaker_redis._circuits import bulk
+from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each
+from pybreaker_redis._circuits.local import LocalCircuit
+from pybreaker_redis._circuits.shared import SharedCircuit
+from pybreaker_redis._engines.reader import ReadResult
+from pybreaker_redis._model.intents import RecordFailure, Reply
+from pybreaker_redis._runtime import logger
+from pybreaker_redis._runtime.logger import LossThrottle
+from pybreaker_redis._runtime.redaction import describe_error
+from pybreaker_redis._servers import server as server_module
+from pybreaker_redis._servers.availability import Availability
+from tests.support.breakers import Down, breaker_on, down, fails, settled, up
+from tests.support.clock import Clock
+from tests.support.faults import Site
+from tests.support.logs import lines_of
+from tests.support.outages import health_of, is_back, is_unreachable_for
+from tests.support.wait import wait_for
 
 
 def tenancy_of(breaker: pybreaker.CircuitBreaker) -> Any:
@@ -227,7 +228,7 @@ def test_circuit_in_use_before_its_place_was_known_is_reported(site: Site) -> No
 
 def test_circuits_that_have_learned_nothing_are_read_in_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand circuits are back after a few round trips; the one that has opened alone is reported for itself."""
-    monkeypatch.setattr(_rejoin, "READ_BATCH_CIRCUITS", 20)
+    monkeypatch.setattr(bulk, "READ_BATCH_CIRCUITS", 20)
     breakers = [breaker_on(site.client(), f"circuit{number}", fail_max=2, timeout=5.0) for number in range(50)]
     for breaker in breakers:
         settled(breaker)
@@ -291,8 +292,8 @@ def test_caller_that_brings_a_circuit_back_meanwhile_is_counted(
             with pytest.raises(pybreaker.CircuitBreakerError):
                 breaker.call(up)
 
-    monkeypatch.setattr(_rejoin, "RETURN_FIRST_CIRCUITS_MAX", 0)
-    monkeypatch.setattr(_server, "bring_back_each", callers_come)
+    monkeypatch.setattr(bulk, "RETURN_FIRST_CIRCUITS_MAX", 0)
+    monkeypatch.setattr(server_module, "bring_back_each", callers_come)
     with away(site, breaker):
         fails(breaker)
     wait_for(lambda: any("is back" in line for line in lines_of(caplog, site)), "it is logged")
@@ -304,7 +305,7 @@ def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch:
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy, gone = tenancy_of(breaker), redis.ConnectionError("gone again")
     ended = [(gone, tenancy, time.monotonic() + 60)]
-    monkeypatch.setattr(_server, "bring_back_each", lambda tenants, outcomes: ended.pop() if ended else None)
+    monkeypatch.setattr(server_module, "bring_back_each", lambda tenants, outcomes: ended.pop() if ended else None)
     with away(site, breaker):
         breaker.call(up)
     wait_for(lambda: not ended, "it has gone again")
@@ -315,7 +316,7 @@ def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch:
 def test_server_that_all_circuits_have_left_in_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """They live on other nodes of a cluster; of a server that answered nothing is logged."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = _server.server_for(redis.Redis(port=1))
+    server = server_module.server_for(redis.Redis(port=1))
     lone: Any = Lone()
     server.add_member(lone)
     server.remove_member(lone)
@@ -394,7 +395,7 @@ def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last
 ) -> None:
     """The return of before is no news any more."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = _server.server_for(redis.Redis(port=1))
+    server = server_module.server_for(redis.Redis(port=1))
     lone: Any = Lone()
     server.add_member(lone)
 
@@ -402,8 +403,8 @@ def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last
         server.report_failure(redis.ConnectionError(said), lone, time.monotonic())
 
     monkeypatch.setattr(server, "_ensure_retry_thread", lambda: True)
-    monkeypatch.setattr(_server, "bring_back_all", lambda *words: None)
-    monkeypatch.setattr(_server, "bring_back_each", lambda tenants, outcomes: goes("again"))
+    monkeypatch.setattr(server_module, "bring_back_all", lambda *words: None)
+    monkeypatch.setattr(server_module, "bring_back_each", lambda tenants, outcomes: goes("again"))
     goes("at first")
     assert server.availability.outage is not None
     server._attempt_return(server.availability.outage)
@@ -441,7 +442,7 @@ def test_batch_that_cannot_be_read(why: str, monkeypatch: pytest.MonkeyPatch) ->
             raise AttributeError("pipeline")
         return [ReadResult(error=found[why])]
 
-    monkeypatch.setattr(_rejoin, "read_circuits", read)
+    monkeypatch.setattr(bulk, "read_circuits", read)
     lone: Any = Lone(question=type("ReadRequest", (), {"client": object()}))
     if why == "the server is loading":
         with pytest.raises(redis.ConnectionError):
@@ -570,7 +571,7 @@ class TestBulletin:
         bulletin.goes()
         if ends == "comes":
             bulletin.comes()
-        clock.now += _bulletin.LOSS_WINDOW_S - 1
+        clock.now += logger.LOSS_WINDOW_S - 1
         bulletin.flush_held_line()
         assert len(lines) == 2
         clock.now += 1
@@ -585,7 +586,7 @@ class TestBulletin:
         bulletin.goes()
         bulletin.comes()
         bulletin.goes()
-        clock.now += _bulletin.LOSS_WINDOW_S
+        clock.now += logger.LOSS_WINDOW_S
         bulletin.flush_held_line()
         bulletin.comes()
         bulletin.goes()
@@ -596,7 +597,7 @@ class TestBulletin:
         bulletin.goes()
         bulletin.comes()
         bulletin.goes()
-        clock.now += _bulletin.LOSS_WINDOW_S
+        clock.now += logger.LOSS_WINDOW_S
         bulletin.comes()
         assert lines == ["away 0", "back 0", "back 1"]
 
@@ -606,7 +607,7 @@ class TestBulletin:
         bulletin.comes()
         bulletin.goes()
         bulletin.after_fork()
-        clock.now += _bulletin.LOSS_WINDOW_S
+        clock.now += logger.LOSS_WINDOW_S
         bulletin.flush_held_line()
         assert len(lines) == 2
 

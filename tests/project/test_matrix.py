@@ -15,13 +15,14 @@ from typing import Any
 import pybreaker
 import pytest
 
-from tests import servers
-from tests.conftest import no_server
-from tests.fleet import Fleet, Spec, call, call_when_admitted, read_state
-from tests.matrix import FAILED, NOT_RUN, Results, main, read, table, written
-from tests.places import KINDS, Place, client_at, has_clusters
-from tests.test_outage import calls, health_of, is_back
-from tests.viewed import breaker_on, fails, settled, up, wait_for
+from tests.support import servers
+from tests.support.breakers import breaker_on, fails, settled, up
+from tests.support.fleet import Fleet, Spec, call, call_when_admitted, read_state
+from tests.support.matrix import FAILED, NOT_RUN, Results, main, read, table, written
+from tests.support.outages import calls, health_of, is_back
+from tests.support.places import KINDS, Place, client_at, has_clusters
+from tests.support.servers import no_server
+from tests.support.wait import wait_for
 
 NAMESPACE = "matrix"
 

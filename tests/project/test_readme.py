@@ -8,28 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import docutils.core
-import docutils.nodes
 import pytest
 
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.pages import blocks, parse
 
 pytestmark = pytest.mark.usefixtures("patient")
 
-ROOT = Path(__file__).parent.parent
-
-
-def blocks(language: str) -> Iterator[tuple[int, str]]:
-    """Each code block of the README in that language, with the line it ends on; fails if the README is not valid."""
-    for node in parse("README.rst").findall(docutils.nodes.literal_block):
-        if language in node["classes"]:
-            yield node.line or 0, node.astext()
-
-
-def parse(name: str) -> docutils.nodes.document:
-    """A page of the project; the slightest mistake in its markup is an error."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return docutils.core.publish_doctree(text, settings_overrides={"halt_level": 2, "report_level": 2})
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -37,7 +23,7 @@ def change_settings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> I
     """What the README takes for granted: a server that ``REDIS_URL`` names, and a Django project."""
     from django.test import override_settings
 
-    from tests import django_project  # noqa: F401 (it configures Django)
+    from tests.support import django_project  # noqa: F401 (it configures Django)
 
     pytest.importorskip("prometheus_client")
     monkeypatch.setenv("REDIS_URL", server.url)
@@ -109,8 +95,7 @@ def test_map_names_every_module():
     page = (ROOT / "README.rst").read_text(encoding="utf-8")
     shown = set(re.findall(r"^``([\w./]+(?:\.py|/))``  ", page, re.MULTILINE))
     package = ROOT / "pybreaker_redis"
-    modules = {path.name for path in package.glob("*.py")} - {"__main__.py"}
-    modules |= {str(path.relative_to(package)) for path in (package / "contrib").rglob("*.py")}
-    folders = ("_demo/", "contrib/django/management/")
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")} - {"__main__.py"}
+    folders = ("cli/demo/", "contrib/django/management/")
     modules = {name for name in modules if not name.endswith("__init__.py") and not name.startswith(folders)}
     assert shown == modules | set(folders)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.wheel
 
@@ -24,7 +24,7 @@ SMOKE = """
 import importlib.resources, pathlib, sys
 import pybreaker
 import pybreaker_redis
-from pybreaker_redis._demo.server import PrivateServer, find_servers
+from pybreaker_redis.testing.servers import PrivateServer, find_servers
 
 assert pathlib.Path(sys.prefix) in pathlib.Path(pybreaker_redis.__file__).parents, pybreaker_redis.__file__
 assert (importlib.resources.files("pybreaker_redis") / "py.typed").is_file()

@@ -20,14 +20,15 @@ import pytest
 import redis
 import valkey
 
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from tests import EXTENSIONS, VARIABLE, servers
-from tests.agreement import Two, health_of, said_of
-from tests.conftest import no_server
-from tests.kinds import KINDS
-from tests.servers import ONCE
-from tests.tls import HOST, Secured, secured
-from tests.viewed import breaker_on, fails, settled, up, wait_for
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests import EXTENSIONS, VARIABLE
+from tests.support import servers
+from tests.support.agreement import Two, health_of, said_of
+from tests.support.breakers import breaker_on, fails, settled, up
+from tests.support.clients import KINDS
+from tests.support.servers import ONCE, no_server
+from tests.support.tls import HOST, Secured, secured
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
 

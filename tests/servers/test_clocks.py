@@ -18,9 +18,9 @@ from freezegun import freeze_time
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import ClaimProbe
-from tests.fleet import call, call_when_admitted, wait_until
+from pybreaker_redis._model.intents import ClaimProbe
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.fleet import call, call_when_admitted, wait_until
 
 pytestmark = pytest.mark.usefixtures("patient")
 

@@ -19,22 +19,25 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _cluster, _ear
-from pybreaker_redis._cluster import ClusterTopology, topology_behind_node, topology_of
-from pybreaker_redis._deadline import deadline, seconds_left
-from pybreaker_redis._keys import circuit_keys, slot_of
-from pybreaker_redis._listener import Listener, listener_for
-from pybreaker_redis._scripts import LuaEngine
-from pybreaker_redis._server import Server, server_for
-from tests import servers
-from tests.clusters import Nodes
-from tests.conftest import no_server
-from tests.fleet import DependencyDown, Fleet, Spec, Worker
-from tests.places import cluster_client
-from tests.servers import ONCE, FoundServer
-from tests.test_outage import calls, health_of, is_back, lines_of
-from tests.test_outage_races import is_unreachable_for
-from tests.viewed import breaker_on, fails, listeners, settled, up, view_of, wait_for
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._redis import cluster as cluster_module
+from pybreaker_redis._redis.cluster import ClusterTopology, topology_behind_node, topology_of
+from pybreaker_redis._redis.deadline import deadline, seconds_left
+from pybreaker_redis._redis.keys import circuit_keys, slot_of
+from pybreaker_redis._replica import subscription
+from pybreaker_redis._replica.listener import Listener, listener_for
+from pybreaker_redis._servers.server import Server, server_for
+from tests.support import servers
+from tests.support.breakers import breaker_on, fails, settled, up
+from tests.support.cluster import Nodes
+from tests.support.fleet import DependencyDown, Fleet, Spec, Worker
+from tests.support.inspect import listeners, view_of
+from tests.support.logs import lines_of
+from tests.support.outages import calls, health_of, is_back, is_unreachable_for
+from tests.support.places import cluster_client
+from tests.support.servers import ONCE, FoundServer, no_server
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
@@ -397,7 +400,7 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
         heard.append(listener_for(*arguments))
         return heard[-1]
 
-    monkeypatch.setattr(_ear, "listener_for", late)
+    monkeypatch.setattr(subscription, "listener_for", late)
     breaker._state_storage._core.ensure_subscribed()
     leaves.join()
     assert not any(item.view is shared._view for item in heard[0].subscriber_table.snapshot())
@@ -542,7 +545,7 @@ def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(clust
 
 def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch):
     """Hundreds of circuits are looked for at the same moment."""
-    monkeypatch.setattr(_cluster, "SURVEY_PAUSE_S", 60)
+    monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
     found = known(("127.0.0.1", cluster.all[0].port))
     asked: list[Any] = []
     ask = ClusterTopology._query_slots
@@ -556,7 +559,7 @@ def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch)
 
 def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes, monkeypatch):
     """Hundreds of circuits of one node are looked for one after the other; whoever answers needs some time, too."""
-    monkeypatch.setattr(_cluster, "SURVEY_PAUSE_S", 60)
+    monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         found = known(("127.0.0.1", silent.getsockname()[1]))
         with deadline(2.0):

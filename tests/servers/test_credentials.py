@@ -11,19 +11,24 @@ from typing import Any
 import pybreaker
 import pytest
 import redis
+import redis.sentinel
 import valkey
 
-from pybreaker_redis import CircuitRedisStorage, _words
-from pybreaker_redis._client import bounded_client, connection_arguments_of, endpoint_of, replace_credentials
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._keys import CLUSTER_SLOT_COUNT
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._redis import pool
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.endpoint import connection_arguments_of, endpoint_of
+from pybreaker_redis._redis.keys import CLUSTER_SLOT_COUNT
+from pybreaker_redis._redis.pool import bounded_client, replace_credentials
 from pybreaker_redis.registry import BreakerRegistry
-from tests.clusters import bus_port
-from tests.kinds import CredentialProvider
-from tests.servers import ONCE, FoundServer
-from tests.test_outside import JobTimeout, alarm, raising
-from tests.viewed import Down, down, keepers, up, wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
+from tests.support.clients import CredentialProvider
+from tests.support.cluster import bus_port
+from tests.support.inspect import keepers
+from tests.support.interrupts import JobTimeout, alarm, raising
+from tests.support.servers import ONCE, FoundServer
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
 
@@ -229,12 +234,12 @@ def test_rejected_credentials_are_worth_another_attempt_if_there_are_others_or_w
 ) -> None:
     """One of several threads takes them, and all of them were rejected."""
     now = [100.0]
-    monkeypatch.setattr(_words, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pool, "monotonic", lambda: now[0])
     own = bounded_client(redis.Redis(password="one"), 1.0)
     assert not replace_credentials(own, {"password": "one"})
     assert replace_credentials(own, {"password": "two"})
     assert replace_credentials(own, {"password": "two"})
-    now[0] += _words.NEW_CREDENTIALS_S
+    now[0] += pool.NEW_CREDENTIALS_S
     assert not replace_credentials(own, {"password": "two"})
 
 
@@ -278,7 +283,7 @@ def test_cluster_client_that_renames_keys_and_has_a_new_password_is_followed(clu
 
 def test_nodes_of_a_cluster_take_the_credentials_of_its_client() -> None:
     """Their clients were made with those of before."""
-    from pybreaker_redis._cluster import ClusterTopology
+    from pybreaker_redis._redis.cluster import ClusterTopology
 
     node = redis.Redis(password="old")
     cluster = ClusterTopology(None, lambda address: node, [], lambda slot: None, lambda address: address)
@@ -481,3 +486,16 @@ def waits(client: Any, server: PrivateServer) -> None:
         took = time.monotonic() - began
         server.resume()
     assert took < 0.3 + 1.5
+
+
+SECRET = "hunter2-hunter2"
+
+
+def test_wrong_password_is_printed_nowhere(server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
+    """A server does not repeat it; this holds if one does."""
+    caplog.set_level(logging.DEBUG, "pybreaker_redis")
+    wrong = redis.Redis(unix_socket_path=server.unix_socket, username="stranger", password=SECRET, **ONCE)
+    storage = CircuitRedisStorage("closed", wrong, namespace="wrong", timeout=5)
+    assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
+    assert storage.health().condition == "away"
+    assert SECRET not in caplog.text + storage.health().last_error

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, OPEN, STATES, Circuit
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import Load
-from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._record import VALUE_NAMES
-from tests import servers
-from tests.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay, moved_by
+from pybreaker_redis._model.circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, OPEN, STATES, Circuit
+from pybreaker_redis._model.codec import VALUE_NAMES
+from pybreaker_redis._model.intents import Load
+from pybreaker_redis._redis.keys import circuit_keys
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import servers
+from tests.support.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay, moved_by
 
 pytestmark = pytest.mark.usefixtures("patient")
 

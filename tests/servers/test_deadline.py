@@ -17,12 +17,12 @@ import pytest
 import redis
 import valkey
 
-from pybreaker_redis import _deadline
-from pybreaker_redis._deadline import deadline, keep_deadlines, seconds_left
-from pybreaker_redis._demo.server import PrivateServer
-from tests.servers import ONCE
-from tests.tls import Certificates
-from tests.viewed import wait_for
+from pybreaker_redis._redis import deadline as deadline_module
+from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.servers import ONCE
+from tests.support.tls import Certificates
+from tests.support.wait import wait_for
 
 #: Seconds for an operation.
 TIMEOUT = 0.3
@@ -548,7 +548,7 @@ class TestSeconds:
     def now(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         """A clock that stands still."""
         now = [100.0]
-        monkeypatch.setattr(_deadline, "monotonic", lambda: now[0])
+        monkeypatch.setattr(deadline_module, "monotonic", lambda: now[0])
         return now
 
     def test_without_a_deadline_nothing_is_said(self) -> None:
@@ -627,17 +627,17 @@ class TestClass:
 def test_nothing_is_sent_once_the_deadline_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has given up a failure must not find it counted: what is not sent is not done either."""
     now = [100.0]
-    monkeypatch.setattr(_deadline, "monotonic", lambda: now[0])
+    monkeypatch.setattr(deadline_module, "monotonic", lambda: now[0])
     near, far = socket.socketpair()
     with near, far:
-        late = _deadline.DeadlineSocket(near, None, None)
+        late = deadline_module.DeadlineSocket(near, None, None)
         far.setblocking(False)
         with deadline(1.0):
             now[0] += 1.0
             late.sendall(b"a little late")
-            assert seconds_left() == pytest.approx(_deadline.SEND_GRACE_S), "it was this process that was slow"
+            assert seconds_left() == pytest.approx(deadline_module.SEND_GRACE_S), "it was this process that was slow"
             assert far.recv(100) == b"a little late"
-            now[0] += _deadline.SEND_GRACE_S
+            now[0] += deadline_module.SEND_GRACE_S
             with pytest.raises(TimeoutError):
                 late.sendall(b"EVALSHA")
         with pytest.raises(BlockingIOError):

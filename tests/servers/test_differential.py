@@ -18,17 +18,16 @@ import redis
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from pybreaker_redis._carrier import Engine
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit, new_circuit
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import ClaimProbe, CountProbe, Load, RecordFailure, Trip
-from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._lifetime import TTL_RENEWAL_MARGIN_MS, lifetime_ms
-from pybreaker_redis._optimistic import TransactionEngine
-from pybreaker_redis._record import VALUE_NAMES
-from pybreaker_redis._scripts import LuaEngine
-from pybreaker_redis.memory import MemoryEngine
-from tests.records import (
+from pybreaker_redis._engines.base import Engine
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._engines.memory import MemoryEngine
+from pybreaker_redis._engines.transaction import TransactionEngine
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit, new_circuit
+from pybreaker_redis._model.codec import TTL_RENEWAL_MARGIN_MS, VALUE_NAMES, lifetime_ms
+from pybreaker_redis._model.intents import ClaimProbe, CountProbe, Load, RecordFailure, Trip
+from pybreaker_redis._redis.keys import circuit_keys
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.records import (
     LEASE_MS,
     Ago,
     Paper,

@@ -13,8 +13,9 @@ import pytest
 from pybreaker import CircuitBreaker
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
-from tests.viewed import Down, down, up, wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
+from tests.support.wait import wait_for
 
 #: Storages that are made and dropped.
 STORAGES = 1000

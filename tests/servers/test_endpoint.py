@@ -17,16 +17,18 @@ import pytest
 import redis
 import valkey
 
-from pybreaker_redis import CircuitRedisStorage, _client
-from pybreaker_redis._client import POOL_CONNECTIONS_MAX, Endpoint, bounded_client, command_wait_limit, endpoint_of
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._names import library_class_of
-from pybreaker_redis._server import server_for
-from tests.kinds import KINDS, CredentialProvider, by_port, retrying
-from tests.sentinels import Sentinels
-from tests.servers import ONCE, FoundServer
-from tests.viewed import wait_for
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._redis import pool as pool_module
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.endpoint import Endpoint, command_wait_limit, endpoint_of
+from pybreaker_redis._redis.keys import library_class_of
+from pybreaker_redis._redis.pool import POOL_CONNECTIONS_MAX, bounded_client
+from pybreaker_redis._servers.server import server_for
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.clients import KINDS, CredentialProvider, by_port, retrying
+from tests.support.sentinel import Sentinels
+from tests.support.servers import ONCE, FoundServer
+from tests.support.wait import wait_for
 
 #: Seconds after which nobody is waited for any more; how much later that may be on a machine that does other things.
 TIMEOUT = 0.3
@@ -352,7 +354,7 @@ class TestSentinel:
             assert own.get("key") == b"value"
         assert client.get("key") == b"value"
         (idle,) = own.connection_pool._available_connections
-        _client.close_idle_connections(own.connection_pool)
+        pool_module.close_idle_connections(own.connection_pool)
         assert idle._sock is None
         assert own.connection_pool.sentinel_manager is not manager
         assert [sentinel.connection_pool for sentinel in manager.sentinels] == pools

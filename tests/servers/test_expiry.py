@@ -16,15 +16,18 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._carrier import Engine
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, LEASE_MAX_MS, OPEN, STATES
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import Close, Load, RecordFailure, RecordSuccess, Trip
-from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._lifetime import TTL_RENEWAL_MARGIN_MS, lifetime_ms
-from pybreaker_redis._optimistic import TransactionEngine
-from pybreaker_redis._scripts import LuaEngine
-from tests.viewed import NAMESPACE, breaker_on, counted, fails, settled, up, view_of, wait_for
+from pybreaker_redis._engines.base import Engine
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._engines.transaction import TransactionEngine
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, LEASE_MAX_MS, OPEN, STATES
+from pybreaker_redis._model.codec import TTL_RENEWAL_MARGIN_MS, lifetime_ms
+from pybreaker_redis._model.intents import Close, Load, RecordFailure, RecordSuccess, Trip
+from pybreaker_redis._redis.keys import circuit_keys
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import NAMESPACE, breaker_on, fails, settled, up
+from tests.support.inspect import view_of
+from tests.support.servers import counted
+from tests.support.wait import wait_for
 
 TTL = 60
 TTL_MS = TTL * 1000

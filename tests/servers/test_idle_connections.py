@@ -12,11 +12,13 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _deadline
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._words import IDLE_MAX_S
-from tests.proxy import Proxy
-from tests.viewed import Down, down, up, wait_for
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._redis import deadline
+from pybreaker_redis._redis.pool import IDLE_MAX_S
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
+from tests.support.proxy import Proxy
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
 
@@ -32,7 +34,7 @@ def balancer(server: PrivateServer) -> Iterator[Proxy]:
 def later(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds by which connections have grown older than they look."""
     shift = [0.0]
-    monkeypatch.setattr(_deadline, "monotonic", lambda: time.monotonic() + shift[0])
+    monkeypatch.setattr(deadline, "monotonic", lambda: time.monotonic() + shift[0])
     return shift
 
 
@@ -164,9 +166,9 @@ def test_report_that_could_not_be_sent_is_made_once_more(
 
 def test_drop_is_of_an_operation_with_a_deadline() -> None:
     """Without one nothing is tried again."""
-    assert _deadline.take_lost_connection() is None
-    with _deadline.deadline(1.0):
-        assert _deadline.take_lost_connection() is None
+    assert deadline.take_lost_connection() is None
+    with deadline.deadline(1.0):
+        assert deadline.take_lost_connection() is None
 
 
 class Ends:
@@ -192,14 +194,14 @@ def test_drop_is_an_end_without_an_answer_of_a_reused_connection(
     answer: bytes | Exception, is_reused: bool, has_deadline: bool
 ) -> None:
     """A new connection that ends is an outage, and so is one that ends in the middle of an answer."""
-    made = _deadline.DeadlineSocket(Ends(answer), None, None)  # type: ignore[arg-type]
+    made = deadline.DeadlineSocket(Ends(answer), None, None)  # type: ignore[arg-type]
     made.is_reused = is_reused
-    with _deadline.deadline(1.0 if has_deadline else None):
+    with deadline.deadline(1.0 if has_deadline else None):
         with contextlib.suppress(ConnectionResetError):
             made.recv(10)
-        expected = _deadline.LostConnection.UNANSWERED if is_reused and has_deadline and answer != b"+OK" else None
-        assert _deadline.take_lost_connection() is expected
+        expected = deadline.LostConnection.UNANSWERED if is_reused and has_deadline and answer != b"+OK" else None
+        assert deadline.take_lost_connection() is expected
         if answer == b"+OK":
             made._wrapped = Ends(b"")  # type: ignore[assignment]
             assert made.recv(10) == b""
-            assert _deadline.take_lost_connection() is None
+            assert deadline.take_lost_connection() is None

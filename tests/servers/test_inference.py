@@ -19,10 +19,11 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 from pybreaker import CircuitMemoryStorage as StockMemoryStorage
 
-from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _forks
-from pybreaker_redis._circuit import CLOSED, Circuit, new_circuit
-from pybreaker_redis._intents import Load
-from pybreaker_redis.memory import MemoryEngine
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis._engines.memory import MemoryEngine
+from pybreaker_redis._model.circuit import CLOSED, Circuit, new_circuit
+from pybreaker_redis._model.intents import Load
+from pybreaker_redis._runtime import fork
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -1097,7 +1098,7 @@ def test_staleness_that_is_no_number_is_refused_at_once(given: object) -> None:
 
 def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing is kept alive for it."""
-    monkeypatch.setattr(_forks, "_alive", weakref.WeakSet())
+    monkeypatch.setattr(fork, "_alive", weakref.WeakSet())
     renewed: list[str] = []
 
     class Inherited:
@@ -1108,8 +1109,8 @@ def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch
             renewed.append(self.name)
 
     kept, gone = Inherited("kept"), Inherited("gone")
-    _forks.renew_in_children(kept)
-    _forks.renew_in_children(gone)
+    fork.renew_in_children(kept)
+    fork.renew_in_children(gone)
     del gone
-    _forks._renew()
+    fork._renew()
     assert renewed == ["kept"]

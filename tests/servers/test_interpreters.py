@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.testing.servers import PrivateServer
 
 _USE = """
     import sys
@@ -30,7 +30,7 @@ _USE = """
 
 def run(code: str, server: PrivateServer, runner: str) -> None:
     """Run code in an interpreter of its own within a process of its own."""
-    path = [str(Path(__file__).parent.parent), *(entry for entry in sys.path if entry)]
+    path = [str(Path(__file__).parents[2]), *(entry for entry in sys.path if entry)]
     text = textwrap.dedent(_USE).format(path=path, socket=server.unix_socket) + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-c", runner.format(code=text)], capture_output=True, text=True, timeout=120, check=False

@@ -27,28 +27,31 @@ import pytest
 import redis
 import time_machine
 
-from pybreaker_redis import CircuitRedisStorage, _ear, _listener, _server
-from pybreaker_redis._client import endpoint_of
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._listener import listener_for
-from pybreaker_redis._view import View
-from tests.servers import ONCE
-from tests.test_freshness import PATIENT, PUSH, ROUND_TRIP, seconds_until
-from tests.viewed import (
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._redis.endpoint import endpoint_of
+from pybreaker_redis._redis.keys import channel_of, circuit_keys
+from pybreaker_redis._replica import listener as listener_module
+from pybreaker_redis._replica import subscription
+from pybreaker_redis._replica.listener import listener_for
+from pybreaker_redis._replica.view import View
+from pybreaker_redis._servers import server as server_module
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.breakers import (
     NAMESPACE,
-    PROTOCOLS,
+    PATIENT,
+    PUSH,
+    ROUND_TRIP,
     Down,
     breaker_on,
-    counted,
     fails,
-    lines,
-    listeners,
+    seconds_until,
     settled,
     up,
-    view_of,
-    wait_for,
 )
+from tests.support.clients import PROTOCOLS
+from tests.support.inspect import lines, listeners, view_of
+from tests.support.servers import ONCE, counted
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
@@ -492,7 +495,7 @@ class UWSGI:
 
 def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
     """UWSGI calls no hooks: then the process id tells."""
-    mine = _listener.ListenerTable()
+    mine = listener_module.ListenerTable()
     endpoint = endpoint_of(client)
     inherited = mine.of(endpoint)
     closed: list[bool] = []
@@ -609,7 +612,9 @@ def test_nothing_is_kept_of_circuits_that_are_gone(client):
         user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
         listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", kept._state_storage._core.server)
     gc.collect()
-    wait_for(lambda: gc.collect() is not None and len(_listener._listeners._by_server) == 1, "nobody listens elsewhere")
+    wait_for(
+        lambda: gc.collect() is not None and len(listener_module._listeners._by_server) == 1, "nobody listens elsewhere"
+    )
 
 
 def view_of_listener(breaker):
@@ -635,7 +640,7 @@ def test_thread_that_died_is_replaced(client, monkeypatch):
     breaker = settled(breaker_on(client))
     (died,) = listeners()
     with monkeypatch.context() as patched:
-        patched.setattr(_listener.Listener, "_unsubscribe_views", lambda self: 1 / 0)
+        patched.setattr(listener_module.Listener, "_unsubscribe_views", lambda self: 1 / 0)
         for line in lines(client):
             client.client_kill_filter(_id=line["id"])
         wait_for(lambda: not died.is_alive(), "it dies")
@@ -648,7 +653,7 @@ def test_thread_that_died_is_replaced(client, monkeypatch):
 
 def test_thread_that_could_not_be_started_is_tried_again(client, monkeypatch, caplog):
     """The limit of processes may have been reached for a moment."""
-    monkeypatch.setattr(_ear, "REFUSED_RETRY_DELAY_S", 0.1)
+    monkeypatch.setattr(subscription, "REFUSED_RETRY_DELAY_S", 0.1)
 
     def no_more(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -708,7 +713,7 @@ def late():
 )
 def test_program_ends_at_once_and_silently(server, what, answers):
     """A daemon thread, whatever it waits for, holds up nobody; where none can be started any more, calls ask."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     began = time.monotonic()
     done = subprocess.run(
         # redis-py 3 compares versions by means of the past.
@@ -777,7 +782,7 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     storage = breaker._state_storage
     breaker.call(up)
     guards = (storage._core._faults, storage._core.server.availability)
-    for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), _server._servers):
+    for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), server_module._servers):
         with held_elsewhere(item._lock):
             item.after_fork()
             assert item._lock.acquire(timeout=1)
@@ -859,7 +864,7 @@ def test_two_breakers_of_one_storage_both_notice(client, server):
 
 def test_refused_line_is_tried_again_later(client, monkeypatch, server, caplog):
     """Rights that were withdrawn may come back."""
-    monkeypatch.setattr(_listener, "REFUSED_RETRY_DELAY_S", 0.1)
+    monkeypatch.setattr(listener_module, "REFUSED_RETRY_DELAY_S", 0.1)
     administrate(server, "~*", "+@all", "resetchannels")
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = breaker_on(limited)

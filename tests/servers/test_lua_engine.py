@@ -19,10 +19,13 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._carrier import Engine, Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import (
+from pybreaker_redis._engines.base import Engine
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._engines.scripts import compose_script
+from pybreaker_redis._engines.transaction import TransactionEngine
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._model.codec import HASH_FIELDS, VALUE_NAMES
+from pybreaker_redis._model.intents import (
     INTENTS,
     ClaimProbe,
     Close,
@@ -31,21 +34,20 @@ from pybreaker_redis._intents import (
     Load,
     RecordFailure,
     RecordSuccess,
+    Reply,
     SetOpenedAt,
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._keys import KEY_SUFFIXES, circuit_keys
-from pybreaker_redis._optimistic import TransactionEngine
-from pybreaker_redis._record import HASH_FIELDS, VALUE_NAMES
-from pybreaker_redis._scripts import LuaEngine, compose_script
-from pybreaker_redis.errors import ScriptingUnavailableError
-from tests import servers
-from tests.sent import commands_sent
+from pybreaker_redis._redis.classify import ScriptingUnavailableError
+from pybreaker_redis._redis.keys import KEY_SUFFIXES, circuit_keys
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import servers
+from tests.support.round_trips import commands_sent
 
 pytestmark = pytest.mark.usefixtures("patient")
 
-LUA = Path(str(resources.files("pybreaker_redis"))) / "lua"
+LUA = Path(str(resources.files("pybreaker_redis._engines"))) / "lua"
 
 KEYS = circuit_keys("scripts", needs_one_slot=False)
 

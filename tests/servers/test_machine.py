@@ -25,9 +25,8 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
-from pybreaker_redis._intents import Load
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._model.intents import Load, Reply
 
 # Pure model: one Python is as good as another, and the README's tests run it on every server.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]

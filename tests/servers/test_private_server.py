@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from pybreaker_redis._demo import scratch
-from pybreaker_redis._demo.scratch import Scratch
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from tests import servers
+from pybreaker_redis.testing import binaries, scratch
+from pybreaker_redis.testing.binaries import FoundServer
+from pybreaker_redis.testing.scratch import Scratch
+from pybreaker_redis.testing.servers import PrivateServer, ServerDidNotStart, free_port
+from tests.support import servers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 every_binary = pytest.mark.parametrize("found", servers.at_hand(), ids=servers.name_of)
 
@@ -184,7 +185,7 @@ def test_server_of_a_killed_process_dies_with_it(found):
     """SIGKILL leaves no time to clean up, and still no server is left behind; the next one removes its files."""
     program = """
         import sys, time
-        from pybreaker_redis._demo.server import PrivateServer
+        from pybreaker_redis.testing.servers import PrivateServer
 
         server = PrivateServer(sys.argv[1])
         server.start()
@@ -276,3 +277,68 @@ def test_server_of_the_next_test_is_empty(server):
 
 
 test_server_of_the_test_after_that_is_empty_too = test_server_of_the_next_test_is_empty
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only directory on PATH, and no pip package with a server in it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(binaries, "SERVER_PACKAGES", (("no_such_package", "redis-server"),))
+    return tmp_path
+
+
+def test_server_on_path_is_found(programs: Path, preferred: FoundServer):
+    """Who has installed a server need not install another one."""
+    (programs / "valkey-server").symlink_to(preferred.binary)
+    (found,) = binaries.find_servers()
+    assert found == FoundServer(str(programs / "valkey-server"), "PATH", preferred.product, preferred.version)
+    assert str(found) == f"{preferred.product} {preferred.version} (PATH)"
+
+
+@pytest.mark.parametrize("content", ["#!/bin/sh\necho Redis is not what this is", "\0 made for another machine"])
+def test_program_that_is_no_server_is_not_found(content: str, programs: Path):
+    """The name of a file proves nothing."""
+    program = programs / "redis-server"
+    program.write_text(content)
+    program.chmod(0o755)
+    assert binaries.find_servers() == []
+    assert PrivateServer(str(program), directory=programs).version == ""
+
+
+@pytest.mark.usefixtures("programs")
+def test_server_behind_another_one_on_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A pip package that brings a server puts it before that of the system."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, version in ((first, "1.2.3"), (second, "4.5.6")):
+        folder.mkdir()
+        binary = folder / "redis-server"
+        binary.write_text(f"#!{sys.executable}\nprint('Redis server v={version} sha=0')\n")
+        binary.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{first}{os.pathsep}{second}")
+    assert [found.version for found in binaries.find_servers()] == ["1.2.3", "4.5.6"]
+
+
+def test_server_that_does_not_start_shows_its_log(tmp_path: Path, preferred: FoundServer):
+    """The reason is in the error, not in a file that nobody knows of; a directory that was given is kept."""
+    private = PrivateServer(preferred.binary, directory=tmp_path, args=["--no-such-option", "1"])
+    with pytest.raises(ServerDidNotStart, match="no-such-option"), private:
+        pytest.fail("started")
+    private.close()
+    assert tmp_path.is_dir()
+
+
+def test_server_that_does_not_run_can_be_ended_and_frozen(tmp_path: Path, preferred: FoundServer):
+    """A test that cleans up need not know how far it came."""
+    private = PrivateServer(preferred.binary, directory=tmp_path)
+    for act in (private.pause, private.resume, private.stop, private.kill, private.close):
+        act()
+    assert private.pid is None
+
+
+def test_server_on_a_port_says_where_it_is(preferred: FoundServer):
+    """Its address and its version are known without asking it."""
+    with PrivateServer(preferred.binary, port=free_port()) as private, private.client() as client:
+        assert private.url == f"redis://127.0.0.1:{private.port}/0"
+        assert private.version == preferred.version
+        assert client.ping()
+        assert private.start().pid

@@ -19,29 +19,22 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitMemoryStorage, _said
-from pybreaker_redis._circuit import OPEN, Circuit
-from pybreaker_redis._clock import utc_from_ms
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._hearings import SubscriberTable
-from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._line import Push
-from pybreaker_redis._listener import Listener
-from pybreaker_redis._session import REREAD_BURST, REREAD_INTERVAL_S, Session
-from pybreaker_redis._view import SUSPENSION_INTERVAL_MIN_S, View
+from pybreaker_redis import CircuitMemoryStorage
+from pybreaker_redis._model.circuit import OPEN, Circuit
+from pybreaker_redis._redis.keys import channel_of, circuit_keys
+from pybreaker_redis._replica.connection import Push
+from pybreaker_redis._replica.listener import Listener
+from pybreaker_redis._replica.session import REREAD_BURST, REREAD_INTERVAL_S, Session
+from pybreaker_redis._replica.subscribers import SubscriberTable
+from pybreaker_redis._replica.view import SUSPENSION_INTERVAL_MIN_S, View
+from pybreaker_redis._runtime import logger
+from pybreaker_redis._runtime.clock import utc_from_ms
 from pybreaker_redis.errors import UnusableReplyError
-from tests.viewed import (
-    NAMESPACE,
-    breaker_on,
-    counted,
-    fails,
-    lines,
-    listeners,
-    settled,
-    up,
-    view_of,
-    wait_for,
-)
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import NAMESPACE, breaker_on, fails, settled, up
+from tests.support.inspect import lines, listeners, view_of
+from tests.support.servers import counted
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
@@ -436,7 +429,7 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkey
     """A proxy that hangs up again and again fills no disk."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(_said, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(logger, "monotonic", lambda: clock.now)
     breaker = settled(breaker_on(client))
 
     def lose() -> None:
@@ -450,7 +443,7 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkey
         lose()
     said = [message for message in caplog.messages if "no push" in message]
     assert len(said) == 1
-    clock.now += _said.REPEAT_WINDOW_S
+    clock.now += logger.REPEAT_WINDOW_S
     lose()
     (_, again) = [message for message in caplog.messages if "no push" in message]
     assert "3 more" in again
@@ -459,10 +452,10 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkey
 def test_refusals_are_logged_once_a_minute_with_a_count(client, caplog, monkeypatch):
     """Rights that come and go, or lines that serve for a moment each."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(_said, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(logger, "monotonic", lambda: clock.now)
     breaker = settled(breaker_on(client))
     listener: Listener = breaker._state_storage._core.shared._subscription._listener
-    for seconds in (0, 1, 1, _said.REPEAT_WINDOW_S):
+    for seconds in (0, 1, 1, logger.REPEAT_WINDOW_S):
         clock.now += seconds
         listener._is_refusal_logged = False  # A poll was answered in between.
         listener.log_refused("NOPERM")

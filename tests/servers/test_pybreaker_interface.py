@@ -18,8 +18,8 @@ import pytest
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
-from tests.viewed import Down, down, up
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
 
 pytestmark = pytest.mark.usefixtures("patient")
 

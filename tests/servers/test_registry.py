@@ -24,16 +24,20 @@ import redis
 import time_machine
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
-from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, _rejoin, _server, _survey
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._optimistic import read_all_circuits
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis._circuits import bulk
+from pybreaker_redis._circuits.bulk import read_all_circuits
+from pybreaker_redis._servers import server as server_module
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
-from tests.clusters import Nodes
-from tests.places import cluster_client, has_clusters
-from tests.servers import ONCE, FoundServer
-from tests.test_round_trips import Meter
-from tests.viewed import Down, breaker_on, down, fails, keepers, listeners, settled, up, wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, Heard, breaker_on, down, fails, settled, up
+from tests.support.cluster import Nodes
+from tests.support.inspect import keepers, listeners
+from tests.support.places import cluster_client, has_clusters
+from tests.support.round_trips import Meter
+from tests.support.servers import ONCE, FoundServer
+from tests.support.wait import wait_for
 
 #: How a registry may be told where the circuits are.
 HOMES = {
@@ -74,17 +78,6 @@ def error_of(call: Callable[..., Any], *arguments: Any) -> CircuitBreakerError:
     with pytest.raises(CircuitBreakerError) as raised:
         call(*arguments)
     return raised.value
-
-
-class Heard(pybreaker.CircuitBreakerListener):
-    """The transitions that a listener was told of."""
-
-    def __init__(self) -> None:
-        self.states: list[tuple[str, str, str]] = []
-
-    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Note it."""
-        self.states.append((cb.name, old_state.name, new_state.name))
 
 
 class TestBreakers:
@@ -227,7 +220,7 @@ class TestBreakers:
         if when == "between two attempts":
             breakers.close()
         else:
-            owner, name = (_server, "rejoin") if when == "before one" else (_rejoin, "read")
+            owner, name = (server_module, "rejoin") if when == "before one" else (bulk, "read")
             asks, closed = getattr(owner, name), threading.Event()
 
             def closes(*arguments: Any) -> object:
@@ -696,7 +689,7 @@ class TestStatus:
                 fails(breakers.get(f"circuit {number}"), number % 3)
             looks: list[int] = []
             monkeypatch.setattr(
-                _survey,
+                bulk,
                 "read_all_circuits",
                 lambda questions: looks.append(len(questions)) or read_all_circuits(questions),
             )

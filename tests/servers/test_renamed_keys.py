@@ -12,15 +12,16 @@ import fakeredis
 import pybreaker
 import pytest
 import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._names import library_class_of, plain_copy, server_key_names, unwrap_client
-from pybreaker_redis._settings import STORAGE_DEFAULTS
+from pybreaker_redis._redis.keys import circuit_keys, library_class_of, plain_copy, server_key_names, unwrap_client
 from pybreaker_redis.registry import BreakerRegistry
-from tests.kinds import Prefixing
-from tests.viewed import Down, down, up, wait_for
+from pybreaker_redis.registry.settings import STORAGE_DEFAULTS
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
+from tests.support.clients import Prefixing
+from tests.support.wait import wait_for
 
 KEYS = circuit_keys("payments", needs_one_slot=False)
 
@@ -314,3 +315,23 @@ def test_other_commands_of_a_client_are_not_taken_for_names() -> None:
             return super().execute_command(*words, **options)
 
     assert server_key_names(Counting(), KEYS) == tuple(f"a:{key}" for key in KEYS)
+
+
+class Shop(CircuitRedisStorage):
+    """As pybreaker's class allows it."""
+
+    BASE_NAMESPACE = "shop:cb"
+
+
+def test_tenants_that_differ_by_base_namespace_have_circuits_of_their_own(server, client):
+    """In the keys, in the channel, and by a URL."""
+    storages = [Shop("closed", client, "pay"), Shop.from_url(f"unix://{server.unix_socket}", "closed", "buy")]
+    storages.append(CircuitRedisStorage("closed", client, "pay"))
+    for storage in storages:
+        breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+        with contextlib.suppress(CircuitBreakerError):
+            breaker.call({}.__getitem__, "missing")
+    stored = {bytes(key).rpartition(b":")[0] for key in client.keys("*:state")}
+    assert stored == {b"pay:shop:cb", b"buy:shop:cb", b"pay:pybreaker"}
+    assert storages[0]._core.shared._selector.channel == "pay:shop:cb:circuit@0"
+    assert Shop("closed", client).health().circuit == "shop:cb"

@@ -11,17 +11,17 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import _listener
-from pybreaker_redis._carrier import MissingFeature
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._server import server_for
-from pybreaker_redis.errors import is_unsupported_command
-from tests import servers
-from tests.agreement import Two, health_of, said_of
-from tests.conftest import no_server
-from tests.proxy import Proxy
-from tests.servers import ONCE
-from tests.viewed import PROTOCOLS, breaker_on, fails, settled, up, wait_for
+from pybreaker_redis._redis.classify import MissingFeature, is_unsupported_command
+from pybreaker_redis._replica import listener
+from pybreaker_redis._servers.server import server_for
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support import servers
+from tests.support.agreement import Two, health_of, said_of
+from tests.support.breakers import breaker_on, fails, settled, up
+from tests.support.clients import PROTOCOLS
+from tests.support.proxy import Proxy
+from tests.support.servers import ONCE, no_server
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
@@ -202,7 +202,7 @@ def test_line_that_is_hung_up_on_again_and_again_is_said_once(
     server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Some proxies do not refuse what they cannot pass on, they hang up: everything is asked, and one line says so."""
-    monkeypatch.setattr(_listener, "RECONNECT_DELAY_MAX_S", 0.02)
+    monkeypatch.setattr(listener, "RECONNECT_DELAY_MAX_S", 0.02)
     with (
         contextlib.closing(Proxy(server.unix_socket)) as proxy,
         contextlib.closing(redis.Redis(host="127.0.0.1", port=proxy.port)) as client,
@@ -228,7 +228,7 @@ def test_server_that_is_away_is_not_said_to_hang_up(
     killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """However often the listener tries meanwhile: one line about the outage is enough."""
-    monkeypatch.setattr(_listener, "RECONNECT_DELAY_MAX_S", 0.01)
+    monkeypatch.setattr(listener, "RECONNECT_DELAY_MAX_S", 0.01)
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client))
         killable_server.kill()

@@ -14,15 +14,18 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._line import PushConnection
-from tests.agreement import Two, health_of
-from tests.viewed import PROTOCOLS, breaker_on, fails, lines, up, view_of, wait_for
+from pybreaker_redis._redis.keys import channel_of, circuit_keys
+from pybreaker_redis._replica.connection import PushConnection
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.agreement import Two, health_of
+from tests.support.breakers import breaker_on, fails, up
+from tests.support.clients import PROTOCOLS
+from tests.support.inspect import lines, view_of
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 #: Seconds until something counts as lost.
 PATIENCE = 5.0

@@ -1,14 +1,13 @@
 """What each step of a circuit costs: round trips, counted at the server.
 
-``python -m tests.test_round_trips`` prints the table of the README.
+``python -m tests.servers.test_round_trips`` prints the table of the README.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ import pytest
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._intents import INTENTS
-from pybreaker_redis._scripts import compose_script
-from tests import servers
-from tests.sent import commands_sent
-from tests.viewed import settled
+from pybreaker_redis._engines.scripts import compose_script
+from pybreaker_redis._model.intents import INTENTS
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import servers
+from tests.support.breakers import settled
+from tests.support.round_trips import Down, Meter, commands_sent
 
 #: What somebody else's listener asks would be counted, too.
 pytestmark = pytest.mark.usefixtures("nobody_listens")
 
-README = Path(__file__).parent.parent / "README.rst"
+README = Path(__file__).parents[2] / "README.rst"
 
 #: In the README the table follows this line.
 MARKER = ".. round-trips-table"
@@ -47,10 +46,6 @@ COSTS = {
 }
 
 
-class Down(Exception):
-    """The dependency is down."""
-
-
 def up() -> None:
     """The dependency is well."""
 
@@ -58,49 +53,6 @@ def up() -> None:
 def down() -> None:
     """The dependency is down."""
     raise Down
-
-
-class Meter:
-    """Round trips of one client, counted by its server.
-
-    The server counts how often it has read from a connection.  A command, a script and a pipeline are one read each;
-    the commands within a script are none.  A listener's heartbeat would be counted, too: where there is one, the
-    scripts are counted, which it never runs, and which are all that a storage sends.
-
-    Args:
-        server: That counts.
-        scripts: Whether to count scripts.
-    """
-
-    def __init__(self, server: PrivateServer, *, scripts: bool = False) -> None:
-        self._client = server.client()
-        self._scripts = scripts
-        # That a connection has gone is a read, too, and redis-py 3 leaves sockets to the garbage collector.
-        gc.collect()
-        deadline = time.monotonic() + 10
-        while not scripts and self._reads() + 1 != self._reads():
-            assert time.monotonic() < deadline, "somebody else keeps the server busy"
-
-    def cost(self, action: Callable[[], Any]) -> int:
-        """Round trips that `action` makes on connections that are already open."""
-        gc.disable()
-        try:
-            before = self._reads()
-            with contextlib.suppress(Down, CircuitBreakerError):
-                action()
-            return self._reads() - before - (not self._scripts)
-        finally:
-            gc.enable()
-
-    def close(self) -> None:
-        """Hang up."""
-        self._client.close()
-
-    def _reads(self) -> int:
-        if self._scripts:
-            stats = self._client.info("commandstats")
-            return sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("eval", "evalsha"))
-        return int(self._client.info("stats")["total_reads_processed"])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import pytest
 import time_machine
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
-from tests.carriers import ENGINE_CASES, EngineCase, MakeStorage
+from tests.support.engines import ENGINE_CASES, EngineCase, MakeStorage
 
 #: ``reset_timeout`` of scenarios that wait for it, seconds: longer than a few round trips on a busy machine.
 SHORT = 0.2

@@ -10,10 +10,12 @@ import pytest
 import redis
 import redis.sentinel
 
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from tests.sentinels import Sentinels
-from tests.test_outage import calls, health_of, is_back
-from tests.viewed import breaker_on, fails, lines, settled, wait_for
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.breakers import breaker_on, fails, settled
+from tests.support.inspect import lines
+from tests.support.outages import calls, health_of, is_back
+from tests.support.sentinel import Sentinels
+from tests.support.wait import wait_for
 
 #: Seconds.
 DOWN_AFTER = 1.0

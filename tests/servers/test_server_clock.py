@@ -12,15 +12,16 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._circuit import CLOSED, OPEN
-from pybreaker_redis._demo.server import free_port
-from pybreaker_redis._intents import ClaimProbe, Load, RecordFailure, Trip
-from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._scripts import LuaEngine
-from tests.proxy import Proxy
-from tests.servers import FoundServer
-from tests.shifted import ShiftedServer
-from tests.viewed import settled, wait_for
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._model.circuit import CLOSED, OPEN
+from pybreaker_redis._model.intents import ClaimProbe, Load, RecordFailure, Trip
+from pybreaker_redis._redis.keys import channel_of, circuit_keys
+from pybreaker_redis.testing.servers import free_port
+from tests.support.breakers import settled
+from tests.support.proxy import Proxy
+from tests.support.servers import FoundServer
+from tests.support.shifted_server import ShiftedServer
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 

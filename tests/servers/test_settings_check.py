@@ -13,9 +13,10 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import CircuitRedisStorage, _twins
-from pybreaker_redis._demo.server import PrivateServer
-from tests.viewed import up
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._servers import settings_check
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import up
 
 SETTINGS = {
     "state": ("closed", "open"),
@@ -104,7 +105,7 @@ def test_storage_that_has_gone_does_not_count(client: redis.Redis, caplog: pytes
     assert kept.current_state == "closed"
     del kept
     gc.collect()
-    assert not _twins._twins._circuits
+    assert not settings_check._twins._circuits
 
 
 def test_storages_are_told_apart_when_they_are_used(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
@@ -177,12 +178,12 @@ def test_two_breakers_on_one_storage_with_a_namespace_are_meant(
 
 def test_child_that_was_forked_while_somebody_met_waits_for_nobody(client: redis.Redis) -> None:
     """The lock of the parent is held for ever there."""
-    with _twins._twins._lock:
+    with settings_check._twins._lock:
         pid = os.fork()
         if not pid:
-            os._exit(not _twins._twins._lock.acquire(timeout=5))
+            os._exit(not settings_check._twins._lock.acquire(timeout=5))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     # What the child did, where it can be seen.
-    lock = _twins._twins._lock
-    _twins._twins.after_fork()
-    assert _twins._twins._lock is not lock
+    lock = settings_check._twins._lock
+    settings_check._twins.after_fork()
+    assert settings_check._twins._lock is not lock

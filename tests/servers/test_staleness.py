@@ -18,26 +18,31 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import _listener
-from pybreaker_redis._client import endpoint_of
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._keys import channel_of, circuit_keys
-from pybreaker_redis._line import PushConnection
-from tests.proxy import Proxy
-from tests.viewed import NAMESPACE, breaker_on, counted, down, fails, lines, settled, up, view_of, wait_for
+from pybreaker_redis._redis.endpoint import endpoint_of
+from pybreaker_redis._redis.keys import channel_of, circuit_keys
+from pybreaker_redis._replica import listener as listener_module
+from pybreaker_redis._replica.connection import PushConnection
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import (
+    NAMESPACE,
+    PATIENT,
+    PUSH,
+    ROUND_TRIP,
+    breaker_on,
+    down,
+    fails,
+    seconds_until,
+    settled,
+    up,
+)
+from tests.support.inspect import lines, view_of
+from tests.support.proxy import Proxy
+from tests.support.servers import counted
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 STALENESS = 1.0
-
-#: The same where what is to be seen must be told: nobody looks for himself in time.
-PATIENT = 60.0
-
-#: A round trip and the time to notice, on a machine that does other things too, seconds.
-ROUND_TRIP = 1.5
-
-#: Longest time for a push, seconds, on a machine that does other things too.
-PUSH = 2.0
 
 
 @pytest.fixture
@@ -66,11 +71,6 @@ def other(server: PrivateServer) -> Iterator[pybreaker.CircuitBreaker]:
     """The same circuit elsewhere, which always asks."""
     with contextlib.closing(server.client()) as client:
         yield breaker_on(client, max_staleness=0)
-
-
-def seconds_until(breaker: pybreaker.CircuitBreaker, state: str) -> float:
-    """How long a breaker goes on before it reads this state; it is in use meanwhile."""
-    return wait_for(lambda: breaker.current_state == state, f"reads {state}")
 
 
 def subscribers(client: redis.Redis) -> int:
@@ -188,8 +188,8 @@ def test_muted_push_is_bounded_by_the_poll(tracking, server, protocol):
 
 def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, other, client, monkeypatch):
     """CLIENT KILL, an output buffer that overflows, a proxy with a timeout."""
-    seen, rest = threading.Event(), _listener.Listener._pause
-    monkeypatch.setattr(_listener.Listener, "_pause", lambda self, seconds: seen.wait(10) and rest(self, seconds))
+    seen, rest = threading.Event(), listener_module.Listener._pause
+    monkeypatch.setattr(listener_module.Listener, "_pause", lambda self, seconds: seen.wait(10) and rest(self, seconds))
     for _ in range(3):
         seen.clear()
         before = {line["id"] for line in lines(client)}
@@ -226,7 +226,7 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, cl
     replaced: list[PushConnection] = []
     ask = PushConnection.query
     endpoint = endpoint_of(breaker._state_storage._core.shared._selector.current.client)
-    listener = _listener._listeners.of(endpoint)
+    listener = listener_module._listeners.of(endpoint)
 
     def replace_then_ask(line: PushConnection, commands: Any) -> Any:
         # Others may still listen, for storages of earlier tests.
@@ -269,7 +269,7 @@ def test_frozen_server_is_believed_for_max_staleness_at_most(killable_server, pr
 
 def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
     """The reader looks at the clock himself."""
-    from pybreaker_redis._session import Session
+    from pybreaker_redis._replica.session import Session
 
     released = threading.Event()
 

@@ -23,8 +23,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing import BreakerClock, force_closed, force_open, in_memory, unique_prefix
-from tests.test_registry import Heard
-from tests.viewed import Down, down, fails, up
+from tests.support.breakers import Down, Heard, down, fails, up
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -364,7 +363,7 @@ class TestFixtures:
 
     def test_those_of_the_readme_run(self, project: Callable[[str, str], str]) -> None:
         """What is shown as tests is run as tests."""
-        from tests.test_readme import blocks
+        from tests.support.pages import blocks
 
         (shown,) = [source for _, source in blocks("python") if "memory_breakers" in source]
         assert "2 passed" in project('["pybreaker_redis.fixtures"]', shown)

@@ -15,19 +15,20 @@ import pytest
 import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
-from pybreaker_redis import CircuitRedisStorage, _optimistic, errors
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN
-from pybreaker_redis._deadline import SEND_GRACE_S, deadline
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._guard import ErrorKind, error_kind
-from pybreaker_redis._intents import ClaimProbe, Load, RecordFailure, SetState, Trip
-from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._optimistic import TransactionEngine
-from pybreaker_redis._scripts import LuaEngine
-from pybreaker_redis.errors import ScriptingUnavailableError
-from tests.fleet import _start_fork_server
-from tests.servers import without_scripts
-from tests.viewed import wait_for
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._engines import transaction
+from pybreaker_redis._engines.lua import LuaEngine
+from pybreaker_redis._engines.transaction import TransactionEngine
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN
+from pybreaker_redis._model.intents import ClaimProbe, Load, RecordFailure, SetState, Trip
+from pybreaker_redis._redis import classify, legacy
+from pybreaker_redis._redis.classify import ErrorKind, ScriptingUnavailableError, error_kind
+from pybreaker_redis._redis.deadline import SEND_GRACE_S, deadline
+from pybreaker_redis._redis.keys import circuit_keys
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.fleet import _start_fork_server
+from tests.support.servers import without_scripts
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -186,7 +187,7 @@ def another_failure(client: redis.Redis) -> None:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, noted and not made."""
     pauses: list[float] = []
-    monkeypatch.setattr(_optimistic.time, "sleep", pauses.append)
+    monkeypatch.setattr(transaction.time, "sleep", pauses.append)
     return pauses
 
 
@@ -227,7 +228,7 @@ def test_carrier_that_is_always_overtaken_retries_until_the_deadline_is_near(
     assert time.monotonic() - began < 0.5 + SEND_GRACE_S
     assert raised.value.__cause__ is None, "nothing is in doubt"
     assert overtaker.transactions > 1
-    assert all(0 <= pause <= _optimistic.CONTENTION_PAUSE_MAX_S for pause in no_pauses)
+    assert all(0 <= pause <= transaction.CONTENTION_PAUSE_MAX_S for pause in no_pauses)
     # Nothing of ours was written: all that is there are the failures of the others.
     assert client.get(KEYS[1]) == b"%d" % overtaker.transactions
 
@@ -236,7 +237,7 @@ def test_carrier_without_a_deadline_retries_for_a_limited_time(
     client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``timeout=None`` does not mean for ever."""
-    monkeypatch.setattr(_optimistic, "CONTENTION_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(transaction, "CONTENTION_TIMEOUT_S", 0.1)
     overtaker = Overtaker(client, 10**9, another_failure)
     with pytest.raises(redis.WatchError):
         TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
@@ -269,7 +270,7 @@ def test_time_that_ends_in_a_transaction_after_an_overtaken_one_is_contention(
     with pytest.raises(redis.WatchError) as raised:
         TransactionEngine(slow, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
     assert overtaker.transactions == 2
-    assert errors.may_have_executed(raised.value) is (lost_at == "execute")
+    assert classify.may_have_executed(raised.value) is (lost_at == "execute")
 
 
 @pytest.mark.parametrize("lost_at", ["watch", "execute"])
@@ -322,7 +323,7 @@ def test_contention_without_end_is_no_outage(
     timeout: float | None,
 ) -> None:
     """The caller gets their own exception, no line says that the server is away, and the failures count in the end."""
-    monkeypatch.setattr(_optimistic, "CONTENTION_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(transaction, "CONTENTION_TIMEOUT_S", 0.2)
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=timeout)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
@@ -550,7 +551,7 @@ def test_client_that_always_decodes_reads_damage_undecoded(
     monkeypatch: pytest.MonkeyPatch, server: PrivateServer
 ) -> None:
     """redis-py 3 has no way to leave a single answer as it is; bytes that are no text must not raise there either."""
-    monkeypatch.setattr(_optimistic, "HAS_NEVER_DECODE", False)
+    monkeypatch.setattr(legacy, "HAS_NEVER_DECODE", False)
     keys = circuit_keys("damaged", needs_one_slot=False)
     with contextlib.closing(server.client(decode_responses=True)) as client:
         client.set(keys[0], b"\xff")

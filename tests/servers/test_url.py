@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import socket
 import ssl
@@ -13,25 +12,24 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pybreaker import CircuitBreaker
 
-from pybreaker_redis import CircuitRedisStorage, _urls
-from pybreaker_redis._client import command_wait_limit
-from pybreaker_redis._cluster import topology_of
-from pybreaker_redis._deadline import deadline
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._keys import CLUSTER_SLOT_COUNT
-from pybreaker_redis._urls import URL_SCHEMES, URL_TIMEOUT_S, client_source_from_url, mask_url
-from tests.clusters import bus_port
-from tests.records import fresh_namespace
-from tests.sentinels import Sentinels
-from tests.servers import FoundServer
-from tests.tls import Certificates, Terminator
-from tests.viewed import up, wait_for
+from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._redis import url as url_module
+from pybreaker_redis._redis.cluster import topology_of
+from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.keys import CLUSTER_SLOT_COUNT
+from pybreaker_redis._redis.url import URL_TIMEOUT_S, client_source_from_url
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.breakers import up
+from tests.support.cluster import bus_port
+from tests.support.records import fresh_namespace
+from tests.support.sentinel import Sentinels
+from tests.support.servers import FoundServer
+from tests.support.tls import Certificates, Terminator
+from tests.support.wait import wait_for
 
-has_cluster = pytest.mark.skipif(_urls.cluster_library() is None, reason="no library for clusters is installed")
+has_cluster = pytest.mark.skipif(url_module.cluster_library() is None, reason="no library for clusters is installed")
 
 
 def words_of(url: str) -> dict[str, Any]:
@@ -224,9 +222,9 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 
     monkeypatch.setattr(redis.Connection, "connect", lambda self: None)
     monkeypatch.setattr(redis.Connection, "send_command", send_command)
-    place = _urls._parse("redis+cluster://127.0.0.1:1,127.0.0.1:2")
+    place = url_module._parse("redis+cluster://127.0.0.1:1,127.0.0.1:2")
     with deadline(1.0), pytest.raises(TimeLimit):
-        _urls.answering_first(place)
+        url_module.answering_first(place)
     assert tried == [1]
 
 
@@ -235,7 +233,7 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 def test_cluster_is_talked_to_by_tls(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     """The words of TLS go with those of the nodes."""
     made: list[dict[str, Any]] = []
-    clusters = importlib.import_module(str(_urls.cluster_library()))
+    clusters = importlib.import_module(str(url_module.cluster_library()))
 
     class Noted:
         def __init__(self, **words: Any) -> None:
@@ -271,21 +269,13 @@ def test_redis_py_3_takes_redis_py_cluster(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_cluster_without_a_library_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names what to install."""
-    monkeypatch.setattr(_urls, "cluster_library", lambda: None)
+    monkeypatch.setattr(url_module, "cluster_library", lambda: None)
     with pytest.raises(ModuleNotFoundError, match=r"pybreaker_redis\[redis-py-cluster\]") as caught:
         CircuitRedisStorage.from_url("redis+cluster://:secret@one")
     assert "secret" not in str(caught.value)
 
 
 # -- what the client is like -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("url", ["redis://there", "rediss://there", "unix:///there", "redis+sentinel://there/shop"])
-def test_client_waits_for_a_second_and_tries_once(url: str) -> None:
-    """So even `timeout=None`, which uses it as it is, hangs nobody for long."""
-    assert command_wait_limit(client_source_from_url(url)()) == URL_TIMEOUT_S == 1
-    if not url.startswith("unix"):
-        assert words_of(url)["socket_connect_timeout"] == URL_TIMEOUT_S
 
 
 def test_nobody_who_answers_is_waited_for_no_longer_than_that() -> None:
@@ -297,180 +287,4 @@ def test_nobody_who_answers_is_waited_for_no_longer_than_that() -> None:
         assert storage.health().condition == "away"
 
 
-def test_query_wins() -> None:
-    """Whatever redis-py takes may stand there."""
-    words = words_of(
-        "redis://user:pass@there:1/2?socket_timeout=0.3&socket_connect_timeout=2&db=5&health_check_interval=9"
-        "&decode_responses=no&encoding=latin-1&socket_keepalive=true&client_name=me"
-    )
-    expected = {
-        "host": "there",
-        "port": 1,
-        "db": 5,
-        "username": "user",
-        "password": "pass",
-        "socket_timeout": 0.3,
-        "socket_connect_timeout": 2.0,
-        "health_check_interval": 9,
-        "decode_responses": False,
-        "encoding": "latin-1",
-        "socket_keepalive": True,
-        "client_name": "me",
-    }
-    assert {name: words[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("url", "host", "port", "db"),
-    [
-        ("redis://", "localhost", 6379, 0),
-        ("redis://there", "there", 6379, 0),
-        ("REDIS://there/", "there", 6379, 0),
-        ("redis://:7/3", "localhost", 7, 3),
-        ("redis://[::1]:7", "::1", 7, 0),
-        ("valkeys://there:7", "there", 7, 0),
-    ],
-)
-def test_what_is_not_said_is_as_usual(url: str, host: str, port: int, db: int) -> None:
-    """Host, port and database."""
-    words = words_of(url)
-    assert (words["host"], words["port"], words["db"]) == (host, port, db)
-
-
-def test_circuits_of_one_url_share_a_client_as_long_as_one_of_them_lives() -> None:
-    """Else each would have Sentinels and nodes of its own to keep up with."""
-    url = "redis+sentinel://nobody/shared"
-    first = client_source_from_url(url)()
-    assert client_source_from_url(url)() is first
-    assert client_source_from_url(f"{url}/1")() is not first
-    del first
-    gc.collect()
-    assert url not in _urls._clients
-
-
-def test_storage_of_a_url_takes_all_other_words() -> None:
-    """By keyword, as the class does."""
-    storage = CircuitRedisStorage.from_url("redis://nobody", "open", "shop", max_staleness=3, cluster_mode=True, ttl=60)
-    assert storage.health().circuit == "shop"
-    assert storage.health().state == "open"
-    with pytest.raises(ValueError, match="max_staleness must"):
-        CircuitRedisStorage.from_url("redis://nobody", max_staleness=-1)
-    with pytest.raises(TypeError, match="ajar"):
-        CircuitRedisStorage.from_url("redis://nobody", ajar=True)
-
-
-def test_subclass_makes_its_own_kind() -> None:
-    """As any class method that makes one."""
-
-    class Own(CircuitRedisStorage):
-        pass
-
-    assert type(Own.from_url("redis://nobody")) is Own
-
-
 # -- mistakes ----------------------------------------------------------------------------------------------------------
-
-MISTAKES = {
-    "http://there": "must begin with one of unix://, redis://.*valkeys\\+cluster://, not 'http://there'",
-    "there:6379": "must begin with one of",
-    "": "must begin with one of",
-    "redis:there": "must begin with one of",
-    "redis+sentinels://there/shop": "must begin with one of",
-    "redis://there:port": "must name hosts as host:port",
-    "redis://there:0": "ports from 1 to 65535",
-    "redis://there:65536": "ports from 1 to 65535",
-    "redis://::1": "must name hosts as host:port or \\[address\\]:port",
-    "redis://one,two": "must name one host",
-    "redis://there/shop": "number of a database",
-    "redis://there/0/1": "number of a database",
-    "redis://there/-1": "number of a database",
-    "redis://there#0": "must have every # and, behind a question mark, every @ quoted, as %23 and %40",
-    "redis://there?client_name=me@home": "must have every #",
-    "unix://": "path of a socket",
-    "unix://there/socket": "path of a socket",
-    "redis+sentinel://there": "must name the service",
-    "redis+sentinel://there/": "must name the service",
-    "redis+sentinel:///shop": "must name at least one host",
-    "redis+sentinel://one,,two/shop": "must name at least one host",
-    "redis+sentinel://one/shop/nine": "number of a database",
-    "redis+cluster://": "must name at least one host",
-    "redis+cluster://one/1": "must not name a database",
-    "redis+cluster://one?db=1": "must not name a database",
-    "redis://there?socket_timeout=long": "usable value of socket_timeout, not 'long'",
-    "redis://there?socket_timeout=0": "usable value of socket_timeout, not '0'",
-    "redis://there?socket_timeout=nan": "usable value of socket_timeout, not 'nan'",
-    "redis://there?socket_connect_timeout=inf": "usable value of socket_connect_timeout",
-    "redis://there?db=-1": "usable value of db",
-    "redis://there?db=": "usable value of db",
-    "redis://there?decode_responses=perhaps": "usable value of decode_responses",
-    "redis://there?nonsense=1": "must have a query that this version of redis-py takes .*nonsense",
-    "redis://there?host=elsewhere": "must have its host before the question mark",
-    "redis+cluster://there?port=7": "must have its port before the question mark",
-    "unix:///there?path=/elsewhere": "must have its path before the question mark",
-    "unix:///there?nonsense=1": "must have a query that this version of redis-py takes .*nonsense",
-    "redis+sentinel://there/shop?nonsense=1": "must have a query that this version of redis-py takes .*nonsense",
-    "rediss://there?ssl_cert_reqs=perhaps": "must have a query that this version of redis-py takes",
-}
-
-
-@pytest.mark.parametrize("url", MISTAKES)
-def test_mistake_in_a_url_is_said_at_once(url: str) -> None:
-    """What was given, and what is accepted."""
-    with pytest.raises(ValueError, match=f"^url .*(?:{MISTAKES[url]})") as caught:
-        CircuitRedisStorage.from_url(url)
-    assert repr(mask_url(url)) in str(caught.value)
-    assert caught.value.__cause__ is None
-
-
-@pytest.mark.parametrize("url", [None, b"redis://:secret@there", 6379, redis.Redis()])
-def test_url_of_another_type_is_refused_at_once(url: Any) -> None:
-    """Without saying what was in it."""
-    with pytest.raises(TypeError, match=f"url must be a str, not of type {type(url).__name__}") as caught:
-        CircuitRedisStorage.from_url(url)
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://user:secret@there",
-        "redis://:secret@there:port",
-        "redis://user:se/cret@there",
-        "redis://user:sec#ret@there",
-        "redis://user:sec?ret@there",
-        "user:secret@there",
-        "redis:user:secret@there",
-        "redis+sentinel://there?sentinel_password=secret&password=secret",
-        "redis://there?password=secret&db=x",
-        "rediss://there?ssl_password=secret&db=x",
-    ],
-)
-def test_no_secret_is_printed(url: str) -> None:
-    """However badly it was quoted: errors end up in logs."""
-    with pytest.raises(ValueError, match=r"\*\*\*") as caught:
-        CircuitRedisStorage.from_url(url)
-    assert not any(part in str(caught.value) for part in ("secret", "cret", "ret@", "se/", "user"))
-
-
-secrets = st.text(st.characters(codec="utf-8"), min_size=1).map(lambda text: f"s3cr3t{text}s3cr3t")
-
-
-@settings(deadline=None)
-@given(
-    scheme=st.sampled_from(URL_SCHEMES) | st.just("http"),
-    secret=secrets,
-    rest=st.text(st.sampled_from("ab:/@,?#=&[]0"), max_size=12),
-)
-def test_any_text_is_refused_without_its_secret_or_taken(scheme: str, secret: str, rest: str) -> None:
-    """Nothing but the errors that are promised, and no secret in any."""
-    url = f"{scheme}://user:{secret}@{rest}"
-    assert "s3cr3t" not in mask_url(url)
-    try:
-        client_source_from_url(url)
-    except ModuleNotFoundError as error:
-        said = str(error)
-    except ValueError as error:
-        said = str(error)
-    else:
-        said = ""
-    assert "s3cr3t" not in said

@@ -16,9 +16,9 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, STATES
-from pybreaker_redis._demo.server import PrivateServer
-from tests.fleet import (
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, STATES
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.fleet import (
     Fleet,
     Outcome,
     Spec,

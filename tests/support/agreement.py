@@ -16,7 +16,8 @@ import pytest
 import redis
 
 from pybreaker_redis import Health
-from tests.viewed import Down, breaker_on, down, fails, up, wait_for
+from tests.support.breakers import Down, breaker_on, down, fails, up
+from tests.support.wait import wait_for
 
 #: Seconds for which the two may go by what they know.
 STALENESS = 0.3

@@ -13,8 +13,8 @@ import pytest
 import redis
 import valkey
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.servers import ONCE
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.servers import ONCE
 
 try:
     from redis import CredentialProvider, UsernamePasswordCredentialProvider
@@ -91,3 +91,7 @@ if CredentialProvider:
 if "protocol" in inspect.signature(redis.Redis).parameters:
     KINDS["resp2"] = lambda server: by_port(server, protocol=2)
     KINDS["resp3"] = lambda server: by_port(server, protocol=3)
+
+
+#: What a line may speak: with 3 the server tells of foreign changes, with 2 only of published ones.
+PROTOCOLS = [3, 2] if "protocol" in inspect.signature(redis.Redis).parameters else [2]

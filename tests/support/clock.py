@@ -34,3 +34,14 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self.ended = time.monotonic()
         self.seconds = max(0.0, self.ended - self.began - (waited() - self._waited))
+
+
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self, now: float = 100.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """What it shows."""
+        return self.now

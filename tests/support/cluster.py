@@ -12,10 +12,10 @@ from typing import Any
 
 import redis
 
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._keys import CLUSTER_SLOT_COUNT
-from tests.servers import ONCE
-from tests.viewed import wait_for
+from pybreaker_redis._redis.keys import CLUSTER_SLOT_COUNT
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.servers import ONCE
+from tests.support.wait import wait_for
 
 PRIMARIES = 3
 

@@ -13,7 +13,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.urls import path
 
 from pybreaker_redis.contrib.django import breakers
-from tests.viewed import down, up
+from tests.support.breakers import down, up
 
 if not settings.configured:
     settings.configure(

@@ -15,9 +15,9 @@ from typing import Any
 import fakeredis
 import pybreaker
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests import servers
-from tests.servers import FoundServer
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support import servers
+from tests.support.servers import FoundServer
 
 #: ``make("closed", "namespace", **options)``: a storage; the same namespace is the same circuit, unless in memory.
 MakeStorage = Callable[..., Any]

@@ -1,12 +1,12 @@
 """Randomised fault runs: processes that share circuits while a seeded schedule breaks Redis and the way to it.
 
-One private server, the project's proxy in front of it, worker processes (`tests/chaos_worker.py`) that only use the
+One private server, the project's proxy in front of it, worker processes (`fault_run_worker.py`) that only use the
 proxy, and a monitor that does not: it records each write of a circuit in the order in which the server executed it.  A
 run is a sequence of steps: the dependencies flap, faults come one after the other, everything is mended, and a calm
 follows that is long enough to see whether every process recovers.  `run` returns what happened as a `History`, and
-`tests/history.py` checks it.
+`tests/support/history.py` checks it.
 
-``python -m tests.chaos --seconds 600 --seed 7`` makes a long run and prints the report.
+``python -m tests.support.fault_run --seconds 600 --seed 7`` makes a long run and prints the report.
 
 Knows: servers, proxies, processes, faults.  Does not know: which history is right.
 """
@@ -37,10 +37,10 @@ from typing import Any, Literal
 
 import redis
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.faults import USER, Site
-from tests.history import Call, History, Limits, Loss, Spell, Write, check, describe
-from tests.viewed import wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.faults import USER, Site
+from tests.support.history import Call, History, Limits, Loss, Spell, Write, check, describe
+from tests.support.wait import wait_for
 
 #: Environment variables that override seed, length and engine of the slow test.
 SEED_VARIABLE = "PYBREAKER_REDIS_CHAOS_SEED"
@@ -313,7 +313,7 @@ class Crew:
                     "seed": seed,
                     "lifetime": int(2 * seconds + 4 * PATIENCE),
                 }
-                command = [sys.executable, "-m", "tests.chaos_worker", json.dumps(words)]
+                command = [sys.executable, "-m", "tests.support.fault_run_worker", json.dumps(words)]
                 path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
                 environment = {**os.environ, "PYTHONPATH": path}
                 self._workers.append(
@@ -639,9 +639,9 @@ def _settle(site: Site, monitor: Monitor) -> None:
 
 def main() -> None:
     """Make one run on the preferred server and print the report; exit 1 if a rule was broken."""
-    from tests.servers import at_hand
+    from tests.support.servers import at_hand
 
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.support.fault_run", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument("--engine", choices=list(RIGHTS), default="lua")
@@ -674,4 +674,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     # A history that is kept names the classes of this module, not of "__main__".
-    importlib.import_module("tests.chaos").main()
+    importlib.import_module("tests.support.fault_run").main()

@@ -30,12 +30,12 @@ from typing import Any
 import pybreaker
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._probes import PROBE_TOKENS, ProbeTokens
-from tests.chaos import CIRCUITS
-from tests.faults import USER
-from tests.history import HALF_OPEN, SAME, Limits
-from tests.places import LIBRARY, PREFIX
-from tests.stopwatch import waited
+from pybreaker_redis._circuits.probes import PROBE_TOKENS, ProbeTokens
+from tests.support.clock import waited
+from tests.support.fault_run import CIRCUITS
+from tests.support.faults import USER
+from tests.support.history import HALF_OPEN, SAME, Limits
+from tests.support.places import LIBRARY, PREFIX
 
 #: Seconds within which this process must be ready.
 PATIENCE = 30
@@ -61,7 +61,7 @@ class Recorder(logging.Handler):
     """Everything that this process saw.
 
     Attributes:
-        calls: Fields of `tests.history.Call`.
+        calls: Fields of `tests.support.history.Call`.
         stalls: Spells in which this process could not run.
         lines: Times and lines of the log.
         released: Times at which the calls that held a probe ended, by the probe's token.

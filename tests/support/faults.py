@@ -13,10 +13,10 @@ from typing import Any
 
 import redis
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.proxy import Proxy
-from tests.servers import ONCE
-from tests.viewed import wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.proxy import Proxy
+from tests.support.servers import ONCE
+from tests.support.wait import wait_for
 
 #: The user whose rights can be withdrawn.
 USER = "app"

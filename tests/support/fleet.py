@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import pybreaker
 
-from tests.places import client_at
+from tests.support.places import client_at
 
 #: Seconds that a step of a worker may take before the test fails and the fleet is killed.
 DEADLINE = 30.0
@@ -41,7 +41,7 @@ LIFETIME = 120
 
 #: Imported once by the fork server, so that a worker starts in milliseconds. ``pytest`` is here because every worker
 #: imports the main module of the test process again.
-PRELOAD = ["pytest", "redis", "pybreaker", "pybreaker_redis", "time_machine", "tests.fleet"]
+PRELOAD = ["pytest", "redis", "pybreaker", "pybreaker_redis", "time_machine", "tests.support.fleet"]
 
 #: What the storage under test is made of: this package's, or the one that comes with pybreaker.
 Make = Literal["ours", "stock"]
@@ -736,3 +736,10 @@ class Shared:
     def generation(self) -> int:
         """How many transitions were made; our storage only."""
         return int(self._text(self._client.hget(self._prefix + "circuit", "generation")) or 0)
+
+
+def trip(worker: Puppet) -> Outcome:
+    """Let `worker` fail until the circuit opens; the call that opened it."""
+    outcomes: list[Outcome] = worker.run(calls, worker.spec.fail_max, fail=True)
+    assert outcomes[-1].tripped, outcomes
+    return outcomes[-1]

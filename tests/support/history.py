@@ -1,8 +1,8 @@
 """Checker of a recorded history: what guarded calls and the shared record did while faults came and went.
 
 The checker is pure: it takes a `History` and returns `Problem` objects.  All times are seconds on the monotonic clock
-that all processes of one machine share.  `tests/chaos.py` records histories, `tests/test_history.py` holds small
-histories that break each rule, and some that keep it.
+that all processes of one machine share.  `fault_run.py` records histories, `tests/unit/test_history.py` holds
+small histories that break each rule, and some that keep it.
 
 The rules, and the sentences of the README that they follow from:
 

@@ -2,8 +2,8 @@
 
 Knows: results, how the table looks.  Does not know: what was tested.
 
-``python -m tests.matrix DIRECTORY`` prints the table of all runs that wrote their results there (`VARIABLE`), and with
-``--check`` fails if the README says something else about what was run.
+``python -m tests.support.matrix DIRECTORY`` prints the table of all runs that wrote their results there (`VARIABLE`),
+and with ``--check`` fails if the README says something else about what was run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 #: Names the directory that a run writes its results to.
 VARIABLE = "PYBREAKER_REDIS_MATRIX"
 
-README = Path(__file__).parent.parent / "README.rst"
+README = Path(__file__).parents[2] / "README.rst"
 MARKER = ".. matrix-table"
 
 #: Columns and rows, in the order in which the table has them.

@@ -17,12 +17,12 @@ from typing import Any
 import redis
 import redis.sentinel
 
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._keys import circuit_keys, slot_of
-from tests.clusters import Nodes
-from tests.sentinels import Sentinels
-from tests.servers import ONCE, FoundServer
-from tests.viewed import wait_for
+from pybreaker_redis._redis.keys import circuit_keys, slot_of
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.cluster import Nodes
+from tests.support.sentinel import Sentinels
+from tests.support.servers import ONCE, FoundServer
+from tests.support.wait import wait_for
 
 #: Names the package that clients are made with.
 VARIABLE = "PYBREAKER_REDIS_TEST_CLIENT"

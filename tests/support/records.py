@@ -13,9 +13,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import HALF_OPEN, OPEN, STATES, Circuit
-from pybreaker_redis._intents import (
+from pybreaker_redis._model.circuit import HALF_OPEN, OPEN, STATES, Circuit
+from pybreaker_redis._model.codec import HASH_FIELDS, VALUE_NAMES, WRONG_TYPE_VALUE, changes_for, parse_record
+from pybreaker_redis._model.intents import (
     ClaimProbe,
     Close,
     CountProbe,
@@ -23,20 +23,14 @@ from pybreaker_redis._intents import (
     Load,
     RecordFailure,
     RecordSuccess,
+    Reply,
     ResetProbes,
     SetOpenedAt,
     SetState,
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._record import (
-    HASH_FIELDS,
-    VALUE_NAMES,
-    WRONG_TYPE_VALUE,
-    changes_for,
-    parse_record,
-    resolve_record,
-)
+from pybreaker_redis._model.repair import resolve_record
 
 #: What a key may hold: a string, a hash, or the name of another type, with content that does not matter.
 Value = bytes | dict[str, bytes] | str

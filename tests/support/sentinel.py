@@ -11,9 +11,9 @@ from typing import Any
 import redis
 import redis.sentinel
 
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from tests.servers import ONCE
-from tests.viewed import wait_for
+from pybreaker_redis.testing.servers import PrivateServer, free_port
+from tests.support.servers import ONCE
+from tests.support.wait import wait_for
 
 
 class Sentinels:

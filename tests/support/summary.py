@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import matrix, servers
+from tests.support import matrix, servers
 
 #: Names of the properties.
 FIGURE, SERVER, CELL, HEARD = "figure", "server", "cell", "heard"

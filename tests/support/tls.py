@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trustme
 
-from pybreaker_redis._demo.server import PrivateServer, free_port
+from pybreaker_redis.testing.servers import PrivateServer, free_port
 
 HOST = "localhost"
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
 import pytest
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreaker
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._answers import checked_strings, parse_script_reply, server_time_ms
-from pybreaker_redis._carrier import Reply
-from pybreaker_redis._circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, LEASE_MAX_MS, NOISE_MAX_MS, Circuit
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._guard import ErrorKind, error_kind
-from pybreaker_redis._intents import Load, Trip
-from pybreaker_redis._keys import circuit_keys
-from pybreaker_redis._optimistic import ReadRequest, TransactionEngine, read_all_circuits
-from pybreaker_redis._scripts import LuaEngine
+from pybreaker_redis._circuits.bulk import read_all_circuits
+from pybreaker_redis._engines.lua import LuaEngine, parse_script_reply
+from pybreaker_redis._engines.reader import ReadRequest
+from pybreaker_redis._engines.transaction import TransactionEngine
+from pybreaker_redis._model.answers import checked_strings, server_time_ms
+from pybreaker_redis._model.circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, LEASE_MAX_MS, NOISE_MAX_MS, Circuit
+from pybreaker_redis._model.intents import Load, Reply, Trip
+from pybreaker_redis._redis.classify import ErrorKind, error_kind
+from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.errors import UnusableReplyError
-from tests.faults import site_of
 
 KEYS = circuit_keys("answers", needs_one_slot=False)
 
@@ -128,34 +125,6 @@ def test_transaction_without_an_answer_is_a_fault(intent: Any, ttl_ms: int) -> N
         TransactionEngine(client, KEYS, ttl_ms).execute(intent, None, CLOSED)
     with pytest.raises(UnusableReplyError):
         read_all_circuits([ReadRequest(client, KEYS, None, CLOSED)])
-
-
-#: What a proxy makes of the answers of scripts, and of those of single commands.
-TAMPERED = {
-    "state": {b"$6\r\nclosed": b"$6\r\najar!!"},
-    "count": {b"closed\r\n:0": b"closed\r\n:-7"},
-    "text for a count": {b"closed\r\n:0": b"closed\r\n$1\r\n0"},
-    "length": {b"*13\r\n:1": b"*12\r\n:1"},
-}
-
-
-@pytest.mark.parametrize("tampered", TAMPERED)
-def test_answer_that_was_changed_on_the_way_does_not_reach_the_call(
-    killable_server: PrivateServer, caplog: pytest.LogCaptureFixture, tampered: str
-) -> None:
-    """Calls pass, failures are counted and the circuit opens: by the circuit of this process, with one line."""
-    caplog.set_level(logging.WARNING)
-    with site_of(killable_server) as site, contextlib.closing(site.client()) as client:
-        breaker = CircuitBreaker(fail_max=2, state_storage=CircuitRedisStorage(CLOSED, client, "answers"))
-        site.proxy.replaced = TAMPERED[tampered]
-        assert breaker.call(lambda: "answer") == "answer"
-        for raised in (ZeroDivisionError, CircuitBreakerError):
-            with pytest.raises(raised):
-                breaker.call(lambda: 1 / 0)
-        with pytest.raises(CircuitBreakerError):
-            breaker.call(lambda: "answer")
-        assert breaker._state_storage.health().is_own
-        assert [line for line in caplog.messages if "UnusableAnswer" in line] == caplog.messages[:1]
 
 
 def test_client_that_swallows_errors_leaves_the_circuit_to_this_process() -> None:

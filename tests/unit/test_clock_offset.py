@@ -9,7 +9,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from pybreaker_redis._clock import ClockOffset, Instant, utc_from_ms, wall_clock_ms
+from pybreaker_redis._replica.clock_offset import ClockOffset
+from pybreaker_redis._runtime.clock import Instant, utc_from_ms, wall_clock_ms
 
 
 def learn(offset, server_ms, before_ms, after_ms, *, is_waiting, local_moved_ms=0):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from redis.exceptions import NoPermissionError, ResponseError
 
-from pybreaker_redis._client import endpoint_of
-from pybreaker_redis._line import Push, PushConnection
-from pybreaker_redis.errors import PushUnavailableError
+from pybreaker_redis._redis.classify import PushUnavailableError
+from pybreaker_redis._redis.endpoint import endpoint_of
+from pybreaker_redis._replica.connection import Push, PushConnection
 
 
 class Parser:
@@ -179,7 +179,7 @@ def test_line_that_cannot_be_made_leaves_nothing_open():
 
 def test_flood_of_pushes_lets_other_things_have_their_turn(monkeypatch):
     """A poll, or a new circuit, must not wait for ever."""
-    monkeypatch.setattr("pybreaker_redis._line.PUSHES_PER_TURN_MAX", 3)
+    monkeypatch.setattr("pybreaker_redis._replica.connection.PUSHES_PER_TURN_MAX", 3)
     heard: list[Push] = []
     line = Client(resp3=[*OK, *[Push([b"message", b"a", b""])] * 5]).line(heard)
     line.receive(0)

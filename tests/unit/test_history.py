@@ -7,8 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests import history as checker
-from tests.history import Call, History, Limits, Loss, Write, calm_windows, check, describe, longest_spell, union
+from tests.support import history as checker
+from tests.support.history import (
+    Call,
+    History,
+    Limits,
+    Loss,
+    Write,
+    calm_windows,
+    check,
+    describe,
+    longest_spell,
+    union,
+)
 
 #: Bounds of the histories here: a recovery takes 2 * 0.5 + 0.25 + 0.4 + 2 * 0.1 + 1.0 = 2.85 s at most.
 LIMITS = Limits()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from binascii import crc_hqx
 from unicodedata import category
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._arguments import checked_namespace
-from pybreaker_redis._keys import KEY_SUFFIXES, channel_of, circuit_keys
+from pybreaker_redis._redis.keys import KEY_SUFFIXES, channel_of, circuit_keys
+from pybreaker_redis._runtime.validation import checked_namespace
 
 
 @pytest.mark.parametrize(("namespace", "prefix"), [(None, "pybreaker"), ("shop", "shop:pybreaker")])
@@ -131,20 +129,6 @@ def test_base_namespace_of_a_subclass_stands_where_stock_has_it(namespace, needs
     assert circuit_keys(namespace, needs_one_slot=True, base="{eu}cb")[0] == f"{namespace}:{{eu}}cb:state".removeprefix(
         "None:"
     )
-
-
-def test_tenants_that_differ_by_base_namespace_have_circuits_of_their_own(server, client):
-    """In the keys, in the channel, and by a URL."""
-    storages = [Shop("closed", client, "pay"), Shop.from_url(f"unix://{server.unix_socket}", "closed", "buy")]
-    storages.append(CircuitRedisStorage("closed", client, "pay"))
-    for storage in storages:
-        breaker = CircuitBreaker(fail_max=1, state_storage=storage)
-        with contextlib.suppress(CircuitBreakerError):
-            breaker.call({}.__getitem__, "missing")
-    stored = {bytes(key).rpartition(b":")[0] for key in client.keys("*:state")}
-    assert stored == {b"pay:shop:cb", b"buy:shop:cb", b"pay:pybreaker"}
-    assert storages[0]._core.shared._selector.channel == "pay:shop:cb:circuit@0"
-    assert Shop("closed", client).health().circuit == "shop:cb"
 
 
 class Naming(CircuitRedisStorage):

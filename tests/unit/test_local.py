@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import redis
 
-from pybreaker_redis._circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, OPEN, STATES, Circuit
-from pybreaker_redis._intents import (
+from pybreaker_redis._circuits.local import FALLBACK_LAST, LOCAL_GENERATION_MIN, LocalCircuit
+from pybreaker_redis._model.circuit import CLOSED, COUNT_LIMIT, HALF_OPEN, OPEN, STATES, Circuit
+from pybreaker_redis._model.intents import (
     ClaimProbe,
     Close,
     CountProbe,
@@ -22,8 +23,7 @@ from pybreaker_redis._intents import (
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._own import FALLBACK_LAST, LOCAL_GENERATION_MIN, LocalCircuit
-from tests.viewed import Clock
+from tests.support.clock import Clock
 
 LEASE_MS = 30_000
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybreaker_redis import _circuit, _intents
-from pybreaker_redis._circuit import (
+from pybreaker_redis._model import circuit as circuit_module
+from pybreaker_redis._model import intents
+from pybreaker_redis._model.circuit import (
     CLOSED,
     COUNT_LIMIT,
     HALF_OPEN,
@@ -24,7 +25,8 @@ from pybreaker_redis._circuit import (
     Circuit,
     new_circuit,
 )
-from pybreaker_redis._intents import (
+from pybreaker_redis._model.codec import PUSH_MAX_BYTES, changes_for, parse_published, parse_record
+from pybreaker_redis._model.intents import (
     INTENTS,
     ClaimProbe,
     Close,
@@ -41,8 +43,8 @@ from pybreaker_redis._intents import (
     ShareTrip,
     Trip,
 )
-from pybreaker_redis._record import PUSH_MAX_BYTES, changes_for, parse_published, parse_record, resolve_record
-from tests.records import Wish, circuits, states, wishes
+from pybreaker_redis._model.repair import resolve_record
+from tests.support.records import Wish, circuits, states, wishes
 
 NOW = 1_000_000_000_000
 
@@ -89,7 +91,7 @@ class TestValues:
         """Nobody who goes through `INTENTS` misses one."""
         defined = {
             value
-            for value in vars(_intents).values()
+            for value in vars(intents).values()
             if isinstance(value, type) and issubclass(value, Intent) and hasattr(value, "operation")
         }
         assert set(INTENTS) == defined
@@ -522,11 +524,11 @@ def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
 @pytest.mark.parametrize("name", ["LEASE_MAX_MS", "COUNT_LIMIT", "NOISE_MAX_MS"])
 def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
     """What one of them calls damage, the other does not count on from."""
-    scripts = Path(_circuit.__file__).with_name("lua") / "circuit.lua"
+    scripts = Path(circuit_module.__file__).parents[1] / "_engines" / "lua" / "circuit.lua"
     said = re.search(rf"^local {name} = ([\d *^]+)$", scripts.read_text(encoding="utf-8"), re.MULTILINE)
     assert said
     factors = [[int(number) for number in factor.split("^")] for factor in said[1].split("*")]
-    assert getattr(_circuit, name) == prod(pow(*factor) if len(factor) == 2 else factor[0] for factor in factors)
+    assert getattr(circuit_module, name) == prod(pow(*factor) if len(factor) == 2 else factor[0] for factor in factors)
 
 
 def test_largest_count_is_reached_and_is_its_own_successor() -> None:
@@ -541,7 +543,7 @@ def test_largest_count_is_reached_and_is_its_own_successor() -> None:
 
 
 class TestRecord:
-    """Corners of `_record.py` that random records hardly ever reach."""
+    """Corners of `_model/codec.py` that random records hardly ever reach."""
 
     def test_count_is_read_up_to_the_limit_and_not_from_there_on(self) -> None:
         """The limit itself is damage, as in the scripts."""

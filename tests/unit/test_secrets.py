@@ -11,16 +11,17 @@ import pytest
 import redis
 import redis.sentinel
 
-from pybreaker_redis import CircuitRedisStorage, _said, _secrets
-from pybreaker_redis._carrier import MissingFeature
-from pybreaker_redis._demo.server import PrivateServer, free_port
-from pybreaker_redis._guard import Availability
-from pybreaker_redis._secrets import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
-from pybreaker_redis._server import server_for
-from pybreaker_redis._words import Credentials
+from pybreaker_redis import CircuitRedisStorage, _log
+from pybreaker_redis._redis.classify import MissingFeature
+from pybreaker_redis._redis.pool import Credentials
+from pybreaker_redis._runtime import redaction
+from pybreaker_redis._runtime.redaction import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
+from pybreaker_redis._servers.availability import Availability
+from pybreaker_redis._servers.server import server_for
 from pybreaker_redis.registry import BreakerRegistry
-from tests.servers import ONCE
-from tests.viewed import up
+from pybreaker_redis.testing.servers import free_port
+from tests.support.breakers import up
+from tests.support.servers import ONCE
 
 SECRET = "hunter2-hunter2"
 
@@ -28,7 +29,7 @@ SECRET = "hunter2-hunter2"
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is remembered from other tests."""
-    monkeypatch.setattr(_secrets, "_patterns_of_secrets", {})
+    monkeypatch.setattr(redaction, "_patterns_of_secrets", {})
     return
 
 
@@ -78,7 +79,7 @@ def test_secrets_that_are_replaced_often_are_forgotten() -> None:
     """Tokens of a quarter of an hour are no memory leak."""
     for number in range(SECRETS_MAX + 50):
         register_secret(f"token-number-{number}")
-    assert len(_secrets._patterns_of_secrets) == SECRETS_MAX
+    assert len(redaction._patterns_of_secrets) == SECRETS_MAX
     assert mask_text("token-number-149 token-number-0") == "*** token-number-0"
 
 
@@ -105,9 +106,9 @@ def test_guard_keeps_no_secret() -> None:
 def test_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     """What is missing, why nothing is heard, and what only those read who look for a cause."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
-    _said.lacking("there", MissingFeature.TRACKING, "no RESP3: password=hidden")
-    _said.unheard("there", redis.ConnectionError("password=hidden"))
-    _said.detail("%s: attempt %d failed (%s)", "there", 2, redis.ConnectionError("password=hidden"))
+    _log.lacking("there", MissingFeature.TRACKING, "no RESP3: password=hidden")
+    _log.unheard("there", redis.ConnectionError("password=hidden"))
+    _log.detail("%s: attempt %d failed (%s)", "there", 2, redis.ConnectionError("password=hidden"))
     assert len(caplog.messages) == 3
     assert "hidden" not in caplog.text
     assert "hidden" not in str([getattr(record, "pybreaker_redis", "") for record in caplog.records])
@@ -155,13 +156,3 @@ def test_last_values_of_a_credential_provider_are_remembered() -> None:
     assert now["credential_provider"].get_credentials() == ("shop", SECRET)
     assert now["credential_provider"].region == "eu"
     assert mask_text(f"shop {SECRET}") == "shop ***"
-
-
-def test_wrong_password_is_printed_nowhere(server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
-    """A server does not repeat it; this holds if one does."""
-    caplog.set_level(logging.DEBUG, "pybreaker_redis")
-    wrong = redis.Redis(unix_socket_path=server.unix_socket, username="stranger", password=SECRET, **ONCE)
-    storage = CircuitRedisStorage("closed", wrong, namespace="wrong", timeout=5)
-    assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
-    assert storage.health().condition == "away"
-    assert SECRET not in caplog.text + storage.health().last_error

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import stopwatch
-from tests.stopwatch import Stopwatch
+from tests.support import clock
+from tests.support.clock import Stopwatch
 
 
 def test_time_without_a_processor_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a sleep of 50 ms, 30 ms were the machine's."""
     account = tmp_path / "schedstat"
-    monkeypatch.setattr(stopwatch, "ACCOUNT", account)
+    monkeypatch.setattr(clock, "ACCOUNT", account)
     account.write_text("5000000 1000000000 7\n")
     with Stopwatch() as watch:
         time.sleep(0.05)
@@ -25,13 +25,13 @@ def test_time_without_a_processor_is_left_out(monkeypatch: pytest.MonkeyPatch, t
 
 def test_without_an_account_everything_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Other systems keep none."""
-    monkeypatch.setattr(stopwatch, "ACCOUNT", tmp_path / "none")
+    monkeypatch.setattr(clock, "ACCOUNT", tmp_path / "none")
     with Stopwatch() as watch:
         time.sleep(0.01)
     assert watch.seconds == watch.ended - watch.began >= 0.01
 
 
-@pytest.mark.skipif(not stopwatch.ACCOUNT.exists(), reason="nobody counts it here")
+@pytest.mark.skipif(not clock.ACCOUNT.exists(), reason="nobody counts it here")
 def test_a_wait_is_not_left_out() -> None:
     """A thread that waits for something else could not have run; on a busy machine some attempt is long enough."""
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from pybreaker_redis._circuit import CLOSED, HALF_OPEN, OPEN, Circuit
-from pybreaker_redis._clock import Instant
-from pybreaker_redis._view import SUSPENSION_INTERVAL_MIN_S, View
-from tests.viewed import Clock
+from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
+from pybreaker_redis._replica.view import SUSPENSION_INTERVAL_MIN_S, View
+from pybreaker_redis._runtime.clock import Instant
+from tests.support.clock import Clock
 
 STALENESS = 2.0
 

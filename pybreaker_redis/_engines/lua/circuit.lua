@@ -22,7 +22,7 @@
 -- WRITES   only values that differ, so a refused intent on a sound record writes nothing; who writes the hash publishes;
 --          who writes anything sees to the TTLs of all five
 --
--- The reasons for these rules stand in _record.py and _lifetime.py, the rules themselves in both: keep them alike.
+-- The reasons for these rules stand in _model/codec.py and _model/codec.py, the rules themselves in both: keep them alike.
 
 local LEASE_MAX_MS = 24 * 3600 * 1000
 local COUNT_LIMIT = 10 ^ 12

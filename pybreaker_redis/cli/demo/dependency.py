@@ -1,6 +1,6 @@
 """The dependency: a small HTTP server that fails when it is told to, and reports every call that reaches it.
 
-Run as ``python -m pybreaker_redis._demo.dependency``.  Standard input says ``up``, ``down`` or ``hanging``; its end
+Run as ``python -m pybreaker_redis.cli.demo.dependency``.  Standard input says ``up``, ``down`` or ``hanging``; its end
 ends the process.
 
 Knows: HTTP, its own health, what its callers call themselves.  Does not know: breakers, circuits.
@@ -14,7 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from pybreaker_redis._demo.events import Event, emit
+from pybreaker_redis.cli.demo.events import Event, emit
 
 #: What its reports are signed with.
 NAME = "dependency"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich import box, table, text
 from rich.live import Live
 
-from pybreaker_redis._demo.show import Display
+from pybreaker_redis.cli.demo.show import Display
 
 COLOURS = {"closed": "green", "open": "bold red", "half-open": "yellow", "killed": "dim"}
 

@@ -15,17 +15,17 @@ from urllib.parse import urlsplit
 
 import redis
 
-from pybreaker_redis._demo.binaries import find_servers
-from pybreaker_redis._demo.interruption import Interruption
-from pybreaker_redis._demo.scenario import ACTS
-from pybreaker_redis._demo.server import PrivateServer
-from pybreaker_redis._demo.show import choose_display
-from pybreaker_redis._demo.stage import WORKERS, BrokenPromise, Stage
+from pybreaker_redis.cli.demo.interruption import Interruption
+from pybreaker_redis.cli.demo.scenario import ACTS
+from pybreaker_redis.cli.demo.show import choose_display
+from pybreaker_redis.cli.demo.stage import WORKERS, BrokenPromise, Stage
+from pybreaker_redis.testing.binaries import find_servers
+from pybreaker_redis.testing.servers import PrivateServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pybreaker_redis._demo.show import Display
+    from pybreaker_redis.cli.demo.show import Display
 
 #: Names a server to use instead of a private one, as in ``redis://localhost:6379/0``.
 URL_VARIABLE = "PYBREAKER_REDIS_URL"

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from pybreaker_redis._demo.stage import FAIL_MAX, WORKERS, BrokenPromise
-from pybreaker_redis._demo.worker import CALL_TIMEOUT_S, PROBE_LEASE_S
+from pybreaker_redis.cli.demo.stage import FAIL_MAX, WORKERS, BrokenPromise
+from pybreaker_redis.cli.demo.worker import CALL_TIMEOUT_S, PROBE_LEASE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pybreaker_redis._demo.stage import Stage
+    from pybreaker_redis.cli.demo.stage import Stage
 
 
 @dataclass(frozen=True)

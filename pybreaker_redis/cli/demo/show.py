@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pybreaker_redis._demo.events import Event
+    from pybreaker_redis.cli.demo.events import Event
 
 #: Seconds between two lines with figures in plain output.
 FIGURES_INTERVAL_S = 1.0
@@ -138,7 +138,7 @@ def choose_display(*, plain: bool) -> Display:
     """
     quiet = plain or os.environ.get("NO_COLOR") or os.environ.get("CI")
     if not quiet and sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        from pybreaker_redis._demo.live import LiveTable
+        from pybreaker_redis.cli.demo.live import LiveTable
 
         return LiveTable()
     return PlainLines()

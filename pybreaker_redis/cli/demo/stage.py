@@ -17,17 +17,17 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pybreaker_redis._demo.events import Event, parse
-from pybreaker_redis._demo.worker import CALL_TIMEOUT_S, PROBE_LEASE_S, WorkerSettings
+from pybreaker_redis.cli.demo.events import Event, parse
+from pybreaker_redis.cli.demo.worker import CALL_TIMEOUT_S, PROBE_LEASE_S, WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from pybreaker_redis._demo.events import Kind
-    from pybreaker_redis._demo.interruption import Interruption
-    from pybreaker_redis._demo.server import PrivateServer
-    from pybreaker_redis._demo.show import Display
+    from pybreaker_redis.cli.demo.events import Kind
+    from pybreaker_redis.cli.demo.interruption import Interruption
+    from pybreaker_redis.cli.demo.show import Display
+    from pybreaker_redis.testing.servers import PrivateServer
 
 #: How many worker processes there are.
 WORKERS = 3

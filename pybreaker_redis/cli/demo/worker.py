@@ -1,6 +1,6 @@
 """A worker: calls the dependency again and again, guarded by a plain circuit breaker on the shared storage.
 
-Run as ``python -m pybreaker_redis._demo.worker SETTINGS``, where the settings are one JSON object.
+Run as ``python -m pybreaker_redis.cli.demo.worker SETTINGS``, where the settings are one JSON object.
 
 Knows: its breaker, its dependency.  Does not know: other workers; what it has in common with them is the namespace.
 """
@@ -21,10 +21,10 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._demo.events import Event, emit
+from pybreaker_redis.cli.demo.events import Event, emit
 
 if TYPE_CHECKING:
-    from pybreaker_redis._demo.events import Kind
+    from pybreaker_redis.cli.demo.events import Kind
 
 #: Seconds between two calls.
 CALL_INTERVAL_S = 0.05

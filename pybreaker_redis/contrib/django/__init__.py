@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pybreaker_redis._extras import require_extra
+from pybreaker_redis._runtime.optional import require_extra
 
 with require_extra("django"):
     from pybreaker_redis.contrib.django.registry import breakers

@@ -13,7 +13,7 @@ from django.utils.deprecation import MiddlewareMixin
 from django.utils.log import log_response
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis.contrib._answer import STATUS_UNAVAILABLE, rejection_response
+from pybreaker_redis.contrib._http import STATUS_UNAVAILABLE, rejection_response
 
 
 class CircuitBreakerMiddleware(MiddlewareMixin):

@@ -17,9 +17,9 @@ from django.core.cache.backends.locmem import LocMemCache
 from django.core.cache.backends.redis import RedisCache
 from django.core.exceptions import ImproperlyConfigured
 
-from pybreaker_redis._forks import renew_in_children
-from pybreaker_redis.contrib._breakers import RegistryProxy
-from pybreaker_redis.contrib._settings import CONFIG_KEYS, build_registry
+from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis.contrib._config import CONFIG_KEYS, build_registry
+from pybreaker_redis.contrib._proxy import RegistryProxy
 from pybreaker_redis.registry import BreakerRegistry
 
 #: The keys of ``PYBREAKER``.

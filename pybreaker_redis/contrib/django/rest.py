@@ -9,7 +9,7 @@ from typing import Any
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis.contrib._answer import DETAIL_TEXT, STATUS_UNAVAILABLE, retry_after_header
+from pybreaker_redis.contrib._http import DETAIL_TEXT, STATUS_UNAVAILABLE, retry_after_header
 
 
 def exception_handler(error: Exception, context: dict[str, Any]) -> Any:

@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 import redis
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.hosts.kinds import Kind
-from tests.hosts.shop import Shop
-
-#: What no host prints when all is well.
-ALARMS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python error", "Segmentation fault")
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.contrib.hosts.kinds import Kind
+from tests.contrib.hosts.shop import Shop
+from tests.support.logs import ALARMS
 
 #: What Celery prints of a worker that a test has killed in the middle of a task.
 LOST_WORKER = re.compile(r'Task handler raised error: WorkerLostError.*?\n"""\n.*?\n"""\n', re.DOTALL)

@@ -12,7 +12,7 @@ import uuid
 from contextlib import closing
 from typing import Any, Protocol
 
-from pybreaker_redis._demo.server import PrivateServer
+from pybreaker_redis.testing.servers import PrivateServer
 
 #: Seconds that an answer may take.
 ANSWER_WITHIN = 30.0
@@ -108,7 +108,7 @@ class BrokerDoor:
     def ask(self, what: str) -> dict[str, Any]:
         """The answer."""
         reply_to = f"reply:{uuid.uuid4()}"
-        self._celery.send_task("tests.hosts.tasks.answer", (what, reply_to), ignore_result=True)
+        self._celery.send_task("tests.contrib.hosts.tasks.answer", (what, reply_to), ignore_result=True)
         reply = self._client.blpop([reply_to], ANSWER_WITHIN)
         if reply is None:
             raise NoAnswer(f"{what}: nobody answered within {ANSWER_WITHIN:.0f} s")

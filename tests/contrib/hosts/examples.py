@@ -13,10 +13,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.hosts.doors import Door, HttpDoor, NoAnswer
-from tests.hosts.kinds import Kind
-from tests.hosts.shop import Shop, Visit
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.contrib.hosts.doors import Door, HttpDoor, NoAnswer
+from tests.contrib.hosts.kinds import Kind
+from tests.contrib.hosts.shop import Shop, Visit
 
 #: Seconds that the service needs to fail: long enough to be told from a rejection.
 SLOW = 0.25
@@ -78,7 +78,13 @@ def _gunicorn(example: str, application: str, worker_class: str, *arguments: str
         example,
         (
             *(sys.executable, "-m", "gunicorn", "--chdir", f"examples/{example}", application),
-            *("--bind", "unix:{socket}", "--no-control-socket", "--config", "python:tests.hosts.gunicorn_names"),
+            *(
+                "--bind",
+                "unix:{socket}",
+                "--no-control-socket",
+                "--config",
+                "python:tests.contrib.hosts.gunicorn_names",
+            ),
             *("--workers", "4", "--worker-class", worker_class, *arguments),
         ),
         needs=("gunicorn",),

@@ -63,7 +63,7 @@ def _gunicorn(name: str, worker_class: str, *arguments: str) -> Kind:
     return Kind(
         f"gunicorn-{name}",
         (
-            *(sys.executable, "-m", "gunicorn", "tests.hosts.app:application", "--bind", "unix:{socket}"),
+            *(sys.executable, "-m", "gunicorn", "tests.contrib.hosts.app:application", "--bind", "unix:{socket}"),
             # A thread of the master serves that socket.
             *("--no-control-socket", "--workers", "3", "--worker-class", worker_class, *arguments),
         ),
@@ -79,7 +79,7 @@ def _uwsgi(name: str, *arguments: str) -> Kind:
         name,
         (
             *(str(_UWSGI), "--master", "--processes", "3", "--http-socket", "{socket}", "--need-app"),
-            *("--module", "tests.hosts.app:application", "--home", sys.prefix),
+            *("--module", "tests.contrib.hosts.app:application", "--home", sys.prefix),
             # To reload is to execute this anew; pyuwsgi would execute a Python outside of the virtual environment.
             *("--binary-path", str(_UWSGI)),
             *("--die-on-term", "--no-orphans", *arguments),
@@ -99,7 +99,16 @@ def _celery(
     return Kind(
         f"celery-{pool}",
         (
-            *(sys.executable, "-m", "celery", "--app", "tests.hosts.tasks", "worker", "--hostname", "{node}@%h"),
+            *(
+                sys.executable,
+                "-m",
+                "celery",
+                "--app",
+                "tests.contrib.hosts.tasks",
+                "worker",
+                "--hostname",
+                "{node}@%h",
+            ),
             *("--pool", pool, "--concurrency", str(concurrency)),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
         ),
@@ -120,7 +129,7 @@ KINDS = (
     # The application is loaded before gevent replaces threads and locks ...
     _gunicorn("gevent-preload", "gevent", "--preload"),
     # ... and after.
-    _gunicorn("gevent-first-preload", "gevent", "--preload", "--config", "python:tests.hosts.gevent_first"),
+    _gunicorn("gevent-first-preload", "gevent", "--preload", "--config", "python:tests.contrib.hosts.gevent_first"),
     # uWSGI loads the application in the master unless it is told to be lazy.
     _uwsgi("uwsgi"),
     _uwsgi("uwsgi-threads", "--enable-threads"),

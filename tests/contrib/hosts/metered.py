@@ -14,7 +14,7 @@ import shop
 from flask import Response
 from prometheus_client import Gauge
 
-from tests.hosts.app import call
+from tests.contrib.hosts.app import call
 
 application = shop.app
 

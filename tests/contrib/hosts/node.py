@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pybreaker_redis._demo import server
+from pybreaker_redis.testing import servers
 
 #: The root of the project: where servers find the application.
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 class Node:
@@ -33,7 +33,7 @@ class Node:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 # The kernel kills it if the test process dies.
-                [sys.executable, "-I", "-S", "-c", server._PARENT_DEATH_LAUNCHER, str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", "-c", servers._PARENT_DEATH_LAUNCHER, str(os.getpid()), *command],
                 cwd=ROOT,
                 env={**os.environ, **environment, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,

@@ -20,11 +20,11 @@ from typing import Any
 import pybreaker
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._demo.scratch import Scratch
-from pybreaker_redis._demo.server import PrivateServer
-from tests.hosts.doors import BrokerDoor, Door, HttpDoor, NoAnswer, broker_of
-from tests.hosts.kinds import Kind
-from tests.hosts.node import Node
+from pybreaker_redis.testing.scratch import Scratch
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.contrib.hosts.doors import BrokerDoor, Door, HttpDoor, NoAnswer, broker_of
+from tests.contrib.hosts.kinds import Kind
+from tests.contrib.hosts.node import Node
 
 #: Seconds that anything may take before the test fails.
 DEADLINE = 30.0

@@ -10,7 +10,7 @@ import os
 
 from celery import Celery
 
-from tests.hosts import app
+from tests.contrib.hosts import app
 
 #: Seconds that an answer nobody has fetched is kept.
 KEPT = 60

@@ -16,14 +16,14 @@ import pytest
 from celery import Celery
 from kombu import pools
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.hosts.conftest import ALARMS
-from tests.hosts.doors import broker_of
-from tests.hosts.examples import CELERY, SLOW, WEB, Example, Payments, environment
-from tests.hosts.kinds import Kind
-from tests.hosts.node import Node
-from tests.hosts.shop import AT_ONCE, FAIL_MAX, Answer
-from tests.viewed import wait_for
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.contrib.hosts.doors import broker_of
+from tests.contrib.hosts.examples import CELERY, SLOW, WEB, Example, Payments, environment
+from tests.contrib.hosts.kinds import Kind
+from tests.contrib.hosts.node import Node
+from tests.contrib.hosts.shop import AT_ONCE, FAIL_MAX, Answer
+from tests.support.logs import ALARMS
+from tests.support.wait import wait_for
 
 pytestmark = [
     pytest.mark.hosts,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.hosts.kinds import KINDS, Kind
-from tests.hosts.shop import AT_ONCE, Answer, Shop
+from tests.contrib.hosts.kinds import KINDS, Kind
+from tests.contrib.hosts.shop import AT_ONCE, Answer, Shop
 
 pytestmark = pytest.mark.hosts
 

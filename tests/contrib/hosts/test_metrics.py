@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pybreaker_redis._demo.server import PrivateServer
-from tests.hosts.conftest import ALARMS
-from tests.hosts.doors import Door, HttpDoor, NoAnswer
-from tests.hosts.kinds import Kind
-from tests.hosts.shop import Answer, Shop
-from tests.test_readme import blocks
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.contrib.hosts.doors import Door, HttpDoor, NoAnswer
+from tests.contrib.hosts.kinds import Kind
+from tests.contrib.hosts.shop import Answer, Shop
+from tests.support.logs import ALARMS
+from tests.support.pages import blocks
 
 pytestmark = [
     pytest.mark.hosts,
@@ -39,7 +39,7 @@ def _gunicorn(name: str, *arguments: str) -> Kind:
     return Kind(
         name,
         (
-            *(sys.executable, "-m", "gunicorn", "tests.hosts.metered", "--chdir", "{directory}"),
+            *(sys.executable, "-m", "gunicorn", "tests.contrib.hosts.metered", "--chdir", "{directory}"),
             *("--config", "{directory}/gunicorn.conf.py", "--bind", "unix:{socket}", "--no-control-socket"),
             *("--workers", "4", *arguments),
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from pybreaker_redis.contrib._operator import COMMAND_ACTIONS, CommandRefusedError, run_command
+from pybreaker_redis.contrib._commands import COMMAND_ACTIONS, CommandRefusedError, run_command
 from pybreaker_redis.contrib.django import breakers
 
 
