@@ -12,19 +12,23 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._replica import listener as listener_module
-from pybreaker_redis._replica import session
-from pybreaker_redis._replica.connection import PushConnection
-from pybreaker_redis._runtime import redaction
-from pybreaker_redis._servers import server as server_module
-from pybreaker_redis._servers import settings_check
 from pybreaker_redis.registry import settings
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import places, servers
 from tests.support.clients import PROTOCOLS
 from tests.support.faults import Site, site_of
 from tests.support.fleet import Fleet, Make, Shared, Spec, Visits
-from tests.support.inspect import keepers, listeners
+from tests.support.inspect import (
+    disable_resp3,
+    forget_secrets,
+    listeners,
+    release_members,
+    release_subscribers,
+    reset_listeners,
+    reset_settings_check,
+    retry_threads,
+    shorten_listener_waits,
+)
 from tests.support.servers import FoundServer, no_server
 from tests.support.summary import CELL, FIGURE, HEARD, SERVER, Summary
 from tests.support.tls import Certificates, certificates
@@ -228,7 +232,7 @@ def visits(tmp_path: Path) -> Visits:
 def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """What the listener speaks; as much as it can, unless kept from it."""
     if request.param != max(PROTOCOLS):
-        monkeypatch.setattr(PushConnection, "_connect_resp3", lambda self, origin: None)
+        disable_resp3(monkeypatch)
     chosen: int = request.param
     return chosen
 
@@ -237,8 +241,7 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def _listeners_look_round_often() -> Iterator[None]:
     """A thread that nobody needs any more ends sooner than usual: hundreds of tests wait until there is none."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (listener_module, session):
-            patch.setattr(module, "LISTENER_WAIT_MAX_S", 0.1)
+        shorten_listener_waits(patch, 0.1)
         yield
 
 
@@ -252,29 +255,24 @@ def _nothing_lingers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nobody_has_twins() -> None:
     """Storages of earlier tests may still be there, with other settings: what is said of that is for tests of that."""
-    settings_check._twins._circuits.clear()
+    reset_settings_check()
 
 
 @pytest.fixture(autouse=True)
 def _no_secret_is_known() -> None:
     """Passwords of earlier tests are short words, which would be masked in the lines of this one."""
-    redaction._patterns_of_secrets.clear()
+    forget_secrets()
 
 
 @pytest.fixture
 def nobody_listens() -> None:
     """The test begins without a thread: those of earlier ones end when their storages have gone."""
     gc.collect()
-    for listener in listener_module._listeners._by_server.values():
-        # A test that failed is kept, with its storages, for its traceback.
-        for item in listener.subscriber_table.snapshot():
-            listener.subscriber_table.remove_subscriber(item.view)
-    for server in [*server_module._servers._of_key.values()]:
-        # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
-        with server._lock:
-            server._members.clear()
-    wait_for(lambda: not listeners() and not keepers(), "the threads of earlier tests end")
-    listener_module._listeners._by_server.clear()
+    # A test that failed is kept, with its storages, for its traceback.
+    release_subscribers()
+    release_members()
+    wait_for(lambda: not listeners() and not retry_threads(), "the threads of earlier tests end")
+    reset_listeners()
 
 
 @pytest.fixture

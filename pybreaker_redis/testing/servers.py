@@ -34,7 +34,7 @@ SERVER_STOP_TIMEOUT_S = 3.0
 
 # The kernel kills the server when its starter dies, however it dies: exit handlers do not run on SIGKILL.  Run in the
 # child, by exec and not by `preexec_fn`: forking Python code is unsafe (3.12 warns) once this process has threads.
-_PARENT_DEATH_LAUNCHER = """
+PARENT_DEATH_LAUNCHER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     PR_SET_PDEATHSIG = 1
@@ -83,7 +83,7 @@ class PrivateServer:
             directory = self._scratch.path
         self.directory = directory
         self.unix_socket = str(self.directory / "server.sock")
-        self._args = tuple(args)
+        self.args = tuple(args)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -113,8 +113,11 @@ class PrivateServer:
             return redis.Redis(host="127.0.0.1", port=self.port, **kwargs)
         return redis.Redis(unix_socket_path=self.unix_socket, **kwargs)
 
-    def start(self) -> PrivateServer:
-        """Start the server and wait until it answers; does nothing if it runs.
+    def start(self, *, wait: bool = True) -> PrivateServer:
+        """Start the server, unless it runs.
+
+        Args:
+            wait: Return when the server answers, and not before.
 
         Raises:
             ServerDidNotStart: It ended, or did not answer within :data:`SERVER_START_TIMEOUT_S`.
@@ -127,7 +130,7 @@ class PrivateServer:
             "-I",
             "-S",
             "-c",
-            _PARENT_DEATH_LAUNCHER,
+            PARENT_DEATH_LAUNCHER,
             str(os.getpid()),
             self.binary,
             *self._arguments(),
@@ -144,7 +147,7 @@ class PrivateServer:
                 pass_fds=[self._scratch.lock.fileno()] if self._scratch else [],
             )
         deadline = time.monotonic() + SERVER_START_TIMEOUT_S
-        while not self._answers():
+        while wait and not self._answers():
             if not self.pid or time.monotonic() > deadline:
                 self.kill()
                 raise ServerDidNotStart(f"{self.binary} did not start; the end of its log:\n{self.log[-2000:]}")
@@ -212,7 +215,7 @@ class PrivateServer:
             *("--port", str(self.port or 0), "--bind", "127.0.0.1"),
             *("--unixsocket", self.unix_socket, "--unixsocketperm", "700"),
             *("--dir", str(self.directory), "--save", "", "--appendonly", "no"),
-            *self._args,
+            *self.args,
         ]
 
     def _answers(self) -> bool:

@@ -29,6 +29,7 @@ from pybreaker_redis.cli.demo.interruption import Interruption
 from pybreaker_redis.testing import binaries, servers
 from pybreaker_redis.testing.binaries import FoundServer
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.inspect import child_of, process_of, replace_stage_namespace
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,7 +301,7 @@ def test_worker_that_never_sees_the_trip_breaks_the_promise(
 
     def freeze(on: stage.Stage) -> None:
         monkeypatch.setattr(stage, "PROMISE_GRACE_S", 5.0)
-        os.kill(on._children["worker 3"]._process.pid, signal.SIGSTOP)
+        os.kill(process_of(child_of(on, "worker 3")).pid, signal.SIGSTOP)
 
     acts(scenario.healthy, freeze, scenario.outage)
     assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
@@ -378,7 +379,7 @@ def test_circuit_that_is_not_open_in_the_server_breaks_the_promise(
     recorded = stage.Stage.recorded
 
     def look_elsewhere(on: stage.Stage, state: str) -> list[Event]:
-        monkeypatch.setattr(on, "_namespace", "no-such-circuit")
+        replace_stage_namespace(monkeypatch, on, "no-such-circuit")
         monkeypatch.setattr(stage, "PROMISE_GRACE_S", 0.5)
         return recorded(on, state)
 
@@ -597,10 +598,10 @@ def test_frozen_child_is_killed(monkeypatch: pytest.MonkeyPatch):
     inbox: queue.Queue[Event] = queue.Queue()
     child = stage.ChildProcess("dependency", "", inbox)
     assert inbox.get(timeout=30).kind == "ready"
-    os.kill(child._process.pid, signal.SIGSTOP)
+    os.kill(process_of(child).pid, signal.SIGSTOP)
     child.close_input()
     child.join()
-    assert child._process.returncode == -signal.SIGKILL
+    assert process_of(child).returncode == -signal.SIGKILL
 
 
 # -- the server that it plays on ---------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from pybreaker_redis.testing import in_memory
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import django_project
 from tests.support.breakers import Down, down
+from tests.support.inspect import breakers_made_by, lock_of, storage_of
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -76,7 +77,7 @@ def project() -> Iterator[Callable[..., None]]:
 
 def storage() -> Any:
     """Where the circuit of the payments lives."""
-    return breakers["payments"]._state_storage
+    return storage_of(breakers["payments"])
 
 
 def trip() -> None:
@@ -179,7 +180,7 @@ def test_settings_that_change_let_go_of_what_was_there(project, server: PrivateS
     trip()
     project(PYBREAKER={"BREAKERS": BREAKERS})
     assert breakers.registry is not registry
-    assert not registry._breaker_by_name
+    assert not breakers_made_by(registry)
 
 
 def test_child_does_not_wait_for_a_thread_of_its_parent(project):
@@ -188,7 +189,7 @@ def test_child_does_not_wait_for_a_thread_of_its_parent(project):
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with breakers._lock:
+        with lock_of(breakers):
             held.set()
             over.wait()
 
@@ -230,7 +231,7 @@ def test_project_without_the_setting_has_circuits_in_memory(project):
 
         del settings.PYBREAKER
         assert len(breakers) == 0
-        assert isinstance(breakers.get("payments")._state_storage, CircuitMemoryStorage)
+        assert isinstance(storage_of(breakers.get("payments")), CircuitMemoryStorage)
         assert checked() == ["W001"]
 
 

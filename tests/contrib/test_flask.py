@@ -15,6 +15,7 @@ from pybreaker_redis.contrib.flask import Breakers
 from pybreaker_redis.testing import in_memory
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
+from tests.support.inspect import storage_of
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -76,7 +77,7 @@ def test_client_may_be_given_to_the_extension(client: redis.Redis):
 def test_without_redis_the_circuit_is_in_memory(config: dict[str, Any]):
     """Enough for development, and for tests."""
     with create_app(**config).app_context():
-        assert isinstance(breakers["payments"]._state_storage, CircuitMemoryStorage)
+        assert isinstance(storage_of(breakers["payments"]), CircuitMemoryStorage)
 
 
 def test_empty_url_is_not_the_client_of_the_extension(client: redis.Redis):

@@ -120,9 +120,9 @@ def test_transition_is_seen_by_idle_processes_in_milliseconds(fleet_of, report):
 FORKS = """
 import os, select, signal, sys, threading, time
 import redis, pybreaker
-from pybreaker_redis._replica import listener as _listener
 from tests.support.breakers import breaker_on, settled, up
-from tests.support.inspect import lines, listeners, view_of
+from tests.support import inspect
+from tests.support.inspect import listener_connections, listeners, view_of
 from tests.support.wait import wait_for
 
 socket, forks = sys.argv[1], int(sys.argv[2])
@@ -150,7 +150,7 @@ def child(number, go, inherited):
     os.read(go, 1)
     expected = "open" if number % 2 == 0 else "closed"
     # The breaker's own lock may be held by a thread that is not here: only the storage is ours to answer for.
-    mine = pybreaker.CircuitBreaker(state_storage=breaker._state_storage, reset_timeout=60)
+    mine = pybreaker.CircuitBreaker(state_storage=inspect.storage_of(breaker), reset_timeout=60)
     assert mine.current_state == expected, (mine.current_state, expected)
     if expected == "open":
         try:
@@ -166,8 +166,8 @@ def child(number, go, inherited):
     assert len(listeners()) == 1
 
 for number in range(forks):
-    (session,) = [listener.session for listener in _listener._listeners._by_server.values()]
-    fds = [connection._sock.fileno() for connection in session.connection._connections]
+    (session,) = [listener.session for listener in inspect.all_listeners()]
+    fds = inspect.file_descriptors_of(session.connection)
     inherited = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in fds}
     go, start = os.pipe()
     pid = os.fork()
@@ -192,7 +192,12 @@ stop.set()
 for thread in threads:
     thread.join()
 assert len(listeners()) == 1
-wait_for(lambda: len(lines(client)) == len({line["addr"] + line["id"] for line in lines(client)}) <= 2, "one line")
+
+def has_one_line():
+    found = listener_connections(client)
+    return len(found) == len({line["addr"] + line["id"] for line in found}) <= 2
+
+wait_for(has_one_line, "one line")
 print("well", flush=True)
 """
 
@@ -219,7 +224,7 @@ def test_frozen_process_that_wakes_up_goes_by_nothing_old(server: PrivateServer,
     with Fleet([spec, spec]) as fleet:
         sleeper, mover = fleet
         sleeper.run(settle)
-        pid: Any = sleeper._process.pid
+        pid: Any = sleeper.process.pid
         os.kill(pid, signal.SIGSTOP)
         with contextlib.ExitStack() as stack:
             stack.callback(os.kill, pid, signal.SIGCONT)

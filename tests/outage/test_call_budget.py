@@ -13,13 +13,13 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._engines import transaction
 from pybreaker_redis._engines.transaction import TransactionEngine
 from pybreaker_redis._model.intents import ClaimProbe, Intent, Load, RecordFailure, Reply
 from pybreaker_redis._redis.deadline import deadline, seconds_left
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.clock import Stopwatch
+from tests.support.inspect import before_transaction_step, keys_of, selector_of
 from tests.support.servers import without_scripts
 
 #: Seconds that a call may wait here, so many that a busy machine makes no difference.
@@ -42,7 +42,7 @@ class Looks(pybreaker.CircuitBreakerListener):
 
 def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], float]]:
     """Return a list that gets what is sent to Redis, with the seconds that are left for the answer; claims are slow."""
-    carriers = storage._core.shared._selector
+    carriers = selector_of(storage)
     execute, sent = carriers.run_intent, []
 
     def timed(engine: Any, intent: Intent, *arguments: Any) -> Reply:
@@ -93,9 +93,9 @@ def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
 @pytest.mark.parametrize(
     ("step", "intent"),
     [
-        ("queue_reads", RecordFailure(None, "")),
-        ("decide", ClaimProbe(99, "refused", 1000)),
-        ("_queue_writes", RecordFailure(None, "")),
+        ("reads", RecordFailure(None, "")),
+        ("decides", ClaimProbe(99, "refused", 1000)),
+        ("writes", RecordFailure(None, "")),
     ],
     ids=["while it reads", "after a refusal", "while it writes"],
 )
@@ -110,16 +110,9 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
     storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
     breaker.call(up)
-    engine = storage._core.shared._selector.get()
-    engine = TransactionEngine(engine.client, engine._keys)
-    home = TransactionEngine if step == "_queue_writes" else transaction
-    original = getattr(home, step)
-
-    def frozen(*arguments: Any) -> Any:
-        killable_server.pause()
-        return original(*arguments)
-
-    monkeypatch.setattr(home, step, frozen)
+    engine = selector_of(storage).get()
+    engine = TransactionEngine(engine.client, keys_of(engine))
+    before_transaction_step(monkeypatch, step, killable_server.pause)
     gc.collect()
     # So that garbage of other tests, whose servers have gone, is not collected in the measured time.
     gc.freeze()

@@ -16,8 +16,7 @@ from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._redis.classify import ErrorKind
 from pybreaker_redis._redis.endpoint import endpoint_of
-from pybreaker_redis._replica.connection import Push, PushConnection
-from pybreaker_redis._replica.session import Session
+from pybreaker_redis._replica.connection import Push
 from pybreaker_redis._replica.subscribers import Subscriber
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime import threads
@@ -25,7 +24,29 @@ from pybreaker_redis._servers import server as server_module
 from pybreaker_redis._servers.server import server_for
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.faults import Site
-from tests.support.inspect import keepers
+from tests.support.inspect import (
+    attempt_return,
+    bare_connection,
+    bare_session,
+    core_of,
+    engine_of,
+    fail_circuit,
+    fast_path_of,
+    local_of,
+    lock_of,
+    mark_inherited,
+    may_read,
+    poll_once,
+    receive_push,
+    retry_threads,
+    send_beat,
+    server_of,
+    set_fast_path,
+    shared_of,
+    start_retry_thread,
+    storage_of,
+    view_of,
+)
 from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
@@ -34,7 +55,7 @@ def test_client_as_it_is_goes_through_an_outage(site: Site):
     """`timeout=None`: its own connections, its own waits, and all the rest."""
     client = site.client()
     breaker = settled(breaker_on(client, timeout=None))
-    assert breaker._state_storage._core.shared._selector.current.client is client
+    assert engine_of(breaker).client is client
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
     site.proxy.listen()
@@ -62,33 +83,34 @@ def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypat
 def test_process_that_was_forked_behind_pythons_back_has_a_thread_of_its_own(site: Site):
     """The process id tells."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._core.server
-    server._pid, lock = 0, server._lock
-    assert server._ensure_retry_thread()
-    assert server._lock is not lock
+    server = server_of(breaker)
+    lock = lock_of(server)
+    mark_inherited(server)
+    assert start_retry_thread(server)
+    assert lock_of(server) is not lock
 
 
 def test_two_that_bring_back_the_same_circuit_are_one_too_many(site: Site):
     """The second one goes by what it has for the moment."""
     breaker = settled(breaker_on(site.client()))
-    storage = breaker._state_storage
-    storage._core.on_server_lost()
-    with storage._core.own.recovery_turn() as is_first:
+    storage = storage_of(breaker)
+    core_of(storage).on_server_lost()
+    with local_of(storage).recovery_turn() as is_first:
         assert is_first
-        assert storage._core.bring_back() is None
+        assert core_of(storage).bring_back() is None
         assert breaker.call(up) == "answer"
-        assert storage._core.uses_local
+        assert core_of(storage).uses_local
     wait_for(lambda: is_back(breaker), "it is back")
 
 
 def test_circuit_that_is_told_in_vain_goes_on_alone(site: Site, monkeypatch):
     """Not for ever: the next call tries again."""
     breaker = settled(breaker_on(site.client()))
-    storage = breaker._state_storage
-    storage._core.on_server_lost()
-    monkeypatch.setattr(storage._core.own, "must_report_again", lambda replies: True)
-    assert storage._core.bring_back() == ""
-    assert not storage._core._view.may_believe
+    storage = storage_of(breaker)
+    core_of(storage).on_server_lost()
+    monkeypatch.setattr(local_of(storage), "must_report_again", lambda replies: True)
+    assert core_of(storage).bring_back() == ""
+    assert not view_of(storage).may_believe
     monkeypatch.undo()
     wait_for(lambda: is_back(breaker), "it is back")
 
@@ -96,26 +118,26 @@ def test_circuit_that_is_told_in_vain_goes_on_alone(site: Site, monkeypatch):
 def test_circuit_that_moves_while_it_is_brought_back_is_told_again(site: Site, monkeypatch):
     """Calls go on meanwhile."""
     breaker = settled(breaker_on(site.client()))
-    storage = breaker._state_storage
-    storage._core.on_server_lost()
-    ended, end = iter([False, True]), storage._core.own.end
-    monkeypatch.setattr(storage._core.own, "end", lambda generation: end(generation) and next(ended))
-    assert storage._core.bring_back() == ""
-    assert storage._core._view.may_believe
+    storage = storage_of(breaker)
+    core_of(storage).on_server_lost()
+    ended, end = iter([False, True]), local_of(storage).end
+    monkeypatch.setattr(local_of(storage), "end", lambda generation: end(generation) and next(ended))
+    assert core_of(storage).bring_back() == ""
+    assert view_of(storage).may_believe
 
 
 def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
     """The thread that asks again has others to bring back."""
     breaker = settled(breaker_on(site.client()))
-    storage = breaker._state_storage
+    storage = storage_of(breaker)
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
     breaker.call(up)
-    outage = storage._core.server.availability.outage
+    outage = server_of(storage).availability.outage
     with monkeypatch.context() as patched:
         patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
         patched.setattr(Failover, "bring_back", lambda self: 1 / 0)
-        storage._core.server._attempt_return(outage)
+        attempt_return(server_of(storage), outage)
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
 
@@ -125,17 +147,17 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
     breaker = settled(breaker_on(site.client(), timeout=10))
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
-    server = breaker._state_storage._core.server
+    server = server_of(breaker)
     outage = server.availability.outage
     newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
     fails(newcomer)
     with monkeypatch.context() as patched:
         patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
         site.proxy.listen()
-        server._attempt_return(outage)
+        attempt_return(server, outage)
     # The thread that asks again may be at it, too; then that one brings it back.
     wait_for(lambda: site.administrator.get("newcomer:pybreaker:state") == b"open", "its trip is shared")
-    wait_for(lambda: not newcomer._state_storage._core.uses_local, "it goes by the shared circuit")
+    wait_for(lambda: not core_of(newcomer).uses_local, "it goes by the shared circuit")
 
 
 def test_nobody_asks_again_for_circuits_that_are_gone(site: Site, nobody_listens):
@@ -148,7 +170,7 @@ def test_nobody_asks_again_for_circuits_that_are_gone(site: Site, nobody_listens
         wait_for(lambda: health_of(breaker).attempts > 3, "it is asked again")
 
     lose()
-    wait_for(lambda: gc.collect() >= 0 and not keepers(), "nobody asks any more")
+    wait_for(lambda: gc.collect() >= 0 and not retry_threads(), "nobody asks any more")
 
 
 def test_trouble_of_one_circuit_keeps_no_other_away():
@@ -171,25 +193,25 @@ def test_nothing_is_said_of_what_was_always_well(caplog):
 def test_circuit_that_may_only_be_read_is_followed(site: Site):
     """Rights to write withdrawn: that it can be read is found out at once; a second error changes nothing."""
     breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=10))
-    storage = breaker._state_storage
+    storage = storage_of(breaker)
     site.permit("+@all", "-@write")
     calls(breaker, 0.02, failing=1.0)
     assert health_of(breaker).condition == "refused"
-    assert storage._core._may_read
-    storage._core._failed(TypeError("once more"), 0.0)
+    assert may_read(storage)
+    fail_circuit(storage, TypeError("once more"), 0.0)
     assert health_of(breaker).condition == "refused"
     site.permit("+@all")
     wait_for(lambda: is_back(breaker), "it is served again")
-    CircuitRedisStorage("closed", site.client())._core.shared.retry_subscription()
+    shared_of(CircuitRedisStorage("closed", site.client())).retry_subscription()
 
 
 def test_shortcut_that_has_had_its_day_is_left(site: Site):
     """Whoever was late to say that the process goes by its own circuit is corrected by the next look."""
     breaker = settled(breaker_on(site.client()))
-    storage = breaker._state_storage
-    storage._shortcut = FastPath(0)
+    storage = storage_of(breaker)
+    set_fast_path(storage, FastPath(0))
     breaker.call(up)
-    assert storage._shortcut is storage._core._view.fast_path
+    assert fast_path_of(storage) is view_of(storage).fast_path
 
 
 def test_sentinels_that_know_another_master_end_the_line():
@@ -212,25 +234,24 @@ def test_sentinels_that_know_another_master_end_the_line():
     assert not endpoint(("10.0.0.1", 6379)).verify_master(connection)
     assert not endpoint(None).verify_master(connection)
     assert endpoint(("10.0.0.2", 6379)).verify_master(connection)
-    line = object.__new__(PushConnection)
-    line._endpoint, line._query_connection, line._timeout = endpoint(("10.0.0.2", 6379)), connection, 1.0
+    line = bare_connection(endpoint=endpoint(("10.0.0.2", 6379)), query_connection=connection, timeout=1.0)
     with pytest.raises(ConnectionResetError, match="the master has moved"):
         line.send_beat()
 
 
 def test_session_without_a_pong_is_over_and_what_is_not_known_is_not_confirmed():
     """A connection that is only listened to tells nobody that it is dead; nor does a poll know what to compare with."""
-    session = object.__new__(Session)
-    session._is_pong_due, session.has_polled = True, False
+    session = bare_session(
+        is_pong_due=True, matched_reads=weakref.WeakKeyDictionary(), changed=set(), maybe_changed=set()
+    )
+    session.has_polled = False
     # What nobody has asked for, and nobody knows, is no sign of life either.
-    session._receive(Push([b"greeting", b"channel"]))
+    receive_push(session, Push([b"greeting", b"channel"]))
     with pytest.raises(TimeoutError, match="PING"):
-        session._beat()
+        send_beat(session)
     view = View(1.0)
     view.is_heard(True)
     answers = [(1, 0), [b"0"], [b"closed", None], [None] * 6]
     session.connection = SimpleNamespace(is_tracking=False, is_one_slot=False, query=lambda commands: answers)
-    session._matched_reads = weakref.WeakKeyDictionary()
-    session._changed, session._maybe_changed = set(), set()
-    session._poll([Subscriber(view, ("s", "f", "p", "o", "c"), "channel")])
+    poll_once(session, [Subscriber(view, ("s", "f", "p", "o", "c"), "channel")])
     assert not view.is_trusted

@@ -100,8 +100,8 @@ def test_worker_that_ends_early_is_an_error(site, tmp_path):
         crew = fault_run.Crew(site, dependencies, tmp_path, processes=2, threads=1, seed=1, seconds=1.0)
         with contextlib.closing(crew):
             crew.check()
-            crew._workers[0].kill()
-            crew._workers[0].wait()
+            crew.workers[0].kill()
+            crew.workers[0].wait()
             with pytest.raises(AssertionError, match="ended early"):
                 crew.check()
             with pytest.raises(AssertionError, match="failed"):
@@ -185,7 +185,7 @@ def test_dependency_is_down_for_as_long_as_recorded(tmp_path):
     dependencies.set("once", up=True)
     assert (tmp_path / "up").read_bytes()[0] == 1
     with dependencies.flapping(1):
-        wait_for(lambda: dependencies._since, "one of them is down")
+        wait_for(lambda: dependencies.since, "one of them is down")
     dependencies.close()
     assert set((tmp_path / "up").read_bytes()) == {1}
     assert all(begin <= end for spells in dependencies.down.values() for begin, end in spells)

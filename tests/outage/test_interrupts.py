@@ -23,12 +23,22 @@ from pybreaker_redis._circuits.bulk import read_for_operator
 from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._redis import pool as pool_module
 from pybreaker_redis._redis.cluster import ClusterTopology
-from pybreaker_redis._redis.deadline import _note_interruption, deadline
+from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
 from pybreaker_redis._servers.server import server_for
 from tests.support.breakers import Down, breaker_on, up
 from tests.support.faults import Site
+from tests.support.inspect import (
+    core_of,
+    note_interruption,
+    replace_client_copy,
+    replace_shared_execution,
+    replace_slot_query,
+    server_of,
+    shared_of,
+    storage_of,
+)
 from tests.support.interrupts import JobTimeout, SoftTimeout, alarm, frozen, raising
 from tests.support.logs import lines_of
 from tests.support.outages import health_of, is_back
@@ -127,8 +137,8 @@ def test_answer_that_was_owed_is_given_to_no_later_question(site: Site, library_
 def test_error_of_a_handler_in_a_handshake_leaves_no_connection_in_the_middle_of_it(site: Site) -> None:
     """A call that takes a connection later gets none that was never told the password."""
     silent = asking(site)
-    storage: Any = silent._state_storage
-    storage._core.server.close_idle_pools()
+    storage: Any = storage_of(silent)
+    server_of(storage).close_idle_pools()
     with frozen(site), alarm(raising(JobTimeout())), pytest.raises(JobTimeout):
         silent.call(up)
     assert silent.call(up) == "answer"
@@ -410,7 +420,7 @@ def test_time_limit_that_a_library_has_swallowed_is_raised_in_the_end() -> None:
 
     def operate(error: Exception | None) -> None:
         with deadline(LONG):
-            _note_interruption(JobTimeout())
+            note_interruption(JobTimeout())
             if error:
                 raise error
 
@@ -435,7 +445,7 @@ def test_time_limit_ends_the_look_for_nodes_of_a_cluster(monkeypatch: pytest.Mon
     cluster = ClusterTopology(
         None, lambda address: None, [("a", 1), ("b", 2)], lambda slot: None, lambda address: address
     )
-    monkeypatch.setattr(cluster, "_query_slots", raising(JobTimeout()).__get__(cluster))
+    replace_slot_query(monkeypatch, lambda *_: raising(JobTimeout())(1, None))
     with pytest.raises(JobTimeout):
         cluster.refresh()
 
@@ -453,7 +463,7 @@ def test_time_limit_is_no_reason_to_take_a_client_for_an_unknown_kind(monkeypatc
     """Connections with deadlines can be made, the next time."""
     client = redis.Redis(port=1)
     with monkeypatch.context() as patched:
-        patched.setattr(pool_module, "_copy_client", lambda *_: raising(JobTimeout())(1, None))
+        replace_client_copy(patched, lambda *_: raising(JobTimeout())(1, None))
         with pytest.raises(JobTimeout):
             server_for(client).client_with_timeout(client, 1.0)
     assert server_for(client).client_with_timeout(client, 1.0) is not client
@@ -462,12 +472,12 @@ def test_time_limit_is_no_reason_to_take_a_client_for_an_unknown_kind(monkeypatc
 def test_time_limit_ends_a_look_at_all_circuits(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
     """Who asks for one circuit after the other does so for another reason."""
     breaker = asking(site)
-    storage: Any = breaker._state_storage
+    storage: Any = storage_of(breaker)
     monkeypatch.setattr(
         "pybreaker_redis._circuits.bulk.read_all_circuits", lambda questions: raising(JobTimeout())(1, None)
     )
     with pytest.raises(JobTimeout):
-        read_for_operator([storage._core.shared])
+        read_for_operator([shared_of(storage)])
 
 
 def test_time_limit_in_the_second_look_at_what_is_refused_reaches_the_call(
@@ -484,14 +494,14 @@ def test_time_limit_in_the_second_look_at_what_is_refused_reaches_the_call(
 def test_interrupt_drops_the_connections_that_are_not_in_use(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever kind of exception it was: a connection may owe the answer to what it ended."""
     breaker = asking(site)
-    storage: Any = breaker._state_storage
+    storage: Any = storage_of(breaker)
     pool = SimpleNamespace(pool=None, disconnect=lambda **words: dropped.append(words["inuse_connections"]))
     dropped: list[bool] = []
-    monkeypatch.setattr(storage._core.server, "close_idle_pools", lambda: pool_module.close_idle_connections(pool))
-    monkeypatch.setattr(storage._core, "_execute_shared", lambda intent: raising(KeyboardInterrupt())(1, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(server_of(storage), "close_idle_pools", lambda: pool_module.close_idle_connections(pool))
+    replace_shared_execution(monkeypatch, storage, lambda intent: raising(KeyboardInterrupt())(1, None))
     with pytest.raises(KeyboardInterrupt):
         breaker.call(up)
-    monkeypatch.setattr(storage._core, "server", None)
+    monkeypatch.setattr(core_of(storage), "server", None)
     with pytest.raises(KeyboardInterrupt):
         breaker.call(up)
     assert dropped == [False]

@@ -18,6 +18,7 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._circuits.local import LOCAL_GENERATION_MIN
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import NAMESPACE, Down, breaker_on, down, settled, up
+from tests.support.inspect import admission_of, state_name_of, storage_of
 from tests.support.servers import ONCE
 from tests.support.wait import wait_for
 
@@ -98,7 +99,7 @@ def test_calls_are_settled_where_they_were_admitted(killable_server: PrivateServ
     """Once the own circuit has moved, and once the shared one is back, results of the other's calls change nothing."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fail_max=5, timeout=10))
-        storage = breaker._state_storage
+        storage = storage_of(breaker)
 
         def meanwhile_redis_goes_and_the_own_circuit_moves() -> None:
             killable_server.stop()
@@ -128,13 +129,13 @@ def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer)
     """What a process thought in the last outage is not what it thinks in the next; nor are their generations alike."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, timeout=10))
-        storage = breaker._state_storage
+        storage = storage_of(breaker)
         generations = []
         for _ in range(2):
             killable_server.kill()
             wait_for(lambda: storage.health().condition == "away", "it is gone")
             assert breaker.call(up) == "answer"
-            generations.append(storage._admissions.ticket(breaker._state).admission.generation)
+            generations.append(admission_of(breaker).generation)
             with pytest.raises(Down):
                 breaker.call(down)
             assert storage.counter == 1
@@ -151,13 +152,13 @@ def test_circuit_that_is_known_to_be_open_stays_open_without_redis(killable_serv
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, reset_timeout=60, fallback_circuit_state=fallback, timeout=10))
         breaker.open()
-        opened_at = breaker._state_storage.opened_at
+        opened_at = storage_of(breaker).opened_at
         killable_server.kill()
-        wait_for(lambda: breaker._state_storage.health().condition == "away", "it is gone")
+        wait_for(lambda: storage_of(breaker).health().condition == "away", "it is gone")
         for _ in range(5):
             with pytest.raises(CircuitBreakerError):
                 breaker.call(up)
-        assert breaker._state_storage.opened_at == opened_at, "for the rest of its time"
+        assert storage_of(breaker).opened_at == opened_at, "for the rest of its time"
 
 
 @pytest.mark.parametrize(("fallback", "state"), [("closed", "closed"), ("open", "open"), ("last", "closed")])
@@ -166,7 +167,7 @@ def test_closed_circuit_goes_on_in_the_fallback_state(killable_server: PrivateSe
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fallback_circuit_state=fallback))
         killable_server.kill()
-        wait_for(lambda: breaker._state_storage.health().condition == "away", "it is gone")
+        wait_for(lambda: storage_of(breaker).health().condition == "away", "it is gone")
         assert breaker.current_state == state
 
 
@@ -208,7 +209,7 @@ def test_valkey_client_works(server: PrivateServer, caplog):
 def test_creating_breakers_asks_for_no_client():
     """A module may create its breakers when it is imported, before settings are there and in a master that forks."""
     storage = CircuitRedisStorage("closed", lambda: pytest.fail("asked for a client"))
-    assert CircuitBreaker(state_storage=storage)._state.name == "closed"
+    assert state_name_of(CircuitBreaker(state_storage=storage)) == "closed"
 
 
 def test_breaker_created_late_begins_as_last_known(server: PrivateServer):
@@ -216,7 +217,7 @@ def test_breaker_created_late_begins_as_last_known(server: PrivateServer):
     with contextlib.closing(server.client()) as client:
         storage = CircuitRedisStorage("closed", client)
         CircuitBreaker(state_storage=storage).open()
-        assert CircuitBreaker(state_storage=storage)._state.name == "open"
+        assert state_name_of(CircuitBreaker(state_storage=storage)) == "open"
 
 
 class Talkative:

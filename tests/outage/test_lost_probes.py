@@ -27,6 +27,7 @@ from pybreaker_redis._model.intents import (
     Trip,
 )
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.inspect import core_of, execute_intent, local_of, selector_of, server_of, shared_of, storage_of
 from tests.support.wait import wait_for
 
 #: Seconds: longer than any test here may take.
@@ -82,9 +83,9 @@ class Line:
     def __init__(self, storage: CircuitRedisStorage) -> None:
         self.lost: list[Intent] = []
         self._loses: tuple[type[Intent], bool] | None = None
-        self._selector = storage._core.shared._selector
-        self._execute = self._selector.run_intent
-        self._selector.run_intent = self._carry  # type: ignore[method-assign]
+        self.selector = selector_of(storage)
+        self.execute = self.selector.run_intent
+        self.selector.run_intent = self._carry  # type: ignore[method-assign]
 
     def lose(
         self, kind: type[Intent], *, executed: bool, error: type[Exception] = redis.exceptions.TimeoutError
@@ -95,10 +96,10 @@ class Line:
     def _carry(self, carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         loses = self._loses
         if loses is None or not isinstance(intent, loses[0]):
-            return self._execute(carrier, intent, known, state_if_missing)
+            return self.execute(carrier, intent, known, state_if_missing)
         self._loses = None
         if loses[1]:
-            self._execute(carrier, intent, known, state_if_missing)
+            self.execute(carrier, intent, known, state_if_missing)
         self.lost.append(intent)
         msg = "Timeout reading from socket"
         raise self._error(msg)
@@ -136,7 +137,7 @@ def shared_state(storage: CircuitRedisStorage, client: redis.Redis) -> Any:
 def recovers(breaker: CircuitBreaker, client: redis.Redis) -> None:
     """Call until the shared circuit is closed."""
     deadline = time.monotonic() + SOON
-    while shared_state(breaker._state_storage, client) != b"closed":
+    while shared_state(storage_of(breaker), client) != b"closed":
         assert time.monotonic() < deadline, "it is not closed in time"
         request(breaker)
         time.sleep(0.01)
@@ -228,17 +229,17 @@ def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: r
     breaker, storage = opened(engine)
     with contextlib.closing(server.client()) as client:
         other = CircuitRedisStorage("closed", client, namespace=storage.health().circuit)
-        generation = other._execute(Load()).circuit.generation
-        assert other._core.carry_out(ClaimProbe(generation, "abcdef", LEASE * 1000)).accepted
+        generation = execute_intent(other, Load()).circuit.generation
+        assert core_of(other).carry_out(ClaimProbe(generation, "abcdef", LEASE * 1000)).accepted
         request(breaker)
-        assert storage._execute(Load()).circuit.probe_token == "abcdef"
+        assert execute_intent(storage, Load()).circuit.probe_token == "abcdef"
         assert shared_state(storage, engine) == b"half-open"
 
 
 def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis) -> None:
     """The server was back before the error: another call may get the shared probe, so there is no local one."""
     breaker, storage = opened(engine)
-    server = storage._core.server
+    server = server_of(storage)
     assert server is not None
     line = Line(storage)
 
@@ -248,9 +249,9 @@ def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis
             server.availability.last_recovery_at = time.monotonic()
             msg = "Connection closed by server."
             raise redis.exceptions.ConnectionError(msg)
-        return line._execute(carrier, intent, known, state_if_missing)
+        return line.execute(carrier, intent, known, state_if_missing)
 
-    line._selector.run_intent = returns  # type: ignore[method-assign]
+    line.selector.run_intent = returns  # type: ignore[method-assign]
     with pytest.raises(CircuitBreakerError):
         breaker.call(up)
     assert line.lost
@@ -262,8 +263,8 @@ def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis
 def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engine: redis.Redis) -> None:
     """There is no outage any more, so the shared circuit has the only probe."""
     breaker, storage = opened(engine)
-    storage._core.on_server_lost()
-    with storage._core.own.recovery_turn() as is_first:
+    core_of(storage).on_server_lost()
+    with local_of(storage).recovery_turn() as is_first:
         assert is_first
         with pytest.raises(CircuitBreakerError):
             breaker.call(up)
@@ -319,9 +320,9 @@ def test_thread_that_lost_its_report_does_not_join_while_another_thread_claims(e
         if isinstance(intent, ClaimProbe) and not claims.is_set():
             claims.set()
             may_claim.wait(SOON)
-        return line._execute(carrier, intent, known, state_if_missing)
+        return line.execute(carrier, intent, known, state_if_missing)
 
-    line._selector.run_intent = waits  # type: ignore[method-assign]
+    line.selector.run_intent = waits  # type: ignore[method-assign]
     other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     thread = threading.Thread(target=request, args=(other,))
     thread.start()
@@ -339,8 +340,8 @@ def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
 ) -> None:
     """Else the probe would be given back under the call that holds it, and a third call would be admitted."""
     _, storage, report = taken_over
-    probed = storage._execute(Load()).circuit
-    late = storage._core.shared.execute(report)
+    probed = execute_intent(storage, Load()).circuit
+    late = shared_of(storage).execute(report)
     assert not late.accepted
     assert (late.circuit.probe_token, late.circuit.generation) == (probed.probe_token, probed.generation)
 

@@ -21,6 +21,7 @@ from pybreaker_redis._servers import availability
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import Down, breaker_on, down, settled, up
 from tests.support.faults import FAULTS, Fault, Site
+from tests.support.inspect import core_of, server_of, storage_of
 from tests.support.logs import lines_of
 from tests.support.outages import WAITED, calls, health_of, is_back
 from tests.support.servers import ONCE
@@ -239,12 +240,12 @@ def test_trip_of_one_who_was_cut_off_is_everybodys(site: Site, cut_off):
     """What a process has learned alone at some expense, the others need not learn."""
     theirs, ours = cut_off
     assert calls(ours, 0.1, failing=1.0).reached == 5
-    opened_at = ours._state_storage.opened_at
+    opened_at = storage_of(ours).opened_at
     assert theirs.current_state == "closed"
     time.sleep(1.5)  # long beside what a busy machine adds to the news
     site.proxy.listen()
     wait_for(lambda: theirs.current_state == "open", "they hear of it")
-    assert abs((theirs._state_storage.opened_at - opened_at).total_seconds()) < 1.0, "for the rest of its time"
+    assert abs((storage_of(theirs).opened_at - opened_at).total_seconds()) < 1.0, "for the rest of its time"
 
 
 def test_trip_of_others_is_adopted(site: Site, cut_off):
@@ -290,7 +291,7 @@ def test_counter_goes_on_where_it_was(site: Site, outcomes: str, counter: int):
             breaker.call(down)
     site.proxy.refuse()
     wait_for(lambda: health_of(breaker).condition == "away", "it is cut off")
-    assert breaker._state_storage.counter == 2
+    assert storage_of(breaker).counter == 2
     for outcome in outcomes:
         with contextlib.suppress(Down):
             breaker.call(down if outcome == "F" else up)
@@ -359,7 +360,7 @@ def test_question_from_before_the_return_says_nothing_when_it_is_given_up(site: 
     """A server that has thawed is not away because somebody has waited for it while it was frozen."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), timeout=10))
-    tenancy = breaker._state_storage._core
+    tenancy = core_of(breaker)
     began = time.monotonic()
     site.proxy.refuse()
     wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
@@ -405,7 +406,7 @@ def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
     monkeypatch.setattr(availability, "RETRY_DELAY_MAX_S", 0.001)
     monkeypatch.setattr(availability, "RETRY_DELAY_MIN_S", 0.001)
     breaker = settled(breaker_on(site.client(), fail_max=3, reset_timeout=0.01))
-    breaker._state_storage._core.server.availability.retry_delay_max_s = 0.001
+    server_of(breaker).availability.retry_delay_max_s = 0.001
     site.proxy.refuse()
     site.server.kill()
 

@@ -29,7 +29,7 @@ from pybreaker_redis.registry import retry_after
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Stopwatch
 from tests.support.faults import FAULTS, Site
-from tests.support.inspect import view_of
+from tests.support.inspect import core_of, faults_of, replace_retry_thread, server_of, storage_of, view_of
 from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
@@ -49,7 +49,7 @@ def test_answer_that_was_under_way_does_not_end_the_outage(site: Site):
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(first) and is_unreachable_for(second), "both are alone")
     calls(second, 0.05, failing=1.0)
-    server = first._state_storage._core.server
+    server = server_of(first)
     server.report_answer("")
     assert health_of(first).condition == "away"
     site.proxy.listen()
@@ -165,7 +165,7 @@ def test_handler_that_is_guarded_itself_waits_for_no_one(site: Site):
 def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
     """Whatever it died of: nobody else would ever ask."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._core.server
+    server = server_of(breaker)
     died = threading.Event()
 
     def dies() -> NoReturn:
@@ -209,12 +209,12 @@ def test_refused_circuit_is_asked_for_when_the_server_is_back(site: Site):
 def test_turn_is_left_to_a_circuit_that_may_ask(site: Site, monkeypatch):
     """Where callers take turns: one whose own trouble keeps it from asking does not take the server's."""
     breaker = settled(breaker_on(site.client()))
-    storage = breaker._state_storage
-    guard = storage._core.server.availability
-    monkeypatch.setattr(storage._core.server, "_ensure_retry_thread", lambda: False)
+    storage = storage_of(breaker)
+    guard = server_of(storage).availability
+    replace_retry_thread(monkeypatch, server_of(storage), runs=False)
     guard.set_retry_thread(False)
-    storage._core.server.report_failure(redis.ConnectionError("gone"), storage._core, time.monotonic())
-    storage._core._faults.note_failure(TypeError("no sense"))
+    server_of(storage).report_failure(redis.ConnectionError("gone"), core_of(storage), time.monotonic())
+    faults_of(storage).note_failure(TypeError("no sense"))
     guard.outage = due = replace(guard.outage, next_attempt_at=0.0)
     breaker.call(up)
     assert guard.outage is due
@@ -313,17 +313,17 @@ def hasty_switches() -> Iterator[None]:
 def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches):
     """The circuits of a server are counted while others are added."""
     breaker = settled(breaker_on(site.client()))
-    server = breaker._state_storage._core.server
+    server = server_of(breaker)
 
     def come_and_go() -> None:
         for _ in range(100):
             storages = [CircuitRedisStorage("closed", client, f"brief {number}") for number in range(5)]
             for storage in storages:
-                server.add_member(storage._core)
+                server.add_member(core_of(storage))
 
     def fail() -> None:
         for _ in range(100):
-            server.report_failure(redis.ConnectionError("gone"), breaker._state_storage._core, time.monotonic())
+            server.report_failure(redis.ConnectionError("gone"), core_of(breaker), time.monotonic())
             server.availability.note_answer()
 
     client = site.client()

@@ -20,6 +20,7 @@ from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._model.intents import Intent, RecordFailure, Reply
 from tests.support.breakers import Down, breaker_on, fails, settled, up
 from tests.support.faults import Site
+from tests.support.inspect import core_of, fail_circuit, faults_of, pools_of, replace_shared_execution, storage_of
 from tests.support.logs import lines_of
 from tests.support.outages import health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
@@ -151,15 +152,15 @@ def test_turn_that_a_signal_ends_is_another_ones(
 ) -> None:
     """The process may go on after it."""
     breaker = settled(breaker_on(site.client()))
-    tenancy = breaker._state_storage._core  # type: ignore[attr-defined]
-    tenancy._failed(ValueError("of its own"), time.monotonic())
-    wait_for(tenancy._faults.is_attempt_due, "its turn")
+    tenancy = core_of(breaker)
+    fail_circuit(tenancy, ValueError("of its own"))
+    wait_for(faults_of(tenancy).is_attempt_due, "its turn")
 
     def interrupted(_: Any) -> Any:
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(tenancy, "_execute_shared", interrupted)
+        replace_shared_execution(patched, tenancy, interrupted)
         with pytest.raises(error):
             _ = breaker.fail_counter
     wait_for(lambda: is_back(breaker), "it is back", within=15)
@@ -170,7 +171,7 @@ def test_connections_that_lead_nowhere_are_one_outage(site: Site, caplog: pytest
     caplog.set_level("INFO", "pybreaker_redis")
     words = {"fail_max": 10**6, "timeout": 2.0}
     breakers = [settled(breaker_on(site.client(), f"circuit{number}", **words)) for number in range(6)]
-    pool = breakers[0]._state_storage._core.server._connections._pools[2.0]  # type: ignore[attr-defined]
+    pool = pools_of(breakers[0])[2.0]
 
     def all_at_once() -> None:
         together = threading.Barrier(len(breakers))
@@ -275,7 +276,7 @@ def test_failure_in_the_middle_of_the_return_counts_once(
         return made
 
     # A breaker makes one call at a time; these have the same storage.
-    storage = breaker._state_storage
+    storage = storage_of(breaker)
     early, late = (SlowCall(pybreaker.CircuitBreaker(fail_max=MANY, state_storage=storage)) for _ in range(2))
     with cut_off(site):
         early.end()

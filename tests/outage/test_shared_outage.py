@@ -29,6 +29,16 @@ from pybreaker_redis._servers.availability import Availability
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Clock
 from tests.support.faults import Site
+from tests.support.inspect import (
+    attempt_return,
+    circuit_name_of,
+    core_of,
+    end_log_window,
+    fail_circuit,
+    faults_of,
+    outage_log_of,
+    replace_retry_thread,
+)
 from tests.support.logs import lines_of
 from tests.support.outages import health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
@@ -36,7 +46,7 @@ from tests.support.wait import wait_for
 
 def tenancy_of(breaker: pybreaker.CircuitBreaker) -> Any:
     """The breaker's tenancy."""
-    return breaker._state_storage._core  # type: ignore[attr-defined]
+    return core_of(breaker)
 
 
 @contextlib.contextmanager
@@ -197,7 +207,7 @@ def test_storages_that_begin_differently_have_a_local_circuit_each(site: Site) -
 def test_trouble_of_one_storage_leaves_the_others_with_redis(site: Site) -> None:
     """A storage that is alone for a reason of its own keeps no other away from the shared circuit."""
     troubled, well = (settled(breaker) for breaker in storages(site, 2))
-    tenancy_of(troubled)._failed(TypeError("of its own"), time.monotonic())
+    fail_circuit(tenancy_of(troubled), TypeError("of its own"))
     troubled.call(up)
     assert health_of(troubled).is_own
     assert well.call(up) == "answer"
@@ -239,7 +249,7 @@ def test_circuits_that_have_learned_nothing_are_read_in_batches(site: Site, monk
     def noted(shared: SharedCircuit, intent: Any, **words: Any) -> Reply:
         # Circuits of an earlier test may have the same names.
         if id(shared) in ours:
-            executed.append(shared._name)
+            executed.append(circuit_name_of(shared))
         return execute(shared, intent, **words)
 
     with away(site, *breakers):
@@ -333,8 +343,8 @@ def test_first_answers_that_come_together_are_one_line(
     """The other one has ended the trouble already."""
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    faults = tenancy_of(breaker)._faults
-    tenancy_of(breaker)._failed(TypeError("of its own"), time.monotonic())
+    faults = faults_of(tenancy_of(breaker))
+    fail_circuit(tenancy_of(breaker), TypeError("of its own"))
     answered = faults.note_answer
     with monkeypatch.context() as patched:
         patched.setattr(faults, "note_answer", lambda: answered() and None)
@@ -402,14 +412,14 @@ def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last
     def goes(said: str) -> None:
         server.report_failure(redis.ConnectionError(said), lone, time.monotonic())
 
-    monkeypatch.setattr(server, "_ensure_retry_thread", lambda: True)
+    replace_retry_thread(monkeypatch, server, runs=True)
     monkeypatch.setattr(server_module, "bring_back_all", lambda *words: None)
     monkeypatch.setattr(server_module, "bring_back_each", lambda tenants, outcomes: goes("again"))
     goes("at first")
     assert server.availability.outage is not None
-    server._attempt_return(server.availability.outage)
-    monkeypatch.setattr(server._bulletin, "_window_ends_at", 0.0)
-    server._bulletin.flush_held_line()
+    attempt_return(server, server.availability.outage)
+    end_log_window(server)
+    outage_log_of(server).flush_held_line()
     assert ["at first" in line or "again" in line for line in lines_of(caplog)] == [True, True]
 
 
@@ -497,8 +507,8 @@ def test_flapping_server_is_logged_once_a_minute_with_a_count(
             pass
     assert len(lines_of(caplog, site)) == 2, lines_of(caplog, site)
     assert ["is away" in line for line in lines_of(caplog, site)] == [True, False]
-    wait_for(lambda: server._bulletin.has_held_line, "the last return is held")
-    server._bulletin._window_ends_at = 0.0  # the minute is over
+    wait_for(lambda: outage_log_of(server).has_held_line, "the last return is held")
+    end_log_window(server)  # the minute is over
     wait_for(lambda: len(lines_of(caplog, site)) == 3, "how it is in the end")
     last = caplog.records[-1]
     assert "is back after" in last.getMessage()
@@ -512,14 +522,14 @@ def test_circuit_with_a_flapping_trouble_is_logged_once_a_minute(site: Site, cap
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy = tenancy_of(breaker)
     for _ in range(3):
-        tenancy._failed(TypeError("of its own"), time.monotonic())
-        tenancy._faults.outage = replace(tenancy._faults.outage, next_attempt_at=0.0)
+        fail_circuit(tenancy, TypeError("of its own"))
+        faults_of(tenancy).outage = replace(faults_of(tenancy).outage, next_attempt_at=0.0)
         wait_for(lambda: is_back(breaker), "it is served")
     assert len(lines_of(caplog, site)) == 2
-    tenancy._bulletin._window_ends_at = 0.0
-    tenancy._failed(TypeError("of its own"), time.monotonic())
+    end_log_window(tenancy)
+    fail_circuit(tenancy, TypeError("of its own"))
     assert lines_of(caplog, site)[-1].endswith("; and 2 more losses in the last 60 s")
-    tenancy._failed(TypeError("of its own"), time.monotonic())
+    fail_circuit(tenancy, TypeError("of its own"))
     assert len(lines_of(caplog, site)) == 3
 
 
@@ -623,6 +633,6 @@ def test_empty_error_is_described_by_its_class_alone(
     assert describe_error(error) == text
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy = tenancy_of(breaker)
-    tenancy._failed(error, time.monotonic())
+    fail_circuit(tenancy, error)
     assert health_of(breaker).last_error == text
     assert text + ")" in lines_of(caplog, site)[0]

@@ -12,6 +12,7 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.faults import site_of
+from tests.support.inspect import storage_of
 
 #: What a proxy makes of the answers of scripts, and of those of single commands.
 TAMPERED = {
@@ -37,5 +38,5 @@ def test_answer_that_was_changed_on_the_way_does_not_reach_the_call(
                 breaker.call(lambda: 1 / 0)
         with pytest.raises(CircuitBreakerError):
             breaker.call(lambda: "answer")
-        assert breaker._state_storage.health().is_own
+        assert storage_of(breaker).health().is_own
         assert [line for line in caplog.messages if "UnusableAnswer" in line] == caplog.messages[:1]

@@ -18,6 +18,7 @@ import pytest
 from tests.support import servers
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.fleet import Fleet, Spec, call, call_when_admitted, read_state
+from tests.support.inspect import storage_of
 from tests.support.matrix import FAILED, NOT_RUN, Results, main, read, table, written
 from tests.support.outages import calls, health_of, is_back
 from tests.support.places import KINDS, Place, client_at, has_clusters
@@ -76,7 +77,7 @@ def test_contract(place: Place):
     assert (breaker.fail_counter, breaker.current_state) == (1, "closed")
     with pytest.raises(pybreaker.CircuitBreakerError, match="Failures threshold reached"):
         breaker.call(lambda: 1 / 0)
-    opened_at = breaker._state_storage.opened_at
+    opened_at = storage_of(breaker).opened_at
     assert abs(datetime.now(timezone.utc) - opened_at) < timedelta(seconds=5)
     assert (value(place, "state"), value(place, "fail_counter")) == (b"open", b"2")
     with pytest.raises(pybreaker.CircuitBreakerError):

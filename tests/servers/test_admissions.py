@@ -18,6 +18,7 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from tests.support import inspect
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -211,7 +212,7 @@ def test_dropped_storages_leave_no_context_variables_behind():
     for _ in range(3):
         breaker = CircuitBreaker(reset_timeout=0, state_storage=CircuitMemoryStorage("open"))
         breaker.call(up)
-        kept.append(weakref.ref(breaker._state_storage))
+        kept.append(weakref.ref(inspect.storage_of(breaker)))
     del breaker
     gc.collect()
     assert [storage() for storage in kept] == [None] * 3
@@ -244,7 +245,7 @@ def handle_and_raise(breaker: CircuitBreaker, is_up: bool) -> None:
 def count(breaker: CircuitBreaker, is_up: bool) -> None:
     """As it was spelled before there was `_handle_error`."""
     if is_up:
-        breaker._state_storage.reset_counter()
+        inspect.storage_of(breaker).reset_counter()
         breaker.state.on_success()
         return
     breaker._inc_counter()
@@ -254,7 +255,7 @@ def count(breaker: CircuitBreaker, is_up: bool) -> None:
 
 def handle_what_was_kept(breaker: CircuitBreaker, is_up: bool) -> None:
     """On the state object, not on the property that finds out what is true."""
-    state = breaker._state
+    state = inspect.state_object_of(breaker)
     if is_up:
         state._handle_success()
         return
@@ -347,7 +348,7 @@ def test_late_failure_by_hand_surfaces_and_trips_nothing(storage_of):
     listener = Changes()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage, listeners=[listener])
     breaker.call(up)
-    state = breaker._state
+    state = inspect.state_object_of(breaker)
     with CircuitBreaker(reset_timeout=0, state_storage=storage).calling(), pytest.raises(Down):
         elsewhere(lambda: state._handle_error(Down()))
     assert storage.state == "closed"
@@ -521,7 +522,8 @@ def test_breaker_that_is_given_another_storage_counts_there(storage_of):
         breaker.call(up)
         breaker.open()
         breaker.close()
-    breaker._state_storage = storage = storage_of()
+    storage = storage_of()
+    inspect.set_storage(breaker, storage)
     for _ in range(2):
         with pytest.raises((Down, CircuitBreakerError)):
             breaker.call(down)
@@ -623,7 +625,7 @@ def test_breaker_whose_lock_was_taken_out_is_fenced(storage_of):
     """As users do who want calls to run in parallel."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
-    breaker._lock = nullcontext()
+    inspect.set_lock(breaker, nullcontext())
 
     def overtaken() -> None:
         elsewhere(breaker.open)

@@ -26,6 +26,7 @@ from tests.support import servers
 from tests.support.agreement import Two, health_of, said_of
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import KINDS
+from tests.support.inspect import server_of
 from tests.support.servers import ONCE, no_server
 from tests.support.tls import HOST, Secured, secured
 from tests.support.wait import wait_for
@@ -82,7 +83,7 @@ def full_service(server: PrivateServer, client: Any, namespace: str, **another_w
         wait_for(lambda: two.here.current_state == "closed", "it hears", within=SLACK)
         settled(two.here)
 
-        own = two.here._state_storage._core.server
+        own = server_of(two.here)
         assert own.client_with_timeout(client, TIMEOUT) is not client, "waits are bounded by this package's connections"
         two.here.reset_timeout = 60
         server.kill()

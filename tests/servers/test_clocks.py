@@ -21,6 +21,7 @@ from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._model.intents import ClaimProbe
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.fleet import call, call_when_admitted, wait_until
+from tests.support.inspect import execute_intent, storage_of, view_of
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -154,7 +155,7 @@ def test_frozen_clock_reads_back_the_instant_of_the_trip(
     with local_clock(at):
         breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=make_storage())
         trip(breaker)
-        assert breaker._state_storage.opened_at == datetime.now(UTC)
+        assert storage_of(breaker).opened_at == datetime.now(UTC)
 
 
 def test_second_trip_under_a_moved_clock_waits_from_then_on(make_storage: MakeStorage, local_clock: Any) -> None:
@@ -192,7 +193,7 @@ def test_local_clock_set_back_does_not_prolong_the_lease_of_a_dead_prober_in_mem
         breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=storage)
         trip(breaker)
         clock.shift(RESET_TIMEOUT)
-        assert storage._execute(ClaimProbe(1, "a0", 30_000)).accepted
+        assert execute_intent(storage, ClaimProbe(1, "a0", 30_000)).accepted
         clock.shift(-back)
         assert rejected(breaker)
         clock.shift(29.9)
@@ -285,11 +286,11 @@ def test_time_said_by_hand_with_any_fraction_moves_nothing_when_read_again(
     storage.opened_at = NOON.replace(microsecond=fraction)
     storage.state = "open"
     first = storage.opened_at
-    generation = storage._core.shared._view.cached.generation
+    generation = view_of(storage).cached.generation
     assert abs(first - NOON.replace(microsecond=fraction)) < timedelta(milliseconds=1.001)
     for _ in range(3):
         assert storage.opened_at == first
-    assert storage._core.shared._view.cached.generation == generation == 1
+    assert view_of(storage).cached.generation == generation == 1
 
 
 def test_opening_time_is_precise_for_ours_and_whole_seconds_for_stock(client: redis.Redis) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import random
 import socket
 import threading
@@ -32,7 +31,27 @@ from tests.support import servers
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.cluster import Nodes
 from tests.support.fleet import DependencyDown, Fleet, Spec, Worker
-from tests.support.inspect import listeners, view_of
+from tests.support.inspect import (
+    core_of,
+    expire_topology,
+    fail_circuit,
+    known_nodes,
+    listener_of,
+    listeners,
+    locator_of,
+    lock_of,
+    mark_inherited,
+    nodes_with_clients,
+    replace_retry_start,
+    replace_slot_query,
+    selector_of,
+    set_located_client,
+    set_seed_nodes,
+    shared_of,
+    subscription_of,
+    topology_of_locator,
+    view_of,
+)
 from tests.support.logs import lines_of
 from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.places import cluster_client
@@ -148,7 +167,7 @@ def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
     """A node passes on what is published at any other, whatever the rights of the publisher."""
     nodes = emptied(every_cluster)
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=60)) for _ in range(2))
-    channel = one._state_storage._core.shared._selector.channel
+    channel = selector_of(one).channel
     known = view_of(one).cached
     now_ms = int(time.time() * 1000)
     for _ in range(20):
@@ -351,11 +370,13 @@ def test_callers_take_turns_where_no_thread_may_be_started(cluster: Nodes, monke
     """Under uWSGI without threads: whose turn it is to ask finds out who has taken over, too."""
     breaker = breaker_on(client_of(cluster), NAMESPACE, fail_max=3, reset_timeout=60, max_staleness=0)
     breaker.call(up)
-    monkeypatch.setattr(
-        Server,
-        "_ensure_retry_thread",
-        lambda self: bool(self.availability.has_retry_thread and self.availability.set_retry_thread(False)) and False,
-    )
+
+    def stay_without_thread(server: Server) -> bool:
+        if server.availability.has_retry_thread:
+            server.availability.set_retry_thread(False)
+        return False
+
+    replace_retry_start(monkeypatch, stay_without_thread)
     killed = cluster.primary_of(SLOT)
     killed.kill()
     assert calls(breaker, 0.2, failing=1.0).unexpected == []
@@ -369,9 +390,9 @@ def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(clust
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = breaker_on(client_of(cluster), NAMESPACE, max_staleness=0)
     breaker.call(up)
-    tenancy = breaker._state_storage._core
+    tenancy = core_of(breaker)
     began = time.monotonic()
-    waits = threading.Thread(target=lambda: tenancy._failed(TimeoutError("of the old one"), began))
+    waits = threading.Thread(target=lambda: fail_circuit(tenancy, TimeoutError("of the old one"), began))
     cluster.fail_over(SLOT)
     # As the thread does that asks again for the old one's circuits; not every node knows at once who has taken over.
     wait_for(lambda: has_moved(tenancy), "it has moved")
@@ -387,7 +408,7 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
     """One thread has begun to listen to the old node while another was told of the move."""
     breaker = breaker_on(client_of(cluster), NAMESPACE)
     breaker.call(up)
-    shared = breaker._state_storage._core.shared
+    shared = shared_of(breaker)
     shared.forget_location()
     shared.connect()
     heard: list[Listener] = []
@@ -401,18 +422,19 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
         return heard[-1]
 
     monkeypatch.setattr(subscription, "listener_for", late)
-    breaker._state_storage._core.ensure_subscribed()
+    core_of(breaker).ensure_subscribed()
     leaves.join()
-    assert not any(item.view is shared._view for item in heard[0].subscriber_table.snapshot())
+    assert not any(item.view is view_of(breaker) for item in heard[0].subscriber_table.snapshot())
     monkeypatch.undo()
     settled(breaker)
 
 
 def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster: Nodes):
     """Its listener may have been forked in the middle of anything, its lock held for ever."""
-    shared = settled(breaker_on(client_of(cluster), NAMESPACE))._state_storage._core.shared
-    listener, shared._subscription._pid = shared._subscription._listener, os.getppid()
-    with listener._lock:
+    breaker = settled(breaker_on(client_of(cluster), NAMESPACE))
+    shared, listener = shared_of(breaker), listener_of(breaker)
+    mark_inherited(subscription_of(breaker))
+    with lock_of(listener):
         leaves = threading.Thread(target=shared.forget_location, daemon=True)
         leaves.start()
         leaves.join(2)
@@ -423,7 +445,7 @@ def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, ca
     """Whoever is sent there goes on by himself, and somebody asks there again."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, timeout=0.25))
-    tenancy = breaker._state_storage._core
+    tenancy = core_of(breaker)
     old = cluster.primary_of(SLOT)
     there = cluster.replica_of(old)
     cluster.fail_over(SLOT)
@@ -509,7 +531,7 @@ def test_nodes_that_do_not_answer_are_passed_over(cluster: Nodes):
     found = known(dead, living)
     found.refresh(avoid=living)
     assert found.primary_of(SLOT) == ("127.0.0.1", cluster.primary_of(SLOT).port)
-    assert found._known_nodes == {("127.0.0.1", node.port) for node in cluster.all}
+    assert known_nodes(found) == {("127.0.0.1", node.port) for node in cluster.all}
 
 
 def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatch):
@@ -518,14 +540,14 @@ def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatc
     found = known(first)
     found.record_redirection(SLOT, gone)
     found.client_of_node(gone)
-    while gone in found._known_nodes:
-        found._refreshed_at = 0
+    while gone in known_nodes(found):
+        expire_topology(found)
         found.refresh()
-    assert gone not in found._nodes, "nothing is kept of it"
-    found._seed_nodes = {gone}
+    assert gone not in nodes_with_clients(found), "nothing is kept of it"
+    set_seed_nodes(found, {gone})
     asked: list[Any] = []
-    monkeypatch.setattr(ClusterTopology, "_query_slots", lambda self, address: asked.append(address))
-    found._refreshed_at = 0
+    replace_slot_query(monkeypatch, lambda ask, self, address: asked.append(address))
+    expire_topology(found)
     found.refresh(avoid=first)
     assert len(asked) == len(cluster.all) + 1
     assert asked[-2:] == [gone, first]
@@ -535,12 +557,12 @@ def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(clust
     """Else each of hundreds would ask for itself when their node has gone."""
     client = redis.Redis(port=cluster.all[0].port, **ONCE)
     one, other = (breaker_on(client, f"circuit {number}", cluster_mode=True) for number in range(2))
-    clusters = [breaker._state_storage._core._locator for breaker in (one, other)]
+    clusters = [locator_of(breaker) for breaker in (one, other)]
     assert topology_behind_node(client) is topology_behind_node(client)
     for whereabouts in clusters:
         whereabouts.locate()
         assert whereabouts.relocate(redis.ResponseError("MOVED 1 127.0.0.1:1"), client)
-    assert len({id(whereabouts._cluster) for whereabouts in clusters}) == 1
+    assert len({id(topology_of_locator(whereabouts)) for whereabouts in clusters}) == 1
 
 
 def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch):
@@ -548,10 +570,7 @@ def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch)
     monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
     found = known(("127.0.0.1", cluster.all[0].port))
     asked: list[Any] = []
-    ask = ClusterTopology._query_slots
-    monkeypatch.setattr(
-        ClusterTopology, "_query_slots", lambda self, address: asked.append(address) or ask(self, address)
-    )
+    replace_slot_query(monkeypatch, lambda ask, self, address: asked.append(address) or ask(self, address))
     for _ in range(10):
         found.refresh()
     assert len(asked) == 1
@@ -576,7 +595,7 @@ def test_time_that_is_over_is_not_spent_on_further_nodes(monkeypatch):
     """However many they are."""
     found = known(*((f"10.0.0.{number}", 1) for number in range(5)))
     asked: list[Any] = []
-    monkeypatch.setattr(ClusterTopology, "_query_slots", lambda self, address: asked.append(address))
+    replace_slot_query(monkeypatch, lambda ask, self, address: asked.append(address))
     with deadline(0):
         found.refresh()
     assert asked == []
@@ -585,7 +604,7 @@ def test_time_that_is_over_is_not_spent_on_further_nodes(monkeypatch):
 def test_node_without_slots_knows_nothing(server, monkeypatch):
     """One that has been taken out of the cluster is passed over as well."""
     found = known(("127.0.0.1", 1))
-    monkeypatch.setattr(ClusterTopology, "_query_slots", lambda self, address: [])
+    replace_slot_query(monkeypatch, lambda ask, self, address: [])
     found.refresh()
     with pytest.raises(ConnectionError):
         found.primary_of(0)
@@ -615,16 +634,16 @@ def test_answer_without_slots_is_no_answer():
     found = known(("there", 1), node=lambda address: SimpleNamespace(connection_pool=pool))
     with pytest.raises(ConnectionError, match="slot 17"):
         found.primary_of(17)
-    assert found._known_nodes == {("there", 1)}
+    assert known_nodes(found) == {("there", 1)}
 
 
 def test_circuit_that_has_moved_to_a_server_that_is_away_waits_there(client: redis.Redis, monkeypatch):
     """Somebody asks there already."""
     breaker = breaker_on(client, NAMESPACE, max_staleness=0)
     breaker.call(up)
-    tenancy = breaker._state_storage._core
+    tenancy = core_of(breaker)
     assert tenancy.server
-    monkeypatch.setattr(tenancy._locator, "refresh", lambda: True)
+    monkeypatch.setattr(locator_of(tenancy), "refresh", lambda: True)
     monkeypatch.setattr(tenancy, "load", lambda: pytest.fail("nobody has to ask"))
     with monkeypatch.context() as patched:
         patched.setattr(tenancy.server.availability, "outage", "there is one")
@@ -635,9 +654,9 @@ def test_news_that_a_circuit_has_moved_are_news_once(client: redis.Redis):
     """Of two threads that find it out the later one leaves the new home alone."""
     breaker = breaker_on(client, NAMESPACE)
     breaker.call(up)
-    carriers = breaker._state_storage._core.shared._selector
+    carriers = selector_of(breaker)
     now = carriers.current
-    breaker._state_storage._core.shared.forget_location(LuaEngine(client, carriers.keys))
+    shared_of(breaker).forget_location(LuaEngine(client, carriers.keys))
     assert carriers.current is now
 
 
@@ -668,12 +687,14 @@ def test_client_that_leads_nowhere_else_is_not_followed(tmp_path):
     """A unix socket is not a cluster's endpoint, and what is no client of a server is not one either."""
     assert topology_behind_node(redis.Redis(unix_socket_path=str(tmp_path / "nobody"))) is None
     assert topology_behind_node(SimpleNamespace(connection_pool=None)) is None
-    whereabouts = CircuitRedisStorage("closed", redis.Redis(unix_socket_path="/nowhere"))._core._locator
-    whereabouts._client = redis.Redis(unix_socket_path="/nowhere")
+    locator = locator_of(CircuitRedisStorage("closed", redis.Redis(unix_socket_path="/nowhere")))
     moved = type("MovedError", (Exception,), {})
-    assert not whereabouts.relocate(moved("1 there:1"), whereabouts._client)
-    whereabouts._client = redis.Redis(port=1)
-    assert not whereabouts.relocate(moved("no such thing"), whereabouts._client)
+    for client, said in (
+        (redis.Redis(unix_socket_path="/nowhere"), "1 there:1"),
+        (redis.Redis(port=1), "no such thing"),
+    ):
+        set_located_client(locator, client)
+        assert not locator.relocate(moved(said), client)
 
 
 def test_node_knows_best_what_it_does_not_serve(cluster: Nodes):
@@ -682,7 +703,7 @@ def test_node_knows_best_what_it_does_not_serve(cluster: Nodes):
     for client in (client_of(cluster), redis.Redis(port=cluster.primary_of(SLOT).port, **ONCE)):
         storage = CircuitRedisStorage("closed", client, NAMESPACE, cluster_mode=True)
         pybreaker.CircuitBreaker(state_storage=storage).call(up)
-        whereabouts = storage._core._locator
+        whereabouts = locator_of(storage)
         if topology_of(client):
             with pytest.raises(LookupError, match="not served"):
                 whereabouts.relocate(error, client)
@@ -729,7 +750,7 @@ def test_redis_py_cluster_is_understood():
     pool = type("ClusterConnectionPool", (), {"__module__": "rediscluster.connection", "nodes": Nodes3()})()
     found = topology_of(SimpleNamespace(connection_pool=pool))
     assert found
-    assert found._known_nodes == {("a", 1), ("b", 2)}
+    assert known_nodes(found) == {("a", 1), ("b", 2)}
     assert found.primary_of(5) == ("b", 2)
     assert found.client_of_node(("b", 2)) == ("b", 2)
     assert found.redirection_target(type("MovedError", (Exception,), {})("5 inside:7"), ("a", 1)) == ("outside", 7)

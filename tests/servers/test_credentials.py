@@ -25,7 +25,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.clients import CredentialProvider
 from tests.support.cluster import bus_port
-from tests.support.inspect import keepers
+from tests.support.inspect import core_of, retry_threads, storage_of
 from tests.support.interrupts import JobTimeout, alarm, raising
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
@@ -66,13 +66,13 @@ def breaker_of(given: Any, **words: Any) -> pybreaker.CircuitBreaker:
     storage = CircuitRedisStorage("closed", given, namespace="iam", timeout=ENOUGH, **words)
     breaker = pybreaker.CircuitBreaker(fail_max=9, state_storage=storage)
     assert breaker.call(up) == "answer"
-    assert breaker._state_storage.health().condition == "connected"  # type: ignore[attr-defined]
+    assert storage_of(breaker).health().condition == "connected"
     return breaker
 
 
 def recovers(breaker: pybreaker.CircuitBreaker, server: PrivateServer) -> None:
     """Its failures are counted in Redis again, and others are heard."""
-    storage: Any = breaker._state_storage
+    storage: Any = storage_of(breaker)
     with pytest.raises(Down):
         breaker.call(down)
     with contextlib.closing(operator_of(server, "new")) as operator:
@@ -88,7 +88,7 @@ def recovers(breaker: pybreaker.CircuitBreaker, server: PrivateServer) -> None:
             breaker.call(up)
         return bool(storage.health().push != "none")
 
-    if storage._core.max_staleness:
+    if core_of(storage).max_staleness:
         wait_for(is_heard, "others are heard")
 
 
@@ -110,11 +110,11 @@ class TestRotation:
         replace_password(locked)
         with pytest.raises(Down):
             breaker.call(down)
-        assert breaker._state_storage.health().condition == "away"  # type: ignore[attr-defined]
+        assert storage_of(breaker).health().condition == "away"
         client.connection_pool.connection_kwargs["password"] = "new"
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
-        wait_for(lambda: not keepers(), "no thread retries")
+        wait_for(lambda: not retry_threads(), "no thread retries")
 
     @pytest.mark.parametrize("max_staleness", [0, 1.0])
     def test_callable_is_called_again_once_its_password_is_rejected(
@@ -142,11 +142,11 @@ class TestRotation:
         replace_password(locked)
         with pytest.raises(Down):
             breaker.call(down)
-        assert breaker._state_storage.health().condition == "away"  # type: ignore[attr-defined]
+        assert storage_of(breaker).health().condition == "away"
         password[0] = "new"
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
-        wait_for(lambda: not keepers(), "no thread retries")
+        wait_for(lambda: not retry_threads(), "no thread retries")
 
     def test_look_at_all_circuits_takes_the_new_password_of_a_callable(self, locked: PrivateServer) -> None:
         """An operator looks before any call is made."""
@@ -186,7 +186,7 @@ class TestRotation:
         replace_password(locked)
         with pytest.raises(Down):
             breaker.call(down)
-        assert breaker._state_storage.health().condition == "away"  # type: ignore[attr-defined]
+        assert storage_of(breaker).health().condition == "away"
         answers.extend(["new"] * 10)
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
@@ -326,7 +326,7 @@ def test_function_that_authenticates_is_called_for_each_connection(
     else:
         pytest.skip("this redis-py has no such functions")
     breaker = breaker_of(client)
-    storage: Any = breaker._state_storage
+    storage: Any = storage_of(breaker)
 
     def is_heard() -> bool:
         breaker.call(up)

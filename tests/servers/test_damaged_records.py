@@ -25,6 +25,7 @@ from pybreaker_redis._model.intents import Load
 from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
+from tests.support.inspect import storage_of
 from tests.support.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay, moved_by
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -301,14 +302,14 @@ def test_known_open_circuit_stays_open_whatever_is_lost(either: Place, how: str)
     for names in SUBSETS:
         namespace = fresh_namespace()
         breaker = tripped(either, namespace)
-        opened_at = breaker._state_storage.opened_at
+        opened_at = storage_of(breaker).opened_at
         harm(either, namespace, names, how)
         with logged("pybreaker_redis") as lines:
             assert not call(breaker, fail=False), names
             assert not call(breaker, fail=False), names
         assert len(lines) <= 1, (names, lines)
         # Since the same instant or a later one: the timeout is never cut short.
-        assert opened_at <= breaker._state_storage.opened_at <= datetime.now(timezone.utc), names
+        assert opened_at <= storage_of(breaker).opened_at <= datetime.now(timezone.utc), names
         assert either.breaker(namespace).current_state == OPEN, f"{names}: a newcomer sees another state"
         assert_stock_can_read(either.plain, namespace)
 
@@ -324,7 +325,7 @@ def test_newcomer_finds_open_circuit_open_while_either_state_is_left(either: Pla
         harm(either, namespace, names, how)
         newcomer = either.breaker(namespace)
         assert not call(newcomer, fail=False), names
-        left = newcomer._state_storage.opened_at + timedelta(seconds=RESET_TIMEOUT) - datetime.now(timezone.utc)
+        left = storage_of(newcomer).opened_at + timedelta(seconds=RESET_TIMEOUT) - datetime.now(timezone.utc)
         assert left > timedelta(seconds=RESET_TIMEOUT - 5), names
 
 
@@ -348,11 +349,11 @@ def test_opening_time_set_back_while_open_lets_nothing_through(either: Place) ->
     """A zero in the place of the time is damage: the hash knows better."""
     namespace = fresh_namespace()
     breaker = tripped(either, namespace)
-    opened_at = breaker._state_storage.opened_at
+    opened_at = storage_of(breaker).opened_at
     either.plain.set(f"{namespace}:pybreaker:opened_at", "0")
     assert not call(either.breaker(namespace), fail=False)
     assert not call(breaker, fail=False)
-    assert breaker._state_storage.opened_at == opened_at
+    assert storage_of(breaker).opened_at == opened_at
     assert_stock_can_read(either.plain, namespace)
 
 

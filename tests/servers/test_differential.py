@@ -27,6 +27,7 @@ from pybreaker_redis._model.codec import TTL_RENEWAL_MARGIN_MS, VALUE_NAMES, lif
 from pybreaker_redis._model.intents import ClaimProbe, CountProbe, Load, RecordFailure, Trip
 from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.inspect import set_memory_circuit
 from tests.support.records import (
     LEASE_MS,
     Ago,
@@ -204,7 +205,7 @@ class Run:
             return
         self.known = replace(self.known, probe_until_ms=1)
         assert self.memory is not None
-        self.memory._circuit = self.known
+        set_memory_circuit(self.memory, self.known)
         self.client.hset(self.keys[4], "probe_until_ms", "1")
         mark = self.paper.values["circuit"]
         assert isinstance(mark, dict)

@@ -26,6 +26,7 @@ from pybreaker_redis._redis.pool import POOL_CONNECTIONS_MAX, bounded_client
 from pybreaker_redis._servers.server import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.clients import KINDS, CredentialProvider, by_port, retrying
+from tests.support.inspect import connections_of, first_client_of, server_of
 from tests.support.sentinel import Sentinels
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
@@ -70,7 +71,7 @@ def client(request: pytest.FixtureRequest, reached: PrivateServer) -> Iterator[A
 def in_use(pool: Any) -> int:
     """How many connections a pool has made."""
     free = [made for made in getattr(pool, "_available_connections", ()) if made is not None]
-    return len({*map(id, getattr(pool, "_connections", ())), *map(id, free)})
+    return len({*map(id, connections_of(pool)), *map(id, free)})
 
 
 def take(pool: Any) -> Any:
@@ -547,7 +548,7 @@ class TestServer:
         storages = [CircuitRedisStorage("closed", by_port(reached), name, timeout=10) for name in ("one", "other")]
         for storage in storages:
             assert storage.state == "closed"
-        one, other = (storage._core.server for storage in storages)
+        one, other = (server_of(storage) for storage in storages)
         assert one is not None
         assert one is other
         assert one.member_count == 2
@@ -665,7 +666,7 @@ class TestServer:
         kept = server_for(one)
         assert kept is server_for(one)
         assert kept is not server_for(other)
-        assert kept._client is one
+        assert first_client_of(kept) is one
         assert str(kept) == "MagicMock"
 
     def test_server_ends_with_the_last_storage(self) -> None:
@@ -674,7 +675,7 @@ class TestServer:
         storage = CircuitRedisStorage("closed", client)
         assert storage.state == "closed"
         server = weakref.ref(server_for(client))
-        assert server() is storage._core.server
+        assert server() is server_of(storage)
         ended = server().availability.outage  # type: ignore[union-attr]
         assert ended is not None, "nobody is there"
         del storage

@@ -17,6 +17,7 @@ from pybreaker_redis._redis import deadline
 from pybreaker_redis._redis.pool import IDLE_MAX_S
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
+from tests.support.inspect import connections_of, pools_of, storage_of, wrap_socket
 from tests.support.proxy import Proxy
 from tests.support.wait import wait_for
 
@@ -135,10 +136,10 @@ class Torn:
     """A socket whose peer has gone when something is sent."""
 
     def __init__(self, wrapped: Any) -> None:
-        self._wrapped = wrapped
+        self.wrapped = wrapped
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapped, name)
+        return getattr(self.wrapped, name)
 
     def sendall(self, *arguments: Any) -> None:
         """Nothing of it arrives."""
@@ -152,10 +153,10 @@ def test_report_that_could_not_be_sent_is_made_once_more(
     breaker = guarded(balancer)
 
     def tears() -> None:
-        storage: Any = breaker._state_storage
-        (pool,) = storage._core.server._connections._pools.values()
-        for made in pool._connections:
-            made._sock._wrapped = Torn(made._sock._wrapped)
+        storage: Any = storage_of(breaker)
+        (pool,) = pools_of(storage).values()
+        for made in connections_of(pool):
+            wrap_socket(made._sock, Torn)
         raise Down
 
     with pytest.raises(Down):
@@ -202,6 +203,6 @@ def test_drop_is_an_end_without_an_answer_of_a_reused_connection(
         expected = deadline.LostConnection.UNANSWERED if is_reused and has_deadline and answer != b"+OK" else None
         assert deadline.take_lost_connection() is expected
         if answer == b"+OK":
-            made._wrapped = Ends(b"")  # type: ignore[assignment]
+            wrap_socket(made, lambda _: Ends(b""))
             assert made.recv(10) == b""
             assert deadline.take_lost_connection() is None

@@ -6,7 +6,6 @@ import functools
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -24,6 +23,15 @@ from pybreaker_redis._engines.memory import MemoryEngine
 from pybreaker_redis._model.circuit import CLOSED, Circuit, new_circuit
 from pybreaker_redis._model.intents import Load
 from pybreaker_redis._runtime import fork
+from tests.support import inspect
+from tests.support.inspect import (
+    after_next_look,
+    lock_of,
+    record_replies,
+    replace_fork_registry,
+    run_fork_hooks,
+    set_memory_engine,
+)
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -550,15 +558,7 @@ def test_claim_that_finds_the_circuit_moved_follows_it(storage_of, moved, monkey
     breaker.half_open()
     breaker.call(up)
     other = CircuitBreaker(state_storage=storage)
-    look = type(storage)._look
-
-    def look_and_be_overtaken(self: Any) -> Any:
-        monkeypatch.undo()
-        reply = look(self)
-        in_thread(getattr(other, moved))
-        return reply
-
-    monkeypatch.setattr(type(storage), "_look", look_and_be_overtaken)
+    after_next_look(monkeypatch, storage, lambda: in_thread(getattr(other, moved)))
     if moved == "open":
         with pytest.raises(CircuitBreakerError, match="Timeout not elapsed"):
             breaker.call(up)
@@ -573,15 +573,7 @@ def test_claim_that_finds_another_prober_is_rejected(storage_of, monkeypatch):
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     breaker.call(up)
     probe = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage).calling()
-    look = type(storage)._look
-
-    def look_and_be_overtaken(self: Any) -> Any:
-        monkeypatch.undo()
-        reply = look(self)
-        in_thread(probe.__enter__)
-        return reply
-
-    monkeypatch.setattr(type(storage), "_look", look_and_be_overtaken)
+    after_next_look(monkeypatch, storage, lambda: in_thread(probe.__enter__))
     with pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
         breaker.call(up)
     probe.__exit__(None, None, None)
@@ -799,7 +791,7 @@ class Passing(CircuitBreaker):
         return super()._create_new_state(*args, **words)
 
     def _inc_counter(self) -> None:
-        self._state_storage.increment_counter()
+        inspect.storage_of(self).increment_counter()
 
 
 class Direct(CircuitBreaker):
@@ -857,7 +849,7 @@ def test_extended_and_wrapped_classes_are_understood(breaker_class, storage_clas
 
 def lockless(breaker: CircuitBreaker) -> CircuitBreaker:
     """A breaker of the same kind on the same storage, so that a thread need not wait for the lock of the other."""
-    return type(breaker)(reset_timeout=0, success_threshold=2, state_storage=breaker._state_storage)
+    return type(breaker)(reset_timeout=0, success_threshold=2, state_storage=inspect.storage_of(breaker))
 
 
 def test_two_breakers_and_a_listener_that_reads_both(storage_of):
@@ -925,13 +917,11 @@ def test_listener_that_opens_the_breaker_itself_opens_it_once(storage_of):
             cb.open()
 
     storage = storage_of()
-    opened = []
     breaker = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[Opens()])
-    execute = storage._execute
-    storage._execute = lambda intent: (opened.append(r := execute(intent)), r)[1]
+    replies = record_replies(storage)
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
-    assert max(reply.circuit.generation for reply in opened) == 1
+    assert max(reply.circuit.generation for reply in replies) == 1
 
 
 @pytest.mark.parametrize(("make", "admitted"), [(StockMemoryStorage, 3), (CircuitMemoryStorage, 0)])
@@ -1001,7 +991,7 @@ def test_late_failure_surfaces_as_the_very_exception(storage_of, state):
 def memory_at(clock: Callable[[], float], **words: Any) -> CircuitMemoryStorage:
     """An open circuit in memory whose time, in milliseconds, is told."""
     storage = CircuitMemoryStorage("open", **words)
-    storage._engine = MemoryEngine(new_circuit("open", clock()), clock)
+    set_memory_engine(storage, MemoryEngine(new_circuit("open", clock()), clock))
     return storage
 
 
@@ -1077,7 +1067,7 @@ def test_calls_that_bypass_the_breaker_are_admitted_anew(storage_of, last):
 def test_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_holds() -> None:
     """There nobody would ever let go of it."""
     engine = MemoryEngine(Circuit())
-    engine._lock.acquire()
+    lock_of(engine).acquire()
     engine.after_fork()
     assert engine.execute(Load()).circuit.state == CLOSED
 
@@ -1098,7 +1088,7 @@ def test_staleness_that_is_no_number_is_refused_at_once(given: object) -> None:
 
 def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing is kept alive for it."""
-    monkeypatch.setattr(fork, "_alive", weakref.WeakSet())
+    replace_fork_registry(monkeypatch)
     renewed: list[str] = []
 
     class Inherited:
@@ -1112,5 +1102,5 @@ def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch
     fork.renew_in_children(kept)
     fork.renew_in_children(gone)
     del gone
-    fork._renew()
+    run_fork_hooks()
     assert renewed == ["kept"]

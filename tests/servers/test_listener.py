@@ -34,7 +34,6 @@ from pybreaker_redis._replica import listener as listener_module
 from pybreaker_redis._replica import subscription
 from pybreaker_redis._replica.listener import listener_for
 from pybreaker_redis._replica.view import View
-from pybreaker_redis._servers import server as server_module
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import (
     NAMESPACE,
@@ -49,7 +48,30 @@ from tests.support.breakers import (
     up,
 )
 from tests.support.clients import PROTOCOLS
-from tests.support.inspect import lines, listeners, view_of
+from tests.support.inspect import (
+    all_listeners,
+    allow_start_now,
+    channels_of,
+    core_of,
+    crash_listeners,
+    faults_of,
+    is_subscribed,
+    listener_connections,
+    listener_of,
+    listeners,
+    local_of,
+    lock_of,
+    mark_inherited,
+    owner_pid,
+    server_of,
+    server_table,
+    set_lock,
+    shared_of,
+    state_name_of,
+    storage_of,
+    subscription_of,
+    view_of,
+)
 from tests.support.servers import ONCE, counted
 from tests.support.wait import wait_for
 
@@ -107,11 +129,11 @@ def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_bat
     breakers = [breaker_on(clients[number % 10], f"circuit{number}", max_staleness=2 * beat) for number in range(1000)]
     for breaker in breakers:
         breaker.call(up)
-    wait_for(lambda: all(view_of(breaker)._is_subscribed for breaker in breakers), "all are heard", within=30)
+    wait_for(lambda: all(is_subscribed(breaker) for breaker in breakers), "all are heard", within=30)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(listeners()) == 1
-    wait_for(lambda: len(lines(client)) == (1 if PROTOCOLS[0] == 3 else 2), "one line")
+    wait_for(lambda: len(listener_connections(client)) == (1 if PROTOCOLS[0] == 3 else 2), "one line")
 
     def use_all(seconds: float) -> dict[str, int]:
         with counted(client) as asked:
@@ -358,7 +380,7 @@ def test_connection_class_that_nobody_else_can_make_reads_through(server, client
     breaker.call(up)
     client.ping()  # so that it has a connection left
     client.connection_pool.connection_class = Odd
-    wait_for(lambda: lines(client), "the first one hears")
+    wait_for(lambda: listener_connections(client), "the first one hears")
     other = breaker_on(client, "odd")
     for _ in range(2):
         other.call(up)
@@ -453,7 +475,7 @@ def test_redis_that_is_there_later_is_heard_later(killable_server):
         assert breaker.call(up) == "answer"
         assert len(listeners()) == 1
         killable_server.start()
-        wait_for(lambda: view_of(breaker)._is_subscribed, "it hears", within=20)
+        wait_for(lambda: is_subscribed(breaker), "it hears", within=20)
         settled(breaker)
 
 
@@ -501,7 +523,7 @@ def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
     closed: list[bool] = []
     inherited.session = SimpleNamespace(connection=SimpleNamespace(close=lambda: closed.append(True)))
     assert mine.of(endpoint) is inherited
-    mine._pid = -1
+    mark_inherited(mine)
     assert mine.of(endpoint) is not inherited
     assert closed == [True]
     again = mine.of(endpoint)
@@ -513,19 +535,19 @@ def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
 def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
     """The same for each circuit: nobody listens for it here."""
     breaker = settled(breaker_on(client))
-    tenancy = breaker._state_storage._core
-    ear = tenancy.shared._subscription
-    ear._pid = os.getppid()
+    tenancy = core_of(breaker)
+    ear = subscription_of(tenancy)
+    mark_inherited(ear)
     tenancy.listen()
-    assert ear._pid == os.getpid()
-    assert ear._listener.is_running
+    assert owner_pid(ear) == os.getpid()
+    assert listener_of(breaker).is_running
     settled(breaker)
 
 
 def test_nobody_listens_to_what_nobody_has_asked_for(client):
     """Then it is not known where it lies."""
     breaker = breaker_on(client)
-    shared = breaker._state_storage._core.shared
+    shared = shared_of(breaker)
     shared.listen(None)
     assert listeners() == []
     assert shared.push is None
@@ -589,7 +611,7 @@ def test_thread_and_connection_end_with_the_last_storage(client):
     wait_for(lambda: dict(client.pubsub_numsub(*channels)) == {channels[0].encode(): 0, channels[1].encode(): 1}, "one")
     breakers.clear()
     gc.collect()
-    wait_for(lambda: not listeners() and not lines(client), "nobody listens")
+    wait_for(lambda: not listeners() and not listener_connections(client), "nobody listens")
     settled(breaker_on(client))
     assert len(listeners()) == 1
 
@@ -604,22 +626,20 @@ def test_nothing_is_kept_of_circuits_that_are_gone(client):
     def most_are_forgotten() -> bool:
         gc.collect()
         breaker_on(client, "last").call(up)
-        return len(listener.subscriber_table._of_channel) < 30
+        return len(channels_of(listener)) < 30
 
     # The listener may just be reading some of them.
     wait_for(most_are_forgotten, "nothing is kept")
     for number in range(5):
         user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
-        listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", kept._state_storage._core.server)
+        listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", server_of(kept))
     gc.collect()
-    wait_for(
-        lambda: gc.collect() is not None and len(listener_module._listeners._by_server) == 1, "nobody listens elsewhere"
-    )
+    wait_for(lambda: gc.collect() is not None and len(all_listeners()) == 1, "nobody listens elsewhere")
 
 
 def view_of_listener(breaker):
     """Who keeps the breaker's view true."""
-    return breaker._state_storage._core.shared._subscription._listener
+    return listener_of(breaker)
 
 
 # -- when it ended before its time -------------------------------------------------------------------------------------
@@ -629,7 +649,7 @@ def test_circuit_that_left_and_is_back_is_heard_again(client):
     """A master that was demoted for a moment: the same line, and the same thread, which had been told to forget it."""
     breaker = settled(breaker_on(client))
     for _ in range(3):
-        breaker._state_storage._core.shared.forget_location()
+        shared_of(breaker).forget_location()
         settled(breaker)
     assert len(listeners()) == 1
 
@@ -640,12 +660,12 @@ def test_thread_that_died_is_replaced(client, monkeypatch):
     breaker = settled(breaker_on(client))
     (died,) = listeners()
     with monkeypatch.context() as patched:
-        patched.setattr(listener_module.Listener, "_unsubscribe_views", lambda self: 1 / 0)
-        for line in lines(client):
+        crash_listeners(patched)
+        for line in listener_connections(client):
             client.client_kill_filter(_id=line["id"])
         wait_for(lambda: not died.is_alive(), "it dies")
     # As long after it began as a thread usually dies.
-    breaker._state_storage._core.shared._subscription._next_start_at = 0.0
+    allow_start_now(subscription_of(breaker))
     wait_for(lambda: breaker.call(up) and listeners(), "another one")
     settled(breaker)
     assert len(listeners()) == 1
@@ -739,7 +759,7 @@ def test_failures_count_somewhere_while_redis_takes_no_writes(killable_server, f
         breaker = settled(breaker_on(client, fail_max=3, reset_timeout=60))
         client.config_set("maxmemory", 1)
         if first == "by hand":
-            breaker._state_storage.opened_at = datetime.now(timezone.utc)
+            storage_of(breaker).opened_at = datetime.now(timezone.utc)
         reached = 0
 
         def count_and_fail() -> None:
@@ -779,14 +799,14 @@ def held_elsewhere(lock: Any) -> Iterator[None]:
 def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     """During an outage threads take the guard's lock and that of the process's own circuit, at every call."""
     breaker = breaker_on(client)
-    storage = breaker._state_storage
+    storage = storage_of(breaker)
     breaker.call(up)
-    guards = (storage._core._faults, storage._core.server.availability)
-    for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), server_module._servers):
-        with held_elsewhere(item._lock):
+    guards = (faults_of(storage), server_of(storage).availability)
+    for item in (local_of(storage), server_of(storage), *guards, view_of(breaker), server_table()):
+        with held_elsewhere(lock_of(item)):
             item.after_fork()
-            assert item._lock.acquire(timeout=1)
-            item._lock.release()
+            assert lock_of(item).acquire(timeout=1)
+            lock_of(item).release()
 
 
 # -- many threads ------------------------------------------------------------------------------------------------------
@@ -824,7 +844,7 @@ def test_threads_that_call_while_others_move_the_circuit_agree_with_it(server, c
             for _ in range(20):
                 for verb, state in (("open", "open"), ("close", "closed")):
                     getattr(other, verb)()
-                    wait_for(lambda state=state: breaker._state.name == state, f"noticed {state}")
+                    wait_for(lambda state=state: state_name_of(breaker) == state, f"noticed {state}")
     finally:
         stop.set()
         for thread in threads:
@@ -836,7 +856,7 @@ def test_threads_that_call_while_others_move_the_circuit_agree_with_it(server, c
 def test_two_breakers_of_one_storage_both_notice(client, server):
     """What one has noticed, the other still has to be told."""
     breaker = breaker_on(client, reset_timeout=60)
-    storage = breaker._state_storage
+    storage = storage_of(breaker)
     second = pybreaker.CircuitBreaker(state_storage=storage, reset_timeout=60)
     heard: list[str] = []
 
@@ -887,13 +907,13 @@ def test_state_that_was_read_before_and_taken_on_later_confuses_nobody(client, s
     breaker = settled(breaker_on(client, reset_timeout=60))
     breaker.add_listener(Ears())
     looked = threading.Event()
-    storage = breaker._state_storage
+    storage = storage_of(breaker)
 
     class Looks:
         """Stands between the health check and its breaker: stops when the state was read."""
 
         def __init__(self) -> None:
-            self.lock = breaker._lock
+            self.lock = lock_of(breaker)
 
         def __enter__(self) -> None:
             if threading.current_thread().name == "health":
@@ -917,7 +937,7 @@ def test_state_that_was_read_before_and_taken_on_later_confuses_nobody(client, s
             for _ in range(3):
                 storage.reset_counter()
 
-    breaker._lock = Looks()
+    set_lock(breaker, Looks())
     breaker.call(long_call)
     health.join(5)
     for _ in range(10):

@@ -26,7 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
-from pybreaker_redis._model.intents import Load, Reply
+from pybreaker_redis._model.intents import Reply
+from tests.support.inspect import admission_of, answer_intents, load_shared, view_of
 
 # Pure model: one Python is as good as another, and the README's tests run it on every server.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
@@ -107,7 +108,7 @@ class Worker:
             block.__enter__()
         except pybreaker.CircuitBreakerError:
             return False
-        admission = self.storage._admissions.ticket(self.breaker._state).admission
+        admission = admission_of(self.breaker)
         self.block, self.admitted = block, admission
         return True
 
@@ -129,7 +130,7 @@ class Worker:
     def die(self) -> None:
         """Never report: what remains of the block goes nowhere."""
         reply = Reply(accepted=False, circuit=Circuit(), now_ms=0)
-        self.storage._execute = lambda intent: reply  # type: ignore[method-assign]
+        answer_intents(self.storage, reply)
         if self.block:
             with contextlib.suppress(Down):
                 self.end(Down())
@@ -165,11 +166,11 @@ class Machine(RuleBasedStateMachine):
 
     def truth(self) -> Circuit:
         """The record, by the server's clock."""
-        return self.observer._core.shared._carry_out(Load(), tell=True).circuit
+        return load_shared(self.observer).circuit
 
     def now_ms(self) -> float:
         """The server's clock."""
-        return self.observer._core.shared._carry_out(Load(), tell=True).now_ms
+        return load_shared(self.observer).now_ms
 
     @contextlib.contextmanager
     def step(self, *, may_close: bool = False, may_count: bool = False) -> Iterator[Circuit]:
@@ -221,7 +222,7 @@ class Machine(RuleBasedStateMachine):
                     assert not before.probe_token or before.probe_until_ms <= self.now_ms(), "a live lease is kept"
                     assert after.success_counter == before.success_counter
             # Who heard late that it has opened opens the gate as much later: server and worker have one clock here.
-            late_ms = -worker.storage._core.shared._view.clock_offset.ms
+            late_ms = -view_of(worker.storage).clock_offset.ms
             if before.state == OPEN and asked_at >= open_until + late_ms + self.home.blur_ms:
                 assert entered, "once the timeout has passed, the first who asks is let through"
 
@@ -368,7 +369,7 @@ class Machine(RuleBasedStateMachine):
             self.home.client.delete(*(f"machine:pybreaker:{name}" for name in names))
             if "fail_counter" in names:
                 self.failures = 0
-            known = self.workers[index].storage._core.shared._view.cached
+            known = view_of(self.workers[index].storage).cached
             if known is not None and known.generation == before.generation:
                 _ = self.workers[index].storage.state
             after = self.truth()

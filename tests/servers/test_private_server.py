@@ -20,6 +20,7 @@ from pybreaker_redis.testing.binaries import FoundServer
 from pybreaker_redis.testing.scratch import Scratch
 from pybreaker_redis.testing.servers import PrivateServer, ServerDidNotStart, free_port
 from tests.support import servers
+from tests.support.inspect import scratch_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -251,8 +252,8 @@ def test_directory_of_another_user_is_left_alone(monkeypatch):
 def test_directory_is_in_use_while_its_server_runs(preferred):
     """Where the kernel does not end a server together with its starter, it keeps its files."""
     with PrivateServer(preferred.binary) as private:
-        assert private._scratch
-        private._scratch.lock.close()
+        assert scratch_of(private)
+        scratch_of(private).lock.close()
         Scratch().remove()
         assert private.client().ping()
         assert private.directory.exists()

@@ -32,7 +32,21 @@ from pybreaker_redis._runtime.clock import utc_from_ms
 from pybreaker_redis.errors import UnusableReplyError
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import NAMESPACE, breaker_on, fails, settled, up
-from tests.support.inspect import lines, listeners, view_of
+from tests.support.inspect import (
+    changed_channels,
+    delay_reread,
+    forget_refusal,
+    listener_connections,
+    listener_of,
+    listeners,
+    poll_once,
+    receive_push,
+    record_pushes,
+    reread_changed,
+    storage_of,
+    subscribe_session,
+    view_of,
+)
 from tests.support.servers import counted
 from tests.support.wait import wait_for
 
@@ -108,7 +122,7 @@ def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, p
         forge(FORGED[name](now_ms()))
         assert breaker.call(up) == "answer"
         assert breaker.current_state == "closed"
-        assert breaker._state_storage.opened_at is None
+        assert storage_of(breaker).opened_at is None
     assert stored(client) == before
     assert view_of(breaker).cached == known
     client.flushall()
@@ -133,10 +147,7 @@ def test_forged_record_keeps_no_circuit_open(server, client, protocol, forge, ot
 def test_message_on_a_channel_that_looks_alike_is_not_received(client, protocol, forge, channel, monkeypatch):
     """Invalidations come from the server alone, and each circuit has one channel."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT))
-    received: list[Push] = []
-    line = breaker._state_storage._core.shared._subscription._listener.session.connection
-    hear = line._on_push
-    monkeypatch.setattr(line, "_on_push", lambda push: (received.append(push), hear(push)))
+    received = record_pushes(monkeypatch, listener_of(breaker).session.connection)
     for payload in (KEYS[0], FORGED["next generation"](now_ms())):
         forge(payload, channel=channel)
     forge(FORGED["next generation"](now_ms()))
@@ -237,7 +248,7 @@ class Fake:
         self.answers: list[Any] = []
         self.pushes: list[Push] = []
 
-    def ask(self, commands: list[Any]) -> list[Any]:
+    def query(self, commands: list[Any]) -> list[Any]:
         """What was written, and what arrives meanwhile."""
         for push in self.pushes:
             self.hear(push)
@@ -249,15 +260,14 @@ def overtaken(*pushes: Push) -> tuple[View, Session]:
     view, subscriber_table = View(PATIENT), SubscriberTable()
     subscriber_table.add_subscriber(view, KEYS, CHANNEL)
     session = Session(Fake, subscriber_table, set())  # type: ignore[arg-type]
-    session._keys_by_channel = {CHANNEL: KEYS}
-    session._channel_by_key = dict.fromkeys(KEYS, CHANNEL)
+    subscribe_session(session, KEYS, CHANNEL)
     line: Any = session.connection
     view.is_heard(True)
     view.store_answer(view.begin_read(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
     assert view.is_trusted
     line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0", b"2000"]]
     line.pushes = [*pushes]
-    session._poll(subscriber_table.snapshot())
+    poll_once(session)
     return view, session
 
 
@@ -265,16 +275,16 @@ def test_read_with_a_script_in_between_is_repeated_and_changes_nothing():
     """The commands of a batch are not one step, and this time the push says so."""
     view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
     assert view.cached == Circuit(OPEN, opened_at_ms=5000, generation=1)
-    assert session._changed == {CHANNEL}
+    assert changed_channels(session) == {CHANNEL}
     line: Any = session.connection
     line.answers[2] = [b"half-open", b"5"]
     line.pushes = []
-    session._reread_changed()
+    reread_changed(session)
     known = view.cached
     assert known is not None
     assert (known.generation, known.state) == (2, "half-open")
     assert view.is_trusted
-    assert session._changed == set()
+    assert changed_channels(session) == set()
 
 
 def test_calls_ask_from_a_push_until_the_circuit_was_read_in_ten_reads_a_second():
@@ -283,18 +293,18 @@ def test_calls_ask_from_a_push_until_the_circuit_was_read_in_ten_reads_a_second(
     view, session = overtaken()
     line: Any = session.connection
     line.answers[2:] = [[b"open", b"5"], [b"1", b"open", b"5000", b"", b"0", b"0", b"0"]]
-    session._poll(session._subscriber_table.snapshot())
+    poll_once(session)
     assert view.is_trusted
     believed = []
     for _ in range(3):
-        session._receive(push)
+        receive_push(session, push)
         believed.append(view.is_trusted)
-        session._reread_changed()
+        reread_changed(session)
         assert view.is_trusted
     assert believed == [False, True, True]
     time.sleep(SUSPENSION_INTERVAL_MIN_S)
-    session._reread_at = time.monotonic() + 60
-    session._receive(push)
+    delay_reread(session, 60)
+    receive_push(session, push)
     assert view.is_trusted, "the read does not follow at once"
 
 
@@ -306,7 +316,7 @@ def test_clock_that_no_server_shows_ends_the_line_and_changes_nothing(time_read)
     line: Any = session.connection
     line.answers = [time_read, [b"0"], [b"half-open", b"5"], line.answers[3]]
     with pytest.raises(UnusableReplyError, match="TIME"):
-        session._reread_changed()
+        reread_changed(session)
     assert (view.cached, view.clock_offset.known_bounds) == (known, learned)
 
 
@@ -330,9 +340,9 @@ def test_noise_mark_excuses_the_change_of_the_hash_that_it_made_and_no_other(key
     """Failures cost listeners no read; a mark, forged or not, hides no foreign writer."""
     view, session = overtaken()
     view.store_answer(view.begin_read(), Circuit(generation=1), 6500)
-    session._receive(Push([b"invalidate", [key.encode(), b"unknown"]]))
-    session._receive(Push([b"message", CHANNEL.encode(), pushed]))
-    assert bool(session._changed | session._maybe_changed) == is_read
+    receive_push(session, Push([b"invalidate", [key.encode(), b"unknown"]]))
+    receive_push(session, Push([b"message", CHANNEL.encode(), pushed]))
+    assert bool(changed_channels(session, certainly=False)) == is_read
 
 
 def test_circuit_that_calls_do_not_rely_on_is_not_read_again(client, other):
@@ -433,10 +443,10 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkey
     breaker = settled(breaker_on(client))
 
     def lose() -> None:
-        before = {line["id"] for line in lines(client)}
+        before = {line["id"] for line in listener_connections(client)}
         for line in before:
             client.client_kill_filter(_id=line)
-        wait_for(lambda: {line["id"] for line in lines(client)} - before, "a new line")
+        wait_for(lambda: {line["id"] for line in listener_connections(client)} - before, "a new line")
         settled(breaker)
 
     for _ in range(4):
@@ -454,10 +464,10 @@ def test_refusals_are_logged_once_a_minute_with_a_count(client, caplog, monkeypa
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(logger, "monotonic", lambda: clock.now)
     breaker = settled(breaker_on(client))
-    listener: Listener = breaker._state_storage._core.shared._subscription._listener
+    listener: Listener = listener_of(breaker)
     for seconds in (0, 1, 1, logger.REPEAT_WINDOW_S):
         clock.now += seconds
-        listener._is_refusal_logged = False  # A poll was answered in between.
+        forget_refusal(listener)
         listener.log_refused("NOPERM")
     first, last = caplog.messages
     assert first.endswith("every look at a circuit is a round trip")

@@ -20,6 +20,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListene
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
+from tests.support.inspect import lease_ms_of, storage_of
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -341,7 +342,7 @@ def test_copy_is_a_circuit_of_its_own(way: str, state: str, at: datetime | None)
     storage.opened_at = at
     twin = COPIES[way](storage)
     assert type(twin) is Named
-    assert (twin.owner, twin.name, twin._lease_ms) == ("shop", "memory", 7000)
+    assert (twin.owner, twin.name, lease_ms_of(twin)) == ("shop", "memory", 7000)
     assert (twin.state, twin.counter, twin.success_counter, twin.opened_at) == (state, 2, 1, at)
     storage.reset_counter()
     twin.increment_counter()
@@ -356,7 +357,7 @@ def test_copy_of_a_probed_circuit_can_be_probed(way: str) -> None:
     """The probe that is under way is the original's."""
     breaker = CircuitBreaker(reset_timeout=0, state_storage=CircuitMemoryStorage("open"))
     with breaker.calling():
-        twin = CircuitBreaker(reset_timeout=0, state_storage=COPIES[way](breaker._state_storage))
+        twin = CircuitBreaker(reset_timeout=0, state_storage=COPIES[way](storage_of(breaker)))
         assert twin.call(up) == up()
         assert twin.current_state == "closed"
         assert breaker.current_state == "half-open"

@@ -33,7 +33,7 @@ from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, Heard, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
-from tests.support.inspect import keepers, listeners
+from tests.support.inspect import core_of, listeners, lock_of, retry_threads, storage_of, timeout_of
 from tests.support.places import cluster_client, has_clusters
 from tests.support.round_trips import Meter
 from tests.support.servers import ONCE, FoundServer
@@ -105,7 +105,7 @@ class TestBreakers:
     def test_without_redis_the_circuit_is_this_process_s_own(self) -> None:
         """The same code runs on a laptop; what is about Redis is accepted, and changes nothing."""
         breakers = BreakerRegistry(timeout=0.5, max_staleness=0, probe_lease=7)
-        assert type(breakers.get("payments")._state_storage) is CircuitMemoryStorage
+        assert type(storage_of(breakers.get("payments"))) is CircuitMemoryStorage
 
     def test_nothing_is_sent_before_a_call(self) -> None:
         """Modules make breakers when they are imported, when Redis may not be there."""
@@ -139,7 +139,7 @@ class TestBreakers:
     def test_child_makes_breakers_though_the_lock_was_held(self) -> None:
         """The thread that held it has stayed behind."""
         breakers = BreakerRegistry()
-        with breakers._lock:
+        with lock_of(breakers):
             pid = os.fork()
             if pid == 0:
                 threading.Timer(10, os._exit, [1]).start()
@@ -230,7 +230,7 @@ class TestBreakers:
 
             monkeypatch.setattr(owner, name, closes)
             assert closed.wait(10)
-        wait_for(lambda: not keepers(), "nobody asks again")
+        wait_for(lambda: not retry_threads(), "nobody asks again")
         assert caplog.messages == []
 
     def test_names_that_are_members_of_an_enumeration_are_their_text(self, shared: Make) -> None:
@@ -269,9 +269,9 @@ class TestSettings:
     def test_settings_of_the_storage_reach_it(self, client: redis.Redis) -> None:
         """One dictionary of settings holds all there is to say about a circuit."""
         breakers = BreakerRegistry(client, timeout=5)
-        storage: Any = breakers.get("payments", max_staleness=3, cluster_mode=True)._state_storage
+        storage: Any = storage_of(breakers.get("payments", max_staleness=3, cluster_mode=True))
         assert isinstance(storage, CircuitRedisStorage)
-        assert (storage._timeout, storage._core.max_staleness) == (5, 3)
+        assert (timeout_of(storage), core_of(storage).max_staleness) == (5, 3)
         breakers["payments"].call(up)
         assert client.exists("{payments}:pybreaker:state")
 

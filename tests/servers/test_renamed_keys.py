@@ -21,6 +21,7 @@ from pybreaker_redis.registry.settings import STORAGE_DEFAULTS
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.clients import Prefixing
+from tests.support.inspect import core_of, selector_of
 from tests.support.wait import wait_for
 
 KEYS = circuit_keys("payments", needs_one_slot=False)
@@ -177,7 +178,7 @@ def test_writing_check_after_an_outage_writes_to_the_circuits_own_key(
     breaker = application(of(Scripts, "a:"))
     breaker.call(up)
     client.flushall()
-    breaker._state_storage._core.verify_writable()  # type: ignore[attr-defined]
+    core_of(breaker).verify_writable()
     assert client.get("a:payments:pybreaker:state") == b"closed"
     assert {bytes(name)[:2] for name in client.keys("*")} == {b"a:"}
 
@@ -333,5 +334,5 @@ def test_tenants_that_differ_by_base_namespace_have_circuits_of_their_own(server
             breaker.call({}.__getitem__, "missing")
     stored = {bytes(key).rpartition(b":")[0] for key in client.keys("*:state")}
     assert stored == {b"pay:shop:cb", b"buy:shop:cb", b"pay:pybreaker"}
-    assert storages[0]._core.shared._selector.channel == "pay:shop:cb:circuit@0"
+    assert selector_of(storages[0]).channel == "pay:shop:cb:circuit@0"
     assert Shop("closed", client).health().circuit == "shop:cb"

@@ -15,12 +15,11 @@ import pytest
 import redis
 
 from pybreaker_redis._redis.keys import channel_of, circuit_keys
-from pybreaker_redis._replica.connection import PushConnection
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.agreement import Two, health_of
 from tests.support.breakers import breaker_on, fails, up
 from tests.support.clients import PROTOCOLS
-from tests.support.inspect import lines, view_of
+from tests.support.inspect import disable_resp3, listener_connections, storage_of, view_of
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
@@ -139,7 +138,7 @@ class Service:
             assert health.mode == "lua"
             assert health.push == ("tracking" if self.protocol == 3 else "channel")
         with expected("a name in CLIENT LIST"):
-            assert lines(self.operator)
+            assert listener_connections(self.operator)
 
     def hears(self) -> None:
         """What others do."""
@@ -171,7 +170,7 @@ class Service:
             assert self.breaker.call(lambda: self.other.current_state) == "open"
             assert self.other.current_state == "closed"
         with expected("a success forgets failures"):
-            self.other._state_storage.increment_counter()
+            storage_of(self.other).increment_counter()
             self.wait(lambda: view_of(self.breaker).fast_path.quiet_admission is None, "noise")
             self.breaker.call(up)
             assert self.other.fail_counter == 0
@@ -181,7 +180,7 @@ class Service:
         with expected("another circuit comes and goes"):
             also = breaker_on(self.client, next(_names), max_staleness=STALENESS, timeout=2.0)
             also.call(up)
-            channel = channel_of(circuit_keys(also._state_storage.health().circuit, needs_one_slot=False), 0)
+            channel = channel_of(circuit_keys(storage_of(also).health().circuit, needs_one_slot=False), 0)
             subscribed = lambda: dict(self.operator.pubsub_numsub(channel))[channel.encode()]  # noqa: E731
             self.wait(subscribed, "it is listened to")
             del also
@@ -259,7 +258,7 @@ def test_none_of_the_rights_is_too_many(
     losses = []
     for protocol in PROTOCOLS:
         if protocol != max(PROTOCOLS):
-            monkeypatch.setattr(PushConnection, "_connect_resp3", lambda self, origin: None)
+            disable_resp3(monkeypatch)
         with (
             limited(every_server, words) as client,
             contextlib.closing(every_server.client()) as operator,

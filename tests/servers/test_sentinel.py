@@ -12,7 +12,7 @@ import redis.sentinel
 
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import breaker_on, fails, settled
-from tests.support.inspect import lines
+from tests.support.inspect import engine_of, listener_connections, locator_of
 from tests.support.outages import calls, health_of, is_back
 from tests.support.sentinel import Sentinels
 from tests.support.wait import wait_for
@@ -41,7 +41,7 @@ def test_planned_failover_is_followed_within_seconds(shop: Sentinels, report):
         wait_for(lambda: shop.master_port() != old, "they have decided", within=30)
         began = time.monotonic()
         spell = calls(breaker, 0.5, failing=0.2)
-        wait_for(lambda: lines(new), "this process listens to the new master")
+        wait_for(lambda: listener_connections(new), "this process listens to the new master")
         took = time.monotonic() - began
         wait_for(lambda: is_back(breaker), "the shared circuit")
         assert spell.unexpected == []
@@ -82,8 +82,8 @@ def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_serv
         client = shop.manager().master_for("shop")
         breaker = breaker_on(client, max_staleness=0, timeout=10)
         breaker.call(lambda: None)
-        asked = breaker._state_storage._core.shared._selector.current.client
-        whereabouts = breaker._state_storage._core._locator
+        asked = engine_of(breaker).client
+        whereabouts = locator_of(breaker)
         (idle,) = asked.connection_pool._available_connections
         for said in ("READONLY You can't write", "The previous master is now a slave"):
             asked.ping()

@@ -20,7 +20,6 @@ import redis
 
 from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._redis.keys import channel_of, circuit_keys
-from pybreaker_redis._replica import listener as listener_module
 from pybreaker_redis._replica.connection import PushConnection
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import (
@@ -35,7 +34,16 @@ from tests.support.breakers import (
     settled,
     up,
 )
-from tests.support.inspect import lines, view_of
+from tests.support.inspect import (
+    engine_of,
+    hang_sessions,
+    hold_listener_pauses,
+    listener_connections,
+    listener_for_endpoint,
+    reconnect_quietly,
+    storage_of,
+    view_of,
+)
 from tests.support.proxy import Proxy
 from tests.support.servers import counted
 from tests.support.wait import wait_for
@@ -188,11 +196,11 @@ def test_muted_push_is_bounded_by_the_poll(tracking, server, protocol):
 
 def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, other, client, monkeypatch):
     """CLIENT KILL, an output buffer that overflows, a proxy with a timeout."""
-    seen, rest = threading.Event(), listener_module.Listener._pause
-    monkeypatch.setattr(listener_module.Listener, "_pause", lambda self, seconds: seen.wait(10) and rest(self, seconds))
+    seen = threading.Event()
+    hold_listener_pauses(monkeypatch, seen)
     for _ in range(3):
         seen.clear()
-        before = {line["id"] for line in lines(client)}
+        before = {line["id"] for line in listener_connections(client)}
         assert before
         for line in before:
             client.client_kill_filter(_id=line)
@@ -200,7 +208,7 @@ def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, o
         other.open()
         assert seconds_until(told, "open") < PUSH, "it asks"
         seen.set()
-        wait_for(lambda before=before: {line["id"] for line in lines(client)} - before, "a new line")
+        wait_for(lambda before=before: {line["id"] for line in listener_connections(client)} - before, "a new line")
         other.close()
         seconds_until(told, "closed")
         settled(told)
@@ -215,7 +223,7 @@ def test_lost_line_ends_belief_at_once_however_long_it_might_have_lasted(server,
     """``max_staleness`` is for what nobody notices; this is noticed."""
     with contextlib.closing(server.client()) as own:
         breaker = settled(breaker_on(own, max_staleness=PATIENT))
-        for line in lines(client):
+        for line in listener_connections(client):
             client.client_kill_filter(_id=line["id"])
         other.open()
         assert seconds_until(breaker, "open") < PUSH
@@ -225,16 +233,15 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, cl
     """The new one is subscribed to nothing: without a look at the socket all would seem well."""
     replaced: list[PushConnection] = []
     ask = PushConnection.query
-    endpoint = endpoint_of(breaker._state_storage._core.shared._selector.current.client)
-    listener = listener_module._listeners.of(endpoint)
+    endpoint = endpoint_of(engine_of(breaker).client)
+    listener = listener_for_endpoint(endpoint)
 
     def replace_then_ask(line: PushConnection, commands: Any) -> Any:
         # Others may still listen, for storages of earlier tests.
         if not replaced and listener.session and line is listener.session.connection:
             replaced.append(line)
             # As redis-py does when it finds an error where we do not look.
-            line._push_connection.disconnect()
-            line._push_connection.connect()
+            reconnect_quietly(line)
         return ask(line, commands)
 
     monkeypatch.setattr(PushConnection, "query", replace_then_ask)
@@ -277,8 +284,7 @@ def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
         released.wait(10)
         raise ConnectionError("at last")
 
-    monkeypatch.setattr(Session, "_beat", stuck)
-    monkeypatch.setattr(Session, "_receive", lambda self, push: None)
+    hang_sessions(monkeypatch, stuck)
     other.open()
     try:
         assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
@@ -303,7 +309,7 @@ def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_serv
         newcomer = breaker_on(killable_server.client(), max_staleness=0, fail_max=1)
         # A failure of before the return is not everybody's yet.
         wait_for(lambda: fails(newcomer) or newcomer.current_state == "open", "the newcomer's trip")
-        wait_for(lambda: not newcomer._state_storage.health().is_own, "that is everybody's")
+        wait_for(lambda: not storage_of(newcomer).health().is_own, "that is everybody's")
         wait_for(lambda: breaker.current_state == "open", "the newcomer's trip is believed", within=20)
         newcomer.close()
         wait_for(lambda: breaker.current_state == "closed", "and its recovery", within=20)

@@ -24,6 +24,7 @@ from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing import BreakerClock, force_closed, force_open, in_memory, unique_prefix
 from tests.support.breakers import Down, Heard, down, fails, up
+from tests.support.inspect import lease_ms_of, storage_of
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -194,7 +195,7 @@ class TestClock:
         with BreakerClock() as clock:
             clock.advance(1000)
             fails(breaker)
-            assert breaker._state_storage.opened_at.tzname() == "UTC"
+            assert storage_of(breaker).opened_at.tzname() == "UTC"
             assert rejected(breaker)
             clock.advance(31)
             fails(breaker)
@@ -232,7 +233,7 @@ class TestClock:
         with pytest.raises(KeyError), clock:
             raise KeyError
         breaker.open()
-        assert breaker._state_storage.opened_at.tzname() == "UTC"
+        assert storage_of(breaker).opened_at.tzname() == "UTC"
         assert rejected(breaker)
         assert 4 < retry_after(breaker) <= 5
 
@@ -301,7 +302,7 @@ class TestInMemory:
                     "payments": "open",
                     "stock": "open",
                 }
-                assert stock._state_storage._lease_ms == 7000
+                assert lease_ms_of(stock) == 7000
         assert rejected(payments)
         assert not [key for key in client.keys("*") if key.startswith(b"stock")]
         # What was made meanwhile has the circuit that it should have.

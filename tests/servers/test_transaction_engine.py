@@ -26,7 +26,8 @@ from pybreaker_redis._redis.classify import ErrorKind, ScriptingUnavailableError
 from pybreaker_redis._redis.deadline import SEND_GRACE_S, deadline
 from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support.fleet import _start_fork_server
+from tests.support.fleet import start_fork_server
+from tests.support.inspect import core_of, engine_of, members_of, server_of
 from tests.support.servers import without_scripts
 from tests.support.wait import wait_for
 
@@ -69,7 +70,7 @@ def contend(server: PrivateServer, *what: str) -> list[Any]:
 
 def run(work: Callable[..., None], of_each: list[tuple[Any, ...]]) -> list[Any]:
     """One process for each of these arguments, all at once; their answers."""
-    _start_fork_server()
+    start_fork_server()
     lines, processes = [], []
     try:
         for arguments in of_each:
@@ -328,7 +329,7 @@ def test_contention_without_end_is_no_outage(
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
     caplog.clear()
-    engine = storage._core.shared._selector.current
+    engine = engine_of(storage)
     usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     for _ in range(3):
@@ -353,7 +354,7 @@ def test_call_that_contention_has_held_up_reports_without_asking_again(
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.5)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
-    engine = storage._core.shared._selector.current
+    engine = engine_of(storage)
     usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
@@ -379,7 +380,7 @@ def test_call_that_was_admitted_alone_is_counted_where_the_circuit_is_shared_aga
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.3)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
-    engine = storage._core.shared._selector.current
+    engine = engine_of(storage)
     usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
@@ -528,7 +529,7 @@ def test_circuit_that_is_left_while_scripts_are_missed_lives_there_again_when_it
     for _ in range(2):
         breaker.call(lambda: None)
     assert storage.health().mode == "optimistic"
-    assert storage._core in storage._core.server._members
+    assert core_of(storage) in members_of(server_of(storage))
 
 
 @pytest.mark.parametrize("step", ["execute_command", "execute"])

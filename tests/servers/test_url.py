@@ -23,6 +23,7 @@ from pybreaker_redis._redis.url import URL_TIMEOUT_S, client_source_from_url
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import up
 from tests.support.cluster import bus_port
+from tests.support.inspect import located_client, parse_url, seed_nodes
 from tests.support.records import fresh_namespace
 from tests.support.sentinel import Sentinels
 from tests.support.servers import FoundServer
@@ -200,9 +201,9 @@ def test_silent_nodes_of_a_cluster_keep_a_call_waiting_for_one_timeout(cluster: 
             assert time.monotonic() < began + 2.0 + 3.0
             assert storage.health().is_own == is_own
         # Whoever is silent now may be the one who is left later.
-        known = topology_of(storage._core._locator._client)
+        known = topology_of(located_client(storage))
         assert known
-        assert ("127.0.0.1", silent.getsockname()[1]) in known._seed_nodes
+        assert ("127.0.0.1", silent.getsockname()[1]) in seed_nodes(known)
 
 
 class TimeLimit(Exception):
@@ -222,7 +223,7 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 
     monkeypatch.setattr(redis.Connection, "connect", lambda self: None)
     monkeypatch.setattr(redis.Connection, "send_command", send_command)
-    place = url_module._parse("redis+cluster://127.0.0.1:1,127.0.0.1:2")
+    place = parse_url("redis+cluster://127.0.0.1:1,127.0.0.1:2")
     with deadline(1.0), pytest.raises(TimeLimit):
         url_module.answering_first(place)
     assert tried == [1]

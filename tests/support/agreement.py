@@ -17,6 +17,7 @@ import redis
 
 from pybreaker_redis import Health
 from tests.support.breakers import Down, breaker_on, down, fails, up
+from tests.support.inspect import storage_of
 from tests.support.wait import wait_for
 
 #: Seconds for which the two may go by what they know.
@@ -99,7 +100,7 @@ class Two:
 
 def health_of(breaker: pybreaker.CircuitBreaker) -> Health:
     """What the breaker's storage says of its Redis."""
-    health: Health = breaker._state_storage.health()
+    health: Health = storage_of(breaker).health()
     return health
 
 

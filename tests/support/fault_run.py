@@ -233,7 +233,7 @@ class Dependencies:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.down: dict[str, list[Spell]] = {name: [] for name in CIRCUITS}
-        self._since: dict[str, float] = {}
+        self.since: dict[str, float] = {}
         path.write_bytes(b"\1" * len(CIRCUITS))
         with path.open("r+b") as file:
             self._up = mmap.mmap(file.fileno(), 0)
@@ -241,10 +241,10 @@ class Dependencies:
     def set(self, circuit: str, *, up: bool) -> None:
         """Have a dependency go down or come up."""
         if not up:
-            self._since.setdefault(circuit, time.monotonic())
+            self.since.setdefault(circuit, time.monotonic())
         self._up[list(CIRCUITS).index(circuit)] = up
-        if up and circuit in self._since:
-            self.down[circuit].append((self._since.pop(circuit), time.monotonic()))
+        if up and circuit in self.since:
+            self.down[circuit].append((self.since.pop(circuit), time.monotonic()))
 
     def close(self) -> None:
         """Have all come up, and end."""
@@ -301,7 +301,7 @@ class Crew:
         seconds: float,
     ) -> None:
         self._results = [directory / f"worker-{number}.pickle" for number in range(processes)]
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[subprocess.Popen[bytes]] = []
         try:
             for number, result in enumerate(self._results):
                 words = {
@@ -316,10 +316,10 @@ class Crew:
                 command = [sys.executable, "-m", "tests.support.fault_run_worker", json.dumps(words)]
                 path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
                 environment = {**os.environ, "PYTHONPATH": path}
-                self._workers.append(
+                self.workers.append(
                     subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
                 )
-            for worker in self._workers:
+            for worker in self.workers:
                 assert worker.stdout
                 # A worker that fails or is killed by its alarm ends the line.
                 assert worker.stdout.readline() == b"ready\n", "a worker did not start; its error stands above"
@@ -329,21 +329,21 @@ class Crew:
 
     def check(self) -> None:
         """Raise an error if a worker has ended."""
-        ended = [worker.returncode for worker in self._workers if worker.poll() is not None]
+        ended = [worker.returncode for worker in self.workers if worker.poll() is not None]
         assert not ended, f"workers ended early, exit codes {ended}"
 
     def finish(self) -> list[dict[str, Any]]:
         """End all workers; return what each saw."""
-        for worker in self._workers:
+        for worker in self.workers:
             assert worker.stdin
             worker.stdin.close()
-        codes = [worker.wait(PATIENCE) for worker in self._workers]
+        codes = [worker.wait(PATIENCE) for worker in self.workers]
         assert not any(codes), f"workers failed, exit codes {codes}; their errors stand above"
         return [pickle.loads(result.read_bytes()) for result in self._results]
 
     def close(self) -> None:
         """Kill those that are left."""
-        for worker in self._workers:
+        for worker in self.workers:
             worker.kill()
             worker.wait()
             for pipe in (worker.stdin, worker.stdout):

@@ -35,6 +35,7 @@ from tests.support.clock import waited
 from tests.support.fault_run import CIRCUITS
 from tests.support.faults import USER
 from tests.support.history import HALF_OPEN, SAME, Limits
+from tests.support.inspect import local_generation, state_name_of
 from tests.support.places import LIBRARY, PREFIX
 
 #: Seconds within which this process must be ready.
@@ -164,7 +165,7 @@ class Slot:
 
         def dependency() -> None:
             seen["reached"] = time.monotonic()
-            seen["admitted"] = breaker._state.name
+            seen["admitted"] = state_name_of(breaker)
             is_up = self._up[list(CIRCUITS).index(circuit)]
             if seen["admitted"] == HALF_OPEN:
                 seen["own"] = _own(storage)
@@ -210,7 +211,7 @@ def _own(storage: CircuitRedisStorage) -> tuple[bool, float, int]:
     """Return whether this process uses its local circuit, since when Redis has been as it is, and which one it is."""
     health = storage.health()
     since = 0.0 if health.since is None else health.since.timestamp() - time.time() + time.monotonic()
-    return health.is_own, since, storage._core.own._begun.generation
+    return health.is_own, since, local_generation(storage)
 
 
 def _throughout(first: tuple[bool, float, int], last: tuple[bool, float, int]) -> bool | None:

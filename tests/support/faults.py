@@ -173,18 +173,15 @@ def _loading(site: Site) -> Iterator[None]:
     site.administrator.save()
     site.server.stop()
     slow = ("--key-load-delay", "10000", "--loading-process-events-interval-bytes", "1024")
-    usual, site.server._args = site.server._args, (*site.server._args, *slow)
-    # It is started as always, but not waited for.
-    site.server._answers = lambda: True  # type: ignore[method-assign]
+    usual, site.server.args = site.server.args, (*site.server.args, *slow)
     try:
-        site.server.start()
+        site.server.start(wait=False)
         wait_for(lambda: _refuses(site, "LOADING"), "the server loads")
         yield
         site.administrator.config_set("key-load-delay", 0)
         wait_for(lambda: not _refuses(site, "LOADING"), "the server has loaded")
     finally:
-        del site.server._answers
-        site.server._args = usual
+        site.server.args = usual
     site.permit("+@all")
     site.administrator.delete(*names)
 

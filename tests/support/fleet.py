@@ -209,13 +209,14 @@ class Worker:
         """Note begin and end of a call that reached the dependency, for all processes to see."""
         self._reached += 1
         call = f"{self.index}:{self._reached}"
-        self._note(call, "begin")
+        self.note(call, "begin")
         try:
             yield
         finally:
-            self._note(call, "end")
+            self.note(call, "end")
 
-    def _note(self, call: str, what: str) -> None:
+    def note(self, call: str, what: str) -> None:
+        """Record that a call reached the dependency or left it."""
         # One write of one short line to a file opened for appending is atomic.
         line = json.dumps([call, self.index, what, time.monotonic()]) + "\n"
         os.write(self._log, line.encode())
@@ -355,9 +356,9 @@ def recover(worker: Worker, at: float, *, threads: int, seconds: float, patience
 
     def dependency() -> None:
         call = f"{worker.index}:{threading.get_ident()}:{time.monotonic_ns()}"
-        worker._note(call, "begin")
+        worker.note(call, "begin")
         time.sleep(seconds)
-        worker._note(call, "end")
+        worker.note(call, "end")
 
     def request(breaker: pybreaker.CircuitBreaker) -> None:
         with contextlib.suppress(pybreaker.CircuitBreakerError):
@@ -455,19 +456,19 @@ class Puppet:
     def __init__(self, index: int, spec: Spec) -> None:
         self.index = index
         self.spec = spec
-        self._line, far = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(index, spec, far), daemon=True)
-        self._process.start()
+        self.line, far = _context.Pipe()
+        self.process = _context.Process(target=_serve, args=(index, spec, far), daemon=True)
+        self.process.start()
         far.close()
         self._said: list[str] = []
 
     def begin(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Let it do `function`, and do not wait."""
-        self._line.send(("do", (function, args, kwargs)))
+        self.line.send(("do", (function, args, kwargs)))
 
     def arm(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Let it stand ready to do `function` at the instant that `release` names."""
-        self._line.send(("arm", (function, args, kwargs)))
+        self.line.send(("arm", (function, args, kwargs)))
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let it do `function`; its result."""
@@ -476,7 +477,7 @@ class Puppet:
 
     def release(self, value: Any) -> None:
         """Answer a worker that waits in `Worker.hear`."""
-        self._line.send(("release", value))
+        self.line.send(("release", value))
 
     def wait_for(self, word: str, within: float = DEADLINE) -> None:
         """Wait until it has said `word`."""
@@ -503,31 +504,31 @@ class Puppet:
             self._said.append(value)
 
     def _receive(self, until: float, what: str) -> tuple[str, Any]:
-        if not self._line.poll(max(0.0, until - time.monotonic())):
+        if not self.line.poll(max(0.0, until - time.monotonic())):
             raise WorkerFailed(f"worker {self.index} did not {what} in time")
         try:
-            kind, value = self._line.recv()
+            kind, value = self.line.recv()
         except (EOFError, ConnectionResetError) as exc:
-            self._process.join(1)
-            raise WorkerFailed(f"worker {self.index} died, exit code {self._process.exitcode}") from exc
+            self.process.join(1)
+            raise WorkerFailed(f"worker {self.index} died, exit code {self.process.exitcode}") from exc
         if kind == "error":
             raise WorkerFailed(f"worker {self.index} raised:\n{value}")
         return kind, value
 
     def kill(self) -> float:
         """SIGKILL it; the monotonic time at which it was dead."""
-        self._process.kill()
-        self._process.join(DEADLINE)
+        self.process.kill()
+        self.process.join(DEADLINE)
         return time.monotonic()
 
     def stop(self, until: float) -> None:
         """Let it go until a monotonic time, then make it."""
-        self._line.close()
-        self._process.join(max(0.0, until - time.monotonic()))
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join(DEADLINE)
-        self._process.close()
+        self.line.close()
+        self.process.join(max(0.0, until - time.monotonic()))
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join(DEADLINE)
+        self.process.close()
 
 
 class Fleet:
@@ -538,7 +539,7 @@ class Fleet:
         self.workers: list[Puppet] = []
 
     def __enter__(self) -> Fleet:  # typing.Self is new in 3.11
-        _start_fork_server()
+        start_fork_server()
         try:
             self.workers += [Puppet(index, spec) for index, spec in enumerate(self.specs)]
             for worker in self.workers:
@@ -551,7 +552,7 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             with contextlib.suppress(OSError):
-                worker._line.send(("stop", None))
+                worker.line.send(("stop", None))
         until = time.monotonic() + PATIENCE
         for worker in self.workers:
             worker.stop(until)
@@ -635,7 +636,8 @@ def wait_until(at: float) -> None:
     time.sleep(max(0.0, at - time.monotonic()))
 
 
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
+    """Start the process that forks workers."""
     # The fork server gets its modules from PYTHONPATH alone: Python up to 3.13 does not hand it sys.path.
     with _starting:
         before = os.environ.get("PYTHONPATH")

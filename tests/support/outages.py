@@ -13,6 +13,7 @@ import pybreaker
 from pybreaker_redis import Health
 from tests.support.breakers import Down, up
 from tests.support.clock import Stopwatch
+from tests.support.inspect import storage_of
 
 #: A call that takes longer than this has waited for something, seconds.
 WAITED = 0.1
@@ -75,7 +76,7 @@ def calls(breaker: pybreaker.CircuitBreaker, seconds: float, *, failing: float) 
 
 def health_of(breaker: pybreaker.CircuitBreaker) -> Health:
     """What the breaker's storage says of its Redis."""
-    health: Health = breaker._state_storage.health()
+    health: Health = storage_of(breaker).health()
     return health
 
 

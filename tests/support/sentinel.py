@@ -16,6 +16,13 @@ from tests.support.servers import ONCE
 from tests.support.wait import wait_for
 
 
+class _Sentinel(PrivateServer):
+    """A Sentinel, which takes a configuration file in place of arguments."""
+
+    def _arguments(self) -> list[str]:
+        return [str(self.directory / "sentinel.conf"), "--sentinel"]
+
+
 class Sentinels:
     """A master, and Sentinels that know it.
 
@@ -32,7 +39,7 @@ class Sentinels:
         self.sentinels = []
         for _ in range(count):
             port = free_port()
-            made = PrivateServer(binary, port=port)
+            made = _Sentinel(binary, port=port)
             configuration = made.directory / "sentinel.conf"
             configuration.write_text(
                 f"port {port}\nbind 127.0.0.1\nunixsocket {made.unix_socket}\ndir {made.directory}\n"
@@ -40,7 +47,6 @@ class Sentinels:
                 f"sentinel down-after-milliseconds shop {down_after * 1000:.0f}\n"
                 "sentinel failover-timeout shop 3000\n"
             )
-            made._arguments = lambda path=configuration: [str(path), "--sentinel"]  # type: ignore[method-assign]
             self.sentinels.append(self.stack.enter_context(made))
 
     def manager(self, **words: Any) -> redis.sentinel.Sentinel:

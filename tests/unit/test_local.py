@@ -24,6 +24,7 @@ from pybreaker_redis._model.intents import (
     Trip,
 )
 from tests.support.clock import Clock
+from tests.support.inspect import lock_of
 
 LEASE_MS = 30_000
 
@@ -737,10 +738,10 @@ def test_child_goes_on_though_the_lock_was_held(clock: Clock) -> None:
     """It is alone as its parent was, and not for ever in a wait for a thread that was left behind."""
     process = Process(clock, KNOWN[CLOSED])
     process.open()
-    with process.own._lock:
+    with lock_of(process.own):
         pid = os.fork()
         if pid == 0:
-            free = process.own._lock.acquire(timeout=1)
-            process.own._lock.release()
+            free = lock_of(process.own).acquire(timeout=1)
+            lock_of(process.own).release()
             os._exit(0 if free and process.ask().state == OPEN else 1)
     assert os.waitpid(pid, 0)[1] == 0

@@ -14,13 +14,13 @@ import redis.sentinel
 from pybreaker_redis import CircuitRedisStorage, _log
 from pybreaker_redis._redis.classify import MissingFeature
 from pybreaker_redis._redis.pool import Credentials
-from pybreaker_redis._runtime import redaction
 from pybreaker_redis._runtime.redaction import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
 from pybreaker_redis._servers.availability import Availability
 from pybreaker_redis._servers.server import server_for
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import free_port
 from tests.support.breakers import up
+from tests.support.inspect import count_secrets, replace_secrets
 from tests.support.servers import ONCE
 
 SECRET = "hunter2-hunter2"
@@ -29,8 +29,7 @@ SECRET = "hunter2-hunter2"
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is remembered from other tests."""
-    monkeypatch.setattr(redaction, "_patterns_of_secrets", {})
-    return
+    replace_secrets(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def test_secrets_that_are_replaced_often_are_forgotten() -> None:
     """Tokens of a quarter of an hour are no memory leak."""
     for number in range(SECRETS_MAX + 50):
         register_secret(f"token-number-{number}")
-    assert len(redaction._patterns_of_secrets) == SECRETS_MAX
+    assert count_secrets() == SECRETS_MAX
     assert mask_text("token-number-149 token-number-0") == "*** token-number-0"
 
 

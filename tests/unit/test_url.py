@@ -14,6 +14,7 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._redis import url as url_module
 from pybreaker_redis._redis.endpoint import command_wait_limit
 from pybreaker_redis._redis.url import URL_SCHEMES, URL_TIMEOUT_S, client_source_from_url, mask_url
+from tests.support.inspect import clients_by_url
 
 has_cluster = pytest.mark.skipif(url_module.cluster_library() is None, reason="no library for clusters is installed")
 
@@ -80,7 +81,7 @@ def test_circuits_of_one_url_share_a_client_as_long_as_one_of_them_lives() -> No
     assert client_source_from_url(f"{url}/1")() is not first
     del first
     gc.collect()
-    assert url not in url_module._clients
+    assert url not in clients_by_url()
 
 
 def test_storage_of_a_url_takes_all_other_words() -> None:

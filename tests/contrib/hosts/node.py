@@ -33,7 +33,7 @@ class Node:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 # The kernel kills it if the test process dies.
-                [sys.executable, "-I", "-S", "-c", servers._PARENT_DEATH_LAUNCHER, str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", "-c", servers.PARENT_DEATH_LAUNCHER, str(os.getpid()), *command],
                 cwd=ROOT,
                 env={**os.environ, **environment, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
