@@ -14,7 +14,7 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis.registry import settings
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support import places, servers
+from tests.support import places, selection, servers
 from tests.support.clients import PROTOCOLS
 from tests.support.faults import Site, site_of
 from tests.support.fleet import Fleet, Make, Shared, Spec, Visits
@@ -37,22 +37,32 @@ from tests.support.wait import wait_for
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and the summary; workers of pytest-xdist print none."""
-    config.addinivalue_line("markers", "slow: takes several seconds because what it promises is about seconds")
+    config.addinivalue_line("markers", "slow: takes several seconds because its promise is about seconds; see --full")
+    config.addinivalue_line("markers", "full: runs with --full only")
+    config.addinivalue_line("markers", "sample: runs without --full although it is slow")
+    selection.is_full = config.option.full
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Summary(places.client_name()), "summary")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--full``."""
+    parser.addoption("--full", action="store_true", help="run also every other server, client, fleet and fault")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A fleet is many processes, and what it shows takes its time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests of fleets as slow, and leave to ``--full`` what the default does not run."""
     for item in items:
         if "fleet_of" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
+    selection.select(config, items)
 
 
-def pytest_report_header() -> list[str]:
-    """Say which servers there are before anything runs."""
-    return servers.summary()
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Return the servers that the tests run on, and what is left out."""
+    extent = [] if config.option.full else ["tests: without --full a sample of servers, clients, fleets and faults"]
+    return [*servers.summary(), *extent]
 
 
 @pytest.fixture

@@ -132,6 +132,7 @@ def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
 
 
 @needs_proc
+@pytest.mark.full
 def test_killed_demo_takes_its_processes_along(demo: Demo):
     """No exit handler runs on SIGKILL, and still neither the server nor a worker stays behind."""
     running = demo.start("--seconds", "60")
@@ -145,6 +146,7 @@ def test_killed_demo_takes_its_processes_along(demo: Demo):
 
 @needs_proc
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.full
 def test_interrupted_demo_ends_in_good_order(demo: Demo, number: signal.Signals):
     """Ctrl-C, or a supervisor, ends the demo without a stack trace and without anything left."""
     running = demo.start("--seconds", "60")
@@ -179,6 +181,7 @@ def wait_for_first_act(running: subprocess.Popen[str]) -> None:
 
 
 @needs_proc
+@pytest.mark.full
 def test_demo_on_a_terminal_shows_a_live_table(demo: Demo):
     """A person at a terminal sees a table that changes; the summary follows it."""
     code, output = on_terminal(demo, "--seconds", "2")
@@ -294,6 +297,7 @@ def test_demo_on_the_server_that_is_named_leaves_no_keys(
 
 
 @pytest.mark.usefixtures("in_process", "preferred")
+@pytest.mark.full
 def test_worker_that_never_sees_the_trip_breaks_the_promise(
     acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -362,6 +366,7 @@ CircuitRedisStorage.increment_counter = increment_counter
 
 
 @pytest.mark.usefixtures("in_process", "preferred")
+@pytest.mark.full
 def test_error_that_reaches_a_caller_breaks_the_promise(acts, workers_begin_with, capsys: pytest.CaptureFixture[str]):
     """Callers are ready for the errors of their dependency and for the breaker's; those of Redis are none of them."""
     workers_begin_with(LEAKING)
@@ -372,6 +377,7 @@ def test_error_that_reaches_a_caller_breaks_the_promise(acts, workers_begin_with
 
 
 @pytest.mark.usefixtures("in_process", "preferred")
+@pytest.mark.full
 def test_circuit_that_is_not_open_in_the_server_breaks_the_promise(
     acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -45,7 +45,7 @@ def test_32_processes_with_1000_failures_each_count_32000(fleet_of, shared):
     assert shared.state == "closed"
 
 
-@pytest.mark.parametrize("workers", [16, 32])
+@pytest.mark.parametrize("workers", [pytest.param(16, marks=pytest.mark.sample), 32])
 def test_simultaneous_failures_make_one_trip(make, promised, fleet_of, shared, workers):
     """One outage is one transition: of the calls that fail together, one opens the circuit."""
     with fleet_of(workers) as fleet:

@@ -14,6 +14,7 @@ from tests.support import soak as soaks
 from tests.support.fleet import call, calls, flood, held_call, most_at_once, read_state, recover, trip, wait_until
 
 
+@pytest.mark.sample
 def test_burst_at_end_of_reset_timeout_executes_one_call(promised, fleet_of):
     """However many processes wait for ``reset_timeout``, one call is let through; the others fail at once."""
     with fleet_of(32, reset_timeout=1.0) as fleet:

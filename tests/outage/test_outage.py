@@ -34,14 +34,29 @@ TIMEOUT = 0.25
 SLACK = 0.05
 
 
-every_fault = pytest.mark.parametrize("fault", FAULTS, ids=str)
+def every_fault(*sample: str) -> pytest.MarkDecorator:
+    """Return the parameters of a test with every fault, of which a run without ``--full`` has only some.
+
+    Args:
+        sample: Names of faults that run without ``--full``.
+    """
+    marks = dict.fromkeys(sample, pytest.mark.sample)
+    return pytest.mark.parametrize(
+        "fault", [pytest.param(each, marks=marks.get(each.name, ())) for each in FAULTS], ids=str
+    )
+
+
+#: One fault of each kind: gone, silent, refusing, forbidden, damaged, flickering, loading.
+ONE_OF_EACH = (
+    *("killed", "frozen", "out of memory", "may not write", "half-written", "connections killed", "loading"),
+)
 
 
 # -- every fault -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@every_fault
+@every_fault(*ONE_OF_EACH)
 def test_no_fault_reaches_a_call_and_one_call_waits_at_most(site: Site, fault: Fault, caplog):
     """P6: no error, one bounded wait, then as fast as ever; two lines in the log; and it is well again afterwards.
 
@@ -83,7 +98,7 @@ SOME = [fault for fault in FAULTS if fault.name in ("killed, empty", "frozen", "
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fallback", "fault"),
-    [("closed", fault) for fault in FAULTS]
+    [pytest.param("closed", fault, marks=pytest.mark.sample if fault.name == "killed" else ()) for fault in FAULTS]
     + [(fallback, fault) for fallback in ("open", "half-open", "last") for fault in SOME],
     ids=str,
 )
@@ -106,7 +121,7 @@ def test_dead_dependency_is_spared_through_every_fault(site: Site, fallback: str
 
 
 @pytest.mark.slow
-@every_fault
+@every_fault("killed", "out of memory")
 def test_open_circuit_stays_open_through_every_fault(site: Site, fault: Fault):
     """Nothing is announced and nothing let through, however long it lasts, whatever is lost."""
     heard: list[str] = []
@@ -385,6 +400,7 @@ def test_connections_end_with_the_last_storage(site: Site, nobody_listens):
     wait_for(are_gone, "nobody is connected any more")
 
 
+@pytest.mark.full
 def test_100_outages_leave_no_connection_behind(site: Site):
     """What failed is closed, not kept."""
     breaker = settled(breaker_on(site.client()))
@@ -512,6 +528,7 @@ def test_log_records_carry_what_they_say(site: Site, caplog):
 # -- a server that can be read -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_fleets_view_is_kept_where_nothing_can_be_written(preferred):
     """Whose Redis is a replica goes by what the others do, protects itself besides, and never asks again and again."""
     with contextlib.ExitStack() as stack:

@@ -271,8 +271,12 @@ def by_hand(breaker: pybreaker.CircuitBreaker) -> None:
 
 @pytest.mark.parametrize(
     "ask",
-    [lambda breaker: breaker.fail_counter, lambda breaker: breaker.success_counter, by_hand, retry_after],
-    ids=["failures", "successes", "by hand", "retry_after"],
+    [
+        pytest.param(lambda breaker: breaker.fail_counter, id="failures"),
+        pytest.param(lambda breaker: breaker.success_counter, id="successes", marks=pytest.mark.full),
+        pytest.param(by_hand, id="by hand", marks=pytest.mark.full),
+        pytest.param(retry_after, id="retry_after", marks=pytest.mark.full),
+    ],
 )
 def test_what_belongs_to_no_call_has_each_time_a_timeout_of_its_own(site: Site, ask: Callable[[Any], object]):
     """A thread that reads a counter every second would take Redis for away some day, having waited long in all."""

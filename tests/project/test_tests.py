@@ -5,8 +5,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from tests.support import selection, servers
+from tests.support.engines import EngineCase
+from tests.support.servers import FoundServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,3 +104,27 @@ class Made:
         made.__class__, made._ = 1, 2
 """
     assert sorted(used for _, used in private_uses(ast.parse(source))) == ["_inner", "_parse", "_patched", "_x"]
+
+
+def item(*markers: str, **parameters: Any) -> Any:
+    """Return a test with these markers and parameters."""
+    callspec = {"callspec": SimpleNamespace(params=parameters)} if parameters else {}
+    return SimpleNamespace(get_closest_marker=lambda name: name in markers or None, **callspec)
+
+
+@pytest.mark.parametrize("markers", [("slow",), ("full",), ("slow", "full")])
+def test_slow_tests_run_with_full_only_but_for_samples(markers: tuple[str, ...]) -> None:
+    """The README's command gives an answer within minutes, with an example of each kind of fault."""
+    assert not selection.is_left_out(item())
+    assert selection.is_left_out(item(*markers))
+    assert not selection.is_left_out(item(*markers, "sample"))
+
+
+def test_tests_run_on_one_server_without_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preferred one, in whatever form a test has it as a parameter."""
+    first, other = (FoundServer(f"/nowhere/{name}", "made up", "Redis", "9.9.9") for name in ("first", "other"))
+    monkeypatch.setattr(servers, "at_hand", lambda: (first, other))
+    for found, is_left_out in ((first, False), (other, True)):
+        engine = EngineCase("engine", lambda take: None, found=found)  # type: ignore[arg-type,return-value]
+        for value in (found, found.binary, ("Cluster", found), (found, {"decoded": True}), engine):
+            assert selection.is_left_out(item("sample", value=value)) is is_left_out

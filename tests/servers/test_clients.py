@@ -27,6 +27,7 @@ from tests.support.agreement import Two, health_of, said_of
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import KINDS
 from tests.support.inspect import server_of
+from tests.support.selection import but_for
 from tests.support.servers import ONCE, no_server
 from tests.support.tls import HOST, Secured, secured
 from tests.support.wait import wait_for
@@ -101,8 +102,11 @@ def full_service(server: PrivateServer, client: Any, namespace: str, **another_w
 #: Kinds that differ in what they do with connections; the others differ in what they are called, or how they wait.
 DIFFERENT = [kind for kind in KINDS if kind not in ("tcp", "url", "patient", "named", "strict")]
 
+#: Kinds that stand for the others in a run without ``--full``.
+SAMPLE = ("decoding", "resp2", "unix", "valkey")
 
-@pytest.mark.parametrize("kind", DIFFERENT)
+
+@pytest.mark.parametrize("kind", but_for(SAMPLE, DIFFERENT))
 def test_every_kind_of_client_gives_full_service(reached: PrivateServer, kind: str) -> None:
     """Trip, probe, recovery, foreign writers, push, outage and return."""
     reached.start()
@@ -162,7 +166,7 @@ SECURE: dict[str, Callable[[Secured], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SECURE)
+@pytest.mark.parametrize("kind", but_for(("url",), SECURE))
 @pytest.mark.parametrize("tls", servers.at_hand()[:1] or [None], ids=str, indirect=True)
 def test_tls_gives_full_service(tls: Secured, kind: str) -> None:
     """Certificates of both sides, and all the rest."""
@@ -235,6 +239,7 @@ def test_handshake_that_nobody_answers_is_waited_for_no_longer_than_the_timeout(
 
 
 @pytest.mark.skipif(EXTENDED, reason="this is the process with them")
+@pytest.mark.full
 def test_clients_with_their_optional_parts_give_full_service() -> None:
     """The same tests in a process that sees hiredis, libvalkey and lupa."""
     missing = [name for name in EXTENSIONS if not _is_installed(name)]

@@ -153,6 +153,7 @@ def test_circuit_lives_in_a_cluster_as_anywhere_else(every_cluster: Nodes, timeo
 _PROTOCOL_3 = int(redis.__version__.split(".")[0]) >= 5
 
 
+@pytest.mark.full
 def test_foreign_writer_is_noticed_in_a_cluster(every_cluster: Nodes):
     """An operator with redis-cli opens the circuit of all."""
     nodes = emptied(every_cluster)
@@ -163,6 +164,7 @@ def test_foreign_writer_is_noticed_in_a_cluster(every_cluster: Nodes):
     assert took < 0.5 + 1.0
 
 
+@pytest.mark.full
 def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
     """A node passes on what is published at any other, whatever the rights of the publisher."""
     nodes = emptied(every_cluster)
@@ -178,6 +180,7 @@ def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
     assert view_of(one).cached.generation == known.generation + 1
 
 
+@pytest.mark.full
 def test_tag_of_a_namespace_is_respected(cluster: Nodes):
     """Whoever has put keys of an application into one slot finds the circuit there, and stock workers do, too."""
     breaker = breaker_on(client_of(cluster), "{shop}:payments")
@@ -187,6 +190,7 @@ def test_tag_of_a_namespace_is_respected(cluster: Nodes):
     assert stock.state == "open"
 
 
+@pytest.mark.full
 def test_circuits_of_all_nodes_are_kept_true_by_one_process(cluster: Nodes):
     """One thread and one line for each node, and one poll for all circuits there, whatever their slots."""
     client = client_of(cluster)
@@ -212,6 +216,7 @@ def has_moved(tenancy: Any) -> bool:
 # -- it moves ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_planned_failover_costs_a_call_a_round_trip(cluster: Nodes, caplog):
     """The old primary says who has taken over; there is nothing to wait for, and nothing to say."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
@@ -250,6 +255,7 @@ def test_killed_primary_is_replaced_without_an_error(cluster: Nodes, caplog, rep
     assert "its circuits live on other nodes of the cluster" in moved
 
 
+@pytest.mark.full
 def test_dead_primary_keeps_no_circuit_of_another_away(cluster: Nodes):
     """A third of the slots is out of reach; the others' circuits go on being shared."""
     client = client_of(cluster)
@@ -292,6 +298,7 @@ def test_slot_that_moves_takes_its_circuit_along(every_cluster: Nodes, caplog):
     assert len([line for line in lines_of(caplog) if "no usable answer" in line]) <= 2
 
 
+@pytest.mark.full
 def test_stuck_slot_makes_nobody_look_for_its_node(cluster: Nodes, monkeypatch):
     """The node that answers says where the circuit lies; to ask silent ones ten times a second makes callers wait."""
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, fail_max=10**6))
@@ -303,6 +310,7 @@ def test_stuck_slot_makes_nobody_look_for_its_node(cluster: Nodes, monkeypatch):
     assert looked == []
 
 
+@pytest.mark.full
 def test_open_circuit_survives_every_move(cluster: Nodes):
     """Failover and reshard: nothing is let through, and the opening time is the same."""
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, reset_timeout=60))
@@ -317,6 +325,7 @@ def test_open_circuit_survives_every_move(cluster: Nodes):
     assert (lies(cluster), lies(cluster, "opened_at")) == (b"open", opened_at)
 
 
+@pytest.mark.full
 def test_slot_that_nobody_serves_is_one_circuits_own_trouble(cluster: Nodes, caplog):
     """Where a cluster goes on without some of its slots, the others' circuits go on being shared."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
@@ -346,6 +355,7 @@ def test_slot_that_nobody_serves_is_one_circuits_own_trouble(cluster: Nodes, cap
     assert not any("is away" in line for line in said)
 
 
+@pytest.mark.full
 def test_node_that_was_taken_out_of_the_cluster_is_left(cluster: Nodes):
     """It answers, and knows of nobody any more who serves a slot; the others do."""
     breaker = breaker_on(client_of(cluster), NAMESPACE, max_staleness=0)
@@ -366,6 +376,7 @@ def test_node_that_was_taken_out_of_the_cluster_is_left(cluster: Nodes):
         cluster.wait_until_whole()
 
 
+@pytest.mark.full
 def test_callers_take_turns_where_no_thread_may_be_started(cluster: Nodes, monkeypatch):
     """Under uWSGI without threads: whose turn it is to ask finds out who has taken over, too."""
     breaker = breaker_on(client_of(cluster), NAMESPACE, fail_max=3, reset_timeout=60, max_staleness=0)
@@ -385,6 +396,7 @@ def test_callers_take_turns_where_no_thread_may_be_started(cluster: Nodes, monke
     assert lies(cluster) == b"open"
 
 
+@pytest.mark.full
 def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(cluster: Nodes, caplog):
     """Somebody else has taken the circuit there while it waited: the other circuits there go on being shared."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
@@ -404,6 +416,7 @@ def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(clust
     assert lines_of(caplog) == said
 
 
+@pytest.mark.full
 def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: Nodes, monkeypatch):
     """One thread has begun to listen to the old node while another was told of the move."""
     breaker = breaker_on(client_of(cluster), NAMESPACE)
@@ -429,6 +442,7 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
     settled(breaker)
 
 
+@pytest.mark.full
 def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster: Nodes):
     """Its listener may have been forked in the middle of anything, its lock held for ever."""
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE))
@@ -441,6 +455,7 @@ def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster
         assert not leaves.is_alive()
 
 
+@pytest.mark.full
 def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, caplog):
     """Whoever is sent there goes on by himself, and somebody asks there again."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
@@ -467,6 +482,7 @@ def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, ca
 
 
 @pytest.mark.parametrize("cluster_mode", [True, False])
+@pytest.mark.full
 def test_plain_client_of_one_node_finds_the_others(cluster: Nodes, cluster_mode: bool):
     """An endpoint for configuration is a node: its redirections are followed, and keys that it refuses get a tag."""
     wrong = next(node for node in cluster.all[:3] if node is not cluster.primary_of(SLOT) and node.port)
@@ -525,6 +541,7 @@ def test_nobody_knows_who_serves_a_slot():
         known(("127.0.0.1", 1)).primary_of(17)
 
 
+@pytest.mark.full
 def test_nodes_that_do_not_answer_are_passed_over(cluster: Nodes):
     """Whoever failed is asked last; the others say who serves what, and who else there is."""
     dead, living = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[4].port)
@@ -534,6 +551,7 @@ def test_nodes_that_do_not_answer_are_passed_over(cluster: Nodes):
     assert known_nodes(found) == {("127.0.0.1", node.port) for node in cluster.all}
 
 
+@pytest.mark.full
 def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatch):
     """New ones may come with new addresses, year after year; the ones to begin with may be names that stay."""
     gone, first = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[0].port)
@@ -553,6 +571,7 @@ def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatc
     assert asked[-2:] == [gone, first]
 
 
+@pytest.mark.full
 def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(cluster: Nodes):
     """Else each of hundreds would ask for itself when their node has gone."""
     client = redis.Redis(port=cluster.all[0].port, **ONCE)
@@ -565,6 +584,7 @@ def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(clust
     assert len({id(topology_of_locator(whereabouts)) for whereabouts in clusters}) == 1
 
 
+@pytest.mark.full
 def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch):
     """Hundreds of circuits are looked for at the same moment."""
     monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
@@ -576,6 +596,7 @@ def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch)
     assert len(asked) == 1
 
 
+@pytest.mark.full
 def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes, monkeypatch):
     """Hundreds of circuits of one node are looked for one after the other; whoever answers needs some time, too."""
     monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
@@ -697,6 +718,7 @@ def test_client_that_leads_nowhere_else_is_not_followed(tmp_path):
         assert not locator.relocate(moved(said), client)
 
 
+@pytest.mark.full
 def test_node_knows_best_what_it_does_not_serve(cluster: Nodes):
     """The others may name it for a while; a client of one node alone has nobody else to ask."""
     error = redis.ResponseError("CLUSTERDOWN Hash slot not served")
@@ -768,6 +790,7 @@ def test_cluster_whose_nodes_have_no_translation():
     assert found.client_of_node(("there", 7)) == ("there", 7)
 
 
+@pytest.mark.full
 def test_nodes_are_servers_like_any_other(cluster: Nodes):
     """Two cluster clients of one process share the guards of the nodes, and each keeps a client of a node."""
     one, other = (topology_of(client_of(cluster)) for _ in range(2))
@@ -822,6 +845,7 @@ def ride(worker: Worker, until: float, failing: float) -> Ride:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("event", ["failover", "killed", "reshard"])
+@pytest.mark.full
 def test_8_workers_at_full_speed_meet_no_error(cluster: Nodes, tmp_path, report, event: str):
     """Must show: 0 errors, the slowest call, and how long it takes until all are where the circuit is."""
     spec = Spec(

@@ -27,6 +27,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
 from tests.support.inspect import storage_of
 from tests.support.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay, moved_by
+from tests.support.selection import examples
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -178,7 +179,9 @@ def admitted_by(circuit: Circuit, now_ms: int) -> bool:
 
 
 thorough = settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=examples(50),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

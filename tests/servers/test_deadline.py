@@ -20,6 +20,7 @@ import valkey
 from pybreaker_redis._redis import deadline as deadline_module
 from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.selection import but_for
 from tests.support.servers import ONCE
 from tests.support.tls import Certificates
 from tests.support.wait import wait_for
@@ -162,7 +163,7 @@ def unix_socket() -> Iterator[str]:
     server.close()
 
 
-@pytest.fixture(params=["tcp", "unix", "tls"])
+@pytest.fixture(params=but_for(("tcp",), ("tcp", "unix", "tls")))
 def transport(request: pytest.FixtureRequest) -> str:
     """By what way the peer is reached."""
     chosen: str = request.param
@@ -248,6 +249,7 @@ def test_operation_ends_with_its_deadline_whatever_the_peer_does(listen: Listen,
     made.disconnect()
 
 
+@pytest.mark.full
 def test_handshake_that_is_slow_at_every_step_takes_no_longer_in_all(listen: Listen) -> None:
     """Without the deadline each step would be in time, and all of them together late: so this test can fail."""
     name, words = listen(slow)

@@ -42,13 +42,16 @@ from tests.support.records import (
     states,
     wishes,
 )
+from tests.support.selection import examples
 
 # The server is shared by all examples: each has a namespace of its own.
 # Pure model: one Python is as good as another, and the README's tests run it on every server.
 pytestmark = pytest.mark.slow
 
 thorough = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=examples(120),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
@@ -270,6 +273,7 @@ RECOVERY: list[Wish | str] = [
 @thorough
 @given(state_if_missing=states, history=histories)
 @example(state_if_missing=CLOSED, history=RECOVERY)
+@pytest.mark.sample
 def test_any_history_on_a_server_leaves_the_same_records_on_every_carrier(
     bench: Bench, state_if_missing: str, history: list[Wish | str]
 ) -> None:
@@ -297,7 +301,7 @@ ageing = st.lists(
 with_ttl = given(state_if_missing=states, history=ageing, ttl_ms=ttls)
 
 
-@settings(thorough, max_examples=40)
+@settings(thorough, max_examples=examples(40))
 @with_ttl
 @example(state_if_missing=CLOSED, history=RECOVERY, ttl_ms=60_000)
 @example(state_if_missing=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
@@ -308,7 +312,7 @@ def test_any_history_with_a_ttl_on_a_server_ends_all_keys_together(
     live_through(bench, state_if_missing, history, ttl_ms)
 
 
-@settings(thorough, max_examples=40)
+@settings(thorough, max_examples=examples(40))
 @with_ttl
 @example(state_if_missing=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
 def test_any_history_with_a_ttl_on_fakeredis_ends_all_keys_together(
@@ -428,6 +432,7 @@ RULES: dict[str, tuple[dict[str, Any], Wish, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.sample
 def test_rule_that_is_seldom_met_is_kept_by_every_carrier(bench: Bench, fake_bench: Bench, rule: str) -> None:
     """Each rule of the record, one by one, on scripts and on transactions."""
     content, wish, expected = RULES[rule]

@@ -119,6 +119,7 @@ def test_who_always_asks_needs_no_thread(client, words):
 # -- one for all -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_batch(server, client, report):
     """The cost of listening does not grow with the number of circuits, but for what is read of each that is in use."""
     clients = [server.client() for _ in range(10)]
@@ -256,6 +257,7 @@ def test_failures_are_published_twice_a_second_at_any_rate(server, client):
     assert 3 <= heard <= 2 * seconds + 1
 
 
+@pytest.mark.full
 def test_success_long_after_a_failure_is_reported_all_the_same(client):
     """Quiet is not a matter of time: failures an hour apart are not consecutive if calls succeeded between them."""
     breaker = settled(breaker_on(client, fail_max=3, max_staleness=0.2))
@@ -479,7 +481,13 @@ def test_redis_that_is_there_later_is_heard_later(killable_server):
         settled(breaker)
 
 
-@pytest.mark.parametrize("travel", [freezegun.freeze_time, time_machine.travel], ids=["freezegun", "time-machine"])
+@pytest.mark.parametrize(
+    "travel",
+    [
+        pytest.param(freezegun.freeze_time, id="freezegun", marks=pytest.mark.full),
+        pytest.param(time_machine.travel, id="time-machine"),
+    ],
+)
 def test_stopped_clock_stops_no_listener(client, server, travel):
     """Tests that stop the time, or move it by years, hear what happens all the same, and so do those after them."""
     breaker = settled(breaker_on(client, max_staleness=0.3))
@@ -616,6 +624,7 @@ def test_thread_and_connection_end_with_the_last_storage(client):
     assert len(listeners()) == 1
 
 
+@pytest.mark.full
 def test_nothing_is_kept_of_circuits_that_are_gone(client):
     """A process that has a circuit for each of its users, or makes a client for each request, does not grow."""
     kept = settled(breaker_on(client, "kept"))

@@ -28,6 +28,7 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._model.intents import Reply
 from tests.support.inspect import admission_of, answer_intents, load_shared, view_of
+from tests.support.selection import examples
 
 # Pure model: one Python is as good as another, and the README's tests run it on every server.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
@@ -385,13 +386,13 @@ class Machine(RuleBasedStateMachine):
             assert self.truth() == before
 
 
-def run(home: Any, examples: int) -> float:
+def run(home: Any, histories: int) -> float:
     """Run the machine; the share of histories that reached half-open."""
     reached: list[bool] = []
     run_state_machine_as_test(
         lambda: Machine(home(), reached),
         settings=settings(
-            max_examples=examples,
+            max_examples=examples(histories),
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

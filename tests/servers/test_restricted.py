@@ -20,6 +20,7 @@ from tests.support.agreement import Two, health_of, said_of
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import PROTOCOLS
 from tests.support.proxy import Proxy
+from tests.support.selection import but_for
 from tests.support.servers import ONCE, no_server
 from tests.support.wait import wait_for
 
@@ -123,7 +124,13 @@ def operator_of(server: PrivateServer) -> redis.Redis:
     return redis.Redis(unix_socket_path=server.unix_socket, **RESP2)
 
 
-@pytest.mark.parametrize("restriction", RESTRICTIONS, ids=str)
+#: Restrictions that stand for the others in a run without ``--full``.
+SAMPLE = [
+    each for each in RESTRICTIONS if each.name in ("nothing missing", "no CLIENT TRACKING", "no PUBLISH", "no scripts")
+]
+
+
+@pytest.mark.parametrize("restriction", but_for(SAMPLE, RESTRICTIONS), ids=str)
 def test_restricted_server_is_served_with_one_step_down_and_one_line(
     restricted: Callable[[Restriction], PrivateServer], restriction: Restriction, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -51,6 +51,7 @@ def test_planned_failover_is_followed_within_seconds(shop: Sentinels, report):
     assert took < 5
 
 
+@pytest.mark.full
 def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, caplog):
     """It says so itself, and nothing was written there: the Sentinels know where to, and nobody notices."""
     caplog.set_level("INFO", "pybreaker_redis")

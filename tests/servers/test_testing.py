@@ -356,6 +356,7 @@ class TestFixtures:
 
         return run
 
+    @pytest.mark.full
     def test_nobody_gets_them_unasked(self, project: Callable[[str, str], str]) -> None:
         """Installing a package must not change anybody's tests."""
         test = "def test_it(memory_breakers, breaker_clock, breaker_prefix): pass\n"

@@ -101,6 +101,7 @@ def run(work: Callable[..., None], of_each: list[tuple[Any, ...]]) -> list[Any]:
 # -- contention --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_many_processes_count_every_failure_once(server: PrivateServer, client: redis.Redis) -> None:
     """Whoever is overtaken reads again: no failure is lost, none counts twice."""
     answers = contend(server, *["count"] * PROCESSES)
@@ -117,6 +118,7 @@ def test_many_processes_trip_once(server: PrivateServer, client: redis.Redis) ->
     assert client.hget(KEYS[4], "generation") == b"1"
 
 
+@pytest.mark.full
 def test_many_processes_get_one_probe(server: PrivateServer, client: redis.Redis) -> None:
     """The probe goes to one of them."""
     TransactionEngine(client, KEYS).execute(SetState(OPEN), None, CLOSED)
@@ -440,6 +442,7 @@ def _fail_at_full_speed(unix_socket: str, user: str, namespace: str, seconds: fl
         line.recv()
 
 
+@pytest.mark.full
 def test_sixteen_processes_at_full_speed_without_scripts_are_no_outage(
     scriptless: redis.Redis, client: redis.Redis, server: PrivateServer, report: Callable[[str], None]
 ) -> None:

@@ -188,6 +188,7 @@ def test_url_of_a_cluster_leads_there(cluster: PrivateServer, library: str, time
 
 
 @has_cluster
+@pytest.mark.full
 def test_silent_nodes_of_a_cluster_keep_a_call_waiting_for_one_timeout(cluster: PrivateServer) -> None:
     """A cluster's client connects when it is made, to any of its nodes, and keeps no deadline of anybody."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:

@@ -35,12 +35,14 @@ class EngineCase:
         opened: A context in which storages of this kind can be made.
         ours: Whether it is this package's; others are the reference.
         shared: Whether two storages of one namespace are one circuit.
+        found: Server that holds the circuit.
     """
 
     name: str
     opened: Callable[[TakeServer], AbstractContextManager[MakeStorage]]
     ours: bool = True
     shared: bool = True
+    found: FoundServer | None = None
 
 
 @contextlib.contextmanager
@@ -88,9 +90,9 @@ def _storage(client: Any, state: str = "closed", namespace: str | None = None, *
 def _of_servers() -> Iterator[EngineCase]:
     for found in servers.at_hand():
         name = servers.name_of(found)
-        yield EngineCase(name, partial(_server, found))
-        yield EngineCase(f"{name}-decoded", partial(_server, found, decode_responses=True))
-        yield EngineCase(f"{name}-optimistic", partial(_server_without_scripts, found))
+        yield EngineCase(name, partial(_server, found), found=found)
+        yield EngineCase(f"{name}-decoded", partial(_server, found, decode_responses=True), found=found)
+        yield EngineCase(f"{name}-optimistic", partial(_server_without_scripts, found), found=found)
 
 
 #: The one list.

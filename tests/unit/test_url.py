@@ -15,6 +15,7 @@ from pybreaker_redis._redis import url as url_module
 from pybreaker_redis._redis.endpoint import command_wait_limit
 from pybreaker_redis._redis.url import URL_SCHEMES, URL_TIMEOUT_S, client_source_from_url, mask_url
 from tests.support.inspect import clients_by_url
+from tests.support.selection import examples
 
 has_cluster = pytest.mark.skipif(url_module.cluster_library() is None, reason="no library for clusters is installed")
 
@@ -189,7 +190,7 @@ def test_no_secret_is_printed(url: str) -> None:
 secrets = st.text(st.characters(codec="utf-8"), min_size=1).map(lambda text: f"s3cr3t{text}s3cr3t")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(100))
 @given(
     scheme=st.sampled_from(URL_SCHEMES) | st.just("http"),
     secret=secrets,

@@ -1,0 +1,63 @@
+"""Choice of the tests that run without ``--full``.
+
+Left to ``--full`` are:
+
+- tests on any server but the preferred one
+- tests marked ``slow`` or ``full``, but for the parameters marked ``sample``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from tests.support import servers
+
+#: Markers of what is left to ``--full``.
+LEFT_OUT = ("slow", "full")
+
+#: Marker of what runs all the same.
+SAMPLE = "sample"
+
+
+#: Whether this run has ``--full``.  Set before the modules of the tests are imported.
+is_full = False
+
+
+def but_for(sample: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """Return values as parameters of a test, of which those outside a sample run with ``--full`` only."""
+    chosen = [*sample]
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+def examples(number: int) -> int:
+    """Return how many random examples to try, a fifth without ``--full``."""
+    return number if is_full else max(10, number // 5)
+
+
+def needs_another_server(value: Any) -> bool:
+    """Return whether the parameter of a test is, or contains, a server other than the preferred one."""
+    if isinstance(value, tuple | list):
+        return any(map(needs_another_server, value))
+    others = {found.binary for found in servers.at_hand()[1:]}
+    return getattr(getattr(value, "found", value), "binary", value if isinstance(value, str) else None) in others
+
+
+def is_left_out(item: pytest.Item) -> bool:
+    """Return whether a test runs with ``--full`` only."""
+    callspec = getattr(item, "callspec", None)
+    if callspec and any(map(needs_another_server, callspec.params.values())):
+        return True
+    return not item.get_closest_marker(SAMPLE) and any(map(item.get_closest_marker, LEFT_OUT))
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is left to ``--full``, unless the command names tests by their ids."""
+    if config.option.full or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if is_left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_left_out(item)]
