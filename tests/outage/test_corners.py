@@ -47,6 +47,7 @@ from tests.support.inspect import (
     storage_of,
     view_of,
 )
+from tests.support.logs import messages_of
 from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
@@ -77,7 +78,7 @@ def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypat
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
     assert site.administrator.get("viewed:pybreaker:state") == b"open"
-    assert any("is back after" in line for line in caplog.messages)
+    assert any("is back after" in line for line in messages_of(caplog, site))
 
 
 def test_process_that_was_forked_behind_pythons_back_has_a_thread_of_its_own(site: Site):
@@ -187,7 +188,7 @@ def test_nothing_is_said_of_what_was_always_well(caplog):
     server = server_for(redis.Redis(port=1))
     server.availability.has_retry_thread = False
     server.report_answer("")
-    assert caplog.messages == []
+    assert messages_of(caplog, str(server)) == []
 
 
 def test_circuit_that_may_only_be_read_is_followed(site: Site):

@@ -19,6 +19,7 @@ from pybreaker_redis._circuits.local import LOCAL_GENERATION_MIN
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import NAMESPACE, Down, breaker_on, down, settled, up
 from tests.support.inspect import admission_of, state_name_of, storage_of
+from tests.support.logs import messages_of
 from tests.support.servers import ONCE
 from tests.support.wait import wait_for
 
@@ -60,7 +61,7 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
     time.sleep(0.1)
     assert breaker.call(up) == "answer"
     assert breaker.current_state == "closed"
-    (message,) = caplog.messages
+    (message,) = messages_of(caplog, str(tmp_path), "circuit 'shop'")
     assert message.startswith(f"circuit 'shop': Redis at {tmp_path}/nobody.sock/0 is away (ConnectionError: ")
     assert re.search(r"; using this process's own state, next attempt in 0\.0\d s, waiting up to 0\.25 s$", message)
 
@@ -189,11 +190,11 @@ def test_own_circuit_that_never_met_redis_begins_as_a_new_one(tmp_path):
 )
 def test_nothing_that_a_client_does_reaches_a_call(client, caplog):
     """Whatever is wrong with the client, calls are made and guarded; the log says what it was."""
-    breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client))
+    breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client, "shop"))
     assert breaker.call(up) == "answer"
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
-    assert len(caplog.messages) == 1
+    assert len(messages_of(caplog, "circuit 'shop'")) == 1
 
 
 def test_valkey_client_works(server: PrivateServer, caplog):
@@ -203,7 +204,7 @@ def test_valkey_client_works(server: PrivateServer, caplog):
         with pytest.raises(CircuitBreakerError):
             breaker.call(down)
         assert client.get("shop:pybreaker:state") == b"open"
-    assert caplog.messages == []
+    assert messages_of(caplog, server, "circuit 'shop'") == []
 
 
 def test_creating_breakers_asks_for_no_client():

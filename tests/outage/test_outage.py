@@ -22,7 +22,7 @@ from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import Down, breaker_on, down, settled, up
 from tests.support.faults import FAULTS, Fault, Site
 from tests.support.inspect import core_of, server_of, storage_of
-from tests.support.logs import lines_of
+from tests.support.logs import lines_of, records_of
 from tests.support.outages import WAITED, calls, health_of, is_back
 from tests.support.servers import ONCE
 from tests.support.wait import wait_for
@@ -509,8 +509,8 @@ def test_log_records_carry_what_they_say(site: Site, caplog):
     server = f"127.0.0.1:{site.proxy.port}/0"
 
     def events() -> dict[str, dict[str, Any]]:
-        words = [record.pybreaker_redis for record in caplog.records if hasattr(record, "pybreaker_redis")]
-        return {said["event"]: said for said in words if said["server"] == server}
+        facts = [getattr(record, "pybreaker_redis", {}) for record in records_of(caplog, site)]
+        return {each["event"]: each for each in facts if each.get("server") == server}
 
     site.server.kill()
     with contextlib.suppress(Down, pybreaker.CircuitBreakerError):

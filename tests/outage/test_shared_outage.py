@@ -39,7 +39,7 @@ from tests.support.inspect import (
     outage_log_of,
     replace_retry_thread,
 )
-from tests.support.logs import lines_of
+from tests.support.logs import lines_of, records_of
 from tests.support.outages import health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
@@ -330,11 +330,11 @@ def test_server_that_all_circuits_have_left_in_an_outage_is_logged_once(caplog: 
     lone: Any = Lone()
     server.add_member(lone)
     server.remove_member(lone)
-    assert lines_of(caplog) == []
+    assert lines_of(caplog, str(server)) == []
     server.add_member(lone)
     server.availability.note_failure(redis.ConnectionError("gone"))
     server.remove_member(lone)
-    assert "its circuits live on other nodes of the cluster" in lines_of(caplog)[0]
+    assert "its circuits live on other nodes of the cluster" in lines_of(caplog, str(server))[0]
 
 
 def test_first_answers_that_come_together_are_one_line(
@@ -420,7 +420,7 @@ def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last
     attempt_return(server, server.availability.outage)
     end_log_window(server)
     outage_log_of(server).flush_held_line()
-    assert ["at first" in line or "again" in line for line in lines_of(caplog)] == [True, True]
+    assert ["at first" in line or "again" in line for line in lines_of(caplog, str(server))] == [True, True]
 
 
 def test_server_that_goes_while_circuits_are_brought_back_is_not_asked_for_each() -> None:
@@ -510,7 +510,7 @@ def test_flapping_server_is_logged_once_a_minute_with_a_count(
     wait_for(lambda: outage_log_of(server).has_held_line, "the last return is held")
     end_log_window(server)  # the minute is over
     wait_for(lambda: len(lines_of(caplog, site)) == 3, "how it is in the end")
-    last = caplog.records[-1]
+    last = records_of(caplog, site)[-1]
     assert "is back after" in last.getMessage()
     assert last.getMessage().endswith("; and 9 more losses in the last 60 s")
     assert last.pybreaker_redis["more_losses"] == 9  # type: ignore[attr-defined]

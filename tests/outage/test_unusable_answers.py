@@ -13,6 +13,7 @@ from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.faults import site_of
 from tests.support.inspect import storage_of
+from tests.support.logs import messages_of
 
 #: What a proxy makes of the answers of scripts, and of those of single commands.
 TAMPERED = {
@@ -39,4 +40,5 @@ def test_answer_that_was_changed_on_the_way_does_not_reach_the_call(
         with pytest.raises(CircuitBreakerError):
             breaker.call(lambda: "answer")
         assert storage_of(breaker).health().is_own
-        assert [line for line in caplog.messages if "UnusableAnswer" in line] == caplog.messages[:1]
+        lines = messages_of(caplog, site, "circuit 'answers'")
+        assert [line for line in lines if "UnusableReply" in line] == lines[:1]

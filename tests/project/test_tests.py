@@ -92,6 +92,30 @@ def test_tests_import_no_tests(name: str) -> None:
     assert tests == []
 
 
+#: Attributes of pytest's fixture `caplog` that hold what was logged.
+WHOLE_LOG = {"messages", "record_tuples", "records", "text"}
+
+#: Files that read the whole log: tests that a secret stands nowhere, and tests of other loggers.
+READERS = (
+    "tests/support/",
+    "tests/unit/test_secrets.py",
+    "tests/contrib/test_django.py",
+    "tests/contrib/test_instrument.py",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(READERS)])
+def test_log_lines_are_those_of_the_tests_own_subjects(name: str) -> None:
+    """Threads of earlier tests may still log: `tests/support/logs.py` finds the lines about a server or a circuit."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    reads = [
+        (node.lineno, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in WHOLE_LOG and "caplog" in ast.unparse(node.value)
+    ]
+    assert reads == []
+
+
 def test_uses_of_private_names_are_found() -> None:
     """Each form of access counts, and access to the own object does not."""
     source = """

@@ -229,7 +229,7 @@ def test_planned_failover_costs_a_call_a_round_trip(cluster: Nodes, caplog):
     assert lies(cluster) == b"open"
     assert {health_of(breaker).server for breaker in breakers} == {at(cluster)}
     wait_for(lambda: len(listeners()) == 1, "nobody listens to the old one any more")
-    assert lines_of(caplog) == []
+    assert lines_of(caplog, cluster) == []
 
 
 def test_killed_primary_is_replaced_without_an_error(cluster: Nodes, caplog, report):
@@ -249,8 +249,8 @@ def test_killed_primary_is_replaced_without_an_error(cluster: Nodes, caplog, rep
         f"the circuit was there {time.monotonic() - took_over:.2f} s later"
     )
     assert lies(cluster) == b"open"
-    wait_for(lambda: len(lines_of(caplog)) == 2, "both lines")
-    away, moved = lines_of(caplog)
+    wait_for(lambda: len(lines_of(caplog, cluster)) == 2, "both lines")
+    away, moved = lines_of(caplog, cluster)
     assert "is away" in away
     assert "its circuits live on other nodes of the cluster" in moved
 
@@ -295,7 +295,7 @@ def test_slot_that_moves_takes_its_circuit_along(every_cluster: Nodes, caplog):
     wait_for(lambda: other.current_state == "open", "what was learned meanwhile is the others', too")
     assert lies(nodes) == b"open"
     assert (health_of(one).server, health_of(other).server) == (at(nodes), at(nodes))
-    assert len([line for line in lines_of(caplog) if "no usable answer" in line]) <= 2
+    assert len([line for line in lines_of(caplog, nodes) if "no usable answer" in line]) <= 2
 
 
 @pytest.mark.full
@@ -351,7 +351,7 @@ def test_slot_that_nobody_serves_is_one_circuits_own_trouble(cluster: Nodes, cap
             cluster.run(one, "CONFIG", "SET", "cluster-require-full-coverage", "yes")
     assert other.fail_counter == 3
     wait_for(lambda: is_back(mine), "it is shared again")
-    said = lines_of(caplog)
+    said = lines_of(caplog, cluster)
     assert not any("is away" in line for line in said)
 
 
@@ -409,11 +409,11 @@ def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(clust
     # As the thread does that asks again for the old one's circuits; not every node knows at once who has taken over.
     wait_for(lambda: has_moved(tenancy), "it has moved")
     wait_for(lambda: is_back(breaker), "the new one answers")
-    said = lines_of(caplog)
+    said = lines_of(caplog, cluster)
     waits.start()
     waits.join()
     assert health_of(breaker).condition == "connected"
-    assert lines_of(caplog) == said
+    assert lines_of(caplog, cluster) == said
 
 
 @pytest.mark.full

@@ -27,6 +27,7 @@ from tests.support.clients import CredentialProvider
 from tests.support.cluster import bus_port
 from tests.support.inspect import core_of, retry_threads, storage_of
 from tests.support.interrupts import JobTimeout, alarm, raising
+from tests.support.logs import messages_of, whole_log
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
 
@@ -337,7 +338,7 @@ def test_function_that_authenticates_is_called_for_each_connection(
         breaker.call(down)
     with contextlib.closing(operator_of(locked, "old")) as operator:
         assert operator.get("iam:pybreaker:fail_counter") == b"1"
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert messages_of(caplog, locked, "circuit 'iam'", level=logging.WARNING) == []
 
 
 class FakeCluster:
@@ -398,7 +399,7 @@ class TestWaits:
         breaker = pybreaker.CircuitBreaker(state_storage=storage)
         for _ in range(3):
             breaker.call(up)
-        (line,) = [line for line in caplog.messages if "by itself" in line]
+        (line,) = [line for line in messages_of(caplog, "Slow: ") if "by itself" in line]
         assert line.startswith("Slow: a command took ")
         assert "0.10 s at most" in line
 
@@ -409,7 +410,7 @@ class TestWaits:
         """And not for a wait within the limit."""
         storage = CircuitRedisStorage("closed", Slow(client, 0.01), namespace="slow", timeout=timeout)
         pybreaker.CircuitBreaker(state_storage=storage).call(up)
-        assert not [line for line in caplog.messages if "by itself" in line]
+        assert not [line for line in messages_of(caplog, "Slow: ") if "by itself" in line]
 
     @pytest.mark.parametrize("method", ["execute_command", "evalsha"])
     def test_method_of_a_single_object_makes_no_call_wait(self, method: str, killable_server: PrivateServer) -> None:
@@ -498,4 +499,4 @@ def test_wrong_password_is_printed_nowhere(server: PrivateServer, caplog: pytest
     storage = CircuitRedisStorage("closed", wrong, namespace="wrong", timeout=5)
     assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
     assert storage.health().condition == "away"
-    assert SECRET not in caplog.text + storage.health().last_error
+    assert SECRET not in whole_log(caplog) + storage.health().last_error

@@ -27,6 +27,7 @@ from pybreaker_redis._servers.server import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.clients import KINDS, CredentialProvider, by_port, retrying
 from tests.support.inspect import connections_of, first_client_of, server_of
+from tests.support.logs import messages_of
 from tests.support.sentinel import Sentinels
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
@@ -483,9 +484,9 @@ class TestWarning:
     """What is said of a client whose waits cannot be bounded."""
 
     @staticmethod
-    def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    def said(caplog: pytest.LogCaptureFixture, client: Any) -> list[str]:
         """The lines about it."""
-        return [line for line in caplog.messages if "no connections with deadlines" in line]
+        return messages_of(caplog, f"{type(client).__name__}: no connections with deadlines")
 
     @pytest.mark.parametrize(
         ("seconds", "complaint"), [(None, "without end"), (5.0, "for 5 s"), (1.0, None), (0.1, None)], ids=str
@@ -499,9 +500,9 @@ class TestWarning:
         assert servers[0] is servers[1] is servers[2]
         assert all(server.client_with_timeout(client, TIMEOUT) is client for server in servers)
         if complaint is None:
-            assert self.said(caplog) == []
+            assert self.said(caplog, client) == []
         else:
-            (line,) = self.said(caplog)
+            (line,) = self.said(caplog, client)
             assert line.startswith("Unusual: ")
             assert f"a guarded call may wait for Redis {complaint}: give the client a socket_timeout" in line
 
@@ -509,22 +510,22 @@ class TestWarning:
         """Once for all of them."""
         client = Unusual(unix_socket_path="/nowhere", socket_timeout=5, **ONCE)
         storages = [CircuitRedisStorage("closed", client, name) for name in ("one", "other")]
-        assert self.said(caplog) == []
+        assert self.said(caplog, client) == []
         for storage in storages:
             assert storage.state == "closed"
             assert storage.state == "closed"
-        assert len(self.said(caplog)) == 1
+        assert len(self.said(caplog, client)) == 1
 
     def test_nothing_is_said_of_who_wants_it_so(self, caplog: pytest.LogCaptureFixture) -> None:
         """`timeout=None` is to use the client as it is."""
         client = Unusual(unix_socket_path="/nowhere", socket_timeout=None, **ONCE)
         assert server_for(client).client_with_timeout(client, None) is client
-        assert self.said(caplog) == []
+        assert self.said(caplog, client) == []
 
     def test_nothing_is_said_of_a_client_that_is_bounded(self, caplog: pytest.LogCaptureFixture, client: Any) -> None:
         """However long it would wait itself."""
         assert server_for(client).client_with_timeout(client, TIMEOUT) is not client
-        assert self.said(caplog) == []
+        assert self.said(caplog, client) == []
 
 
 # -- one server --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import NAMESPACE, breaker_on, fails, settled, up
 from tests.support.inspect import view_of
+from tests.support.logs import messages_of
 from tests.support.servers import counted
 from tests.support.wait import wait_for
 
@@ -59,8 +60,7 @@ def let_expire(client: redis.Redis) -> None:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was said that people are to look at."""
-    said = [record for record in caplog.records if record.name == "pybreaker_redis"]
-    return [record.getMessage() for record in said if record.levelno >= logging.WARNING]
+    return messages_of(caplog, f"circuit {NAMESPACE!r}", level=logging.WARNING)
 
 
 # -- how long ----------------------------------------------------------------------------------------------------------
@@ -242,7 +242,8 @@ def test_circuit_that_expired_during_an_outage_comes_back_in_silence(
         wait_for(is_back, "the circuit is there again")
         settled(breaker)
         assert all(ms > 0 for ms in left(client))
-    assert not [message for message in caplog.messages if "restored" in message or "lost" in message]
+    lines = messages_of(caplog, killable_server, f"circuit {NAMESPACE!r}")
+    assert not [line for line in lines if "restored" in line or "lost" in line]
 
 
 # -- without scripts ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pybreaker_redis._redis.pool import IDLE_MAX_S
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.inspect import connections_of, pools_of, storage_of, wrap_socket
+from tests.support.logs import messages_of
 from tests.support.proxy import Proxy
 from tests.support.wait import wait_for
 
@@ -54,9 +55,9 @@ def fails(breaker: pybreaker.CircuitBreaker) -> None:
         breaker.call(down)
 
 
-def outages(caplog: pytest.LogCaptureFixture) -> list[str]:
+def outages(caplog: pytest.LogCaptureFixture, balancer: Proxy) -> list[str]:
     """Lines about one."""
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+    return messages_of(caplog, balancer, "circuit 'idle'", level=logging.INFO)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_connection_that_was_idle_for_long_is_not_used_again(  # noqa: PLR0917
     later[0] += seconds + 0.1
     fails(breaker)
     assert client.get("idle:pybreaker:fail_counter") == b"1"
-    assert outages(caplog) == []
+    assert outages(caplog, balancer) == []
 
 
 def test_connection_that_was_idle_for_less_is_used_again(
@@ -103,7 +104,7 @@ def test_reused_connection_that_is_reset_at_once_is_no_outage(
     balancer.doomed = 1
     assert breaker.call(up) == "answer"
     assert client.get("idle:pybreaker:state") == b"closed"
-    assert outages(caplog) == []
+    assert outages(caplog, balancer) == []
 
 
 def test_second_reset_is_an_outage(balancer: Proxy, caplog: pytest.LogCaptureFixture) -> None:
@@ -112,8 +113,8 @@ def test_second_reset_is_an_outage(balancer: Proxy, caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO, "pybreaker_redis")
     balancer.doomed = 2
     assert breaker.call(up) == "answer"
-    assert "is away" in outages(caplog)[0]
-    wait_for(lambda: "is back" in outages(caplog)[-1], "it is back")
+    assert "is away" in outages(caplog, balancer)[0]
+    wait_for(lambda: "is back" in outages(caplog, balancer)[-1], "it is back")
 
 
 def test_report_without_an_answer_is_not_simply_made_twice(
@@ -128,7 +129,7 @@ def test_report_without_an_answer_is_not_simply_made_twice(
 
     with pytest.raises(Down):
         breaker.call(dooms)
-    assert "is away" in outages(caplog)[0]
+    assert "is away" in outages(caplog, balancer)[0]
     wait_for(lambda: client.get("idle:pybreaker:fail_counter") == b"1", "it is counted")
 
 
@@ -162,7 +163,7 @@ def test_report_that_could_not_be_sent_is_made_once_more(
     with pytest.raises(Down):
         breaker.call(tears)
     assert client.get("idle:pybreaker:fail_counter") == b"1"
-    assert outages(caplog) == []
+    assert outages(caplog, balancer) == []
 
 
 def test_drop_is_of_an_operation_with_a_deadline() -> None:

@@ -72,6 +72,7 @@ from tests.support.inspect import (
     subscription_of,
     view_of,
 )
+from tests.support.logs import messages_of, records_of
 from tests.support.servers import ONCE, counted
 from tests.support.wait import wait_for
 
@@ -320,7 +321,7 @@ def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog
         breakers = [breaker_on(limited, f"limited{number}") for number in range(3)]
         for breaker in breakers:
             breaker.call(up)
-        wait_for(lambda: caplog.messages, "a warning")
+        wait_for(lambda: messages_of(caplog, server, "limited"), "a warning")
         for breaker in breakers:
             breaker.call(up)
             assert not view_of(breaker).is_trusted
@@ -328,7 +329,7 @@ def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog
         assert breakers[0].current_state == "open", "it asks"
         with pytest.raises(pybreaker.CircuitBreakerError):
             breakers[0].call(up)
-        (said,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        (said,) = records_of(caplog, server, "limited", level=logging.WARNING)
         assert "every look at a circuit is a round trip" in said.message
 
 
@@ -340,13 +341,13 @@ def test_circuit_that_may_not_be_heard_takes_nothing_from_the_others(server, cap
         before = settled(breaker_on(limited, "mine:before"))
         other = breaker_on(limited, "other")
         assert other.call(up) == "answer"
-        wait_for(lambda: other.call(up) and caplog.messages, "a warning")
+        wait_for(lambda: other.call(up) and messages_of(caplog, server, "other"), "a warning")
         after = settled(breaker_on(limited, "mine:after"))
         for breaker in (before, after):
             assert settled(breaker).call(up) == "answer"
         assert not view_of(other).is_trusted
         assert len(listeners()) == 1
-        (said,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        (said,) = records_of(caplog, server, "other", level=logging.WARNING)
         assert "permission" in said.message.lower() or "NOPERM" in said.message
 
 
@@ -386,7 +387,7 @@ def test_connection_class_that_nobody_else_can_make_reads_through(server, client
     other = breaker_on(client, "odd")
     for _ in range(2):
         other.call(up)
-    wait_for(lambda: any("connection" in message for message in caplog.messages), "a warning")
+    wait_for(lambda: any("connection" in message for message in messages_of(caplog, server, "odd")), "a warning")
     assert not view_of(other).is_trusted
 
 
@@ -433,12 +434,12 @@ def test_server_without_subscribe_reads_through(preferred, caplog):
     ):
         breaker = breaker_on(client)
         breaker.call(up)
-        wait_for(lambda: caplog.messages, "a warning")
+        wait_for(lambda: messages_of(caplog, server, "limited"), "a warning")
         breaker.call(up)
         assert not view_of(breaker).is_trusted
 
 
-def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(client, caplog):
+def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(server, client, caplog):
     """A cluster's, or a wrapper of somebody's own."""
 
     class Wrapper:
@@ -452,7 +453,7 @@ def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(cli
     breaker = breaker_on(Wrapper())
     for _ in range(3):
         breaker.call(up)
-    (said,) = caplog.messages
+    (said,) = messages_of(caplog, server, NAMESPACE)
     assert "Wrapper; every look at the circuit is a round trip" in said
     breaker_on(client, max_staleness=0).open()
     assert breaker.current_state == "open"
@@ -569,18 +570,18 @@ def test_no_thread_starts_in_a_process_that_is_ending(client, monkeypatch):
     assert listeners() == []
 
 
-def test_no_thread_starts_in_the_master_of_uwsgi(client, monkeypatch, caplog):
+def test_no_thread_starts_in_the_master_of_uwsgi(server, client, monkeypatch, caplog):
     """It would deadlock the workers; nobody has to be told, because they listen for themselves."""
     monkeypatch.setitem(sys.modules, "uwsgi", UWSGI(0, enable_threads=b"true"))
     breaker = breaker_on(client)
     for _ in range(2):
         breaker.call(up)
     assert listeners() == []
-    assert caplog.messages == []
+    assert messages_of(caplog, server, NAMESPACE) == []
 
 
 @pytest.mark.parametrize("options", [{"enable_threads": b"true"}, {"threads": b"2"}, {}], ids=" ".join)
-def test_worker_of_uwsgi_listens_if_its_threads_run(client, monkeypatch, caplog, options):
+def test_worker_of_uwsgi_listens_if_its_threads_run(server, client, monkeypatch, caplog, options):
     """Where they do not, one line says what that costs."""
     monkeypatch.setitem(sys.modules, "uwsgi", UWSGI(1, **options))
     for number in range(2):
@@ -588,12 +589,13 @@ def test_worker_of_uwsgi_listens_if_its_threads_run(client, monkeypatch, caplog,
         for _ in range(2):
             breaker.call(up)
     assert len(listeners()) == bool(options)
-    assert len(caplog.messages) == (not options)
+    lines = messages_of(caplog, server, "circuit0", "circuit1")
+    assert len(lines) == (not options)
     if not options:
-        assert "--enable-threads" in caplog.text
+        assert "--enable-threads" in lines[0]
 
 
-def test_process_that_may_have_no_more_threads_reads_through(client, monkeypatch, caplog):
+def test_process_that_may_have_no_more_threads_reads_through(server, client, monkeypatch, caplog):
     """RLIMIT_NPROC, a container's limit, or an interpreter that is about to end."""
 
     def no_more(self: threading.Thread) -> None:
@@ -603,7 +605,7 @@ def test_process_that_may_have_no_more_threads_reads_through(client, monkeypatch
     breaker = breaker_on(client)
     for _ in range(2):
         assert breaker.call(up) == "answer"
-    (said,) = caplog.messages
+    (said,) = messages_of(caplog, server, NAMESPACE)
     assert "can't start new thread" in said
 
 
@@ -680,7 +682,7 @@ def test_thread_that_died_is_replaced(client, monkeypatch):
     assert len(listeners()) == 1
 
 
-def test_thread_that_could_not_be_started_is_tried_again(client, monkeypatch, caplog):
+def test_thread_that_could_not_be_started_is_tried_again(server, client, monkeypatch, caplog):
     """The limit of processes may have been reached for a moment."""
     monkeypatch.setattr(subscription, "REFUSED_RETRY_DELAY_S", 0.1)
 
@@ -691,7 +693,7 @@ def test_thread_that_could_not_be_started_is_tried_again(client, monkeypatch, ca
         patched.setattr(threading.Thread, "start", no_more)
         breaker = breaker_on(client)
         assert breaker.call(up) == "answer"
-        assert caplog.messages
+        assert messages_of(caplog, server, NAMESPACE)
     settled(breaker)
 
 
@@ -898,7 +900,7 @@ def test_refused_line_is_tried_again_later(client, monkeypatch, server, caplog):
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = breaker_on(limited)
         breaker.call(up)
-        wait_for(lambda: caplog.messages, "refused")
+        wait_for(lambda: messages_of(caplog, server, NAMESPACE), "refused")
         administrate(server, "~*", "+@all", "&*")
         settled(breaker)
 

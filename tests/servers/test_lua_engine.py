@@ -43,6 +43,7 @@ from pybreaker_redis._redis.classify import ScriptingUnavailableError
 from pybreaker_redis._redis.keys import KEY_SUFFIXES, circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
+from tests.support.logs import messages_of, records_of
 from tests.support.round_trips import commands_sent
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -201,7 +202,7 @@ def test_who_may_run_neither_scripts_nor_transactions_is_told_of_the_scripts(
         administrator.execute_command("ACL", "SETUSER", "neither", "on", "nopass", *rights)
     with contextlib.closing(server.client(username="neither", password="any")) as client:
         CircuitRedisStorage(CLOSED, client, "neither").increment_counter()
-    (said,) = caplog.messages
+    (said,) = messages_of(caplog, server, "circuit 'neither'")
     assert "'eval" in said
     assert "watch" not in said
 
@@ -313,7 +314,7 @@ def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactio
             assert breaker.current_state == CLOSED
         assert [command for command in sent if command.startswith("EVAL")] == ["EVALSHA", "EVAL"]
         assert client.get("scriptless:pybreaker:state") in (b"closed", "closed")
-    said = [record for record in caplog.records if record.name == "pybreaker_redis"]
+    said = records_of(caplog, storage.health().server, "circuit 'scriptless'")
     assert [record.levelno for record in said] == [logging.WARNING]
     assert "runs no scripts" in said[0].getMessage()
     assert "scriptless" not in said[0].getMessage(), "it is the server that runs none, not the circuit"
@@ -339,7 +340,7 @@ def test_threads_that_find_no_scripts_at_once_say_so_once(caplog: pytest.LogCapt
     for thread in threads:
         thread.join()
     assert storage.counter == 8
-    assert len([record for record in caplog.records if "runs no scripts" in record.getMessage()]) == 1
+    assert len([line for line in messages_of(caplog, storage.health().server) if "runs no scripts" in line]) == 1
 
 
 def test_other_refusals_are_not_mistaken_for_a_server_without_scripts(server: PrivateServer) -> None:
@@ -367,9 +368,10 @@ def test_constructor_says_nothing_to_redis(caplog: pytest.LogCaptureFixture) -> 
     client = redis.Redis(connection_pool=redis.ConnectionPool(connection_class=Unreachable))
     storage = CircuitRedisStorage(CLOSED, client, "unreachable")
     CircuitBreaker(state_storage=storage)
-    assert caplog.messages == []
+    assert messages_of(caplog, "circuit 'unreachable'") == []
     assert storage.state == CLOSED
-    assert "has connected" in caplog.text, "any use does, so the check above can fail"
+    (line,) = messages_of(caplog, "circuit 'unreachable'")
+    assert "has connected" in line, "any use does, so the check above can fail"
 
 
 def test_callable_is_called_when_the_circuit_is_first_used_and_never_again(client: redis.Redis) -> None:

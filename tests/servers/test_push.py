@@ -47,6 +47,7 @@ from tests.support.inspect import (
     subscribe_session,
     view_of,
 )
+from tests.support.logs import messages_of
 from tests.support.servers import counted
 from tests.support.wait import wait_for
 
@@ -156,7 +157,7 @@ def test_message_on_a_channel_that_looks_alike_is_not_received(client, protocol,
     assert breaker.call(up) == "answer"
 
 
-def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(client, protocol, forge, caplog):
+def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(server, client, protocol, forge, caplog):
     """Whatever is published, and however often."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
     breaker = settled(breaker_on(client, max_staleness=STALENESS))
@@ -173,7 +174,7 @@ def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(clien
     assert 1 <= reads <= seconds / REREAD_INTERVAL_S + REREAD_BURST + 2 * seconds / STALENESS + 2, asked
     # The call may have begun during a read, and an answer that a push has overtaken is not quiet.
     assert asked.get("evalsha", 0) <= 2
-    assert caplog.messages == []
+    assert messages_of(caplog, server, NAMESPACE) == []
 
 
 def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol, forge, other):
@@ -435,7 +436,7 @@ def test_far_time_that_was_set_rejects_calls_and_does_not_raise_otherwise():
         breaker.call(up)
 
 
-def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkeypatch):
+def test_lost_lines_are_logged_once_a_minute_with_a_count(server, client, caplog, monkeypatch):
     """A proxy that hangs up again and again fills no disk."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
     clock = SimpleNamespace(now=1000.0)
@@ -451,15 +452,15 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(client, caplog, monkey
 
     for _ in range(4):
         lose()
-    said = [message for message in caplog.messages if "no push" in message]
+    said = [message for message in messages_of(caplog, server) if "no push" in message]
     assert len(said) == 1
     clock.now += logger.REPEAT_WINDOW_S
     lose()
-    (_, again) = [message for message in caplog.messages if "no push" in message]
+    (_, again) = [message for message in messages_of(caplog, server) if "no push" in message]
     assert "3 more" in again
 
 
-def test_refusals_are_logged_once_a_minute_with_a_count(client, caplog, monkeypatch):
+def test_refusals_are_logged_once_a_minute_with_a_count(server, client, caplog, monkeypatch):
     """Rights that come and go, or lines that serve for a moment each."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(logger, "monotonic", lambda: clock.now)
@@ -469,6 +470,6 @@ def test_refusals_are_logged_once_a_minute_with_a_count(client, caplog, monkeypa
         clock.now += seconds
         forget_refusal(listener)
         listener.log_refused("NOPERM")
-    first, last = caplog.messages
+    first, last = messages_of(caplog, server)
     assert first.endswith("every look at a circuit is a round trip")
     assert last.endswith("; 2 more like this since the last such line")

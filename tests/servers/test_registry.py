@@ -34,6 +34,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, Heard, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
 from tests.support.inspect import core_of, listeners, lock_of, retry_threads, storage_of, timeout_of
+from tests.support.logs import messages_of, records_of
 from tests.support.places import cluster_client, has_clusters
 from tests.support.round_trips import Meter
 from tests.support.servers import ONCE, FoundServer
@@ -215,7 +216,7 @@ class TestBreakers:
         settled(breakers.get("payments"))
         killable_server.kill()
         fails(breakers["payments"])
-        wait_for(lambda: fails(breakers["payments"]) or "is away" in caplog.text, "it is away")
+        wait_for(lambda: fails(breakers["payments"]) or messages_of(caplog, killable_server), "it is away")
         caplog.clear()
         if when == "between two attempts":
             breakers.close()
@@ -231,7 +232,7 @@ class TestBreakers:
             monkeypatch.setattr(owner, name, closes)
             assert closed.wait(10)
         wait_for(lambda: not retry_threads(), "nobody asks again")
-        assert caplog.messages == []
+        assert messages_of(caplog, killable_server, "payments'") == []
 
     def test_names_that_are_members_of_an_enumeration_are_their_text(self, shared: Make) -> None:
         """As for pybreaker's own storage, and for whoever says the text."""
@@ -757,7 +758,7 @@ class TestCommands:
         breakers.configure("payments")
         breakers.set_state("payments", "open")
         assert breakers.status()["payments"].state == "open"
-        (record,) = caplog.records
+        (record,) = records_of(caplog, "'payments'")
         assert record.message == "a listener of breaker 'payments' has failed"
         assert record.exc_info
 

@@ -22,6 +22,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.clients import Prefixing
 from tests.support.inspect import core_of, selector_of
+from tests.support.logs import messages_of
 from tests.support.wait import wait_for
 
 KEYS = circuit_keys("payments", needs_one_slot=False)
@@ -105,7 +106,11 @@ def fails(breaker: pybreaker.CircuitBreaker) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_applications_that_differ_by_prefix_have_circuits_of_their_own(
-    kind: type[Any], of: Callable[..., Any], client: redis.Redis, caplog: pytest.LogCaptureFixture
+    kind: type[Any],
+    of: Callable[..., Any],
+    server: PrivateServer,
+    client: redis.Redis,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Neither the record, nor what is published, nor what is polled of one reaches the other."""
     one, other = application(of(kind, "a:"), probe_lease=5), application(of(kind, "b:"))
@@ -122,7 +127,7 @@ def test_applications_that_differ_by_prefix_have_circuits_of_their_own(
     names = {bytes(name) for name in client.keys("*")}
     assert {name[:2] for name in names} == {b"a:", b"b:"}
     assert client.get("a:payments:pybreaker:state") == b"open"
-    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert messages_of(caplog, server, "payments", level=logging.WARNING) == []
 
 
 CHANNEL = b"payments:pybreaker:circuit@0"

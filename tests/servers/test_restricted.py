@@ -19,6 +19,7 @@ from tests.support import servers
 from tests.support.agreement import Two, health_of, said_of
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import PROTOCOLS
+from tests.support.logs import lines_of, messages_of, records_of
 from tests.support.proxy import Proxy
 from tests.support.selection import but_for
 from tests.support.servers import ONCE, no_server
@@ -166,7 +167,7 @@ def test_restricted_server_is_served_with_one_step_down_and_one_line(
 
 def heard(caplog: pytest.LogCaptureFixture, server: PrivateServer) -> list[str]:
     """What was said of the server until now."""
-    return [line for line in caplog.messages if f"127.0.0.1:{server.port}/0" in line]
+    return messages_of(caplog, f"127.0.0.1:{server.port}/0")
 
 
 def test_lines_carry_what_they_say_and_no_keys(
@@ -179,7 +180,7 @@ def test_lines_carry_what_they_say_and_no_keys(
     (line,) = said
     assert "viewed" not in line
     assert "with args" not in line
-    (record,) = [record for record in caplog.records if "runs no scripts" in record.getMessage()]
+    (record,) = [record for record in records_of(caplog, server) if "runs no scripts" in record.getMessage()]
     data = record.pybreaker_redis  # type: ignore[attr-defined]
     assert data["event"] == "lack"
     assert data["lack"] == "scripts"
@@ -199,7 +200,7 @@ def test_server_without_a_clock_leaves_each_process_on_its_own(
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(up)
         assert health_of(breaker).condition == "refused"
-    assert len([line for line in caplog.messages if "gave no usable answer" in line]) == 1
+    assert len(lines_of(caplog, server)) == 1
 
 
 # -- what only a proxy does --------------------------------------------------------------------------------------------
@@ -218,13 +219,13 @@ def test_line_that_is_hung_up_on_again_and_again_is_said_once(
         proxy.forbidden = b"SUBSCRIBE"
         breaker, other = breaker_on(client), breaker_on(elsewhere, max_staleness=0)
         breaker.call(up)
-        wait_for(lambda: caplog.messages, "a line")
+        wait_for(lambda: messages_of(caplog, proxy), "a line")
         other.open()
         assert breaker.current_state == "open", "it asks"
         other.close()
         dead = proxy.hung_up_on
         wait_for(lambda: proxy.hung_up_on > dead + 2, "it goes on trying")
-        (line,) = caplog.messages
+        (line,) = messages_of(caplog, proxy)
         assert "changes of circuits cannot be heard (" in line
         proxy.forbidden = b""
         settled(breaker)
@@ -244,7 +245,7 @@ def test_server_that_is_away_is_not_said_to_hang_up(
         wait_for(lambda: health_of(breaker).attempts > attempts + 5, "it is asked for")
         killable_server.start()
         settled(breaker)
-    assert [line for line in caplog.messages if "cannot be heard" in line] == []
+    assert [line for line in messages_of(caplog, killable_server) if "cannot be heard" in line] == []
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -283,5 +284,6 @@ def test_each_lack_is_said_once_for_each_server(caplog: pytest.LogCaptureFixture
         for _ in range(2):
             for lack in MissingFeature:
                 server.note_missing_feature(lack, "no")
-    assert len(caplog.messages) == 2 * len(MissingFeature)
-    assert len(set(caplog.messages)) == 2 * len(MissingFeature)
+    lines = messages_of(caplog, "/one", "/other")
+    assert len(lines) == 2 * len(MissingFeature)
+    assert len(set(lines)) == 2 * len(MissingFeature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.agreement import Two, health_of
 from tests.support.breakers import breaker_on, fails, up
 from tests.support.clients import PROTOCOLS
 from tests.support.inspect import disable_resp3, listener_connections, storage_of, view_of
+from tests.support.logs import messages_of
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
@@ -112,7 +114,8 @@ class Service:
     def said(self) -> list[str]:
         """All but that damage was repaired, and that a library without RESP3 cannot be told, whatever its user may."""
         usual = ("; repaired ", *(["does not tell of changes itself"] if self.protocol == 2 else []))
-        return [line for line in self.caplog.messages if not any(words in line for words in usual)]
+        lines = messages_of(self.caplog, health_of(self.breaker).server, self.namespace)
+        return [line for line in lines if not any(words in line for words in usual)]
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:
         """Wait for something, but not once it is clear that it will not come."""
@@ -291,9 +294,10 @@ def test_user_without_scripts_needs_transactions(every_server: PrivateServer, ca
                 two = Two(here, there, namespace, operator)
                 if missing is None:
                     two.live()
-                    assert sum("runs no scripts" in line for line in caplog.messages) == 1
-                    assert [record for record in caplog.records if record.levelname != "INFO"] == [
-                        record for record in caplog.records if "runs no scripts" in record.getMessage()
+                    lines = messages_of(caplog, every_server, namespace)
+                    assert sum("runs no scripts" in line for line in lines) == 1
+                    assert messages_of(caplog, every_server, namespace, level=logging.WARNING) == [
+                        line for line in lines if "runs no scripts" in line
                     ]
                     assert health_of(two.here).mode == "optimistic"
                 else:

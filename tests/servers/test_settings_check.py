@@ -17,6 +17,7 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import up
 from tests.support.inspect import compared_circuits, lock_of, settings_table
+from tests.support.logs import messages_of
 
 SETTINGS = {
     "state": ("closed", "open"),
@@ -39,10 +40,7 @@ def used(client: Any, namespace: str | None = "shop", **words: Any) -> pybreaker
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What there was to say."""
-    records = [record for record in caplog.records if record.name == "pybreaker_redis"]
-    # A busy machine may seem to be an outage.
-    told = [record for record in records if getattr(record, "pybreaker_redis", {}).get("event") != "away"]
-    return [record.getMessage() for record in told if record.levelno >= logging.WARNING]
+    return messages_of(caplog, "two storages of this process differ", "several breakers", level=logging.WARNING)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
