@@ -1,5 +1,6 @@
-"""What circuits cost, side by side: ``python -m pytest benchmarks`` measures and prints the tables of the README.
+"""Benchmarks of guarded calls, compared with other packages.
 
-Each figure compares what was measured in one run on one machine; ``--quick`` takes seconds where the full run takes
-minutes.  ``python -m benchmarks.plot OUT.png`` draws what a caller sees through an outage.
+``python -m pytest benchmarks`` measures and prints the tables of the README.  Each figure is a ratio from one run on
+one machine.  ``--quick`` takes seconds instead of minutes.  ``python -m benchmarks.plot OUT.png`` draws the waits of
+callers through an outage.
 """

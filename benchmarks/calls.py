@@ -1,9 +1,7 @@
-"""How long does a guarded call take, for several contenders in turn?
+"""Time of a guarded call, for several contenders in turn.
 
-Knows: contenders, clocks, threads, when a circuit has settled.  Does not know: pytest, tables.
-
-The contenders run in rounds, A B C A B C …, a short leg each: whatever disturbs the machine disturbs them all, and what
-is compared was measured within the same second.
+The contenders run in rounds, A B C A B C …, a short leg each.  A disturbance of the machine affects all of them, and
+compared figures come from the same second.
 """
 
 from __future__ import annotations
@@ -24,47 +22,49 @@ from pybreaker_redis.testing.servers import PrivateServer
 Action = Literal["success", "rejected", "failure"]
 ACTIONS: tuple[Action, ...] = ("success", "rejected", "failure")
 
-#: Seconds after which a circuit has to be open, and a crew back from its leg.
-DEADLINE = 30.0
+#: Seconds within which a circuit must open, and the threads of a leg must end.
+DEADLINE_S = 30.0
 
-#: Longest time that a circuit has to settle, seconds.
-WARM_UP = 2.0
+#: Seconds within which a circuit must settle.
+WARM_UP_S = 2.0
 
-# A circuit has settled when so many bursts in a row cost the same.
-_BURSTS = 4
-_BURST = 0.05
+#: Bursts in a row that must cost the same until a circuit has settled.
+_SETTLED_BURSTS = 4
+
+#: Duration of a burst, in seconds.
+_BURST_S = 0.05
 
 _circuits = itertools.count()
 
 
 class Down(Exception):
-    """What the dependency raises when it is down."""
+    """Error of the dependency while it is down."""
 
 
 class Unexpected(Exception):
-    """A call ended otherwise than the action says: what was measured is something else."""
+    """Result of a call that contradicts its action, so the measurement is invalid."""
 
 
 def up() -> None:
-    """The dependency, well."""
+    """Succeed, as a healthy dependency."""
 
 
 def down() -> None:
-    """The dependency, down."""
+    """Fail, as a dependency that is down."""
     raise Down
 
 
 @dataclass
 class Entrant:
-    """A contender whose circuit is ready for one action.
+    """Contender with a circuit that is ready for one action.
 
     Attributes:
-        name: Of the contender.
-        action: What each call is.
-        call: One guarded call.
-        ends_with: The exception that each call ends with, if any.
-        calls: How many make up a leg, for each thread.
-        seconds: What a call took, leg by leg.
+        name: Name of the contender.
+        action: Result of each call.
+        call: Function that makes one guarded call.
+        ends_with: Exception that each call raises, or ``None``.
+        calls: Number of calls of a thread in one leg.
+        seconds: Time per call of each leg, in seconds.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Entrant:
     seconds: list[float] = field(default_factory=list)
 
     def run(self, calls: int) -> tuple[float, float]:
-        """Call so often; when it began and ended."""
+        """Make a number of calls, and return the times of begin and end."""
         call, ends_with = self.call, self.ends_with
         began = time.perf_counter()
         if ends_with is None:
@@ -87,13 +87,13 @@ class Entrant:
                     call()
                 except ends_with:
                     continue
-                raise Unexpected(f"{self.name}: a call that was to be a {self.action} was none")
+                raise Unexpected(f"{self.name}: a call did not end as {self.action}")
         return began, time.perf_counter()
 
 
 @contextlib.contextmanager
 def guard_of(contender: Contender, server: PrivateServer, **terms: Any) -> Iterator[Guard]:
-    """A new circuit, with a client of its own."""
+    """Yield a guard with a new circuit and a new client."""
     with contextlib.closing(server.client()) as client:
         guard = contender.make(Terms(f"benchmark-{next(_circuits)}", **terms), client)
         try:
@@ -104,7 +104,7 @@ def guard_of(contender: Contender, server: PrivateServer, **terms: Any) -> Itera
 
 @contextlib.contextmanager
 def entrant(contender: Contender, action: Action, server: PrivateServer) -> Iterator[Entrant]:
-    """A contender's circuit, open if calls are to be rejected, and settled."""
+    """Yield an entrant with a settled circuit, which is open for the action ``rejected``."""
     with guard_of(contender, server, fail_max=1 if action == "rejected" else NEVER) as guard:
         call = guard.around(down if action == "failure" else up)
         if action == "rejected":
@@ -117,9 +117,9 @@ def entrant(contender: Contender, action: Action, server: PrivateServer) -> Iter
 
 
 def open_circuit(guard: Guard, call: Callable[[], Any]) -> None:
-    """Let the dependency fail until calls are rejected."""
+    """Fail until the circuit rejects calls."""
     failing = guard.around(down)
-    until = time.monotonic() + DEADLINE
+    until = time.monotonic() + DEADLINE_S
     while time.monotonic() < until:
         with contextlib.suppress(Down, guard.rejection):
             failing()
@@ -127,13 +127,13 @@ def open_circuit(guard: Guard, call: Callable[[], Any]) -> None:
             call()
         except guard.rejection:
             return
-    raise Unexpected("the circuit does not open")
+    raise Unexpected("the circuit did not open")
 
 
 def settle(entrant: Entrant, server: PrivateServer) -> None:
-    """Call until the calls of a burst cost the server as much as those before; for `WARM_UP` at most.
+    """Call until bursts of calls cost the server the same, for `WARM_UP_S` at most.
 
-    A circuit that is told of changes has to subscribe first, and asks until it has.
+    A circuit that subscribes to changes queries the server until the subscription is active.
     """
     with contextlib.closing(server.client()) as client:
 
@@ -141,27 +141,27 @@ def settle(entrant: Entrant, server: PrivateServer) -> None:
             return int(client.info("stats")["total_reads_processed"])
 
         costs: list[float] = []
-        until = time.monotonic() + WARM_UP
+        until = time.monotonic() + WARM_UP_S
         while time.monotonic() < until:
-            burst_until, before, calls = time.monotonic() + _BURST, reads(), 0
+            burst_until, before, calls = time.monotonic() + _BURST_S, reads(), 0
             while time.monotonic() < burst_until:
                 entrant.run(1)
                 calls += 1
             costs.append((reads() - before) / calls)
-            last = costs[-_BURSTS:]
-            if len(last) == _BURSTS and max(last) - min(last) < 0.1:
+            last = costs[-_SETTLED_BURSTS:]
+            if len(last) == _SETTLED_BURSTS and max(last) - min(last) < 0.1:
                 return
 
 
 class Race:
-    """Rounds of all entrants.
+    """Rounds in which all entrants run in turn.
 
     Usable as a context manager, which ends the threads.
 
     Args:
-        entrants: Who runs, in this order.
-        threads: How many share each circuit.
-        leg: How long each entrant runs in a round, seconds, more or less.
+        entrants: Entrants, in the order in which they run.
+        threads: Number of threads that share each circuit.
+        leg: Approximate duration of an entrant's leg, in seconds.
     """
 
     def __init__(self, entrants: Sequence[Entrant], *, threads: int, leg: float) -> None:
@@ -173,22 +173,22 @@ class Race:
             self._find_calls(runner, leg)
 
     def round(self) -> None:
-        """One leg of each."""
+        """Run one leg of each entrant."""
         for runner in self.entrants:
             runner.seconds.append(self._leg(runner))
 
     def _leg(self, runner: Entrant) -> float:
-        """Seconds per call: of wall time, over the calls of all threads."""
+        """Run a leg, and return the wall time per call over all threads, in seconds."""
         if self._threads == 1:
             spans = [runner.run(runner.calls)]
         else:
             legs = [self._crew.submit(self._run_together, runner) for _ in range(self._threads)]
-            spans = [leg.result(DEADLINE) for leg in legs]
+            spans = [leg.result(DEADLINE_S) for leg in legs]
         seconds = max(ended for _, ended in spans) - min(began for began, _ in spans)
         return seconds / (runner.calls * self._threads)
 
     def _run_together(self, runner: Entrant) -> tuple[float, float]:
-        self._start.wait(DEADLINE)
+        self._start.wait(DEADLINE_S)
         return runner.run(runner.calls)
 
     def _find_calls(self, runner: Entrant, leg: float) -> None:
@@ -197,7 +197,7 @@ class Race:
         runner.calls = max(1, round(runner.calls * leg / seconds))
 
     def __enter__(self) -> Race:
-        # What pytest has allocated is not to be searched for garbage in somebody's leg.
+        # Objects of pytest are excluded from garbage collections during the legs.
         gc.collect()
         gc.freeze()
         return self

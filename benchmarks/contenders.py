@@ -1,9 +1,7 @@
-"""Who is compared, and what does each of them do per call?
+"""Packages that guard synchronous calls, and what each of them does per call.
 
-Knows: the packages that guard synchronous calls.  Does not know: how anything is measured.
-
-All are asked in the shortest way that they document, on a redis-py client of their own.  None of them has listeners,
-and all count failures in such a way that `Terms.fail_max` failures in a row trip them.
+Each contender is called in the shortest documented way, with a separate redis-py client and without listeners.
+`Terms.fail_max` failures in a row open each circuit.
 """
 
 from __future__ import annotations
@@ -21,21 +19,21 @@ import pybreaker
 import pybreaker_redis
 from tests.support.fleet import Make
 
-#: A `Terms.fail_max` that nothing reaches.
+#: Value of `Terms.fail_max` that no benchmark reaches.
 NEVER = 10**9
 
-# Peers judge rates, not runs of failures: at this one, the calls that they must have seen before they judge decide.
+# Some peers compare failure rates.  With this rate their minimum number of calls decides.
 _ANY_RATE = 1e-9
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a circuit is to be.
+    """Settings of a circuit.
 
     Attributes:
-        circuit: Its name, not used before on the server.
-        fail_max: Failures that trip it; of peers that judge rates: calls before they judge.
-        reset_timeout: Seconds until an open circuit lets somebody try.
+        circuit: Name of the circuit, new on the server.
+        fail_max: Failures that open the circuit.  For peers that compare rates, the minimum number of calls.
+        reset_timeout: Seconds until an open circuit admits a probe.
     """
 
     circuit: str
@@ -45,12 +43,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class Guard:
-    """A circuit in use.
+    """Circuit in use.
 
     Attributes:
-        around: Turns a function into one that is guarded.
-        rejection: What is raised instead of calling it.
-        close: Ends what runs in the background.
+        around: Function that returns a guarded function.
+        rejection: Exception of a rejected call.
+        close: Function that ends background threads.
     """
 
     around: Callable[[Callable[[], None]], Callable[[], Any]]
@@ -63,10 +61,10 @@ class Contender:
     """One way to guard a call.
 
     Attributes:
-        name: For the tables.
-        shares: Whether its circuits are shared over Redis.
-        make: Makes a circuit; the client is for those that share.
-        needs: Module without which it is not there.
+        name: Name in the tables.
+        shares: Whether processes share its circuits through Redis.
+        make: Function that creates a circuit.  Shared circuits use the client.
+        needs: Module that must be installed.
     """
 
     name: str
@@ -75,15 +73,15 @@ class Contender:
     needs: str
 
     def missing(self) -> str:
-        """Why it cannot be measured here; empty if it can."""
+        """Return the reason why the contender cannot run here, or an empty text."""
         try:
             import_module(self.needs)
-        except Exception as error:  # noqa: BLE001 (a package that is too old for this Python fails as it likes)
+        except Exception as error:  # noqa: BLE001 (a package that is too old for this Python may raise any exception)
             return f"{type(error).__name__}: {error}"
         return ""
 
 
-# -- the breaker is pybreaker's, the storage differs -------------------------------------------------------------------
+# -- breakers of pybreaker on different storages -----------------------------------------------------------------------
 
 
 def _pybreaker(storage: Any, terms: Terms) -> Guard:
@@ -94,24 +92,24 @@ def _pybreaker(storage: Any, terms: Terms) -> Guard:
 
 
 def pybreaker_memory(terms: Terms, client: Any) -> Guard:
-    """Reads and sets attributes."""
+    """Create a circuit that reads and sets attributes."""
     del client
     return _pybreaker(pybreaker.CircuitMemoryStorage("closed"), terms)
 
 
 def our_memory(terms: Terms, client: Any) -> Guard:
-    """Decides by the model, under a lock; of a success or a rejection it knows that nothing is to be decided."""
+    """Create a circuit that decides by the model, under a lock.  Successes and rejections take the fast path."""
     del client
     return _pybreaker(pybreaker_redis.CircuitMemoryStorage("closed"), terms)
 
 
 def pybreaker_redis_storage(terms: Terms, client: Any) -> Guard:
-    """GET and SET for each look and each result."""
+    """Create a circuit that sends GET and SET for each read and each result."""
     return _pybreaker(pybreaker.CircuitRedisStorage("closed", client, namespace=terms.circuit), terms)
 
 
 def our_redis(terms: Terms, client: Any) -> Guard:
-    """One script where something is to be decided; looks at what this process was told, where it was told."""
+    """Create a circuit that runs one script per decision, and reads its local view otherwise."""
     return _pybreaker(pybreaker_redis.CircuitRedisStorage("closed", client, namespace=terms.circuit), terms)
 
 
@@ -134,15 +132,15 @@ def _interlock(terms: Terms, storage: Any) -> Guard:
 
 
 def interlock_memory(terms: Terms, client: Any) -> Guard:
-    """Keeps the results of the last hundred calls, under a lock; looks at the clock twice."""
+    """Create a circuit that stores the results of the last hundred calls, under a lock."""
     del client
     return _interlock(terms, None)
 
 
 def interlock_redis(terms: Terms, client: Any) -> Guard:
-    """As in memory: each process counts for itself.  A trip is told to Redis, and read there once a second.
+    """Create a circuit that counts failures per process, and shares trips.
 
-    A thread does both, so a call itself makes no round trip but that of a probe.
+    A thread writes trips to Redis and reads them once a second.  Only a probe makes a round trip.
     """
     from interlock.integrations.redis import RedisStorage
 
@@ -150,7 +148,7 @@ def interlock_redis(terms: Terms, client: Any) -> Guard:
 
 
 def nopanic_memory(terms: Terms, client: Any) -> Guard:
-    """Counts results in ten buckets of three seconds, under a lock."""
+    """Create a circuit that counts results in ten buckets of three seconds, under a lock."""
     from nopanic import CircuitOpen, circuit_breaker
 
     del client
@@ -161,7 +159,7 @@ def nopanic_memory(terms: Terms, client: Any) -> Guard:
 
 
 def nopanic_redis(terms: Terms, client: Any) -> Guard:
-    """One script to be admitted, one to report; the buckets are in Redis."""
+    """Create a circuit that runs one script for admission and one for the result.  The buckets are in Redis."""
     from nopanic import CircuitOpen
     from nopanic_redis import redis_circuit_breaker
 
@@ -184,7 +182,7 @@ def _aiobreaker(terms: Terms, storage: Any) -> Guard:
 
 
 def aiobreaker_memory(terms: Terms, client: Any) -> Guard:
-    """Reads and sets attributes, without a lock: ``call``, its synchronous path."""
+    """Create a circuit that reads and sets attributes without a lock, through its synchronous ``call``."""
     from aiobreaker import CircuitBreakerState
     from aiobreaker.storage.memory import CircuitMemoryStorage
 
@@ -193,7 +191,7 @@ def aiobreaker_memory(terms: Terms, client: Any) -> Guard:
 
 
 def aiobreaker_redis(terms: Terms, client: Any) -> Guard:
-    """GET and SET for each look and each result, as pybreaker, of which it is a descendant."""
+    """Create a circuit that sends GET and SET for each read and each result, like pybreaker, its origin."""
     from aiobreaker import CircuitBreakerState
     from aiobreaker.storage.redis import CircuitRedisStorage
 
@@ -201,13 +199,14 @@ def aiobreaker_redis(terms: Terms, client: Any) -> Guard:
 
 
 class LasierRejected(Exception):
-    """What lasier is told to raise."""
+    """Exception that lasier raises for a rejected call."""
 
 
 def lasier_redis(terms: Terms, client: Any) -> Guard:
-    """GET before and after each call; failures in a row are those within a minute, and successes do not reset them.
+    """Create a circuit that sends GET before and after each call.
 
-    It has no half-open state: when the key of an open circuit expires, everybody is admitted.
+    Failures are counted for a minute, and successes do not reset them.  The circuit has no half-open state: when its
+    key expires, all calls are admitted.
     """
     from lasier.adapters.caches import RedisAdapter
     from lasier.circuit_breaker.rules import MaxFailuresRule
@@ -218,13 +217,13 @@ def lasier_redis(terms: Terms, client: Any) -> Guard:
     return Guard(CircuitBreaker(rule, RedisAdapter(client), LasierRejected, circuit_timeout=timeout), LasierRejected)
 
 
-#: The one that all others are compared with.
+#: Contender that all others are compared with.
 REFERENCE = Contender("pybreaker, memory", False, pybreaker_memory, "pybreaker")
 
-#: The storages of `tests.support.fleet`, and how the tables call them.
+#: Names in the tables of the storages of `tests.support.fleet`.
 STORAGES: dict[Make, str] = {"stock": "pybreaker", "ours": "pybreaker_redis"}
 
-#: In the order of the tables.
+#: All contenders, in the order of the tables.
 CONTENDERS = (
     REFERENCE,
     Contender("pybreaker_redis, memory", False, our_memory, "pybreaker_redis"),
@@ -241,10 +240,14 @@ CONTENDERS = (
 
 
 def at_hand(*, sharing: bool = False) -> list[Contender]:
-    """Those that can be measured here; only those that share, if so asked."""
+    """Return the contenders that can run here.
+
+    Args:
+        sharing: Whether to leave out circuits that are not shared through Redis.
+    """
     return [item for item in CONTENDERS if not item.missing() and (item.shares or not sharing)]
 
 
 def not_at_hand() -> list[str]:
-    """Those that cannot, and why."""
+    """Return the contenders that cannot run here, with the reason."""
     return [f"{item.name} ({reason})" for item in CONTENDERS if (reason := item.missing())]

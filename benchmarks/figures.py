@@ -1,7 +1,4 @@
-"""How do measurements become figures, and figures a table?
-
-Knows: percentiles, RST.  Does not know: what was measured.
-"""
+"""Percentiles of measurements, and tables of figures in reStructuredText."""
 
 from __future__ import annotations
 
@@ -11,19 +8,19 @@ from dataclasses import dataclass
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """The smallest of `values` that so many percent of them do not exceed."""
+    """Return the smallest of `values` that is not exceeded by so many percent of them."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and between what bounds the middle half of the values lies.
+    """Median and quartiles of some values.
 
     Attributes:
-        median: Half of the values are below.
-        low: A quarter is below.
-        high: A quarter is above.
+        median: Value that half of the values exceed.
+        low: Value that three quarters of the values exceed.
+        high: Value that a quarter of the values exceeds.
     """
 
     median: float
@@ -32,7 +29,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of some values."""
+        """Return the spread of some values."""
         values = list(values)
         return cls(percentile(values, 50), percentile(values, 25), percentile(values, 75))
 
@@ -41,7 +38,7 @@ class Spread:
 
 
 def short(value: float) -> str:
-    """With three digits, or all of those before the point."""
+    """Return a number with three significant digits, or with all digits before the point."""
     if value == 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -49,7 +46,7 @@ def short(value: float) -> str:
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *notes: str) -> str:
-    """An RST table with a title above and notes below, ready for a page."""
+    """Return a table in reStructuredText with a title above and notes below."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     rule = "  ".join("=" * width for width in widths)

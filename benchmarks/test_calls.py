@@ -1,4 +1,4 @@
-"""How many times as long as on pybreaker's memory storage does a guarded call take?"""
+"""Benchmark: time of a guarded call, relative to pybreaker's memory storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 def test_guarded_calls(
     threads: int, quick: bool, server: PrivateServer, benchmark: Any, show: Callable[[str], None]
 ) -> None:
-    """The dependency does nothing, so the time of a call is the breaker's; threads share one circuit of each kind."""
+    """The dependency does nothing, so the time of a call is the breaker's.  Threads share one circuit of each kind."""
     rounds, leg = (5, 0.005) if quick else (40, 0.02)
     with contextlib.ExitStack() as stack:
         entrants = [stack.enter_context(entrant(item, action, server)) for action in ACTIONS for item in at_hand()]
@@ -31,18 +31,18 @@ def test_guarded_calls(
 
 
 def reference_of(item: Entrant, entrants: list[Entrant]) -> Entrant:
-    """What an entrant is compared with: the same action on the reference."""
+    """Return the entrant of the reference with the same action."""
     return next(other for other in entrants if (other.name, other.action) == (REFERENCE.name, item.action))
 
 
 def compared(item: Entrant, entrants: list[Entrant]) -> Spread:
-    """How many times as long an entrant took as the reference did in the same round."""
+    """Return the ratio of an entrant's time to the time of the reference in the same round."""
     reference = reference_of(item, entrants)
     return Spread.of(own / other for own, other in zip(item.seconds, reference.seconds, strict=True))
 
 
 def summary(threads: int, entrants: list[Entrant], ratios: dict[tuple[str, Action], Spread]) -> str:
-    """The table of one number of threads."""
+    """Return the table for one number of threads."""
     rows = [
         [f"{REFERENCE.name} (= 1)", *("1" for _ in ACTIONS)],
         *(

@@ -1,4 +1,4 @@
-"""How long after a transition in one process do the others see it?"""
+"""Benchmark: time from a transition in one process until other processes see it."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ from benchmarks.figures import percentile, short, table
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.fleet import Fleet, Make, Spec, Worker
 
-#: Processes that look.
+#: Number of processes that observe the circuit.
 OBSERVERS = 4
 
-#: Pause between two looks, seconds: short beside what is measured, long enough that nobody is short of CPU.
-GLANCE = 0.0002
+#: Pause between two reads, in seconds: short compared with the results, long enough to leave the CPU free.
+READ_INTERVAL_S = 0.0002
 
-#: Pause before a transition, seconds: a listener reads changed circuits 100 times a second at most.
-PAUSE = 0.03
+#: Pause before a transition, in seconds: a listener reads changed circuits 100 times a second at most.
+PAUSE_S = 0.03
 
-#: Seconds in which a transition must be seen.
-DEADLINE = 10.0
+#: Seconds within which each observer must see a transition.
+DEADLINE_S = 10.0
 
 
 def begin(worker: Worker) -> None:
-    """Two guarded calls, with which listening begins, and time for it to begin."""
+    """Start the listener by two guarded calls, and wait for its subscription."""
     for _ in range(2):
         worker.breaker.call(lambda: None)
     time.sleep(0.5)
 
 
 def see(worker: Worker, state: str) -> float:
-    """Look until the circuit is seen in `state`; the monotonic time of that."""
+    """Read the circuit until it is in `state`, and return the monotonic time of that read."""
     worker.say("looking")
-    until = time.monotonic() + DEADLINE
+    until = time.monotonic() + DEADLINE_S
     while worker.breaker.current_state != state:
         if time.monotonic() > until:
-            raise TimeoutError(f"the circuit is not seen {state}")
-        time.sleep(GLANCE)
+            raise TimeoutError(f"the circuit did not become {state} within {DEADLINE_S} s")
+        time.sleep(READ_INTERVAL_S)
     return time.monotonic()
 
 
 def turn(worker: Worker, verb: Literal["open", "close"]) -> tuple[float, float]:
-    """An operator's ``breaker.open()`` or ``close()``; the monotonic times at which it began and returned."""
+    """Call ``breaker.open()`` or ``close()``, and return the monotonic times of begin and return."""
     began = time.monotonic()
     getattr(worker.breaker, verb)()
     return began, time.monotonic()
 
 
 def pings(worker: Worker, times: int) -> list[float]:
-    """What a round trip takes, seconds."""
+    """Measure round trips, in seconds."""
     spans = []
     for _ in range(times):
         began = time.monotonic()
         worker.client.ping()
         spans.append(time.monotonic() - began)
-        time.sleep(GLANCE)
+        time.sleep(READ_INTERVAL_S)
     return spans
 
 
 @dataclass
 class Seen:
-    """What was measured, seconds.
+    """Measured times, in seconds.
 
     Attributes:
-        call: What the call that made the transition took.
-        since_begin: From its beginning until an observer saw the transition.
-        since_return: From its return; negative where the observer was earlier than the one who called.
+        call: Durations of the calls that made a transition.
+        since_begin: Times from the begin of such a call until an observer saw the transition.
+        since_return: Times from its return.  Negative values come from observers that were earlier than the caller.
     """
 
     call: list[float] = field(default_factory=list)
@@ -78,13 +78,13 @@ class Seen:
     since_return: list[float] = field(default_factory=list)
 
     def add(self, began: float, returned: float, seen: Sequence[float]) -> None:
-        """One transition."""
+        """Add the times of one transition."""
         self.call.append(returned - began)
         self.since_begin += [at - began for at in seen]
         self.since_return += [at - returned for at in seen]
 
     def figures(self) -> dict[str, float]:
-        """The columns of the table, seconds."""
+        """Return the columns of the table, in seconds."""
         return {
             "the call": percentile(self.call, 50),
             "seen, p50": percentile(self.since_begin, 50),
@@ -98,7 +98,7 @@ class Seen:
 def test_propagation(
     quick: bool, server: PrivateServer, tmp_path: Path, benchmark: Any, show: Callable[[str], None]
 ) -> None:
-    """The call that makes a transition makes several round trips, and with one of them the transition is true."""
+    """A call that makes a transition needs several round trips, and one of them commits the transition."""
     transitions = 40 if quick else 400
     seen: dict[Make, Seen] = {make: Seen() for make in STORAGES}
     fleets: dict[Make, Fleet] = {}
@@ -110,7 +110,7 @@ def test_propagation(
                 observer.begin(see, state)
             for observer in observers:
                 observer.wait_for("looking")
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_S)
             began, returned = operator.run(turn, verb)
             seen[make].add(began, returned, [observer.result() for observer in observers])
 
@@ -129,8 +129,8 @@ def test_propagation(
     benchmark.extra_info.update(figures, ping=ping)
     show(
         table(
-            f"A transition as seen by {OBSERVERS} other processes that look every {GLANCE * 1000} ms, milliseconds; "
-            f"{transitions} transitions",
+            f"A transition as seen by {OBSERVERS} other processes that read every {READ_INTERVAL_S * 1000} ms, "
+            f"milliseconds; {transitions} transitions",
             ["", *figures["ours"], "p50, in PINGs"],
             [
                 [STORAGES[make], *(short(value * 1000) for value in of.values()), short(of["seen, p50"] / ping)]

@@ -1,4 +1,4 @@
-"""How many round trips does each step of a circuit make, counted at the server?"""
+"""Benchmark: round trips of each step of a circuit, counted at the server."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from tests.support.round_trips import Meter
 
 T = TypeVar("T")
 
-#: What is counted, in the order of the table.
+#: Steps that are counted, in the order of the table.
 STEPS = (*ACTIONS, "trip", "recovery")
 
-#: Of the circuits that recover, seconds.  A whole number: lasier knows no others.
-RESET_TIMEOUT = 1.0
+#: Reset timeout of circuits that recover, in whole seconds, because lasier accepts no fractions.
+RESET_TIMEOUT_S = 1.0
 
-#: Seconds in which they have to recover.
-DEADLINE = 10.0
+#: Seconds within which these circuits must recover.
+DEADLINE_S = 10.0
 
-#: Seconds for which they are in use before they trip: interlock's thread connects after one.
-USE = 1.2
+#: Seconds of use before a circuit is tripped: interlock's thread connects after one second.
+USE_S = 1.2
 
-#: Seconds after a step in which what it makes others do is counted, too: interlock's thread writes behind its back.
-AFTERMATH = 0.03
+#: Seconds after a step in which round trips of background threads count, too: interlock's thread writes later.
+AFTERMATH_S = 0.03
 
 
 def test_round_trips(quick: bool, server: PrivateServer, show: Callable[[str], None]) -> None:
-    """Medians: of a heartbeat or a poll, which come once or twice a second, now and then one falls into a step."""
+    """The figures are medians, because a heartbeat or a poll may fall into a step now and then."""
     calls, lives = (5, 3) if quick else (15, 7)
     costs = {
         item.name: counted_calls(item, server, calls) | counted_changes(item, server, lives)
@@ -45,7 +45,7 @@ def test_round_trips(quick: bool, server: PrivateServer, show: Callable[[str], N
 
 
 def counted_calls(contender: Contender, server: PrivateServer, times: int) -> dict[str, list[int]]:
-    """What calls cost that change no state."""
+    """Return the round trips of calls that change no state."""
     costs: dict[str, list[int]] = {}
     for action in ACTIONS:
         with entrant(contender, action, server) as made, contextlib.closing(Meter(server)) as meter:
@@ -55,12 +55,12 @@ def counted_calls(contender: Contender, server: PrivateServer, times: int) -> di
 
 @dataclass
 class Life:
-    """A circuit that the next failure trips.
+    """Circuit that the next failure opens.
 
     Attributes:
-        succeed: A call of the dependency while it is well.
-        fail: One while it is down.
-        rejection: What is raised instead.
+        succeed: Function that calls the healthy dependency.
+        fail: Function that calls the dependency while it is down.
+        rejection: Exception of a rejected call.
     """
 
     succeed: Callable[[], object]
@@ -68,15 +68,15 @@ class Life:
     rejection: type[Exception]
 
     def trip(self) -> None:
-        """One failure.  Some answer it with the dependency's exception, some with a rejection."""
+        """Fail once.  Some packages raise the dependency's exception, others a rejection."""
         try:
             self.fail()
         except (Down, self.rejection):
             return
         raise Unexpected("the failure was not raised")
 
-    def is_admitted(self) -> bool:
-        """One call; whether it reached the dependency."""
+    def try_call(self) -> bool:
+        """Call once, and return whether the call reached the dependency."""
         try:
             self.succeed()
         except self.rejection:
@@ -86,43 +86,43 @@ class Life:
 
 @contextlib.contextmanager
 def life(contender: Contender, server: PrivateServer) -> Iterator[Life]:
-    """A new circuit, settled."""
-    with guard_of(contender, server, fail_max=1, reset_timeout=RESET_TIMEOUT) as guard:
+    """Yield a new circuit that has settled."""
+    with guard_of(contender, server, fail_max=1, reset_timeout=RESET_TIMEOUT_S) as guard:
         made = Life(guard.around(up), guard.around(down), guard.rejection)
         settle(Entrant(contender.name, "success", made.succeed, None), server)
         yield made
 
 
 def counted_changes(contender: Contender, server: PrivateServer, lives: int) -> dict[str, list[int]]:
-    """What a trip costs, and what the first call does that is admitted again; circuits are called all the time."""
+    """Return the round trips of trips, and of the first calls that are admitted again."""
     with contextlib.ExitStack() as stack:
         waiting = [stack.enter_context(life(contender, server)) for _ in range(lives)]
         meter = stack.enter_context(contextlib.closing(Meter(server)))
-        until = time.monotonic() + USE
+        until = time.monotonic() + USE_S
         while time.monotonic() < until:
             for circuit in waiting:
                 circuit.succeed()
-            time.sleep(AFTERMATH)
+            time.sleep(AFTERMATH_S)
         trips = [cost(meter, circuit.trip)[0] for circuit in waiting]
         recoveries = []
-        until = time.monotonic() + DEADLINE
+        until = time.monotonic() + DEADLINE_S
         while waiting:
             for circuit in list(waiting):
-                round_trips, admitted = cost(meter, circuit.is_admitted)
+                round_trips, admitted = cost(meter, circuit.try_call)
                 if admitted:
                     recoveries.append(round_trips)
                     waiting.remove(circuit)
             if time.monotonic() > until:
-                raise Unexpected(f"{contender.name}: {len(waiting)} of {lives} circuits do not recover")
+                raise Unexpected(f"{contender.name}: {len(waiting)} of {lives} circuits did not recover")
         return {"trip": trips, "recovery": recoveries}
 
 
 def cost(meter: Meter, step: Callable[[], T]) -> tuple[int, T]:
-    """Round trips of a step and its aftermath, and what it returned."""
+    """Return the round trips of a step and its aftermath, and the result of the step."""
     returned: list[T] = []
 
     def watched() -> None:
         returned.append(step())
-        time.sleep(AFTERMATH)
+        time.sleep(AFTERMATH_S)
 
     return meter.cost(watched), returned[0]

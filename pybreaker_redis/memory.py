@@ -112,3 +112,21 @@ class CircuitMemoryStorage(OperatedStorage):
         super().__init__("memory", state["probe_lease"], FastPath())
         self._begin(Circuit(**state["circuit"], opened_at_ms=state["opened_at"] and AssignedMs.of(state["opened_at"])))
         vars(self).update(state["added"])
+
+
+class FixedCircuitStorage(OperatedStorage):
+    """Circuit for tests that stays in one state: no call and no operator changes it.
+
+    Args:
+        state: ``closed``, ``open`` or ``half-open``.
+        opened_ahead_ms: Milliseconds from the current time to the time at which the circuit opened.
+    """
+
+    def __init__(self, state: str, *, opened_ahead_ms: float = 0.0) -> None:
+        super().__init__("fixed", 1.0, FastPath())
+        self._fixed_state = state
+        self._opened_ahead_ms = opened_ahead_ms
+
+    def _execute(self, intent: Intent) -> Reply:
+        now_ms = wall_clock_ms()
+        return Reply(True, Circuit(self._fixed_state, opened_at_ms=now_ms + self._opened_ahead_ms), now_ms)

@@ -1,4 +1,4 @@
-"""Payments that need not be made at once.
+"""Celery tasks that pay later while the payment service is down.
 
 ``celery --workdir examples/celery_tasks --app tasks worker --concurrency 4``
 """
@@ -17,14 +17,14 @@ PAYMENTS_URL = os.environ.get("PAYMENTS_URL", "http://localhost:8001/")
 app = Celery("payments", broker=BROKER_URL, backend=BROKER_URL)
 app.conf.update(broker_connection_retry_on_startup=True, worker_prefetch_multiplier=1)
 
-# A task whose call has failed gets the service's own error, also if it was that call which opened the circuit; what is
-# rejected has not called.
+# With throw_new_error_on_trip=False the call that opens the circuit raises the service's error, like earlier failures.
+# CircuitBreakerError then means that no call was made.
 breakers = BreakerRegistry(
     os.environ.get("REDIS_URL", "redis://localhost:6379/0"),
     prefix="tasks",
     fail_max=3,
     reset_timeout=float(os.environ.get("RESET_TIMEOUT", "30")),
-    # Longer than the slowest call; whoever is rejected while somebody tries comes back when this is over.
+    # Longer than the slowest call.  Tasks that are rejected during a probe retry when the lease ends.
     probe_lease=float(os.environ.get("PROBE_LEASE", "10")),
     throw_new_error_on_trip=False,
 )
@@ -32,7 +32,7 @@ breakers = BreakerRegistry(
 
 @breakers.guard("payments")
 def charge() -> str:
-    """Ask the service that takes the money for a receipt."""
+    """Call the payment service, and return a receipt."""
     with urllib.request.urlopen(PAYMENTS_URL, timeout=5) as answer:
         receipt: str = answer.read().decode()
         return receipt
@@ -40,5 +40,5 @@ def charge() -> str:
 
 @app.task(base=BreakerTask, rejections_count=False)
 def pay() -> str:
-    """Pay as soon as the service is there; after a day it is too late, as whoever sends this says by ``expires``."""
+    """Pay as soon as the service is available.  The sender limits the wait by ``expires``."""
     return charge()

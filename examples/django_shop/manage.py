@@ -1,4 +1,4 @@
-"""Commands: ``python examples/django_shop/manage.py breakers``."""
+"""Management commands of the shop: ``python examples/django_shop/manage.py breakers``."""
 
 import os
 import sys

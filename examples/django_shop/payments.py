@@ -1,4 +1,4 @@
-"""The service that takes the money; everything that is known of it is that it may be down."""
+"""Client of the payment service, which may be down."""
 
 import urllib.request
 
@@ -9,11 +9,11 @@ from pybreaker_redis.contrib.django import breakers
 
 @breakers.guard("payments")
 def charge() -> str:
-    """Ask it for a receipt.
+    """Call the payment service, and return a receipt.
 
     Raises:
-        OSError: It has failed.
-        pybreaker.CircuitBreakerError: It is left alone because it has failed too often.
+        OSError: The service failed.
+        pybreaker.CircuitBreakerError: The circuit is open, so no call was made.
     """
     with urllib.request.urlopen(settings.PAYMENTS_URL, timeout=5) as answer:
         receipt: str = answer.read().decode()

@@ -1,4 +1,4 @@
-"""A shop whose payments are another service's business: its settings."""
+"""Settings of a shop with an external payment service."""
 
 import os
 
@@ -16,7 +16,7 @@ CACHES = {
 PYBREAKER = {
     "CACHE": "default",
     "PREFIX": "shop",
-    # The one that opens the circuit gets the service's own error, like those before it.
+    # The call that opens the circuit raises the service's error, like the failures before it.
     "DEFAULTS": {"throw_new_error_on_trip": False},
     "BREAKERS": {
         "payments": {"fail_max": 3, "reset_timeout": float(os.environ.get("RESET_TIMEOUT", "30"))},

@@ -1,4 +1,4 @@
-"""What can be asked of the shop."""
+"""URLs and views of the shop."""
 
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
@@ -6,7 +6,7 @@ from payments import charge
 
 
 def pay(request: HttpRequest) -> JsonResponse:
-    """Pay; the middleware answers while the circuit is open."""
+    """Pay.  While the circuit is open, the middleware answers 503."""
     try:
         return JsonResponse({"receipt": charge()})
     except OSError:
@@ -14,7 +14,7 @@ def pay(request: HttpRequest) -> JsonResponse:
 
 
 def ready(request: HttpRequest) -> JsonResponse:
-    """Whether anybody is there."""
+    """Answer a health check."""
     return JsonResponse({})
 
 

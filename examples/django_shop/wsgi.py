@@ -1,4 +1,4 @@
-"""For gunicorn: ``gunicorn --chdir examples/django_shop --workers 4 wsgi``."""
+"""WSGI application of the shop: ``gunicorn --chdir examples/django_shop --workers 4 wsgi``."""
 
 import os
 

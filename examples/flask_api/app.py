@@ -1,7 +1,7 @@
-"""An interface whose payments are another service's business.
+"""Flask application with an external payment service.
 
-``gunicorn --chdir examples/flask_api --workers 4 --worker-class gthread --threads 4 'app:create_app()'``, and
-``flask --app examples/flask_api/app.py breakers``.
+Run it with ``gunicorn --chdir examples/flask_api --workers 4 --worker-class gthread --threads 4 'app:create_app()'``,
+and its command with ``flask --app examples/flask_api/app.py breakers``.
 """
 
 import os
@@ -16,11 +16,11 @@ breakers = Breakers()
 
 @breakers.guard("payments")
 def charge() -> str:
-    """Ask the service that takes the money for a receipt.
+    """Call the payment service, and return a receipt.
 
     Raises:
-        OSError: It has failed.
-        pybreaker.CircuitBreakerError: It is left alone because it has failed too often.
+        OSError: The service failed.
+        pybreaker.CircuitBreakerError: The circuit is open, so no call was made.
     """
     with urllib.request.urlopen(current_app.config["PAYMENTS_URL"], timeout=5) as answer:
         receipt: str = answer.read().decode()
@@ -28,7 +28,7 @@ def charge() -> str:
 
 
 def create_app() -> Flask:
-    """The application, as the environment configures it."""
+    """Create the application with settings from the environment."""
     app = Flask(__name__)
     app.config["PAYMENTS_URL"] = os.environ.get("PAYMENTS_URL", "http://localhost:8001/")
     app.config["PYBREAKER_URL"] = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
@@ -37,7 +37,7 @@ def create_app() -> Flask:
         "payments": {
             "fail_max": 3,
             "reset_timeout": float(os.environ.get("RESET_TIMEOUT", "30")),
-            # The one that opens the circuit gets the service's own error, like those before it.
+            # The call that opens the circuit raises the service's error, like the failures before it.
             "throw_new_error_on_trip": False,
         },
     }

@@ -1,1 +1,1 @@
-"""The command line of pybreaker_redis."""
+"""Command line of the package, and the demo."""

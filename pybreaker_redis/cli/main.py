@@ -1,7 +1,4 @@
-"""The command `pybreaker-redis`.
-
-Knows: its arguments.  Does not know: what the demo shows.
-"""
+"""Parser of the command line ``python -m pybreaker_redis``."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from pybreaker_redis.cli.demo.play import play
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+__all__ = ("main",)
 
-#: Seconds that may be asked for: shorter than this nothing can be seen, longer nobody watches.
+#: Range of the demo's duration.  A shorter demo is too fast to follow.
 DEMO_SECONDS_MIN, DEMO_SECONDS_MAX = 2.0, 600.0
 
-
-SECONDS_HELP = "how long, roughly, and no less than it takes to see it all, about 9 (default: %(default)g)"
+SECONDS_HELP = "approximate duration; the acts need at least about 9 seconds (default: %(default)g)"
 
 
 def _seconds(text: str) -> float:
@@ -30,10 +27,10 @@ def _seconds(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name; without one, explain.
+    """Run the command that the arguments name, or print the help if they name none.
 
     Args:
-        arguments: Those of the process if not given.
+        arguments: Command line.  The default is the command line of the process.
 
     Returns:
         The exit code.
@@ -45,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", title="commands")
     demo = commands.add_parser(
         "demo",
-        help="three real worker processes share a circuit while their dependency dies, hangs and comes back",
-        epilog="Plays on a private server, which it starts and ends; PYBREAKER_REDIS_URL names another one.",
+        help="three worker processes share a circuit while their dependency dies, hangs and recovers",
+        epilog="The demo starts a private server and stops it at the end.  PYBREAKER_REDIS_URL names another server.",
     )
     demo.add_argument("--seconds", type=_seconds, default=22.0, help=SECONDS_HELP)
     demo.add_argument("--plain", action="store_true", help="plain lines instead of a live table")

@@ -1,1 +1,1 @@
-"""Integrations with frameworks; each needs its extra, and the rest of the package does not know that they exist."""
+"""Integrations with Django, Flask and Celery.  Each needs its extra, and no other package imports them."""

@@ -1,6 +1,6 @@
-"""What does an operator ask of the circuits, and what is printed?
+"""The operator command ``breakers``, independent of the framework that runs it.
 
-Knows: words of a command line, the registry.  Does not know: which framework's command it is.
+A framework passes an action and circuit names, and prints the text that `run_command` returns.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import storage_of
 from pybreaker_redis.registry import BreakerRegistry
 
-#: What puts a circuit into which state.
+#: State that each action puts a circuit into.
 _STATE_BY_ACTION = {"open": STATE_OPEN, "close": STATE_CLOSED, "half-open": STATE_HALF_OPEN}
 
-#: What can be asked for; the first is what is meant if nothing is said.
+#: Actions of the command.  The first one is the default.
 COMMAND_ACTIONS = ("status", *_STATE_BY_ACTION, "reset")
 
 
 class CommandRefusedError(Exception):
-    """It could not be done; the message is a line for whoever asked."""
+    """Failure of an operator command.  The message is one line for the operator."""
 
 
 def run_command(registry: BreakerRegistry, action: str, names: Sequence[str]) -> str:
-    """Do what is asked for.
+    """Carry out an operator command.
 
     Args:
-        registry: Whose circuits.
-        action: One of `ACTIONS`.
-        names: Of circuits; none at all is all of them, but only to look at.
+        registry: Registry that has the circuits.
+        action: One of `COMMAND_ACTIONS`.
+        names: Names of circuits.  An empty sequence means all circuits, and is valid for ``status`` only.
 
     Returns:
-        What to print.
+        The status table of the circuits after the command.
 
     Raises:
-        CommandRefusedError: An unknown circuit, one that ends with the command's process, or Redis has not done it.
+        CommandRefusedError: A circuit is unknown, its state ends with this process, or Redis is unavailable.
     """
     if unknown := sorted(set(names) - set(registry)):
         known = ", ".join(sorted(registry)) or "none"
@@ -46,9 +46,10 @@ def run_command(registry: BreakerRegistry, action: str, names: Sequence[str]) ->
             f"name the circuits to {action}: {', '.join(sorted(registry)) or 'none is configured'}"
         )
     if action != "status" and _is_process_local(registry, names[0]):
-        # The command's process ends before anybody makes a call in it.
-        ours = "the circuits are each process's own (no Redis is configured)"
-        raise CommandRefusedError(f"{ours}: there is nothing to {action} from here")
+        # The process of the command ends before it makes any guarded call.
+        raise CommandRefusedError(
+            f"each process has its own circuits (no Redis is configured): there is nothing to {action} from here"
+        )
     try:
         for name in names:
             if action in _STATE_BY_ACTION:
@@ -57,12 +58,12 @@ def run_command(registry: BreakerRegistry, action: str, names: Sequence[str]) ->
                 registry.reset(name)
         return _status_table(registry, names or sorted(registry))
     except Exception as error:
-        # An operator who has seen no error relies on it; of which library's kind it is, is of no interest.
-        raise CommandRefusedError(f"Redis has not done it: {type(error).__name__}: {error}") from error
+        # An operator relies on a command that reports no error.  The error may be of any client library.
+        raise CommandRefusedError(f"Redis did not carry out the command: {type(error).__name__}: {error}") from error
 
 
 def _is_process_local(registry: BreakerRegistry, name: str) -> bool:
-    """Whether a circuit is this process's alone."""
+    """Whether a circuit exists in this process only."""
     return isinstance(storage_of(registry[name]), CircuitMemoryStorage)
 
 
@@ -72,8 +73,8 @@ def _status_table(registry: BreakerRegistry, names: Sequence[str]) -> str:
     for name in names:
         status = states[name]
         opened_at = status.opened_at.isoformat(timespec="seconds") if status.opened_at else "never"
-        rest = f"{status.retry_after:.1f} s" if status.retry_after else "-"
-        rows.append((name, status.state, str(status.fail_counter), opened_at, rest))
+        retry_after = f"{status.retry_after:.1f} s" if status.retry_after else "-"
+        rows.append((name, status.state, str(status.fail_counter), opened_at, retry_after))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,6 +1,6 @@
-"""Which circuits does a project's configuration ask for, and is it right?
+"""A `BreakerRegistry` from the configuration of a project.
 
-Knows: the keys of the configuration.  Does not know: frameworks, where they keep it.
+The keys are the same for all frameworks.  Each integration reads them from where its framework keeps settings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from pybreaker_redis._runtime.validation import format_value
 from pybreaker_redis.registry import BreakerRegistry
 
-#: What there is to configure, besides where Redis is, and of which type it has to be.
+#: Keys of a configuration and the types of their values.  Where Redis runs is configured by each integration.
 CONFIG_KEYS: dict[str, type | tuple[type, ...]] = {
     "PREFIX": str,
     "DEFAULTS": Mapping,
@@ -23,21 +23,21 @@ CONFIG_KEYS: dict[str, type | tuple[type, ...]] = {
 
 
 def build_registry(settings: Mapping[str, Any], redis: Any, *, create_listeners: bool = True) -> BreakerRegistry:
-    """The circuits that are asked for; nothing is sent.
+    """Build the registry that a configuration describes, without a request to Redis.
 
     Args:
-        settings: What there is under `KEYS`, the rest is ignored.  Listeners, and what is in an ``exclude``, may be
-            given by dotted names.
-        redis: As `BreakerRegistry` takes it.
-        create_listeners: Whether listeners are made.  A check of the settings makes none: one may register what can be
-            registered once in a process, as a metric can.
+        settings: Values by the keys of `CONFIG_KEYS`.  Other keys are ignored.  Listeners, and the items of an
+            ``exclude``, may be dotted names.
+        redis: Client, callable or URL, as for `BreakerRegistry`.
+        create_listeners: Whether to create the listeners.  A check of the settings creates none, because some can be
+            created only once in a process: a metric registers its name.
 
     Raises:
-        ValueError: Some value is not right, or a listener cannot be made; the message says which.
+        ValueError: A value is invalid, or the constructor of a listener failed.  The message names the key.
     """
     for key, kind in CONFIG_KEYS.items():
         if key in settings and not isinstance(settings[key], kind):
-            raise ValueError(f"{key} must not be {format_value(settings[key])}: see the README for what it is")
+            raise ValueError(f"{key} must not be {format_value(settings[key])}: see the README for its values")
     with _name_setting_in_error("LISTENERS"):
         listeners = [
             (_create_listener if create_listeners else _import_object)(listener)
@@ -50,18 +50,18 @@ def build_registry(settings: Mapping[str, Any], redis: Any, *, create_listeners:
             listeners=listeners if create_listeners else (),
             **_resolve_names(settings.get("DEFAULTS", {})),
         )
-    for name, own in settings.get("BREAKERS", {}).items():
+    for name, of_breaker in settings.get("BREAKERS", {}).items():
         with _name_setting_in_error(f"BREAKERS[{name!r}]"):
-            registry.configure(name, **_resolve_names(own))
+            registry.configure(name, **_resolve_names(of_breaker))
     return registry
 
 
 @contextlib.contextmanager
-def _name_setting_in_error(what: str) -> Iterator[None]:
+def _name_setting_in_error(key: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError, AttributeError) as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _resolve_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +76,13 @@ def _create_listener(listener: Any) -> Any:
     try:
         return found() if isinstance(found, type) else found
     except Exception as error:
-        # It is the project's, as is what is imported: it may raise anything.
+        # The constructor belongs to the project, and may raise any exception.
         raise ValueError(f"{format_value(listener)}: {type(error).__name__}: {error}") from error
 
 
-def _import_object(thing: Any) -> Any:
+def _import_object(name_or_object: Any) -> Any:
     try:
-        return pkgutil.resolve_name(thing) if isinstance(thing, str) else thing
+        return pkgutil.resolve_name(name_or_object) if isinstance(name_or_object, str) else name_or_object
     except Exception as error:
-        raise ValueError(f"{thing!r}: {type(error).__name__}: {error}") from error
+        # The imported module belongs to the project, and may raise any exception.
+        raise ValueError(f"{name_or_object!r}: {type(error).__name__}: {error}") from error

@@ -1,6 +1,6 @@
-"""What is somebody told whose request needs a circuit that is open?
+"""HTTP response to a request that an open circuit rejects.
 
-Knows: circuits that reject, what clients accept.  Does not know: frameworks.
+The response has status 503, a ``Retry-After`` header, and a body in JSON or plain text as the client prefers.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 
 from pybreaker import CircuitBreakerError
 
-from pybreaker_redis.registry import retry_after
+from pybreaker_redis.operators import retry_after
 
-#: The status of the answer.
+#: Status code of the response.
 STATUS_UNAVAILABLE = 503
 
-#: What it says.  Which circuit it was is nobody's business but the operator's.
+#: Text of the response.  The name of the circuit is for operators only.
 DETAIL_TEXT = "Temporarily unavailable, please try again later."
 
 
 @dataclass(frozen=True, slots=True)
 class RejectionResponse:
-    """To a request that cannot be served now.
+    """Content of a response with status 503.
 
     Attributes:
-        retry_after: Whole seconds after which to come back, at least 1.
-        content_type: Of the body.
-        body: Names no circuit.
+        retry_after: Whole seconds until a client may try again, at least 1.
+        content_type: Media type of the body.
+        body: Text for the client, without the name of the circuit.
     """
 
     retry_after: int
@@ -36,11 +36,11 @@ class RejectionResponse:
 
 
 def rejection_response(error: CircuitBreakerError, accept: str) -> RejectionResponse:
-    """What to answer.
+    """Build the response to a request that raised `error`.
 
     Args:
-        error: What was raised instead of the call, or by the one that opened the circuit.
-        accept: The request's header of that name.
+        error: Error of the breaker, raised by a rejected call or by the call that opened the circuit.
+        accept: Value of the request's ``Accept`` header.
     """
     seconds = retry_after_header(error)
     if prefers_json(accept):
@@ -51,24 +51,24 @@ def rejection_response(error: CircuitBreakerError, accept: str) -> RejectionResp
 
 
 def retry_after_header(error: CircuitBreakerError) -> int:
-    """Whole seconds until the circuit may be tried again, for a header that knows no fractions; at least 1."""
+    """Return the value of ``Retry-After``: whole seconds until a call may be admitted, rounded up, at least 1."""
     return max(1, math.ceil(retry_after(error)))
 
 
 def prefers_json(accept: str) -> bool:
-    """Whether JSON is asked for by name, and no page is liked better.
+    """Whether an ``Accept`` header names JSON, and gives no HTML page a higher quality.
 
-    Browsers and ``*/*`` do not ask for it; libraries that want it name it.
+    Browsers and ``*/*`` do not name JSON.  Client libraries that expect JSON name it.
     """
-    json_liked = page_liked = 0.0
+    json_quality = page_quality = 0.0
     for part in accept.lower().split(","):
-        kind, *parameters = (word.strip() for word in part.split(";"))
-        liked = min((_quality_value(word) for word in parameters if word.startswith("q=")), default=1.0)
-        if kind == "application/json" or kind.endswith("+json"):
-            json_liked = max(json_liked, liked)
-        elif kind in ("text/html", "application/xhtml+xml"):
-            page_liked = max(page_liked, liked)
-    return json_liked > 0 and json_liked >= page_liked
+        media_type, *parameters = (word.strip() for word in part.split(";"))
+        quality = min((_quality_value(word) for word in parameters if word.startswith("q=")), default=1.0)
+        if media_type == "application/json" or media_type.endswith("+json"):
+            json_quality = max(json_quality, quality)
+        elif media_type in ("text/html", "application/xhtml+xml"):
+            page_quality = max(page_quality, quality)
+    return json_quality > 0 and json_quality >= page_quality
 
 
 def _quality_value(parameter: str) -> float:

@@ -1,6 +1,6 @@
-"""Which registry's breaker is meant, where that is known only when it is used?
+"""Base class for ``breakers`` objects that look up the registry at each use.
 
-Knows: registries.  Does not know: who keeps them.
+Modules import such an object before the framework has read its settings, and several applications may share one.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 class RegistryProxy(abc.ABC):
-    """The breakers of the registry that is in charge at each moment; `registry` has the rest of what it can do."""
+    """Breakers of the current registry.  Its other methods are on `registry`."""
 
     @property
     @abc.abstractmethod
     def registry(self) -> BreakerRegistry:
-        """The registry in charge."""
+        """The current registry."""
 
     def get(self, name: str, /, **settings: Any) -> CircuitBreaker:
-        """The breaker of that name; see `BreakerRegistry.get`."""
+        """Return the breaker with a name, as `BreakerRegistry.get` does."""
         return self.registry.get(name, **settings)
 
     def __getitem__(self, name: str) -> CircuitBreaker:
@@ -43,15 +43,15 @@ class RegistryProxy(abc.ABC):
         return len(self.registry)
 
     def guard(self, name: str, /, *, fallback: Any = NO_FALLBACK) -> Callable[[Callable[P, T]], Callable[P, T]]:
-        """Have calls of a function guarded by the breaker of that name, of whichever registry is in charge then.
+        """Guard each call of a function with the breaker of a name, from the registry that is current at the call.
 
-        Nothing is looked up before the first call, so modules may do this when they are imported.
+        The first call looks up the breaker, so modules may decorate functions when they are imported.
 
         Args:
-            name: Of the breaker.
-            fallback: See `BreakerRegistry.guard`.
+            name: Name of the breaker.
+            fallback: Result of a rejected call, as for `BreakerRegistry.guard`.
 
         Raises:
-            TypeError: The function, or the fallback, is asynchronous.
+            TypeError: The function or the fallback is asynchronous.
         """
         return guard_with(lambda: self.registry.get(name), fallback)

@@ -1,7 +1,4 @@
-"""When does a task come back whose circuit was open?
-
-Knows: Celery's retries, its brokers.  Does not know: circuits.
-"""
+"""Celery task class that retries rejected tasks when their circuit may admit calls again."""
 
 from __future__ import annotations
 
@@ -12,38 +9,40 @@ from typing import Any, NoReturn
 from pybreaker import CircuitBreakerError
 
 from pybreaker_redis._runtime.optional import require_extra
-from pybreaker_redis.registry import retry_after
+from pybreaker_redis.operators import retry_after
 
 with require_extra("celery"):
     from celery import Task
     from celery.app import autoretry
 
+__all__ = ("BreakerTask",)
+
 
 class BreakerTask(Task):
-    """A task that comes back when the circuit that has rejected it may be tried again.
+    """Task that retries when a circuit rejects its call, after the circuit's `retry_after`.
 
-    Whatever raises `CircuitBreakerError` out of the task counts as that: with the breaker's *throw_new_error_on_trip*,
-    which is pybreaker's default, also the call that has failed and opened the circuit.  With ``False`` that call raises
-    its own error, so the task fails, or does as ``autoretry_for`` has it.
+    Any `CircuitBreakerError` that leaves the task counts as a rejection.  With *throw_new_error_on_trip*, the default
+    of pybreaker, the call that opens the circuit raises this error, too.  With ``False`` that call raises the
+    dependency's error.  The task then fails, or retries as ``autoretry_for`` says.
 
-    Called as a function, and in eager mode, it raises the error at once: there, nobody can wait.
+    A task that is called as a function, or runs in eager mode, raises the error at once, because its caller waits.
     """
 
     abstract = True
 
-    #: Whether a rejection is one of the task's ``max_retries``.  If not, the task waits as long as the circuit does; an
-    #: end of that is what ``expires`` is for.
+    #: Whether a rejection counts as one of the task's ``max_retries``.  With ``False`` the task waits for as long as
+    #: the circuit is open, and ``expires`` limits the wait.
     rejections_count = True
 
-    #: How long it is put off at random, so that not all come back at once: a share of the wait, or of a second if that
-    #: is more.
+    #: Random addition to the wait, so that tasks do not all retry at once.  A share of the wait, or of one second
+    #: where the wait is shorter.
     rejection_jitter = 0.5
 
-    #: What ``autoretry_for`` leaves alone; rejections, which are for this class, it does in any case.
+    #: Exceptions that ``autoretry_for`` leaves alone.  Rejections are never retried by ``autoretry_for``.
     dont_autoretry_for: tuple[type[BaseException], ...] = (CircuitBreakerError,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, for a worker or for somebody who calls it."""
+        """Run the task for a worker or for a direct caller."""
         try:
             return super().__call__(*args, **kwargs)
         except CircuitBreakerError as error:
@@ -52,45 +51,46 @@ class BreakerTask(Task):
             self.retry_rejected(error)
 
     def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, *rest: Any, **options: Any) -> Any:
-        """Have a worker run the task again, as Celery does; but not for ``autoretry_for``, if the task was rejected."""
-        # A task's own dont_autoretry_for replaces ours, and Celery takes it from the decorator, where no class sees it.
-        # The first frame of an error is that which has caught it: what the task catches it may have retried.
+        """Retry the task as Celery does, but not on behalf of ``autoretry_for`` after a rejection."""
+        # A dont_autoretry_for of the decorator replaces the one of this class, and no class attribute shows it.
+        # The first frame of an error's traceback is the one that caught the error.  Errors that the task caught itself
+        # may be retried.
         caught = exc.__traceback__ if isinstance(exc, CircuitBreakerError) else None
         if caught and caught.tb_frame.f_globals is vars(autoretry):
             raise exc
         return super().retry(args, kwargs, exc, *rest, **options)
 
     def retry_rejected(self, error: CircuitBreakerError) -> NoReturn:
-        """Have a worker run the task again when the circuit may be tried.
+        """Retry the task when the circuit may admit a call.
 
         Raises:
-            celery.exceptions.Retry: It will be.
-            CircuitBreakerError: It has no retries left, or was called as a function.
+            celery.exceptions.Retry: A worker will run the task again.
+            CircuitBreakerError: The task has no retries left, or was called as a function.
         """
         request = self.request
-        # Celery sends the task off with one retry more than it has had.
-        had = request.retries
+        # Celery sends the retry with a count that is one higher than request.retries.
+        retries = request.retries
         try:
-            request.retries = had if self.rejections_count else had - 1
+            request.retries = retries if self.rejections_count else retries - 1
             raise self.retry(exc=error, countdown=self.countdown(error))
         finally:
-            request.retries = had
+            request.retries = retries
 
     def countdown(self, error: CircuitBreakerError) -> float:
-        """Seconds until the circuit may be tried again, and a little more; less than a broker waits for its workers."""
-        # A worker has a task that waits; were it not back in time, the broker would give it to another one, too.
+        """Return the seconds to wait: the circuit's `retry_after` and jitter, below the broker's visibility timeout."""
+        # A broker delivers an unacknowledged task a second time after its visibility timeout, also one that only waits.
         visible_for = self.broker_visibility_timeout() or math.inf
         wait = min(retry_after(error), visible_for / 2)
         return wait + random.uniform(0, min(self.rejection_jitter * max(wait, 1.0), visible_for / 4))
 
     def broker_visibility_timeout(self) -> float | None:
-        """Seconds after which the broker takes a task for lost; ``None`` if it never does so."""
+        """Return the seconds after which the broker delivers an unacknowledged task again, or ``None`` for never."""
         connection = self.app.connection_for_write()
         channel = getattr(connection.get_transport_cls(), "Channel", None)
         stated = (
             connection.transport_options.get("visibility_timeout"),
-            getattr(channel, "broker_visibility_timeout", None),
+            getattr(channel, "visibility_timeout", None),
             getattr(channel, "default_visibility_timeout", None),
         )
-        # A class may have a property of that name, which is no number.
+        # On the class a property of that name is an object, not a number.
         return next((float(seconds) for seconds in stated if isinstance(seconds, (int, float))), None)

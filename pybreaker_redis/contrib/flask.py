@@ -1,7 +1,4 @@
-"""Which breakers does a Flask application have, and what do its clients get while one of them is open?
-
-Knows: Flask's configuration, errors and commands.  Does not know: Redis.
-"""
+"""Flask extension: breakers from the application's configuration, a 503 response, and ``flask breakers``."""
 
 from __future__ import annotations
 
@@ -22,23 +19,27 @@ with require_extra("flask"):
     from flask.cli import with_appcontext
     from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
-#: What the keys of an application's configuration begin with, and what they may be.
+__all__ = ("Breakers",)
+
+#: Prefix of the keys in an application's configuration.
 PREFIX = "PYBREAKER_"
+
+#: Valid keys, with their prefix.
 ALL_CONFIG_KEYS = tuple(PREFIX + key for key in ("URL", *CONFIG_KEYS))
 
-#: Under which name an application has its registry.
+#: Key of ``app.extensions`` that holds an application's registry.
 EXTENSION_NAME = "pybreaker_redis"
 
 
 class Breakers(_proxy.RegistryProxy):
-    """The breakers of the application that is being served: one of these for any number of applications.
+    """Breakers of the current application.  One object serves any number of applications.
 
     An application configures them by ``PYBREAKER_URL``, ``PYBREAKER_PREFIX``, ``PYBREAKER_DEFAULTS``,
     ``PYBREAKER_BREAKERS`` and ``PYBREAKER_LISTENERS``.
 
     Args:
-        app: The application, if it is there already; else see `init_app`.
-        redis: A client, a URL, or a callable that returns a client: for applications without ``PYBREAKER_URL``.
+        app: Application to initialise at once.  Without one, call `init_app` later.
+        redis: Client, URL, or callable that returns a client, for applications without ``PYBREAKER_URL``.
     """
 
     def __init__(self, app: Flask | None = None, *, redis: Any = None) -> None:
@@ -47,22 +48,22 @@ class Breakers(_proxy.RegistryProxy):
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Give an application its breakers, an answer for while one of them is open, and ``flask breakers``.
+        """Add a registry, a handler of `CircuitBreakerError`, and ``flask breakers`` to an application.
 
-        An application's own handler of `CircuitBreakerError` stays, and its own handler of 503, or of every
-        ``HTTPException``, writes the answer; one of every ``Exception`` does if what it writes is a 503.
+        A handler of `CircuitBreakerError` that the application already has is kept.  The application's handler of 503,
+        or of ``HTTPException``, writes the page.  A handler of ``Exception`` writes it if its status is 503.
 
         Raises:
-            ValueError: The application's configuration is not right; the message says what.
+            ValueError: The application's configuration is invalid.  The message names the key.
         """
-        given = {key: app.config[key] for key in app.config if key.startswith(PREFIX)}
-        if unknown := sorted(given.keys() - set(ALL_CONFIG_KEYS)):
+        configured = {key: app.config[key] for key in app.config if key.startswith(PREFIX)}
+        if unknown := sorted(configured.keys() - set(ALL_CONFIG_KEYS)):
             raise ValueError(
                 f"unknown in the configuration: {', '.join(unknown)}; there are {', '.join(ALL_CONFIG_KEYS)}"
             )
-        settings = {key.removeprefix(PREFIX): value for key, value in given.items()}
+        settings = {key.removeprefix(PREFIX): value for key, value in configured.items()}
         url = settings.get("URL")
-        # An empty one is refused: it is that of a variable that the environment lacks, not a wish for no Redis.
+        # An empty URL is invalid: it comes from a missing environment variable and does not mean "no Redis".
         app.extensions[EXTENSION_NAME] = build_registry(settings, self._redis if url is None else url)
         if CircuitBreakerError not in app.error_handler_spec[None][None]:
             app.register_error_handler(CircuitBreakerError, _handle_open_circuit)
@@ -70,11 +71,10 @@ class Breakers(_proxy.RegistryProxy):
 
     @property
     def registry(self) -> BreakerRegistry:
-        """The registry of the application that is being served.
+        """The registry of the current application.
 
         Raises:
-            RuntimeError: There is none, as outside of requests and ``app.app_context()``, or it has not been to
-                `init_app`.
+            RuntimeError: No application context is active, or `init_app` was not called for the application.
         """
         if EXTENSION_NAME not in current_app.extensions:
             raise RuntimeError(f"{current_app} has no breakers: call init_app(app)")
@@ -83,24 +83,24 @@ class Breakers(_proxy.RegistryProxy):
 
 
 def _handle_open_circuit(error: CircuitBreakerError) -> Response:
-    answer = rejection_response(error, request.headers.get("Accept", ""))
-    response = Response(answer.body, STATUS_UNAVAILABLE, content_type=answer.content_type)
-    unavailable = ServiceUnavailable(retry_after=answer.retry_after)
-    # The application's own page, if it has one; else it gives back what it was given.
-    shown = current_app.handle_http_exception(unavailable)
-    if shown is not unavailable:
-        page = current_app.make_response(shown)
-        # What is for whatever may be raised answers 500 to all that it does not know.
+    rejection = rejection_response(error, request.headers.get("Accept", ""))
+    response = Response(rejection.body, STATUS_UNAVAILABLE, content_type=rejection.content_type)
+    unavailable = ServiceUnavailable(retry_after=rejection.retry_after)
+    # The result is the application's page for 503, or the exception itself where the application has no handler.
+    handled = current_app.handle_http_exception(unavailable)
+    if handled is not unavailable:
+        page = current_app.make_response(handled)
+        # A handler of any exception answers 500 to exceptions that it does not recognise.
         if page.status_code == STATUS_UNAVAILABLE or _has_http_error_page():
             response = page
-    response.headers.setdefault("Retry-After", str(answer.retry_after))
+    response.headers.setdefault("Retry-After", str(rejection.retry_after))
     return response
 
 
 def _has_http_error_page() -> bool:
-    """Whether the handler that Flask finds for 503 is one for answers, not one for all errors."""
+    """Whether the handler that Flask selects for 503 is one for HTTP errors, not one for any exception."""
     spec, places = current_app.error_handler_spec, (*request.blueprints, None)
-    # In the order in which Flask looks for it.
+    # Flask searches in this order.
     maps = [spec[place][code] for code in (STATUS_UNAVAILABLE, None) for place in places]
     kind = next((kind for known in maps for kind in ServiceUnavailable.__mro__ if kind in known), Exception)
     return issubclass(kind, HTTPException)
@@ -111,7 +111,7 @@ def _has_http_error_page() -> bool:
 @click.argument("names", metavar="[CIRCUIT]...", nargs=-1)
 @with_appcontext
 def _breakers_command(action: str, names: tuple[str, ...]) -> None:
-    """Shows the application's circuits, or opens, closes, half-opens or resets some of them."""
+    """Show the application's circuits, or open, close, half-open or reset some of them."""
     try:
         click.echo(run_command(current_app.extensions[EXTENSION_NAME], action, names))
     except CommandRefusedError as error:

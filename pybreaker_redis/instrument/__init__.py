@@ -1,1 +1,1 @@
-"""Subscribers that log and count what circuits do."""
+"""Listeners and collectors that log and count what circuits do."""

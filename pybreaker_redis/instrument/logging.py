@@ -1,33 +1,35 @@
-"""What is logged when a circuit moves?
+"""Listener that logs each change of a circuit's state.
 
-Knows: what listeners are told.  Does not know: storages, Redis.
-
-Listeners are told whether or not the circuit is shared.  In a fleet each process notices what another one has brought
-about; a line tells the two apart, so that one transition is one warning.
+Every process that shares a circuit calls its listeners about every change.  The lines distinguish the process that made
+a change from those that noticed it, so one transition of a fleet is one warning.
 """
 
 from __future__ import annotations
 
 import logging
 
-from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
+from pybreaker import STATE_OPEN, CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis._model.circuit import OPEN
 from pybreaker_redis.operators import made_transition
 
 __all__ = ("LogListener",)
 
 
 class LogListener(CircuitBreakerListener):
-    """One line for each change of state, and none for calls.
+    """Listener that logs one line for each change of state, and none for calls.
 
-    The process that brings the change about says so: with the level WARNING if the circuit opens, else INFO.  The
-    others say at the level INFO that they have noticed.  Each record carries what it says as a dictionary, too, in the
-    attribute ``pybreaker_redis``: ``event`` (``state_change``), ``breaker``, ``old`` and ``new`` (states), ``noticed``
-    (whether somebody else has moved it), ``reset_timeout`` (seconds).
+    The process that makes a change logs it with level WARNING if the circuit opens, and INFO otherwise.  Other
+    processes log with level INFO that they noticed the change.  The attribute ``pybreaker_redis`` of each record is a
+    dictionary:
+
+    - ``event``: ``state_change``.
+    - ``breaker``: Name of the breaker.
+    - ``old`` and ``new``: States.
+    - ``noticed``: Whether another process made the change.
+    - ``reset_timeout``: Seconds that the circuit stays open.
 
     Args:
-        logger: Where to.
+        logger: Logger to use.  The default is the logger ``pybreaker_redis``.
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
@@ -36,15 +38,15 @@ class LogListener(CircuitBreakerListener):
     def state_change(
         self, cb: CircuitBreaker, old_state: CircuitBreakerState | None, new_state: CircuitBreakerState
     ) -> None:
-        """See `pybreaker.CircuitBreakerListener`."""
+        """Log a change of state, as `pybreaker.CircuitBreakerListener` defines it."""
         noticed = not made_transition(cb)
         old, new = old_state.name if old_state else "", new_state.name
         self._logger.log(
-            logging.WARNING if new == OPEN and not noticed else logging.INFO,
+            logging.WARNING if new == STATE_OPEN and not noticed else logging.INFO,
             "breaker %r: %s%s",
             cb.name,
-            f"it was {old} and is {new}",
-            ", as somebody else has it" if noticed else "",
+            f"{old or 'unknown'} → {new}",
+            ", changed by another process" if noticed else "",
             extra={
                 "pybreaker_redis": {
                     "event": "state_change",

@@ -1,10 +1,8 @@
-"""What does Prometheus see of the breakers?
+"""Prometheus metrics of breakers: a listener that counts calls, and a collector of circuit states.
 
-Knows: prometheus-client, what listeners are told, the registry's status.  Does not know: how circuits are shared.
-
-Calls are each process's own, so they are counted there, and where several processes are scraped as one,
-prometheus-client adds them up.  How a circuit is, is the same for all: it is asked for once, at the scrape, and never
-kept in a process, where it would be added up, or go on after its process.
+Each process counts its calls, and prometheus-client sums the counts where several processes are scraped as one.  The
+state of a circuit is the same for all processes.  The collector reads it from Redis at each scrape and stores no value:
+stored values would be summed, and would outlive their process.
 """
 
 from __future__ import annotations
@@ -14,9 +12,15 @@ import threading
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
-from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
+from pybreaker import (
+    STATE_CLOSED,
+    STATE_HALF_OPEN,
+    STATE_OPEN,
+    CircuitBreaker,
+    CircuitBreakerListener,
+    CircuitBreakerState,
+)
 
-from pybreaker_redis._model.circuit import STATES
 from pybreaker_redis._runtime.optional import require_extra
 from pybreaker_redis.operators import made_transition
 from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
@@ -28,27 +32,31 @@ with require_extra("prometheus_client", extra="prometheus"):
 
 __all__ = ("BreakerCollector", "PrometheusListener")
 
+#: States of a circuit, in the order in which the metrics list them.
+CIRCUIT_STATES = (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN)
+
 
 class _CallCounters:
-    """The counters in one of prometheus-client's registries, which takes each name once."""
+    """Counters in one registry of prometheus-client, which accepts each name once."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.calls = Counter(
             "pybreaker_calls",
-            "Guarded calls that were made, by how they ended.",
+            "Guarded calls that were admitted, by result.",
             ["breaker", "result"],
             registry=registry,
         )
         self.transitions = Counter(
             "pybreaker_transitions",
-            "Changes of state that were brought about.",
+            "Changes of state that this process made.",
             ["breaker", "state"],
             registry=registry,
         )
 
 
-# A child that is forked while another thread makes counters would wait for it for ever; with a lock of its own it would
-# find a name taken by a counter that it does not have.  So whoever forks waits: making counters waits for nobody else.
+# A fork waits until no thread creates counters.  A child with a copy of the held lock would wait for ever.  With a new
+# lock the child would find names in use by counters that it does not have.  The creation of counters waits for no other
+# thread.
 _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -56,14 +64,13 @@ _counters_of_registry: WeakKeyDictionary[CollectorRegistry, _CallCounters] = Wea
 
 
 class PrometheusListener(CircuitBreakerListener):
-    """Counts calls and transitions: ``pybreaker_calls_total`` and ``pybreaker_transitions_total``.
+    """Listener that counts calls and transitions: ``pybreaker_calls_total`` and ``pybreaker_transitions_total``.
 
     The labels are ``breaker`` and ``result`` (``success``, ``failure``), and ``breaker`` and ``state``.  pybreaker
-    tells no listener of a call that is rejected.  A transition is counted in the process that has brought it about, so
-    once.
+    calls no listener for a rejected call.  Only the process that made a transition counts it.
 
     Args:
-        registry: Of prometheus-client; several listeners in one count together.
+        registry: Registry of prometheus-client.  Several listeners in one registry share their counters.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -74,11 +81,11 @@ class PrometheusListener(CircuitBreakerListener):
         self._calls, self._transitions = counters.calls, counters.transitions
 
     def success(self, cb: CircuitBreaker) -> None:
-        """See `pybreaker.CircuitBreakerListener`."""
+        """Count a success, as `pybreaker.CircuitBreakerListener` defines it."""
         self._calls.labels(cb.name, "success").inc()
 
     def failure(self, cb: CircuitBreaker, exc: BaseException) -> None:
-        """See `pybreaker.CircuitBreakerListener`."""
+        """Count a failure, as `pybreaker.CircuitBreakerListener` defines it."""
         self._calls.labels(cb.name, "failure").inc()
 
     def state_change(
@@ -87,55 +94,55 @@ class PrometheusListener(CircuitBreakerListener):
         old_state: CircuitBreakerState | None,
         new_state: CircuitBreakerState,
     ) -> None:
-        """See `pybreaker.CircuitBreakerListener`."""
-        # Who opens an open circuit by hand begins its timeout anew.
+        """Count a transition, as `pybreaker.CircuitBreakerListener` defines it."""
+        # Opening an open circuit by hand restarts its timeout, and is no transition.
         if made_transition(cb) and (old_state is None or old_state.name != new_state.name):
             self._transitions.labels(cb.name, new_state.name).inc()
 
 
 class BreakerCollector(Collector):
-    """How the circuits are, asked for at each scrape, in one round trip.
+    """Collector that reads the circuits of a registry at each scrape, in one round trip.
 
-    ``pybreaker_circuit_state`` (labels ``breaker`` and ``state``) is 1 for the state that the circuit is in and 0 for
-    the others; ``pybreaker_circuit_failures`` and ``pybreaker_circuit_retry_after_seconds`` (label ``breaker``) are its
-    consecutive failures and the time until it may be tried.  ``pybreaker_circuits_up`` is 1, or 0 if they cannot be had
-    because Redis does not answer; then there are none of the others.
+    - ``pybreaker_circuit_state`` (labels ``breaker`` and ``state``): 1 for the circuit's state, 0 for other states.
+    - ``pybreaker_circuit_failures`` (label ``breaker``): Consecutive failures.
+    - ``pybreaker_circuit_retry_after_seconds`` (label ``breaker``): Seconds until a call may be admitted.
+    - ``pybreaker_circuits_up``: 1, or 0 if Redis is unavailable.  With 0 the other metrics are missing.
 
     Args:
-        breakers: Whose circuits.
+        breakers: Registry that has the circuits.
     """
 
     def __init__(self, breakers: BreakerRegistry) -> None:
         self._breakers = breakers
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus-client calls at a scrape."""
+        """Yield the metrics of one scrape."""
         try:
             status = self._breakers.status()
         except Exception:  # noqa: BLE001
-            # A scrape that fails would take all other metrics of the process along.
+            # An exception would end the scrape, and lose all other metrics of the process.
             yield _up_metric("up", 0)
         else:
             yield _up_metric("up", 1)
             yield from _status_metrics(status)
 
     def describe(self) -> list[Metric]:
-        """What there will be, without asking anybody: it is registered when modules are imported."""
+        """Return the metrics without values and without a request, because modules register collectors at import."""
         return [_up_metric("up", 1), *_status_metrics({})]
 
 
 def _up_metric(name: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"pybreaker_circuits_{name}", "Whether the circuits could be asked for.", value=value)
+    return GaugeMetricFamily(f"pybreaker_circuits_{name}", "Whether the circuits could be read.", value=value)
 
 
 def _status_metrics(status: dict[str, CircuitStatus]) -> list[GaugeMetricFamily]:
     state = GaugeMetricFamily("pybreaker_circuit_state", "1 for the circuit's state.", labels=["breaker", "state"])
     failures = GaugeMetricFamily("pybreaker_circuit_failures", "Consecutive failures.", labels=["breaker"])
     retry_after = GaugeMetricFamily(
-        "pybreaker_circuit_retry_after_seconds", "Until the circuit may be tried; 0: now.", labels=["breaker"]
+        "pybreaker_circuit_retry_after_seconds", "Seconds until a call may be admitted.", labels=["breaker"]
     )
     for name, circuit in status.items():
-        for each in STATES:
+        for each in CIRCUIT_STATES:
             state.add_metric([name, each], circuit.state == each)
         failures.add_metric([name], circuit.fail_counter)
         retry_after.add_metric([name], circuit.retry_after)

@@ -1,4 +1,4 @@
-"""Tools for tests of guarded code; nothing here needs Redis."""
+"""Tools for tests of guarded code.  The names exported here need no Redis."""
 
 from pybreaker_redis.testing.circuits import force_closed, force_open, in_memory, unique_prefix
 from pybreaker_redis.testing.clock import BreakerClock

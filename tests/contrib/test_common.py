@@ -117,12 +117,13 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize("path", sorted(CONTRIB.rglob("[!_]*.py")), ids=lambda path: path.stem)
-def test_module_states_its_question(path: Path):
-    """As in the core."""
+def test_module_states_what_it_is(path: Path):
+    """The first line of a module is a statement, as in the rest of the package."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring
-    assert "Knows:" in docstring
-    assert "Does not know:" in docstring
+    first_line, *_ = docstring.splitlines()
+    assert first_line.endswith((".", ":"))
+    assert "Knows:" not in docstring
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def test_circuits_of_this_process_alone_are_not_moved_by_a_command(action: str):
     with pytest.raises(CommandRefusedError) as refused:
         run_command(registry, action, ["payments"])
     assert str(refused.value) == (
-        f"the circuits are each process's own (no Redis is configured): there is nothing to {action} from here"
+        f"each process has its own circuits (no Redis is configured): there is nothing to {action} from here"
     )
     assert breaker.current_state == "closed"
     assert run_command(registry, "status", ["payments"])

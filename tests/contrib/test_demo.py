@@ -120,11 +120,11 @@ def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
     assert re.search(r"from the prober's death to the next probe \(probe_lease 1 s\): [\d.]+ s", output)
     assert "calls at the dependency at the same time, until the circuit closed: 1 at the most" in output
     # On a machine that does other things one may find it slow before.
-    assert len(set(re.findall(r" s  worker (\d): the server is away, goes by its own circuit\n", output))) >= 3
-    assert re.search(r" s  worker 4: open \(its own\)\n", output)
-    assert re.search(r"slowest call while the server was away: [\d.]+ ms", output)
+    assert len(set(re.findall(r" s  worker (\d): the server is unreachable, uses its local circuit\n", output))) >= 3
+    assert re.search(r" s  worker 4: open \(local\)\n", output)
+    assert re.search(r"slowest call while the server was unreachable: [\d.]+ ms", output)
     assert re.search(r"calls that reached the dead dependency meanwhile \(.*\): \d\d, of \d\d at the most", output)
-    assert re.search(r"from the start of the empty server until all workers went by one open circuit: [\d.]+ s", output)
+    assert re.search(r"from the start of the empty server until all workers used one open circuit: [\d.]+ s", output)
     assert "calls at the dependency at the same time, from then until that circuit closed: 1 at the most" in output
     assert "\x1b" not in output
     assert demo.is_gone()
@@ -190,7 +190,7 @@ def test_demo_on_a_terminal_shows_a_live_table(demo: Demo):
     assert "╭" in output
     assert "there now: worker" in output
     assert re.search(r"worker [123] +│ .*killed", output)
-    assert re.search(r"worker [1234] +│ .*open \(its own\)", output)
+    assert re.search(r"worker [1234] +│ .*open \(local\)", output)
     assert "Everything happened as promised." in output.splitlines()[-1]
     assert demo.is_gone()
 
@@ -289,7 +289,7 @@ def test_demo_on_the_server_that_is_named_leaves_no_keys(
     assert play.play(seconds=2.0, plain=True) == play.EXIT_KEPT
     output = capsys.readouterr().out
     assert "from PYBREAKER_REDIS_URL\n" in output
-    assert "\nAct 2 of 3 left out: it kills the server, and the one from PYBREAKER_REDIS_URL is not ours\n" in output
+    assert "\nAct 2 of 3 skipped: it kills the server, and PYBREAKER_REDIS_URL names a server of yours\n" in output
     assert "the server: killed" not in output
     assert server.pid == pid
     assert "a private" not in output
@@ -324,12 +324,14 @@ def workers_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 STOCK = """
-import pybreaker, pybreaker_redis
+import pybreaker, pybreaker_redis, redis
 
-def stock(*given, probe_lease, **named):
-    return pybreaker.CircuitRedisStorage(*given, **named)
+class Stock(pybreaker.CircuitRedisStorage):
+    @classmethod
+    def from_url(cls, url, state, namespace, **settings):
+        return cls(state, redis.Redis.from_url(url), namespace)
 
-pybreaker_redis.CircuitRedisStorage = stock
+pybreaker_redis.CircuitRedisStorage = Stock
 """
 
 
@@ -348,7 +350,10 @@ def test_stock_storage_breaks_the_promise(
     # What never comes is waited for less long than usual.
     acts(scenario.healthy, lambda _: monkeypatch.setattr(stage, "PROMISE_GRACE_S", 5.0), act)
     assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
-    assert "BROKEN PROMISE" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "BROKEN PROMISE" in output
+    # Workers that do not even start would break the promise of the first act.
+    assert "\nAct 3 of 3: " in output
 
 
 LEAKING = """
@@ -434,9 +439,9 @@ class Told(stage.Stage):
         """It is as it should be."""
         return [Event("the server", "server", 15.0, state=state)]
 
-    def until(self, promise: str, found: Callable[[], list[Event]], **_: float) -> list[Event]:
+    def wait_until(self, promise: str, find: Callable[[], list[Event]], **_: float) -> list[Event]:
         """Nothing is waited for."""
-        return found()
+        return find()
 
     def seen(self, kind: Any, *, within: float = 0.0, **words: Any) -> list[Event]:
         """All of it is long ago."""
@@ -466,7 +471,7 @@ def call(number: int, reached: float, left: float, health: str = "hanging") -> t
         (13.1, (), None),
         (12.5, (), "before the lease of the dead prober had run out"),
         (13.1, call(3, 13.2, 13.3), "2 calls were at the dependency at the same time"),
-        (13.1, (Event("worker 1", "failure", 12.05),), "in the middle of its call"),
+        (13.1, (Event("worker 1", "failure", 12.05),), "ended before the prober was killed"),
         # Let through by the closed circuit, or by the one that has just been closed again.
         (13.1, (*call(3, 10.1, 10.6), *call(2, 10.1, 10.6)), None),
         (13.1, (*call(3, 20.3, 20.5, "up"), *call(2, 20.3, 20.5, "up")), None),
@@ -504,7 +509,7 @@ def alone(number: int) -> Iterator[Event]:
     yield Event(name, "rejected", 11.2, state="open")
     yield from call(number, 13.2, 13.3, "down")
     yield Event(name, "failure", 13.3, took=0.1, state="open")
-    yield Event(name, "back", 14.3)
+    yield Event(name, "returned", 14.3)
     yield Event(name, "rejected", 14.4 + number / 100, took=0.001, state="open")
     yield Event(name, "success", 20.6, state="closed")
 
@@ -570,7 +575,7 @@ def test_table_needs_a_terminal_and_rich(
 def test_figures_of_who_came_last_are_shown(capsys: pytest.CaptureFixture[str]):
     """A run may end before the next figures are due; what happened last is not lost."""
     with show.PlainLines() as lines:
-        lines.event(Event("worker 4", "success", 0.0, state="closed"))
+        lines.add_event(Event("worker 4", "success", 0.0, state="closed"))
     assert "worker 4 closed: 1 ok, 0 failed, 0 rejected" in capsys.readouterr().out
 
 
@@ -581,7 +586,7 @@ def test_worker_reports_that_the_server_is_away_and_logs_nothing(capfd: pytest.C
     lookout.handle(logging.makeLogRecord({"msg": "Redis is away", "pybreaker_redis": {"event": "away"}}))
     output, errors = capfd.readouterr()
     report = parse(output)
-    assert (report.source, report.kind, errors) == ("worker 1", "away", "")
+    assert (report.source, report.kind, errors) == ("worker 1", "unreachable", "")
 
 
 def test_report_to_nobody_is_lost_in_silence():

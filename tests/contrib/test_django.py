@@ -460,5 +460,5 @@ def test_command_fails_in_one_line_while_redis_is_away(killable_server: PrivateS
     )
     assert done.returncode != 0
     assert done.stdout == ""
-    assert "CommandError: Redis has not done it: " in done.stderr.splitlines()[-1]
+    assert "CommandError: Redis did not carry out the command: " in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

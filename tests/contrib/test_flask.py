@@ -303,5 +303,5 @@ def test_command_fails_in_one_line_while_redis_is_away(killable_server: PrivateS
     killable_server.kill()
     done = create_app(PYBREAKER_URL=killable_server.url).test_cli_runner().invoke(args=["breakers", "open", "payments"])
     assert done.exit_code == 1
-    assert done.output.startswith("Error: Redis has not done it: ")
+    assert done.output.startswith("Error: Redis did not carry out the command: ")
     assert len(done.output.splitlines()) == 1

@@ -50,9 +50,9 @@ class TestLogListener:
         payments.call(up)
         payments.call(up)
         assert [(record.levelname, record.getMessage()) for record in said()] == [
-            ("WARNING", "breaker 'payments': it was closed and is open"),
-            ("INFO", "breaker 'payments': it was open and is half-open"),
-            ("INFO", "breaker 'payments': it was half-open and is closed"),
+            ("WARNING", "breaker 'payments': closed → open"),
+            ("INFO", "breaker 'payments': open → half-open"),
+            ("INFO", "breaker 'payments': half-open → closed"),
         ]
         assert said()[0].pybreaker_redis == {  # type: ignore[attr-defined]
             "event": "state_change",
@@ -76,7 +76,7 @@ class TestLogListener:
             wait_for(lambda breaker=breaker: breaker.state.name == "open", "the others hear of it")
             assert breaker.state.name == "open"
         assert [record.levelname for record in said()] == ["WARNING", "INFO", "INFO"]
-        assert said()[1].getMessage() == "breaker 'payments': it was closed and is open, as somebody else has it"
+        assert said()[1].getMessage() == "breaker 'payments': closed → open, changed by another process"
         assert [record.pybreaker_redis["noticed"] for record in said()] == [False, True, True]  # type: ignore[attr-defined]
 
     def test_stock_storage_is_told_of_alike(self, said: Callable[[], list[logging.LogRecord]]) -> None:
@@ -94,7 +94,7 @@ class TestLogListener:
         """Somebody calls the listener by hand, without a state before."""
         breaker = CircuitBreaker(name="payments")
         LogListener().state_change(breaker, None, CircuitClosedState(breaker))
-        assert said()[0].getMessage() == "breaker 'payments': it was  and is closed, as somebody else has it"
+        assert said()[0].getMessage() == "breaker 'payments': unknown → closed, changed by another process"
 
 
 def samples(registry: CollectorRegistry) -> dict[str, float]:

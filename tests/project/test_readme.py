@@ -84,18 +84,32 @@ def test_migration_is_one_import(server: PrivateServer):
             assert eval(use, namespace) == "closed"
 
 
-@pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst"])
+@pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst", "docs/glossary.rst"])
 def test_page_is_valid(name: str):
     """The package index and the code host show these pages; neither says what it did not understand."""
     assert parse(name).astext()
 
 
-def test_map_names_every_module():
-    """A newcomer finds the module to change; a module that is gone is not on the map."""
+def test_map_names_every_package():
+    """A newcomer finds the package to change.  A package that is gone is not on the map."""
     page = (ROOT / "README.rst").read_text(encoding="utf-8")
-    shown = set(re.findall(r"^``([\w./]+(?:\.py|/))``  ", page, re.MULTILINE))
+    shown = set(re.findall(r"^``(\w+(?:\.py|/))``  ", page, re.MULTILINE))
     package = ROOT / "pybreaker_redis"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")} - {"__main__.py"}
-    folders = ("cli/demo/", "contrib/django/management/")
-    modules = {name for name in modules if not name.endswith("__init__.py") and not name.startswith(folders)}
-    assert shown == modules | set(folders)
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert shown == modules | {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+
+
+def test_contributing_names_files_that_exist():
+    """Who follows "to change X, look there, run that" finds each file."""
+    page = (ROOT / "CONTRIBUTING.rst").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/])((?:pybreaker_redis|tests|docs|examples)/[\w./]*)", page))
+    assert len(named) > 20
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_contributing_repeats_the_test_command_of_the_readme():
+    """One command is the default for readers of both pages, and ``--full`` adds to it."""
+    (in_readme,) = [source for _, source in blocks("sh") if "pytest" in source]
+    command = in_readme.rpartition(" && ")[2].strip()
+    page = (ROOT / "CONTRIBUTING.rst").read_text(encoding="utf-8")
+    assert re.findall(r"^    (.*pytest.*)$", page, re.MULTILINE) == [command, f"{command} --full"]

@@ -24,7 +24,8 @@ SMOKE = """
 import importlib.resources, pathlib, sys
 import pybreaker
 import pybreaker_redis
-from pybreaker_redis.testing.servers import PrivateServer, find_servers
+from pybreaker_redis.testing.binaries import find_servers
+from pybreaker_redis.testing.servers import PrivateServer
 
 assert pathlib.Path(sys.prefix) in pathlib.Path(pybreaker_redis.__file__).parents, pybreaker_redis.__file__
 assert (importlib.resources.files("pybreaker_redis") / "py.typed").is_file()

@@ -18,7 +18,7 @@ import redis
 from pybreaker_redis.testing import binaries, scratch
 from pybreaker_redis.testing.binaries import FoundServer
 from pybreaker_redis.testing.scratch import Scratch
-from pybreaker_redis.testing.servers import PrivateServer, ServerDidNotStart, free_port
+from pybreaker_redis.testing.servers import PrivateServer, ServerNotStartedError, free_port
 from tests.support import servers
 from tests.support.inspect import scratch_of
 
@@ -322,7 +322,7 @@ def test_server_behind_another_one_on_path_is_found(monkeypatch: pytest.MonkeyPa
 def test_server_that_does_not_start_shows_its_log(tmp_path: Path, preferred: FoundServer):
     """The reason is in the error, not in a file that nobody knows of; a directory that was given is kept."""
     private = PrivateServer(preferred.binary, directory=tmp_path, args=["--no-such-option", "1"])
-    with pytest.raises(ServerDidNotStart, match="no-such-option"), private:
+    with pytest.raises(ServerNotStartedError, match="no-such-option"), private:
         pytest.fail("started")
     private.close()
     assert tmp_path.is_dir()

@@ -1,15 +1,15 @@
-"""The demo: real worker processes, a dependency that dies, one shared circuit.
+"""Demo with real worker processes, a dependency that dies, and one shared circuit.
 
 ====================  ========================================================
-``play``              sets the stage, runs the acts, gives the exit code
-``scenario``          the acts, and what each of them promises
-``stage``             the processes, and everything they have reported
+``play``              the whole run: server, stage, acts, summary, exit code
+``scenario``          the acts, and the promise that each of them checks
+``stage``             the processes and all events that they reported
 ``worker``            a process that guards its calls with a circuit breaker
-``dependency``        a process that serves those calls, or fails them
-``events``            what these processes report, and how
-``show``, ``live``    the terminal: plain lines, or a live table
-``server``            a private Redis or Valkey server
-``binaries``          which ones there are
-``scratch``           where it keeps its files
+``dependency``        a process that serves these calls, or fails them
+``events``            the events that the processes report, as lines of JSON
+``interruption``      Ctrl-C and SIGTERM
+``show``, ``live``    the terminal output: plain lines, or a live table
 ====================  ========================================================
+
+The private server comes from `pybreaker_redis.testing.servers`.
 """

@@ -1,9 +1,7 @@
-"""The dependency: a small HTTP server that fails when it is told to, and reports every call that reaches it.
+"""Dependency of the demo: an HTTP server that fails on command and reports every call.
 
-Run as ``python -m pybreaker_redis.cli.demo.dependency``.  Standard input says ``up``, ``down`` or ``hanging``; its end
-ends the process.
-
-Knows: HTTP, its own health, what its callers call themselves.  Does not know: breakers, circuits.
+Run as ``python -m pybreaker_redis.cli.demo.dependency``.  Lines on standard input set its health: ``up``, ``down`` or
+``hanging``.  The process ends when standard input ends.
 """
 
 from __future__ import annotations
@@ -16,39 +14,43 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from pybreaker_redis.cli.demo.events import Event, emit
 
-#: What its reports are signed with.
+#: Source of this process's events.
 NAME = "dependency"
 
-#: Seconds that an answer takes.  A sick dependency is slow, which is half of the harm it does.
+#: Seconds until the answer, by health.  A failing dependency is slow, which is half of the harm that it does.
 ANSWER_DELAY_S = {"up": 0.005, "down": 0.1, "hanging": 3600.0}
 
 
 class Dependency(ThreadingHTTPServer):
-    """Answers 200 while it is up and 503 while it is down; while it hangs, nobody waits for the answer."""
+    """Server that answers 200 while it is up and 503 while it is down.
+
+    Attributes:
+        health: ``up``, ``down`` or ``hanging``.  A hanging server answers after all callers have given up.
+    """
 
     daemon_threads = True
     health = "up"
 
 
 class DependencyHandler(BaseHTTPRequestHandler):
-    """One call."""
+    """Handler of one call."""
 
     def do_GET(self) -> None:
-        """Report the call, take the time, answer unless the caller has given up or died."""
+        """Report the call, wait, and answer unless the caller has closed the connection."""
         assert isinstance(self.server, Dependency)
         health, caller = self.server.health, self.headers["User-Agent"]
         emit(Event(NAME, "reached", time.monotonic(), state=health, caller=caller))
-        # A caller has nothing more to say; what can be read before it has its answer is the end of the connection.
-        gone, _, _ = select.select([self.connection], [], [], ANSWER_DELAY_S[health])
-        # Before the answer: the call that an answer makes possible must not seem to have come before this one's end.
+        # The caller sends nothing more, so a readable connection has been closed.
+        closed, _, _ = select.select([self.connection], [], [], ANSWER_DELAY_S[health])
+        # Reported before the answer, because the answer may admit the next call, which must not be reported first.
         emit(Event(NAME, "left", time.monotonic(), state=health, caller=caller))
-        if not gone:
+        if not closed:
             self.send_response(200 if health == "up" else 503)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: the reports say it."""
+        """Log nothing, because events report each call."""
 
 
 def main() -> None:

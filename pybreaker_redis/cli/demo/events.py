@@ -1,7 +1,4 @@
-"""What the processes of the demo report, and how it travels: one JSON object per line.
-
-Knows: the fields of a report, a pipe.  Does not know: who reads it, processes, circuits.
-"""
+"""Events that the demo's processes report to their parent, one JSON object per line of standard output."""
 
 from __future__ import annotations
 
@@ -13,22 +10,22 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 Kind = Literal[
-    # a worker's call, as its caller saw it
+    # Result of a worker's call, as its caller saw it.
     "success",
     "failure",
     "rejected",
-    # neither: it ended with an error that no caller of the dependency should ever see
+    # A worker's call ended with an error that no caller of the dependency may see.
     "leaked",
-    # a worker found the server that holds the circuit away, and back
-    "away",
-    "back",
-    # a worker's breaker told its listeners of a new state
+    # A worker lost the server that holds the circuit, or reached it again.
+    "unreachable",
+    "returned",
+    # A worker's breaker called its listeners with a new state.
     "state",
-    # the stage killed a worker
+    # The stage killed a worker.
     "killed",
-    # the stage killed the server, started it, read in it how the circuit is
+    # The stage killed or started the server, or read the circuit's state in it.
     "server",
-    # the dependency: it listens, its health was switched, a call reached it, and has been answered or given up
+    # The dependency listens, changed its health, received a call, or ended one.
     "ready",
     "health",
     "reached",
@@ -38,36 +35,39 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened in one process."""
+    """One event in one process.
 
-    #: Name of the process.
+    Attributes:
+        source: Name of the process.
+        kind: Kind of the event.
+        at: Seconds of the monotonic clock, which all processes of a machine share.
+        took: Duration of a call, in seconds.
+        state: For a worker, its circuit's state afterwards.  For the dependency, its health when the call began.  For
+            the server, ``killed``, ``started``, or the state of the circuit in it.
+        caller: Worker that made the call, for ``reached`` and ``left``.
+        port: Port of the dependency, for ``ready``.
+        error: Error that ended the call, for ``leaked``.
+    """
+
     source: str
-    #: What happened.
     kind: Kind
-    #: When: seconds of the monotonic clock, which all processes of a machine share.
     at: float
-    #: How long a call took, in seconds.
     took: float = 0.0
-    #: Of a worker: the state of its circuit afterwards.  Of the dependency: its health; of a call, as it began.  Of the
-    #: server: ``killed``, ``started``, or the state of the circuit in it.
     state: str = ""
-    #: The worker whose call it is, of ``reached`` and ``left``.
     caller: str = ""
-    #: The port, of ``ready``.
     port: int = 0
-    #: What has ended the call, of ``leaked``.
     error: str = ""
 
 
 def emit(event: Event) -> None:
-    """Report to the process that started this one, from any thread."""
+    """Write an event to standard output, from any thread."""
     line = json.dumps(asdict(event)) + "\n"
-    # A single write of less than PIPE_BUF bytes is not torn apart by those of other threads.  When the demo has been
-    # killed nobody reads; the end of standard input is what ends this process then.
+    # Writes of less than PIPE_BUF bytes are atomic, so lines of several threads do not mix.  After the demo was killed
+    # no process reads the pipe, and the end of standard input ends this process.
     with contextlib.suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), line.encode())
 
 
 def parse(line: str) -> Event:
-    """Read what :func:`emit` wrote."""
+    """Read an event from a line that `emit` wrote."""
     return Event(**json.loads(line))

@@ -1,7 +1,4 @@
-"""When does somebody want the demo to end?
-
-Knows: signals.  Does not know: what has to be ended.
-"""
+"""Ctrl-C and SIGTERM, recorded by signal handlers and raised at safe points of the demo."""
 
 from __future__ import annotations
 
@@ -9,29 +6,30 @@ import signal
 
 
 class Interruption:
-    """Ctrl-C, or a supervisor's SIGTERM: noted when it comes, raised where nothing is half done.
+    """Record of a SIGINT or SIGTERM, which `check` raises where no operation is incomplete.
 
-    An exception out of a signal handler may leave a lock of ``queue`` or ``subprocess`` locked, or be lost.
+    An exception raised by a signal handler may leave a lock of ``queue`` or ``subprocess`` locked, or may be lost.
     """
 
     def __init__(self) -> None:
-        self._noted = False
+        self._was_received = False
 
     def listen(self) -> None:
-        """Note them from now on; whoever sends one twice does not want to wait for a clean end."""
+        """Install the signal handlers.  A second signal ends the process at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # so a shell starts what runs in its background
-                signal.signal(number, self._note)
+            # A shell sets SIG_IGN in processes that it runs in the background.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._record)
 
-    def _note(self, number: int, _: object) -> None:
-        self._noted = True
+    def _record(self, number: int, _: object) -> None:
+        self._was_received = True
         signal.signal(number, signal.SIG_DFL)
 
     def check(self) -> None:
-        """Raise what has been noted.
+        """Raise a recorded signal.
 
         Raises:
-            KeyboardInterrupt: There was one.
+            KeyboardInterrupt: A signal was received.
         """
-        if self._noted:
+        if self._was_received:
             raise KeyboardInterrupt

@@ -1,7 +1,4 @@
-"""The live table of the demo; the only module that needs ``rich``.
-
-Knows: the figures, rich.  Does not know: processes, acts.
-"""
+"""Live table of the demo, the only module that needs ``rich``."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ COLOURS = {"closed": "green", "open": "bold red", "half-open": "yellow", "killed
 
 
 class LiveTable(Display):
-    """One row per worker, kept up to date; what is said stays above it."""
+    """Table with a row per worker, updated in place.  Lines are printed above the table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +25,7 @@ class LiveTable(Display):
         self._live.stop()
 
     def print_line(self, text: str) -> None:
-        """Print it above the table, or below once that is finished."""
+        """Print a line above the table, or below it once the table is finished."""
         self._live.console.print(text, markup=False, highlight=False)
 
     def _render(self) -> table.Table:
@@ -43,7 +40,7 @@ class LiveTable(Display):
                 f"there now: {self._workers_at_dependency()}"
             ),
         )
-        # Rendered in a thread of rich's: a copy, because a worker may be added meanwhile.
+        # Copied, because a thread of rich renders while the demo adds workers.
         for name, tally in sorted(self._tallies.copy().items()):
             grid.add_row(
                 name,

@@ -1,7 +1,4 @@
-"""How the demo looks: plain lines here, a live table in ``live``.
-
-Knows: events, a terminal.  Does not know: processes, acts.
-"""
+"""Terminal output of the demo as plain lines.  The live table is in ``live``."""
 
 from __future__ import annotations
 
@@ -22,35 +19,42 @@ FIGURES_INTERVAL_S = 1.0
 
 @dataclass
 class Tally:
-    """What one worker has seen so far."""
+    """Counts of one worker so far.
 
-    #: Of its circuit; or ``killed``.
+    Attributes:
+        state: State of the worker's circuit, or ``killed``.
+        uses_local_state: Whether the worker uses its local circuit, because the server is unreachable.
+        success: Number of calls that succeeded.
+        failure: Number of calls that failed.
+        rejected: Number of calls that the circuit rejected.
+        leaked: Number of calls that ended with an error of the storage.
+        took: Duration of the last call, in seconds.
+    """
+
     state: str = "closed"
-    #: Whether it goes by a circuit of its own, because it found the server away.
     uses_local_state: bool = False
     success: int = 0
     failure: int = 0
     rejected: int = 0
     leaked: int = 0
-    #: Seconds that the last call took.
     took: float = 0.0
 
     @property
     def circuit(self) -> str:
-        """Its state, and whose it is if that is not everybody's."""
-        return f"{self.state} (its own)" if self.uses_local_state else self.state
+        """The state of the circuit, and whether the circuit is local."""
+        return f"{self.state} (local)" if self.uses_local_state else self.state
 
 
 class Display(ABC):
-    """A way to show the demo; a context manager."""
+    """Output of the demo, as a context manager."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._tallies: dict[str, Tally] = {}
-        #: Calls that reached the dependency, by its health.
+        #: Number of calls that reached the dependency, by its health.
         self._reached = {"up": 0, "down": 0, "hanging": 0}
-        #: Workers whose calls are at the dependency at this moment.
-        self._there: set[str] = set()
+        #: Workers with a call at the dependency at this moment.
+        self._at_dependency: set[str] = set()
 
     @abstractmethod
     def __enter__(self) -> Display: ...
@@ -60,68 +64,68 @@ class Display(ABC):
 
     @abstractmethod
     def print_line(self, text: str) -> None:
-        """Show a line that stays."""
+        """Print a line that stays visible."""
 
     def _workers_at_dependency(self) -> str:
-        # A copy, because somebody may come or go meanwhile.
-        return ", ".join(sorted(self._there.copy())) or "nobody"
+        # Copied, because the live table reads the set in another thread.
+        return ", ".join(sorted(self._at_dependency.copy())) or "none"
 
-    def event(self, event: Event) -> None:
-        """Count what happened; a change of state is a line of its own."""
+    def add_event(self, event: Event) -> None:
+        """Count an event, and print a line if it changes a state."""
         if event.kind == "reached":
             self._reached[event.state] += 1
-            self._there.add(event.caller)
+            self._at_dependency.add(event.caller)
         elif event.kind == "left":
-            self._there.discard(event.caller)
+            self._at_dependency.discard(event.caller)
         elif event.kind == "server":
-            self._happened(event, event.state)
-        elif event.kind in ("away", "back"):
+            self._print_change(event, event.state)
+        elif event.kind in ("unreachable", "returned"):
             tally = self._tallies.setdefault(event.source, Tally())
-            tally.uses_local_state = event.kind == "away"
-            self._happened(
+            tally.uses_local_state = event.kind == "unreachable"
+            self._print_change(
                 event,
-                "the server is away, goes by its own circuit"
+                "the server is unreachable, uses its local circuit"
                 if tally.uses_local_state
-                else "goes by the shared circuit again",
+                else "uses the shared circuit again",
             )
         elif event.kind not in ("ready", "health"):
             tally = self._tallies.setdefault(event.source, Tally())
             tally.state = event.state
             if event.kind in ("state", "killed"):
-                self._happened(event, tally.circuit)
+                self._print_change(event, tally.circuit)
             else:
                 setattr(tally, event.kind, getattr(tally, event.kind) + 1)
                 tally.took = event.took
 
-    def _happened(self, event: Event, what: str) -> None:
-        self.print_line(f"{event.at - self._start:7.2f} s  {event.source}: {what}")
+    def _print_change(self, event: Event, change: str) -> None:
+        self.print_line(f"{event.at - self._start:7.2f} s  {event.source}: {change}")
 
 
 class PlainLines(Display):
-    """Plain lines: what is said, and the figures once a second and in the end."""
+    """Plain lines: each change of state, and the figures once a second and at the end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._next = self._start + FIGURES_INTERVAL_S
+        self._next_figures_at = self._start + FIGURES_INTERVAL_S
 
     def __enter__(self) -> PlainLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._say_figures(time.monotonic())
+        self._print_figures(time.monotonic())
 
     def print_line(self, text: str) -> None:
-        """Print it now: somebody may be watching a pipe."""
+        """Print a line and flush it, for readers of a pipe."""
         print(text, flush=True)
 
-    def event(self, event: Event) -> None:
-        """Count it; print the figures if they are due."""
-        super().event(event)
-        if event.at >= self._next:
-            self._next = event.at + FIGURES_INTERVAL_S
-            self._say_figures(event.at)
+    def add_event(self, event: Event) -> None:
+        """Count an event, and print the figures if they are due."""
+        super().add_event(event)
+        if event.at >= self._next_figures_at:
+            self._next_figures_at = event.at + FIGURES_INTERVAL_S
+            self._print_figures(event.at)
 
-    def _say_figures(self, at: float) -> None:
+    def _print_figures(self, at: float) -> None:
         figures = [
             f"{name} {tally.circuit}: {tally.success} ok, {tally.failure} failed, {tally.rejected} rejected"
             for name, tally in sorted(self._tallies.items())
@@ -131,10 +135,10 @@ class PlainLines(Display):
 
 
 def choose_display(*, plain: bool) -> Display:
-    """A live table for a person at a terminal, if rich is installed; else plain lines.
+    """Return a live table for a terminal if rich is installed, and plain lines otherwise.
 
     Args:
-        plain: Plain lines in any case.
+        plain: Whether to use plain lines in any case.
     """
     quiet = plain or os.environ.get("NO_COLOR") or os.environ.get("CI")
     if not quiet and sys.stdout.isatty() and importlib.util.find_spec("rich"):

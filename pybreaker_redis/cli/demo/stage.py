@@ -1,7 +1,6 @@
-"""The processes of the demo, and everything that they have reported.
+"""Processes of the demo, and the events that they have reported.
 
-Knows: processes, pipes, the server if it is ours, the events so far.  Does not know: what ought to happen (the acts
-do), how it is shown.
+The stage starts, kills and switches processes, and waits for events.  The acts in ``scenario`` decide what must happen.
 """
 
 from __future__ import annotations
@@ -29,47 +28,47 @@ if TYPE_CHECKING:
     from pybreaker_redis.cli.demo.show import Display
     from pybreaker_redis.testing.servers import PrivateServer
 
-#: How many worker processes there are.
+#: Number of worker processes.
 WORKERS = 3
 
 #: Consecutive failures, of all workers together, that open the circuit.
 FAIL_MAX = 5
 
-#: Beats that the acts take, all together but for those without the server.
+#: Duration of the acts that do not kill the server, in beats.
 ACT_BEATS = 8
 
-#: Seconds that the run takes beyond them: processes start, calls that hang give up, the lease of a dead prober ends.
+#: Further seconds of these acts: processes start, hanging calls reach their timeout, a dead prober's lease ends.
 ACT_FIXED_S = PROBE_LEASE_S + 4 * CALL_TIMEOUT_S
 
-#: The same of those acts: each worker finds out that the dependency is dead, and later that the server is back.
+#: Duration of the act that kills the server, in beats and further seconds: each worker detects outage and return.
 OUTAGE_BEATS, OUTAGE_FIXED_S = 3, 2.5
 
-#: Seconds of a beat, at least: less than this nobody could follow.
+#: Shortest beat, in seconds.  Shorter beats are too fast to follow.
 BEAT_MIN_S = 0.25
 
-#: Seconds, at most, between two looks at whether what an act waits for has come.
+#: Longest pause between two checks of an act's condition, in seconds.
 POLL_INTERVAL_S = 0.05
 
-#: Seconds beyond what is expected before a promise counts as broken: a machine may be busy.
+#: Seconds beyond the expected time after which a promise counts as broken, for a busy machine.
 PROMISE_GRACE_S = 15.0
 
-#: Seconds that a process has to end in good order.
+#: Seconds that a process has for a clean exit.
 EXIT_TIMEOUT_S = 3.0
 
 
 class BrokenPromise(Exception):
-    """Something that is promised did not happen, or something happened that never should; the message says what."""
+    """Violation of a promise: an expected event is missing, or a forbidden one happened.  The message names it."""
 
 
 class ChildProcess:
-    """A process of the demo: it reports on its standard output, and ends when its standard input does.
+    """Process of the demo that reports on standard output, and ends when its standard input ends.
 
-    So it ends with us even if we are killed.
+    Standard input also ends when the demo is killed.
 
     Args:
-        module: Which one, of this package.
-        argument: Its command line.
-        inbox: Where its reports go.
+        module: Name of the module to run, in this package.
+        argument: Command line of the process.
+        inbox: Queue that receives the events.
     """
 
     def __init__(self, module: str, argument: str, inbox: queue.Queue[Event]) -> None:
@@ -78,7 +77,7 @@ class ChildProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Ctrl-C in the terminal is for the demo alone.
+            # A new session does not receive Ctrl-C of the terminal.
             start_new_session=True,
         )
         self._inbox = inbox
@@ -92,39 +91,45 @@ class ChildProcess:
                 self._inbox.put(parse(line))
 
     def send_line(self, word: str) -> None:
-        """Write a line to its standard input."""
+        """Write a line to the standard input of the process."""
         assert self._process.stdin
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
 
     def kill(self) -> None:
-        """End it without warning, and wait until everything that it has reported is in the inbox."""
+        """Kill the process with SIGKILL, and wait until all its events are in the inbox."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
 
     def close_input(self) -> None:
-        """Ask it to end."""
+        """Close the standard input of the process, which ends it."""
         assert self._process.stdin
         self._process.stdin.close()
 
     def join(self) -> None:
-        """Wait until it has ended, and see to it that it does."""
+        """Wait until the process ends, and kill it after `EXIT_TIMEOUT_S`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_TIMEOUT_S)
         self.kill()
 
 
 class Stage:
-    """A dependency, workers that call it through one circuit, and what they have reported.
+    """A dependency, workers that call it through one circuit, and the events of all of them.
 
     Args:
-        url: The server that holds the circuit.
-        namespace: The circuit.
-        seconds: How long the whole run is to last, roughly.
-        show: Is told everything.
-        interruption: May end it early.
-        server: The same server, if it may be killed.
+        url: URL of the server that holds the circuit.
+        namespace: Namespace of the circuit.
+        seconds: Approximate duration of the whole run, in seconds.
+        display: Output that receives every event.
+        interruption: Record of signals that end the demo early.
+        server: The same server, if the demo may kill it.
+
+    Attributes:
+        beat: Unit of time of the acts, in seconds.
+        reset_timeout: Seconds that the circuit stays open.
+        names: Names of the workers that are alive.
+        findings: Label and value of each measurement of the acts.
     """
 
     def __init__(
@@ -132,28 +137,24 @@ class Stage:
         url: str,
         namespace: str,
         seconds: float,
-        show: Display,
+        display: Display,
         *,
         interruption: Interruption,
         server: PrivateServer | None = None,
     ) -> None:
         beats, fixed = (ACT_BEATS + OUTAGE_BEATS, ACT_FIXED_S + OUTAGE_FIXED_S) if server else (ACT_BEATS, ACT_FIXED_S)
-        #: The time, in seconds, that the acts count in.
         self.beat = max(BEAT_MIN_S, (seconds - fixed) / beats)
-        #: Seconds that the circuit stays open.
         self.reset_timeout = self.beat
-        #: Those of the workers that are alive.
         self.names = [f"worker {number}" for number in range(1, WORKERS + 1)]
-        #: What the acts found out: a label and a value each.
         self.findings: list[tuple[str, str]] = []
         self._url = url
         self._namespace = namespace
-        self._show = show
+        self._display = display
         self._interruption = interruption
         self._server = server
         self._events: list[Event] = []
         self._inbox: queue.Queue[Event] = queue.Queue()
-        #: By name; also those that were killed.
+        #: Processes by name, including those that were killed.
         self._children: dict[str, ChildProcess] = {}
         self._port = 0
 
@@ -161,7 +162,7 @@ class Stage:
         with contextlib.ExitStack() as undo:
             undo.push(self)
             self._children["dependency"] = ChildProcess("dependency", "", self._inbox)
-            self._port = self.until("the dependency starts", lambda: self.seen("ready"))[0].port
+            self._port = self.wait_until("the dependency starts", lambda: self.seen("ready"))[0].port
             for name in self.names:
                 self._start_worker(name)
             undo.pop_all()
@@ -180,23 +181,24 @@ class Stage:
         self._children[name] = ChildProcess("worker", json.dumps(asdict(settings)), self._inbox)
 
     def replace(self, name: str) -> Event:
-        """Kill a worker without warning and start another one in its place; returns the moment of the kill."""
+        """Kill a worker with SIGKILL, start another worker in its place, and return the event of the kill."""
         killed = Event(name, "killed", time.monotonic(), state="killed")
         self._children[name].kill()
         self._inbox.put(killed)
-        successor = f"worker {len(self._children)}"  # the dependency is one of them
+        # The dependency is one of the children, so the length is the next worker's number.
+        successor = f"worker {len(self._children)}"
         self.names[self.names.index(name)] = successor
         self._start_worker(successor)
         return killed
 
     def switch(self, health: str) -> Event:
-        """Make the dependency ``up``, ``down`` or ``hanging``; returns its confirmation."""
-        asked = time.monotonic()
+        """Set the dependency's health to ``up``, ``down`` or ``hanging``, and return its confirmation."""
+        requested = time.monotonic()
         self._children["dependency"].send_line(health)
-        return self.until(f"the dependency goes {health}", lambda: self.seen("health", since=asked))[0]
+        return self.wait_until(f"the dependency goes {health}", lambda: self.seen("health", since=requested))[0]
 
     def kill_server(self) -> Event:
-        """Kill the server that holds the circuit, without warning; returns the moment before."""
+        """Kill the server that holds the circuit with SIGKILL, and return an event with the time before the kill."""
         assert self._server
         killed = Event("the server", "server", time.monotonic(), state="killed")
         self._server.kill()
@@ -204,7 +206,7 @@ class Stage:
         return killed
 
     def start_server(self) -> Event:
-        """Start it again, at the same address and with nothing in it; returns the moment before."""
+        """Start the server again, empty and at the same address, and return an event with the time before."""
         assert self._server
         started = Event("the server", "server", time.monotonic(), state="started")
         self._server.restart(keep_data=False)
@@ -212,7 +214,7 @@ class Stage:
         return started
 
     def recorded(self, state: str) -> list[Event]:
-        """The server's own word for it, if the circuit in it is in this state."""
+        """Read the circuit in the server, and return an event if the circuit is in this state."""
         assert self._server
         with contextlib.closing(self._server.client(decode_responses=True)) as client:
             found = client.get(f"{self._namespace}:pybreaker:state")
@@ -221,14 +223,14 @@ class Stage:
     def seen(
         self, kind: Kind, *, source: str = "", state: str = "", since: float = 0.0, within: float = math.inf
     ) -> list[Event]:
-        """What has been reported so far.
+        """Return the matching events so far.
 
         Args:
-            kind: What happened.
-            source: In which process; in any if empty.
-            state: With which state; any if empty.
-            since: Not before this time.
-            within: Not longer ago than so many seconds.
+            kind: Kind of the events.
+            source: Name of the process.  An empty text matches all processes.
+            state: State of the events.  An empty text matches all states.
+            since: Earliest time of the events, in seconds of the monotonic clock.
+            within: Greatest age of the events, in seconds.
         """
         since = max(since, time.monotonic() - within)
         return [
@@ -238,34 +240,34 @@ class Stage:
         ]
 
     def each_worker(self, kind: Kind, *, since: float, times: int = 1) -> list[Event]:
-        """Each worker's call number *times* of this kind; empty until every worker has made that many."""
+        """Return each worker's call number `times` of a kind, or nothing until every worker has made that many."""
         calls = [self.seen(kind, source=name, since=since) for name in self.names]
-        return [of_one[times - 1] for of_one in calls] if all(len(of_one) >= times for of_one in calls) else []
+        return [of_worker[times - 1] for of_worker in calls] if all(len(each) >= times for each in calls) else []
 
-    def until(
-        self, promise: str, found: Callable[[], list[Event]], *, at_least: float = 0.0, expected: float = 0.0
+    def wait_until(
+        self, promise: str, find: Callable[[], list[Event]], *, at_least: float = 0.0, expected: float = 0.0
     ) -> list[Event]:
-        """Go on until something has happened.
+        """Collect events until `find` returns some.
 
         Args:
-            promise: What is to happen, in words.
-            found: Returns the events that show it, or nothing.
-            at_least: Go on for so many seconds in any case.
-            expected: It may take so many seconds, and :data:`GRACE`.
+            promise: Text that names the expected events.
+            find: Function that returns the events that keep the promise, or an empty list.
+            at_least: Seconds to wait in any case.
+            expected: Seconds that the events may take, in addition to `PROMISE_GRACE_S`.
 
         Returns:
-            What *found* returned.
+            The events that `find` returned.
 
         Raises:
-            BrokenPromise: It did not happen in time, or a worker's call ended with an error that it must not see.
-            KeyboardInterrupt: The demo is to end.
+            BrokenPromise: The events did not happen in time, or a worker's call raised an error of the storage.
+            KeyboardInterrupt: A signal ends the demo.
         """
         start = time.monotonic()
-        while not (events := found()) or time.monotonic() < start + at_least:
+        while not (events := find()) or time.monotonic() < start + at_least:
             self._interruption.check()
             if time.monotonic() > start + max(at_least, expected) + PROMISE_GRACE_S:
                 raise BrokenPromise(f"did not happen in time: {promise}")
-            # All that is there before the next look: a look takes the longer the more has been reported.
+            # The inbox is emptied before the next check, because checks take longer the more events there are.
             with contextlib.suppress(queue.Empty):
                 self._take(self._inbox.get(timeout=POLL_INTERVAL_S))
                 while True:
@@ -274,7 +276,7 @@ class Stage:
 
     def _take(self, event: Event) -> None:
         self._events.append(event)
-        self._show.event(event)
+        self._display.add_event(event)
         if event.kind == "leaked":
             raise BrokenPromise(f"a call of {event.source} ended with {event.error}")
 

@@ -1,8 +1,7 @@
-"""A worker: calls the dependency again and again, guarded by a plain circuit breaker on the shared storage.
+"""Worker of the demo: calls the dependency in a loop, guarded by a plain breaker on the shared storage.
 
-Run as ``python -m pybreaker_redis.cli.demo.worker SETTINGS``, where the settings are one JSON object.
-
-Knows: its breaker, its dependency.  Does not know: other workers; what it has in common with them is the namespace.
+Run as ``python -m pybreaker_redis.cli.demo.worker SETTINGS``, where the settings are one JSON object.  Workers share
+nothing but the circuit's namespace.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import redis
-from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
+from pybreaker import STATE_CLOSED, CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis.cli.demo.events import Event, emit
@@ -32,36 +30,42 @@ CALL_INTERVAL_S = 0.05
 #: Seconds after which a call gives up.
 CALL_TIMEOUT_S = 0.5
 
-#: Seconds after which the probe of a worker that was killed is offered again.  Longer than any call.
+#: Seconds after which another worker may claim the probe of a killed one.  Longer than any call.
 PROBE_LEASE_S = 2 * CALL_TIMEOUT_S
 
-#: Seconds to wait for the server.  More than usual: that this machine is busy is not the outage that is to be shown.
+#: Seconds that a call waits for Redis.  Longer than the default, so that a busy machine causes no outage.
 REDIS_TIMEOUT_S = 2.0
 
-#: Characters of an error that are reported: a report is a single write.
+#: Longest text of an error, in characters.  An event must fit into one atomic write to a pipe.
 ERROR_TEXT_MAX = 500
+
+#: Event of the demo for each log event about the server.
+EVENT_BY_LOG_EVENT: dict[str, Kind] = {"away": "unreachable", "back": "returned"}
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker is told when it is started."""
+    """Settings of a worker, from its command line.
 
-    #: Its reports are signed with it.
+    Attributes:
+        name: Name of the worker in its events.
+        url: URL of the server that holds the circuit.
+        namespace: Namespace of the circuit.
+        port: Port of the dependency on the loopback interface.
+        fail_max: Consecutive failures, of all workers together, that open the circuit.
+        reset_timeout: Seconds that the circuit stays open.
+    """
+
     name: str
-    #: The server that holds the circuit.
     url: str
-    #: The circuit.
     namespace: str
-    #: Where the dependency listens on the loopback interface.
     port: int
-    #: Consecutive failures, of all workers together, that open the circuit.
     fail_max: int
-    #: Seconds that it then stays open.
     reset_timeout: float
 
 
 class StateReporter(CircuitBreakerListener):
-    """Reports each change of state that this worker's breaker announces."""
+    """Listener that reports each change of the circuit's state."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -72,28 +76,28 @@ class StateReporter(CircuitBreakerListener):
 
 
 class OutageReporter(logging.Handler):
-    """Reports when this worker finds the server away, and when it is back; whatever else is logged is not printed."""
+    """Log handler that reports when the server becomes unreachable and when it returns.  Other lines are dropped."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self._worker = name
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Report what the record says, if it is about that."""
-        said: dict[str, Any] | None = getattr(record, "pybreaker_redis", None)
-        if said and said["event"] in ("away", "back"):
-            emit(Event(self._worker, said["event"], time.monotonic()))
+        """Report a record about an outage or its end."""
+        fields: dict[str, Any] = getattr(record, "pybreaker_redis", {})
+        if kind := EVENT_BY_LOG_EVENT.get(fields.get("event", "")):
+            emit(Event(self._worker, kind, time.monotonic()))
 
 
 class DependencyFailed(Exception):
-    """The dependency is down, or hangs."""
+    """Failure of the dependency: an error, or no answer in time."""
 
 
-def ask(port: int, name: str) -> None:
-    """Call the dependency, and say who calls.
+def call_dependency(port: int, name: str) -> None:
+    """Call the dependency with the worker's name as the user agent.
 
     Raises:
-        DependencyFailed: There was no good answer, or not in time.
+        DependencyFailed: The dependency answered with an error, or not in time.
     """
     try:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=CALL_TIMEOUT_S)) as connection:
@@ -106,35 +110,38 @@ def ask(port: int, name: str) -> None:
 
 
 def main() -> None:
-    """Call, report, wait a little, until standard input ends."""
+    """Call, report and pause in a loop, until standard input ends."""
     settings = WorkerSettings(**json.loads(sys.argv[1]))
     logger = logging.getLogger("pybreaker_redis")
     logger.addHandler(OutageReporter(settings.name))
     logger.setLevel(logging.INFO)
-    client = redis.Redis.from_url(settings.url)
     breaker = CircuitBreaker(
         fail_max=settings.fail_max,
         reset_timeout=settings.reset_timeout,
-        state_storage=CircuitRedisStorage(
-            "closed", client, namespace=settings.namespace, probe_lease=PROBE_LEASE_S, timeout=REDIS_TIMEOUT_S
+        state_storage=CircuitRedisStorage.from_url(
+            settings.url,
+            STATE_CLOSED,
+            settings.namespace,
+            probe_lease=PROBE_LEASE_S,
+            timeout=REDIS_TIMEOUT_S,
         ),
         listeners=[StateReporter(settings.name)],
-        # The caller whose failure opens the circuit sees that failure, so "rejected" means: it was not even tried.
+        # The call that opens the circuit raises the dependency's error, so "rejected" means that no call was made.
         throw_new_error_on_trip=False,
     )
-    # The wait between calls ends at once when the demo closes our standard input, or dies.
+    # The pause ends at once when the demo closes standard input, or dies.
     while not select.select([sys.stdin], [], [], CALL_INTERVAL_S)[0]:
         outcome: Kind = "success"
         leaked = ""
         started = time.monotonic()
         try:
-            breaker.call(ask, settings.port, settings.name)
+            breaker.call(call_dependency, settings.port, settings.name)
         except CircuitBreakerError:
             outcome = "rejected"
         except DependencyFailed:
             outcome = "failure"
         except Exception as error:  # noqa: BLE001
-            # No caller should have to be ready for it.
+            # A storage must raise no errors into guarded calls.
             outcome, leaked = "leaked", repr(error)[:ERROR_TEXT_MAX]
         now = time.monotonic()
         emit(Event(settings.name, outcome, now, took=now - started, state=breaker.current_state, error=leaked))

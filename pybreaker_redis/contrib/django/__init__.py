@@ -1,4 +1,7 @@
-"""Breakers for a Django project, from one dictionary in its settings; add this package to ``INSTALLED_APPS``."""
+"""Django app: breakers of the setting ``PYBREAKER``, system checks, and ``manage.py breakers``.
+
+Add ``"pybreaker_redis.contrib.django"`` to ``INSTALLED_APPS``.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What does Django do with the app when it starts?
-
-Knows: apps, system checks, signals.  Does not know: what is right.
-"""
+"""App configuration: registers the system checks and follows changes of settings."""
 
 from __future__ import annotations
 
@@ -15,18 +12,18 @@ from pybreaker_redis.contrib.django.registry import breakers, configuration_prob
 
 
 class PybreakerConfig(AppConfig):
-    """The app: its checks, and the command ``breakers``."""
+    """App ``pybreaker_redis``, with its checks and the command ``breakers``."""
 
     name = "pybreaker_redis.contrib.django"
     label = "pybreaker_redis"
     verbose_name = "Circuit breakers"
 
     def ready(self) -> None:
-        """Check settings when asked, follow them when tests change them; nothing is sent."""
+        """Register the checks, and reset the breakers when a test changes settings.  Nothing is sent to Redis."""
         checks.register(check_settings, "pybreaker_redis")
         setting_changed.connect(breakers.reset_on_setting_change, dispatch_uid="pybreaker_redis")
 
 
 def check_settings(**_: Any) -> list[checks.CheckMessage]:
-    """What ``manage.py check`` says about ``PYBREAKER``."""
+    """Return the messages of ``manage.py check`` about ``PYBREAKER``."""
     return list(configuration_problems())

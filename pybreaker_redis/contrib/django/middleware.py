@@ -1,7 +1,4 @@
-"""What does a request get whose circuit is open?
-
-Knows: Django's requests and responses.  Does not know: settings.
-"""
+"""Middleware that answers 503 when a view raises `CircuitBreakerError`."""
 
 from __future__ import annotations
 
@@ -17,23 +14,24 @@ from pybreaker_redis.contrib._http import STATUS_UNAVAILABLE, rejection_response
 
 
 class CircuitBreakerMiddleware(MiddlewareMixin):
-    """Answers 503 with ``Retry-After`` where a view raises `CircuitBreakerError`.
+    """Middleware that answers 503 with ``Retry-After`` when a view raises `CircuitBreakerError`.
 
-    JSON if that is asked for, else the project's template ``503.html`` if there is one, else a line of text.
+    The body is JSON for clients that ask for JSON.  For others it is the project's template ``503.html``, or a line of
+    text where the project has no such template.
     """
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
-        """The answer, if the exception is a circuit's."""
+        """Return the response to a `CircuitBreakerError`, and ``None`` for other exceptions."""
         if not isinstance(exception, CircuitBreakerError):
             return None
-        answer = rejection_response(exception, request.headers.get("Accept", ""))
-        response = HttpResponse(answer.body, answer.content_type, STATUS_UNAVAILABLE)
-        if answer.content_type.startswith("text/"):
+        rejection = rejection_response(exception, request.headers.get("Accept", ""))
+        response = HttpResponse(rejection.body, rejection.content_type, STATUS_UNAVAILABLE)
+        if rejection.content_type.startswith("text/"):
             with contextlib.suppress(TemplateDoesNotExist):
-                page = loader.render_to_string("503.html", {"retry_after": answer.retry_after}, request)
+                page = loader.render_to_string("503.html", {"retry_after": rejection.retry_after}, request)
                 response = HttpResponse(page, status=STATUS_UNAVAILABLE)
-        response["Retry-After"] = str(answer.retry_after)
-        # Else Django logs an error, and so writes a mail to each of ADMINS, for each request.
-        said = (response.reason_phrase, request.path)
-        log_response("%s: %s", *said, response=response, request=request, level="warning")
+        response["Retry-After"] = str(rejection.retry_after)
+        # A 5xx response that is not logged here is logged by Django as an error, with a mail to each of ADMINS.
+        log_arguments = (response.reason_phrase, request.path)
+        log_response("%s: %s", *log_arguments, response=response, request=request, level="warning")
         return response

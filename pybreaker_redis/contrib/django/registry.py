@@ -1,6 +1,6 @@
-"""Which breakers do the project's settings describe, where is their Redis, and is that right?
+"""Breakers of a Django project, and checks of the settings that describe them.
 
-Knows: ``PYBREAKER``, ``CACHES``.  Does not know: requests, commands.
+The setting ``PYBREAKER`` names the circuits, and their Redis by a cache of ``CACHES`` or by a URL.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from pybreaker_redis.contrib._config import CONFIG_KEYS, build_registry
 from pybreaker_redis.contrib._proxy import RegistryProxy
 from pybreaker_redis.registry import BreakerRegistry
 
-#: The keys of ``PYBREAKER``.
+#: Keys of ``PYBREAKER``.
 ALL_CONFIG_KEYS = ("CACHE", "URL", *CONFIG_KEYS)
 
-#: Caches that live in one process.
+#: Caches that exist in one process.
 PROCESS_LOCAL_CACHES = (LocMemCache, DummyCache)
+
+#: Caches of Django that may hold circuits.  Caches of other packages need the attribute ``client``.
+DJANGO_CACHES = (RedisCache, *PROCESS_LOCAL_CACHES)
 
 
 class DjangoBreakers(RegistryProxy):
-    """The breakers of ``settings.PYBREAKER``, made when they are first asked for and anew when the settings change."""
+    """Breakers of ``settings.PYBREAKER``, created at their first use, and again after a change of the settings."""
 
     def __init__(self) -> None:
         self._registry: BreakerRegistry | None = None
@@ -38,26 +41,26 @@ class DjangoBreakers(RegistryProxy):
         self.after_fork()
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
-        # Making a registry may import modules, by dotted names in the settings, that ask for a breaker.
+        """Replace the lock, which a thread of the parent may have held."""
+        # Re-entrant: the creation of a registry imports modules by dotted names, and these may use a breaker.
         self._lock = threading.RLock()
 
     @property
     def registry(self) -> BreakerRegistry:
-        """The registry of the present settings.
+        """The registry of the current settings.
 
         Raises:
-            ImproperlyConfigured: They are not right; ``manage.py check`` says the same.  Or a listener cannot be made,
-                which no check tries.
+            ImproperlyConfigured: The settings are invalid, as ``manage.py check`` reports, or the constructor of a
+                listener failed, which no check calls.
         """
         if (registry := self._registry) is None:
             with self._lock:
-                # One without breakers counts as false.
+                # Compared with None, because a registry without breakers is false.
                 registry = self._registry = _create_registry() if self._registry is None else self._registry
         return registry
 
     def reset_on_setting_change(self, *, setting: str, **_: Any) -> None:
-        """Settings have changed: begin anew."""
+        """Close the registry when ``PYBREAKER`` or ``CACHES`` changes.  The next use creates another one."""
         if setting in ("PYBREAKER", "CACHES") and (registry := self._registry) is not None:
             self._registry = None
             registry.close()
@@ -67,34 +70,32 @@ breakers = DjangoBreakers()
 
 
 def configuration_problems() -> Iterator[checks.CheckMessage]:
-    """What is wrong with the settings, as far as it shows before listeners are made; nothing is sent."""
-    given = _read_settings()
-    if not isinstance(given, Mapping):
+    """Yield a message for each problem of the settings, without creating listeners or sending to Redis."""
+    configured = _read_settings()
+    if not isinstance(configured, Mapping):
         yield _error(1, "PYBREAKER is no dictionary.", f"Its keys are {', '.join(ALL_CONFIG_KEYS)}.")
         return
-    for key in sorted(given.keys() - set(ALL_CONFIG_KEYS), key=str):
+    for key in sorted(configured.keys() - set(ALL_CONFIG_KEYS), key=str):
         yield _error(2, f"PYBREAKER has an unknown key {key!r}.", f"Its keys are {', '.join(ALL_CONFIG_KEYS)}.")
-    alias = given.get("CACHE")
-    if alias and given.get("URL"):
-        yield _error(3, "PYBREAKER has both CACHE and URL.", "Leave one of them out.")
+    alias = configured.get("CACHE")
+    if alias and configured.get("URL"):
+        yield _error(3, "PYBREAKER has both CACHE and URL.", "Remove one of them.")
     elif alias and alias not in settings.CACHES:
         yield _error(4, f"PYBREAKER['CACHE'] is {alias!r}.", f"CACHES has {', '.join(settings.CACHES)}.")
-    elif alias and not (
-        isinstance(caches[alias], (RedisCache, *PROCESS_LOCAL_CACHES)) or hasattr(caches[alias], "client")
-    ):
-        hint = "Name one of django-redis or of Django's own RedisCache, or give a URL."
+    elif alias and not (isinstance(caches[alias], DJANGO_CACHES) or hasattr(caches[alias], "client")):
+        hint = "Name a cache of django-redis or of Django's RedisCache, or set a URL."
         yield _error(5, f"PYBREAKER['CACHE'] is {alias!r}, which is not in Redis.", hint)
     elif alias and any(kind.__name__ == "ShardClient" for kind in type(getattr(caches[alias], "client", 0)).__mro__):
-        # django-redis spreads keys over several servers by it, and has no client of a single one then.
-        yield _error(7, f"PYBREAKER['CACHE'] is {alias!r}, a ShardClient.", "A circuit has one server: give its URL.")
+        # A ShardClient of django-redis spreads keys over several servers, and has no client of a single server.
+        yield _error(7, f"PYBREAKER['CACHE'] is {alias!r}, a ShardClient.", "A circuit has one server: set its URL.")
     else:
-        if (redis := _redis_source(given)) is None:
-            hint = "That is for tests, and for a single process; else name a Redis by PYBREAKER['CACHE'] or ['URL']."
-            yield checks.Warning("Every process has circuits of its own.", hint=hint, id="pybreaker_redis.W001")
+        if (redis := _redis_source(configured)) is None:
+            hint = "To share circuits, name a Redis by PYBREAKER['CACHE'] or ['URL']."
+            yield checks.Warning("Each process has its own circuits.", hint=hint, id="pybreaker_redis.W001")
         try:
-            build_registry(given, redis, create_listeners=False)
+            build_registry(configured, redis, create_listeners=False)
         except ValueError as error:
-            yield _error(6, f"PYBREAKER: {error}.", "The README says what there is, and in what range.")
+            yield _error(6, f"PYBREAKER: {error}.", "The README lists the settings and their ranges.")
 
 
 def _error(number: int, message: str, hint: str) -> checks.CheckMessage:
@@ -115,14 +116,13 @@ def _read_settings() -> Any:
     return getattr(settings, "PYBREAKER", {})
 
 
-def _redis_source(given: Mapping[str, Any]) -> Any:
-    alias = given.get("CACHE")
-    if not alias:
-        return given.get("URL")
+def _redis_source(configured: Mapping[str, Any]) -> Any:
+    if not (alias := configured.get("CACHE")):
+        return configured.get("URL")
     return None if isinstance(caches[alias], PROCESS_LOCAL_CACHES) else lambda: _client(caches[alias])
 
 
 def _client(cache: Any) -> Any:
-    # Django's own cache has no public way to its client; the others have the same one, as django-redis documents it.
+    # Django's RedisCache has no public access to its client.  django-redis documents ``client`` for other caches.
     client = cache._cache if isinstance(cache, RedisCache) else cache.client  # noqa: SLF001
     return client.get_client(write=True)

@@ -1,7 +1,4 @@
-"""What does a request to REST framework get whose circuit is open?
-
-Knows: REST framework's errors, which it imports when one is raised.  Does not know: circuits.
-"""
+"""Exception handler for Django REST framework."""
 
 from __future__ import annotations
 
@@ -13,13 +10,17 @@ from pybreaker_redis.contrib._http import DETAIL_TEXT, STATUS_UNAVAILABLE, retry
 
 
 def exception_handler(error: Exception, context: dict[str, Any]) -> Any:
-    """For ``REST_FRAMEWORK["EXCEPTION_HANDLER"]``: the framework's own, and 503 for an open circuit."""
+    """Answer 503 to `CircuitBreakerError`, and pass other errors to the framework's handler.
+
+    Set ``REST_FRAMEWORK["EXCEPTION_HANDLER"]`` to the dotted name of this function.
+    """
+    # A project with Django alone does not have the framework, so the import waits for the first error.
     from rest_framework import exceptions, views
 
     if isinstance(error, CircuitBreakerError):
         unavailable = exceptions.APIException(DETAIL_TEXT, code="service_unavailable")
         unavailable.status_code = STATUS_UNAVAILABLE
-        # The framework makes the header of it.
+        # The framework writes ``Retry-After`` from this attribute.
         unavailable.wait = retry_after_header(error)
         error = unavailable
     return views.exception_handler(error, context)

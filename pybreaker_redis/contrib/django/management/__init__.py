@@ -1,1 +1,1 @@
-"""What ``manage.py`` can do; Django looks here."""
+"""Package in which Django finds management commands."""

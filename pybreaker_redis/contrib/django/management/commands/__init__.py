@@ -1,1 +1,1 @@
-"""The commands; each is a module of that name."""
+"""Management commands.  Each module is the command of its name."""

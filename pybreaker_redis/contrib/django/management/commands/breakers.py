@@ -1,7 +1,4 @@
-"""What does ``manage.py breakers`` do?
-
-Knows: Django's commands.  Does not know: circuits.
-"""
+"""Management command ``breakers``: shows the project's circuits, and opens, closes, half-opens or resets them."""
 
 from __future__ import annotations
 
@@ -14,17 +11,21 @@ from pybreaker_redis.contrib.django import breakers
 
 
 class Command(BaseCommand):
-    """Look at the project's circuits, and move them."""
+    """Command that shows or changes the circuits of ``PYBREAKER["BREAKERS"]``."""
 
     help = "Shows the circuits of PYBREAKER['BREAKERS'], or opens, closes, half-opens or resets some of them."
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What to do, and with which circuits."""
+        """Add the action and the names of the circuits."""
         parser.add_argument("action", nargs="?", default=COMMAND_ACTIONS[0], choices=COMMAND_ACTIONS)
         parser.add_argument("names", nargs="*", metavar="circuit")
 
     def handle(self, *_: Any, action: str, names: list[str], **options: Any) -> str:
-        """Do it, and print how the circuits are then."""
+        """Carry out the action, and return the status table to print.
+
+        Raises:
+            CommandError: The action failed.
+        """
         try:
             return run_command(breakers.registry, action, names)
         except CommandRefusedError as error:
