@@ -1,4 +1,4 @@
-"""The outcome of a call settles what that call was admitted for, wherever it ends and however it is reported."""
+"""Admissions: the outcome of a call settles the admission of that call, wherever and however the call ends."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class Down(Exception):
 
 
 def up() -> str:
-    """A call to the healthy dependency."""
+    """Return the answer of a healthy dependency."""
     return "answer"
 
 
 def down() -> None:
-    """A call to the dead dependency."""
+    """Raise the error of a failed dependency."""
     raise Down
 
 
-class Changes(CircuitBreakerListener):
-    """The states that listeners are notified of, in order."""
+class StateRecorder(CircuitBreakerListener):
+    """Listener that records the new state of each transition."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Note the new state."""
+        """Record the new state."""
         self.seen.append(new_state.name)
 
 
 @pytest.fixture(params=["memory", "redis", "pushed"])
 def storage_of(request: pytest.FixtureRequest, client: redis.Redis) -> Callable[..., Any]:
-    """Make a storage: in memory, with a round trip for each look, and with a listener."""
+    """Return a factory of storages: in memory, with a round trip for each read, and with a listener."""
     if request.param == "memory":
         return lambda state="closed", **words: CircuitMemoryStorage(state, **words)
     staleness = {} if request.param == "pushed" else {"max_staleness": 0}
@@ -61,22 +61,19 @@ def storage_of(request: pytest.FixtureRequest, client: redis.Redis) -> Callable[
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads of which each may run any step."""
+    """Yield a pool of threads, each of which may run any step."""
     with ThreadPoolExecutor(4) as threads:
         yield threads
 
 
 def elsewhere(action: Callable[[], Any]) -> Any:
-    """The answer of something done on a new thread."""
+    """Return the result of an action on a new thread."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(action).result(30)
 
 
-# -- calls that end on another thread or in another context --------------------------------------------------------
-
-
 def test_probing_generator_that_ends_on_another_thread_closes_the_circuit(storage_of):
-    """A stream whose every step runs on some thread of a pool, in a copied context, is one call."""
+    """A stream is one call, even if each step runs on another thread of a pool, in a copied context."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
 
@@ -93,7 +90,7 @@ def test_probing_generator_that_ends_on_another_thread_closes_the_circuit(storag
 
 
 def test_probing_generator_that_fails_on_another_thread_opens_the_circuit(storage_of):
-    """The failure of a probe trips, whichever thread ran into it."""
+    """The failure of a probe trips on any thread."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
 
@@ -109,7 +106,7 @@ def test_probing_generator_that_fails_on_another_thread_opens_the_circuit(storag
 
 
 def test_block_that_is_left_on_another_thread_reports_its_probe(storage_of):
-    """As a dependency that yields within ``with breaker.calling()``, which web frameworks finish on any thread."""
+    """Web frameworks may finish a dependency that yields within ``with breaker.calling()`` on any thread."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage)
     for expected in ("half-open", "closed"):
@@ -120,9 +117,9 @@ def test_block_that_is_left_on_another_thread_reports_its_probe(storage_of):
 
 
 def test_generator_that_ends_in_a_later_generation_changes_nothing(storage_of):
-    """On a thread that never called: the generator has its admission with it, and that is out of date."""
+    """The generator carries its admission to a thread without calls, and the admission is outdated."""
     storage = storage_of()
-    listener = Changes()
+    listener = StateRecorder()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[listener])
 
     def stream() -> Iterator[int]:
@@ -140,9 +137,9 @@ def test_generator_that_ends_in_a_later_generation_changes_nothing(storage_of):
 
 
 def test_interleaved_generators_notify_no_listener(storage_of):
-    """Three streams at once, of a closed circuit that others open and close: each reports for its own generation."""
+    """Each of several streams reports for the generation of its admission, although the circuit opens and closes."""
     storage = storage_of()
-    listener = Changes()
+    listener = StateRecorder()
     breaker = CircuitBreaker(fail_max=3, state_storage=storage, listeners=[listener])
     other = CircuitBreaker(state_storage=storage)
 
@@ -171,7 +168,7 @@ def test_interleaved_generators_notify_no_listener(storage_of):
 
 
 def test_tasks_of_one_thread_probe_one_at_a_time(storage_of):
-    """Asyncio's tasks share a thread, and each is a call of its own."""
+    """Tasks of asyncio share a thread, and each task is a call."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
     inside, most, rejected = [0], [0], [0]
@@ -195,7 +192,7 @@ def test_tasks_of_one_thread_probe_one_at_a_time(storage_of):
 
 
 def test_call_within_a_probe_is_part_of_it(storage_of):
-    """A guarded function, or block, that calls through the same circuit is not rejected by its own probe."""
+    """A call through the same circuit, within a guarded function or block, is not rejected by its own probe."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     other = CircuitBreaker(reset_timeout=0, state_storage=storage, success_threshold=3)
@@ -206,24 +203,21 @@ def test_call_within_a_probe_is_part_of_it(storage_of):
 
 
 def test_dropped_storages_leave_no_context_variables_behind():
-    """A storage, its breaker and what they remember are freed, however many are made."""
-    kept = []
+    """A dropped storage, its breaker and their admissions are freed, for any number of storages."""
+    references = []
     before = len(contextvars.copy_context())
     for _ in range(3):
         breaker = CircuitBreaker(reset_timeout=0, state_storage=CircuitMemoryStorage("open"))
         breaker.call(up)
-        kept.append(weakref.ref(inspect.storage_of(breaker)))
+        references.append(weakref.ref(inspect.storage_of(breaker)))
     del breaker
     gc.collect()
-    assert [storage() for storage in kept] == [None] * 3
+    assert [storage() for storage in references] == [None] * 3
     assert len(contextvars.copy_context()) <= before + 1
 
 
-# -- pybreaker's methods driven by hand ------------------------------------------------------------------------------
-
-
 def handle(breaker: CircuitBreaker, is_up: bool) -> None:
-    """As wrappers for coroutines spell it today."""
+    """Report as wrappers for coroutines do today."""
     if is_up:
         breaker.state._handle_success()
         return
@@ -234,7 +228,7 @@ def handle(breaker: CircuitBreaker, is_up: bool) -> None:
 
 
 def handle_and_raise(breaker: CircuitBreaker, is_up: bool) -> None:
-    """The same, and the error goes on."""
+    """Report as wrappers for coroutines do, and raise the error again."""
     if is_up:
         breaker.state._handle_success()
         return
@@ -243,7 +237,7 @@ def handle_and_raise(breaker: CircuitBreaker, is_up: bool) -> None:
 
 
 def count(breaker: CircuitBreaker, is_up: bool) -> None:
-    """As it was spelled before there was `_handle_error`."""
+    """Report as wrappers did before pybreaker had `_handle_error`."""
     if is_up:
         inspect.storage_of(breaker).reset_counter()
         breaker.state.on_success()
@@ -253,8 +247,8 @@ def count(breaker: CircuitBreaker, is_up: bool) -> None:
         breaker.state.on_failure(Down())
 
 
-def handle_what_was_kept(breaker: CircuitBreaker, is_up: bool) -> None:
-    """On the state object, not on the property that finds out what is true."""
+def handle_on_state_object(breaker: CircuitBreaker, is_up: bool) -> None:
+    """Report to the stored state object, not to the property that reads the storage."""
     state = inspect.state_object_of(breaker)
     if is_up:
         state._handle_success()
@@ -264,7 +258,7 @@ def handle_what_was_kept(breaker: CircuitBreaker, is_up: bool) -> None:
 
 
 def through_outages(breaker: CircuitBreaker, report: Callable[[CircuitBreaker, bool], None]) -> Iterator[None]:
-    """Three outages and recoveries, step by step; each lets `fail_max` calls through."""
+    """Run three outages and recoveries step by step. Each outage admits `fail_max` calls."""
     for outage in range(3):
         reached = 0
         for _ in range(10):
@@ -283,46 +277,46 @@ def through_outages(breaker: CircuitBreaker, report: Callable[[CircuitBreaker, b
         breaker.reset_timeout = 60
 
 
-SPELLINGS = [handle, handle_and_raise, count, handle_what_was_kept]
+REPORTS = [handle, handle_and_raise, count, handle_on_state_object]
 
 
 @pytest.mark.parametrize("threshold", [1, 2])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_circuit_driven_by_hand_trips_and_recovers_in_each_outage(storage_of, spelling, threshold):
-    """A report without a call speaks for now, also after recoveries."""
+@pytest.mark.parametrize("report", REPORTS)
+def test_circuit_with_direct_reports_trips_and_recovers_in_each_outage(storage_of, report, threshold):
+    """A report without a call counts for the current generation, also after recoveries."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=3, reset_timeout=60, success_threshold=threshold, state_storage=storage)
-    for _ in through_outages(breaker, spelling):
+    for _ in through_outages(breaker, report):
         pass
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_circuit_driven_by_hand_in_a_pool_trips_and_recovers_in_each_outage(storage_of, pool, spelling):
-    """Each step on another thread, with what that thread did before."""
+@pytest.mark.parametrize("report", REPORTS)
+def test_circuit_with_direct_reports_in_a_pool_trips_and_recovers_in_each_outage(storage_of, pool, report):
+    """Each step runs on another thread, which may have made other steps before."""
     breaker = CircuitBreaker(fail_max=3, reset_timeout=60, state_storage=storage_of())
-    steps = through_outages(breaker, spelling)
+    steps = through_outages(breaker, report)
     while pool.submit(next, steps, "end").result(30) != "end":
         pass
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_circuit_driven_by_hand_in_one_coroutine_trips_and_recovers_in_each_outage(storage_of, spelling):
-    """A coroutine that runs for long has one context for all of it, in which other tasks call, too."""
+@pytest.mark.parametrize("report", REPORTS)
+def test_circuit_with_direct_reports_in_a_coroutine_trips_and_recovers_in_each_outage(storage_of, report):
+    """A long-running coroutine has one context, in which other tasks make calls, too."""
     breaker = CircuitBreaker(fail_max=3, reset_timeout=60, state_storage=storage_of())
 
     async def lifetime() -> None:
-        for _ in through_outages(breaker, spelling):
+        for _ in through_outages(breaker, report):
             await asyncio.sleep(0)
             assert breaker.current_state in ("closed", "open")
 
     asyncio.run(lifetime())
 
 
-def test_claim_by_hand_that_another_thread_uses_admits_one_call(storage_of):
-    """Between a claim by hand and its call the breaker's lock is free: the call of another thread is the probe then."""
+def test_direct_claim_used_by_another_thread_admits_one_call(storage_of):
+    """Between a direct claim and its call, the breaker's lock is free, so a call of another thread may be the probe."""
     storage = storage_of("open")
 
-    class Overtaken(CircuitBreaker):
+    class ClaimedByAnother(CircuitBreaker):
         def half_open(self) -> None:
             super().half_open()
             block.append(self.calling())
@@ -330,22 +324,22 @@ def test_claim_by_hand_that_another_thread_uses_admits_one_call(storage_of):
 
     block: list[Any] = []
     reached: list[str] = []
-    breaker = Overtaken(reset_timeout=0, success_threshold=3, state_storage=storage)
+    breaker = ClaimedByAnother(reset_timeout=0, success_threshold=3, state_storage=storage)
     with ThreadPoolExecutor(1) as thread:
         for call in (breaker.state.before_call, breaker.call):
             with pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
                 call(lambda: reached.append("within the probe of the other thread"))
         assert not reached
-        assert thread.submit(breaker.call, up).result(30) == "answer", "which is part of the probe of that thread"
+        assert thread.submit(breaker.call, up).result(30) == "answer", "the call is part of the probe of that thread"
         thread.submit(block[0].__exit__, None, None, None).result(30)
     assert breaker.call(up) == "answer"
     assert storage.state == "closed"
 
 
-def test_late_failure_by_hand_surfaces_and_trips_nothing(storage_of):
-    """On a half-open state that is not the circuit's any more; pybreaker is kept from announcing a trip."""
+def test_late_direct_failure_is_raised_and_trips_nothing(storage_of):
+    """The report comes on an outdated half-open state object. pybreaker does not announce a trip."""
     storage = storage_of("open")
-    listener = Changes()
+    listener = StateRecorder()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage, listeners=[listener])
     breaker.call(up)
     state = inspect.state_object_of(breaker)
@@ -355,42 +349,42 @@ def test_late_failure_by_hand_surfaces_and_trips_nothing(storage_of):
     assert "open" not in listener.seen
 
 
-def test_failure_by_hand_after_a_late_one_trips(storage_of):
-    """What was refused once is no reason to refuse what comes after it on the same thread."""
+def test_direct_failure_after_a_late_one_trips(storage_of):
+    """A refused report does not affect the next report on the same thread."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         breaker.open()
         breaker.close()
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     breaker._inc_counter()
     with pytest.raises(CircuitBreakerError):
         breaker.state.on_failure(Down())
     assert storage.state == "open"
 
 
-def test_failure_of_a_call_is_its_own_although_a_listener_reports_by_hand(storage_of):
-    """Between a failure and the trip that follows from it, a listener may make any other call."""
+def test_failure_of_a_call_trips_although_a_listener_makes_a_call(storage_of):
+    """Between a failure and its trip, a listener may make another call."""
     storage = storage_of()
 
-    class Meddles(CircuitBreakerListener):
+    class CallsInListener(CircuitBreakerListener):
         def failure(self, cb: Any, exc: BaseException) -> None:
             cb.remove_listener(self)
             with suppress(Down):
                 cb.call(down)
 
-    breaker = CircuitBreaker(fail_max=2, state_storage=storage, listeners=[Meddles()])
+    breaker = CircuitBreaker(fail_max=2, state_storage=storage, listeners=[CallsInListener()])
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
     assert (storage.state, storage.counter) == ("open", 2)
 
 
 def test_calls_past_the_breaker_recover_with_a_threshold(storage_of):
-    """`breaker.state.call(f)` between two probes has no claim of its own, and counts while no other call has one."""
+    """A call by `breaker.state.call(f)` between two probes has no claim, and counts while no other call has one."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     for _ in range(3):
@@ -398,25 +392,22 @@ def test_calls_past_the_breaker_recover_with_a_threshold(storage_of):
     assert storage.state == "closed"
 
 
-# -- a look is not a call --------------------------------------------------------------------------------------------
-
-
 class Monitored(CircuitBreaker):
-    """Has methods of its own that look."""
+    """Breaker with methods that read its state."""
 
     def metrics(self) -> str:
-        """For a page."""
+        """Return the state for a page."""
         return self.state.name
 
     @property
     def is_open(self) -> bool:
-        """For a health check."""
+        """Return whether the circuit is open, for a health check."""
         return self.state.name == "open"
 
 
 @contextmanager
 def probing(breaker: CircuitBreaker) -> Iterator[None]:
-    """Another thread probes meanwhile, for as long as the block runs."""
+    """Probe on another thread while the block runs."""
     reached, leave = threading.Event(), threading.Event()
 
     def probe() -> None:
@@ -433,8 +424,8 @@ def probing(breaker: CircuitBreaker) -> Iterator[None]:
             call.result(30)
 
 
-def test_look_during_a_probe_raises_nothing(storage_of):
-    """Methods of a subclass that read `state` are observers, on any thread."""
+def test_read_during_a_probe_raises_nothing(storage_of):
+    """Methods of a subclass that read `state` only observe, on any thread."""
     storage = storage_of("open")
     breaker = Monitored(reset_timeout=0, state_storage=storage)
     other = Monitored(reset_timeout=0, state_storage=storage)
@@ -445,8 +436,8 @@ def test_look_during_a_probe_raises_nothing(storage_of):
     assert breaker.metrics() == "closed"
 
 
-def test_look_between_two_probes_claims_nothing(storage_of):
-    """However often a page looks, the next call gets the next probe."""
+def test_read_between_two_probes_claims_nothing(storage_of):
+    """However often a page reads the state, the next call gets the next probe."""
     storage = storage_of("open")
     breaker = Monitored(reset_timeout=0, success_threshold=3, state_storage=storage)
     for _ in range(3):
@@ -456,13 +447,13 @@ def test_look_between_two_probes_claims_nothing(storage_of):
     assert storage.state == "closed"
 
 
-def test_look_leaves_the_admission_of_a_call_under_way(storage_of):
-    """A guarded function may look at its breaker, after others have moved the circuit, and is fenced off as before."""
+def test_read_does_not_change_the_admission_of_a_running_call(storage_of):
+    """A guarded function may read its breaker after transitions by other breakers, and is still fenced."""
     storage = storage_of()
     breaker = Monitored(fail_max=1, state_storage=storage)
     other = CircuitBreaker(state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         other.open()
         assert breaker.metrics() == "open"
         other.close()
@@ -471,12 +462,12 @@ def test_look_leaves_the_admission_of_a_call_under_way(storage_of):
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     assert (storage.state, storage.counter) == ("closed", 0)
 
 
-def test_override_of_call_may_look_before_and_after_it(storage_of):
-    """As logs do: the probe is claimed by the call itself, and by nothing before or after it."""
+def test_override_of_call_may_read_before_and_after_it(storage_of):
+    """Logging may read the state before and after a call. Only the call itself claims the probe."""
 
     class Logs(CircuitBreaker):
         def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -491,32 +482,29 @@ def test_override_of_call_may_look_before_and_after_it(storage_of):
         assert elsewhere(lambda: breaker.call(up)) == ("half-open", "answer", after)
 
 
-# -- breakers on one storage, and storages of one breaker ------------------------------------------------------------
-
-
 def test_breaker_that_joins_a_busy_storage_is_fenced_like_the_first(storage_of):
-    """Its calls carry admissions from the first one on, though the storage admits the other breaker's from memory."""
+    """Calls of the second breaker carry admissions from the first call on, though the storage caches admissions."""
     storage = storage_of()
     first = CircuitBreaker(state_storage=storage)
     for _ in range(3):
         first.call(up)
     second = CircuitBreaker(fail_max=1, state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         first.open()
         first.close()
         raise Down
 
     with pytest.raises(Down):
-        second.call(overtaken)
+        second.call(fail_late)
     assert storage.counter == 0
     with pytest.raises(CircuitBreakerError):
         second.call(down)
     assert storage.state == "open"
 
 
-def test_breaker_that_is_given_another_storage_counts_there(storage_of):
-    """What its state carries from the first storage means nothing to the second."""
+def test_breaker_with_a_replaced_storage_counts_there(storage_of):
+    """Admissions of the first storage mean nothing to the second."""
     breaker = CircuitBreaker(fail_max=2, state_storage=CircuitMemoryStorage("closed"))
     for _ in range(2):
         breaker.call(up)
@@ -531,8 +519,8 @@ def test_breaker_that_is_given_another_storage_counts_there(storage_of):
 
 
 @pytest.mark.parametrize("move", ["close", "assign"])
-def test_breaker_that_was_closed_by_hand_while_closed_goes_on_counting(storage_of, move):
-    """The state object is a new one, and the circuit is not."""
+def test_breaker_closed_while_closed_continues_to_count(storage_of, move):
+    """The state object is new, and the circuit is not."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=3, state_storage=storage)
     breaker.call(up)
@@ -547,8 +535,8 @@ def test_breaker_that_was_closed_by_hand_while_closed_goes_on_counting(storage_o
         assert storage.counter == expected
 
 
-def test_breaker_that_moves_while_its_state_is_renewed_keeps_the_move(storage_of):
-    """Another thread may bring the breaker into another state at any moment: that state is not overwritten."""
+def test_transition_while_the_state_is_renewed_is_kept(storage_of):
+    """Another thread may change the breaker's state at any time. That state is not overwritten."""
 
     class Moves(CircuitBreaker):
         moves = False
@@ -561,7 +549,7 @@ def test_breaker_that_moves_while_its_state_is_renewed_keeps_the_move(storage_of
             return created
 
     storage = storage_of()
-    listener = Changes()
+    listener = StateRecorder()
     breaker = Moves(state_storage=storage, listeners=[listener])
     breaker.call(up)
     other = CircuitBreaker(state_storage=storage)
@@ -573,9 +561,9 @@ def test_breaker_that_moves_while_its_state_is_renewed_keeps_the_move(storage_of
 
 
 def test_breaker_that_notices_late_costs_no_count(storage_of):
-    """A thread that stood still between its look and what follows brings an old state; it is renewed before a call."""
+    """A thread that waited after its read sets an old state, which is renewed before a call."""
 
-    class Late(CircuitBreaker):
+    class LateBreaker(CircuitBreaker):
         reads = 0
 
         @property
@@ -583,34 +571,34 @@ def test_breaker_that_notices_late_costs_no_count(storage_of):
             state = super().current_state
             if threading.current_thread() is late:
                 self.reads += 1
-            # The second look of a thread that notices is the one that it follows.
+            # A thread that notices a transition acts on its second read.
             if threading.current_thread() is late and self.reads == 2:
-                looked.set()
-                assert go_on.wait(30)
+                has_read.set()
+                assert may_continue.wait(30)
             return state
 
-    class Tells(CircuitBreakerListener):
+    class WaitingListener(CircuitBreakerListener):
         def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
             if threading.current_thread() is late:
-                told.set()
+                notified.set()
                 assert end.wait(30)
 
     storage = storage_of()
-    looked, go_on, told, end = (threading.Event() for _ in range(4))
+    has_read, may_continue, notified, end = (threading.Event() for _ in range(4))
     late = threading.Thread(target=lambda: breaker.state)
-    breaker = Late(fail_max=9, state_storage=storage, listeners=[Tells()])
+    breaker = LateBreaker(fail_max=9, state_storage=storage, listeners=[WaitingListener()])
     breaker.open()
     elsewhere(CircuitBreaker(state_storage=storage).close)
-    # A storage with one breaker has a shortcut.
+    # A storage with one breaker has a fast path.
     gc.collect()
     late.start()
-    assert looked.wait(30)
+    assert has_read.wait(30)
     assert breaker.call(up) == "answer"
     elsewhere(breaker.open)
     elsewhere(breaker.close)
     assert breaker.call(up) == "answer"
-    go_on.set()
-    assert told.wait(30)
+    may_continue.set()
+    assert notified.wait(30)
     for _ in range(3):
         assert breaker.state.name == "closed"
     end.set()
@@ -621,13 +609,13 @@ def test_breaker_that_notices_late_costs_no_count(storage_of):
         assert storage.counter == expected
 
 
-def test_breaker_whose_lock_was_taken_out_is_fenced(storage_of):
-    """As users do who want calls to run in parallel."""
+def test_breaker_without_a_lock_is_fenced(storage_of):
+    """Applications may replace the lock, so that calls run in parallel."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     inspect.set_lock(breaker, nullcontext())
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         elsewhere(breaker.open)
         elsewhere(breaker.close)
         raise Down
@@ -635,14 +623,14 @@ def test_breaker_whose_lock_was_taken_out_is_fenced(storage_of):
     for _ in range(3):
         breaker.call(up)
     with pytest.raises(Down):
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     assert (storage.state, storage.counter) == ("closed", 0)
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
 
 
 def test_child_of_a_fork_cannot_use_a_claim_of_its_parent():
-    """A claim that has not admitted its call when the process forks admits that call in the parent alone."""
+    """A claim that has not admitted its call at the fork admits the call in the parent only."""
     storage = CircuitMemoryStorage("open")
     rejected: list[int] = []
 
@@ -663,26 +651,26 @@ def test_child_of_a_fork_cannot_use_a_claim_of_its_parent():
 
 
 def test_call_after_a_close_by_hand_while_closed_is_fenced(storage_of):
-    """Its state object carries an admission like any other."""
+    """The new state object carries an admission like any other."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     breaker.call(up)
     breaker.call(up)
     breaker.close()
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         elsewhere(breaker.open)
         elsewhere(breaker.close)
         raise Down
 
     with pytest.raises(Down):
-        breaker.state.call(overtaken)
+        breaker.state.call(fail_late)
     assert (storage.state, storage.counter) == ("closed", 0)
 
 
 @pytest.mark.parametrize("threshold", [float("inf"), 1e30, 0, 2.5])
 def test_any_number_may_be_a_success_threshold(storage_of, threshold):
-    """Pybreaker compares with it; what can never be reached keeps the circuit half-open, one probe after the other."""
+    """A threshold that is never reached keeps the circuit half-open, one probe after the other."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=threshold, state_storage=storage)
     for _ in range(3):

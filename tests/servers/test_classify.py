@@ -1,4 +1,4 @@
-"""Do real servers answer as the table of errors says?"""
+"""Error classification: errors of real servers have the kinds of the table."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ MIGRATING, CONTENDED = ErrorKind.MIGRATING, ErrorKind.CONTENDED
 KEYS = circuit_keys("guarded", needs_one_slot=True)
 
 
-class Troubled:
-    """A server of this test alone, and how it is brought into trouble; each returns the client that meets it.
+class FaultyServer:
+    """A server that a test brings into a fault. Each method returns a client that meets the fault.
 
     Args:
-        server: The server.
-        data: Where it saves.
-        protocol: What clients speak, if they can be told.
+        server: Server of one test.
+        data: Folder in which the server saves.
+        protocol: Protocol argument of clients, or an empty mapping.
     """
 
     def __init__(self, server: PrivateServer, data: Path, protocol: dict[str, Any]) -> None:
@@ -56,64 +56,64 @@ class Troubled:
         self.operator = self.client()
 
     def client(self, **words: Any) -> redis.Redis:
-        """A client that tries once."""
+        """Return a client without retries."""
         return self.server.client(**self.words, **words)
 
     def user(self, *rules: str) -> redis.Redis:
-        """A client of a user with these rules."""
+        """Return a client of a user with these rules."""
         self.operator.execute_command("ACL", "SETUSER", "shop", "on", ">secret", *rules)
         return self.client(username="shop", password="secret")
 
     def replica(self) -> redis.Redis:
-        """It has become a replica, as after a failover."""
+        """Make the server a replica, as after a failover."""
         self.operator.execute_command("REPLICAOF", "127.0.0.1", "1")
         return self.operator
 
     def out_of_memory(self) -> redis.Redis:
-        """It has no memory to spare."""
+        """Limit the memory of the server."""
         self.operator.config_set("maxmemory", 1)
         return self.operator
 
     def without_replicas(self) -> redis.Redis:
-        """It takes no writes because nobody copies them."""
+        """Make the server refuse writes that no replica copies."""
         self.operator.config_set("min-replicas-to-write", 1)
         return self.operator
 
     def unable_to_save(self) -> redis.Redis:
-        """Its disk has gone."""
+        """Remove the folder of the server."""
         self.operator.config_set("save", "3600 1")
         self.operator.set("unsaved", 1)
         shutil.rmtree(self.data)
         self.operator.execute_command("BGSAVE")
-        wait_for(lambda: self.operator.info("persistence")["rdb_last_bgsave_status"] == "err", "it fails to save")
+        wait_for(lambda: self.operator.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save")
         return self.operator
 
     def forbidden_to_write(self) -> redis.Redis:
-        """The user may run scripts, and not write."""
+        """Return a user that may run scripts, but not write."""
         return self.user("~*", "&*", "+@all", "-@write", "+eval", "+evalsha")
 
     def forbidden_the_keys(self) -> redis.Redis:
-        """The user has other keys."""
+        """Return a user with rights for other keys."""
         return self.user("~other:*", "&*", "+@all")
 
     def wrong_password(self) -> redis.Redis:
-        """The password was changed."""
+        """Set a password, and return a client with another password."""
         self.operator.config_set("requirepass", "secret")
         return self.client(password="wrong")
 
     def no_password(self) -> redis.Redis:
-        """The server wants a password now."""
+        """Set a password, and return a client without one."""
         self.operator.config_set("requirepass", "secret")
         return self.client()
 
     def cut_off_replica(self) -> redis.Redis:
-        """A replica that lost its master, and does not answer with what is old."""
+        """Make the server a replica without a master that refuses outdated answers."""
         self.operator.config_set("replica-serve-stale-data", "no")
         self.operator.execute_command("REPLICAOF", "127.0.0.1", "1")
         return self.operator
 
     def busy(self) -> redis.Redis:
-        """Somebody's script does not end."""
+        """Run a script that does not end."""
         self.operator.config_set("lua-time-limit", 1)
 
         def loop() -> None:
@@ -130,59 +130,59 @@ class Troubled:
                 return True
             return False
 
-        wait_for(is_busy, "the script runs for too long")
+        wait_for(is_busy, "an error because of the running script")
         return self.operator
 
     def cluster_down(self) -> redis.Redis:
-        """A cluster in which nobody serves the slot."""
+        """Return a client of a cluster in which no node serves the slot."""
         return self.operator
 
     def end(self) -> None:
-        """Nothing is left running."""
+        """Kill the server, and close the client."""
         self.server.kill()
         if hasattr(self, "looping"):
             self.looping.join()
         self.operator.close()
 
 
-#: How servers get into trouble, what that means when something is written, and when it is only read.
-TROUBLES = {
-    Troubled.replica: (READ_ONLY, None),
-    Troubled.out_of_memory: (READ_ONLY, None),
-    Troubled.without_replicas: (READ_ONLY, None),
-    Troubled.unable_to_save: (READ_ONLY, None),
-    Troubled.forbidden_to_write: (FORBIDDEN, None),
-    Troubled.forbidden_the_keys: (FORBIDDEN, FORBIDDEN),
-    Troubled.wrong_password: (UNREACHABLE, UNREACHABLE),
-    Troubled.no_password: (UNREACHABLE, UNREACHABLE),
-    Troubled.busy: (UNREACHABLE, UNREACHABLE),
-    Troubled.cluster_down: (UNREACHABLE, UNREACHABLE),
-    # A command that writes is told that this is a replica; whoever reads, that it has no master.
-    Troubled.cut_off_replica: (READ_ONLY, UNREACHABLE),
+#: Kinds of errors by fault, for a write and for a read.
+FAULTS = {
+    FaultyServer.replica: (READ_ONLY, None),
+    FaultyServer.out_of_memory: (READ_ONLY, None),
+    FaultyServer.without_replicas: (READ_ONLY, None),
+    FaultyServer.unable_to_save: (READ_ONLY, None),
+    FaultyServer.forbidden_to_write: (FORBIDDEN, None),
+    FaultyServer.forbidden_the_keys: (FORBIDDEN, FORBIDDEN),
+    FaultyServer.wrong_password: (UNREACHABLE, UNREACHABLE),
+    FaultyServer.no_password: (UNREACHABLE, UNREACHABLE),
+    FaultyServer.busy: (UNREACHABLE, UNREACHABLE),
+    FaultyServer.cluster_down: (UNREACHABLE, UNREACHABLE),
+    # A write gets the error of a replica, and a read the error of a missing master.
+    FaultyServer.cut_off_replica: (READ_ONLY, UNREACHABLE),
 }
 
 
-#: What clients may speak: older libraries cannot be told, and redis-py 7 does not speak 3 on unix sockets.
-SPOKEN: list[dict[str, Any]] = [{"protocol": 3}, {"protocol": 2}] if redis.VERSION >= (5, 0) else [{}]
+#: Protocols of clients. Older libraries have no choice, and releases 7 of redis-py lack RESP3 on unix sockets.
+PROTOCOL_ARGUMENTS: list[dict[str, Any]] = [{"protocol": 3}, {"protocol": 2}] if redis.VERSION >= (5, 0) else [{}]
 
 
 if (7, 0) <= redis.VERSION < (8, 0):
-    del SPOKEN[0]
+    del PROTOCOL_ARGUMENTS[0]
 
 
 @pytest.fixture(params=servers.at_hand() or [None], ids=lambda found: servers.name_of(found) if found else "none")
-def troubled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Troubled]]:
-    """Each server at hand in turn, anew, in trouble."""
+def faulty_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., FaultyServer]]:
+    """Yield a factory of servers for faults, once for each server found."""
     found: FoundServer | None = request.param
     if found is None:
         no_server()
-    made: list[Troubled] = []
+    made: list[FaultyServer] = []
 
-    def make(protocol: dict[str, Any], *args: str) -> Troubled:
-        # Not in the server's own directory: that one cannot be taken away.
+    def make(protocol: dict[str, Any], *args: str) -> FaultyServer:
+        # The server's own folder cannot be removed.
         data = tmp_path / str(len(made))
         data.mkdir()
-        made.append(Troubled(PrivateServer(found.binary, args=["--dir", str(data), *args]).start(), data, protocol))
+        made.append(FaultyServer(PrivateServer(found.binary, args=["--dir", str(data), *args]).start(), data, protocol))
         return made[-1]
 
     yield make
@@ -191,45 +191,49 @@ def troubled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callabl
         item.server.close()
 
 
-def outcome(ask: Callable[[], Any]) -> ErrorKind | None:
-    """What the error means that comes of asking; ``None`` if there is none."""
+def outcome(send: Callable[[], Any]) -> ErrorKind | None:
+    """Send a command, and return the kind of its error, or ``None`` without an error."""
     try:
-        ask()
+        send()
     except Exception as error:  # noqa: BLE001
         print(f"{type(error).__module__}.{type(error).__name__}: {error}")
         return error_kind(error)
     return None
 
 
-@pytest.mark.parametrize("spoken", SPOKEN, ids=lambda spoken: f"resp{spoken['protocol']}" if spoken else "")
-@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.__name__)
-def test_what_servers_say_means_what_the_table_says(
-    troubled: Callable[..., Troubled], trouble: Callable[[Troubled], redis.Redis], spoken: dict[str, Any]
+@pytest.mark.parametrize(
+    "protocol", PROTOCOL_ARGUMENTS, ids=lambda protocol: f"resp{protocol['protocol']}" if protocol else ""
+)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_errors_of_servers_have_the_kinds_of_the_table(
+    faulty_server: Callable[..., FaultyServer], fault: Callable[[FaultyServer], redis.Redis], protocol: dict[str, Any]
 ) -> None:
-    """Asked by a command, by a script that it knows, by one that it does not, and by a transaction."""
-    clustered = trouble is Troubled.cluster_down
-    case = troubled(spoken, *(["--cluster-enabled", "yes"] if clustered else []))
-    if not clustered:
+    """The error comes from a command, a loaded script, an unknown script, and a transaction."""
+    is_cluster = fault is FaultyServer.cluster_down
+    case = faulty_server(protocol, *(["--cluster-enabled", "yes"] if is_cluster else []))
+    if not is_cluster:
         LuaEngine(case.operator, KEYS).execute(Load(), None, CLOSED)
-    client = trouble(case)
-    writing, reading = TROUBLES[trouble]
+    client = fault(case)
+    write_kind, read_kind = FAULTS[fault]
     trip = Trip(None, "")
-    # A cut off replica refuses whatever is asked by scripts: they may write.
-    by_script = UNREACHABLE if trouble is Troubled.cut_off_replica else writing
-    assert outcome(lambda: client.setnx(KEYS[0], CLOSED)) is writing
-    assert outcome(lambda: client.get(KEYS[0])) is reading
-    assert outcome(lambda: TransactionEngine(client, KEYS).execute(trip, None, CLOSED)) in {writing, reading} - {None}
-    assert outcome(lambda: LuaEngine(client, KEYS).execute(Load(), None, CLOSED)) is reading
-    assert outcome(lambda: LuaEngine(client, KEYS).execute(trip, None, CLOSED)) is by_script
+    # A replica without its master refuses every script, because a script may write.
+    script_kind = UNREACHABLE if fault is FaultyServer.cut_off_replica else write_kind
+    assert outcome(lambda: client.setnx(KEYS[0], CLOSED)) is write_kind
+    assert outcome(lambda: client.get(KEYS[0])) is read_kind
+    assert outcome(lambda: TransactionEngine(client, KEYS).execute(trip, None, CLOSED)) in {write_kind, read_kind} - {
+        None
+    }
+    assert outcome(lambda: LuaEngine(client, KEYS).execute(Load(), None, CLOSED)) is read_kind
+    assert outcome(lambda: LuaEngine(client, KEYS).execute(trip, None, CLOSED)) is script_kind
     source, _ = compose_script("trip")
-    if reading is None:
+    if read_kind is None:
         case.operator.script_load(source)
-        assert outcome(lambda: LuaEngine(client, KEYS).execute(trip, None, CLOSED)) is by_script
+        assert outcome(lambda: LuaEngine(client, KEYS).execute(trip, None, CLOSED)) is script_kind
     client.close()
 
 
-def test_dead_and_frozen_servers_are_away(killable_server: PrivateServer) -> None:
-    """Whether the kernel says so, or nobody says anything."""
+def test_dead_and_frozen_servers_are_unreachable(killable_server: PrivateServer) -> None:
+    """Either the kernel reports the error, or nothing answers."""
     client = killable_server.client(socket_timeout=1.0, **ONCE)
     client.ping()
     killable_server.pause()
@@ -239,8 +243,8 @@ def test_dead_and_frozen_servers_are_away(killable_server: PrivateServer) -> Non
     client.close()
 
 
-def test_pool_without_a_connection_to_spare_is_away(server: PrivateServer) -> None:
-    """All of them wait for Redis, which therefore does not answer."""
+def test_exhausted_pool_is_unreachable(server: PrivateServer) -> None:
+    """While all connections wait for Redis, Redis does not answer."""
     for kind in (redis.ConnectionPool, redis.BlockingConnectionPool):
         words = {"timeout": 0.01} if kind is redis.BlockingConnectionPool else {}
         pool = kind(

@@ -1,4 +1,4 @@
-"""Whose time is it: the server's inside, the caller's at the interface, and nobody's clock can hold the gate."""
+"""Clocks: records hold the time of the server, the interface that of the caller. No wrong clock blocks a circuit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.usefixtures("patient")
 
 UTC = timezone.utc
 
-RESET_TIMEOUT = 60.0
+RESET_TIMEOUT_S = 60.0
 
-#: Instants at which tests freeze the local clock: whole, with fractions that a server's milliseconds cannot hold.
+#: Times at which tests freeze the local clock: whole seconds, and fractions that milliseconds cannot hold.
 INSTANTS = [
     datetime(2030, 1, 1, tzinfo=UTC),
     datetime(2030, 1, 1, 12, 30, 15, 999_999, tzinfo=UTC),
     datetime(2001, 2, 3, 4, 5, 6, 500, tzinfo=UTC),
-    None,  # whatever time it is
+    None,  # the present time
 ]
 
 MakeStorage = Callable[[], Any]
@@ -45,18 +45,18 @@ class Down(Exception):
 
 
 def down() -> None:
-    """The dependency is down."""
+    """Raise the error of a failed dependency."""
     raise Down
 
 
 def trip(breaker: CircuitBreaker) -> None:
-    """A call that opens the circuit."""
+    """Make a call that opens the circuit."""
     with pytest.raises(CircuitBreakerError, match="opened"):
         breaker.call(down)
 
 
 def rejected(breaker: CircuitBreaker) -> bool:
-    """Whether a call is refused."""
+    """Return whether a call is rejected."""
     try:
         breaker.call(lambda: None)
     except CircuitBreakerError:
@@ -66,14 +66,14 @@ def rejected(breaker: CircuitBreaker) -> bool:
 
 @pytest.fixture(params=["server", "fakeredis", "memory", "reference"])
 def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
-    """Storages of one circuit on each kind of carrier; pybreaker's own in memory is the reference."""
+    """Yield a factory of storages of one circuit, on each engine. pybreaker's memory storage is the reference."""
     if request.param == "server":
         client = request.getfixturevalue("client")
         yield lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0, timeout=10)
     elif request.param == "fakeredis":
-        home = fakeredis.FakeServer()
+        fake_server = fakeredis.FakeServer()
         yield lambda: CircuitRedisStorage(
-            "closed", fakeredis.FakeStrictRedis(server=home), "clocks", max_staleness=0, timeout=10
+            "closed", fakeredis.FakeStrictRedis(server=fake_server), "clocks", max_staleness=0, timeout=10
         )
     elif request.param == "memory":
         yield lambda: CircuitMemoryStorage("closed")
@@ -83,63 +83,60 @@ def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
 
 @pytest.fixture
 def redis_storage(client: redis.Redis) -> MakeStorage:
-    """Storages of one circuit on a real server."""
+    """Return a factory of storages of one circuit on a real server."""
     return lambda: CircuitRedisStorage("closed", client, "clocks", max_staleness=0, timeout=10)
 
 
-class Hand:
-    """On the local clock: moves it."""
+class MovableClock:
+    """Local clock that a test can move."""
 
     def __init__(self, move: Callable[[float], Any]) -> None:
         self.move = move
 
 
 @contextlib.contextmanager
-def _freezegun(at: datetime | None) -> Iterator[Hand]:
+def _freezegun(at: datetime | None) -> Iterator[MovableClock]:
     with freeze_time(at) if at else freeze_time() as frozen:
-        yield Hand(lambda seconds: frozen.tick(timedelta(seconds=seconds)))
+        yield MovableClock(lambda seconds: frozen.tick(timedelta(seconds=seconds)))
 
 
 @contextlib.contextmanager
-def _time_machine(at: datetime | None) -> Iterator[Hand]:
-    with time_machine.travel(at or datetime.now(UTC), tick=False) as traveller:
-        yield Hand(traveller.shift)
+def _time_machine(at: datetime | None) -> Iterator[MovableClock]:
+    with time_machine.travel(at or datetime.now(UTC), tick=False) as travelled:
+        yield MovableClock(travelled.shift)
 
 
 @pytest.fixture(params=[_freezegun, _time_machine], ids=["freezegun", "time-machine"])
-def local_clock(request: pytest.FixtureRequest) -> Callable[[datetime | None], AbstractContextManager[Hand]]:
-    """Both libraries with which users' tests stop and move the local clock."""
-    moved: Callable[[datetime | None], AbstractContextManager[Hand]] = request.param
+def local_clock(request: pytest.FixtureRequest) -> Callable[[datetime | None], AbstractContextManager[MovableClock]]:
+    """Return both libraries with which applications' tests stop and move the local clock."""
+    moved: Callable[[datetime | None], AbstractContextManager[MovableClock]] = request.param
     return moved
-
-
-# -- users' tests ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", INSTANTS, ids=str)
 @pytest.mark.parametrize("more", [0.0, 0.001, 3600.0])
-def test_clock_moved_past_the_timeout_lets_the_next_call_through(
+def test_clock_moved_past_the_timeout_admits_the_next_call(
     make_storage: MakeStorage, local_clock: Any, at: datetime | None, more: float
 ) -> None:
-    """A user's test that moves its clock by exactly `reset_timeout`, or more, sees the circuit recover."""
+    """A test that moves its clock by at least `reset_timeout` sees the circuit recover."""
     with local_clock(at) as clock:
-        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=make_storage())
+        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, state_storage=make_storage())
         trip(breaker)
         assert rejected(breaker)
-        clock.move(RESET_TIMEOUT + more)
+        clock.move(RESET_TIMEOUT_S + more)
         assert not rejected(breaker)
         assert breaker.current_state == "closed"
 
 
 @pytest.mark.parametrize("at", INSTANTS, ids=str)
-def test_clock_moved_short_of_the_timeout_lets_nothing_through(
+def test_clock_moved_short_of_the_timeout_admits_no_call(
     make_storage: MakeStorage, local_clock: Any, at: datetime | None
 ) -> None:
-    """Not a millisecond early, in however many steps."""
+    """No call is admitted a millisecond early, in any number of steps."""
     with local_clock(at) as clock:
-        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=make_storage())
+        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, state_storage=make_storage())
         trip(breaker)
-        for step in (RESET_TIMEOUT / 2, RESET_TIMEOUT / 2 - 0.001):
+        for step in (RESET_TIMEOUT_S / 2, RESET_TIMEOUT_S / 2 - 0.001):
             clock.move(step)
             assert rejected(breaker)
             assert breaker.state.name == "open"
@@ -148,37 +145,37 @@ def test_clock_moved_short_of_the_timeout_lets_nothing_through(
 
 
 @pytest.mark.parametrize("at", INSTANTS, ids=str)
-def test_frozen_clock_reads_back_the_instant_of_the_trip(
+def test_opening_time_under_a_frozen_clock_is_the_instant_of_the_trip(
     make_storage: MakeStorage, local_clock: Any, at: datetime | None
 ) -> None:
-    """`opened_at` is the caller's time, to the microsecond, and not the server's."""
+    """The property `opened_at` is the caller's time to the microsecond, and not the server's."""
     with local_clock(at):
-        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=make_storage())
+        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, state_storage=make_storage())
         trip(breaker)
         assert storage_of(breaker).opened_at == datetime.now(UTC)
 
 
-def test_second_trip_under_a_moved_clock_waits_from_then_on(make_storage: MakeStorage, local_clock: Any) -> None:
-    """The probe failed a minute later: the timeout begins again at that instant."""
+def test_second_trip_under_a_moved_clock_starts_the_timeout_again(make_storage: MakeStorage, local_clock: Any) -> None:
+    """The probe fails a minute later, and the reset timeout starts again."""
     with local_clock(INSTANTS[0]) as clock:
-        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=make_storage())
+        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, state_storage=make_storage())
         trip(breaker)
-        clock.move(RESET_TIMEOUT)
+        clock.move(RESET_TIMEOUT_S)
         trip(breaker)
         assert rejected(breaker)
-        clock.move(RESET_TIMEOUT - 0.001)
+        clock.move(RESET_TIMEOUT_S - 0.001)
         assert rejected(breaker)
         clock.move(0.001)
         assert not rejected(breaker)
 
 
 def test_clock_moved_between_probes_of_a_threshold_changes_nothing(make_storage: MakeStorage, local_clock: Any) -> None:
-    """While successes are collected nobody waits for anything."""
+    """While successes are collected, no timeout runs."""
     with local_clock(INSTANTS[0]) as clock:
         storage = make_storage()
-        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, success_threshold=3, state_storage=storage)
+        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, success_threshold=3, state_storage=storage)
         trip(breaker)
-        clock.move(RESET_TIMEOUT)
+        clock.move(RESET_TIMEOUT_S)
         for state in ("half-open", "half-open", "closed"):
             assert not rejected(breaker)
             assert breaker.current_state == state
@@ -187,12 +184,12 @@ def test_clock_moved_between_probes_of_a_threshold_changes_nothing(make_storage:
 
 @pytest.mark.parametrize("back", [60.0, 3600.0])
 def test_local_clock_set_back_does_not_prolong_the_lease_of_a_dead_prober_in_memory(back: float) -> None:
-    """A circuit of one process goes by the local clock, and a lease has never more left than its length."""
+    """A local circuit uses the local clock, and no lease has more time left than its length."""
     with time_machine.travel(NOON, tick=False) as clock:
         storage = CircuitMemoryStorage("closed", probe_lease=30)
-        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=storage)
+        breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, state_storage=storage)
         trip(breaker)
-        clock.shift(RESET_TIMEOUT)
+        clock.shift(RESET_TIMEOUT_S)
         assert execute_intent(storage, ClaimProbe(1, "a0", 30_000)).accepted
         clock.shift(-back)
         assert rejected(breaker)
@@ -202,22 +199,20 @@ def test_local_clock_set_back_does_not_prolong_the_lease_of_a_dead_prober_in_mem
         assert not rejected(breaker)
 
 
-def test_clock_frozen_after_the_trip_and_moved_lets_the_next_call_through(
+def test_clock_frozen_after_the_trip_and_moved_admits_the_next_call(
     make_storage: MakeStorage, local_clock: Any
 ) -> None:
-    """Many tests trip first, and only then travel into the future."""
-    breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=make_storage())
+    """Many tests trip first, and move the clock afterwards."""
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, state_storage=make_storage())
     trip(breaker)
     assert rejected(breaker)
-    with local_clock(datetime.now(UTC) + timedelta(seconds=RESET_TIMEOUT + 1)):
+    with local_clock(datetime.now(UTC) + timedelta(seconds=RESET_TIMEOUT_S + 1)):
         assert not rejected(breaker)
 
 
-# -- the interface -----------------------------------------------------------------------------------------------------
-
-#: One instant in several spellings.
+#: One instant, written in several ways.
 NOON = datetime(2020, 6, 1, 12, 0, 0, 250_000, tzinfo=UTC)
-SPELLINGS = [
+WRITTEN_INSTANTS = [
     NOON,
     NOON.replace(tzinfo=None),
     NOON.astimezone(timezone(timedelta(hours=5, minutes=30))),
@@ -228,8 +223,8 @@ SPELLINGS = [
 
 @pytest.fixture
 def host_in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The host's own time zone is not UTC."""
-    monkeypatch.setenv("TZ", "JST-9")  # spelled out: not every machine has a list of zones
+    """Set the time zone of the host to one other than UTC."""
+    monkeypatch.setenv("TZ", "JST-9")  # written as an offset: not every machine has a list of zones
     time.tzset()
     yield
     monkeypatch.undo()
@@ -237,22 +232,22 @@ def host_in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("host_in_tokyo")
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=str)
+@pytest.mark.parametrize("written", WRITTEN_INSTANTS, ids=str)
 @pytest.mark.parametrize("make_storage", ["server", "fakeredis", "memory"], indirect=True)
-def test_one_instant_in_any_zone_is_one_instant(make_storage: MakeStorage, spelling: datetime) -> None:
-    """An aware datetime means what it says; a naive one is taken as UTC, as pybreaker itself has it."""
+def test_one_instant_in_any_zone_is_one_instant(make_storage: MakeStorage, written: datetime) -> None:
+    """The zone of an aware datetime counts. A naive datetime is UTC, as with pybreaker."""
     storage = make_storage()
-    storage.opened_at = spelling
+    storage.opened_at = written
     read = storage.opened_at
-    if storage.name == "memory" and spelling.tzinfo is None:
-        assert read == spelling, "it is read as it was set, as pybreaker's own class has it"
+    if storage.name == "memory" and written.tzinfo is None:
+        assert read == written, "pybreaker's own class reads the value back unchanged, too"
         read = read.replace(tzinfo=UTC)
     assert read.tzinfo == UTC
     assert abs(read - NOON) <= timedelta(milliseconds=1)
 
 
-def test_foreign_zone_is_stored_off_by_stock_and_right_by_ours(client: redis.Redis) -> None:
-    """Half past five in Delhi is noon at Greenwich."""
+def test_time_of_another_zone_is_stored_wrong_by_stock_only(client: redis.Redis) -> None:
+    """Half past five in Delhi is noon in Greenwich."""
     delhi = NOON.astimezone(timezone(timedelta(hours=5, minutes=30)))
     stock = pybreaker.CircuitRedisStorage("closed", client, "stock")
     stock.opened_at = delhi
@@ -270,7 +265,7 @@ def test_foreign_zone_is_stored_off_by_stock_and_right_by_ours(client: redis.Red
     indirect=["make_storage"],
 )
 def test_opened_at_that_is_no_datetime_is_refused_at_once(make_storage: MakeStorage, noon: Any) -> None:
-    """A wrong argument is named where it is made."""
+    """The error is raised by the assignment."""
     storage = make_storage()
     with pytest.raises(TypeError, match="opened_at must be a datetime"):
         storage.opened_at = noon
@@ -278,10 +273,8 @@ def test_opened_at_that_is_no_datetime_is_refused_at_once(make_storage: MakeStor
 
 @pytest.mark.parametrize("fraction", [0, 1, 499, 500, 999_499, 999_500, 999_999])
 @pytest.mark.parametrize("make_storage", ["server", "fakeredis"], indirect=True)
-def test_time_said_by_hand_with_any_fraction_moves_nothing_when_read_again(
-    make_storage: MakeStorage, fraction: int
-) -> None:
-    """Seconds and milliseconds of one instant never disagree, or the circuit would seem moved by somebody else."""
+def test_direct_opening_time_with_any_fraction_causes_no_transition(make_storage: MakeStorage, fraction: int) -> None:
+    """Seconds and milliseconds of one instant must agree, because a difference would look like a foreign transition."""
     storage = make_storage()
     storage.opened_at = NOON.replace(microsecond=fraction)
     storage.state = "open"
@@ -293,8 +286,8 @@ def test_time_said_by_hand_with_any_fraction_moves_nothing_when_read_again(
     assert view_of(storage).cached.generation == generation == 1
 
 
-def test_opening_time_is_precise_for_ours_and_whole_seconds_for_stock(client: redis.Redis) -> None:
-    """Half a second means half a second, and stock still reads with `int()`."""
+def test_opening_time_has_milliseconds_here_and_whole_seconds_for_stock(client: redis.Redis) -> None:
+    """Half a second is exact, and stock reads whole seconds with `int()`."""
     storage = CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     opened = set()
@@ -312,11 +305,11 @@ def test_opening_time_is_precise_for_ours_and_whole_seconds_for_stock(client: re
         assert stock.opened_at.timestamp() == int(raw)
         breaker.close()
         time.sleep(0.003)
-    assert len(opened) > 1, "always the same fraction of a second"
+    assert len(opened) > 1, "every trip had the same fraction of a second"
 
 
-def test_opening_time_moves_forward_only_within_an_open_spell(redis_storage: MakeStorage) -> None:
-    """A straggler that says when it saw the circuit open cannot open the gate early, nor can it later hold it shut."""
+def test_opening_time_of_an_open_circuit_only_moves_forward(redis_storage: MakeStorage) -> None:
+    """A late write with an earlier time admits no probe early. A time in the future does not keep the circuit open."""
     storage = redis_storage()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     trip(breaker)
@@ -330,8 +323,8 @@ def test_opening_time_moves_forward_only_within_an_open_spell(redis_storage: Mak
     assert abs(storage.opened_at - opened_at + timedelta(seconds=50)) < timedelta(milliseconds=1.001)
 
 
-def test_each_caller_reads_the_opening_time_by_their_own_clock(client: redis.Redis) -> None:
-    """Two hosts whose clocks differ by a day say two times for one instant, each right where it is said."""
+def test_each_host_reads_the_opening_time_by_its_own_clock(client: redis.Redis) -> None:
+    """On two hosts with clocks that differ by a day, one instant has two times, each right by the host's clock."""
     here = CircuitRedisStorage("closed", client, "clocks", max_staleness=0)
     trip(CircuitBreaker(fail_max=1, state_storage=here))
     with time_machine.travel(datetime.now(UTC) + timedelta(days=1), tick=True):
@@ -340,28 +333,25 @@ def test_each_caller_reads_the_opening_time_by_their_own_clock(client: redis.Red
     assert abs(difference - timedelta(days=1)) < timedelta(seconds=1)
 
 
-# -- hosts with wrong clocks -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("make", ["ours"])
 @pytest.mark.parametrize("skew", [3600.0, -3600.0])
-def test_host_an_hour_off_waits_exactly_the_timeout_and_holds_nobody(fleet_of: Any, skew: float) -> None:
-    """Whoever trips and whoever waits: `reset_timeout` by any clock is `reset_timeout`."""
+def test_host_an_hour_off_waits_exactly_the_timeout_and_blocks_no_other(fleet_of: Any, skew: float) -> None:
+    """The reset timeout has its length by any clock, whichever host trips and whichever waits."""
     for tripper in (0, 1):
         with fleet_of(2, fail_max=1, reset_timeout=1.0, clock_skew=[skew, 0.0], namespace=f"skew{tripper}") as fleet:
             opened = fleet[tripper].run(call, fail=True)
-            # Those that a busy machine delays beyond the timeout may be the first trial.
+            # A call that a busy machine delays beyond the timeout may be the trial.
             wait_until(opened.began + 0.6)
             assert all(outcome.rejected for outcome in fleet.run(call) if outcome.ended < opened.began + 1.0)
             wait_until(opened.ended + 1.1)
-            # The one makes the trial, the other hears of its success.
+            # One worker makes the trial, and the other reads its success.
             assert not fleet[1 - tripper].run(call_when_admitted, 1.0).rejected
             assert not fleet[tripper].run(call_when_admitted, 1.0).rejected
 
 
-def test_stock_host_an_hour_ahead_cannot_hold_ours_open(client: redis.Redis) -> None:
-    """In a mixed fleet the wrong clock of a stock worker is worth `reset_timeout` at most."""
+def test_stock_host_an_hour_ahead_cannot_keep_a_circuit_open(client: redis.Redis) -> None:
+    """In a mixed fleet, the wrong clock of a stock worker costs at most one `reset_timeout`."""
     with time_machine.travel(datetime.now(UTC) + timedelta(hours=1), tick=True):
         trip(CircuitBreaker(fail_max=1, state_storage=pybreaker.CircuitRedisStorage("closed", client, "clocks")))
     breaker = CircuitBreaker(
@@ -374,8 +364,8 @@ def test_stock_host_an_hour_ahead_cannot_hold_ours_open(client: redis.Redis) -> 
     assert time.monotonic() - before >= 0.3
 
 
-def test_half_a_second_is_half_a_second(every_server: PrivateServer) -> None:
-    """Ten recoveries, each measured: none early, where stock may take next to none."""
+def test_reset_timeout_below_a_second_is_exact(every_server: PrivateServer) -> None:
+    """Of ten recoveries, none is early. With stock, some take next to no time."""
     with contextlib.closing(every_server.client()) as client:
         breaker = CircuitBreaker(
             fail_max=1,
@@ -390,18 +380,18 @@ def test_half_a_second_is_half_a_second(every_server: PrivateServer) -> None:
                 time.sleep(0.001)
             waited.append(time.monotonic() - before)
     assert min(waited) >= 0.15
-    # Half of them not much later, on a machine that does other things.
+    # Half of the recoveries are not much later, on a machine that does other things.
     assert sorted(waited)[5] < 0.5
 
 
 @pytest.mark.slow
-def test_half_a_second_on_stock_is_often_less(client: redis.Redis) -> None:
-    """What is measured above can fail: stock cuts the opening time to whole seconds."""
+def test_reset_timeout_below_a_second_is_often_cut_by_stock(client: redis.Redis) -> None:
+    """The measurement above can fail, because stock cuts the opening time to whole seconds."""
     breaker = CircuitBreaker(
         fail_max=1, reset_timeout=0.5, state_storage=pybreaker.CircuitRedisStorage("closed", client, "clocks")
     )
     for _ in range(5):
-        # In the last part of a second the cut is larger than the timeout; a busy machine may sleep into the next one.
+        # In the last part of a second, the cut exceeds the timeout. A busy machine may sleep into the next second.
         time.sleep((0.6 - time.time()) % 1)
         trip(breaker)
         if not rejected(breaker):

@@ -1,4 +1,4 @@
-"""A circuit on a cluster lives on the node that serves its slot, and moves with it; nobody who calls notices."""
+"""Circuits on a cluster: each circuit lies on the node that serves its slot, and moves with the slot."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SLOT = slot_of(circuit_keys(NAMESPACE, needs_one_slot=True)[0])
     scope="module", params=servers.at_hand() or [None], ids=lambda found: servers.name_of(found) if found else "none"
 )
 def every_cluster(request: pytest.FixtureRequest) -> Iterator[Nodes]:
-    """Three primaries with a replica each, of each server at hand in turn."""
+    """Yield three primaries with a replica each, once for each server found."""
     if request.param is None:
         no_server()
     with Nodes(request.param.binary) as nodes:
@@ -81,8 +81,8 @@ def _one_cluster(preferred: FoundServer) -> Iterator[Nodes]:
         yield nodes
 
 
-def emptied(nodes: Nodes) -> Nodes:
-    """With nothing in it, and every node there; and nobody listens any more for tests that have ended."""
+def reset(nodes: Nodes) -> Nodes:
+    """Start every node, delete all keys, and end listeners of earlier tests."""
     gc.collect()
     for node in nodes.all:
         node.start()
@@ -94,41 +94,41 @@ def emptied(nodes: Nodes) -> Nodes:
 
 @pytest.fixture
 def cluster(_one_cluster: Nodes) -> Nodes:
-    """The preferred server's, empty."""
-    return emptied(_one_cluster)
+    """Return an empty cluster of the preferred server."""
+    return reset(_one_cluster)
 
 
 def client_of(nodes: Nodes, **words: Any) -> Any:
-    """As people make it."""
+    """Return a client of the cluster, as applications create it."""
     return cluster_client(next(node.port for node in nodes.all if node.pid), **words)
 
 
-def at(nodes: Nodes) -> str:
-    """Where the circuit lies, as health says it."""
+def location_of(nodes: Nodes) -> str:
+    """Return the location of the circuit in the form that health shows."""
     return f"127.0.0.1:{nodes.primary_of(SLOT).port}/0"
 
 
-def lies(nodes: Nodes, name: str = "state") -> bytes | None:
-    """What lies in the cluster."""
+def stored(nodes: Nodes, name: str = "state") -> bytes | None:
+    """Return a value of the circuit as stored in the cluster."""
     found: bytes | None = nodes.run(nodes.primary_of(SLOT), "GET", f"{{{NAMESPACE}}}:pybreaker:{name}")
     return found
 
 
-# -- a whole life ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("timeout", [10.0, None], ids=["bounded", "as it is"])
-def test_circuit_lives_in_a_cluster_as_anywhere_else(every_cluster: Nodes, timeout: float | None):
-    """Recognised by its client: one slot, pushes heard across processes' storages, one probe, one truth."""
-    nodes = emptied(every_cluster)
+def test_circuit_in_a_cluster_behaves_as_on_one_server(every_cluster: Nodes, timeout: float | None):
+    """The client shows that there is a cluster.
+
+    Keys share a slot, storages receive pushes, and one caller gets the probe.
+    """
+    nodes = reset(every_cluster)
     words = {"fail_max": 3, "reset_timeout": 60, "timeout": timeout}
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, **words)) for _ in range(2))
     fails(one, 2)
     assert other.fail_counter == 2
     fails(other)
     assert other.current_state == "open"
-    wait_for(lambda: one.current_state == "open", "the trip is heard")
-    assert lies(nodes) == b"open"
+    wait_for(lambda: one.current_state == "open", "the push of the trip")
+    assert stored(nodes) == b"open"
     with pytest.raises(pybreaker.CircuitBreakerError):
         one.call(up)
     admitted = []
@@ -145,8 +145,8 @@ def test_circuit_lives_in_a_cluster_as_anywhere_else(every_cluster: Nodes, timeo
 
     one.reset_timeout = 0.05
     wait_for(is_admitted, "the probe")
-    wait_for(lambda: other.current_state == "closed", "the recovery is heard")
-    assert (health_of(one).server, health_of(one).mode) == (at(nodes), "lua")
+    wait_for(lambda: other.current_state == "closed", "the push of the recovery")
+    assert (health_of(one).server, health_of(one).mode) == (location_of(nodes), "lua")
     assert health_of(one).push == ("tracking" if _PROTOCOL_3 else "channel")
 
 
@@ -154,35 +154,35 @@ _PROTOCOL_3 = int(redis.__version__.split(".")[0]) >= 5
 
 
 @pytest.mark.full
-def test_foreign_writer_is_noticed_in_a_cluster(every_cluster: Nodes):
-    """An operator with redis-cli opens the circuit of all."""
-    nodes = emptied(every_cluster)
+def test_foreign_write_is_noticed_in_a_cluster(every_cluster: Nodes):
+    """An operator with redis-cli opens the circuit for every process."""
+    nodes = reset(every_cluster)
     breaker = settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=0.5))
     nodes.run(nodes.primary_of(SLOT), "SET", f"{{{NAMESPACE}}}:pybreaker:state", "open")
-    took = wait_for(lambda: breaker.current_state == "open", "it is noticed")
-    # A second to notice, on a machine that does other things too.
-    assert took < 0.5 + 1.0
+    seconds = wait_for(lambda: breaker.current_state == "open", "a read of the foreign write")
+    # A second to notice the write, on a machine that does other things, too.
+    assert seconds < 0.5 + 1.0
 
 
 @pytest.mark.full
 def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
-    """A node passes on what is published at any other, whatever the rights of the publisher."""
-    nodes = emptied(every_cluster)
+    """A node forwards messages that were published at any other node, whatever the rights of the publisher."""
+    nodes = reset(every_cluster)
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=60)) for _ in range(2))
     channel = selector_of(one).channel
-    known = view_of(one).cached
+    topology = view_of(one).cached
     now_ms = int(time.time() * 1000)
     for _ in range(20):
         nodes.run(nodes.primary_of(SLOT), "PUBLISH", channel, f"{now_ms} 999999999999 open {now_ms}  0 0 0")
         assert one.call(up) == other.call(up) == "answer"
     other.open()
-    wait_for(lambda: one.current_state == "open", "the trip is read")
-    assert view_of(one).cached.generation == known.generation + 1
+    wait_for(lambda: one.current_state == "open", "a read of the trip")
+    assert view_of(one).cached.generation == topology.generation + 1
 
 
 @pytest.mark.full
 def test_tag_of_a_namespace_is_respected(cluster: Nodes):
-    """Whoever has put keys of an application into one slot finds the circuit there, and stock workers do, too."""
+    """An application that puts its keys into one slot finds the circuit in this slot, and so do stock workers."""
     breaker = breaker_on(client_of(cluster), "{shop}:payments")
     breaker.call(up)
     stock = pybreaker.CircuitRedisStorage("closed", client_of(cluster), "{shop}:payments", cluster_mode=True)
@@ -191,64 +191,61 @@ def test_tag_of_a_namespace_is_respected(cluster: Nodes):
 
 
 @pytest.mark.full
-def test_circuits_of_all_nodes_are_kept_true_by_one_process(cluster: Nodes):
-    """One thread and one line for each node, and one poll for all circuits there, whatever their slots."""
+def test_circuits_of_all_nodes_are_polled_by_one_process(cluster: Nodes):
+    """One thread and one connection serve each node, and one poll reads all its circuits, whatever their slots."""
     client = client_of(cluster)
     breakers = [settled(breaker_on(client, f"circuit {number}", max_staleness=0.3)) for number in range(30)]
     assert len({health_of(breaker).server for breaker in breakers}) == 3
-    wait_for(lambda: len(listeners()) == 3, "the listeners of earlier tests have ended, those of three nodes not")
+    wait_for(lambda: len(listeners()) == 3, "only the listeners of three nodes run")
     for breaker in breakers[::7]:
         name = health_of(breaker).circuit
         key = f"{{{name}}}:pybreaker:state"
         cluster.run(cluster.primary_of(slot_of(key)), "SET", key, "open")
-        wait_for(lambda breaker=breaker: breaker.current_state == "open", "it is noticed")
+        wait_for(lambda breaker=breaker: breaker.current_state == "open", "a read of the foreign write")
     assert [breaker.current_state for breaker in breakers].count("open") == len(breakers[::7])
 
 
-def has_moved(tenancy: Any) -> bool:
-    """What the thread that asks again does: while a node takes over, there may be nobody who serves a slot."""
+def moves(failover: Any) -> bool:
+    """Move a circuit as the retry thread does. During a takeover, a slot may have no node."""
     try:
-        return bool(tenancy.move_if_relocated())
+        return bool(failover.move_if_relocated())
     except (LookupError, ConnectionError, redis.RedisError):
         return False
 
 
-# -- it moves ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.full
-def test_planned_failover_costs_a_call_a_round_trip(cluster: Nodes, caplog):
-    """The old primary says who has taken over; there is nothing to wait for, and nothing to say."""
+def test_planned_failover_causes_no_outage(cluster: Nodes, caplog):
+    """The old primary redirects to the new one, so the call waits for no outage and nothing is logged."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breakers = [settled(breaker_on(client_of(cluster), NAMESPACE, max_staleness=0.3)) for _ in range(2)]
     cluster.fail_over(SLOT)
-    spell = calls(breakers[0], 0.5, failing=0.2)
-    assert spell.unexpected == []
+    outcome = calls(breakers[0], 0.5, failing=0.2)
+    assert outcome.unexpected == []
     settled(breakers[0]).open()
-    wait_for(lambda: breakers[1].current_state == "open", "the others hear it")
-    assert lies(cluster) == b"open"
-    assert {health_of(breaker).server for breaker in breakers} == {at(cluster)}
-    wait_for(lambda: len(listeners()) == 1, "nobody listens to the old one any more")
+    wait_for(lambda: breakers[1].current_state == "open", "the push of the trip")
+    assert stored(cluster) == b"open"
+    assert {health_of(breaker).server for breaker in breakers} == {location_of(cluster)}
+    wait_for(lambda: len(listeners()) == 1, "the end of the listener of the old primary")
     assert lines_of(caplog, cluster) == []
 
 
 def test_killed_primary_is_replaced_without_an_error(cluster: Nodes, caplog, report):
-    """Until another has taken over each process protects itself; what it has learned is shared there."""
+    """Until the takeover, each process uses its local circuit. Then, the new primary gets the trip."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, fail_max=3, reset_timeout=60))
     killed = cluster.primary_of(SLOT)
     killed.kill()
     began = time.monotonic()
-    spell = calls(breaker, 0.5, failing=1.0)
-    assert (spell.unexpected, spell.reached) == ([], 3)
+    outcome = calls(breaker, 0.5, failing=1.0)
+    assert (outcome.unexpected, outcome.reached) == ([], 3)
     cluster.wait_until_replaced(killed, SLOT)
     took_over = time.monotonic()
-    wait_for(lambda: is_back(breaker), "it goes by the shared circuit again", within=30)
+    wait_for(lambda: is_back(breaker), "use of the shared circuit", within=30)
     report(
         f"cluster's primary killed: another one had taken over after {took_over - began:.1f} s, "
         f"the circuit was there {time.monotonic() - took_over:.2f} s later"
     )
-    assert lies(cluster) == b"open"
+    assert stored(cluster) == b"open"
     wait_for(lambda: len(lines_of(caplog, cluster)) == 2, "both lines")
     away, moved = lines_of(caplog, cluster)
     assert "is away" in away
@@ -256,8 +253,8 @@ def test_killed_primary_is_replaced_without_an_error(cluster: Nodes, caplog, rep
 
 
 @pytest.mark.full
-def test_dead_primary_keeps_no_circuit_of_another_away(cluster: Nodes):
-    """A third of the slots is out of reach; the others' circuits go on being shared."""
+def test_dead_primary_is_no_outage_of_other_nodes(cluster: Nodes):
+    """A third of the slots is unreachable. The circuits of all other slots stay shared."""
     client = client_of(cluster)
     mine = settled(breaker_on(client, NAMESPACE))
     names = (f"circuit {number}" for number in range(1000))
@@ -266,68 +263,73 @@ def test_dead_primary_keeps_no_circuit_of_another_away(cluster: Nodes):
     )
     others = settled(breaker_on(client, elsewhere))
     cluster.primary_of(SLOT).kill()
-    wait_for(lambda: is_unreachable_for(mine), "it is away")
+    wait_for(lambda: is_unreachable_for(mine), "the outage of the dead primary")
     assert not health_of(others).is_own
     fails(others)
     assert others.fail_counter == 1
-    wait_for(lambda: is_back(mine), "another one has taken over", within=30)
+    wait_for(lambda: is_back(mine), "the takeover by the replica", within=30)
 
 
-def test_slot_that_moves_takes_its_circuit_along(every_cluster: Nodes, caplog):
-    """While it is under way no node answers for all keys; before and after there is one truth."""
+def test_circuit_moves_with_its_slot(every_cluster: Nodes, caplog):
+    """During the move, no node answers for all keys. Before and after the move, all processes share one circuit."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
-    nodes = emptied(every_cluster)
+    nodes = reset(every_cluster)
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, fail_max=3, max_staleness=0.3)) for _ in range(2))
-    spells = []
+    outcomes = []
 
     def go_on() -> None:
-        spells.append(calls(one, 1.0, failing=1.0))
+        outcomes.append(calls(one, 1.0, failing=1.0))
         assert health_of(one).is_own
 
     nodes.move(SLOT, pause=go_on)
-    (spell,) = spells
-    assert spell.unexpected == []
-    # Ten times in this second it is asked whether the move is over; a busy machine may be slow now and then.
-    assert spell.waits <= 2
-    # Whether the failure before or the one after the news of the move was the first to be counted alone.
-    assert spell.reached == 3
-    wait_for(lambda: is_back(one), "it is shared again")
-    wait_for(lambda: other.current_state == "open", "what was learned meanwhile is the others', too")
-    assert lies(nodes) == b"open"
-    assert (health_of(one).server, health_of(other).server) == (at(nodes), at(nodes))
+    (outcome,) = outcomes
+    assert outcome.unexpected == []
+    # In this second, ten attempts check whether the move is over. On a busy machine, some may be slow.
+    assert outcome.waits <= 2
+    # The first failure that counts locally is either the one before or the one after the move is noticed.
+    assert outcome.reached == 3
+    wait_for(lambda: is_back(one), "use of the shared circuit")
+    wait_for(lambda: other.current_state == "open", "the push of the local trip")
+    assert stored(nodes) == b"open"
+    assert (health_of(one).server, health_of(other).server) == (location_of(nodes), location_of(nodes))
     assert len([line for line in lines_of(caplog, nodes) if "no usable answer" in line]) <= 2
 
 
 @pytest.mark.full
-def test_stuck_slot_makes_nobody_look_for_its_node(cluster: Nodes, monkeypatch):
-    """The node that answers says where the circuit lies; to ask silent ones ten times a second makes callers wait."""
+def test_slot_in_migration_causes_no_topology_refresh(cluster: Nodes, monkeypatch):
+    """The answering node shows the circuit's location.
+
+    Queries to silent nodes, ten times a second, would delay callers.
+    """
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, fail_max=10**6))
     fails(breaker)
     looked: list[Any] = []
     monkeypatch.setattr(ClusterTopology, "refresh", lambda self, avoid=None: looked.append(avoid))
     cluster.move(SLOT, pause=lambda: calls(breaker, 0.5, failing=0.5))
-    wait_for(lambda: is_back(breaker), "it is shared again")
+    wait_for(lambda: is_back(breaker), "use of the shared circuit")
     assert looked == []
 
 
 @pytest.mark.full
 def test_open_circuit_survives_every_move(cluster: Nodes):
-    """Failover and reshard: nothing is let through, and the opening time is the same."""
+    """A failover and a reshard admit no call, and the opening time stays the same."""
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, reset_timeout=60))
     breaker.open()
-    opened_at = lies(cluster, "opened_at")
+    opened_at = stored(cluster, "opened_at")
     cluster.fail_over(SLOT)
-    spell = calls(breaker, 0.2, failing=0.0)
+    outcome = calls(breaker, 0.2, failing=0.0)
     cluster.move(SLOT)
     after = calls(breaker, 0.2, failing=0.0)
-    assert (spell.reached, after.reached, spell.unexpected, after.unexpected) == (0, 0, [], [])
-    wait_for(lambda: not health_of(breaker).is_own or calls(breaker, 0.05, failing=0.0).reached, "it is shared")
-    assert (lies(cluster), lies(cluster, "opened_at")) == (b"open", opened_at)
+    assert (outcome.reached, after.reached, outcome.unexpected, after.unexpected) == (0, 0, [], [])
+    wait_for(
+        lambda: not health_of(breaker).is_own or calls(breaker, 0.05, failing=0.0).reached, "use of the shared circuit"
+    )
+    assert (stored(cluster), stored(cluster, "opened_at")) == (b"open", opened_at)
 
 
 @pytest.mark.full
-def test_slot_that_nobody_serves_is_one_circuits_own_trouble(cluster: Nodes, caplog):
-    """Where a cluster goes on without some of its slots, the others' circuits go on being shared."""
+def test_slot_without_a_node_affects_only_its_circuits(cluster: Nodes, caplog):
+    """In a cluster that runs without some of its slots, circuits of all other slots stay shared."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     client, node = client_of(cluster), cluster.primary_of(SLOT)
     names = (f"circuit {number}" for number in range(1000))
@@ -350,35 +352,41 @@ def test_slot_that_nobody_serves_is_one_circuits_own_trouble(cluster: Nodes, cap
         for one in cluster.all:
             cluster.run(one, "CONFIG", "SET", "cluster-require-full-coverage", "yes")
     assert other.fail_counter == 3
-    wait_for(lambda: is_back(mine), "it is shared again")
-    said = lines_of(caplog, cluster)
-    assert not any("is away" in line for line in said)
+    wait_for(lambda: is_back(mine), "use of the shared circuit")
+    message = lines_of(caplog, cluster)
+    assert not any("is away" in line for line in message)
 
 
 @pytest.mark.full
-def test_node_that_was_taken_out_of_the_cluster_is_left(cluster: Nodes):
-    """It answers, and knows of nobody any more who serves a slot; the others do."""
+def test_circuit_leaves_a_node_that_was_removed_from_the_cluster(cluster: Nodes):
+    """The removed node answers, but lists no node that serves a slot. Other nodes do."""
     breaker = breaker_on(client_of(cluster), NAMESPACE, max_staleness=0)
     breaker.call(up)
     old = cluster.primary_of(SLOT)
     new = cluster.fail_over(SLOT)
-    wait_for(lambda: "myself,slave" in cluster.text(old, "CLUSTER", "NODES"), "it follows")
+    wait_for(lambda: "myself,slave" in cluster.text(old, "CLUSTER", "NODES"), "the old primary as a replica")
     cluster.run(old, "CLUSTER", "RESET")
     try:
         fails(breaker)
-        wait_for(lambda: is_back(breaker), "it is shared again")
+        wait_for(lambda: is_back(breaker), "use of the shared circuit")
         assert health_of(breaker).server == f"127.0.0.1:{new.port}/0"
     finally:
         cluster.run(old, "CLUSTER", "MEET", "127.0.0.1", new.port)
-        wait_for(lambda: cluster.id(new) in cluster.text(old, "CLUSTER", "NODES"), "they know each other")
-        wait_for(lambda: "cluster_state:ok" in cluster.text(old, "CLUSTER", "INFO"), "it knows the others", within=30)
+        wait_for(
+            lambda: cluster.id(new) in cluster.text(old, "CLUSTER", "NODES"), "both nodes in the table of the old one"
+        )
+        wait_for(
+            lambda: "cluster_state:ok" in cluster.text(old, "CLUSTER", "INFO"),
+            "a complete table of the old node",
+            within=30,
+        )
         cluster.run(old, "CLUSTER", "REPLICATE", cluster.id(new))
         cluster.wait_until_whole()
 
 
 @pytest.mark.full
-def test_callers_take_turns_where_no_thread_may_be_started(cluster: Nodes, monkeypatch):
-    """Under uWSGI without threads: whose turn it is to ask finds out who has taken over, too."""
+def test_callers_take_turns_without_a_retry_thread(cluster: Nodes, monkeypatch):
+    """Under uWSGI without threads, the caller that retries also finds the node that took over."""
     breaker = breaker_on(client_of(cluster), NAMESPACE, fail_max=3, reset_timeout=60, max_staleness=0)
     breaker.call(up)
 
@@ -392,59 +400,59 @@ def test_callers_take_turns_where_no_thread_may_be_started(cluster: Nodes, monke
     killed.kill()
     assert calls(breaker, 0.2, failing=1.0).unexpected == []
     cluster.wait_until_replaced(killed, SLOT)
-    wait_for(lambda: is_back(breaker), "a caller has found it", within=30)
-    assert lies(cluster) == b"open"
+    wait_for(lambda: is_back(breaker), "a caller that has found the new primary", within=30)
+    assert stored(cluster) == b"open"
 
 
 @pytest.mark.full
-def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(cluster: Nodes, caplog):
-    """Somebody else has taken the circuit there while it waited: the other circuits there go on being shared."""
+def test_timeout_at_the_old_node_is_no_outage_of_the_new_one(cluster: Nodes, caplog):
+    """A failover moved the circuit while the call waited. Circuits on the new node stay shared."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = breaker_on(client_of(cluster), NAMESPACE, max_staleness=0)
     breaker.call(up)
-    tenancy = core_of(breaker)
+    failover = core_of(breaker)
     began = time.monotonic()
-    waits = threading.Thread(target=lambda: fail_circuit(tenancy, TimeoutError("of the old one"), began))
+    waits = threading.Thread(target=lambda: fail_circuit(failover, TimeoutError("of the old one"), began))
     cluster.fail_over(SLOT)
-    # As the thread does that asks again for the old one's circuits; not every node knows at once who has taken over.
-    wait_for(lambda: has_moved(tenancy), "it has moved")
-    wait_for(lambda: is_back(breaker), "the new one answers")
-    said = lines_of(caplog, cluster)
+    # As the retry thread of the old node does. Not every node lists the new one at once.
+    wait_for(lambda: moves(failover), "the move to the new node")
+    wait_for(lambda: is_back(breaker), "an answer of the new node")
+    message = lines_of(caplog, cluster)
     waits.start()
     waits.join()
     assert health_of(breaker).condition == "connected"
-    assert lines_of(caplog, cluster) == said
+    assert lines_of(caplog, cluster) == message
 
 
 @pytest.mark.full
-def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: Nodes, monkeypatch):
-    """One thread has begun to listen to the old node while another was told of the move."""
+def test_subscription_during_a_move_is_removed(cluster: Nodes, monkeypatch):
+    """One thread subscribes at the old node while another thread handles the move."""
     breaker = breaker_on(client_of(cluster), NAMESPACE)
     breaker.call(up)
     shared = shared_of(breaker)
     shared.forget_location()
     shared.connect()
-    heard: list[Listener] = []
+    started: list[Listener] = []
 
     leaves = threading.Thread(target=shared.forget_location)
 
     def late(*arguments: Any) -> Listener | None:
         leaves.start()
         leaves.join(0.1)
-        heard.append(listener_for(*arguments))
-        return heard[-1]
+        started.append(listener_for(*arguments))
+        return started[-1]
 
     monkeypatch.setattr(subscription, "listener_for", late)
     core_of(breaker).ensure_subscribed()
     leaves.join()
-    assert not any(item.view is view_of(breaker) for item in heard[0].subscriber_table.snapshot())
+    assert not any(item.view is view_of(breaker) for item in started[0].subscriber_table.snapshot())
     monkeypatch.undo()
     settled(breaker)
 
 
 @pytest.mark.full
-def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster: Nodes):
-    """Its listener may have been forked in the middle of anything, its lock held for ever."""
+def test_move_in_a_child_of_a_fork_ignores_the_listener_of_the_parent(cluster: Nodes):
+    """The parent's listener may hold its lock at the fork, and would never release the lock in the child."""
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE))
     shared, listener = shared_of(breaker), listener_of(breaker)
     mark_inherited(subscription_of(breaker))
@@ -456,46 +464,46 @@ def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster
 
 
 @pytest.mark.full
-def test_node_that_has_taken_over_and_does_not_answer_is_away(cluster: Nodes, caplog):
-    """Whoever is sent there goes on by himself, and somebody asks there again."""
+def test_node_that_took_over_and_does_not_answer_is_unreachable(cluster: Nodes, caplog):
+    """A redirected call uses the local circuit, and the retry thread queries the new node."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE, timeout=0.25))
-    tenancy = core_of(breaker)
+    failover = core_of(breaker)
     old = cluster.primary_of(SLOT)
     there = cluster.replica_of(old)
     cluster.fail_over(SLOT)
-    # Else the old one would take over again soon.
+    # Otherwise, the old primary would soon take over again.
     cluster.run(old, "CONFIG", "SET", "cluster-replica-no-failover", "yes")
     there.pause()
     try:
-        # As the thread does that asks again for the old one; not every node knows of the new one at once.
-        wait_for(lambda: has_moved(tenancy), "it has moved")
+        # As the retry thread of the old node does. Not every node lists the new one at once.
+        wait_for(lambda: moves(failover), "the move to the new node")
         assert health_of(breaker).condition == "away"
-        assert not has_moved(tenancy)
+        assert not moves(failover)
     finally:
         there.resume()
         cluster.run(old, "CONFIG", "SET", "cluster-replica-no-failover", "no")
-    wait_for(lambda: is_back(breaker), "it is back", within=30)
-
-
-# -- other ways in -----------------------------------------------------------------------------------------------------
+    wait_for(lambda: is_back(breaker), "the end of the outage", within=30)
 
 
 @pytest.mark.parametrize("cluster_mode", [True, False])
 @pytest.mark.full
 def test_plain_client_of_one_node_finds_the_others(cluster: Nodes, cluster_mode: bool):
-    """An endpoint for configuration is a node: its redirections are followed, and keys that it refuses get a tag."""
+    """A configuration endpoint is a node: its redirections are followed, and keys that the node refuses get a tag."""
     wrong = next(node for node in cluster.all[:3] if node is not cluster.primary_of(SLOT) and node.port)
     breaker = settled(breaker_on(redis.Redis(port=wrong.port, **ONCE), NAMESPACE, cluster_mode=cluster_mode))
     breaker.open()
-    assert lies(cluster) == b"open"
-    assert health_of(breaker).server == at(cluster)
+    assert stored(cluster) == b"open"
+    assert health_of(breaker).server == location_of(cluster)
     cluster.fail_over(SLOT)
-    wait_for(lambda: health_of(breaker).server == at(cluster) or calls(breaker, 0.01, failing=0.0).unexpected, "moved")
+    wait_for(
+        lambda: health_of(breaker).server == location_of(cluster) or calls(breaker, 0.01, failing=0.0).unexpected,
+        "the location after the failover",
+    )
 
 
-def test_plain_client_in_cluster_mode_asks_for_no_two_circuits_at_once(server):
-    """Behind a proxy there may be a cluster, though it looks like one server."""
+def test_poll_in_cluster_mode_reads_circuits_one_by_one(server):
+    """A proxy that looks like one server may have a cluster behind it."""
     breakers = [settled(breaker_on(server.client(), f"c{number}", cluster_mode=True)) for number in range(3)]
     with contextlib.closing(server.client()) as client, _commands_of(client) as seen:
 
@@ -511,7 +519,7 @@ def test_plain_client_in_cluster_mode_asks_for_no_two_circuits_at_once(server):
 
 @contextlib.contextmanager
 def _commands_of(client: redis.Redis) -> Iterator[Callable[[], list[str]]]:
-    """What the server is asked meanwhile, as its slow log has it: for which nothing is too fast."""
+    """Yield a function that returns the commands received meanwhile, from the slow log with a threshold of zero."""
     before = client.config_get("slowlog*")
     client.slowlog_reset()
     client.config_set("slowlog-max-len", 10000)
@@ -523,11 +531,8 @@ def _commands_of(client: redis.Redis) -> Iterator[Callable[[], list[str]]]:
             client.config_set(name, value)
 
 
-# -- what is known of a cluster ----------------------------------------------------------------------------------------
-
-
-def known(*seeds: tuple[str, int], node: Callable[..., Any] | None = None) -> ClusterTopology:
-    """A cluster of which nothing is known but where to ask."""
+def topology(*seeds: tuple[str, int], node: Callable[..., Any] | None = None) -> ClusterTopology:
+    """Return a topology without any knowledge but its seed nodes."""
 
     def plain(address: tuple[str, int]) -> redis.Redis:
         return redis.Redis(host=address[0], port=address[1], **ONCE)
@@ -535,33 +540,33 @@ def known(*seeds: tuple[str, int], node: Callable[..., Any] | None = None) -> Cl
     return ClusterTopology(object(), node or plain, list(seeds), lambda slot: None, lambda address: address)
 
 
-def test_nobody_knows_who_serves_a_slot():
-    """That is an outage like any other."""
+def test_slot_without_a_known_node_raises_a_connection_error():
+    """A slot without a node is an outage like any other."""
     with pytest.raises(ConnectionError, match="slot 17"):
-        known(("127.0.0.1", 1)).primary_of(17)
+        topology(("127.0.0.1", 1)).primary_of(17)
 
 
 @pytest.mark.full
-def test_nodes_that_do_not_answer_are_passed_over(cluster: Nodes):
-    """Whoever failed is asked last; the others say who serves what, and who else there is."""
+def test_nodes_that_do_not_answer_are_skipped(cluster: Nodes):
+    """A node that failed is queried last. Other nodes return the slots, and further nodes."""
     dead, living = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[4].port)
-    found = known(dead, living)
+    found = topology(dead, living)
     found.refresh(avoid=living)
     assert found.primary_of(SLOT) == ("127.0.0.1", cluster.primary_of(SLOT).port)
     assert known_nodes(found) == {("127.0.0.1", node.port) for node in cluster.all}
 
 
 @pytest.mark.full
-def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatch):
-    """New ones may come with new addresses, year after year; the ones to begin with may be names that stay."""
+def test_replaced_nodes_are_queried_last(cluster: Nodes, monkeypatch):
+    """New nodes may have new addresses, year after year. Seed nodes may be names that stay valid."""
     gone, first = ("127.0.0.1", 1), ("127.0.0.1", cluster.all[0].port)
-    found = known(first)
+    found = topology(first)
     found.record_redirection(SLOT, gone)
     found.client_of_node(gone)
     while gone in known_nodes(found):
         expire_topology(found)
         found.refresh()
-    assert gone not in nodes_with_clients(found), "nothing is kept of it"
+    assert gone not in nodes_with_clients(found), "no client of the replaced node is kept"
     set_seed_nodes(found, {gone})
     asked: list[Any] = []
     replace_slot_query(monkeypatch, lambda ask, self, address: asked.append(address))
@@ -572,23 +577,23 @@ def test_nodes_that_have_been_replaced_are_asked_last(cluster: Nodes, monkeypatc
 
 
 @pytest.mark.full
-def test_circuits_of_a_client_share_what_is_known_of_the_cluster_behind_it(cluster: Nodes):
-    """Else each of hundreds would ask for itself when their node has gone."""
+def test_circuits_of_one_node_client_share_a_topology(cluster: Nodes):
+    """Otherwise, each of hundreds of circuits would query the cluster when their node fails."""
     client = redis.Redis(port=cluster.all[0].port, **ONCE)
     one, other = (breaker_on(client, f"circuit {number}", cluster_mode=True) for number in range(2))
     clusters = [locator_of(breaker) for breaker in (one, other)]
     assert topology_behind_node(client) is topology_behind_node(client)
-    for whereabouts in clusters:
-        whereabouts.locate()
-        assert whereabouts.relocate(redis.ResponseError("MOVED 1 127.0.0.1:1"), client)
-    assert len({id(topology_of_locator(whereabouts)) for whereabouts in clusters}) == 1
+    for locator in clusters:
+        locator.locate()
+        assert locator.relocate(redis.ResponseError("MOVED 1 127.0.0.1:1"), client)
+    assert len({id(topology_of_locator(locator)) for locator in clusters}) == 1
 
 
 @pytest.mark.full
-def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch):
-    """Hundreds of circuits are looked for at the same moment."""
+def test_topology_is_queried_once_for_many_circuits(cluster: Nodes, monkeypatch):
+    """Hundreds of circuits look for their nodes at the same moment."""
     monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
-    found = known(("127.0.0.1", cluster.all[0].port))
+    found = topology(("127.0.0.1", cluster.all[0].port))
     asked: list[Any] = []
     replace_slot_query(monkeypatch, lambda ask, self, address: asked.append(address) or ask(self, address))
     for _ in range(10):
@@ -597,11 +602,11 @@ def test_cluster_is_not_asked_once_for_each_circuit(cluster: Nodes, monkeypatch)
 
 
 @pytest.mark.full
-def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes, monkeypatch):
-    """Hundreds of circuits of one node are looked for one after the other; whoever answers needs some time, too."""
+def test_silent_node_uses_half_of_the_time_and_only_once(cluster: Nodes, monkeypatch):
+    """Hundreds of circuits of one node look for it in turn, and the node that answers needs some time, too."""
     monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        found = known(("127.0.0.1", silent.getsockname()[1]))
+        found = topology(("127.0.0.1", silent.getsockname()[1]))
         with deadline(2.0):
             found.refresh()
             left = seconds_left()
@@ -612,9 +617,9 @@ def test_silent_nodes_are_waited_for_once_and_not_all_the_time(cluster: Nodes, m
         assert time.monotonic() < began + 0.5
 
 
-def test_time_that_is_over_is_not_spent_on_further_nodes(monkeypatch):
-    """However many they are."""
-    found = known(*((f"10.0.0.{number}", 1) for number in range(5)))
+def test_no_node_is_queried_after_the_deadline(monkeypatch):
+    """When no time is left, the number of further nodes does not matter."""
+    found = topology(*((f"10.0.0.{number}", 1) for number in range(5)))
     asked: list[Any] = []
     replace_slot_query(monkeypatch, lambda ask, self, address: asked.append(address))
     with deadline(0):
@@ -622,67 +627,67 @@ def test_time_that_is_over_is_not_spent_on_further_nodes(monkeypatch):
     assert asked == []
 
 
-def test_node_without_slots_knows_nothing(server, monkeypatch):
-    """One that has been taken out of the cluster is passed over as well."""
-    found = known(("127.0.0.1", 1))
+def test_node_without_slots_is_skipped(server, monkeypatch):
+    """A node that was taken out of the cluster is skipped, too."""
+    found = topology(("127.0.0.1", 1))
     replace_slot_query(monkeypatch, lambda ask, self, address: [])
     found.refresh()
     with pytest.raises(ConnectionError):
         found.primary_of(0)
 
 
-def test_answer_without_slots_is_no_answer():
-    """A node that was taken out of its cluster still talks."""
+def test_empty_slot_table_is_ignored():
+    """A node that was taken out of its cluster still answers."""
 
     class Connection:
         def __init__(self, **words: Any) -> None:
-            """Like redis-py's."""
+            """Accept the arguments of redis-py."""
 
         def connect(self) -> None:
-            """Nothing to do."""
+            """Do nothing."""
 
         def disconnect(self) -> None:
-            """Nothing to do."""
+            """Do nothing."""
 
         def send_command(self, *command: str) -> None:
-            """It is heard."""
+            """Accept any command."""
 
         def read_response(self) -> list[Any]:
-            """It serves nothing, and knows of nobody who does."""
+            """Return a table without any node."""
             return []
 
     pool = SimpleNamespace(connection_class=Connection, connection_kwargs={"host": "there", "port": 1})
-    found = known(("there", 1), node=lambda address: SimpleNamespace(connection_pool=pool))
+    found = topology(("there", 1), node=lambda address: SimpleNamespace(connection_pool=pool))
     with pytest.raises(ConnectionError, match="slot 17"):
         found.primary_of(17)
     assert known_nodes(found) == {("there", 1)}
 
 
-def test_circuit_that_has_moved_to_a_server_that_is_away_waits_there(client: redis.Redis, monkeypatch):
-    """Somebody asks there already."""
+def test_circuit_moved_to_an_unreachable_server_is_not_loaded(client: redis.Redis, monkeypatch):
+    """The retry thread already queries that server."""
     breaker = breaker_on(client, NAMESPACE, max_staleness=0)
     breaker.call(up)
-    tenancy = core_of(breaker)
-    assert tenancy.server
-    monkeypatch.setattr(locator_of(tenancy), "refresh", lambda: True)
-    monkeypatch.setattr(tenancy, "load", lambda: pytest.fail("nobody has to ask"))
+    failover = core_of(breaker)
+    assert failover.server
+    monkeypatch.setattr(locator_of(failover), "refresh", lambda: True)
+    monkeypatch.setattr(failover, "load", lambda: pytest.fail("the circuit was loaded from an unreachable server"))
     with monkeypatch.context() as patched:
-        patched.setattr(tenancy.server.availability, "outage", "there is one")
-        assert tenancy.move_if_relocated()
+        patched.setattr(failover.server.availability, "outage", "there is one")
+        assert failover.move_if_relocated()
 
 
-def test_news_that_a_circuit_has_moved_are_news_once(client: redis.Redis):
-    """Of two threads that find it out the later one leaves the new home alone."""
+def test_second_thread_that_finds_a_move_changes_nothing(client: redis.Redis):
+    """Of two threads that find the move, the second one does not touch the new location."""
     breaker = breaker_on(client, NAMESPACE)
     breaker.call(up)
-    carriers = selector_of(breaker)
-    now = carriers.current
-    shared_of(breaker).forget_location(LuaEngine(client, carriers.keys))
-    assert carriers.current is now
+    selector = selector_of(breaker)
+    now = selector.current
+    shared_of(breaker).forget_location(LuaEngine(client, selector.keys))
+    assert selector.current is now
 
 
 @pytest.mark.parametrize(
-    ("said", "address"),
+    ("message", "address"),
     [
         ("3999 10.0.0.7:6381", ("10.0.0.7", 6381)),
         ("MOVED 3999 10.0.0.7:6381", ("10.0.0.7", 6381)),
@@ -697,44 +702,44 @@ def test_news_that_a_circuit_has_moved_are_news_once(client: redis.Redis):
         ("no such thing", None),
     ],
 )
-def test_redirections_are_understood(said: str, address: tuple[str, int] | None):
-    """Of every client library, in pipelines, and from nodes that do not know their own name."""
-    error = type("MovedError", (Exception,), {})(said)
-    assert known().redirection_target(error, ("asked", 1)) == address
-    assert known().redirection_target(ValueError("other"), ("asked", 1)) is None
+def test_redirections_are_parsed(message: str, address: tuple[str, int] | None):
+    """Redirections are parsed from every client library, in pipelines, and from nodes without their name."""
+    error = type("MovedError", (Exception,), {})(message)
+    assert topology().redirection_target(error, ("asked", 1)) == address
+    assert topology().redirection_target(ValueError("other"), ("asked", 1)) is None
 
 
-def test_client_that_leads_nowhere_else_is_not_followed(tmp_path):
-    """A unix socket is not a cluster's endpoint, and what is no client of a server is not one either."""
+def test_client_of_no_cluster_is_not_relocated(tmp_path):
+    """Neither a unix socket nor an object without a connection pool is the endpoint of a cluster."""
     assert topology_behind_node(redis.Redis(unix_socket_path=str(tmp_path / "nobody"))) is None
     assert topology_behind_node(SimpleNamespace(connection_pool=None)) is None
     locator = locator_of(CircuitRedisStorage("closed", redis.Redis(unix_socket_path="/nowhere")))
     moved = type("MovedError", (Exception,), {})
-    for client, said in (
+    for client, message in (
         (redis.Redis(unix_socket_path="/nowhere"), "1 there:1"),
         (redis.Redis(port=1), "no such thing"),
     ):
         set_located_client(locator, client)
-        assert not locator.relocate(moved(said), client)
+        assert not locator.relocate(moved(message), client)
 
 
 @pytest.mark.full
-def test_node_knows_best_what_it_does_not_serve(cluster: Nodes):
-    """The others may name it for a while; a client of one node alone has nobody else to ask."""
+def test_node_that_does_not_serve_a_slot_overrides_the_topology(cluster: Nodes):
+    """Other nodes may still list the node. A client of a single node has no other node to query."""
     error = redis.ResponseError("CLUSTERDOWN Hash slot not served")
     for client in (client_of(cluster), redis.Redis(port=cluster.primary_of(SLOT).port, **ONCE)):
         storage = CircuitRedisStorage("closed", client, NAMESPACE, cluster_mode=True)
         pybreaker.CircuitBreaker(state_storage=storage).call(up)
-        whereabouts = locator_of(storage)
+        locator = locator_of(storage)
         if topology_of(client):
             with pytest.raises(LookupError, match="not served"):
-                whereabouts.relocate(error, client)
+                locator.relocate(error, client)
         else:
-            assert not whereabouts.relocate(error, client)
+            assert not locator.relocate(error, client)
 
 
-def test_addresses_are_those_by_which_they_are_reached_from_here():
-    """Behind an address translation the cluster's own addresses lead nowhere (redis-py's `address_remap`)."""
+def test_addresses_are_translated_by_the_client():
+    """Behind an address translation, addresses inside the cluster are unreachable (`address_remap` of redis-py)."""
     manager = SimpleNamespace(
         startup_nodes={"a": SimpleNamespace(host="a", port=1)},
         nodes_cache={},
@@ -753,8 +758,8 @@ def test_addresses_are_those_by_which_they_are_reached_from_here():
         found.primary_of(6)
 
 
-def test_redis_py_cluster_is_understood():
-    """The client of those who stay with redis-py 3; with a translation of addresses of its own."""
+def test_redis_py_cluster_is_supported():
+    """Applications on redis-py 3 use redis-py-cluster, which has its own address translation."""
 
     class Nodes3:
         startup_nodes = ({"host": "a", "port": "1"},)
@@ -780,8 +785,8 @@ def test_redis_py_cluster_is_understood():
         found.primary_of(6)
 
 
-def test_cluster_whose_nodes_have_no_translation():
-    """A client that has none, and calls its nodes after Valkey."""
+def test_cluster_without_address_translation_is_supported():
+    """Some clients have no address translation, and name their nodes after Valkey."""
     words = {"startup_nodes": {}, "nodes_cache": {}, "slots_cache": {}, "connection_kwargs": {}}
     manager = SimpleNamespace(**words, create_valkey_node=lambda host, port: (host, port))
     found = topology_of(SimpleNamespace(nodes_manager=manager))
@@ -791,45 +796,45 @@ def test_cluster_whose_nodes_have_no_translation():
 
 
 @pytest.mark.full
-def test_nodes_are_servers_like_any_other(cluster: Nodes):
-    """Two cluster clients of one process share the guards of the nodes, and each keeps a client of a node."""
+def test_node_has_one_server_object_per_process(cluster: Nodes):
+    """Two cluster clients of one process share the servers of the nodes, and each caches its client of a node."""
     one, other = (topology_of(client_of(cluster)) for _ in range(2))
     assert one
     assert other
     address = one.primary_of(SLOT)
     assert one.client_of_node(address) is one.client_of_node(address)
-    kept = server_for(one.client_of_node(address))
-    assert kept is server_for(other.client_of_node(address))
-
-
-# -- a fleet -----------------------------------------------------------------------------------------------------------
+    server = server_for(one.client_of_node(address))
+    assert server is server_for(other.client_of_node(address))
 
 
 @dataclass(frozen=True)
-class Ride:
-    """What one worker went through.
+class WorkerResult:
+    """Result of one worker.
 
     Attributes:
-        made: Calls.
-        slowest: Seconds that one took.
-        homes: When the worker went by which server, or by itself (empty): monotonic seconds, and the server.
+        made: Number of calls.
+        slowest: Duration of the slowest call, seconds.
+        locations: Changes of the server in use, as monotonic seconds and server. An empty server stands for the local
+            circuit.
     """
 
     made: int
     slowest: float
-    homes: list[tuple[float, str]]
+    locations: list[tuple[float, str]]
 
 
-def ride(worker: Worker, until: float, failing: float) -> Ride:
-    """Calls as fast as possible; any error but the dependency's and the breaker's ends the test."""
+def call_until(worker: Worker, until: float, failing: float) -> WorkerResult:
+    """Make calls as fast as possible. Only errors of the dependency and of the breaker are expected."""
     chance = random.Random(worker.index)
-    made, slowest, homes = 0, 0.0, [(0.0, "")]
+    made, slowest, locations = 0, 0.0, [(0.0, "")]
 
     def dependency() -> None:
         if chance.random() < failing:
             raise DependencyDown
 
-    while not worker.dismissed and (time.monotonic() < until or (not homes[-1][1] and time.monotonic() < until + 20)):
+    while not worker.dismissed and (
+        time.monotonic() < until or (not locations[-1][1] and time.monotonic() < until + 20)
+    ):
         for _ in range(50):
             began = time.monotonic()
             with contextlib.suppress(DependencyDown, pybreaker.CircuitBreakerError):
@@ -837,17 +842,17 @@ def ride(worker: Worker, until: float, failing: float) -> Ride:
             slowest = max(slowest, time.monotonic() - began)
             made += 1
         health = worker.storage.health()
-        home = "" if health.is_own else health.server
-        if home != homes[-1][1]:
-            homes.append((time.monotonic(), home))
-    return Ride(made, slowest, homes)
+        location = "" if health.is_own else health.server
+        if location != locations[-1][1]:
+            locations.append((time.monotonic(), location))
+    return WorkerResult(made, slowest, locations)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("event", ["failover", "killed", "reshard"])
 @pytest.mark.full
-def test_8_workers_at_full_speed_meet_no_error(cluster: Nodes, tmp_path, report, event: str):
-    """Must show: 0 errors, the slowest call, and how long it takes until all are where the circuit is."""
+def test_8_workers_at_full_speed_get_no_error(cluster: Nodes, tmp_path, report, event: str):
+    """The report shows 0 errors, the slowest call, and how long the workers need to find the new node."""
     spec = Spec(
         "ours",
         f"cluster:{cluster.all[0].port if cluster.all[0].pid else cluster.all[1].port}",
@@ -861,10 +866,10 @@ def test_8_workers_at_full_speed_meet_no_error(cluster: Nodes, tmp_path, report,
     seconds = 3.0 if event == "reshard" else 8.0
     with Fleet([spec] * 8) as fleet:
         until = time.monotonic() + 1 + seconds
-        rides: list[Ride] = []
-        riding = threading.Thread(target=lambda: rides.extend(fleet.run(ride, until, 0.01)))
-        riding.start()
-        time.sleep(1)  # all are under way
+        results: list[WorkerResult] = []
+        caller = threading.Thread(target=lambda: results.extend(fleet.run(call_until, until, 0.01)))
+        caller.start()
+        time.sleep(1)  # all workers run
         if event == "reshard":
             cluster.move(SLOT)
         elif event == "failover":
@@ -873,13 +878,13 @@ def test_8_workers_at_full_speed_meet_no_error(cluster: Nodes, tmp_path, report,
             killed = cluster.primary_of(SLOT)
             killed.kill()
             cluster.wait_until_replaced(killed, SLOT)
-        done, home = time.monotonic(), at(cluster)
-        riding.join(60)
-    assert len(rides) == 8
-    assert {went.homes[-1][1] for went in rides} == {home}
-    agreed = max(went.homes[-1][0] for went in rides) - done
+        done, location = time.monotonic(), location_of(cluster)
+        caller.join(60)
+    assert len(results) == 8
+    assert {went.locations[-1][1] for went in results} == {location}
+    agreed = max(went.locations[-1][0] for went in results) - done
     report(
-        f"cluster, {event}: 8 workers, {sum(went.made for went in rides)} calls, 0 errors, the slowest took "
-        f"{max(went.slowest for went in rides) * 1000:.0f} ms; all at the new node {max(agreed, 0):.2f} s later"
+        f"cluster, {event}: 8 workers, {sum(went.made for went in results)} calls, 0 errors, the slowest took "
+        f"{max(went.slowest for went in results) * 1000:.0f} ms; all at the new node {max(agreed, 0):.2f} s later"
     )
-    assert agreed < 10  # on a machine that has nothing else to do it is less than one
+    assert agreed < 10  # on an idle machine, less than one second

@@ -1,4 +1,4 @@
-"""Passwords that are replaced while a process runs, and functions of the user's that authenticate."""
+"""Credentials: passwords that are replaced while a process runs, and connect functions of applications."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens")
 
-#: Seconds for all of an operation: rotation is the subject, and no outage of a busy machine.
-ENOUGH = 10.0
+#: Timeout of an operation, seconds: long, because rotation is the subject and not an outage.
+GENEROUS_S = 10.0
 
 
 @pytest.fixture
-def locked(killable_server: PrivateServer) -> Iterator[PrivateServer]:
-    """A server that asks for the password ``old``."""
+def protected_server(killable_server: PrivateServer) -> Iterator[PrivateServer]:
+    """Yield a server with the password ``old``."""
     with contextlib.closing(killable_server.client()) as operator:
         operator.config_set("requirepass", "old")
     yield killable_server
-    # It is asked by its starter, too.
+    # The starter of the server checks its health without a password.
     with contextlib.suppress(redis.RedisError), contextlib.closing(operator_of(killable_server, "new")) as operator:
         operator.config_set("requirepass", "")
 
 
 def operator_of(server: PrivateServer, password: str) -> redis.Redis:
-    """An operator with all rights."""
+    """Return the client of an operator with all rights."""
     return redis.Redis(unix_socket_path=server.unix_socket, password=password)
 
 
 def replace_password(server: PrivateServer) -> None:
-    """From ``old`` to ``new``, also for those who are connected."""
+    """Replace the password ``old`` by ``new``, and close the connections of all clients."""
     with contextlib.closing(operator_of(server, "old")) as operator:
         operator.config_set("requirepass", "new")
         operator.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
@@ -62,139 +62,143 @@ def replace_password(server: PrivateServer) -> None:
             operator.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
 
 
-def breaker_of(given: Any, **words: Any) -> pybreaker.CircuitBreaker:
-    """A breaker that has made a call."""
-    storage = CircuitRedisStorage("closed", given, namespace="iam", timeout=ENOUGH, **words)
+def breaker_of(client: Any, **words: Any) -> pybreaker.CircuitBreaker:
+    """Return a breaker that has made a call."""
+    storage = CircuitRedisStorage("closed", client, namespace="iam", timeout=GENEROUS_S, **words)
     breaker = pybreaker.CircuitBreaker(fail_max=9, state_storage=storage)
     assert breaker.call(up) == "answer"
     assert storage_of(breaker).health().condition == "connected"
     return breaker
 
 
-def recovers(breaker: pybreaker.CircuitBreaker, server: PrivateServer) -> None:
-    """Its failures are counted in Redis again, and others are heard."""
+def assert_recovery(breaker: pybreaker.CircuitBreaker, server: PrivateServer) -> None:
+    """Assert that failures count in Redis again, and that pushes arrive."""
     storage: Any = storage_of(breaker)
     with pytest.raises(Down):
         breaker.call(down)
     with contextlib.closing(operator_of(server, "new")) as operator:
-        # A look at the circuit brings back what was counted while another thread found the new password.
+        # A read of the circuit reports failures that were counted while another thread fetched the new password.
         wait_for(
             lambda: breaker.current_state and operator.get("iam:pybreaker:fail_counter") == b"1",
-            "the failure is counted",
+            "the counted failure",
         )
-    wait_for(lambda: storage.health().condition == "connected", "it is connected")
+    wait_for(lambda: storage.health().condition == "connected", "the connection")
 
-    def is_heard() -> bool:
+    def is_subscribed() -> bool:
         with contextlib.suppress(Down):
             breaker.call(up)
         return bool(storage.health().push != "none")
 
     if core_of(storage).max_staleness:
-        wait_for(is_heard, "others are heard")
+        wait_for(is_subscribed, "a subscription")
 
 
 class TestRotation:
-    """A password is replaced at the server and in the application, and the process goes on."""
+    """A password is replaced at the server and in the application while the process runs."""
 
-    def test_password_that_is_replaced_in_the_pool_is_used(self, locked: PrivateServer) -> None:
-        """As rotation does it that knows no other place."""
-        client = redis.Redis(unix_socket_path=locked.unix_socket, password="old")
+    def test_password_that_is_replaced_in_the_pool_is_used(self, protected_server: PrivateServer) -> None:
+        """Some rotations replace the password only in the arguments of the pool."""
+        client = redis.Redis(unix_socket_path=protected_server.unix_socket, password="old")
         breaker = breaker_of(client)
-        replace_password(locked)
+        replace_password(protected_server)
         client.connection_pool.connection_kwargs["password"] = "new"
-        recovers(breaker, locked)
+        assert_recovery(breaker, protected_server)
 
-    def test_password_that_is_replaced_late_is_used_within_a_pause(self, locked: PrivateServer) -> None:
-        """The server has it first: until the application has it too, its circuits are its own."""
-        client = redis.Redis(unix_socket_path=locked.unix_socket, password="old")
+    def test_password_that_is_replaced_late_is_used_with_the_next_retry(self, protected_server: PrivateServer) -> None:
+        """The server has the new password first. Until the application has the password, its circuits are local."""
+        client = redis.Redis(unix_socket_path=protected_server.unix_socket, password="old")
         breaker = breaker_of(client)
-        replace_password(locked)
+        replace_password(protected_server)
         with pytest.raises(Down):
             breaker.call(down)
         assert storage_of(breaker).health().condition == "away"
         client.connection_pool.connection_kwargs["password"] = "new"
-        with contextlib.closing(operator_of(locked, "new")) as operator:
-            wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
-        wait_for(lambda: not retry_threads(), "no thread retries")
+        with contextlib.closing(operator_of(protected_server, "new")) as operator:
+            wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the reported failure")
+        wait_for(lambda: not retry_threads(), "the end of the retry thread")
 
     @pytest.mark.parametrize("max_staleness", [0, 1.0])
     def test_callable_is_called_again_once_its_password_is_rejected(
-        self, locked: PrivateServer, max_staleness: float
+        self, protected_server: PrivateServer, max_staleness: float
     ) -> None:
-        """It reads a file, or asks a vault, each time."""
+        """The callable reads a file or queries a vault each time."""
         password = ["old"]
         made = []
 
         def client() -> redis.Redis:
-            made.append(redis.Redis(unix_socket_path=locked.unix_socket, password=password[0]))
+            made.append(redis.Redis(unix_socket_path=protected_server.unix_socket, password=password[0]))
             return made[-1]
 
         breaker = breaker_of(client, max_staleness=max_staleness)
         assert len(made) == 1
-        replace_password(locked)
+        replace_password(protected_server)
         password[0] = "new"
-        recovers(breaker, locked)
+        assert_recovery(breaker, protected_server)
         assert len(made) <= 3
 
-    def test_callable_that_has_the_new_password_late_is_called_again(self, locked: PrivateServer) -> None:
-        """The server is away by then, and a thread reads its circuits in batches."""
+    def test_callable_that_has_the_new_password_late_is_called_again(self, protected_server: PrivateServer) -> None:
+        """The server is unreachable at that time, and a thread reads its circuits in batches."""
         password = ["old"]
-        breaker = breaker_of(lambda: redis.Redis(unix_socket_path=locked.unix_socket, password=password[0]))
-        replace_password(locked)
+        breaker = breaker_of(lambda: redis.Redis(unix_socket_path=protected_server.unix_socket, password=password[0]))
+        replace_password(protected_server)
         with pytest.raises(Down):
             breaker.call(down)
         assert storage_of(breaker).health().condition == "away"
         password[0] = "new"
-        with contextlib.closing(operator_of(locked, "new")) as operator:
-            wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
-        wait_for(lambda: not retry_threads(), "no thread retries")
+        with contextlib.closing(operator_of(protected_server, "new")) as operator:
+            wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the reported failure")
+        wait_for(lambda: not retry_threads(), "the end of the retry thread")
 
-    def test_look_at_all_circuits_takes_the_new_password_of_a_callable(self, locked: PrivateServer) -> None:
-        """An operator looks before any call is made."""
+    def test_status_uses_the_new_password_of_a_callable(self, protected_server: PrivateServer) -> None:
+        """An operator reads the status before any call is made."""
         password = ["old"]
-        breakers = BreakerRegistry(lambda: redis.Redis(unix_socket_path=locked.unix_socket, password=password[0]))
+        breakers = BreakerRegistry(
+            lambda: redis.Redis(unix_socket_path=protected_server.unix_socket, password=password[0])
+        )
         breakers.get("iam")
         assert breakers.status()["iam"].state == "closed"
-        replace_password(locked)
+        replace_password(protected_server)
         password[0] = "new"
         assert breakers.status()["iam"].state == "closed"
         breakers.close()
 
-    def test_time_limit_reaches_the_call_while_a_callable_is_called_again(self, locked: PrivateServer) -> None:
+    def test_time_limit_reaches_the_call_while_a_callable_is_called_again(
+        self, protected_server: PrivateServer
+    ) -> None:
         """The vault is slow, and the application ends the call."""
         made = []
 
         def client() -> redis.Redis:
-            made.append(redis.Redis(unix_socket_path=locked.unix_socket, password="old"))
+            made.append(redis.Redis(unix_socket_path=protected_server.unix_socket, password="old"))
             if len(made) > 1:
-                time.sleep(ENOUGH)
+                time.sleep(GENEROUS_S)
             return made[-1]
 
         breaker = breaker_of(client, max_staleness=0)
-        replace_password(locked)
+        replace_password(protected_server)
         with alarm(raising(JobTimeout())), pytest.raises(JobTimeout):
             breaker.call(up)
         assert len(made) == 2
 
-    def test_callable_that_fails_is_called_again(self, locked: PrivateServer) -> None:
-        """The vault is away, too."""
+    def test_callable_that_fails_is_called_again(self, protected_server: PrivateServer) -> None:
+        """The vault is unreachable, too."""
         answers: list[str] = ["old"]
 
         def client() -> redis.Redis:
-            return redis.Redis(unix_socket_path=locked.unix_socket, password=answers.pop())
+            return redis.Redis(unix_socket_path=protected_server.unix_socket, password=answers.pop())
 
         breaker = breaker_of(client, max_staleness=0)
-        replace_password(locked)
+        replace_password(protected_server)
         with pytest.raises(Down):
             breaker.call(down)
         assert storage_of(breaker).health().condition == "away"
         answers.extend(["new"] * 10)
-        with contextlib.closing(operator_of(locked, "new")) as operator:
-            wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
+        with contextlib.closing(operator_of(protected_server, "new")) as operator:
+            wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the reported failure")
 
     @pytest.mark.skipif(CredentialProvider is None, reason="this redis-py has no credential providers")
-    def test_provider_that_is_replaced_is_used(self, locked: PrivateServer) -> None:
-        """And the one that was there is asked for each connection."""
+    def test_provider_that_is_replaced_is_used(self, protected_server: PrivateServer) -> None:
+        """Each connection requests its credentials from the provider of that time."""
 
         class Provider(CredentialProvider):  # type: ignore[misc,valid-type]
             def __init__(self, password: str) -> None:
@@ -203,14 +207,14 @@ class TestRotation:
             def get_credentials(self) -> tuple[str]:
                 return (self.password,)
 
-        client = redis.Redis(unix_socket_path=locked.unix_socket, credential_provider=Provider("old"))
+        client = redis.Redis(unix_socket_path=protected_server.unix_socket, credential_provider=Provider("old"))
         breaker = breaker_of(client)
-        replace_password(locked)
+        replace_password(protected_server)
         client.connection_pool.connection_kwargs["credential_provider"] = Provider("new")
-        recovers(breaker, locked)
+        assert_recovery(breaker, protected_server)
 
     def test_password_of_a_user_that_is_replaced_is_used(self, killable_server: PrivateServer) -> None:
-        """By ACL SETUSER; the connections that there are stay until they are closed."""
+        """The password is replaced by ACL SETUSER. Open connections stay until they are closed."""
         with contextlib.closing(killable_server.client()) as operator:
             operator.execute_command("ACL", "SETUSER", "shop", "on", ">old", "~*", "&*", "+@all")
             client = redis.Redis(unix_socket_path=killable_server.unix_socket, username="shop", password="old")
@@ -223,17 +227,17 @@ class TestRotation:
             assert operator.get("iam:pybreaker:fail_counter") == b"1"
 
 
-def test_credentials_of_a_client_that_is_not_ours_are_not_touched() -> None:
-    """They are the user's."""
+def test_credentials_of_an_application_client_do_not_change() -> None:
+    """The application's client keeps its credentials."""
     assert not replace_credentials(redis.Redis(), {"password": "other"})
     assert not replace_credentials(None, {})
     assert connection_arguments_of(None) == {}
 
 
-def test_rejected_credentials_are_worth_another_attempt_if_there_are_others_or_were_just_taken(
+def test_rejected_credentials_are_retried_if_others_exist_or_were_just_switched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One of several threads takes them, and all of them were rejected."""
+    """One of several threads switches the credentials, and all of their attempts were rejected."""
     now = [100.0]
     monkeypatch.setattr(pool, "monotonic", lambda: now[0])
     own = bounded_client(redis.Redis(password="one"), 1.0)
@@ -246,11 +250,11 @@ def test_rejected_credentials_are_worth_another_attempt_if_there_are_others_or_w
 
 @pytest.fixture
 def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
-    """A cluster of one node, which asks for the password ``old``."""
+    """Yield a cluster of one node with the password ``old``."""
     with PrivateServer(preferred.binary, port=bus_port(), args=["--cluster-enabled", "yes"]) as node:
         with contextlib.closing(node.client()) as client:
             client.execute_command("CLUSTER ADDSLOTS", *range(CLUSTER_SLOT_COUNT))
-            wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "it serves all slots")
+            wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "all slots in service")
             client.config_set("requirepass", "old")
         yield node
         with contextlib.suppress(redis.RedisError), contextlib.closing(operator_of(node, "new")) as operator:
@@ -258,8 +262,8 @@ def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
 
 
 @pytest.mark.skipif(not hasattr(redis, "RedisCluster"), reason="this redis-py has no clusters")
-def test_cluster_client_that_renames_keys_and_has_a_new_password_is_followed(cluster: PrivateServer) -> None:
-    """Its nodes are asked by plain clients: under its names, and with its present password."""
+def test_cluster_client_with_renamed_keys_gets_its_new_password(cluster: PrivateServer) -> None:
+    """Plain clients query the nodes, with the names of keys and the present password of the cluster client."""
 
     class Prefixed(redis.RedisCluster):  # type: ignore[misc,name-defined]
         def execute_command(self, *words: Any, **options: Any) -> Any:
@@ -276,14 +280,14 @@ def test_cluster_client_that_renames_keys_and_has_a_new_password_is_followed(clu
     with contextlib.closing(operator_of(cluster, "new")) as operator:
         wait_for(
             lambda: breaker.current_state and operator.get("a:{iam}:pybreaker:fail_counter") == b"1",
-            "the failure is counted",
+            "the counted failure",
         )
         assert {bytes(name)[:2] for name in operator.keys("*")} == {b"a:"}
     client.close()
 
 
-def test_nodes_of_a_cluster_take_the_credentials_of_its_client() -> None:
-    """Their clients were made with those of before."""
+def test_nodes_of_a_cluster_use_the_credentials_of_its_client() -> None:
+    """The clients of the nodes were created with the old credentials."""
     from pybreaker_redis._redis.cluster import ClusterTopology
 
     node = redis.Redis(password="old")
@@ -294,74 +298,71 @@ def test_nodes_of_a_cluster_take_the_credentials_of_its_client() -> None:
     assert (words["username"], words["password"], words.get("ssl")) == ("shop", "new", None)
 
 
-# -- functions that connect --------------------------------------------------------------------------------------------
-
-
 def by_parser(connection: Any) -> None:
-    """As recipes for IAM have it."""
+    """Authenticate as published recipes for IAM do."""
     connection._parser.on_connect(connection)
     connection.send_command("AUTH", "default", "old", check_health=False)
     connection.read_response()
 
 
 def by_library(connection: Any) -> None:
-    """The library's own handshake, with a password that is asked for just then."""
+    """Run the library's handshake, with a password that is requested at that time."""
     connection.username, connection.password = "default", "old"
     connection.on_connect()
 
 
 def by_valkey(server: PrivateServer) -> Any:
-    """The other library, which has another word."""
+    """Return a client of the other library, with another name of the argument."""
     return valkey.Valkey(unix_socket_path=server.unix_socket, valkey_connect_func=by_library)
 
 
 @pytest.mark.parametrize("function", [by_parser, by_library, None])
 def test_function_that_authenticates_is_called_for_each_connection(
-    function: Callable[[Any], None] | None, locked: PrivateServer, caplog: pytest.LogCaptureFixture
+    function: Callable[[Any], None] | None, protected_server: PrivateServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In place of the library's handshake; where it does not ask for RESP3, two connections listen."""
+    """The function replaces the library's handshake. Without RESP3, the listener uses two connections."""
     if function is None:
-        client = by_valkey(locked)
+        client = by_valkey(protected_server)
     elif ONCE:
-        client = redis.Redis(unix_socket_path=locked.unix_socket, redis_connect_func=function)
+        client = redis.Redis(unix_socket_path=protected_server.unix_socket, redis_connect_func=function)
     else:
         pytest.skip("this redis-py has no such functions")
     breaker = breaker_of(client)
     storage: Any = storage_of(breaker)
 
-    def is_heard() -> bool:
+    def is_subscribed() -> bool:
         breaker.call(up)
         return bool(storage.health().push != "none")
 
-    wait_for(is_heard, "others are heard")
+    wait_for(is_subscribed, "a subscription")
     with pytest.raises(Down):
         breaker.call(down)
-    with contextlib.closing(operator_of(locked, "old")) as operator:
+    with contextlib.closing(operator_of(protected_server, "old")) as operator:
         assert operator.get("iam:pybreaker:fail_counter") == b"1"
-    assert messages_of(caplog, locked, "circuit 'iam'", level=logging.WARNING) == []
+    assert messages_of(caplog, protected_server, "circuit 'iam'", level=logging.WARNING) == []
 
 
 class FakeCluster:
-    """A cluster's client, with what its connections are made to do."""
+    """Cluster client with a connect function."""
 
     def __init__(self, function: Any = None) -> None:
         self.nodes_manager = None
         self.user_on_connect_func = function
 
     def on_connect(self, connection: Any) -> None:
-        """Never called by connections of our own: it would ask for reads from replicas."""
+        """Raise, because this package's connections must not call the function, which requests reads from replicas."""
         raise AssertionError
 
 
-def test_function_of_a_clusters_client_is_left_out_and_that_of_its_user_kept(server: PrivateServer) -> None:
-    """The client's own one may ask for reads from replicas."""
+def test_connect_function_of_a_cluster_client_is_skipped_and_that_of_its_user_kept(server: PrivateServer) -> None:
+    """The function of the cluster client may request reads from replicas."""
     if not ONCE:
         pytest.skip("this redis-py has no such functions")
     called = []
     for function in (None, called.append):
         client = redis.Redis(unix_socket_path=server.unix_socket, redis_connect_func=FakeCluster(function).on_connect)
-        own = bounded_client(client, ENOUGH)
-        with deadline(ENOUGH):
+        own = bounded_client(client, GENEROUS_S)
+        with deadline(GENEROUS_S):
             assert own.ping()
         assert len(called) == (0 if function is None else 1)
         own.connection_pool.disconnect()
@@ -369,11 +370,8 @@ def test_function_of_a_clusters_client_is_left_out_and_that_of_its_user_kept(ser
     assert endpoint_of(same[0]) == endpoint_of(same[1]) != endpoint_of(redis.Redis())
 
 
-# -- clients that wait by themselves -----------------------------------------------------------------------------------
-
-
-class Slow:
-    """A client of no known kind, which waits as long as it likes."""
+class SlowClient:
+    """Client of an unknown class that waits for a number of seconds."""
 
     def __init__(self, client: Any, seconds: float) -> None:
         self._client = client
@@ -383,38 +381,38 @@ class Slow:
         return getattr(self._client, name)
 
     def evalsha(self, *words: Any) -> Any:
-        """In its own time."""
+        """Wait, and run the script."""
         time.sleep(self.seconds)
         return self._client.evalsha(*words)
 
 
 class TestWaits:
-    """Clients whose own methods wait."""
+    """Clients with methods that wait."""
 
-    def test_unknown_client_that_waits_is_named_once(
+    def test_unknown_client_that_waits_is_logged_once(
         self, client: redis.Redis, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """It is used as it is, so it makes calls wait."""
-        storage = CircuitRedisStorage("closed", Slow(client, 0.25), namespace="slow", timeout=0.1)
+        """The client is used unchanged, so its calls wait."""
+        storage = CircuitRedisStorage("closed", SlowClient(client, 0.25), namespace="slow", timeout=0.1)
         breaker = pybreaker.CircuitBreaker(state_storage=storage)
         for _ in range(3):
             breaker.call(up)
         (line,) = [line for line in messages_of(caplog, "Slow: ") if "by itself" in line]
-        assert line.startswith("Slow: a command took ")
+        assert line.startswith("SlowClient: a command took ")
         assert "0.10 s at most" in line
 
     @pytest.mark.parametrize("timeout", [0.25, None])
-    def test_client_that_waits_for_long_is_named_only_if_a_call_has_a_timeout(
+    def test_client_that_waits_is_logged_only_beyond_a_timeout(
         self, timeout: float | None, client: redis.Redis, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """And not for a wait within the limit."""
-        storage = CircuitRedisStorage("closed", Slow(client, 0.01), namespace="slow", timeout=timeout)
+        """A wait within the limit is not logged."""
+        storage = CircuitRedisStorage("closed", SlowClient(client, 0.01), namespace="slow", timeout=timeout)
         pybreaker.CircuitBreaker(state_storage=storage).call(up)
         assert not [line for line in messages_of(caplog, "Slow: ") if "by itself" in line]
 
     @pytest.mark.parametrize("method", ["execute_command", "evalsha"])
-    def test_method_of_a_single_object_makes_no_call_wait(self, method: str, killable_server: PrivateServer) -> None:
-        """Tracing libraries replace them; what they call is bound to the client's own connections."""
+    def test_replaced_method_of_a_client_delays_no_call(self, method: str, killable_server: PrivateServer) -> None:
+        """Tracing libraries replace methods. The original methods are bound to the client's own connections."""
         client = redis.Redis(unix_socket_path=killable_server.unix_socket, socket_timeout=5, **ONCE)
         inner, calls = getattr(client, method), []
 
@@ -423,10 +421,10 @@ class TestWaits:
             return inner(*words, **options)
 
         setattr(client, method, traced)
-        waits(client, killable_server)
+        assert_timeout(client, killable_server)
 
-    def test_subclass_that_tries_again_makes_no_call_wait(self, killable_server: PrivateServer) -> None:
-        """However often, and however long it pauses."""
+    def test_subclass_with_retries_delays_no_call(self, killable_server: PrivateServer) -> None:
+        """The number and the length of its pauses do not matter."""
 
         class Retrying(redis.Redis):
             def execute_command(self, *words: Any, **options: Any) -> Any:
@@ -437,10 +435,12 @@ class TestWaits:
                         time.sleep(1)
                 return None
 
-        waits(Retrying(unix_socket_path=killable_server.unix_socket, socket_timeout=5, **ONCE), killable_server)
+        assert_timeout(
+            Retrying(unix_socket_path=killable_server.unix_socket, socket_timeout=5, **ONCE), killable_server
+        )
 
-    def test_wrapper_without_a_method_for_scripts_makes_no_call_wait(self, killable_server: PrivateServer) -> None:
-        """As flask-redis: its client stands behind it."""
+    def test_wrapper_of_a_client_delays_no_call(self, killable_server: PrivateServer) -> None:
+        """A wrapper such as flask-redis has its client behind it."""
 
         class Lazy:
             def __init__(self, client: Any) -> None:
@@ -449,22 +449,22 @@ class TestWaits:
             def __getattr__(self, name: str) -> Any:
                 return getattr(self._client, name)
 
-        waits(
+        assert_timeout(
             Lazy(redis.Redis(unix_socket_path=killable_server.unix_socket, socket_timeout=5, **ONCE)), killable_server
         )
 
 
-class Swallowing(Slow):
-    """Answers nothing where its client raises, or where it likes."""
+class SwallowingClient(SlowClient):
+    """Client that returns None instead of raising."""
 
     def evalsha(self, *words: Any) -> Any:
-        """Nothing."""
+        """Return None."""
         return None
 
 
-def test_answer_of_nothing_is_a_fault_of_the_circuit_and_no_error_of_a_call(client: redis.Redis) -> None:
-    """Others who live on the server are not concerned."""
-    storage = CircuitRedisStorage("closed", Swallowing(client, 0), namespace="swallowed")
+def test_missing_reply_is_a_fault_of_the_circuit_and_no_error_of_a_call(client: redis.Redis) -> None:
+    """Other circuits on the server are not affected."""
+    storage = CircuitRedisStorage("closed", SwallowingClient(client, 0), namespace="swallowed")
     breaker = pybreaker.CircuitBreaker(state_storage=storage)
     assert breaker.call(up) == "answer"
     with pytest.raises(Down):
@@ -472,8 +472,8 @@ def test_answer_of_nothing_is_a_fault_of_the_circuit_and_no_error_of_a_call(clie
     assert storage.health().condition == "refused"
 
 
-def waits(client: Any, server: PrivateServer) -> None:
-    """A call waits for a frozen server as long as any other, though its client would wait longer."""
+def assert_timeout(client: Any, server: PrivateServer) -> None:
+    """Assert that a call waits for a frozen server for its timeout, although its client would wait longer."""
     storage = CircuitRedisStorage("closed", client, namespace="patched", timeout=0.3)
     breaker = pybreaker.CircuitBreaker(fail_max=9, state_storage=storage)
     breaker.call(up)
@@ -484,16 +484,16 @@ def waits(client: Any, server: PrivateServer) -> None:
         with pytest.raises(Down):
             breaker.call(down)
     finally:
-        took = time.monotonic() - began
+        seconds = time.monotonic() - began
         server.resume()
-    assert took < 0.3 + 1.5
+    assert seconds < 0.3 + 1.5
 
 
 SECRET = "hunter2-hunter2"
 
 
-def test_wrong_password_is_printed_nowhere(server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
-    """A server does not repeat it; this holds if one does."""
+def test_wrong_password_is_never_logged(server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Servers do not repeat passwords. The mask holds if one does."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
     wrong = redis.Redis(unix_socket_path=server.unix_socket, username="stranger", password=SECRET, **ONCE)
     storage = CircuitRedisStorage("closed", wrong, namespace="wrong", timeout=5)

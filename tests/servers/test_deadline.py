@@ -1,4 +1,7 @@
-"""No operation takes longer than it may, whatever the peer does: real sockets, peers that say what hurts."""
+"""Deadlines: no operation takes longer than its deadline, whatever the peer does.
+
+Sockets are real, peers are scripted.
+"""
 
 from __future__ import annotations
 
@@ -25,40 +28,37 @@ from tests.support.servers import ONCE
 from tests.support.tls import Certificates
 from tests.support.wait import wait_for
 
-#: Seconds for an operation.
-TIMEOUT = 0.3
+#: Deadline of an operation, seconds.
+TIMEOUT_S = 0.3
 
-#: Seconds that a connection would wait by itself, each time: much longer than any deadline here.
-PATIENCE = 3.0
+#: Timeout of a connection for each wait, seconds: much longer than any deadline here.
+CONNECTION_TIMEOUT_S = 3.0
 
-#: How much later than its deadline something may end on a machine that does other things, seconds.
-MORE = 0.6
+#: Seconds by which an operation may miss its deadline on a busy machine.
+TOLERANCE_S = 0.6
 
 
 @pytest.fixture(autouse=True)
 def no_certificates_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading all of them takes tens of milliseconds of this process's own time, for each connection anew."""
+    """Skip the certificates of the system. Reading them takes tens of milliseconds of CPU for each connection."""
     monkeypatch.setattr(ssl, "create_default_context", lambda *_, **__: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
 
 Script = Callable[[socket.socket], None]
 
-#: Libraries whose connections are made to keep deadlines.
+#: Libraries with connections that can keep deadlines.
 LIBRARIES = {"redis-py": redis, "valkey-py": valkey}
 
-#: Words for a connection that asks its server for as much as it can: who it is, which database, its name.
-TALKATIVE = {"username": "shop", "password": "secret", "db": 3, "client_name": "shop"}
-
-
-# -- peers -------------------------------------------------------------------------------------------------------------
+#: Arguments for a handshake with as many commands as possible: user, database, name.
+HANDSHAKE_ARGUMENTS = {"username": "shop", "password": "secret", "db": 3, "client_name": "shop"}
 
 
 class Peer:
-    """Listens, and does with each connection what a script says.
+    """Server that runs a script for each connection.
 
     Args:
-        listening: Bound and listening.
-        script: What is done.
+        listening: Socket that is bound and listening.
+        script: Function that is called with each accepted socket.
     """
 
     def __init__(self, listening: socket.socket, script: Script) -> None:
@@ -74,7 +74,7 @@ class Peer:
         while not self._ended.is_set():
             with contextlib.suppress(TimeoutError):
                 accepted, _ = self.listening.accept()
-                # TLS takes the socket itself over.
+                # TLS takes over the socket itself.
                 self._accepted.append(accepted.dup())
                 self._threads.append(threading.Thread(target=self._run, args=(accepted,)))
                 self._threads[-1].start()
@@ -83,7 +83,7 @@ class Peer:
         with contextlib.suppress(OSError), accepted:
             accepted.settimeout(None)
             self._script(accepted)
-            # Stay silent until the other side hangs up.
+            # Stay silent until the other side closes the connection.
             while accepted.recv(65536):
                 pass
 
@@ -91,7 +91,7 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Hang up."""
+        """Close all connections."""
         self._ended.set()
         self._threads[0].join()
         for accepted in self._accepted:
@@ -104,60 +104,60 @@ class Peer:
 
 
 def silent(peer: socket.socket) -> None:
-    """Takes the connection, and never says a word."""
+    """Accept the connection, and never send anything."""
     del peer
 
 
-def hangs_up(peer: socket.socket) -> None:
-    """Takes the connection, hears what is wanted, and hangs up."""
+def close_connection(peer: socket.socket) -> None:
+    """Accept the connection, receive a command, and close the connection."""
     peer.recv(65536)
     peer.shutdown(socket.SHUT_RDWR)
 
 
-def half_an_answer(peer: socket.socket) -> None:
-    """Hangs up in the middle of it."""
+def send_half_an_answer(peer: socket.socket) -> None:
+    """Close the connection in the middle of an answer."""
     peer.recv(65536)
     peer.sendall(b"$100\r\nhalf")
     peer.shutdown(socket.SHUT_RDWR)
 
 
-def dribbles(peer: socket.socket) -> None:
-    """Sends a byte now and then: each is in time, and the answer never comes."""
+def send_slowly(peer: socket.socket) -> None:
+    """Send a byte now and then: each byte is in time, and the answer is never complete."""
     peer.recv(65536)
     for byte in b"$1000\r\n" + b"x" * 1000:
         peer.sendall(bytes([byte]))
-        time.sleep(TIMEOUT / 5)
+        time.sleep(TIMEOUT_S / 5)
 
 
 def slow(peer: socket.socket) -> None:
-    """Answers everything, each command after a while that is in time for itself."""
+    """Answer every command with a delay that is in time for the single command."""
     while True:
-        asked = peer.recv(65536)
-        if not asked:
+        received = peer.recv(65536)
+        if not received:
             return
-        for _ in range(asked.count(b"*")):
-            time.sleep(2 * TIMEOUT)
+        for _ in range(received.count(b"*")):
+            time.sleep(2 * TIMEOUT_S)
             peer.sendall(b"+OK\r\n")
 
 
-def prompt(peer: socket.socket) -> None:
-    """Answers everything at once."""
+def answer_at_once(peer: socket.socket) -> None:
+    """Answer every command at once."""
     while True:
-        asked = peer.recv(65536)
-        if not asked:
+        received = peer.recv(65536)
+        if not received:
             return
-        peer.sendall(b"%0\r\n" if b"HELLO" in asked else b"+OK\r\n" * asked.count(b"*"))
+        peer.sendall(b"%0\r\n" if b"HELLO" in received else b"+OK\r\n" * received.count(b"*"))
 
 
-def deaf(peer: socket.socket) -> None:
-    """Takes nothing in: what is sent to it fills the buffers."""
+def read_nothing(peer: socket.socket) -> None:
+    """Read nothing, so that commands fill the buffers."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    time.sleep(10 * TIMEOUT)
+    time.sleep(10 * TIMEOUT_S)
 
 
 @pytest.fixture
 def unix_socket() -> Iterator[str]:
-    """Where a socket can be; the path of one has at most 107 bytes, which pytest's own exceed."""
+    """Yield the path of a socket, at most 107 bytes long. Paths of pytest are longer."""
     server = PrivateServer("none")
     yield str(server.directory / "peer.sock")
     server.close()
@@ -165,7 +165,7 @@ def unix_socket() -> Iterator[str]:
 
 @pytest.fixture(params=but_for(("tcp",), ("tcp", "unix", "tls")))
 def transport(request: pytest.FixtureRequest) -> str:
-    """By what way the peer is reached."""
+    """Return the transport to the peer."""
     chosen: str = request.param
     return chosen
 
@@ -175,7 +175,7 @@ Listen = Callable[[Script], tuple[str, dict[str, Any]]]
 
 @pytest.fixture
 def listen(request: pytest.FixtureRequest, transport: str) -> Iterator[Listen]:
-    """Have a peer; returns the name of the connection's class, and the words that lead there."""
+    """Yield a function that starts a peer, and returns the connection class's name and its arguments."""
 
     def start(script: Script) -> tuple[str, dict[str, Any]]:
         if transport == "unix":
@@ -208,68 +208,67 @@ def listen(request: pytest.FixtureRequest, transport: str) -> Iterator[Listen]:
 
 
 def connection(library: Any, name: str, longest: float | None = None, **words: Any) -> Any:
-    """A connection that keeps deadlines, as the private pool makes them."""
+    """Return a connection that keeps deadlines, as the private pool creates connections."""
     kind = getattr(library, name)
-    timeouts = {"socket_timeout": PATIENCE}
+    timeouts = {"socket_timeout": CONNECTION_TIMEOUT_S}
     if "path" not in words:
-        timeouts["socket_connect_timeout"] = PATIENCE
+        timeouts["socket_connect_timeout"] = CONNECTION_TIMEOUT_S
     once = ONCE if library is redis else {"retry": None}
     return keep_deadlines(kind, longest)(**timeouts, **once, **words)
 
 
-def ask(made: Any, *command: Any) -> Any:
-    """One question and its answer, connecting if need be."""
+def query(made: Any, *command: Any) -> Any:
+    """Send a command and return its answer, after a connect if necessary."""
     made.send_command(*(command or ("PING",)))
     return made.read_response()
 
 
 @contextlib.contextmanager
 def fails_within(seconds: float) -> Iterator[None]:
-    """What is done meanwhile fails as if nobody was there, in no more than so many seconds."""
+    """Assert that the block fails with an outage, within a number of seconds."""
     began = time.monotonic()
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (which error is looked at below)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (the class is checked below)
         yield
-    took = time.monotonic() - began
+    seconds_taken = time.monotonic() - began
     names = {cls.__name__ for cls in type(caught.value).__mro__}
     assert names & {"ConnectionError", "TimeoutError"}, caught.value
-    assert took <= seconds + MORE, f"{took:.3f} s"
-
-
-# -- what peers do -----------------------------------------------------------------------------------------------------
+    assert seconds_taken <= seconds + TOLERANCE_S, f"{seconds_taken:.3f} s"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("script", [silent, dribbles, slow, hangs_up, half_an_answer], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "script", [silent, send_slowly, slow, close_connection, send_half_an_answer], ids=lambda s: s.__name__
+)
 def test_operation_ends_with_its_deadline_whatever_the_peer_does(listen: Listen, library: str, script: Script) -> None:
-    """Connecting, the handshake, the question and its answer take no longer than all of them may."""
+    """Connect, handshake, command and answer take no longer than their common deadline."""
     name, words = listen(script)
-    made = connection(LIBRARIES[library], name, **words, **TALKATIVE)
-    with fails_within(TIMEOUT), deadline(TIMEOUT):
-        ask(made)
+    made = connection(LIBRARIES[library], name, **words, **HANDSHAKE_ARGUMENTS)
+    with fails_within(TIMEOUT_S), deadline(TIMEOUT_S):
+        query(made)
     made.disconnect()
 
 
 @pytest.mark.full
-def test_handshake_that_is_slow_at_every_step_takes_no_longer_in_all(listen: Listen) -> None:
-    """Without the deadline each step would be in time, and all of them together late: so this test can fail."""
+def test_handshake_that_is_slow_at_every_step_ends_with_the_deadline(listen: Listen) -> None:
+    """Without the deadline, each step is in time and all of them are late. So this test can fail."""
     name, words = listen(slow)
-    plain = getattr(redis, name)(socket_timeout=PATIENCE, **ONCE, **words, **TALKATIVE)
+    plain = getattr(redis, name)(socket_timeout=CONNECTION_TIMEOUT_S, **ONCE, **words, **HANDSHAKE_ARGUMENTS)
     began = time.monotonic()
-    ask(plain)
-    assert time.monotonic() - began > 2 * (TIMEOUT + MORE)
+    query(plain)
+    assert time.monotonic() - began > 2 * (TIMEOUT_S + TOLERANCE_S)
     plain.disconnect()
-    made = connection(redis, name, **words, **TALKATIVE)
-    with fails_within(TIMEOUT), deadline(TIMEOUT):
-        ask(made)
+    made = connection(redis, name, **words, **HANDSHAKE_ARGUMENTS)
+    with fails_within(TIMEOUT_S), deadline(TIMEOUT_S):
+        query(made)
     made.disconnect()
 
 
 def test_sending_ends_with_the_deadline(listen: Listen) -> None:
-    """A peer that takes nothing in any more fills the buffers."""
-    name, words = listen(deaf)
+    """A peer that reads nothing fills the buffers."""
+    name, words = listen(read_nothing)
     made, much = connection(redis, name, **words), b"x" * 50_000_000
-    # Until the buffers are full, encryption has something to do.
-    with fails_within(4 * TIMEOUT), deadline(TIMEOUT):
+    # Until the buffers are full, encryption needs time.
+    with fails_within(4 * TIMEOUT_S), deadline(TIMEOUT_S):
         made._sock = made._connect()
         made._sock.sendall(much)
     made._sock.close()
@@ -277,29 +276,29 @@ def test_sending_ends_with_the_deadline(listen: Listen) -> None:
 
 
 def test_handshake_of_tls_ends_with_the_deadline(certified: Certificates) -> None:
-    """A peer that accepts, and does not speak TLS."""
+    """A peer may accept a connection and have no TLS."""
     with Peer(socket.create_server(("127.0.0.1", 0)), silent) as peer:
         words = {"host": "127.0.0.1", "port": peer.listening.getsockname()[1], "ssl_ca_certs": str(certified.authority)}
         made = connection(redis, "SSLConnection", **words)
-        with fails_within(TIMEOUT), deadline(TIMEOUT):
-            ask(made)
+        with fails_within(TIMEOUT_S), deadline(TIMEOUT_S):
+            query(made)
 
 
 @pytest.mark.parametrize("transport", ["tcp", "unix"])
-def test_nobody_there_is_told_at_once(transport: str, unix_socket: str) -> None:
-    """A refusal is an answer: nobody waits for the deadline."""
+def test_refused_connection_is_reported_at_once(transport: str, unix_socket: str) -> None:
+    """A refusal is an answer, so no call waits for the deadline."""
     if transport == "unix":
         made = connection(redis, "UnixDomainSocketConnection", path=unix_socket)
     else:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             port = listening.getsockname()[1]
         made = connection(redis, "Connection", host="127.0.0.1", port=port)
-    with fails_within(TIMEOUT / 3), deadline(60):
-        ask(made)
+    with fails_within(TIMEOUT_S / 3), deadline(60):
+        query(made)
 
 
 def unreachable() -> tuple[socket.socket, list[socket.socket]]:
-    """An address at which connecting takes for ever: its queue is full, as if packets were dropped."""
+    """Return an address at which a connect never ends. Its queue is full, as if packets were dropped."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(0)
@@ -318,61 +317,61 @@ def unreachable() -> tuple[socket.socket, list[socket.socket]]:
 
 
 def test_connecting_ends_with_the_deadline() -> None:
-    """A host that has gone drops what is sent to it, and nobody says so."""
+    """Packets to a host that is down get no answer."""
     listening, waiting = unreachable()
     host, port = listening.getsockname()
     made = connection(redis, "Connection", host=host, port=port)
-    with fails_within(TIMEOUT), deadline(TIMEOUT):
-        ask(made)
+    with fails_within(TIMEOUT_S), deadline(TIMEOUT_S):
+        query(made)
     for one in (*waiting, listening):
         one.close()
 
 
 def test_connecting_to_a_name_with_many_addresses_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """IPv6 and IPv4, or the nodes behind one name: all of them together have the time of one."""
+    """A name may have addresses of IPv6 and IPv4, or of several nodes. All addresses share one deadline."""
     listening, waiting = unreachable()
     host, port = listening.getsockname()
     found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [found] * 4)
     made = connection(redis, "Connection", host="redis.example", port=port)
-    with fails_within(TIMEOUT), deadline(TIMEOUT):
-        ask(made)
+    with fails_within(TIMEOUT_S), deadline(TIMEOUT_S):
+        query(made)
     for one in (*waiting, listening):
         one.close()
 
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["tcp", "tls"])
-def test_slow_resolver_leaves_what_is_left(
+def test_slow_resolver_leaves_the_rest_of_the_deadline(
     monkeypatch: pytest.MonkeyPatch, certified: Certificates, encrypted: bool
 ) -> None:
-    """It takes no deadline; what comes after it has only the rest of the time, not all of it anew."""
+    """The resolver has no deadline. Later steps have only the rest of the time."""
     listening, waiting = unreachable()
     with Peer(socket.create_server(("127.0.0.1", 0)), silent) as peer:
         address = peer.listening.getsockname() if encrypted else listening.getsockname()
 
         def lookup(*_: Any, **__: Any) -> list[Any]:
-            time.sleep(3 * MORE)
+            time.sleep(3 * TOLERANCE_S)
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)]
 
         monkeypatch.setattr(socket, "getaddrinfo", lookup)
         kind, words = ("SSLConnection", {"ssl_ca_certs": str(certified.authority)}) if encrypted else ("Connection", {})
         made = connection(redis, kind, host="redis.example", port=1, **words)
-        with fails_within(4 * MORE), deadline(4 * MORE):
-            ask(made)
+        with fails_within(4 * TOLERANCE_S), deadline(4 * TOLERANCE_S):
+            query(made)
     for one in (*waiting, listening):
         one.close()
 
 
 def test_dead_address_leaves_time_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the first is refused, the second is tried."""
+    """After the first address refuses, the second one is tried."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         refused = listening.getsockname()
-    with Peer(socket.create_server(("127.0.0.1", 0)), prompt) as peer:
+    with Peer(socket.create_server(("127.0.0.1", 0)), answer_at_once) as peer:
         addresses = [refused, peer.listening.getsockname()]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         made = connection(redis, "Connection", host="redis.example", port=1)
-        with deadline(PATIENCE):
+        with deadline(CONNECTION_TIMEOUT_S):
             made._sock = made._connect()
         made._sock.sendall(b"*1\r\n$4\r\nPING\r\n")
         assert made._sock.recv(100) == b"+OK\r\n"
@@ -380,11 +379,8 @@ def test_dead_address_leaves_time_for_the_next_one(monkeypatch: pytest.MonkeyPat
         made._sock = None
 
 
-# -- deadlines ---------------------------------------------------------------------------------------------------------
-
-
-def test_deadline_that_has_passed_waits_for_nothing(listen: Listen) -> None:
-    """Not even for a moment."""
+def test_no_step_waits_after_the_deadline(listen: Listen) -> None:
+    """No step waits, not even for a moment."""
     name, words = listen(silent)
     made = connection(redis, name, **words)
     with deadline(10):
@@ -397,50 +393,50 @@ def test_deadline_that_has_passed_waits_for_nothing(listen: Listen) -> None:
     made._sock = None
 
 
-def test_what_is_there_already_is_taken_though_the_time_is_over(server: PrivateServer) -> None:
-    """Then it was this process that was slow, and not Redis: nobody has to do without it."""
+def test_received_answer_is_used_after_the_deadline(server: PrivateServer) -> None:
+    """The process was slow and not Redis, so the answer is used."""
     made = connection(redis, "UnixDomainSocketConnection", path=server.unix_socket)
     with deadline(10):
         made.connect()
-    with deadline(TIMEOUT):
+    with deadline(TIMEOUT_S):
         made.send_command("ECHO", "said")
-        wait_for(lambda: seconds_left() == 0, "the deadline passes")
+        wait_for(lambda: seconds_left() == 0, "the end of the deadline")
         assert select.select([made._sock], [], [], 10)[0]
         assert made.read_response() in (b"said", "said")
     made.disconnect()
 
 
-def test_deadline_that_has_passed_is_no_time_to_connect(listen: Listen) -> None:
-    """A timeout of zero would mean not to wait, and end in another error."""
+def test_no_connect_starts_after_the_deadline(listen: Listen) -> None:
+    """A timeout of zero would make the socket non-blocking, and end in another error."""
     name, words = listen(silent)
     made = connection(redis, name, **words)
-    with fails_within(TIMEOUT / 3), deadline(-1):
-        ask(made)
+    with fails_within(TIMEOUT_S / 3), deadline(-1):
+        query(made)
     made.disconnect()
 
 
-def test_answer_within_the_deadline_is_taken(server: PrivateServer) -> None:
-    """And one connection does for many operations, each with a deadline of its own."""
+def test_answer_within_the_deadline_is_used(server: PrivateServer) -> None:
+    """One connection serves many operations, each with its own deadline."""
     made = connection(redis, "UnixDomainSocketConnection", path=server.unix_socket)
     for _ in range(3):
         with deadline(2.0):
-            assert ask(made, "ECHO", "said") in (b"said", "said")
-        # All of them together take longer than one may.
+            assert query(made, "ECHO", "said") in (b"said", "said")
+        # All operations together take longer than one deadline.
         time.sleep(0.75)
     made.disconnect()
 
 
-def test_patience_exceeds_the_timeout_of_the_connection(listen: Listen) -> None:
-    """An attempt may wait for longer than a call: what counts is the deadline."""
+def test_deadline_may_exceed_the_timeout_of_the_connection(listen: Listen) -> None:
+    """A retry may wait longer than a call. Only the deadline counts."""
 
     def late(peer: socket.socket) -> None:
         peer.recv(65536)
-        time.sleep(2 * TIMEOUT)
+        time.sleep(2 * TIMEOUT_S)
         peer.sendall(b"+LATE\r\n")
 
     name, words = listen(late)
     made = connection(redis, name, **words)
-    with deadline(10 * TIMEOUT):
+    with deadline(10 * TIMEOUT_S):
         made._sock = made._connect()
         made._sock.sendall(b"PING\r\n")
         assert made._sock.recv(100) == b"+LATE\r\n"
@@ -448,47 +444,47 @@ def test_patience_exceeds_the_timeout_of_the_connection(listen: Listen) -> None:
     made._sock = None
 
 
-def test_single_wait_may_have_a_limit_of_its_own(listen: Listen) -> None:
-    """Where another one can be asked, as of many Sentinels, the first has its share only."""
+def test_single_wait_may_have_its_own_limit(listen: Listen) -> None:
+    """Where another peer can be queried, as with several Sentinels, the first one gets its share of the time only."""
     name, words = listen(silent)
-    made = connection(redis, name, longest=TIMEOUT / 3, **words)
-    # TLS shakes hands first.
-    with fails_within(2 * TIMEOUT / 3), deadline(10 * TIMEOUT):
-        ask(made)
+    made = connection(redis, name, longest=TIMEOUT_S / 3, **words)
+    # TLS starts with a handshake.
+    with fails_within(2 * TIMEOUT_S / 3), deadline(10 * TIMEOUT_S):
+        query(made)
 
 
-def test_without_a_deadline_the_connection_waits_as_long_as_it_was_told(listen: Listen) -> None:
-    """Whether it was connected in an operation with a deadline or not."""
-    name, words = listen(dribbles)
+def test_without_a_deadline_the_timeout_of_the_connection_holds(listen: Listen) -> None:
+    """The connection's own timeout holds, whether it was connected within a deadline or not."""
+    name, words = listen(send_slowly)
     made = connection(redis, name, **words)
     began = time.monotonic()
     with contextlib.suppress(redis.ConnectionError, redis.TimeoutError, OSError):
         made._sock = made._connect()
         made._sock.sendall(b"PING\r\n")
-        while time.monotonic() < began + 2 * TIMEOUT:
+        while time.monotonic() < began + 2 * TIMEOUT_S:
             made._sock.recv(1)
-    assert time.monotonic() - began >= 2 * TIMEOUT
+    assert time.monotonic() - began >= 2 * TIMEOUT_S
     made._sock.close()
     made._sock = None
 
 
-def test_what_an_operation_had_left_is_no_timeout_of_the_next_without_a_deadline(listen: Listen) -> None:
-    """That one has the connection's own timeouts, as was said to it."""
+def test_rest_of_a_deadline_is_no_timeout_of_the_next_operation(listen: Listen) -> None:
+    """Without a deadline, the connection's own timeouts hold."""
 
-    def second_is_late(peer: socket.socket) -> None:
+    def answer_second_late(peer: socket.socket) -> None:
         peer.recv(65536)
         peer.sendall(b"+1\r\n")
         peer.recv(65536)
-        time.sleep(TIMEOUT)
+        time.sleep(TIMEOUT_S)
         peer.sendall(b"+2\r\n")
 
-    name, words = listen(second_is_late)
+    name, words = listen(answer_second_late)
     made = connection(redis, name, **words)
-    with deadline(5 * TIMEOUT):
+    with deadline(5 * TIMEOUT_S):
         made._sock = made._connect()
         made._sock.sendall(b"PING\r\n")
         # A tenth of a second is left.
-        time.sleep(max(0.0, (seconds_left() or 0) - TIMEOUT / 3))
+        time.sleep(max(0.0, (seconds_left() or 0) - TIMEOUT_S / 3))
         assert made._sock.recv(100) == b"+1\r\n"
     made._sock.sendall(b"PING\r\n")
     assert made._sock.recv(100) == b"+2\r\n"
@@ -497,8 +493,8 @@ def test_what_an_operation_had_left_is_no_timeout_of_the_next_without_a_deadline
 
 
 def test_connection_keeps_its_own_timeouts(listen: Listen) -> None:
-    """They are only lent to the deadline while it connects, also if that fails."""
-    name, words = listen(prompt)
+    """The deadline replaces the timeouts only during the connect, even if the connect fails."""
+    name, words = listen(answer_at_once)
     made = connection(redis, name, **words)
     before = made.socket_timeout, getattr(made, "socket_connect_timeout", None)
     with deadline(10):
@@ -509,30 +505,30 @@ def test_connection_keeps_its_own_timeouts(listen: Listen) -> None:
     bad = connection(redis, "UnixDomainSocketConnection", path="/nowhere")
     with deadline(10), pytest.raises(OSError, match="No such file"):
         bad._connect()
-    assert bad.socket_timeout == PATIENCE
+    assert bad.socket_timeout == CONNECTION_TIMEOUT_S
 
 
-def test_looking_for_more_does_not_wait(listen: Listen) -> None:
-    """Pools look whether a connection is in order before they give it away: within a deadline, and without one."""
+def test_check_for_more_answers_does_not_wait(listen: Listen) -> None:
+    """Pools check connections before use, within a deadline and without one."""
 
-    def says_more(peer: socket.socket) -> None:
+    def send_more(peer: socket.socket) -> None:
         peer.recv(65536)
         peer.sendall(b"+1\r\n")
         peer.recv(65536)
         peer.sendall(b"+2\r\n")
 
-    name, words = listen(says_more)
+    name, words = listen(send_more)
     made = connection(redis, name, **words)
     if "protocol" in inspect.signature(redis.Connection).parameters or redis.VERSION >= (5, 0):
         made.protocol = 2
-    for meant in (deadline(10), contextlib.nullcontext()):
-        with meant:
+    for block in (deadline(10), contextlib.nullcontext()):
+        with block:
             made._sock = made._connect()
             made._parser.on_connect(made)
             began = time.monotonic()
             for _ in range(3):
                 assert not made.can_read(timeout=0)
-            assert time.monotonic() - began < TIMEOUT + MORE
+            assert time.monotonic() - began < TIMEOUT_S + TOLERANCE_S
             made._sock.sendall(b"PING\r\n")
             until = time.monotonic() + 10
             while not made.can_read(timeout=0):
@@ -543,24 +539,24 @@ def test_looking_for_more_does_not_wait(listen: Listen) -> None:
         made.disconnect()
 
 
-class TestSeconds:
-    """How much is left."""
+class TestSecondsLeft:
+    """The seconds left of a deadline."""
 
     @pytest.fixture(autouse=True)
     def now(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        """A clock that stands still."""
+        """Return the time of a clock that stands still."""
         now = [100.0]
         monkeypatch.setattr(deadline_module, "monotonic", lambda: now[0])
         return now
 
-    def test_without_a_deadline_nothing_is_said(self) -> None:
-        """There is none, or none is wanted."""
+    def test_without_a_deadline_there_are_no_seconds(self) -> None:
+        """There is either no deadline, or one of None."""
         assert seconds_left() is None
         with deadline(None):
             assert seconds_left() is None
 
-    def test_what_is_left_shrinks_to_nothing(self, now: list[float]) -> None:
-        """And not below."""
+    def test_rest_shrinks_to_zero(self, now: list[float]) -> None:
+        """The rest never becomes negative."""
         with deadline(2.0):
             assert seconds_left() == 2.0
             now[0] += 1.5
@@ -571,7 +567,7 @@ class TestSeconds:
 
     @pytest.mark.parametrize("inner", [1.0, 5.0, None])
     def test_inner_deadline_counts_until_it_ends(self, now: list[float], inner: float | None) -> None:
-        """What is done within an operation says itself how long it may take; afterwards the outer one goes on."""
+        """An inner operation has its own deadline. Afterwards, the outer one continues."""
         with deadline(2.0):
             with deadline(inner):
                 assert seconds_left() == inner
@@ -579,13 +575,13 @@ class TestSeconds:
             assert seconds_left() == 1.5
 
     def test_error_ends_the_deadline(self) -> None:
-        """The next operation is not to be stopped by it."""
+        """The deadline does not affect the next operation."""
         with contextlib.suppress(KeyError), deadline(1.0):
             raise KeyError
         assert seconds_left() is None
 
     def test_deadline_is_of_one_thread(self) -> None:
-        """Another one has its own, or none."""
+        """Another thread has its own deadline, or none."""
         seen: list[float | None] = []
         with deadline(1.0):
             thread = threading.Thread(target=lambda: seen.append(seconds_left()))
@@ -594,24 +590,24 @@ class TestSeconds:
         assert seen == [None]
 
 
-class TestClass:
-    """What kind of connection it is."""
+class TestConnectionClass:
+    """The class of connections that keep deadlines."""
 
-    def test_class_is_made_once(self) -> None:
-        """Pools of one server are equal, so that they count as one."""
+    def test_class_is_created_once(self) -> None:
+        """Pools of one server have equal arguments, so they are shared."""
         assert keep_deadlines(redis.Connection) is keep_deadlines(redis.Connection)
         assert keep_deadlines(redis.Connection) is not keep_deadlines(redis.Connection, 1.0)
         assert keep_deadlines(redis.Connection) is not keep_deadlines(redis.UnixDomainSocketConnection)
 
-    def test_class_is_like_the_one_it_was_made_from(self, tmp_path: Path) -> None:
-        """Somebody's own connection goes on doing what it does, and is called what it was called."""
+    def test_class_keeps_behaviour_and_name_of_its_base(self, tmp_path: Path) -> None:
+        """A connection class of an application keeps its behaviour and its name."""
         seen = []
 
         class Traced(redis.UnixDomainSocketConnection):
-            """Somebody's own."""
+            """Connection class of an application."""
 
             def on_connect(self) -> None:
-                """Say so."""
+                """Record the connect."""
                 seen.append("connected")
 
             def _connect(self) -> Any:
@@ -621,13 +617,13 @@ class TestClass:
         kind = keep_deadlines(Traced)
         assert issubclass(kind, Traced)
         assert kind.__name__ == "Traced"
-        with pytest.raises(redis.ConnectionError), deadline(TIMEOUT):
+        with pytest.raises(redis.ConnectionError), deadline(TIMEOUT_S):
             kind(path=str(tmp_path / "nobody"), socket_timeout=1, **ONCE).connect()
         assert seen == ["connecting"]
 
 
-def test_nothing_is_sent_once_the_deadline_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has given up a failure must not find it counted: what is not sent is not done either."""
+def test_no_command_is_sent_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure that a call gave up must not be counted later. A command that is not sent is not executed."""
     now = [100.0]
     monkeypatch.setattr(deadline_module, "monotonic", lambda: now[0])
     near, far = socket.socketpair()
@@ -637,7 +633,9 @@ def test_nothing_is_sent_once_the_deadline_has_passed(monkeypatch: pytest.Monkey
         with deadline(1.0):
             now[0] += 1.0
             late.sendall(b"a little late")
-            assert seconds_left() == pytest.approx(deadline_module.SEND_GRACE_S), "it was this process that was slow"
+            assert seconds_left() == pytest.approx(deadline_module.SEND_GRACE_S), (
+                "the process was slow, so the command gets a grace"
+            )
             assert far.recv(100) == b"a little late"
             now[0] += deadline_module.SEND_GRACE_S
             with pytest.raises(TimeoutError):
@@ -646,25 +644,25 @@ def test_nothing_is_sent_once_the_deadline_has_passed(monkeypatch: pytest.Monkey
             far.recv(1)
 
 
-def test_connection_without_a_word_for_credentials_is_given_none(server: PrivateServer) -> None:
-    """Older libraries have no providers; what they have is taken for each connection."""
+def test_connection_without_an_attribute_for_a_credential_gets_none(server: PrivateServer) -> None:
+    """Older libraries have no providers, so each connection takes the credentials as arguments."""
 
-    class Older(redis.UnixDomainSocketConnection):
-        """Forgets what it does not know."""
+    class OlderConnection(redis.UnixDomainSocketConnection):
+        """Connection class without an attribute for one of the credentials."""
 
         def __getattribute__(self, name: str) -> Any:
             if name == "nickname":
                 raise AttributeError
             return super().__getattribute__(name)
 
-    class Present:
-        """As they are now."""
+    class ProviderCredentials:
+        """Credentials of a provider."""
 
-        def now(self) -> dict[str, Any]:
-            """The same each time."""
+        def read_credentials(self) -> dict[str, Any]:
+            """Return the same credentials each time."""
             return {"nickname": "shop", "username": None}
 
-    made = keep_deadlines(Older)(path=server.unix_socket, credentials=Present())
+    made = keep_deadlines(OlderConnection)(path=server.unix_socket, credentials=ProviderCredentials())
     made.connect()
     assert "nickname" not in vars(made)
     made.disconnect()

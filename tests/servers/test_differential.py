@@ -1,7 +1,7 @@
-"""The carriers agree: the scripts, the transactions and the model in memory say the same, record for record.
+"""Differential test: scripts, transactions and the model in memory give the same results, record for record.
 
-A server's clock cannot be moved, so the Python definition is asked what it would have said at the instant that the
-server's answer names.
+The clock of a server cannot be set. So the Python definition is evaluated for the instant that the server's reply
+contains.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ from tests.support.records import (
 )
 from tests.support.selection import examples
 
-# The server is shared by all examples: each has a namespace of its own.
-# Pure model: one Python is as good as another, and the README's tests run it on every server.
+# The server is shared by all examples, and each example has its own namespace.
 pytestmark = pytest.mark.slow
 
 thorough = settings(
@@ -55,17 +54,17 @@ thorough = settings(
 )
 
 
-#: How much the server's clock moves on within one transaction, before Redis 7, and is then found, milliseconds.
+#: Advance of the server's clock within one transaction, milliseconds. Before Redis 7, a read shows the advance.
 CLOCK_MS = 50
 
 
 @dataclass
-class Bench:
-    """Carriers to be compared.
+class EngineSet:
+    """Engines that are compared.
 
     Attributes:
-        plain: A client that does not decode, to look at the keys.
-        makes: How to make each carrier: of the keys, and of a TTL if there is one.
+        plain: Client that does not decode, for reading the keys.
+        makes: Factories of the engines by name. Each takes the keys, and a TTL in milliseconds.
     """
 
     plain: Any
@@ -73,13 +72,13 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench_on(server: PrivateServer) -> Iterator[Bench]:
-    """Everything that carries a circuit on a real server."""
+def engines_on(server: PrivateServer) -> Iterator[EngineSet]:
+    """Yield the engines on a real server."""
     with (
         contextlib.closing(server.client()) as plain,
         contextlib.closing(server.client(decode_responses=True)) as texts,
     ):
-        yield Bench(
+        yield EngineSet(
             plain,
             {
                 "lua": lambda keys, ttl_ms=0: LuaEngine(plain, keys, ttl_ms=ttl_ms),
@@ -91,12 +90,12 @@ def bench_on(server: PrivateServer) -> Iterator[Bench]:
 
 
 @contextlib.contextmanager
-def bench_on_fakeredis() -> Iterator[Bench]:
-    """As users' own tests have it."""
-    home = fakeredis.FakeServer()
-    plain = fakeredis.FakeStrictRedis(server=home)
-    texts = fakeredis.FakeStrictRedis(server=home, decode_responses=True)
-    yield Bench(
+def engines_on_fakeredis() -> Iterator[EngineSet]:
+    """Yield the engines on fakeredis, as tests of applications use it."""
+    fake_server = fakeredis.FakeServer()
+    plain = fakeredis.FakeStrictRedis(server=fake_server)
+    texts = fakeredis.FakeStrictRedis(server=fake_server, decode_responses=True)
+    yield EngineSet(
         plain,
         {
             "optimistic": lambda keys, ttl_ms=0: TransactionEngine(plain, keys, ttl_ms),
@@ -106,33 +105,33 @@ def bench_on_fakeredis() -> Iterator[Bench]:
 
 
 @pytest.fixture
-def bench(every_server: PrivateServer) -> Iterator[Bench]:
-    """The carriers on each server at hand in turn."""
-    with bench_on(every_server) as bench:
-        yield bench
+def engine_set(every_server: PrivateServer) -> Iterator[EngineSet]:
+    """Yield the engines on each server found."""
+    with engines_on(every_server) as engine_set:
+        yield engine_set
 
 
 @pytest.fixture
-def fake_bench() -> Iterator[Bench]:
-    """The carriers on fakeredis."""
-    with bench_on_fakeredis() as bench:
-        yield bench
+def fake_engine_set() -> Iterator[EngineSet]:
+    """Yield the engines on fakeredis."""
+    with engines_on_fakeredis() as engine_set:
+        yield engine_set
 
 
 class SettableClock:
-    """A clock that shows what it was told."""
+    """Clock that tests set."""
 
     def __init__(self) -> None:
         self.now_ms = 0.0
 
     def __call__(self) -> float:
-        """Milliseconds since the epoch."""
+        """Return the time, in milliseconds since the epoch."""
         return self.now_ms
 
 
 @dataclass
 class Run:
-    """One carrier, and beside it the definition on paper and in memory."""
+    """One engine, with the definition on paper and in memory."""
 
     name: str
     engine: Engine
@@ -146,7 +145,7 @@ class Run:
     ttl_ms: int = 0
 
     def step(self, wish: Wish) -> bool:
-        """One intent, and everything compared; whether it was accepted."""
+        """Apply an intent everywhere, compare the results, and return whether the intent was accepted."""
         intent = Load() if self.known is None else wish.intent(self.known, self.clock.now_ms)
         before = deepcopy(self.paper.values), self.ends() if self.ttl_ms else {}
         reply = self.engine.execute(intent, self.known, self.state_if_missing)
@@ -159,25 +158,25 @@ class Run:
         assert (reply.accepted, reply.circuit) == (in_memory.accepted, in_memory.circuit), (self.name, intent)
         self.known = reply.circuit
         if self.ttl_ms:
-            self.check_ends(*before, looks=isinstance(intent, Load))
+            self.check_expiries(*before, is_read=isinstance(intent, Load))
         return reply.accepted
 
     def ends(self) -> dict[str, int | None]:
-        """When each of the keys expires, ms since the epoch; ``None``: never."""
+        """Return the expiry time of each key, in milliseconds since the epoch. ``None`` stands for no expiry."""
         with self.client.pipeline() as pipe:
             pipe.time()
             for key in self.keys:
                 pipe.pttl(key)
             (seconds, microseconds), *left = pipe.execute()
         now_ms = seconds * 1000 + microseconds // 1000
-        # -1: it has no end, -2: it is not there.
+        # A reply of -1 stands for no expiry, and -2 for a missing key.
         return {name: None if ms == -1 else now_ms + ms for name, ms in zip(VALUE_NAMES, left, strict=True) if ms != -2}
 
-    def check_ends(self, values: dict[str, Any], ends: dict[str, int | None], *, looks: bool) -> None:
-        """Whoever writes has all keys end together, not sooner than promised; whoever does not leaves that alone."""
+    def check_expiries(self, values: dict[str, Any], ends: dict[str, int | None], *, is_read: bool) -> None:
+        """Assert that a write sets one expiry for all keys, as late as promised, and that other operations set none."""
         after = self.ends()
         written = values != self.paper.values
-        if not written and not (looks and ends["state"] is None):
+        if not written and not (is_read and ends["state"] is None):
             assert after.keys() == ends.keys()
             for name, end in ends.items():
                 assert end == after[name] or abs((end or 0) - (after[name] or 0)) <= CLOCK_MS, (self.name, name)
@@ -189,8 +188,8 @@ class Run:
             assert promised - CLOCK_MS <= end <= promised + TTL_RENEWAL_MARGIN_MS + CLOCK_MS, (self.name, name)
         assert max(after.values()) - min(after.values()) <= CLOCK_MS, self.name  # type: ignore[operator,type-var]
 
-    def age(self) -> None:
-        """As if nobody had written for some time: all keys are nearer to their end, by the same instant."""
+    def shorten_expiry(self) -> None:
+        """Move the expiry of all keys nearer, by the same time, as if no process had written for a while."""
         with self.client.pipeline() as pipe:
             end = min((end for end in self.ends().values() if end is not None), default=None)
             for key in self.keys:
@@ -198,12 +197,12 @@ class Run:
             pipe.execute()
 
     def persist(self) -> None:
-        """As if somebody had written all of it who knows of no TTL."""
+        """Remove the expiry of all keys, as writes of a process without a TTL do."""
         for key in self.keys:
             self.client.persist(key)
 
     def let_lease_run_out(self) -> None:
-        """As if 30 seconds had passed for the prober, who is dead."""
+        """Let the lease end, as if its holder had died 30 seconds ago."""
         if self.known is None or not self.known.probe_token:
             return
         self.known = replace(self.known, probe_until_ms=1)
@@ -215,21 +214,21 @@ class Run:
         mark["probe_until_ms"] = b"1"
 
     def flush_scripts(self) -> None:
-        """As an operator may at any time."""
+        """Flush the scripts, as an operator may at any time."""
         with contextlib.suppress(redis.ResponseError):
             self.client.script_flush()
 
 
-def runs(bench: Bench, state_if_missing: str, ttl_ms: int = 0) -> list[Run]:
-    """A circuit of its own for each carrier."""
+def runs(engine_set: EngineSet, state_if_missing: str, ttl_ms: int = 0) -> list[Run]:
+    """Return a run for each engine, with a circuit of its own."""
     made = []
-    for name, make in bench.makes.items():
+    for name, make in engine_set.makes.items():
         keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
-        made.append(Run(name, make(keys, ttl_ms), bench.plain, keys, state_if_missing, ttl_ms=ttl_ms))
+        made.append(Run(name, make(keys, ttl_ms), engine_set.plain, keys, state_if_missing, ttl_ms=ttl_ms))
     return made
 
 
-#: Mostly intents; now and then something happens to the circuit.
+#: Mostly intents, with events of the circuit in between.
 histories = st.lists(
     st.one_of(*[wishes] * 12, st.just("the lease runs out"), st.just("the lease runs out"), st.just("SCRIPT FLUSH")),
     min_size=1,
@@ -237,18 +236,18 @@ histories = st.lists(
 )
 
 
-def live_through(bench: Bench, state_if_missing: str, history: list[Wish | str], ttl_ms: int = 0) -> None:
-    """The same history on every carrier, compared at every step."""
-    for run in runs(bench, state_if_missing, ttl_ms):
+def run_history(engine_set: EngineSet, state_if_missing: str, history: list[Wish | str], ttl_ms: int = 0) -> None:
+    """Run the same history on every engine, and compare after every step."""
+    for run in runs(engine_set, state_if_missing, ttl_ms):
         accepted = [run.step(Wish(Load))]
         for step in history:
             if isinstance(step, Wish):
                 accepted.append(run.step(step))
             elif step == "SCRIPT FLUSH":
                 run.flush_scripts()
-            elif step == "nobody writes":
-                run.age()
-            elif step == "somebody without a TTL writes":
+            elif step == "no writes":
+                run.shorten_expiry()
+            elif step == "a write without a TTL":
                 run.persist()
             else:
                 run.let_lease_run_out()
@@ -274,78 +273,78 @@ RECOVERY: list[Wish | str] = [
 @given(state_if_missing=states, history=histories)
 @example(state_if_missing=CLOSED, history=RECOVERY)
 @pytest.mark.sample
-def test_any_history_on_a_server_leaves_the_same_records_on_every_carrier(
-    bench: Bench, state_if_missing: str, history: list[Wish | str]
+def test_any_history_on_a_server_gives_the_same_records_with_every_engine(
+    engine_set: EngineSet, state_if_missing: str, history: list[Wish | str]
 ) -> None:
-    """Scripts, transactions and memory hold the same circuit; scripts and transactions the same five keys."""
-    live_through(bench, state_if_missing, history)
+    """Scripts, transactions and memory hold the same circuit. Scripts and transactions hold the same five keys."""
+    run_history(engine_set, state_if_missing, history)
 
 
 @thorough
 @given(state_if_missing=states, history=histories)
 @example(state_if_missing=CLOSED, history=RECOVERY)
-def test_any_history_on_fakeredis_leaves_the_same_records_on_every_carrier(
-    fake_bench: Bench, state_if_missing: str, history: list[Wish | str]
+def test_any_history_on_fakeredis_gives_the_same_records_with_every_engine(
+    fake_engine_set: EngineSet, state_if_missing: str, history: list[Wish | str]
 ) -> None:
-    """Users' own tests on fakeredis see what production will see."""
-    live_through(fake_bench, state_if_missing, history)
+    """Tests of applications on fakeredis show what a server would show."""
+    run_history(fake_engine_set, state_if_missing, history)
 
 
-#: A day is what a circuit that is not closed lives for at least: one TTL is shorter, one longer.
+#: A circuit that is not closed stays for at least a day. One TTL is shorter, and one is longer.
 ttls = st.sampled_from([60_000, 2 * 24 * 3600 * 1000])
-ageing = st.lists(
-    st.one_of(*[wishes] * 6, *map(st.just, ["nobody writes", "nobody writes", "somebody without a TTL writes"])),
+histories_with_expiry = st.lists(
+    st.one_of(*[wishes] * 6, *map(st.just, ["no writes", "no writes", "a write without a TTL"])),
     min_size=1,
     max_size=12,
 )
-with_ttl = given(state_if_missing=states, history=ageing, ttl_ms=ttls)
+with_ttl = given(state_if_missing=states, history=histories_with_expiry, ttl_ms=ttls)
 
 
 @settings(thorough, max_examples=examples(40))
 @with_ttl
 @example(state_if_missing=CLOSED, history=RECOVERY, ttl_ms=60_000)
-@example(state_if_missing=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
-def test_any_history_with_a_ttl_on_a_server_ends_all_keys_together(
-    bench: Bench, state_if_missing: str, history: list[Wish | str], ttl_ms: int
+@example(state_if_missing=CLOSED, history=[Wish(Trip), "a write without a TTL", Wish(Load)], ttl_ms=60_000)
+def test_any_history_with_a_ttl_on_a_server_gives_all_keys_one_expiry(
+    engine_set: EngineSet, state_if_missing: str, history: list[Wish | str], ttl_ms: int
 ) -> None:
-    """The same records again; besides, who writes renews the TTL of all five keys, and who is refused of none."""
-    live_through(bench, state_if_missing, history, ttl_ms)
+    """Each write renews the TTL of all five keys, and a refused intent renews none."""
+    run_history(engine_set, state_if_missing, history, ttl_ms)
 
 
 @settings(thorough, max_examples=examples(40))
 @with_ttl
-@example(state_if_missing=CLOSED, history=[Wish(Trip), "somebody without a TTL writes", Wish(Load)], ttl_ms=60_000)
-def test_any_history_with_a_ttl_on_fakeredis_ends_all_keys_together(
-    fake_bench: Bench, state_if_missing: str, history: list[Wish | str], ttl_ms: int
+@example(state_if_missing=CLOSED, history=[Wish(Trip), "a write without a TTL", Wish(Load)], ttl_ms=60_000)
+def test_any_history_with_a_ttl_on_fakeredis_gives_all_keys_one_expiry(
+    fake_engine_set: EngineSet, state_if_missing: str, history: list[Wish | str], ttl_ms: int
 ) -> None:
-    """The same on fakeredis."""
-    live_through(fake_bench, state_if_missing, history, ttl_ms)
+    """On fakeredis, writes and refusals renew TTLs alike."""
+    run_history(fake_engine_set, state_if_missing, history, ttl_ms)
 
 
 def now_of(client: Any) -> int:
-    """The server's time in milliseconds."""
+    """Return the server's time, in milliseconds."""
     seconds, microseconds = client.time()
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
-def repair(bench: Bench, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish) -> list[str]:
-    """The same damage on every carrier; what each makes of it, compared with the definition, and said in short."""
-    became = []
-    for name, make in bench.makes.items():
+def repair(engine_set: EngineSet, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish) -> list[str]:
+    """Damage a record of every engine alike, compare each repair with the definition, and return short descriptions."""
+    results = []
+    for name, make in engine_set.makes.items():
         keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
         engine = make(keys)
-        laid_at = now_of(bench.plain)
+        laid_at = now_of(engine_set.plain)
         values, circuit = laid(content, laid_at), known(laid_at)
-        lay(bench.plain, keys, values)
+        lay(engine_set.plain, keys, values)
         intent = wish.intent(circuit or Circuit(), laid_at)
         reply = engine.execute(intent, circuit, state_if_missing)
         paper = Paper(dict(values), reply.now_ms)
         assert reply == paper.execute(intent, circuit, state_if_missing), name
-        assert found(bench.plain, keys) == paper.values, name
+        assert found(engine_set.plain, keys) == paper.values, name
         again = engine.execute(Load(), reply.circuit, state_if_missing)
         assert (again.circuit, again.event) == (reply.circuit, ""), f"{name}: still damaged after the repair"
-        became.append(f"{reply.event.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
-    return became
+        results.append(f"{reply.event.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
+    return results
 
 
 damage = given(content=contents, known=known_circuits(), state_if_missing=states, wish=wishes)
@@ -353,23 +352,23 @@ damage = given(content=contents, known=known_circuits(), state_if_missing=states
 
 @thorough
 @damage
-def test_any_damage_on_a_server_is_repaired_alike_by_every_carrier(
-    bench: Bench, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish
+def test_any_damage_on_a_server_is_repaired_alike_by_every_engine(
+    engine_set: EngineSet, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish
 ) -> None:
-    """Whatever lies in the keys and whatever the process knew: one rule, and what it leaves behind is sound."""
-    event(repair(bench, content, known, state_if_missing, wish)[0])
+    """Whatever the keys contain and the process has cached, one rule decides, and the repaired record is intact."""
+    event(repair(engine_set, content, known, state_if_missing, wish)[0])
 
 
 @thorough
 @damage
-def test_any_damage_on_fakeredis_is_repaired_alike_by_every_carrier(
-    fake_bench: Bench, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish
+def test_any_damage_on_fakeredis_is_repaired_alike_by_every_engine(
+    fake_engine_set: EngineSet, content: dict[str, Any], known: Any, state_if_missing: str, wish: Wish
 ) -> None:
-    """The same on fakeredis."""
-    event(repair(fake_bench, content, known, state_if_missing, wish)[0])
+    """On fakeredis, the same rule repairs a record."""
+    event(repair(fake_engine_set, content, known, state_if_missing, wish)[0])
 
 
-#: A generation 3 that was opened 70 s ago and is now half-open, its prober alive for 30 s more.
+#: A record of generation 3, opened 70 s ago and now half-open. Its prober holds a lease of 30 more seconds.
 PROBED = {
     "state": b"half-open",
     "fail_counter": b"5",
@@ -386,17 +385,17 @@ PROBED = {
 
 
 def probed(**fields: Any) -> dict[str, Any]:
-    """`PROBED` with other fields in its hash."""
+    """Return `PROBED` with other fields in its hash."""
     return {**PROBED, "circuit": {**PROBED["circuit"], **fields}}  # type: ignore[dict-item]
 
 
 def opened(**values: Any) -> dict[str, Any]:
-    """An open circuit of generation 3 with other values."""
+    """Return an open record of generation 3 with other values."""
     mark = {"generation": b"3", "state": b"open", "opened_at_ms": Ago(70_000, 1)}
     return {**PROBED, "state": b"open", "circuit": mark, **values}
 
 
-#: One record for each rule that random ones meet too seldom, and what must become of it.
+#: A record for each rule that random records meet too seldom, with the expected result.
 RULES: dict[str, tuple[dict[str, Any], Wish, dict[str, Any]]] = {
     "live probe is kept": (PROBED, Wish(Load), {"generation": 3, "probe_token": "a0"}),
     "lease longer than any is over": (probed(probe_until_ms=Ago(-(10**9), 1)), Wish(Load), {"probe_until_ms": 0}),
@@ -433,10 +432,10 @@ RULES: dict[str, tuple[dict[str, Any], Wish, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.sample
-def test_rule_that_is_seldom_met_is_kept_by_every_carrier(bench: Bench, fake_bench: Bench, rule: str) -> None:
-    """Each rule of the record, one by one, on scripts and on transactions."""
+def test_rare_rule_holds_for_every_engine(engine_set: EngineSet, fake_engine_set: EngineSet, rule: str) -> None:
+    """Each rule of the record holds for scripts and for transactions."""
     content, wish, expected = RULES[rule]
-    for some in (bench, fake_bench):
+    for some in (engine_set, fake_engine_set):
         repair(some, content, lambda _: None, CLOSED, wish)
         for make in some.makes.values():
             keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
@@ -445,8 +444,8 @@ def test_rule_that_is_seldom_met_is_kept_by_every_carrier(bench: Bench, fake_ben
             assert {name: getattr(circuit, name) for name in expected} == expected
 
 
-#: What a process knows that has seen a later record than the server has, and what must become of it.
-LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+#: Cached records that are later than that of the server, with the expected results.
+LOST_WRITES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "recovery, of a probe": (PROBED, {"state": CLOSED, "generation": 4}, {"generation": 5, "probe_token": ""}),
     "recovery, of a spell": (
         opened(),
@@ -464,18 +463,18 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("left_ms", [-50, 400, 10**7])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_lost_write_is_made_good_alike_by_every_carrier(
-    bench: Bench, fake_bench: Bench, loss: str, left_ms: int
+@pytest.mark.parametrize("loss", LOST_WRITES)
+def test_lost_write_is_restored_alike_by_every_engine(
+    engine_set: EngineSet, fake_engine_set: EngineSet, loss: str, left_ms: int
 ) -> None:
-    """Each transition that a failover or a snapshot may lose, with any rest of the lease that the process knows."""
-    content, words, expected = LOSSES[loss]
+    """A failover or a snapshot may lose each transition, with any rest of the cached lease."""
+    content, words, expected = LOST_WRITES[loss]
 
     def known(now_ms: int) -> Circuit:
         until_ms = now_ms + left_ms if "probe_token" in words else 0
         return Circuit(**{"opened_at_ms": now_ms - 70_000, "probe_until_ms": until_ms, **words})
 
-    for some in (bench, fake_bench):
+    for some in (engine_set, fake_engine_set):
         repair(some, content, known, CLOSED, Wish(Load))
         for make in some.makes.values():
             keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
@@ -487,28 +486,28 @@ def test_lost_write_is_made_good_alike_by_every_carrier(
 
 
 @pytest.mark.parametrize("unit", [1, 1000])
-def test_opening_time_in_the_future_is_now_on_every_carrier(bench: Bench, unit: int) -> None:
-    """A clock that was ahead is worth nothing, whichever of the two times says so."""
+def test_opening_time_in_the_future_is_now_with_every_engine(engine_set: EngineSet, unit: int) -> None:
+    """The record of a clock that was ahead is not trusted, whichever of its two times shows the lead."""
     content = opened(opened_at=Ago(-3_600_000, 1000))
     if unit == 1:
         content["circuit"] = {**content["circuit"], "opened_at_ms": Ago(-3_600_000, 1)}
-    for name, make in bench.makes.items():
+    for name, make in engine_set.makes.items():
         keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
-        lay(bench.plain, keys, laid(content, now_of(bench.plain)))
+        lay(engine_set.plain, keys, laid(content, now_of(engine_set.plain)))
         reply = make(keys).execute(Load(), None, CLOSED)
         assert reply.circuit.opened_at_ms == reply.now_ms, name
-        repair(bench, content, lambda _: None, CLOSED, Wish(Load))
+        repair(engine_set, content, lambda _: None, CLOSED, Wish(Load))
 
 
-def test_lease_ends_to_the_millisecond_on_every_carrier(bench: Bench) -> None:
-    """A probe is refused before the end of the lease and granted from that millisecond on."""
-    for name, make in bench.makes.items():
+def test_lease_ends_to_the_millisecond_with_every_engine(engine_set: EngineSet) -> None:
+    """A probe is refused before the end of the lease, and granted from that millisecond on."""
+    for name, make in engine_set.makes.items():
         granted_at = set()
-        # A slow machine is not there yet when little is left.
+        # With a short lead, a slow machine would be too late.
         for lead in range(2, 32):
             keys = circuit_keys(fresh_namespace(), needs_one_slot=False)
-            until = now_of(bench.plain) + lead
-            lay(bench.plain, keys, laid(probed(probe_until_ms=b"%d" % until), until))
+            until = now_of(engine_set.plain) + lead
+            lay(engine_set.plain, keys, laid(probed(probe_until_ms=b"%d" % until), until))
             engine = make(keys)
             reply = engine.execute(ClaimProbe(3, "b1", LEASE_MS), None, CLOSED)
             while not reply.accepted:
@@ -519,9 +518,9 @@ def test_lease_ends_to_the_millisecond_on_every_carrier(bench: Bench) -> None:
         assert 0 in granted_at, name
 
 
-def test_half_open_circuit_is_reached_by_recovery(bench: Bench) -> None:
-    """The example that the histories are seeded with goes where it is meant to go."""
-    for run in runs(bench, CLOSED):
+def test_seeded_history_reaches_half_open(engine_set: EngineSet) -> None:
+    """The example that seeds the histories reaches the intended states."""
+    for run in runs(engine_set, CLOSED):
         seen = []
         run.step(Wish(Load))
         for step in RECOVERY:

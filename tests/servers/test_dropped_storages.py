@@ -1,4 +1,4 @@
-"""Storages that are dropped leave nothing behind, however many there were."""
+"""Dropped storages: any number of them leaves no memory behind."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.wait import wait_for
 
-#: Storages that are made and dropped.
+#: Number of storages that are created and dropped.
 STORAGES = 1000
-#: Bytes that each may leave behind; tables that grow in steps account for these.
-LEFT_MAX = 20
+#: Bytes that each storage may leave behind. Tables that grow in steps account for them.
+LEFT_MAX_BYTES = 20
 
-#: Where memory of this package is allocated: here, in weak collections, and in named tuples.
-_OURS = [tracemalloc.Filter(True, pattern) for pattern in ("*/pybreaker_redis/*", "*weakref*", "<string>")]
+#: Origins of this package's memory: its modules, weak collections, and named tuples.
+_OWN_MEMORY = [tracemalloc.Filter(True, pattern) for pattern in ("*/pybreaker_redis/*", "*weakref*", "<string>")]
 
 
 def use(storage: Any) -> None:
-    """Make calls with all that a call leaves for the next one."""
+    """Make calls, so that the storage has everything that a call leaves for the next one."""
     breaker = CircuitBreaker(state_storage=storage)
     assert breaker.call(up) == up()
     with contextlib.suppress(Down):
@@ -35,36 +35,41 @@ def use(storage: Any) -> None:
     assert breaker.call(up) == up()
 
 
-def left_by(make: Callable[[], Any]) -> None:
-    """Make, use and drop storages; assert that they leave nothing behind, as soon as listeners have tidied up."""
+def assert_nothing_left_by(make: Callable[[], Any]) -> None:
+    """Create, use and drop storages.
+
+    Assert that they leave no memory behind, as soon as listeners have removed them.
+    """
 
     def drop_many() -> None:
         for _ in range(STORAGES):
             use(make())
 
-    def held() -> int:
+    def held_bytes() -> int:
         gc.collect()
-        return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(_OURS).traces)
+        return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(_OWN_MEMORY).traces)
 
     tracemalloc.start()
     try:
-        # Tables have their size after this.
+        # The tables reach their size here.
         drop_many()
-        before = held()
+        before = held_bytes()
         drop_many()
-        wait_for(lambda: held() - before < LEFT_MAX * STORAGES, "little is left of the dropped storages")
+        wait_for(lambda: held_bytes() - before < LEFT_MAX_BYTES * STORAGES, "the release of dropped storages")
     finally:
         tracemalloc.stop()
 
 
 def test_dropped_memory_storages_leave_nothing_behind() -> None:
-    """Tests make one for each test, and some applications one for each tenant."""
-    left_by(lambda: CircuitMemoryStorage("closed"))
+    """Tests create a storage each, and some applications create one for each tenant."""
+    assert_nothing_left_by(lambda: CircuitMemoryStorage("closed"))
 
 
 @pytest.mark.parametrize("circuits", [1, STORAGES], ids=["one circuit", "many circuits"])
 def test_dropped_redis_storages_leave_nothing_behind(server: PrivateServer, circuits: int) -> None:
-    """Listeners, servers and the list of storages of one circuit forget them."""
+    """Listeners, servers and the list of storages of one circuit drop their references."""
     numbers = itertools.count()
     with contextlib.closing(server.client()) as client:
-        left_by(lambda: CircuitRedisStorage("closed", client, f"dropped-{next(numbers) % circuits}", timeout=10))
+        assert_nothing_left_by(
+            lambda: CircuitRedisStorage("closed", client, f"dropped-{next(numbers) % circuits}", timeout=10)
+        )

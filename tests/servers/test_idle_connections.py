@@ -1,4 +1,4 @@
-"""Connections that were not used for a while, and those that turn out to be gone when they are used again."""
+"""Idle connections: those unused for a while, and those that turn out to be lost when they are used again."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 @pytest.fixture
 def balancer(server: PrivateServer) -> Iterator[Proxy]:
-    """Between the process and the server."""
+    """Yield a proxy between the process and the server."""
     with contextlib.closing(Proxy(server.unix_socket)) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds by which connections have grown older than they look."""
+def added_age(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the seconds by which idle connections appear older."""
     shift = [0.0]
     monkeypatch.setattr(deadline, "monotonic", lambda: time.monotonic() + shift[0])
     return shift
 
 
-def guarded(balancer: Proxy, **words: Any) -> pybreaker.CircuitBreaker:
-    """A breaker that has made a call, and asks at every look."""
-    client = redis.Redis(port=balancer.port, **words)
+def guarded_breaker(balancer: Proxy, **options: Any) -> pybreaker.CircuitBreaker:
+    """Return a breaker that has made a call, and reads the circuit each time."""
+    client = redis.Redis(port=balancer.port, **options)
     storage = CircuitRedisStorage("closed", client, namespace="idle", max_staleness=0, timeout=1.0)
     breaker = pybreaker.CircuitBreaker(fail_max=9, state_storage=storage)
     breaker.call(up)
@@ -50,44 +50,44 @@ def guarded(balancer: Proxy, **words: Any) -> pybreaker.CircuitBreaker:
 
 
 def fails(breaker: pybreaker.CircuitBreaker) -> None:
-    """A call that fails."""
+    """Make a call that fails."""
     with pytest.raises(Down):
         breaker.call(down)
 
 
-def outages(caplog: pytest.LogCaptureFixture, balancer: Proxy) -> list[str]:
-    """Lines about one."""
+def outage_lines(caplog: pytest.LogCaptureFixture, balancer: Proxy) -> list[str]:
+    """Return the log lines about outages."""
     return messages_of(caplog, balancer, "circuit 'idle'", level=logging.INFO)
 
 
 @pytest.mark.parametrize(
-    ("words", "seconds"), [({}, IDLE_MAX_S), ({"health_check_interval": 5}, 5), ({"health_check_interval": 60}, 30)]
+    ("options", "seconds"), [({}, IDLE_MAX_S), ({"health_check_interval": 5}, 5), ({"health_check_interval": 60}, 30)]
 )
-def test_connection_that_was_idle_for_long_is_not_used_again(  # noqa: PLR0917
-    words: dict[str, Any],
+def test_connection_beyond_the_idle_limit_is_not_used_again(  # noqa: PLR0917
+    options: dict[str, Any],
     seconds: float,
     balancer: Proxy,
-    later: list[float],
+    added_age: list[float],
     client: redis.Redis,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A load balancer may have dropped it silently: what is sent on it is never answered."""
-    breaker = guarded(balancer, **words)
+    """A load balancer may have dropped the connection silently, and would never answer."""
+    breaker = guarded_breaker(balancer, **options)
     balancer.forget()
-    later[0] += seconds + 0.1
+    added_age[0] += seconds + 0.1
     fails(breaker)
     assert client.get("idle:pybreaker:fail_counter") == b"1"
-    assert outages(caplog, balancer) == []
+    assert outage_lines(caplog, balancer) == []
 
 
-def test_connection_that_was_idle_for_less_is_used_again(
-    balancer: Proxy, later: list[float], client: redis.Redis
+def test_connection_below_the_idle_limit_is_used_again(
+    balancer: Proxy, added_age: list[float], client: redis.Redis
 ) -> None:
-    """To connect takes round trips."""
-    breaker = guarded(balancer)
+    """A connect costs round trips."""
+    breaker = guarded_breaker(balancer)
     before = client.info("stats")["total_connections_received"]
     for _ in range(3):
-        later[0] += IDLE_MAX_S - 5
+        added_age[0] += IDLE_MAX_S - 5
         breaker.call(up)
     assert client.info("stats")["total_connections_received"] == before
 
@@ -96,45 +96,45 @@ def test_connection_that_was_idle_for_less_is_used_again(
 def test_reused_connection_that_is_reset_at_once_is_no_outage(
     state: str, balancer: Proxy, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A balancer that answers with a reset has passed nothing on: a look or a claim is made once more."""
-    breaker = guarded(balancer)
+    """A balancer that answers with a reset has forwarded nothing. A read or a claim is sent again."""
+    breaker = guarded_breaker(balancer)
     breaker.reset_timeout = 0
     if state == "open":
         breaker.open()
     balancer.doomed = 1
     assert breaker.call(up) == "answer"
     assert client.get("idle:pybreaker:state") == b"closed"
-    assert outages(caplog, balancer) == []
+    assert outage_lines(caplog, balancer) == []
 
 
 def test_second_reset_is_an_outage(balancer: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """Who hangs up on new connections, too, is away."""
-    breaker = guarded(balancer)
+    """A server that also closes new connections is unreachable."""
+    breaker = guarded_breaker(balancer)
     caplog.set_level(logging.INFO, "pybreaker_redis")
     balancer.doomed = 2
     assert breaker.call(up) == "answer"
-    assert "is away" in outages(caplog, balancer)[0]
-    wait_for(lambda: "is back" in outages(caplog, balancer)[-1], "it is back")
+    assert "is away" in outage_lines(caplog, balancer)[0]
+    wait_for(lambda: "is back" in outage_lines(caplog, balancer)[-1], "the end of the outage")
 
 
-def test_report_without_an_answer_is_not_simply_made_twice(
+def test_report_without_an_answer_is_not_sent_twice(
     balancer: Proxy, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failure that was sent may have been counted: it is brought back as after any outage."""
-    breaker = guarded(balancer)
+    """The sent failure may have been counted, so it is reported like a failure of an outage."""
+    breaker = guarded_breaker(balancer)
 
-    def dooms() -> None:
+    def reset_and_fail() -> None:
         balancer.doomed = 1
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(dooms)
-    assert "is away" in outages(caplog, balancer)[0]
-    wait_for(lambda: client.get("idle:pybreaker:fail_counter") == b"1", "it is counted")
+        breaker.call(reset_and_fail)
+    assert "is away" in outage_lines(caplog, balancer)[0]
+    wait_for(lambda: client.get("idle:pybreaker:fail_counter") == b"1", "the counted failure")
 
 
-class Torn:
-    """A socket whose peer has gone when something is sent."""
+class BrokenSocket:
+    """Socket with a closed peer."""
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
@@ -143,47 +143,47 @@ class Torn:
         return getattr(self.wrapped, name)
 
     def sendall(self, *arguments: Any) -> None:
-        """Nothing of it arrives."""
+        """Raise, because nothing can be sent."""
         raise BrokenPipeError
 
 
-def test_report_that_could_not_be_sent_is_made_once_more(
+def test_report_that_could_not_be_sent_is_sent_again(
     balancer: Proxy, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing was done, so it cannot be counted twice."""
-    breaker = guarded(balancer)
+    """Nothing was executed, so the failure cannot count twice."""
+    breaker = guarded_breaker(balancer)
 
-    def tears() -> None:
+    def break_and_fail() -> None:
         storage: Any = storage_of(breaker)
         (pool,) = pools_of(storage).values()
         for made in connections_of(pool):
-            wrap_socket(made._sock, Torn)
+            wrap_socket(made._sock, BrokenSocket)
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(tears)
+        breaker.call(break_and_fail)
     assert client.get("idle:pybreaker:fail_counter") == b"1"
-    assert outages(caplog, balancer) == []
+    assert outage_lines(caplog, balancer) == []
 
 
-def test_drop_is_of_an_operation_with_a_deadline() -> None:
-    """Without one nothing is tried again."""
+def test_lost_connection_is_noted_only_with_a_deadline() -> None:
+    """Without a deadline, no operation is repeated."""
     assert deadline.take_lost_connection() is None
     with deadline.deadline(1.0):
         assert deadline.take_lost_connection() is None
 
 
-class Ends:
-    """A socket that ends, or breaks."""
+class EndingSocket:
+    """Socket that ends or breaks."""
 
     def __init__(self, answer: bytes | Exception) -> None:
         self._answer = answer
 
     def settimeout(self, seconds: float | None) -> None:
-        """It does not wait."""
+        """Accept any timeout."""
 
     def recv(self, size: int) -> bytes:
-        """What there is."""
+        """Return the scripted answer, or raise the scripted error."""
         if isinstance(self._answer, Exception):
             raise self._answer
         return self._answer[:size]
@@ -192,11 +192,11 @@ class Ends:
 @pytest.mark.parametrize("answer", [b"", b"+OK", ConnectionResetError()], ids=["end", "answer", "reset"])
 @pytest.mark.parametrize("is_reused", [True, False])
 @pytest.mark.parametrize("has_deadline", [True, False])
-def test_drop_is_an_end_without_an_answer_of_a_reused_connection(
+def test_lost_connection_is_an_unanswered_end_of_a_reused_connection(
     answer: bytes | Exception, is_reused: bool, has_deadline: bool
 ) -> None:
-    """A new connection that ends is an outage, and so is one that ends in the middle of an answer."""
-    made = deadline.DeadlineSocket(Ends(answer), None, None)  # type: ignore[arg-type]
+    """A new connection that ends is an outage, and so is an end in the middle of an answer."""
+    made = deadline.DeadlineSocket(EndingSocket(answer), None, None)  # type: ignore[arg-type]
     made.is_reused = is_reused
     with deadline.deadline(1.0 if has_deadline else None):
         with contextlib.suppress(ConnectionResetError):
@@ -204,6 +204,6 @@ def test_drop_is_an_end_without_an_answer_of_a_reused_connection(
         expected = deadline.LostConnection.UNANSWERED if is_reused and has_deadline and answer != b"+OK" else None
         assert deadline.take_lost_connection() is expected
         if answer == b"+OK":
-            wrap_socket(made, lambda _: Ends(b""))
+            wrap_socket(made, lambda _: EndingSocket(b""))
             assert made.recv(10) == b""
             assert deadline.take_lost_connection() is None

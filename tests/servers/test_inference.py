@@ -1,4 +1,4 @@
-"""What pybreaker means is heard exactly, whoever else reads or writes at the same time."""
+"""Inference from an unmodified pybreaker: the storage recognises calls, whatever other callers do meanwhile."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Down(Exception):
 
 
 def up() -> str:
-    """A call to the healthy dependency."""
+    """Return the answer of a healthy dependency."""
     return "answer"
 
 
 def down() -> None:
-    """A call to the dead dependency."""
+    """Raise the error of a failed dependency."""
     raise Down
 
 
 def fail(breaker: CircuitBreaker, times: int = 1) -> None:
-    """Let calls fail, whatever the breaker makes of it."""
+    """Make calls that fail, whether the breaker raises or the dependency does."""
     for _ in range(times):
         with pytest.raises((Down, CircuitBreakerError)):
             breaker.call(down)
@@ -59,17 +59,17 @@ def fail(breaker: CircuitBreaker, times: int = 1) -> None:
 
 @pytest.fixture(params=["memory", "redis"])
 def storage_of(request: pytest.FixtureRequest, client: redis.Redis) -> Callable[..., Any]:
-    """Make a storage of a circuit; with Redis, each storage has the same circuit."""
+    """Return a factory of storages. With Redis, all its storages share a circuit."""
     if request.param == "memory":
-        return lambda state="closed", **words: CircuitMemoryStorage(state, **words)
-    return lambda state="closed", **words: CircuitRedisStorage(
-        state, client, namespace="adapter", max_staleness=0, **words
+        return lambda state="closed", **options: CircuitMemoryStorage(state, **options)
+    return lambda state="closed", **options: CircuitRedisStorage(
+        state, client, namespace="adapter", max_staleness=0, **options
     )
 
 
 @contextmanager
 def elsewhere(action: Callable[[], object]) -> Iterator[threading.Thread]:
-    """Run something in another thread, and see that it ends."""
+    """Run an action in another thread, and assert that the thread ends."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -88,26 +88,23 @@ def elsewhere(action: Callable[[], object]) -> Iterator[threading.Thread]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for something that has to happen."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.001)
 
 
 def in_thread(action: Callable[[], Any]) -> Any:
-    """The answer of something done in another thread."""
+    """Return the result of an action in another thread."""
     answers: list[Any] = []
     with elsewhere(lambda: answers.append(action())):
         pass
     return answers[0]
 
 
-# -- by hand -----------------------------------------------------------------------------------------------------------
-
-
 def test_both_resets_by_hand_close_nothing(storage_of):
-    """`reset_success_counter()` and `reset_counter()` in a row are only `close()` if `close()` asks for them."""
+    """The calls `reset_success_counter()` and `reset_counter()` in a row are a close only when `close()` makes them."""
     storage = storage_of("open")
     storage.increment_counter()
     storage.increment_success_counter()
@@ -117,7 +114,7 @@ def test_both_resets_by_hand_close_nothing(storage_of):
 
 
 def test_opened_at_and_reset_by_hand_open_nothing(storage_of):
-    """Setting `opened_at` and resetting the successes is only a trip if `open()` asks for it."""
+    """Setting `opened_at` and resetting the successes is a trip only when `open()` does both."""
     storage = storage_of()
     storage.opened_at = datetime.now(timezone.utc)
     storage.reset_success_counter()
@@ -125,7 +122,7 @@ def test_opened_at_and_reset_by_hand_open_nothing(storage_of):
 
 
 def test_reading_opened_at_and_reset_by_hand_claim_nothing(storage_of):
-    """Reading `opened_at` and resetting the successes is only a claim if an open state asks for it."""
+    """Reading `opened_at` and resetting the successes is a claim only when an open state does both."""
     storage = storage_of("open")
     assert storage.opened_at is not None
     storage.reset_success_counter()
@@ -133,7 +130,7 @@ def test_reading_opened_at_and_reset_by_hand_claim_nothing(storage_of):
 
 
 def test_count_and_reset_after_a_probe_by_hand_close_nothing(storage_of):
-    """Between two probes the successes may be read and reset without closing the circuit."""
+    """Between two probes, the successes may be read and reset without closing the circuit."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     breaker.call(up)
@@ -143,7 +140,7 @@ def test_count_and_reset_after_a_probe_by_hand_close_nothing(storage_of):
 
 
 def test_counting_by_hand_in_an_old_thread_counts(storage_of):
-    """By hand means by hand, also on a thread whose last call lies generations back."""
+    """A direct count is no report of a call, even generations after the last call of the thread."""
     storage = storage_of()
     breaker = CircuitBreaker(state_storage=storage)
     breaker.call(up)
@@ -156,7 +153,7 @@ def test_counting_by_hand_in_an_old_thread_counts(storage_of):
 
 
 def test_counting_by_hand_in_an_exception_handler_counts(storage_of):
-    """An exception in flight does not make a count by hand a report."""
+    """A direct count during an exception is no report of a call."""
     storage = storage_of("open")
     try:
         down()
@@ -166,7 +163,7 @@ def test_counting_by_hand_in_an_exception_handler_counts(storage_of):
 
 
 def test_counting_by_hand_in_a_guarded_function_counts(storage_of):
-    """What the function asks of the storage is the function's, not the call's that it is made in."""
+    """The guarded function's own use of the storage is no report of its call."""
     storage = storage_of()
     breaker = CircuitBreaker(state_storage=storage)
     counted = []
@@ -183,11 +180,11 @@ def test_counting_by_hand_in_a_guarded_function_counts(storage_of):
 
 
 def test_operator_opens_while_handling_the_reported_exception(storage_of):
-    """`open()` by hand is never refused, not even in the handler of a failure that was."""
+    """A direct `open()` is never refused, not even in the handler of a failure that was."""
     storage = storage_of()
     breaker = CircuitBreaker(state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         in_thread(breaker.current_state.upper)
         other.open()
         other.close()
@@ -195,7 +192,7 @@ def test_operator_opens_while_handling_the_reported_exception(storage_of):
 
     other = CircuitBreaker(state_storage=storage)
     try:
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     except Down:
         assert storage.counter == 0
         breaker.open()
@@ -203,7 +200,7 @@ def test_operator_opens_while_handling_the_reported_exception(storage_of):
 
 
 def test_half_open_by_hand_forgets_collected_successes(storage_of):
-    """A trial by hand starts the threshold again, and its successes count from one."""
+    """A direct half-open starts the threshold again, and successes count from one."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     breaker.call(up)
@@ -213,8 +210,8 @@ def test_half_open_by_hand_forgets_collected_successes(storage_of):
     assert (storage.state, storage.success_counter) == ("half-open", 1)
 
 
-def test_operator_closes_although_its_own_probe_was_overtaken(storage_of):
-    """Found by the machine: `close()` by hand was fenced off if the thread's last deed was a counted probe."""
+def test_direct_close_after_a_fenced_probe_is_accepted(storage_of):
+    """A direct `close()` was once refused if the last action of the thread was a counted probe."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage)
     breaker.call(up)
@@ -225,7 +222,7 @@ def test_operator_closes_although_its_own_probe_was_overtaken(storage_of):
 
 @pytest.mark.parametrize("state", ["ajar", "", None, 1, b"open"])
 def test_unknown_state_is_refused_and_nothing_lost(storage_of, state):
-    """A bad state is named at once, and the circuit stays as it is."""
+    """An unknown state raises at once, and the circuit does not change."""
     storage = storage_of("open")
     with pytest.raises(ValueError, match="state must be one of 'closed', 'open', 'half-open', not"):
         storage.state = state
@@ -234,11 +231,11 @@ def test_unknown_state_is_refused_and_nothing_lost(storage_of, state):
 
 @pytest.mark.parametrize("at", [None, 1700000000, "2030-01-01"])
 def test_opened_at_that_is_no_datetime_is_refused(storage_of, at):
-    """The error names what was given."""
+    """The error contains the invalid value."""
     storage = storage_of()
     if storage.name == "memory" and at is None:
         storage.opened_at = at
-        assert storage.opened_at is None, "which pybreaker's own class takes, too"
+        assert storage.opened_at is None, "pybreaker's own class accepts None, too"
         return
     with pytest.raises(TypeError, match="opened_at must be a datetime, not"):
         storage.opened_at = at
@@ -257,16 +254,13 @@ def test_opened_at_that_is_no_datetime_is_refused(storage_of, at):
     ],
 )
 def test_bad_probe_lease_is_refused(lease, error):
-    """The error names the argument, what was given and what is accepted."""
+    """The error contains the argument's name, its value and the accepted range."""
     with pytest.raises(error, match=f"probe_lease must .*not {lease!r}"):
         CircuitMemoryStorage("closed", probe_lease=lease)
 
 
-# -- noticing ----------------------------------------------------------------------------------------------------------
-
-
-def test_looking_before_calling_still_reports_the_success(storage_of):
-    """`if breaker.current_state == "closed": breaker.call(f)` is a success like any other."""
+def test_read_before_a_call_does_not_hide_its_success(storage_of):
+    """A call after `if breaker.current_state == "closed":` is a success like any other."""
     storage = storage_of("open")
     breaker = CircuitBreaker(state_storage=storage)
     storage.state = "closed"
@@ -277,8 +271,8 @@ def test_looking_before_calling_still_reports_the_success(storage_of):
     assert storage.counter == 0
 
 
-def test_second_breaker_that_notices_wipes_nothing(storage_of):
-    """Two breakers may share a storage: what the second one notices is not a success."""
+def test_second_breaker_that_notices_resets_no_counter(storage_of):
+    """Two breakers may share a storage. A transition that the second one notices is no success."""
     storage = storage_of()
     breakers = [CircuitBreaker(fail_max=2, reset_timeout=0, state_storage=storage) for _ in range(3)]
     fail(breakers[0], 2)
@@ -289,8 +283,8 @@ def test_second_breaker_that_notices_wipes_nothing(storage_of):
     assert storage.counter == 1
 
 
-def test_noticing_again_after_a_listener_raised_wipes_nothing(storage_of):
-    """A listener that raises makes the breaker notice again and again; the counter is none of its business."""
+def test_noticing_again_after_a_listener_raised_resets_no_counter(storage_of):
+    """After an error in a listener, the breaker notices the transition repeatedly, and must not reset the counter."""
 
     class Raising(CircuitBreakerListener):
         def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
@@ -306,8 +300,8 @@ def test_noticing_again_after_a_listener_raised_wipes_nothing(storage_of):
     assert storage.counter == 1
 
 
-def test_threads_that_hammer_reads_disturb_no_call(storage_of):
-    """Health checks may read anything at any moment: every count, trip, probe and close happens as without them."""
+def test_constant_reads_disturb_no_call(storage_of):
+    """Health checks may read at any time: every count, trip, probe and close happens as without them."""
     storage = storage_of()
     slow = SlowListener()
     breaker = CircuitBreaker(fail_max=5, reset_timeout=0, success_threshold=2, state_storage=storage, listeners=[slow])
@@ -339,30 +333,27 @@ def test_threads_that_hammer_reads_disturb_no_call(storage_of):
 
 
 class SlowListener(CircuitBreakerListener):
-    """Keeps a breaker long in the moment in which it has told the storage's news to some."""
+    """Listener that keeps a breaker in the middle of a notification for a while."""
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Let others in."""
+        """Give other threads a chance to run."""
         time.sleep(0.001)
 
 
-# -- what listeners see ------------------------------------------------------------------------------------------------
-
-
-class Looking(CircuitBreakerListener):
-    """Reads everything that it can at every transition."""
+class StateRecorder(CircuitBreakerListener):
+    """Listener that reads all available states at every transition."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, str]] = []
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Note what was told, what the storage says and what the breaker says."""
+        """Record the notified state, the state of the storage and the state of the breaker."""
         self.seen.append((new_state.name, cb.current_state, cb.state.name))
 
 
 def test_listener_may_read_the_breakers_state(storage_of):
-    """`breaker.state` inside `state_change` neither recurses nor repeats; the storage already has the new state."""
-    listener = Looking()
+    """Reading `breaker.state` in `state_change` neither recurses nor repeats. The storage already has the new state."""
+    listener = StateRecorder()
     breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage_of(), listeners=[listener])
     fail(breaker)
     breaker.call(up)
@@ -379,10 +370,13 @@ def test_listener_may_read_the_breakers_state(storage_of):
     ]
 
 
-def test_listener_may_read_the_breakers_state_of_what_others_did(storage_of):
-    """The same when the breaker only notices; with stock storages, this recurses until Python gives up."""
+def test_listener_may_read_the_state_after_a_transition_of_another_breaker(storage_of):
+    """A breaker that only notices a transition behaves alike.
+
+    With stock storages, this recurses up to Python's limit.
+    """
     storage = storage_of()
-    listener = Looking()
+    listener = StateRecorder()
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, listeners=[listener])
     other = CircuitBreaker(reset_timeout=0, state_storage=storage)
     in_thread(other.open)
@@ -392,31 +386,31 @@ def test_listener_may_read_the_breakers_state_of_what_others_did(storage_of):
     assert listener.seen == [("open", "open", "closed"), ("closed", "closed", "open")]
 
 
-@pytest.mark.parametrize("told", ["open", "half-open", "closed"])
-def test_raising_listener_loses_no_transition(storage_of, told):
-    """Trip, claim and close are committed before listeners run."""
+@pytest.mark.parametrize("notified", ["open", "half-open", "closed"])
+def test_raising_listener_loses_no_transition(storage_of, notified):
+    """Trip, claim and close are stored before listeners run."""
 
     class Raising(CircuitBreakerListener):
         def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-            if new_state.name == told:
-                raise RuntimeError(told)
+            if new_state.name == notified:
+                raise RuntimeError(notified)
 
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage, listeners=[Raising()])
     with pytest.raises((RuntimeError, CircuitBreakerError)):
         breaker.call(down)
-    if told != "open":
+    if notified != "open":
         with pytest.raises(RuntimeError):
             breaker.call(up)
-    assert storage.state == told
-    # Nor does it leave anything behind that would swallow an assignment, or hide the state.
+    assert storage.state == notified
+    # No later assignment is swallowed, and the state stays visible.
     storage.state = "open"
     assert breaker.current_state == "open"
 
 
 @pytest.mark.parametrize("action", ["open", "half_open", "close"])
 def test_raising_listener_does_not_stop_the_operator(storage_of, action):
-    """What an operator orders is done before listeners run."""
+    """The transition is stored before listeners run."""
 
     class Raising(CircuitBreakerListener):
         def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
@@ -429,11 +423,8 @@ def test_raising_listener_does_not_stop_the_operator(storage_of, action):
     assert storage.state == {"open": "open", "half_open": "half-open", "close": "closed"}[action]
 
 
-# -- one probe ---------------------------------------------------------------------------------------------------------
-
-
 def test_others_are_rejected_while_a_block_probes(storage_of):
-    """`calling()` holds no lock, so other threads do come: they get `CircuitBreakerError` at once."""
+    """The block `calling()` holds no lock, so calls of other threads are possible, and rejected at once."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
     with breaker.calling():
@@ -444,11 +435,11 @@ def test_others_are_rejected_while_a_block_probes(storage_of):
     assert storage.state == "closed"
 
 
-def test_refused_claim_tells_no_listener(storage_of, monkeypatch):
-    """Whoever comes second hears nothing of half-open."""
+def test_refused_claim_notifies_no_listener(storage_of, monkeypatch):
+    """Listeners of the second caller are not notified of half-open."""
     storage = storage_of("open")
     first = CircuitBreaker(reset_timeout=0, state_storage=storage)
-    listener = Looking()
+    listener = StateRecorder()
     second = CircuitBreaker(reset_timeout=0, state_storage=storage, listeners=[listener])
     probe = first.calling()
     opened_at = type(storage).opened_at
@@ -459,7 +450,7 @@ def test_refused_claim_tells_no_listener(storage_of, monkeypatch):
         in_thread(probe.__enter__)
         return at
 
-    # An override of the same name is passed over, so the storage still knows who asks.
+    # An override of the same name is skipped, so the storage still recognises its caller.
     read_and_lose_the_race.__code__ = read_and_lose_the_race.__code__.replace(co_name="opened_at")
     monkeypatch.setattr(type(storage), "opened_at", property(read_and_lose_the_race, opened_at.fset))
     with pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
@@ -469,7 +460,7 @@ def test_refused_claim_tells_no_listener(storage_of, monkeypatch):
 
 
 def test_expired_lease_is_claimed_by_another_thread(storage_of):
-    """A prober that never reports blocks the circuit for its lease only; when it does report, nobody listens."""
+    """A prober that never reports blocks the circuit only for its lease. A late report is ignored."""
     storage = storage_of("open", probe_lease=1.0)
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, success_threshold=2)
     with breaker.calling():
@@ -481,8 +472,8 @@ def test_expired_lease_is_claimed_by_another_thread(storage_of):
     assert in_thread(lambda: storage.state) == "open"
 
 
-def test_slow_probe_counts_if_nobody_else_claimed(storage_of):
-    """A probe that outlasts its lease is still the probe as long as nobody took over."""
+def test_slow_probe_counts_without_another_claim(storage_of):
+    """A probe that outlasts its lease stays the probe until another call claims."""
     storage = storage_of("open", probe_lease=0.001)
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
     breaker.call(lambda: time.sleep(0.02))
@@ -490,9 +481,9 @@ def test_slow_probe_counts_if_nobody_else_claimed(storage_of):
 
 
 def test_probe_whose_lease_has_ended_is_claimed_again_and_no_listener_is_called(storage_of):
-    """A probe without a report blocks for its lease; then the next call claims, and nothing has moved for listeners."""
+    """A probe without a report blocks for its lease. Then the next call claims, without a transition for listeners."""
     storage = storage_of("open", probe_lease=0.03)
-    listener = Looking()
+    listener = StateRecorder()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage, listeners=[listener])
     breaker.call(up)
     lost = breaker.calling()
@@ -500,12 +491,12 @@ def test_probe_whose_lease_has_ended_is_claimed_again_and_no_listener_is_called(
     wait_until(lambda: storage.state == "open")
     breaker.call(up)
     assert storage.state == "closed"
-    assert [told for told, _, _ in listener.seen] == ["half-open", "closed"]
+    assert [notified for notified, _, _ in listener.seen] == ["half-open", "closed"]
     lost.__exit__(None, None, None)
 
 
 def test_reset_timeout_zero_with_the_shortest_lease_does_not_recurse(storage_of):
-    """The claim that a thread has just won admits its call, however late it comes."""
+    """A claim that a thread has just won admits its call, however late the call comes."""
     storage = storage_of("open", probe_lease=0.001)
     breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage)
     for _ in range(20):
@@ -514,20 +505,20 @@ def test_reset_timeout_zero_with_the_shortest_lease_does_not_recurse(storage_of)
 
 
 @pytest.mark.parametrize("threshold", [2, 3, 5])
-def test_threshold_takes_so_many_successes_whichever_threads_make_them(storage_of, threshold):
-    """With a thread for each request: every call is admitted, and listeners are notified of nothing in between."""
+def test_threshold_counts_successes_of_all_threads(storage_of, threshold):
+    """With a thread for each request, every call is admitted, and listeners are not notified in between."""
     storage = storage_of("open")
-    listener = Looking()
+    listener = StateRecorder()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=threshold, state_storage=storage, listeners=[listener])
     for made in range(threshold):
         assert storage.success_counter == made
         assert in_thread(lambda: breaker.call(up)) == "answer"
     assert (storage.state, storage.counter, storage.success_counter) == ("closed", 0, 0)
-    assert [told for told, _, _ in listener.seen] == ["half-open", "closed"]
+    assert [notified for notified, _, _ in listener.seen] == ["half-open", "closed"]
 
 
 def test_failure_of_a_later_probe_opens(storage_of):
-    """A probe that another thread makes decides like the first one."""
+    """A probe by another thread decides like the first one."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     assert in_thread(lambda: breaker.call(up)) == "answer"
@@ -536,10 +527,10 @@ def test_failure_of_a_later_probe_opens(storage_of):
     assert (storage.state, storage.success_counter) == ("open", 0)
 
 
-def test_refused_claim_between_two_probes_rejects_and_tells_no_listener(storage_of):
-    """Another breaker has the next probe: `CircuitBreakerError`, and the circuit is still half-open for listeners."""
+def test_refused_claim_between_two_probes_notifies_no_listener(storage_of):
+    """While another breaker holds the next probe, the call is rejected, and listeners still see half-open."""
     storage = storage_of("open")
-    listener = Looking()
+    listener = StateRecorder()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage, listeners=[listener])
     breaker.call(up)
     other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
@@ -547,12 +538,12 @@ def test_refused_claim_between_two_probes_rejects_and_tells_no_listener(storage_
         in_thread(lambda: breaker.call(up))
     breaker.call(up)
     assert storage.state == "closed"
-    assert [told for told, _, _ in listener.seen] == ["half-open", "closed"]
+    assert [notified for notified, _, _ in listener.seen] == ["half-open", "closed"]
 
 
 @pytest.mark.parametrize("moved", ["open", "close"])
-def test_claim_that_finds_the_circuit_moved_follows_it(storage_of, moved, monkeypatch):
-    """What others did between the look and the claim is noticed at once, not rejected as a probe."""
+def test_claim_after_a_transition_of_another_breaker_follows_it(storage_of, moved, monkeypatch):
+    """A transition between the read and the claim is noticed at once, and is no rejected probe."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=3, state_storage=storage)
     breaker.half_open()
@@ -568,7 +559,7 @@ def test_claim_that_finds_the_circuit_moved_follows_it(storage_of, moved, monkey
 
 
 def test_claim_that_finds_another_prober_is_rejected(storage_of, monkeypatch):
-    """Two calls see the same free probe; one gets it."""
+    """Two calls see the same free probe, and one of them gets the probe."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     breaker.call(up)
@@ -580,8 +571,8 @@ def test_claim_that_finds_another_prober_is_rejected(storage_of, monkeypatch):
     assert storage.success_counter == 2
 
 
-def test_forked_child_does_not_hold_its_parents_probe():
-    """A child that is forked in the middle of a probe is one of the others."""
+def test_child_of_a_fork_does_not_hold_the_probe_of_its_parent():
+    """A child that is forked in the middle of a probe does not hold the probe."""
     storage = CircuitMemoryStorage("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
     with breaker.calling():
@@ -592,8 +583,8 @@ def test_forked_child_does_not_hold_its_parents_probe():
         assert storage.state == "half-open"
 
 
-def test_anybody_may_claim_after_half_open_by_hand(storage_of):
-    """Half-open by hand is a gate open to one: the thread that did it, or whoever claims first."""
+def test_any_thread_may_claim_after_half_open_by_hand(storage_of):
+    """After a direct half-open, one call is admitted: that of the same thread, or the first that claims."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=2, state_storage=storage)
     breaker.half_open()
@@ -606,7 +597,7 @@ def test_anybody_may_claim_after_half_open_by_hand(storage_of):
 
 
 def test_second_half_open_by_hand_takes_the_trial_from_the_first(storage_of):
-    """Found by the machine: two operators who half-open one circuit used to get a trial each."""
+    """Two operators that set half-open used to get a trial each."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     breaker.half_open()
@@ -614,67 +605,64 @@ def test_second_half_open_by_hand_takes_the_trial_from_the_first(storage_of):
     assert storage.state == "open"
 
 
-# -- fencing -----------------------------------------------------------------------------------------------------------
-
-
-def test_call_that_reads_its_breaker_is_not_admitted_again(storage_of):
-    """The guarded function may look at its breaker; its result still belongs to the generation it began in."""
+def test_read_in_a_guarded_function_is_no_new_admission(storage_of):
+    """The guarded function may read its breaker. Its result still belongs to the generation of its admission."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=2, state_storage=storage)
     other = CircuitBreaker(fail_max=2, state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         in_thread(other.open)
         in_thread(other.close)
         assert breaker.state.name == breaker.current_state == storage.state == "closed"
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     assert storage.counter == 0
 
 
-def test_late_failure_of_a_closed_circuits_call_surfaces_and_trips_nothing(storage_of):
-    """Even as the last one before `fail_max`, a failure of an earlier generation is the user's own and nothing else."""
+def test_late_failure_is_raised_and_trips_nothing(storage_of):
+    """A late failure reaches the caller as the dependency's own error, even as the last one before `fail_max`."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     other = CircuitBreaker(fail_max=1, state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         in_thread(other.open)
         in_thread(other.close)
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     assert (storage.state, storage.counter) == ("closed", 0)
 
 
 @pytest.mark.parametrize("throw_new_error", [True, False])
-def test_late_failure_of_a_probe_surfaces_and_opens_nothing(storage_of, throw_new_error):
-    """A prober that was overtaken gets its own exception, whatever the breaker would have thrown."""
+def test_late_failure_of_a_probe_is_raised_and_opens_nothing(storage_of, throw_new_error):
+    """The late prober gets its own exception, whatever the breaker would have raised."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, throw_new_error_on_trip=throw_new_error)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         in_thread(CircuitBreaker(state_storage=storage).close)
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     assert (storage.state, storage.counter) == ("closed", 0)
 
 
 def test_late_success_of_a_probe_closes_nothing(storage_of):
-    """A prober that was overtaken has nothing to say about the circuit."""
+    """The late success of a prober changes nothing."""
     storage = storage_of("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
     assert breaker.call(lambda: in_thread(CircuitBreaker(state_storage=storage).open)) is True
     assert (storage.state, storage.success_counter) == ("open", 0)
 
 
-def test_nested_call_that_trips_leaves_the_outer_one_nothing_to_report(storage_of):
-    """One failure that passes through two guarded calls of one circuit opens it once."""
+def test_failure_through_nested_calls_trips_once(storage_of):
+    """One failure that passes through two guarded calls of one circuit opens the circuit once."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage, throw_new_error_on_trip=False)
     moments: list[Any] = []
@@ -692,7 +680,7 @@ def test_nested_call_that_trips_leaves_the_outer_one_nothing_to_report(storage_o
 
 
 def test_generator_finished_by_a_thread_without_calls_counts_while_closed(storage_of):
-    """A storage cannot know where a generator began: on a thread that made no call, its end counts as of now."""
+    """A storage cannot recognise where a generator began. On a thread without calls, its end counts as of now."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=5, state_storage=storage, throw_new_error_on_trip=False)
 
@@ -724,11 +712,11 @@ def test_abandoned_generator_is_a_failure(storage_of):
     assert storage.counter == 1
 
 
-# -- around it ---------------------------------------------------------------------------------------------------------
+def test_storage_subclass_that_overrides_operations_works(server):
+    """A subclass of the storage may override operations.
 
-
-def test_subclass_that_overrides_operations_is_understood(server):
-    """Storages may be extended: an override that calls on is passed over when asking who asked."""
+    Frames of an override are skipped when the caller is determined.
+    """
 
     class Counting(CircuitMemoryStorage):
         calls = 0
@@ -747,8 +735,8 @@ def test_subclass_that_overrides_operations_is_understood(server):
     assert (storage.state, storage.counter, Counting.calls) == ("closed", 0, 2)
 
 
-def test_breaker_subclass_that_counts_differently_is_understood(storage_of):
-    """A breaker that overrides `call()`, as users do to shed the lock, is admitted and fenced like the original."""
+def test_breaker_subclass_that_overrides_call_works(storage_of):
+    """A breaker may override `call()`, for example to avoid the lock, and is admitted and fenced like the original."""
 
     class Unlocked(CircuitBreaker):
         def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -757,48 +745,48 @@ def test_breaker_subclass_that_counts_differently_is_understood(storage_of):
     storage = storage_of()
     breaker = Unlocked(fail_max=1, state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         in_thread(breaker.open)
         in_thread(breaker.close)
         raise Down
 
     with pytest.raises(Down):
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     assert (storage.state, storage.counter) == ("closed", 0)
 
 
 class Passing(CircuitBreaker):
-    """Overrides what it can, and calls on."""
+    """Breaker that overrides methods and calls the originals."""
 
     def half_open(self) -> None:
-        """As it is."""
+        """Call the original."""
         super().half_open()
 
     def open(self) -> bool:
-        """As it is."""
+        """Call the original."""
         return super().open()
 
     def close(self) -> None:
-        """As it is."""
+        """Call the original."""
         super().close()
 
     @property
     def current_state(self) -> str:
-        """As it is."""
+        """Return the original."""
         return super().current_state
 
-    def _create_new_state(self, *args: Any, **words: Any) -> Any:
-        return super()._create_new_state(*args, **words)
+    def _create_new_state(self, *args: Any, **options: Any) -> Any:
+        return super()._create_new_state(*args, **options)
 
     def _inc_counter(self) -> None:
         inspect.storage_of(self).increment_counter()
 
 
 class Direct(CircuitBreaker):
-    """Has a way of its own to make a call."""
+    """Breaker with its own way to make a call."""
 
     def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """By a method of its own."""
+        """Call through another method."""
         return self.guarded(func)
 
     def guarded(self, func: Any) -> Any:
@@ -807,7 +795,7 @@ class Direct(CircuitBreaker):
 
 
 class Wrapped(CircuitMemoryStorage):
-    """A storage as a monitoring agent leaves it."""
+    """Storage as a monitoring agent wraps it."""
 
 
 for _name in ("increment_counter", "reset_counter", "increment_success_counter", "reset_success_counter"):
@@ -826,8 +814,8 @@ for _name in ("increment_counter", "reset_counter", "increment_success_counter",
     ("breaker_class", "storage_class"),
     [(Passing, CircuitMemoryStorage), (Direct, CircuitMemoryStorage), (CircuitBreaker, Wrapped)],
 )
-def test_extended_and_wrapped_classes_are_understood(breaker_class, storage_class):
-    """Found by review: a frame more between breaker and storage must not cost a trip, a fence or the one probe."""
+def test_extended_and_wrapped_classes_work(breaker_class, storage_class):
+    """One more frame between breaker and storage must not cost a trip, a fence or the only probe."""
     storage = storage_class("closed")
     breaker = breaker_class(fail_max=3, reset_timeout=0, success_threshold=2, state_storage=storage)
     for _ in range(2):
@@ -848,43 +836,43 @@ def test_extended_and_wrapped_classes_are_understood(breaker_class, storage_clas
 
 
 def lockless(breaker: CircuitBreaker) -> CircuitBreaker:
-    """A breaker of the same kind on the same storage, so that a thread need not wait for the lock of the other."""
+    """Return a breaker of the same kind on the same storage, with its own lock."""
     return type(breaker)(reset_timeout=0, success_threshold=2, state_storage=inspect.storage_of(breaker))
 
 
 def test_two_breakers_and_a_listener_that_reads_both(storage_of):
-    """Found by review: each breaker that is telling keeps its old state for its own listeners."""
+    """A breaker that notifies its listeners shows them its old state."""
     storage = storage_of()
     breakers: list[CircuitBreaker] = []
-    told = []
+    notified = []
 
     class ReadsBoth(CircuitBreakerListener):
         def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-            told.append(new_state.name)
+            notified.append(new_state.name)
             assert [breaker.state.name for breaker in breakers]
 
     listener = ReadsBoth()
     breakers += [CircuitBreaker(fail_max=1, state_storage=storage, listeners=[listener]) for _ in range(2)]
     with pytest.raises(CircuitBreakerError):
         breakers[0].call(down)
-    assert told == ["open", "open"]
+    assert notified == ["open", "open"]
 
 
-def test_rejected_threads_of_the_probers_breaker_tell_nobody(storage_of):
-    """Found by review: the state is a thread's, the breaker is shared; nothing moves, so nobody is told."""
+def test_rejections_during_a_probe_notify_no_listener(storage_of):
+    """Threads share the breaker, but not the probe. Without a transition, no listener is notified."""
     storage = storage_of("open")
-    listener = Looking()
+    listener = StateRecorder()
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=20, state_storage=storage, listeners=[listener])
     for _ in range(19):
         with breaker.calling():
             with pytest.raises(CircuitBreakerError):
                 in_thread(lambda: breaker.call(up))
             assert in_thread(lambda: breaker.state.name) == "half-open"
-    assert [told for told, _, _ in listener.seen] == ["half-open"]
+    assert [notified for notified, _, _ in listener.seen] == ["half-open"]
 
 
-def test_probe_that_was_never_made_is_claimed_by_one(storage_of):
-    """Found by review: a claim admits one call; once its lease has ended, it admits none."""
+def test_claim_without_a_call_ends_with_its_lease(storage_of):
+    """A claim admits one call. After the end of its lease, it admits none."""
 
     class RaisesOnce(CircuitBreakerListener):
         def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
@@ -899,8 +887,8 @@ def test_probe_that_was_never_made_is_claimed_by_one(storage_of):
     assert storage.state == "open"
 
 
-def test_forked_children_do_not_share_a_trial_by_hand():
-    """Found by review: half-open in a master is no trial for each of its workers."""
+def test_child_of_a_fork_does_not_share_a_trial_by_hand():
+    """Half-open in a master process is no trial for each of its workers."""
     storage = CircuitMemoryStorage("half-open")
     assert storage.state == "half-open"
     pid = os.fork()
@@ -910,7 +898,7 @@ def test_forked_children_do_not_share_a_trial_by_hand():
 
 
 def test_listener_that_opens_the_breaker_itself_opens_it_once(storage_of):
-    """Found by review: the trip of a failure is fenced by that failure, whatever its listeners do."""
+    """The trip of a failure is fenced by that failure, whatever listeners do."""
 
     class Opens(CircuitBreakerListener):
         def failure(self, cb: Any, exc: BaseException) -> None:
@@ -925,8 +913,8 @@ def test_listener_that_opens_the_breaker_itself_opens_it_once(storage_of):
 
 
 @pytest.mark.parametrize(("make", "admitted"), [(StockMemoryStorage, 3), (CircuitMemoryStorage, 0)])
-def test_memory_lets_one_block_probe_where_stock_lets_all(make, admitted):
-    """`calling()` holds no lock, so with pybreaker's own memory storage every thread is admitted while half-open."""
+def test_memory_storage_admits_one_probe_where_stock_admits_all(make, admitted):
+    """The block `calling()` holds no lock, so stock's memory storage admits every thread while half-open."""
     storage = make("open")
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage)
     entered = []
@@ -945,12 +933,9 @@ def test_memory_lets_one_block_probe_where_stock_lets_all(make, admitted):
             block.__exit__(None, None, None)
 
 
-# -- found by changing the code: see `tox -e mutation` ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lease", [0.001, 86400, 86400.0])
 def test_lease_at_either_limit_is_accepted(lease):
-    """The limits that the error names are themselves allowed."""
+    """The limits that the error contains are accepted."""
     storage = CircuitMemoryStorage("open", probe_lease=lease)
     CircuitBreaker(reset_timeout=0, state_storage=storage).call(up)
     assert storage.state == "closed"
@@ -958,45 +943,45 @@ def test_lease_at_either_limit_is_accepted(lease):
 
 @pytest.mark.parametrize("lease", [0.0001, 86400.001])
 def test_lease_beyond_a_limit_is_refused_and_both_limits_named(lease):
-    """One millisecond more is too much, and the reader learns what is not."""
+    """The error contains both limits."""
     with pytest.raises(ValueError, match=r"must lie between 0\.001 and 86400 seconds"):
         CircuitMemoryStorage("closed", probe_lease=lease)
 
 
-def test_late_success_of_a_probe_tells_no_listener(storage_of):
-    """Nobody hears of a close that was not granted."""
+def test_late_success_of_a_probe_notifies_no_listener(storage_of):
+    """Listeners are not notified of a close that was refused."""
     storage = storage_of("open")
-    listener = Looking()
+    listener = StateRecorder()
     breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, listeners=[listener])
     assert breaker.call(lambda: in_thread(CircuitBreaker(state_storage=storage).open)) is True
-    assert [told for told, _, _ in listener.seen] == ["half-open"]
+    assert [notified for notified, _, _ in listener.seen] == ["half-open"]
 
 
 @pytest.mark.parametrize("state", ["closed", "open"])
-def test_late_failure_surfaces_as_the_very_exception(storage_of, state):
-    """What the dependency said comes with the exception, so it must be that one, not another of its kind."""
+def test_late_failure_is_raised_as_the_same_exception(storage_of, state):
+    """The exception carries the dependency's answer, so the caller gets the same object."""
     storage = storage_of(state)
     breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage)
     error = Down("it")
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         in_thread(CircuitBreaker(state_storage=storage).open)
         raise error
 
     with pytest.raises(Down) as caught:
-        breaker.call(overtaken)
+        breaker.call(fail_late)
     assert caught.value is error
 
 
-def memory_at(clock: Callable[[], float], **words: Any) -> CircuitMemoryStorage:
-    """An open circuit in memory whose time, in milliseconds, is told."""
-    storage = CircuitMemoryStorage("open", **words)
+def memory_at(clock: Callable[[], float], **options: Any) -> CircuitMemoryStorage:
+    """Return an open circuit in memory with its own clock, in milliseconds."""
+    storage = CircuitMemoryStorage("open", **options)
     set_memory_engine(storage, MemoryEngine(new_circuit("open", clock()), clock))
     return storage
 
 
-def test_claim_just_won_admits_its_call_although_the_lease_is_over_already():
-    """On a machine so slow that every look at the clock takes longer than the lease, calls still get through."""
+def test_claim_admits_its_call_although_the_lease_is_over():
+    """On a machine where every read of the clock takes longer than the lease, calls are still admitted."""
     storage = memory_at(count(0, 1_000_000).__next__, probe_lease=1)
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage)
     assert breaker.call(up) == "answer"
@@ -1005,8 +990,8 @@ def test_claim_just_won_admits_its_call_although_the_lease_is_over_already():
     assert storage.state == "closed"
 
 
-def test_prober_loses_its_lease_at_the_very_instant_others_may_claim():
-    """There is no instant at which one thread still holds the probe and another may have it."""
+def test_lease_ends_at_the_instant_at_which_others_may_claim():
+    """At no instant does one thread hold the probe while another may claim the probe."""
     now = 1_000_000.0
     storage = memory_at(lambda: now, probe_lease=1)
     with CircuitBreaker(reset_timeout=0, success_threshold=2, state_storage=storage).calling():
@@ -1019,8 +1004,8 @@ def test_prober_loses_its_lease_at_the_very_instant_others_may_claim():
 
 
 @pytest.mark.parametrize("before", [None, up, down])
-def test_call_made_from_outside_through_the_state_counts_for_its_own_generation(storage_of, before):
-    """`breaker.state.call(f)` by somebody else than the breaker is a call too, whatever this thread called before."""
+def test_call_through_the_state_counts_for_its_own_generation(storage_of, before):
+    """A direct `breaker.state.call(f)` is a call, too, whatever this thread called before."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=5, state_storage=storage)
     if before:
@@ -1033,24 +1018,24 @@ def test_call_made_from_outside_through_the_state_counts_for_its_own_generation(
     assert storage.counter == 1
 
 
-def test_call_made_from_outside_through_the_state_is_fenced(storage_of):
-    """Its late failure counts no more than that of any other call."""
+def test_call_through_the_state_is_fenced(storage_of):
+    """A late failure of such a call counts no more than that of any other call."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=5, state_storage=storage)
 
-    def overtaken() -> None:
+    def fail_late() -> None:
         in_thread(breaker.open)
         in_thread(breaker.close)
         raise Down
 
     with pytest.raises(Down):
-        breaker.state.call(overtaken)
+        breaker.state.call(fail_late)
     assert storage.counter == 0
 
 
 @pytest.mark.parametrize("last", [up, down])
-def test_calls_that_bypass_the_breaker_are_admitted_anew(storage_of, last):
-    """`breaker.state.call(f)` from outside is a call, too, also after the circuit has moved since the thread's last."""
+def test_call_through_the_state_is_admitted_again_after_a_transition(storage_of, last):
+    """A direct `breaker.state.call(f)` is admitted again after a transition since the thread's last call."""
     storage = storage_of()
     breaker = CircuitBreaker(fail_max=2, reset_timeout=0, state_storage=storage)
     with suppress(Down):
@@ -1064,8 +1049,8 @@ def test_calls_that_bypass_the_breaker_are_admitted_anew(storage_of, last):
     assert storage.state == "open"
 
 
-def test_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_holds() -> None:
-    """There nobody would ever let go of it."""
+def test_child_of_a_fork_does_not_wait_for_a_lock_of_its_parent() -> None:
+    """In the child, no thread would ever release the lock."""
     engine = MemoryEngine(Circuit())
     lock_of(engine).acquire()
     engine.after_fork()
@@ -1074,20 +1059,20 @@ def test_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_ho
 
 @pytest.mark.parametrize("given", [-1, 0.001, 61, float("nan"), float("inf")])
 def test_staleness_out_of_range_is_refused_at_once(given: float) -> None:
-    """Naming the argument, what was given and what is accepted."""
+    """The error contains the argument's name, its value and the accepted range."""
     with pytest.raises(ValueError, match=r"max_staleness must be 0 or lie between 0\.01 and 60 seconds, not"):
         CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(), max_staleness=given)
 
 
 @pytest.mark.parametrize("given", ["1", None, True])
 def test_staleness_that_is_no_number_is_refused_at_once(given: object) -> None:
-    """Naming the argument and what was given."""
+    """The error contains the argument's name and its value."""
     with pytest.raises(TypeError, match="max_staleness must be a number of seconds, not"):
         CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(), max_staleness=given)  # type: ignore[arg-type]
 
 
-def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is kept alive for it."""
+def test_registered_objects_are_reset_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registration for forks keeps no object alive."""
     replace_fork_registry(monkeypatch)
     renewed: list[str] = []
 
@@ -1098,9 +1083,9 @@ def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch
         def after_fork(self) -> None:
             renewed.append(self.name)
 
-    kept, gone = Inherited("kept"), Inherited("gone")
-    fork.renew_in_children(kept)
-    fork.renew_in_children(gone)
-    del gone
+    used, dropped = Inherited("used"), Inherited("dropped")
+    fork.renew_in_children(used)
+    fork.renew_in_children(dropped)
+    del dropped
     run_fork_hooks()
-    assert renewed == ["kept"]
+    assert renewed == ["used"]

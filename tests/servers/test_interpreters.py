@@ -1,4 +1,4 @@
-"""Interpreters within a process, as embedding servers have them: what ends cleanly, and where no thread may run."""
+"""Subinterpreters, as embedding servers use them: a clean end, and service where no thread can run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _USE = """
 
 
 def run(code: str, server: PrivateServer, runner: str) -> None:
-    """Run code in an interpreter of its own within a process of its own."""
+    """Run code in a subinterpreter of a new process."""
     path = [str(Path(__file__).parents[2]), *(entry for entry in sys.path if entry)]
     text = textwrap.dedent(_USE).format(path=path, socket=server.unix_socket) + textwrap.dedent(code)
     done = subprocess.run(
@@ -40,7 +40,10 @@ def run(code: str, server: PrivateServer, runner: str) -> None:
 
 
 def test_interpreter_ends_after_the_registry_was_closed(server: PrivateServer) -> None:
-    """Python aborts the process if a daemon thread still runs there: closing ends ours."""
+    """Python aborts the process if a daemon thread still runs at the end.
+
+    Closing the registry ends this package's threads.
+    """
     pytest.importorskip("_testcapi")
     code = """
         while not threads():
@@ -54,8 +57,8 @@ def test_interpreter_ends_after_the_registry_was_closed(server: PrivateServer) -
 
 
 @pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="Python 3.12 crashes there after `import ssl`")
-def test_interpreter_without_threads_asks_at_every_look(server: PrivateServer) -> None:
-    """Isolated interpreters permit no daemon threads; circuits work all the same."""
+def test_interpreter_without_threads_reads_through(server: PrivateServer) -> None:
+    """Isolated interpreters permit no daemon threads, and circuits work without them."""
     name = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
     pytest.importorskip(name)
     code = """

@@ -1,4 +1,4 @@
-"""One thread and one line for each server: when it begins, what it hears, what it costs, when it ends."""
+"""The listener: one thread and one connection per server, from the first guarded call to the end of its storages."""
 
 from __future__ import annotations
 
@@ -79,11 +79,8 @@ from tests.support.wait import wait_for
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 
-# -- when it begins ----------------------------------------------------------------------------------------------------
-
-
 def test_nothing_starts_before_the_first_guarded_call(server, client):
-    """Modules that make breakers are imported in masters; health checks look at breakers in all kinds of processes."""
+    """Modules that create breakers are imported in master processes, and health checks read breakers in any process."""
     storage = CircuitRedisStorage("closed", client, NAMESPACE)
     breaker = pybreaker.CircuitBreaker(state_storage=storage)
     assert breaker.current_state == "closed"
@@ -98,96 +95,93 @@ def test_nothing_starts_before_the_first_guarded_call(server, client):
 
 
 def test_rejected_call_is_a_guarded_call(server, client):
-    """A worker that starts while the circuit is open gets no other for a while, and needs the view most."""
+    """A worker that starts while the circuit is open makes no other calls for a while, and needs the view most."""
     breaker = breaker_on(client)
     breaker.open()
 
-    def needs_nobody() -> bool:
+    def needs_no_round_trip() -> bool:
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(up)
         return bool(view_of(breaker).is_trusted)
 
-    wait_for(needs_nobody, "rejections that ask nothing")
+    wait_for(needs_no_round_trip, "rejections without a round trip")
 
 
-@pytest.mark.parametrize("words", [{"max_staleness": 0}])
-def test_who_always_asks_needs_no_thread(client, words):
-    """``max_staleness=0`` starts none."""
-    breaker_on(client, **words).call(up)
+@pytest.mark.parametrize("options", [{"max_staleness": 0}])
+def test_zero_staleness_starts_no_thread(client, options):
+    """With ``max_staleness=0``, no thread starts."""
+    breaker_on(client, **options).call(up)
     assert listeners() == []
-
-
-# -- one for all -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.full
 def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_batch(server, client, report):
-    """The cost of listening does not grow with the number of circuits, but for what is read of each that is in use."""
+    """The cost of listening does not grow with the number of circuits. Only polls read each circuit in use."""
     clients = [server.client() for _ in range(10)]
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
-    # Long beats: under a tracer, as for coverage, it takes most of a second to read 1000 circuits.
+    # Long beats, because a tracer (as for coverage) makes a read of 1000 circuits take most of a second.
     beat = 2.0
     breakers = [breaker_on(clients[number % 10], f"circuit{number}", max_staleness=2 * beat) for number in range(1000)]
     for breaker in breakers:
         breaker.call(up)
-    wait_for(lambda: all(is_subscribed(breaker) for breaker in breakers), "all are heard", within=30)
+    wait_for(
+        lambda: all(is_subscribed(breaker) for breaker in breakers), "the subscription to every circuit", within=30
+    )
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(listeners()) == 1
-    wait_for(lambda: len(listener_connections(client)) == (1 if PROTOCOLS[0] == 3 else 2), "one line")
+    wait_for(lambda: len(listener_connections(client)) == (1 if PROTOCOLS[0] == 3 else 2), "one connection")
 
     def use_all(seconds: float) -> dict[str, int]:
-        with counted(client) as asked:
+        with counted(client) as commands:
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 for breaker in breakers:
                     breaker.call(up)
-        return asked
+        return commands
 
     # The first beats find circuits that were first used at different times.
-    wait_for(lambda: "evalsha" not in use_all(beat * 1.1), "all are believed", within=60)
+    wait_for(lambda: "evalsha" not in use_all(beat * 1.1), "a trusted view of every circuit", within=60)
     beats = 2
-    asked = use_all(beats * beat)
-    # Of tens of thousands of calls; a beat that a busy machine delays costs each circuit one.
-    assert asked.get("evalsha", 0) < 100, asked
-    # A script asks for the time once, too.
-    assert asked["time"] - asked.get("evalsha", 0) <= beats + 2, "one batch for each beat"
+    commands = use_all(beats * beat)
+    # There are tens of thousands of calls. A beat that a busy machine delays costs each circuit one script.
+    assert commands.get("evalsha", 0) < 100, commands
+    # A script reads the time once, too.
+    assert commands["time"] - commands.get("evalsha", 0) <= beats + 2, "one batch for each beat"
     # Two commands for each circuit and three for all of them.
-    assert sum(asked.values()) <= (beats + 2) * (2 * 1000 + 3)
+    assert sum(commands.values()) <= (beats + 2) * (2 * 1000 + 3)
     report(f"1000 circuits in one process: {(after - before) / 1000 / 1024:.1f} KiB each, breakers included")
     for one in clients:
         one.close()
 
 
 def test_circuit_that_needs_shorter_beats_gets_them(client):
-    """It need not wait for a beat that was planned for others."""
+    """The circuit need not wait for a beat that was planned for other circuits."""
     settled(breaker_on(client, "slow", max_staleness=60))
     breaker = settled(breaker_on(client, max_staleness=0.5))
-    wait_for(lambda: breaker.call(up) and view_of(breaker).fast_path.quiet_admission, "believed")
-    with counted(client) as asked:
+    wait_for(lambda: breaker.call(up) and view_of(breaker).fast_path.quiet_admission, "a trusted view")
+    with counted(client) as commands:
         until = time.monotonic() + 3.0
         while time.monotonic() < until:
             breaker.call(up)
-    # Its own beats, of which each asks for the time, and so does a script.
-    assert asked.get("time", 0) - asked.get("evalsha", 0) >= 4, asked
+    # Each beat of this circuit reads the time, and so does each script.
+    assert commands.get("time", 0) - commands.get("evalsha", 0) >= 4, commands
 
 
 def test_idle_circuits_are_not_polled(client):
-    """What nobody uses costs nobody anything."""
+    """An unused circuit costs nothing."""
     breaker = settled(breaker_on(client, max_staleness=0.2))
     view = view_of(breaker)
-    wait_for(lambda: not view.is_trusted and not view.fast_path.was_used, "nobody uses it")
-    with counted(client) as asked:
-        wait_for(
-            lambda: client.info("commandstats").get("cmdstat_time", {"calls": 0})["calls"] >= 6, "the heartbeat goes on"
-        )
-    # One may have been under way when nobody used it any more.
-    assert asked.get("hmget", 0) <= 1, asked
+    wait_for(lambda: not view.is_trusted and not view.fast_path.was_used, "an unused view")
+    with counted(client) as commands:
+        wait_for(lambda: client.info("commandstats").get("cmdstat_time", {"calls": 0})["calls"] >= 6, "further beats")
+    # One poll may have been under way when the circuit fell out of use.
+    assert commands.get("hmget", 0) <= 1, commands
 
 
-def test_storages_of_one_circuit_in_one_process_both_hear(server, client):
-    """Two modules, one namespace: each has a view of its own, and one subscription serves both."""
+def test_storages_of_one_circuit_in_one_process_both_get_the_push(server, client):
+    """Two modules may use one namespace: each has its own view, and one subscription serves both."""
     one, two = (settled(breaker_on(client, max_staleness=PATIENT)) for _ in range(2))
     with contextlib.closing(server.client()) as elsewhere:
         breaker_on(elsewhere, max_staleness=0).open()
@@ -197,7 +191,7 @@ def test_storages_of_one_circuit_in_one_process_both_hear(server, client):
 
 
 def test_storages_of_one_circuit_in_one_process_do_not_wait_for_the_push(server, client):
-    """What one was answered a moment ago, the same thread need not ask through the other."""
+    """An answer to one storage is shared with the other, so the same thread need not read again."""
     one, two = settled(breaker_on(client, fail_max=3)), settled(breaker_on(client, fail_max=3))
     for _ in range(20):
         fails(one)
@@ -211,8 +205,8 @@ def test_storages_of_one_circuit_in_one_process_do_not_wait_for_the_push(server,
         assert one.current_state == "closed"
 
 
-def test_databases_do_not_hear_each_other(server, client):
-    """Keys are distinct in each database, channels are common to all."""
+def test_databases_do_not_receive_pushes_of_each_other(server, client):
+    """Each database has its own keys, but all databases share their channels."""
     here = settled(breaker_on(client))
     with contextlib.closing(server.client(db=1)) as elsewhere:
         there = settled(breaker_on(elsewhere))
@@ -225,47 +219,44 @@ def test_databases_do_not_hear_each_other(server, client):
         assert (here.current_state, there.current_state) == ("open", "closed")
 
 
-def test_tcp_and_unix_socket_and_password_are_followed(preferred, tmp_path):
-    """The line goes where the client goes, as the client's user."""
+def test_listener_uses_address_and_password_of_the_client(preferred, tmp_path):
+    """The push connection uses the address and the user of the client."""
     with PrivateServer(preferred.binary, port=free_port(), args=["--requirepass", "secret"]) as server:
-        for words in ({"port": server.port}, {"unix_socket_path": server.unix_socket}):
-            with contextlib.closing(redis.Redis(**words, password="secret", decode_responses=True)) as client:
+        for options in ({"port": server.port}, {"unix_socket_path": server.unix_socket}):
+            with contextlib.closing(redis.Redis(**options, password="secret", decode_responses=True)) as client:
                 breaker = settled(breaker_on(client, max_staleness=PATIENT))
                 breaker_on(client, max_staleness=0).open()
                 assert seconds_until(breaker, "open") < PUSH
                 breaker.close()
 
 
-# -- noise -------------------------------------------------------------------------------------------------------------
-
-
 def test_failures_are_published_twice_a_second_at_any_rate(server, client):
-    """Counters are never broadcast: 500 listeners would cost the server everything it has."""
+    """Counters are never published, because 500 listeners would use up the server."""
     breaker = settled(breaker_on(client, fail_max=10**9, timeout=10))
-    with contextlib.closing(server.client()) as elsewhere, elsewhere.pubsub() as ears:
-        ears.psubscribe("*")
-        ears.get_message(timeout=1)
+    with contextlib.closing(server.client()) as elsewhere, elsewhere.pubsub() as subscriber:
+        subscriber.psubscribe("*")
+        subscriber.get_message(timeout=1)
         began = time.monotonic()
         made = 0
         while time.monotonic() < began + 2.0 or made < 600:
             fails(breaker, 10)
             made += 10
         seconds = time.monotonic() - began
-        heard = 0
-        while message := ears.get_message(timeout=0.1):
-            heard += message["type"] == "pmessage"
+        received = 0
+        while message := subscriber.get_message(timeout=0.1):
+            received += message["type"] == "pmessage"
     assert breaker.fail_counter > 500
-    assert 3 <= heard <= 2 * seconds + 1
+    assert 3 <= received <= 2 * seconds + 1
 
 
 @pytest.mark.full
-def test_success_long_after_a_failure_is_reported_all_the_same(client):
-    """Quiet is not a matter of time: failures an hour apart are not consecutive if calls succeeded between them."""
+def test_success_long_after_a_failure_is_reported(client):
+    """A success is not quiet because time has passed: failures before and after a success are not consecutive."""
     breaker = settled(breaker_on(client, fail_max=3, max_staleness=0.2))
     for _ in range(6):
         fails(breaker)
         assert breaker.fail_counter == 1
-        # The noise is over, nobody has succeeded, and the view has been confirmed since.
+        # The time of noise is over without a success, and the view has been confirmed since.
         until = time.monotonic() + 1.2
         while time.monotonic() < until:
             assert breaker.current_state == "closed"
@@ -275,8 +266,8 @@ def test_success_long_after_a_failure_is_reported_all_the_same(client):
     settled(breaker)
 
 
-def test_noise_lasts_though_a_poll_finds_nothing_to_forget(client):
-    """The next failure may make none: until the second is over, every success is reported."""
+def test_noise_lasts_though_a_poll_finds_no_failure(client):
+    """The next failure may publish nothing. For a second after a failure, every success is reported."""
     breaker = settled(breaker_on(client, fail_max=3, max_staleness=0.1))
     began = time.monotonic()
     fails(breaker)
@@ -284,27 +275,27 @@ def test_noise_lasts_though_a_poll_finds_nothing_to_forget(client):
     while True:
         assert breaker.current_state == "closed"
         quiet = view_of(breaker).fast_path.quiet_admission
-        # Looked at last: it may be that nobody was allowed to run for a while.
+        # Read last, because this thread may have waited for a processor.
         if time.monotonic() > began + 0.8:
             break
         assert quiet is None
     settled(breaker)
 
 
-def test_failure_of_a_stock_worker_is_forgotten_too(client):
-    """It counts without making noise; the poll reads the counter."""
+def test_failure_of_a_stock_worker_is_reset_by_a_success(client):
+    """Stock counts a failure without making noise, and the poll reads the counter."""
     breaker = settled(breaker_on(client, max_staleness=0.2))
     pybreaker.CircuitRedisStorage("closed", client, NAMESPACE).increment_counter()
-    wait_for(lambda: breaker.current_state and view_of(breaker).fast_path.quiet_admission is None, "the poll tells")
+    wait_for(
+        lambda: breaker.current_state and view_of(breaker).fast_path.quiet_admission is None,
+        "a poll that reads the counter",
+    )
     breaker.call(up)
     assert breaker.fail_counter == 0
 
 
-# -- where there is no push --------------------------------------------------------------------------------------------
-
-
 def administrate(server: PrivateServer, *rights: str) -> None:
-    """A user with these rights, and no others."""
+    """Create a user with these rights only."""
     with contextlib.closing(server.client()) as administrator:
         administrator.execute_command("ACL", "SETUSER", "limited", "reset", "on", "nopass", *rights)
 
@@ -314,8 +305,8 @@ def administrate(server: PrivateServer, *rights: str) -> None:
     [("~*", "+@all", "-subscribe", "&*"), ("~*", "+@all", "resetchannels")],
     ids=["no SUBSCRIBE", "no channels"],
 )
-def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog, rights, protocol):
-    """Nothing is believed that could not be heard, and one line says what that costs."""
+def test_forbidden_channel_reads_through_and_logs_one_warning(server, client, caplog, rights, protocol):
+    """Without push, no view is trusted, and one warning states the cost."""
     administrate(server, *rights)
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breakers = [breaker_on(limited, f"limited{number}") for number in range(3)]
@@ -326,16 +317,16 @@ def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog
             breaker.call(up)
             assert not view_of(breaker).is_trusted
         breaker_on(client, "limited0", max_staleness=0).open()
-        assert breakers[0].current_state == "open", "it asks"
+        assert breakers[0].current_state == "open", "the breaker queries Redis"
         with pytest.raises(pybreaker.CircuitBreakerError):
             breakers[0].call(up)
-        (said,) = records_of(caplog, server, "limited", level=logging.WARNING)
-        assert "every look at a circuit is a round trip" in said.message
+        (warning,) = records_of(caplog, server, "limited", "other", level=logging.WARNING)
+        assert "every look at a circuit is a round trip" in warning.message
 
 
 @pytest.mark.parametrize("rights", [("~*", "&mine:*"), ("~mine:*", "&*")], ids=["its channel", "its keys"])
-def test_circuit_that_may_not_be_heard_takes_nothing_from_the_others(server, caplog, rights, protocol):
-    """They are heard as before, be they used before it or after."""
+def test_forbidden_circuit_does_not_affect_other_circuits(server, caplog, rights, protocol):
+    """Other circuits keep their subscriptions, before and after the forbidden one is used."""
     administrate(server, "resetchannels", "+@all", *rights)
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         before = settled(breaker_on(limited, "mine:before"))
@@ -347,12 +338,12 @@ def test_circuit_that_may_not_be_heard_takes_nothing_from_the_others(server, cap
             assert settled(breaker).call(up) == "answer"
         assert not view_of(other).is_trusted
         assert len(listeners()) == 1
-        (said,) = records_of(caplog, server, "other", level=logging.WARNING)
-        assert "permission" in said.message.lower() or "NOPERM" in said.message
+        (warning,) = records_of(caplog, server, "limited", "other", level=logging.WARNING)
+        assert "permission" in warning.message.lower() or "NOPERM" in warning.message
 
 
-def test_user_who_may_not_introduce_himself_or_track_hears_all_the_same(server, client):
-    """CLIENT is an administrator's command to some: without it only what is published is heard."""
+def test_user_without_client_commands_gets_pushes(server, client):
+    """Some servers reserve CLIENT for administrators. Without CLIENT, published messages still arrive."""
     administrate(server, "~*", "&*", "+@all", "-client")
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = settled(breaker_on(limited, max_staleness=PATIENT))
@@ -361,8 +352,8 @@ def test_user_who_may_not_introduce_himself_or_track_hears_all_the_same(server, 
 
 
 @pytest.mark.parametrize("commands", [["-hmget"], ["-mget"]], ids=" ".join)
-def test_who_may_no_longer_read_goes_by_nothing(server, client, commands):
-    """What cannot be confirmed is asked for; what cannot even be asked is decided here."""
+def test_user_without_read_rights_falls_back_to_the_local_circuit(server, client, commands):
+    """A record that cannot be confirmed is read again. If even the read is refused, the local circuit decides."""
     administrate(server, "~*", "&*", "+@all")
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = settled(breaker_on(limited, max_staleness=0.2, fallback_circuit_state="open"))
@@ -370,20 +361,20 @@ def test_who_may_no_longer_read_goes_by_nothing(server, client, commands):
         assert seconds_until(breaker, "open") < 0.2 + ROUND_TRIP
 
 
-class Odd(redis.Connection):
-    """What a connection class of somebody's own may be like."""
+class UnknownConnection(redis.Connection):
+    """Connection class of an application, with an argument that only the application can provide."""
 
-    def __init__(self, *, colour: str, **words: object) -> None:
-        raise TypeError("nobody else makes these")
+    def __init__(self, *, colour: str, **options: object) -> None:
+        raise TypeError("only the application makes these")
 
 
-def test_connection_class_that_nobody_else_can_make_reads_through(server, client, caplog):
-    """No guess is made about what it needs."""
+def test_unknown_connection_class_reads_through(server, client, caplog):
+    """The listener does not guess the arguments of an unknown connection class."""
     breaker = breaker_on(client)
     breaker.call(up)
-    client.ping()  # so that it has a connection left
-    client.connection_pool.connection_class = Odd
-    wait_for(lambda: listener_connections(client), "the first one hears")
+    client.ping()  # leaves a connection in the pool
+    client.connection_pool.connection_class = UnknownConnection
+    wait_for(lambda: listener_connections(client), "the connection of the first listener")
     other = breaker_on(client, "odd")
     for _ in range(2):
         other.call(up)
@@ -392,33 +383,33 @@ def test_connection_class_that_nobody_else_can_make_reads_through(server, client
 
 
 def test_fakeredis_and_servers_without_scripts_read_through(server):
-    """There nobody publishes: every look is exact, and no thread starts."""
-    home = fakeredis.FakeServer()
+    """Without scripts, no process publishes: every read is a round trip, and no thread starts."""
+    fake_server = fakeredis.FakeServer()
     administrate(server, "~*", "&*", "+@all", "-@scripting")
     with contextlib.closing(server.client(username="limited", password="x")) as scriptless:
-        for either in (fakeredis.FakeStrictRedis(server=home), scriptless):
+        for either in (fakeredis.FakeStrictRedis(server=fake_server), scriptless):
             one, two = breaker_on(either), breaker_on(either)
             one.call(up)
             two.open()
             assert one.current_state == "open"
             assert not view_of(one).is_trusted
     assert listeners() == []
-    assert endpoint_of(fakeredis.FakeStrictRedis(server=home)) is None
+    assert endpoint_of(fakeredis.FakeStrictRedis(server=fake_server)) is None
     assert endpoint_of(object()) is None
 
 
 def renamed(command: str) -> list[str]:
-    """Arguments for a server without this command."""
+    """Return arguments for a server without this command."""
     return ["--rename-command", command, ""]
 
 
 @pytest.mark.parametrize("commands", [["HELLO"], ["CLIENT"], ["HELLO", "CLIENT"]], ids=" ".join)
-def test_server_without_hello_or_client_is_heard(preferred, commands):
-    """Managed servers and proxies leave commands out: one step down, and nothing that is published is lost."""
+def test_server_without_hello_or_client_sends_pushes(preferred, commands):
+    """Managed servers and proxies lack commands. The listener uses fewer features, and receives all messages."""
     arguments = [argument for command in commands for argument in renamed(command)]
-    words = {"protocol": 2} if PROTOCOLS[0] == 3 else {}
+    options = {"protocol": 2} if PROTOCOLS[0] == 3 else {}
     with PrivateServer(preferred.binary, args=arguments) as server:
-        clients = [server.client(**words) for _ in range(2)]
+        clients = [server.client(**options) for _ in range(2)]
         breaker = settled(breaker_on(clients[0], max_staleness=PATIENT))
         breaker_on(clients[1], max_staleness=0).open()
         assert seconds_until(breaker, "open") < PUSH
@@ -427,7 +418,7 @@ def test_server_without_hello_or_client_is_heard(preferred, commands):
 
 
 def test_server_without_subscribe_reads_through(preferred, caplog):
-    """It does not know the command at all."""
+    """The command does not exist on the server."""
     with (
         PrivateServer(preferred.binary, args=renamed("SUBSCRIBE")) as server,
         contextlib.closing(server.client()) as client,
@@ -439,8 +430,8 @@ def test_server_without_subscribe_reads_through(preferred, caplog):
         assert not view_of(breaker).is_trusted
 
 
-def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(server, client, caplog):
-    """A cluster's, or a wrapper of somebody's own."""
+def test_client_without_an_endpoint_reads_through_and_logs_once(server, client, caplog):
+    """Clients of clusters and wrappers of applications have no single endpoint."""
 
     class Wrapper:
         def evalsha(self, *arguments: object) -> object:
@@ -453,14 +444,14 @@ def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(ser
     breaker = breaker_on(Wrapper())
     for _ in range(3):
         breaker.call(up)
-    (said,) = messages_of(caplog, server, NAMESPACE)
-    assert "Wrapper; every look at the circuit is a round trip" in said
+    (warning,) = messages_of(caplog, server, NAMESPACE)
+    assert "Wrapper; every look at the circuit is a round trip" in warning
     breaker_on(client, max_staleness=0).open()
     assert breaker.current_state == "open"
 
 
 def test_garbage_on_the_channel_is_ignored(client):
-    """Anybody may publish there."""
+    """Any client may publish on the channel."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT))
     channel = channel_of(circuit_keys(NAMESPACE, needs_one_slot=False), 0)
     for payload in (b"", b"open", b"1 2 open", b"\xff" * 100, b"1 -1 open   0 0"):
@@ -470,15 +461,15 @@ def test_garbage_on_the_channel_is_ignored(client):
     assert len(listeners()) == 1
 
 
-def test_redis_that_is_there_later_is_heard_later(killable_server):
-    """The first calls of a process may find nobody; the listener goes on trying."""
+def test_redis_that_starts_later_sends_pushes(killable_server):
+    """Redis may not be running during the first calls of a process. The listener keeps trying."""
     killable_server.stop()
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = breaker_on(client)
         assert breaker.call(up) == "answer"
         assert len(listeners()) == 1
         killable_server.start()
-        wait_for(lambda: is_subscribed(breaker), "it hears", within=20)
+        wait_for(lambda: is_subscribed(breaker), "a subscription", within=20)
         settled(breaker)
 
 
@@ -490,7 +481,7 @@ def test_redis_that_is_there_later_is_heard_later(killable_server):
     ],
 )
 def test_stopped_clock_stops_no_listener(client, server, travel):
-    """Tests that stop the time, or move it by years, hear what happens all the same, and so do those after them."""
+    """Tests that stop the time, or move it by years, still receive pushes, and so do the tests after them."""
     breaker = settled(breaker_on(client, max_staleness=0.3))
     with contextlib.closing(server.client()) as elsewhere:
         other = breaker_on(elsewhere, max_staleness=0)
@@ -504,19 +495,16 @@ def test_stopped_clock_stops_no_listener(client, server, travel):
         time.sleep(0.4)
         seconds_until(breaker, "closed")
         settled(breaker)
-        with counted(client) as asked:
+        with counted(client) as commands:
             until = perf_counter() + 2.0
             while perf_counter() < until:
                 breaker.call(up)
-        # A script asks for the time once, and so does a beat.
-        assert asked.get("time", 0) - asked.get("evalsha", 0) >= 4, "the beats go on"
-
-
-# -- uWSGI, as far as it can be told without it ------------------------------------------------------------------------
+        # A script reads the time once, and so does a beat.
+        assert commands.get("time", 0) - commands.get("evalsha", 0) >= 4, "further beats"
 
 
 class UWSGI:
-    """What uWSGI's module says to its applications."""
+    """Module that uWSGI offers to its applications."""
 
     def __init__(self, worker: int, **options: bytes) -> None:
         self.opt = {name.replace("_", "-"): value for name, value in options.items()}
@@ -524,8 +512,8 @@ class UWSGI:
         self.mule_id = lambda: 0
 
 
-def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
-    """UWSGI calls no hooks: then the process id tells."""
+def test_child_of_a_fork_without_hooks_gets_its_own_listener(client):
+    """Forks of uWSGI run no hooks, so the process id shows that a process is a child."""
     mine = listener_module.ListenerTable()
     endpoint = endpoint_of(client)
     inherited = mine.of(endpoint)
@@ -537,24 +525,24 @@ def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
     assert closed == [True]
     again = mine.of(endpoint)
     mine.after_fork()
-    assert closed == [True], "one that has not begun has nothing to close"
+    assert closed == [True], "a listener that has not started has no connection to close"
     assert mine.of(endpoint) is not again
 
 
-def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
-    """The same for each circuit: nobody listens for it here."""
+def test_child_of_a_fork_without_hooks_subscribes_again(client):
+    """In the child, no thread listens for the circuit, so the subscription starts again."""
     breaker = settled(breaker_on(client))
-    tenancy = core_of(breaker)
-    ear = subscription_of(tenancy)
-    mark_inherited(ear)
-    tenancy.listen()
-    assert owner_pid(ear) == os.getpid()
+    failover = core_of(breaker)
+    circuit_subscription = subscription_of(failover)
+    mark_inherited(circuit_subscription)
+    failover.listen()
+    assert owner_pid(circuit_subscription) == os.getpid()
     assert listener_of(breaker).is_running
     settled(breaker)
 
 
-def test_nobody_listens_to_what_nobody_has_asked_for(client):
-    """Then it is not known where it lies."""
+def test_unknown_location_starts_no_listener(client):
+    """The location of the circuit is not known before the first command."""
     breaker = breaker_on(client)
     shared = shared_of(breaker)
     shared.listen(None)
@@ -563,7 +551,7 @@ def test_nobody_listens_to_what_nobody_has_asked_for(client):
 
 
 def test_no_thread_starts_in_a_process_that_is_ending(client, monkeypatch):
-    """Before Python 3.12 it would be waited for forever."""
+    """Before Python 3.12, the interpreter would wait for the thread for ever."""
     monkeypatch.setattr(sys, "is_finalizing", lambda: True)
     breaker = breaker_on(client)
     assert breaker.call(up) == "answer"
@@ -571,7 +559,7 @@ def test_no_thread_starts_in_a_process_that_is_ending(client, monkeypatch):
 
 
 def test_no_thread_starts_in_the_master_of_uwsgi(server, client, monkeypatch, caplog):
-    """It would deadlock the workers; nobody has to be told, because they listen for themselves."""
+    """A thread in the master would deadlock the workers. Workers have their own listeners, so nothing is logged."""
     monkeypatch.setitem(sys.modules, "uwsgi", UWSGI(0, enable_threads=b"true"))
     breaker = breaker_on(client)
     for _ in range(2):
@@ -582,7 +570,7 @@ def test_no_thread_starts_in_the_master_of_uwsgi(server, client, monkeypatch, ca
 
 @pytest.mark.parametrize("options", [{"enable_threads": b"true"}, {"threads": b"2"}, {}], ids=" ".join)
 def test_worker_of_uwsgi_listens_if_its_threads_run(server, client, monkeypatch, caplog, options):
-    """Where they do not, one line says what that costs."""
+    """If no threads run, one line states the cost."""
     monkeypatch.setitem(sys.modules, "uwsgi", UWSGI(1, **options))
     for number in range(2):
         breaker = breaker_on(client, f"circuit{number}")
@@ -595,8 +583,8 @@ def test_worker_of_uwsgi_listens_if_its_threads_run(server, client, monkeypatch,
         assert "--enable-threads" in lines[0]
 
 
-def test_process_that_may_have_no_more_threads_reads_through(server, client, monkeypatch, caplog):
-    """RLIMIT_NPROC, a container's limit, or an interpreter that is about to end."""
+def test_process_at_its_thread_limit_reads_through(server, client, monkeypatch, caplog):
+    """The cause may be RLIMIT_NPROC, the limit of a container, or an interpreter that is about to end."""
 
     def no_more(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -605,15 +593,12 @@ def test_process_that_may_have_no_more_threads_reads_through(server, client, mon
     breaker = breaker_on(client)
     for _ in range(2):
         assert breaker.call(up) == "answer"
-    (said,) = messages_of(caplog, server, NAMESPACE)
-    assert "can't start new thread" in said
-
-
-# -- when it ends ------------------------------------------------------------------------------------------------------
+    (warning,) = messages_of(caplog, server, NAMESPACE)
+    assert "can't start new thread" in warning
 
 
 def test_thread_and_connection_end_with_the_last_storage(client):
-    """Nothing is kept alive by listening for it."""
+    """Listening keeps no storage alive."""
     breakers = [settled(breaker_on(client, f"circuit{number}")) for number in range(2)]
     channels = [channel_of(circuit_keys(f"circuit{number}", needs_one_slot=False), 0) for number in range(2)]
     del breakers[0]
@@ -621,43 +606,35 @@ def test_thread_and_connection_end_with_the_last_storage(client):
     wait_for(lambda: dict(client.pubsub_numsub(*channels)) == {channels[0].encode(): 0, channels[1].encode(): 1}, "one")
     breakers.clear()
     gc.collect()
-    wait_for(lambda: not listeners() and not listener_connections(client), "nobody listens")
+    wait_for(lambda: not listeners() and not listener_connections(client), "the end of the listener")
     settled(breaker_on(client))
     assert len(listeners()) == 1
 
 
 @pytest.mark.full
-def test_nothing_is_kept_of_circuits_that_are_gone(client):
-    """A process that has a circuit for each of its users, or makes a client for each request, does not grow."""
-    kept = settled(breaker_on(client, "kept"))
-    listener = view_of_listener(kept)
+def test_dropped_circuits_leave_no_memory(client):
+    """A process with a circuit for each of its users, or with a client for each request, does not grow."""
+    used = settled(breaker_on(client, "used"))
+    listener = listener_of(used)
     for number in range(60):
         breaker_on(client, f"circuit{number}").call(up)
 
-    def most_are_forgotten() -> bool:
+    def most_are_removed() -> bool:
         gc.collect()
         breaker_on(client, "last").call(up)
         return len(channels_of(listener)) < 30
 
-    # The listener may just be reading some of them.
-    wait_for(most_are_forgotten, "nothing is kept")
+    # The listener may hold some of them while it reads.
+    wait_for(most_are_removed, "removed subscribers")
     for number in range(5):
         user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
-        listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", server_of(kept))
+        listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", server_of(used))
     gc.collect()
-    wait_for(lambda: gc.collect() is not None and len(all_listeners()) == 1, "nobody listens elsewhere")
+    wait_for(lambda: gc.collect() is not None and len(all_listeners()) == 1, "removed listeners of other servers")
 
 
-def view_of_listener(breaker):
-    """Who keeps the breaker's view true."""
-    return listener_of(breaker)
-
-
-# -- when it ended before its time -------------------------------------------------------------------------------------
-
-
-def test_circuit_that_left_and_is_back_is_heard_again(client):
-    """A master that was demoted for a moment: the same line, and the same thread, which had been told to forget it."""
+def test_circuit_that_returns_to_a_server_gets_pushes_again(client):
+    """A master may be demoted for a moment. The same connection and the same thread serve the circuit again."""
     breaker = settled(breaker_on(client))
     for _ in range(3):
         shared_of(breaker).forget_location()
@@ -667,23 +644,23 @@ def test_circuit_that_left_and_is_back_is_heard_again(client):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_thread_that_died_is_replaced(client, monkeypatch):
-    """Whatever it died of; until then what it heard is believed no longer than it may be."""
+    """Until another thread runs, records are trusted for at most `max_staleness`."""
     breaker = settled(breaker_on(client))
     (died,) = listeners()
     with monkeypatch.context() as patched:
         crash_listeners(patched)
         for line in listener_connections(client):
             client.client_kill_filter(_id=line["id"])
-        wait_for(lambda: not died.is_alive(), "it dies")
-    # As long after it began as a thread usually dies.
+        wait_for(lambda: not died.is_alive(), "the end of the thread")
+    # As if the thread had died long after its start.
     allow_start_now(subscription_of(breaker))
-    wait_for(lambda: breaker.call(up) and listeners(), "another one")
+    wait_for(lambda: breaker.call(up) and listeners(), "another thread")
     settled(breaker)
     assert len(listeners()) == 1
 
 
-def test_thread_that_could_not_be_started_is_tried_again(server, client, monkeypatch, caplog):
-    """The limit of processes may have been reached for a moment."""
+def test_start_of_a_thread_is_retried(server, client, monkeypatch, caplog):
+    """The process may have been at its limit of threads for a moment only."""
     monkeypatch.setattr(subscription, "REFUSED_RETRY_DELAY_S", 0.1)
 
     def no_more(self: threading.Thread) -> None:
@@ -698,8 +675,8 @@ def test_thread_that_could_not_be_started_is_tried_again(server, client, monkeyp
 
 
 @pytest.mark.parametrize("trouble", ["fakeredis", "no thread", "a stub of uwsgi"])
-def test_whatever_keeps_it_from_listening_reaches_no_call(client, monkeypatch, trouble):
-    """Nor does a log that cannot be written, or a module in the place of uWSGI's."""
+def test_failure_to_listen_fails_no_call(client, monkeypatch, trouble):
+    """Neither a missing thread, nor a log that cannot be written, nor a stub of uWSGI's module makes a call fail."""
 
     class Broken(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -743,11 +720,11 @@ def late():
     ids=["plain", "first call at exit", "last call at exit", "first threads, then exit", "in a finalizer"],
 )
 def test_program_ends_at_once_and_silently(server, what, answers):
-    """A daemon thread, whatever it waits for, holds up nobody; where none can be started any more, calls ask."""
+    """A daemon thread delays no exit, whatever it waits for. Where no thread can start, calls query Redis."""
     root = Path(__file__).parents[2]
     began = time.monotonic()
     done = subprocess.run(
-        # redis-py 3 compares versions by means of the past.
+        # Releases 3 of redis-py import distutils to compare versions.
         [
             *(sys.executable, "-W", "error", "-W", "ignore:distutils Version:DeprecationWarning"),
             *("-c", PROGRAM.replace("{what}", what), server.unix_socket),
@@ -764,8 +741,8 @@ def test_program_ends_at_once_and_silently(server, what, answers):
 
 
 @pytest.mark.parametrize("first", ["a failure", "by hand"])
-def test_failures_count_somewhere_while_redis_takes_no_writes(killable_server, first):
-    """Reads go on, so polls agree: all the same nobody is admitted by Redis whose failure cannot be told there."""
+def test_failures_count_locally_while_redis_takes_no_writes(killable_server, first):
+    """Polls succeed, because reads still work. A call that Redis admits must be able to report its failure to Redis."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fail_max=3, reset_timeout=60))
         client.config_set("maxmemory", 1)
@@ -784,22 +761,22 @@ def test_failures_count_somewhere_while_redis_takes_no_writes(killable_server, f
                 breaker.call(count_and_fail)
             time.sleep(0.005)
         client.config_set("maxmemory", 0)
-    assert reached <= 3 + 1, "the first one may have been admitted by Redis"
+    assert reached <= 3 + 1, "Redis may have admitted the first call"
 
 
 @contextlib.contextmanager
 def held_elsewhere(lock: Any) -> Iterator[None]:
-    """Another thread has this lock."""
-    taken, done = threading.Event(), threading.Event()
+    """Hold this lock in another thread."""
+    locked, done = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
-            taken.set()
+            locked.set()
             done.wait(10)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert taken.wait(10)
+    assert locked.wait(10)
     try:
         yield
     finally:
@@ -807,8 +784,8 @@ def held_elsewhere(lock: Any) -> Iterator[None]:
         thread.join()
 
 
-def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
-    """During an outage threads take the guard's lock and that of the process's own circuit, at every call."""
+def test_child_of_a_fork_does_not_wait_for_locks_of_its_parent(client):
+    """During an outage, threads take the locks of the server and of the local circuit with every call."""
     breaker = breaker_on(client)
     storage = storage_of(breaker)
     breaker.call(up)
@@ -820,19 +797,16 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
             lock_of(item).release()
 
 
-# -- many threads ------------------------------------------------------------------------------------------------------
+def test_threads_notice_every_transition_once(server, client):
+    """No thread uses an admission of an earlier generation, and listeners are notified once of each transition."""
+    notified: Counter[str] = Counter()
 
-
-def test_threads_that_call_while_others_move_the_circuit_agree_with_it(server, client):
-    """No thread goes by an admission of an earlier spell, and none hears twice of one transition."""
-    told: Counter[str] = Counter()
-
-    class Ears(pybreaker.CircuitBreakerListener):
+    class Recorder(pybreaker.CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
-            told[new_state.name] += 1
+            notified[new_state.name] += 1
 
     breaker = settled(breaker_on(client, reset_timeout=60))
-    breaker.add_listener(Ears())
+    breaker.add_listener(Recorder())
     stop = threading.Event()
     errors: list[BaseException] = []
 
@@ -855,29 +829,29 @@ def test_threads_that_call_while_others_move_the_circuit_agree_with_it(server, c
             for _ in range(20):
                 for verb, state in (("open", "open"), ("close", "closed")):
                     getattr(other, verb)()
-                    wait_for(lambda state=state: state_name_of(breaker) == state, f"noticed {state}")
+                    wait_for(lambda state=state: state_name_of(breaker) == state, f"the state {state}")
     finally:
         stop.set()
         for thread in threads:
             thread.join(10)
     assert not errors
-    assert told == {"open": 20, "closed": 20}
+    assert notified == {"open": 20, "closed": 20}
 
 
 def test_two_breakers_of_one_storage_both_notice(client, server):
-    """What one has noticed, the other still has to be told."""
+    """A transition that one breaker has noticed must still be reported to the listeners of the other."""
     breaker = breaker_on(client, reset_timeout=60)
     storage = storage_of(breaker)
     second = pybreaker.CircuitBreaker(state_storage=storage, reset_timeout=60)
-    heard: list[str] = []
+    received: list[str] = []
 
-    class Ears(pybreaker.CircuitBreakerListener):
+    class Recorder(pybreaker.CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
-            heard.append(f"{new_state.name}, reads {cb.state.name}")
+            received.append(f"{new_state.name}, reads {cb.state.name}")
 
-    second.add_listener(Ears())
+    second.add_listener(Recorder())
     for each in (breaker, second):
-        wait_for(lambda each=each: each.call(up) and view_of(breaker).is_trusted, "believed")
+        wait_for(lambda each=each: each.call(up) and view_of(breaker).is_trusted, "a trusted view")
     with contextlib.closing(server.client()) as elsewhere:
         other = breaker_on(elsewhere, max_staleness=0)
         other.open()
@@ -890,45 +864,48 @@ def test_two_breakers_of_one_storage_both_notice(client, server):
         for _ in range(3):
             assert breaker.call(up) == "answer"
     assert second.call(up) == "answer"
-    assert heard == ["open, reads closed", "closed, reads open"]
+    assert received == ["open, reads closed", "closed, reads open"]
 
 
-def test_refused_line_is_tried_again_later(client, monkeypatch, server, caplog):
-    """Rights that were withdrawn may come back."""
+def test_refused_subscription_is_retried_later(client, monkeypatch, server, caplog):
+    """An administrator may restore rights that were withdrawn."""
     monkeypatch.setattr(listener_module, "REFUSED_RETRY_DELAY_S", 0.1)
     administrate(server, "~*", "+@all", "resetchannels")
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = breaker_on(limited)
         breaker.call(up)
-        wait_for(lambda: messages_of(caplog, server, NAMESPACE), "refused")
+        wait_for(lambda: messages_of(caplog, server, NAMESPACE), "the refusal")
         administrate(server, "~*", "+@all", "&*")
         settled(breaker)
 
 
-def test_state_that_was_read_before_and_taken_on_later_confuses_nobody(client, server):
-    """A health check is told "open" and waits for the lock of the breaker, which a long call holds; then it closes."""
-    heard: list[str] = []
+def test_outdated_state_of_a_waiting_reader_causes_no_extra_notification(client, server):
+    """A health check reads "open" and waits for the breaker's lock, which a long call holds.
 
-    class Ears(pybreaker.CircuitBreakerListener):
+    Then the circuit closes.
+    """
+    received: list[str] = []
+
+    class Recorder(pybreaker.CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
-            heard.append(new_state.name)
-            assert len(heard) < 50, "told for ever"
+            received.append(new_state.name)
+            assert len(received) < 50, "endless notifications"
             _ = cb.state
 
     breaker = settled(breaker_on(client, reset_timeout=60))
-    breaker.add_listener(Ears())
-    looked = threading.Event()
+    breaker.add_listener(Recorder())
+    has_read = threading.Event()
     storage = storage_of(breaker)
 
-    class Looks:
-        """Stands between the health check and its breaker: stops when the state was read."""
+    class ReadSignal:
+        """Lock that stands between the health check and its breaker, and shows that the state was read."""
 
         def __init__(self) -> None:
             self.lock = lock_of(breaker)
 
         def __enter__(self) -> None:
             if threading.current_thread().name == "health":
-                looked.set()
+                has_read.set()
             self.lock.acquire()
 
         def __exit__(self, *_: object) -> None:
@@ -942,37 +919,40 @@ def test_state_that_was_read_before_and_taken_on_later_confuses_nobody(client, s
             other.open()
             seconds_until(breaker, "open")
             health.start()
-            assert looked.wait(5)
+            assert has_read.wait(5)
             other.close()
             seconds_until(breaker, "closed")
             for _ in range(3):
                 storage.reset_counter()
 
-    set_lock(breaker, Looks())
+    set_lock(breaker, ReadSignal())
     breaker.call(long_call)
     health.join(5)
     for _ in range(10):
         assert breaker.call(up) == "answer"
-    assert set(heard) <= {"open", "closed"}
-    assert len(heard) <= 4
+    assert set(received) <= {"open", "closed"}
+    assert len(received) <= 4
 
 
-def test_return_from_an_outage_is_noticed_though_nothing_has_moved(killable_server):
-    """Its own circuit was open, the shared one was closed all the while: a listener that looks is told once of each."""
-    heard: list[str] = []
+def test_return_from_an_outage_notifies_listeners_of_both_changes(killable_server):
+    """The local circuit was open, the shared one stayed closed.
 
-    class Ears(pybreaker.CircuitBreakerListener):
+    A listener that reads the state is notified once of each.
+    """
+    received: list[str] = []
+
+    class Recorder(pybreaker.CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
-            heard.append(f"{new_state.name}, reads {cb.state.name}")
+            received.append(f"{new_state.name}, reads {cb.state.name}")
 
     with contextlib.closing(killable_server.client(**ONCE, socket_timeout=0.1)) as client:
         breaker = settled(breaker_on(client, fallback_circuit_state="open", reset_timeout=60, timeout=2.0))
-        breaker.add_listener(Ears())
+        breaker.add_listener(Recorder())
         os.kill(killable_server.pid, signal.SIGSTOP)
-        wait_for(lambda: breaker.current_state == "open", "its own circuit")
+        wait_for(lambda: breaker.current_state == "open", "the local circuit")
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(up)
         os.kill(killable_server.pid, signal.SIGCONT)
         wait_for(lambda: breaker.current_state == "closed", "the shared circuit", within=20)
         settled(breaker)
-    assert heard == ["open, reads closed", "closed, reads open"]
+    assert received == ["open, reads closed", "closed, reads open"]

@@ -1,4 +1,4 @@
-"""The scripts: what their headers say, how they reach the server, and what happens where none may run."""
+"""The Lua engine: headers of the scripts, their way to the server, and servers without scripts."""
 
 from __future__ import annotations
 
@@ -56,36 +56,33 @@ every_intent = pytest.mark.parametrize("intent", INTENTS, ids=lambda intent: int
 
 
 class Recording(redis.Redis):
-    """A client that notes the commands it sends one by one; those in pipelines are not noted."""
+    """Client that records the commands sent one by one, but not those in pipelines."""
 
     def __init__(self, **words: Any) -> None:
         super().__init__(**words)
         self.sent: list[str] = []
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
-        """As every client, and noted."""
+        """Record the command and send it."""
         self.sent.append(args[0])
         return super().execute_command(*args, **options)
 
 
 @contextlib.contextmanager
 def recording(server: PrivateServer, **words: Any) -> Iterator[Recording]:
-    """A recording client of this server."""
+    """Yield a recording client of this server."""
     with contextlib.closing(Recording(unix_socket_path=server.unix_socket, **words)) as client:
         yield client
 
 
 def fail(breaker: CircuitBreaker) -> None:
-    """A call that fails."""
+    """Make a call that fails."""
     with contextlib.suppress(ZeroDivisionError, CircuitBreakerError):
         breaker.call(lambda: 1 / 0)
 
 
-# -- headers -----------------------------------------------------------------------------------------------------------
-
-
 def header(name: str) -> dict[str, str]:
-    """What the comment at the top of a script says, by its words in capitals; the first line under ``""``."""
+    """Return the entries of a script's header by their word in capitals, with the description under ``""``."""
     entries: dict[str, str] = {}
     last = ""
     for line in (LUA / f"{name}.lua").read_text(encoding="utf-8").splitlines():
@@ -101,18 +98,18 @@ def header(name: str) -> dict[str, str]:
 
 
 def body(name: str) -> str:
-    """A script without its comments."""
+    """Return a script without its comments."""
     return re.sub(r"--.*", "", (LUA / f"{name}.lua").read_text(encoding="utf-8"))
 
 
-def test_every_script_has_an_intent_and_every_intent_a_script() -> None:
-    """No file lies there unused, and no intent works in memory only."""
+def test_scripts_and_intents_correspond() -> None:
+    """Each file is used, and no intent works in memory only."""
     assert {path.name for path in LUA.iterdir()} == {f"{intent.operation}.lua" for intent in INTENTS} | {"circuit.lua"}
 
 
 @every_intent
 def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent]) -> None:
-    """ARGV[10] and on are the intent's fields: who adds one, adds it in both places."""
+    """From ARGV[10] on, the arguments are the fields of the intent. A new field needs a line in the header."""
     arguments = {key: text.split()[0] for key, text in header(intent.operation).items() if key.startswith("ARGV")}
     expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 10)}
     assert arguments == expected
@@ -121,7 +118,7 @@ def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent])
 
 @every_intent
 def test_script_uses_the_arguments_that_its_header_names_under_their_names(intent: type[Intent]) -> None:
-    """`local generation, token = tonumber(ARGV[10]), ARGV[11]`: what is read first is called what it is."""
+    """In `local generation, token = tonumber(ARGV[10]), ARGV[11]`, each variable has the name of its field."""
     source = body(intent.operation)
     named = [field.name for field in fields(intent)]
     if not named:
@@ -134,42 +131,39 @@ def test_script_uses_the_arguments_that_its_header_names_under_their_names(inten
 
 
 @every_intent
-def test_header_says_what_everybody_wants_to_know(intent: type[Intent]) -> None:
-    """What it is for, which keys, what comes back, what is written."""
-    said = header(intent.operation)
-    assert said[""].startswith(f"{intent.operation}: ")
-    assert said["KEYS[1..5]"] == ", ".join(KEY_SUFFIXES)
-    assert said["RETURNS"].startswith("{")
-    assert said["WRITES"]
+def test_header_states_purpose_keys_result_and_writes(intent: type[Intent]) -> None:
+    """Each header states purpose, keys, result and writes."""
+    entries = header(intent.operation)
+    assert entries[""].startswith(f"{intent.operation}: ")
+    assert entries["KEYS[1..5]"] == ", ".join(KEY_SUFFIXES)
+    assert entries["RETURNS"].startswith("{")
+    assert entries["WRITES"]
 
 
 @every_intent
 def test_header_mentions_the_clock_if_and_only_if_it_is_used(intent: type[Intent]) -> None:
-    """Whose time it is, is said wherever time matters."""
+    """The header states the source of the time wherever time matters."""
     assert ("TIME" in header(intent.operation)) == bool(
         re.search(r"\bnow\b|probe_is_free|hold_probe", body(intent.operation))
     )
 
 
-def test_shared_beginning_names_keys_fields_and_arguments_as_python_does() -> None:
-    """`circuit.lua` is prepended to all others, so its header speaks for all of them."""
-    said = header("circuit")
-    assert [said[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(KEY_SUFFIXES)
-    assert re.findall(r"\w+", said["KEYS[5]"].partition("as of")[0])[2:] == list(HASH_FIELDS)
+def test_header_of_the_prelude_agrees_with_python() -> None:
+    """The file `circuit.lua` is prepended to all scripts, so its header holds for all of them."""
+    entries = header("circuit")
+    assert [entries[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(KEY_SUFFIXES)
+    assert re.findall(r"\w+", entries["KEYS[5]"].partition("as of")[0])[2:] == list(HASH_FIELDS)
     known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until", "known_lease"]
-    assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 10)] == ["create", *known, "channel", "ttl"]
-    assert {"RETURNS", "TIME", "WRITES"} <= said.keys()
-    returned = said["RETURNS"].strip("{}").split(",")
-    # The reply holds the circuit; why nobody could be told is for the carrier itself.
+    assert [entries[f"ARGV[{number}]"].split()[0] for number in range(1, 10)] == ["create", *known, "channel", "ttl"]
+    assert {"RETURNS", "TIME", "WRITES"} <= entries.keys()
+    returned = entries["RETURNS"].strip("{}").split(",")
+    # The reply holds the circuit. The reason for a missing push is for the engine only.
     assert len(returned) == len(fields(Circuit)) + len(fields(Reply)) - 1 + 1
-
-
-# -- EVALSHA and EVAL --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoded", [False, True])
 def test_unknown_script_is_sent_once_and_then_called_by_name(every_server: PrivateServer, decoded: bool) -> None:
-    """First use of a server costs one round trip more, and so does SCRIPT FLUSH."""
+    """The first use of a server costs one more round trip, and so does SCRIPT FLUSH."""
     with recording(every_server, decode_responses=decoded) as client:
         client.script_flush()
         engine = LuaEngine(client, KEYS)
@@ -184,8 +178,8 @@ def test_unknown_script_is_sent_once_and_then_called_by_name(every_server: Priva
         assert client.sent == ["EVALSHA", "EVAL", "EVALSHA"]
 
 
-def test_server_that_knows_no_names_is_sent_each_script_and_not_asked_again(preferred: servers.FoundServer) -> None:
-    """EVALSHA alone is missing: scripts are as atomic without."""
+def test_server_without_evalsha_gets_each_script(preferred: servers.FoundServer) -> None:
+    """Only EVALSHA is missing, and scripts are as atomic without EVALSHA."""
     with _renamed(preferred.binary, "EVALSHA") as make_client, contextlib.closing(make_client()) as client:
         engine = LuaEngine(client, KEYS)
         for failures in (1, 2, 3):
@@ -193,18 +187,18 @@ def test_server_that_knows_no_names_is_sent_each_script_and_not_asked_again(pref
         assert client.sent == ["EVALSHA", "EVAL", "EVAL", "EVAL"]
 
 
-def test_who_may_run_neither_scripts_nor_transactions_is_told_of_the_scripts(
+def test_missing_rights_for_scripts_and_transactions_log_the_scripts(
     server: PrivateServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An administrator grants what the log names."""
+    """An administrator grants what the log line contains."""
     with contextlib.closing(server.client()) as administrator:
         rights = ("~*", "+@all", "-@scripting", "-watch")
         administrator.execute_command("ACL", "SETUSER", "neither", "on", "nopass", *rights)
     with contextlib.closing(server.client(username="neither", password="any")) as client:
         CircuitRedisStorage(CLOSED, client, "neither").increment_counter()
-    (said,) = messages_of(caplog, server, "circuit 'neither'")
-    assert "'eval" in said
-    assert "watch" not in said
+    (entries,) = messages_of(caplog, server, "circuit 'neither'")
+    assert "'eval" in entries
+    assert "watch" not in entries
 
 
 def test_script_is_sent_whatever_the_encoding_of_the_client(server: PrivateServer) -> None:
@@ -215,8 +209,8 @@ def test_script_is_sent_whatever_the_encoding_of_the_client(server: PrivateServe
 
 
 @every_intent
-def test_name_of_script_is_what_the_server_calls_it(server: PrivateServer, intent: type[Intent]) -> None:
-    """EVALSHA with a digest of our own making finds what EVAL has left."""
+def test_digest_of_a_script_equals_that_of_the_server(server: PrivateServer, intent: type[Intent]) -> None:
+    """An EVALSHA with the digest computed here finds the script that EVAL has loaded."""
     source, digest = compose_script(intent.operation)
     with contextlib.closing(server.client()) as client:
         client.script_flush()
@@ -225,7 +219,7 @@ def test_name_of_script_is_what_the_server_calls_it(server: PrivateServer, inten
 
 
 def test_scripts_flushed_all_the_time_lose_no_failure(server: PrivateServer) -> None:
-    """An operator's SCRIPT FLUSH, a restart or a failover in the middle of anything is not noticed."""
+    """A SCRIPT FLUSH by an operator, a restart or a failover is not noticed, whenever it comes."""
     over = threading.Event()
 
     def flush() -> None:
@@ -246,9 +240,6 @@ def test_scripts_flushed_all_the_time_lose_no_failure(server: PrivateServer) -> 
         flusher.join()
 
 
-# -- no scripts --------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _forbidden(binary: str) -> Iterator[Any]:
     with PrivateServer(binary) as server, contextlib.closing(server.client()) as administrator:
@@ -260,8 +251,8 @@ def _forbidden(binary: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _renamed(binary: str, *commands: str) -> Iterator[Any]:
-    away = [word for command in commands for word in ("--rename-command", command, "")]
-    with PrivateServer(binary, args=away) as server:
+    arguments = [word for command in commands for word in ("--rename-command", command, "")]
+    with PrivateServer(binary, args=arguments) as server:
         yield lambda **words: Recording(unix_socket_path=server.unix_socket, **words)
 
 
@@ -270,8 +261,8 @@ def _fake(_: str) -> Iterator[Any]:
     class RecordingFake(Recording, fakeredis.FakeStrictRedis):
         pass
 
-    home = fakeredis.FakeServer()
-    yield lambda **words: RecordingFake(server=home, **words)
+    fake_server = fakeredis.FakeServer()
+    yield lambda **words: RecordingFake(server=fake_server, **words)
 
 
 SCRIPTLESS: dict[str, Callable[[str], Any]] = {
@@ -283,22 +274,22 @@ SCRIPTLESS: dict[str, Callable[[str], Any]] = {
 
 def _scriptless() -> Iterator[Any]:
     for server in servers.at_hand():
-        for how, opened in SCRIPTLESS.items():
-            yield pytest.param(opened, server.binary, id=f"{servers.name_of(server)}, {how}")
+        for case, opened in SCRIPTLESS.items():
+            yield pytest.param(opened, server.binary, id=f"{servers.name_of(server)}, {case}")
     yield pytest.param(_fake, "", id="fakeredis")
 
 
 @pytest.fixture(params=[False, True], ids=["bytes", "decoded"])
 def decoded(request: pytest.FixtureRequest) -> bool:
-    """Both kinds of client."""
+    """Return whether the client decodes."""
     return bool(request.param)
 
 
 @pytest.mark.parametrize(("opened", "binary"), list(_scriptless()))
-def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactions(
+def test_server_without_scripts_is_logged_once_and_served_by_transactions(
     opened: Callable[[str], Any], binary: str, decoded: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where scripts are unknown or forbidden, everything works, at the price of more round trips."""
+    """Everything works without scripts, with more round trips."""
     with opened(binary) as make_client, contextlib.closing(make_client(decode_responses=decoded)) as client:
         storage = CircuitRedisStorage(CLOSED, client, "scriptless")
         breaker = CircuitBreaker(fail_max=3, reset_timeout=60, state_storage=storage)
@@ -314,23 +305,23 @@ def test_server_without_scripts_is_asked_once_said_once_and_served_by_transactio
             assert breaker.current_state == CLOSED
         assert [command for command in sent if command.startswith("EVAL")] == ["EVALSHA", "EVAL"]
         assert client.get("scriptless:pybreaker:state") in (b"closed", "closed")
-    said = records_of(caplog, storage.health().server, "circuit 'scriptless'")
-    assert [record.levelno for record in said] == [logging.WARNING]
-    assert "runs no scripts" in said[0].getMessage()
-    assert "scriptless" not in said[0].getMessage(), "it is the server that runs none, not the circuit"
+    entries = records_of(caplog, storage.health().server, "circuit 'scriptless'")
+    assert [record.levelno for record in entries] == [logging.WARNING]
+    assert "runs no scripts" in entries[0].getMessage()
+    assert "scriptless" not in entries[0].getMessage(), "the line is about the server and not about the circuit"
 
 
-def test_threads_that_find_no_scripts_at_once_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    """The step down is one change of condition, however many notice it."""
+def test_threads_that_find_no_scripts_log_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """The switch to transactions is one event, however many threads notice the missing scripts."""
     client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
     # If threads are the first to use a database of fakeredis, some of their transactions are lost: 5 in 4,000 rounds.
     client.get("anything")
-    together = threading.Barrier(8)
+    barrier = threading.Barrier(8)
     storage = CircuitRedisStorage(CLOSED, client, "scriptless")
     original = client.evalsha
 
     def evalsha(*args: Any) -> Any:
-        together.wait(5)  # all of them are on their way before the first has its answer
+        barrier.wait(5)  # all threads have sent a script before the first answer
         return original(*args)
 
     client.evalsha = evalsha  # type: ignore[method-assign]
@@ -343,8 +334,8 @@ def test_threads_that_find_no_scripts_at_once_say_so_once(caplog: pytest.LogCapt
     assert len([line for line in messages_of(caplog, storage.health().server) if "runs no scripts" in line]) == 1
 
 
-def test_other_refusals_are_not_mistaken_for_a_server_without_scripts(server: PrivateServer) -> None:
-    """A user who may not touch these keys, or a script that fails, would not be helped by transactions."""
+def test_other_refusals_do_not_switch_to_transactions(server: PrivateServer) -> None:
+    """Transactions would not help a user without rights for these keys, or a script that fails."""
     with contextlib.closing(server.client()) as administrator:
         administrator.execute_command("ACL", "SETUSER", "elsewhere", "on", "nopass", "~else:*", "+@all")
         administrator.execute_command("ACL", "SETUSER", "hashless", "on", "nopass", "~*", "+@all", "-hmget", "-hset")
@@ -355,11 +346,8 @@ def test_other_refusals_are_not_mistaken_for_a_server_without_scripts(server: Pr
             assert not isinstance(caught.value, ScriptingUnavailableError)
 
 
-# -- the client --------------------------------------------------------------------------------------------------------
-
-
-def test_constructor_says_nothing_to_redis(caplog: pytest.LogCaptureFixture) -> None:
-    """Import time is no time for I/O: settings modules build storages where no Redis is reachable."""
+def test_constructor_sends_nothing_to_redis(caplog: pytest.LogCaptureFixture) -> None:
+    """Settings modules create storages at import time, where no Redis is reachable."""
 
     class Unreachable(redis.Connection):
         def connect(self, *_: Any, **__: Any) -> None:
@@ -371,11 +359,11 @@ def test_constructor_says_nothing_to_redis(caplog: pytest.LogCaptureFixture) -> 
     assert messages_of(caplog, "circuit 'unreachable'") == []
     assert storage.state == CLOSED
     (line,) = messages_of(caplog, "circuit 'unreachable'")
-    assert "has connected" in line, "any use does, so the check above can fail"
+    assert "has connected" in line, "any use connects, so the check above can fail"
 
 
 def test_callable_is_called_when_the_circuit_is_first_used_and_never_again(client: redis.Redis) -> None:
-    """`django_redis.get_redis_connection` can be given before Django is ready."""
+    """A callable such as `django_redis.get_redis_connection` can be given before Django is ready."""
     calls = []
 
     def get_client() -> redis.Redis:
@@ -392,7 +380,7 @@ def test_callable_is_called_when_the_circuit_is_first_used_and_never_again(clien
 
 
 def test_callable_is_called_once_by_many_threads(client: redis.Redis) -> None:
-    """No connection pool is built for nothing."""
+    """No connection pool is created in vain."""
     calls = []
 
     def get_client() -> redis.Redis:
@@ -420,9 +408,7 @@ def test_class_of_client_is_a_callable_too(server: PrivateServer) -> None:
     assert CircuitRedisStorage(OPEN, Client, "class").state == OPEN
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-#: A circuit for each state, as the server holds it, and what it must refuse.
+#: For each state of a circuit of generation 4, intents that it must refuse.
 REFUSED: list[tuple[str, Intent]] = [
     *[
         (state, intent)
@@ -450,7 +436,7 @@ REFUSED: list[tuple[str, Intent]] = [
 
 
 def circuit_of_generation_4(engine: Engine, state: str) -> Circuit:
-    """A sound circuit in that state, with some failures."""
+    """Return an intact circuit in that state, with some failures."""
     circuit = engine.execute(Load(), None, CLOSED).circuit
     steps: dict[str, list[Intent]] = {
         CLOSED: [Trip(None, ""), Close(None, ""), Trip(None, ""), Close(None, "")],
@@ -463,8 +449,8 @@ def circuit_of_generation_4(engine: Engine, state: str) -> Circuit:
     return circuit
 
 
-def ends_ms(client: redis.Redis, key: str) -> int:
-    """When a key expires, milliseconds on the server's clock."""
+def expiry_ms(client: redis.Redis, key: str) -> int:
+    """Return the expiry of a key, in milliseconds on the server's clock."""
     with client.pipeline() as pipe:
         pipe.time()
         pipe.pttl(key)
@@ -477,14 +463,14 @@ def ends_ms(client: redis.Redis, key: str) -> int:
 def test_refused_intent_writes_nothing(
     server: PrivateServer, make: Callable[..., Engine], state: str, intent: Intent
 ) -> None:
-    """Not a byte, not a TTL, not even the same value once more: a refusal must not keep anything alive."""
+    """A refusal writes no byte, no TTL and not even the same value again, so that no key lives longer."""
     with contextlib.closing(server.client()) as client, contextlib.closing(server.client()) as observer:
         engine = make(client, KEYS)
         known = circuit_of_generation_4(engine, state)
         for number, key in enumerate(KEYS):
             observer.pexpire(key, 10**7 + number)
         before = [observer.dump(key) for key in KEYS]
-        ends = [ends_ms(observer, key) for key in KEYS]
+        expiries = [expiry_ms(observer, key) for key in KEYS]
         with observer.pipeline() as pipe:
             pipe.watch(*KEYS)
             reply = engine.execute(intent, known, CLOSED)
@@ -492,14 +478,14 @@ def test_refused_intent_writes_nothing(
             assert reply.circuit == known
             pipe.multi()
             pipe.ping()
-            pipe.execute()  # raises WatchError if any of the keys was written, be it with the same value
+            pipe.execute()  # raises WatchError if any key was written, even with the same value
         assert [observer.dump(key) for key in KEYS] == before
-        for key, end in zip(KEYS, ends, strict=True):
-            assert abs(ends_ms(observer, key) - end) < 100
+        for key, end in zip(KEYS, expiries, strict=True):
+            assert abs(expiry_ms(observer, key) - end) < 100
 
 
 def test_check_for_writes_can_fail(server: PrivateServer) -> None:
-    """An accepted intent is noticed by the same means."""
+    """The same check notices an accepted intent."""
     with contextlib.closing(server.client()) as client, contextlib.closing(server.client()) as observer:
         engine = LuaEngine(client, KEYS)
         known = circuit_of_generation_4(engine, CLOSED)

@@ -1,11 +1,10 @@
-"""Workers, operators and foreign writers in any order: what holds whatever happens.
+"""State machine: workers, operators and foreign writers act in any order, and invariants hold after every step.
 
-Several workers, each with a storage and an unmodified breaker of its own, admit calls, have them in flight and report
-on them, crash, look, order; others write with stock pybreaker, keys get lost, scripts are flushed, time passes.  After
-every step the record is compared with what must have become of it.
+Several workers make calls with their own storages and unmodified breakers. They admit, report, crash, read and give
+operator commands. Stock pybreaker writes too, keys get lost, scripts are flushed, and time passes. After every step,
+the record is compared with the expected one.
 
-Two homes: fakeredis with a clock that only moves when told to, and a real server with Lua, where time is real and
-short.
+There are two environments: fakeredis with a clock that tests move, and a real server with Lua and short, real times.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pybreaker_redis._model.intents import Reply
 from tests.support.inspect import admission_of, answer_intents, load_shared, view_of
 from tests.support.selection import examples
 
-# Pure model: one Python is as good as another, and the README's tests run it on every server.
+# The model does not depend on the version of Python. The README's tests run it on every server.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
 
 FAIL_MAX = 2
@@ -42,12 +41,12 @@ class Down(Exception):
     """The dependency is down."""
 
 
-class FakeHome:
-    """fakeredis without scripts, and a clock that stands still."""
+class FakeEnvironment:
+    """Environment on fakeredis, without scripts and with a stopped clock."""
 
     reset_timeout = 10.0
     lease = 30.0
-    blur_ms = 1.0
+    tolerance_ms = 1.0
     scripts = False
 
     def __init__(self) -> None:
@@ -60,18 +59,18 @@ class FakeHome:
         self._clock.shift(seconds)
 
     def close(self) -> None:
-        """Let the clock go."""
+        """Restore the clock."""
         self._travel.stop()
         self.client.close()
 
 
-class RealHome:
-    """A real server that runs the scripts, and real time."""
+class RealEnvironment:
+    """Environment on a real server with scripts and real time."""
 
     reset_timeout = 0.02
     lease = 0.04
-    #: How much later than by the server's clock a gate may open by a worker's: as long as an answer takes.
-    blur_ms = 20.0
+    #: Milliseconds by which a worker may admit later than the server's clock allows: the duration of an answer.
+    tolerance_ms = 20.0
     scripts = True
 
     def __init__(self, client: Any) -> None:
@@ -83,19 +82,19 @@ class RealHome:
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing."""
 
 
 class Worker:
-    """A process: a storage, a breaker, at most one call in flight."""
+    """A process with a storage, a breaker, and at most one call in flight."""
 
-    def __init__(self, home: Any) -> None:
+    def __init__(self, environment: Any) -> None:
         self.storage = CircuitRedisStorage(
-            "closed", home.client, namespace="machine", probe_lease=home.lease, max_staleness=0
+            "closed", environment.client, namespace="machine", probe_lease=environment.lease, max_staleness=0
         )
         self.breaker = pybreaker.CircuitBreaker(
             fail_max=FAIL_MAX,
-            reset_timeout=home.reset_timeout,
+            reset_timeout=environment.reset_timeout,
             success_threshold=SUCCESS_THRESHOLD,
             state_storage=self.storage,
         )
@@ -103,7 +102,7 @@ class Worker:
         self.admitted: tuple[int | None, str] = None, ""
 
     def begin(self) -> bool:
-        """Try to be admitted."""
+        """Try to begin a call, and return whether the call was admitted."""
         block = self.breaker.calling()
         try:
             block.__enter__()
@@ -114,7 +113,7 @@ class Worker:
         return True
 
     def end(self, error: BaseException | None) -> BaseException | None:
-        """Report; the exception that the user gets."""
+        """Report the outcome, and return the exception that the caller gets."""
         block, self.block = self.block, None
         if error is None:
             block.__exit__(None, None, None)
@@ -128,8 +127,8 @@ class Worker:
                 return answer
         return error
 
-    def die(self) -> None:
-        """Never report: what remains of the block goes nowhere."""
+    def drop(self) -> None:
+        """Drop the call without a report."""
         reply = Reply(accepted=False, circuit=Circuit(), now_ms=0)
         answer_intents(self.storage, reply)
         if self.block:
@@ -138,47 +137,45 @@ class Worker:
 
 
 class Machine(RuleBasedStateMachine):
-    """What may happen, and what must come of it."""
+    """Steps that may happen, and their expected results."""
 
-    def __init__(self, home: Any, reached: list[bool]) -> None:
+    def __init__(self, environment: Any, reached: list[bool]) -> None:
         super().__init__()
-        self.home = home
+        self.environment = environment
         self.reached = reached
         self.half_open = False
         self.dead: list[Worker] = []
 
     @initialize()
     def start(self) -> None:
-        """A fleet, an observer who sees every step, and a stock worker."""
-        self.workers = [Worker(self.home) for _ in range(WORKERS)]
-        self.observer = Worker(self.home).storage
+        """Create the workers, an observer of every step, and a stock worker."""
+        self.workers = [Worker(self.environment) for _ in range(WORKERS)]
+        self.observer = Worker(self.environment).storage
         self.failures = 0
-        self.last = self.truth()
-        self.stock = pybreaker.CircuitRedisStorage("closed", self.home.client, namespace="machine")
+        self.last = self.record()
+        self.stock = pybreaker.CircuitRedisStorage("closed", self.environment.client, namespace="machine")
 
     def teardown(self) -> None:
-        """Nobody reports any more."""
+        """Drop all calls."""
         for worker in [*getattr(self, "workers", []), *self.dead]:
-            worker.die()
-        self.home.close()
+            worker.drop()
+        self.environment.close()
         self.reached.append(self.half_open)
 
-    # What is true -------------------------------------------------------------------------------------------------
-
-    def truth(self) -> Circuit:
-        """The record, by the server's clock."""
+    def record(self) -> Circuit:
+        """Return the record, by the server's clock."""
         return load_shared(self.observer).circuit
 
     def now_ms(self) -> float:
-        """The server's clock."""
+        """Return the server's time, in milliseconds."""
         return load_shared(self.observer).now_ms
 
     @contextlib.contextmanager
     def step(self, *, may_close: bool = False, may_count: bool = False) -> Iterator[Circuit]:
-        """One step, and what holds of every step."""
+        """Check the invariants of every step."""
         before = self.last
         yield before
-        after = self.last = self.truth()
+        after = self.last = self.record()
         assert after.generation >= before.generation, "generation only grows"
         if (before.state, after.state) == (OPEN, CLOSED):
             assert may_close, "open never turns closed without a successful probe or an operator"
@@ -191,19 +188,17 @@ class Machine(RuleBasedStateMachine):
                 event("half-open reached")
             self.half_open = True
 
-    # Calls --------------------------------------------------------------------------------------------------------
-
     @rule(index=st.integers(0, WORKERS - 1))
     def begin(self, index: int) -> None:
-        """A call asks to be let through."""
+        """Begin a call."""
         worker = self.workers[index]
         if worker.block:
             return
         with self.step() as before:
-            open_until = (before.opened_at_ms or 0) + self.home.reset_timeout * 1000
+            open_until = (before.opened_at_ms or 0) + self.environment.reset_timeout * 1000
             asked_at = self.now_ms()
             entered = worker.begin()
-            after = self.truth()
+            after = self.record()
             if not entered:
                 assert before.state != CLOSED
                 assert after == before, "a rejected call changes nothing"
@@ -211,7 +206,7 @@ class Machine(RuleBasedStateMachine):
                 assert after == before, "an admitted call changes nothing"
                 assert worker.admitted == (after.generation, "")
             elif after.generation == before.generation:
-                assert before.state == HALF_OPEN, "only a probe goes on without a claim"
+                assert before.state == HALF_OPEN, "only a probe continues without a claim"
                 assert worker.admitted == (before.generation, before.probe_token)
             else:
                 assert (after.state, after.generation) == (HALF_OPEN, before.generation + 1)
@@ -222,21 +217,22 @@ class Machine(RuleBasedStateMachine):
                 else:
                     assert not before.probe_token or before.probe_until_ms <= self.now_ms(), "a live lease is kept"
                     assert after.success_counter == before.success_counter
-            # Who heard late that it has opened opens the gate as much later: server and worker have one clock here.
+            # A worker that read the trip late admits as much later, because server and worker share one clock
+            # here.
             late_ms = -view_of(worker.storage).clock_offset.ms
-            if before.state == OPEN and asked_at >= open_until + late_ms + self.home.blur_ms:
-                assert entered, "once the timeout has passed, the first who asks is let through"
+            if before.state == OPEN and asked_at >= open_until + late_ms + self.environment.tolerance_ms:
+                assert entered, "after the timeout, the first call is admitted"
 
     @rule(index=st.integers(0, WORKERS - 1))
     def succeed(self, index: int) -> None:
-        """A call in flight succeeds."""
+        """Let a call in flight succeed."""
         worker = self.workers[index]
         if not worker.block:
             return
         with self.step(may_count=True) as before:
             counts = worker.admitted == (before.generation, before.probe_token)
             assert worker.end(None) is None
-            after = self.truth()
+            after = self.record()
             if not counts:
                 assert after == before, "a late success changes nothing"
                 return
@@ -251,7 +247,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, WORKERS - 1))
     def fail(self, index: int) -> None:
-        """A call in flight fails."""
+        """Let a call in flight fail."""
         worker = self.workers[index]
         if not worker.block:
             return
@@ -259,9 +255,9 @@ class Machine(RuleBasedStateMachine):
             counts = worker.admitted == (before.generation, before.probe_token)
             error = Down()
             answer = worker.end(error)
-            after = self.truth()
+            after = self.record()
             if not counts:
-                assert answer is error, "the user's own exception surfaces"
+                assert answer is error, "the caller gets its own exception"
                 assert after == before, "a late failure changes nothing"
                 return
             self.failures = before.fail_counter + 1
@@ -274,35 +270,33 @@ class Machine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, WORKERS - 1))
     def crash(self, index: int) -> None:
-        """A process dies, with or without a call in flight, and is replaced."""
+        """Replace a process, with or without a call in flight."""
         with self.step() as before:
             self.dead.append(self.workers[index])
-            self.workers[index].die()
-            self.workers[index] = Worker(self.home)
-            assert self.truth() == before
+            self.workers[index].drop()
+            self.workers[index] = Worker(self.environment)
+            assert self.record() == before
 
     @rule(index=st.integers(0, WORKERS - 1))
-    def look(self, index: int) -> None:
-        """A health check reads everything."""
+    def read_all(self, index: int) -> None:
+        """Read everything, as a health check does."""
         with self.step() as before:
             breaker = self.workers[index].breaker
             _ = breaker.state.name, breaker.current_state, breaker.fail_counter, breaker.success_counter
             _ = self.workers[index].storage.opened_at
-            assert self.truth() == before, "noticing changes nothing"
-
-    # Time ---------------------------------------------------------------------------------------------------------
+            assert self.record() == before, "reading changes nothing"
 
     @rule(part=st.sampled_from([0.3, 1.0]))
     def wait(self, part: float) -> None:
-        """Some of the timeout passes."""
+        """Let a part of the timeout pass."""
         with self.step():
-            self.home.advance(self.home.reset_timeout * part)
+            self.environment.advance(self.environment.reset_timeout * part)
 
     @rule(index=st.integers(0, WORKERS - 1))
-    def go_on(self, index: int) -> None:
-        """Steering: the next thing that makes the circuit move.
+    def advance_circuit(self, index: int) -> None:
+        """Steer towards the next transition of the circuit.
 
-        Chosen here and not by preconditions: on a real server, time passes also while Hypothesis thinks.
+        The choice is made here and not by preconditions, because real time also passes while Hypothesis works.
         """
         if self.last.state == CLOSED:
             for _ in range(FAIL_MAX):
@@ -311,25 +305,23 @@ class Machine(RuleBasedStateMachine):
             return
         ends_ms = self.last.probe_until_ms
         if self.last.state == OPEN:
-            ends_ms = (self.last.opened_at_ms or 0) + self.home.reset_timeout * 1000
+            ends_ms = (self.last.opened_at_ms or 0) + self.environment.reset_timeout * 1000
         with self.step():
-            self.home.advance(max(0.0, (ends_ms - self.now_ms()) / 1000) + 0.002)
+            self.environment.advance(max(0.0, (ends_ms - self.now_ms()) / 1000) + 0.002)
         self.begin(index)
 
     @rule(index=st.integers(0, WORKERS - 1), other=st.integers(0, WORKERS - 1))
-    def go_through_an_outage(self, index: int, other: int) -> None:
-        """Steering: a trip and a probe, of which nobody knows yet how they end."""
-        self.go_on(index)
-        self.go_on(other)
-
-    # Others -------------------------------------------------------------------------------------------------------
+    def trip_and_probe(self, index: int, other: int) -> None:
+        """Steer towards a trip and a probe in flight."""
+        self.advance_circuit(index)
+        self.advance_circuit(other)
 
     @rule(index=st.integers(0, WORKERS - 1), order=st.sampled_from(["open", "half_open", "close"]))
     def operate(self, index: int, order: str) -> None:
-        """An operator opens, half-opens or closes."""
+        """Open, half-open or close the circuit as an operator."""
         with self.step(may_close=order == "close") as before:
             getattr(self.workers[index].breaker, order)()
-            after = self.truth()
+            after = self.record()
             assert after.state == {"open": OPEN, "half_open": HALF_OPEN, "close": CLOSED}[order]
             assert after.success_counter == 0
             if order == "close":
@@ -337,14 +329,14 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert after.fail_counter == before.fail_counter
 
-    @rule(what=st.sampled_from(["count", "open", "close"]))
-    def write_with_stock(self, what: str) -> None:
-        """A stock worker counts, trips or closes, as it would."""
-        with self.step(may_close=what == "close") as before:
-            if what == "count":
+    @rule(action=st.sampled_from(["count", "open", "close"]))
+    def write_with_stock(self, action: str) -> None:
+        """Count, trip or close as a stock worker."""
+        with self.step(may_close=action == "close") as before:
+            if action == "count":
                 self.stock.increment_counter()
                 self.failures += 1
-            elif what == "open":
+            elif action == "open":
                 self.stock.opened_at = datetime.fromtimestamp(self.now_ms() / 1000, timezone.utc)
                 self.stock.reset_success_counter()
                 self.stock.state = OPEN
@@ -353,10 +345,10 @@ class Machine(RuleBasedStateMachine):
                 self.stock.reset_counter()
                 self.stock.state = CLOSED
                 self.failures = 0
-            after = self.truth()
-            if what != "count":
-                assert after.state == {"open": OPEN, "close": CLOSED}[what]
-                assert after.generation == before.generation + (before.state != after.state) or what == "open"
+            after = self.record()
+            if action != "count":
+                assert after.state == {"open": OPEN, "close": CLOSED}[action]
+                assert after.generation == before.generation + (before.state != after.state) or action == "open"
 
     @rule(
         names=st.sets(
@@ -365,32 +357,32 @@ class Machine(RuleBasedStateMachine):
         index=st.integers(0, WORKERS - 1),
     )
     def lose_keys(self, names: set[str], index: int) -> None:
-        """Keys vanish; some process that knew the circuit comes by before or after the observer."""
+        """Delete keys. A process with the circuit in its cache may act before or after the observer."""
         with self.step(may_close=True) as before:
-            self.home.client.delete(*(f"machine:pybreaker:{name}" for name in names))
+            self.environment.client.delete(*(f"machine:pybreaker:{name}" for name in names))
             if "fail_counter" in names:
                 self.failures = 0
             known = view_of(self.workers[index].storage).cached
             if known is not None and known.generation == before.generation:
                 _ = self.workers[index].storage.state
-            after = self.truth()
-            assert after.state == before.state, "what a process knows does not get lost"
+            after = self.record()
+            assert after.state == before.state, "a record that a process knows is not lost"
             assert after.generation >= before.generation
 
-    @precondition(lambda self: self.home.scripts)
+    @precondition(lambda self: self.environment.scripts)
     @rule()
     def flush_scripts(self) -> None:
-        """The server forgets the scripts."""
+        """Flush the scripts of the server."""
         with self.step() as before:
-            self.home.client.script_flush()
-            assert self.truth() == before
+            self.environment.client.script_flush()
+            assert self.record() == before
 
 
-def run(home: Any, histories: int) -> float:
-    """Run the machine; the share of histories that reached half-open."""
+def run(environment: Any, histories: int) -> float:
+    """Run the machine, and return the share of histories that reached half-open."""
     reached: list[bool] = []
     run_state_machine_as_test(
-        lambda: Machine(home(), reached),
+        lambda: Machine(environment(), reached),
         settings=settings(
             max_examples=examples(histories),
             stateful_step_count=40,
@@ -401,16 +393,16 @@ def run(home: Any, histories: int) -> float:
     return sum(reached) / len(reached)
 
 
-def test_invariants_hold_on_a_clock_that_moves_when_told(report):
-    """The invariants hold over random histories, of which most reach half-open."""
-    share = run(FakeHome, 150)
+def test_invariants_hold_under_a_clock_that_tests_move(report):
+    """The invariants hold for random histories, most of which reach half-open."""
+    share = run(FakeEnvironment, 150)
     report(f"machine, fakeredis: {share:.0%} of the histories reached half-open")
     assert share > 0.4
 
 
 @pytest.mark.slow
 def test_invariants_hold_on_a_real_server(client, report):
-    """The same against the scripts of a real server, in real time."""
-    share = run(lambda: RealHome(client), 40)
+    """The invariants hold with the scripts of a real server, in real time."""
+    share = run(lambda: RealEnvironment(client), 40)
     report(f"machine, real server: {share:.0%} of the histories reached half-open")
     assert share > 0.4

@@ -1,6 +1,6 @@
-"""A push is a hint, an answer is a fact: what users who may only publish can do, and what a push costs.
+"""Pushes: a push causes a read and changes no record, so users with the right to publish cannot harm, and its cost.
 
-Real servers.  The forger is a user of the server without a right to any key.
+The servers are real. The forger is a user of the server without rights for any key.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
-#: Nothing that is noticed within this time was noticed by a beat.
+#: A staleness so long that no beat notices a change within a test, seconds.
 PATIENT = 60.0
 
-#: Longest time for a push and a read, seconds, on a machine that does other things too.
+#: Longest time for a push and a read, seconds, on a machine that does other things, too.
 PUSH = 2.0
 
 STALENESS = 1.0
@@ -69,30 +69,30 @@ Publish = Callable[..., None]
 
 @pytest.fixture
 def forge(server: PrivateServer) -> Iterator[Publish]:
-    """Publishes on the circuit's channel, as a user who may do nothing else."""
+    """Yield a function that publishes on the circuit's channel as a user without any other right."""
     with contextlib.closing(server.client()) as administrator:
         rights = ("on", ">e", "resetkeys", "allchannels", "-@all", "+publish", "+auth", "+hello")
-        administrator.execute_command("ACL", "SETUSER", "eve", "reset", *rights)
-    with contextlib.closing(server.client(username="eve", password="e")) as eve:
-        yield lambda payload, channel=CHANNEL: eve.execute_command("PUBLISH", channel, payload)
+        administrator.execute_command("ACL", "SETUSER", "forger", "reset", *rights)
+    with contextlib.closing(server.client(username="forger", password="e")) as forger:
+        yield lambda payload, channel=CHANNEL: forger.execute_command("PUBLISH", channel, payload)
 
 
 @pytest.fixture
 def other(server: PrivateServer) -> Iterator[pybreaker.CircuitBreaker]:
-    """The same circuit elsewhere, which always asks."""
+    """Yield a breaker of another process on the same circuit, without a cache."""
     with contextlib.closing(server.client()) as client:
         yield breaker_on(client, max_staleness=0, reset_timeout=60)
 
 
 def stored(client: redis.Redis) -> dict[bytes, Any]:
-    """All that lies in Redis."""
+    """Return everything that Redis stores."""
     return {
         key: client.hgetall(key) if client.type(key) == b"hash" else client.get(key) for key in sorted(client.keys("*"))
     }
 
 
 def now_ms() -> int:
-    """What a forger takes for the server's time."""
+    """Return the time as the forger estimates it for the server, in milliseconds."""
     return int(time.time() * 1000)
 
 
@@ -110,12 +110,9 @@ FORGED = {
 }
 
 
-# -- who may only publish ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, protocol, forge, name):
-    """Calls go on, the record stays as it is, and so does what would be stored if Redis lost it."""
+    """Calls continue, the record stays as it is, and so does the record that would be restored after a loss."""
     breaker = settled(breaker_on(client, max_staleness=STALENESS, reset_timeout=60))
     known, before = view_of(breaker).cached, stored(client)
     until = time.monotonic() + 0.3
@@ -127,14 +124,14 @@ def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, p
     assert stored(client) == before
     assert view_of(breaker).cached == known
     client.flushall()
-    wait_for(lambda: breaker.call(up) and client.exists(KEYS[0]), "the circuit is back in Redis")
+    wait_for(lambda: breaker.call(up) and client.exists(KEYS[0]), "the restored circuit")
     assert stored(client) == before
     settled(breaker)
     assert len(listeners()) == 1
 
 
-def test_forged_record_keeps_no_circuit_open(server, client, protocol, forge, other):
-    """Neither a close nor a probe is held up by a generation that no server answered."""
+def test_forged_record_delays_no_transition(server, client, protocol, forge, other):
+    """A generation that no server answered delays neither a close nor a probe."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
     for verb, state in (("open", "open"), ("close", "closed")) * 3:
         for name in ("open, last generation", "half-open for a day", "far future"):
@@ -145,40 +142,40 @@ def test_forged_record_keeps_no_circuit_open(server, client, protocol, forge, ot
 
 
 @pytest.mark.parametrize("channel", ["__redis__:invalidate", f"{NAMESPACE}:pybreaker:circuit", f"x{CHANNEL}"])
-def test_message_on_a_channel_that_looks_alike_is_not_received(client, protocol, forge, channel, monkeypatch):
-    """Invalidations come from the server alone, and each circuit has one channel."""
+def test_message_on_a_similar_channel_is_ignored(client, protocol, forge, channel, monkeypatch):
+    """Invalidations come only from the server, and each circuit has one channel."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT))
     received = record_pushes(monkeypatch, listener_of(breaker).session.connection)
     for payload in (KEYS[0], FORGED["next generation"](now_ms())):
         forge(payload, channel=channel)
     forge(FORGED["next generation"](now_ms()))
-    wait_for(lambda: [push for push in received if push[0] == b"message"], "the last one arrives")
+    wait_for(lambda: [push for push in received if push[0] == b"message"], "the last message")
     assert [push[0] for push in received if push[0] != b"pong"] == [b"message"]
     assert breaker.call(up) == "answer"
 
 
 def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(server, client, protocol, forge, caplog):
-    """Whatever is published, and however often."""
+    """The content and the number of published messages make no difference."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
     breaker = settled(breaker_on(client, max_staleness=STALENESS))
     caplog.clear()
-    with counted(client) as asked:
+    with counted(client) as commands:
         began, sent = time.monotonic(), 0
         while time.monotonic() < began + 1.0:
             forge(f"{now_ms()} {sent} open {now_ms()}  0 0 0")
             sent += 1
         assert breaker.call(up) == "answer"
         seconds = time.monotonic() - began
-    reads = asked["hmget"] - asked.get("evalsha", 0)
+    reads = commands["hmget"] - commands.get("evalsha", 0)
     assert sent > 200
-    assert 1 <= reads <= seconds / REREAD_INTERVAL_S + REREAD_BURST + 2 * seconds / STALENESS + 2, asked
-    # The call may have begun during a read, and an answer that a push has overtaken is not quiet.
-    assert asked.get("evalsha", 0) <= 2
+    assert 1 <= reads <= seconds / REREAD_INTERVAL_S + REREAD_BURST + 2 * seconds / STALENESS + 2, commands
+    # The call may have begun during a read. An answer that a push has overtaken is not quiet.
+    assert commands.get("evalsha", 0) <= 2
     assert messages_of(caplog, server, NAMESPACE) == []
 
 
 def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol, forge, other):
-    """A mark excuses no other change from being read."""
+    """A noise mark does not prevent the read of any other change."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
     stop = threading.Event()
 
@@ -200,67 +197,64 @@ def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol
 
 
 def test_forged_noise_costs_one_report_at_most(client, protocol, forge):
-    """The answer to that report says that there was no failure."""
+    """The answer to that report shows that there was no failure."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT))
-    with counted(client) as asked:
+    with counted(client) as commands:
         forge(FORGED["noise"](now_ms()))
-        wait_for(lambda: view_of(breaker).fast_path.quiet_admission is None, "the mark arrives")
+        wait_for(lambda: view_of(breaker).fast_path.quiet_admission is None, "the forged noise mark")
         for _ in range(100):
             breaker.call(up)
-    assert asked["evalsha"] == 1
-
-
-# -- what the listener reads counts as answered ------------------------------------------------------------------------
+    assert commands["evalsha"] == 1
 
 
 def test_transitions_of_another_process_cost_calls_ten_round_trips_a_second_at_most(client, protocol, other):
-    """The listener reads it; only a call that begins during one of ten such reads a second asks, too."""
+    """The listener reads the transition. Only calls that begin during one of ten reads a second query Redis."""
     breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
     began, own = time.monotonic(), 0
     for verb, state in (("open", "open"), ("close", "closed")) * 5:
-        with counted(client) as asked:
+        with counted(client) as commands:
             getattr(other, verb)()
             scripts = client.info("commandstats")["cmdstat_evalsha"]["calls"]
             wait_for(lambda state=state: breaker.current_state == state, state)
             with contextlib.suppress(pybreaker.CircuitBreakerError):
                 breaker.call(up)
-        own += asked["evalsha"] - scripts  # The others are of the one who moves it.
+        own += commands["evalsha"] - scripts  # All other scripts belong to the breaker that makes the transitions.
     assert own <= 1 + (time.monotonic() - began) / SUSPENSION_INTERVAL_MIN_S
 
 
 def test_record_that_the_listener_has_read_is_restored(client, protocol, other):
-    """No caller of this process has asked since the trip; what was read is a fact all the same."""
+    """No call of this process has read the record since the trip. A record that the listener read is trusted, too."""
     breaker = settled(breaker_on(client, max_staleness=STALENESS, reset_timeout=60))
     other.open()
     wait_for(lambda: breaker.current_state == "open", "open")
     opened = stored(client)
     client.flushall()
-    wait_for(lambda: breaker.current_state == "open" and client.exists(KEYS[0]), "the circuit is back in Redis")
+    wait_for(lambda: breaker.current_state == "open" and client.exists(KEYS[0]), "the restored circuit")
     assert stored(client) == opened
 
 
-class Fake:
-    """A line whose answers a test writes."""
+class ScriptedConnection:
+    """Connection with answers that a test writes."""
 
     is_tracking = is_one_slot = False
 
-    def __init__(self, hear: Callable[[Push], None]) -> None:
-        self.hear = hear
+    def __init__(self, receive: Callable[[Push], None]) -> None:
+        self.receive = receive
         self.answers: list[Any] = []
         self.pushes: list[Push] = []
 
     def query(self, commands: list[Any]) -> list[Any]:
-        """What was written, and what arrives meanwhile."""
+        """Return the scripted answers, after the pushes that arrive meanwhile."""
         for push in self.pushes:
-            self.hear(push)
+            self.receive(push)
         return self.answers
 
 
-def overtaken(*pushes: Push) -> tuple[View, Session]:
-    """A view of an open circuit, after a poll between whose commands a probe was claimed."""
+def view_after_poll(*pushes: Push) -> tuple[View, Session]:
+    """Return a view of an open circuit, after a poll with a claimed probe between its commands."""
     view, subscriber_table = View(PATIENT), SubscriberTable()
     subscriber_table.add_subscriber(view, KEYS, CHANNEL)
-    session = Session(Fake, subscriber_table, set())  # type: ignore[arg-type]
+    session = Session(ScriptedConnection, subscriber_table, set())  # type: ignore[arg-type]
     subscribe_session(session, KEYS, CHANNEL)
     line: Any = session.connection
     view.is_heard(True)
@@ -273,8 +267,8 @@ def overtaken(*pushes: Push) -> tuple[View, Session]:
 
 
 def test_read_with_a_script_in_between_is_repeated_and_changes_nothing():
-    """The commands of a batch are not one step, and this time the push says so."""
-    view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
+    """The commands of a batch are not atomic, and a push shows that the circuit changed in between."""
+    view, session = view_after_poll(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
     assert view.cached == Circuit(OPEN, opened_at_ms=5000, generation=1)
     assert changed_channels(session) == {CHANNEL}
     line: Any = session.connection
@@ -288,42 +282,42 @@ def test_read_with_a_script_in_between_is_repeated_and_changes_nothing():
     assert changed_channels(session) == set()
 
 
-def test_calls_ask_from_a_push_until_the_circuit_was_read_in_ten_reads_a_second():
-    """A call that begins after a push must not use the record of before.  A flood of pushes costs calls little."""
+def test_push_suspends_trust_until_the_next_read_ten_times_a_second():
+    """A call that begins after a push must not use the earlier record. A flood of pushes costs calls little."""
     push = Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"])
-    view, session = overtaken()
+    view, session = view_after_poll()
     line: Any = session.connection
     line.answers[2:] = [[b"open", b"5"], [b"1", b"open", b"5000", b"", b"0", b"0", b"0"]]
     poll_once(session)
     assert view.is_trusted
-    believed = []
+    trusted = []
     for _ in range(3):
         receive_push(session, push)
-        believed.append(view.is_trusted)
+        trusted.append(view.is_trusted)
         reread_changed(session)
         assert view.is_trusted
-    assert believed == [False, True, True]
+    assert trusted == [False, True, True]
     time.sleep(SUSPENSION_INTERVAL_MIN_S)
     delay_reread(session, 60)
     receive_push(session, push)
-    assert view.is_trusted, "the read does not follow at once"
+    assert view.is_trusted, "the next read is not due yet"
 
 
 @pytest.mark.parametrize("time_read", [[b"9999999999999", b"0"], [b"-7", b"0"], [b"7"], None])
-def test_clock_that_no_server_shows_ends_the_line_and_changes_nothing(time_read):
-    """What a listener reads is checked like the answer of a script."""
-    view, session = overtaken(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
-    known, learned = view.cached, view.clock_offset.known_bounds
+def test_invalid_server_time_ends_the_connection_and_changes_nothing(time_read):
+    """The listener checks what it reads like the reply of a script."""
+    view, session = view_after_poll(Push([b"message", CHANNEL.encode(), b"7000 2 half-open 5000 a0 9000 0 2000"]))
+    known, bounds = view.cached, view.clock_offset.known_bounds
     line: Any = session.connection
     line.answers = [time_read, [b"0"], [b"half-open", b"5"], line.answers[3]]
     with pytest.raises(UnusableReplyError, match="TIME"):
         reread_changed(session)
-    assert (view.cached, view.clock_offset.known_bounds) == (known, learned)
+    assert (view.cached, view.clock_offset.known_bounds) == (known, bounds)
 
 
-def test_read_that_makes_no_sense_is_left_to_the_next_caller():
-    """A foreign writer's record has to be adopted, which takes a script."""
-    view, _ = overtaken()
+def test_inconsistent_read_is_left_to_the_next_call():
+    """The record of a foreign writer has to be adopted, which takes a script."""
+    view, _ = view_after_poll()
     assert not view.is_trusted
 
 
@@ -337,51 +331,51 @@ def test_read_that_makes_no_sense_is_left_to_the_next_caller():
     ],
     ids=["noise", "transition", "foreign state with noise", "foreign time with noise"],
 )
-def test_noise_mark_excuses_the_change_of_the_hash_that_it_made_and_no_other(key, pushed, is_read):
-    """Failures cost listeners no read; a mark, forged or not, hides no foreign writer."""
-    view, session = overtaken()
+def test_noise_mark_prevents_only_the_read_of_its_own_change(key, pushed, is_read):
+    """Failures cost listeners no read. A noise mark, forged or not, hides no foreign write."""
+    view, session = view_after_poll()
     view.store_answer(view.begin_read(), Circuit(generation=1), 6500)
     receive_push(session, Push([b"invalidate", [key.encode(), b"unknown"]]))
     receive_push(session, Push([b"message", CHANNEL.encode(), pushed]))
     assert bool(changed_channels(session, certainly=False)) == is_read
 
 
-def test_circuit_that_calls_do_not_rely_on_is_not_read_again(client, other):
-    """An idle process costs the server nothing for a transition but the push."""
+def test_idle_circuit_is_not_read_after_a_push(client, other):
+    """A transition costs an idle process only the push."""
     breaker = settled(breaker_on(client, max_staleness=0.2))
     wait_for(lambda: not view_of(breaker).is_trusted and not view_of(breaker).fast_path.was_used, "idle")
-    with counted(client) as asked:
+    with counted(client) as commands:
         other.open()
         other.close()
         time.sleep(0.1)
-    assert asked.get("hmget", 0) == asked["evalsha"], "by scripts"
-
-
-# -- work on what has changed only -------------------------------------------------------------------------------------
+    assert commands.get("hmget", 0) == commands["evalsha"], "only scripts have read the hash"
 
 
 def test_push_costs_the_same_with_many_circuits(client):
-    """CPU of one process: a wake-up of its listener works on what has changed."""
+    """The CPU time of a wake-up of the listener depends on the number of changes only."""
     cost = {}
     for count in (50, 1500):
         breakers = [breaker_on(client, f"many{count}-{number}", fail_max=10**6) for number in range(count)]
         for breaker in breakers:
             breaker.call(up)
-        wait_for(lambda breakers=breakers: all(view_of(breaker).is_subscribed for breaker in breakers), "heard")
-        spans = []
+        wait_for(
+            lambda breakers=breakers: all(view_of(breaker).is_subscribed for breaker in breakers),
+            "the subscription to every circuit",
+        )
+        durations = []
         for begin in range(3):
             began = time.process_time()
             for breaker in breakers[begin * 15 :][:15]:
                 fails(breaker)
                 time.sleep(0.002)
-            spans.append(time.process_time() - began)
-        cost[count] = min(spans)
-    # Twice in a second there is a beat, which looks at each circuit once.
+            durations.append(time.process_time() - began)
+        cost[count] = min(durations)
+    # Twice a second, a beat reads each circuit once.
     assert cost[1500] < 3 * cost[50], cost
 
 
-def test_wake_up_takes_what_was_added_and_left_since_the_last():
-    """Views that came and went between two looks leave no trace."""
+def test_wake_up_gets_added_views_and_abandoned_channels():
+    """Views that were added and removed between two wake-ups leave no trace."""
     subscriber_table = SubscriberTable()
     one, two, three = View(1.0), View(1.0), View(1.0)
     subscriber_table.add_subscriber(one, KEYS, "a")
@@ -395,17 +389,17 @@ def test_wake_up_takes_what_was_added_and_left_since_the_last():
         assert ([item.view for item in new], left) == ([two], {"b"})
         del new
         subscriber_table.remove_subscriber(one)
-        assert subscriber_table.take_changes() == ([], set()), "another one of that channel is there"
-        gone = weakref.ref(two)
+        assert subscriber_table.take_changes() == ([], set()), "another view of that channel remains"
+        reference = weakref.ref(two)
         del two
-        wait_for(lambda: gone() is None, "collected")
+        wait_for(lambda: reference() is None, "the end of the view")
         assert subscriber_table.take_changes() == ([], {"a"})
         assert subscriber_table.views_of("a") == []
     assert not subscriber_table
 
 
-def test_view_that_comes_again_on_another_channel_leaves_the_first():
-    """A circuit that moves to another node of a cluster."""
+def test_view_that_moves_to_another_channel_leaves_the_first():
+    """A circuit may move to another node of a cluster."""
     subscriber_table, view = SubscriberTable(), View(1.0)
     with subscriber_table.track_changes():
         subscriber_table.add_subscriber(view, KEYS, "a")
@@ -414,20 +408,17 @@ def test_view_that_comes_again_on_another_channel_leaves_the_first():
         new, left = subscriber_table.take_changes()
     assert ([item.channel for item in new], left) == (["b"], {"a"})
     subscriber_table.remove_subscriber(view)
-    assert subscriber_table.take_changes() == ([], set()), "nothing is noted while nothing takes it"
-
-
-# -- times and log lines -----------------------------------------------------------------------------------------------
+    assert subscriber_table.take_changes() == ([], set()), "without a listener, no change is recorded"
 
 
 @pytest.mark.parametrize("at_ms", [1e18, -1e18, float("inf"), float("-inf"), float("nan")])
 def test_time_without_a_date_is_bounded(at_ms):
-    """A guarded call adds its timeout to it, and must not raise."""
+    """A guarded call adds its reset timeout to the time, and must not raise."""
     assert isinstance(utc_from_ms(at_ms) + timedelta(days=365_000), datetime)
 
 
-def test_far_time_that_was_set_rejects_calls_and_does_not_raise_otherwise():
-    """Whatever the storage."""
+def test_distant_opening_time_raises_only_the_rejection():
+    """The kind of storage makes no difference."""
     storage = CircuitMemoryStorage("closed")
     breaker = pybreaker.CircuitBreaker(state_storage=storage)
     breaker.open()
@@ -436,8 +427,8 @@ def test_far_time_that_was_set_rejects_calls_and_does_not_raise_otherwise():
         breaker.call(up)
 
 
-def test_lost_lines_are_logged_once_a_minute_with_a_count(server, client, caplog, monkeypatch):
-    """A proxy that hangs up again and again fills no disk."""
+def test_lost_connections_are_logged_once_a_minute_with_a_count(server, client, caplog, monkeypatch):
+    """A proxy that closes connections again and again must not fill the disk."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(logger, "monotonic", lambda: clock.now)
@@ -447,13 +438,13 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(server, client, caplog
         before = {line["id"] for line in listener_connections(client)}
         for line in before:
             client.client_kill_filter(_id=line)
-        wait_for(lambda: {line["id"] for line in listener_connections(client)} - before, "a new line")
+        wait_for(lambda: {line["id"] for line in listener_connections(client)} - before, "a new connection")
         settled(breaker)
 
     for _ in range(4):
         lose()
-    said = [message for message in messages_of(caplog, server) if "no push" in message]
-    assert len(said) == 1
+    warnings = [message for message in messages_of(caplog, server) if "no push" in message]
+    assert len(warnings) == 1
     clock.now += logger.REPEAT_WINDOW_S
     lose()
     (_, again) = [message for message in messages_of(caplog, server) if "no push" in message]
@@ -461,7 +452,7 @@ def test_lost_lines_are_logged_once_a_minute_with_a_count(server, client, caplog
 
 
 def test_refusals_are_logged_once_a_minute_with_a_count(server, client, caplog, monkeypatch):
-    """Rights that come and go, or lines that serve for a moment each."""
+    """Rights may be withdrawn again and again, and connections may fail after a moment each."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(logger, "monotonic", lambda: clock.now)
     breaker = settled(breaker_on(client))

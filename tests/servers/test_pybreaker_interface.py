@@ -1,4 +1,4 @@
-"""What pybreaker promises of its storages, and users rely on: the same scenarios on ours, under its own breaker."""
+"""The storage interface of pybreaker: scenarios on which users rely, on this package's storages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STATES = ("closed", "open", "half-open")
 
 @pytest.fixture(params=["memory", "fakeredis", "server"])
 def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
-    """Make a storage, of the same circuit each time if it is in Redis."""
+    """Yield a factory of storages. In Redis, all its storages share a circuit."""
     if request.param == "memory":
         yield CircuitMemoryStorage
         return
@@ -39,44 +39,41 @@ def make_storage(request: pytest.FixtureRequest) -> Iterator[MakeStorage]:
     else:
         server: PrivateServer = request.getfixturevalue("server")
         client = server.client()
-    yield lambda state, **words: CircuitRedisStorage(state, client, "interface", **words)
+    yield lambda state, **options: CircuitRedisStorage(state, client, "interface", **options)
     client.close()
 
 
 @pytest.fixture
 def make(make_storage: MakeStorage) -> Callable[..., CircuitBreaker]:
-    """Make a breaker on a new storage."""
-    return lambda **words: CircuitBreaker(state_storage=make_storage("closed"), **words)
+    """Return a factory of breakers on new storages."""
+    return lambda **options: CircuitBreaker(state_storage=make_storage("closed"), **options)
 
 
-class Journal(CircuitBreakerListener):
-    """Notes what it is told."""
+class NotificationRecorder(CircuitBreakerListener):
+    """Listener that records its notifications."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
 
     def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
-        """Note that a call begins."""
+        """Record that a call begins."""
         self.events.append("call")
 
     def failure(self, cb: Any, exc: BaseException) -> None:
-        """Note that it failed."""
+        """Record that a call failed."""
         self.events.append(type(exc).__name__)
 
     def success(self, cb: Any) -> None:
-        """Note that it succeeded."""
+        """Record that a call succeeded."""
         self.events.append("success")
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Note from where to where."""
+        """Record the old and the new state."""
         self.events.append((old_state.name, new_state.name))
 
 
-# -- calls and counts --------------------------------------------------------------------------------------------------
-
-
 def test_counts_follow_the_outcomes_of_calls(make: Callable[..., CircuitBreaker]) -> None:
-    """A failure counts and passes on, a success forgets."""
+    """A failure counts and is raised, and a success resets the count."""
     breaker = make()
     for call, failures in ((up, 0), (down, 1), (down, 2), (up, 0), (down, 1)):
         if call is up:
@@ -87,16 +84,16 @@ def test_counts_follow_the_outcomes_of_calls(make: Callable[..., CircuitBreaker]
         assert (breaker.fail_counter, breaker.current_state) == (failures, "closed")
 
 
-@pytest.mark.parametrize("words", [{}, {"throw_new_error_on_trip": True}, {"throw_new_error_on_trip": False}])
-def test_last_failure_opens_and_raises_what_was_asked_for(
-    make: Callable[..., CircuitBreaker], words: dict[str, bool]
+@pytest.mark.parametrize("options", [{}, {"throw_new_error_on_trip": True}, {"throw_new_error_on_trip": False}])
+def test_last_failure_opens_and_raises_the_configured_error(
+    make: Callable[..., CircuitBreaker], options: dict[str, bool]
 ) -> None:
-    """`throw_new_error_on_trip` decides about the call that trips, and about no other."""
-    breaker = make(fail_max=3, **words)
+    """The option `throw_new_error_on_trip` decides about the call that trips, and about no other."""
+    breaker = make(fail_max=3, **options)
     for _ in range(2):
         with pytest.raises(Down):
             breaker.call(down)
-    with pytest.raises(CircuitBreakerError if words.get("throw_new_error_on_trip", True) else Down):
+    with pytest.raises(CircuitBreakerError if options.get("throw_new_error_on_trip", True) else Down):
         breaker.call(down)
     assert (breaker.fail_counter, breaker.current_state) == (3, "open")
     with pytest.raises(CircuitBreakerError):
@@ -104,8 +101,8 @@ def test_last_failure_opens_and_raises_what_was_asked_for(
     assert breaker.fail_counter == 3
 
 
-def test_error_of_the_trip_shows_the_failure_behind_it(make: Callable[..., CircuitBreaker]) -> None:
-    """A traceback says why the circuit has opened."""
+def test_error_of_the_trip_shows_its_cause(make: Callable[..., CircuitBreaker]) -> None:
+    """A traceback shows why the circuit opened."""
     breaker = make(fail_max=1)
     with pytest.raises(CircuitBreakerError) as raised:
         breaker.call(down)
@@ -113,9 +110,9 @@ def test_error_of_the_trip_shows_the_failure_behind_it(make: Callable[..., Circu
 
 
 def test_open_circuit_probes_when_its_timeout_is_over(make: Callable[..., CircuitBreaker]) -> None:
-    """One call: its failure opens the circuit again, its success closes it."""
-    journal = Journal()
-    breaker = make(fail_max=1, reset_timeout=60, listeners=[journal])
+    """One call is admitted: its failure opens the circuit again, its success closes the circuit."""
+    recorder = NotificationRecorder()
+    breaker = make(fail_max=1, reset_timeout=60, listeners=[recorder])
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
     breaker.reset_timeout = 0
@@ -124,7 +121,7 @@ def test_open_circuit_probes_when_its_timeout_is_over(make: Callable[..., Circui
     assert (breaker.fail_counter, breaker.current_state) == (2, "open")
     assert breaker.call(up) == up()
     assert (breaker.fail_counter, breaker.current_state) == (0, "closed")
-    assert [event for event in journal.events if isinstance(event, tuple)] == [
+    assert [event for event in recorder.events if isinstance(event, tuple)] == [
         ("closed", "open"),
         ("open", "half-open"),
         ("half-open", "open"),
@@ -137,7 +134,7 @@ def test_open_circuit_probes_when_its_timeout_is_over(make: Callable[..., Circui
 def test_half_open_by_hand_lets_the_next_call_decide(
     make: Callable[..., CircuitBreaker], call: Any, state: str, failures: int
 ) -> None:
-    """Of the thread that half-opened it."""
+    """The next call of the same thread decides."""
     breaker = make()
     breaker.half_open()
     assert (breaker.fail_counter, breaker.current_state) == (0, "half-open")
@@ -148,31 +145,31 @@ def test_half_open_by_hand_lets_the_next_call_decide(
     assert (breaker.fail_counter, breaker.current_state) == (failures, state)
 
 
-def test_states_that_are_set_by_hand_are_told_to_listeners(make: Callable[..., CircuitBreaker]) -> None:
-    """Each once, with the state before."""
-    journal = Journal()
-    breaker = make(listeners=[journal])
+def test_direct_transitions_notify_listeners(make: Callable[..., CircuitBreaker]) -> None:
+    """Each transition is notified once, with the state before."""
+    recorder = NotificationRecorder()
+    breaker = make(listeners=[recorder])
     breaker.open()
     assert breaker.current_state == "open"
     breaker.half_open()
     assert breaker.current_state == "half-open"
     breaker.close()
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
-    assert journal.events == [("closed", "open"), ("open", "half-open"), ("half-open", "closed")]
+    assert recorder.events == [("closed", "open"), ("open", "half-open"), ("half-open", "closed")]
 
 
-def test_listeners_hear_of_each_call_once(make: Callable[..., CircuitBreaker]) -> None:
-    """That it begins, and how it ends."""
-    journal = Journal()
-    breaker = make(listeners=[journal])
+def test_listeners_are_notified_of_each_call_once(make: Callable[..., CircuitBreaker]) -> None:
+    """Listeners are notified of the begin and of the end of a call."""
+    recorder = NotificationRecorder()
+    breaker = make(listeners=[recorder])
     breaker.call(up)
     with pytest.raises(Down):
         breaker.call(down)
-    assert journal.events == ["call", "success", "call", "Down"]
+    assert recorder.events == ["call", "success", "call", "Down"]
 
 
 def test_generator_is_a_call_until_its_end(make: Callable[..., CircuitBreaker]) -> None:
-    """It fails or succeeds when it ends, not when it is made."""
+    """The outcome counts when the generator ends, not when it is created."""
     breaker = make()
 
     @breaker
@@ -189,13 +186,13 @@ def test_generator_is_a_call_until_its_end(make: Callable[..., CircuitBreaker]) 
 
 
 def test_block_is_a_call(make: Callable[..., CircuitBreaker]) -> None:
-    """`calling` fails, trips, rejects and recovers as calls do."""
+    """A block with `calling` fails, trips, rejects and recovers like a call."""
     breaker = make(fail_max=2, reset_timeout=60)
-    ran = []
+    executed = []
 
     def block(error: type[Exception] | None = None) -> None:
         with breaker.calling():
-            ran.append(error)
+            executed.append(error)
             if error:
                 raise error
 
@@ -206,15 +203,15 @@ def test_block_is_a_call(make: Callable[..., CircuitBreaker]) -> None:
     assert (breaker.fail_counter, breaker.current_state) == (2, "open")
     with pytest.raises(CircuitBreakerError):
         block()
-    assert ran == [Down, Down]
+    assert executed == [Down, Down]
     breaker.reset_timeout = 0
     block()
-    assert ran == [Down, Down, None]
+    assert executed == [Down, Down, None]
     assert (breaker.fail_counter, breaker.current_state) == (0, "closed")
 
 
-def test_threshold_takes_so_many_successes(make: Callable[..., CircuitBreaker]) -> None:
-    """The circuit stays half-open until then, and a failure in between begins the count again."""
+def test_success_threshold_is_the_number_of_successes(make: Callable[..., CircuitBreaker]) -> None:
+    """The circuit stays half-open until the threshold, and a failure in between starts the count again."""
     breaker = make(fail_max=1, reset_timeout=60, success_threshold=2)
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
@@ -230,11 +227,8 @@ def test_threshold_takes_so_many_successes(make: Callable[..., CircuitBreaker]) 
     assert (breaker.current_state, breaker.success_counter) == ("closed", 0)
 
 
-# -- storages ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("state", STATES)
-def test_making_a_breaker_changes_nothing(state: str) -> None:
+def test_creation_of_a_breaker_changes_nothing(state: str) -> None:
     """A new worker joins a circuit as it is."""
     storage = CircuitMemoryStorage(state)
     storage.increment_counter()
@@ -247,7 +241,7 @@ def test_making_a_breaker_changes_nothing(state: str) -> None:
 @pytest.mark.parametrize("zone", [None, timezone.utc, timezone(timedelta(hours=5, minutes=30))])
 @pytest.mark.parametrize("microsecond", [0, 1, 499_999, 999_999])
 def test_time_of_opening_is_read_as_it_was_set(zone: timezone | None, microsecond: int) -> None:
-    """To the microsecond, and naive if it was."""
+    """The time is read to the microsecond, and naive if a naive one was set."""
     storage = CircuitMemoryStorage("open")
     at = datetime(2026, 3, 29, 2, 30, 0, microsecond, tzinfo=zone)
     storage.opened_at = at
@@ -255,8 +249,8 @@ def test_time_of_opening_is_read_as_it_was_set(zone: timezone | None, microsecon
     assert (storage.opened_at.tzinfo is None) is (zone is None)
 
 
-def test_naive_time_of_opening_holds_the_gate_as_utc() -> None:
-    """Pybreaker's comparison with an aware time does not fail in a guarded call."""
+def test_naive_time_of_opening_counts_as_utc() -> None:
+    """The comparison of pybreaker with an aware time does not fail in a guarded call."""
     storage = CircuitMemoryStorage("open")
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     storage.opened_at = datetime.now(timezone.utc).replace(tzinfo=None) - timedelta(seconds=30)
@@ -266,8 +260,8 @@ def test_naive_time_of_opening_holds_the_gate_as_utc() -> None:
     assert breaker.call(up) == up()
 
 
-def test_time_of_opening_without_a_value_lets_the_next_call_probe() -> None:
-    """As in pybreaker's own class, which begins without."""
+def test_missing_time_of_opening_admits_the_next_call_as_a_probe() -> None:
+    """The class of pybreaker also starts without an opening time."""
     storage = CircuitMemoryStorage("open")
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     with pytest.raises(CircuitBreakerError):
@@ -279,15 +273,15 @@ def test_time_of_opening_without_a_value_lets_the_next_call_probe() -> None:
 
 
 def test_time_of_the_next_trip_replaces_the_one_that_was_set() -> None:
-    """And is aware, as pybreaker sets it."""
+    """The new time is aware, as pybreaker sets it."""
     storage = CircuitMemoryStorage("closed")
     storage.opened_at = datetime(2020, 1, 1)  # noqa: DTZ001
     CircuitBreaker(state_storage=storage).open()
     assert abs(storage.opened_at - datetime.now(timezone.utc)) < timedelta(seconds=60)
 
 
-def test_failures_may_be_set_under_the_name_that_pybreaker_has_for_them() -> None:
-    """Tests that replace a breaker's `_inc_counter` do so; the breaker's lock makes it one step."""
+def test_failures_can_be_set_by_the_private_name_of_pybreaker() -> None:
+    """Tests that replace `_inc_counter` of a breaker set the private name. The breaker's lock makes this atomic."""
     storage = CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(fail_max=3000, state_storage=storage)
 
@@ -313,8 +307,6 @@ def test_failures_may_be_set_under_the_name_that_pybreaker_has_for_them() -> Non
     assert storage._fail_counter == 0
 
 
-# -- copies ------------------------------------------------------------------------------------------------------------
-
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
@@ -323,7 +315,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 class Named(CircuitMemoryStorage):
-    """A storage with an attribute of its own."""
+    """Storage with an additional attribute."""
 
     def __init__(self, state: str, owner: str) -> None:
         self.owner = owner
@@ -333,33 +325,33 @@ class Named(CircuitMemoryStorage):
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("at", [None, datetime(2026, 1, 1), datetime(2026, 1, 1, tzinfo=timezone.utc)])  # noqa: DTZ001
-def test_copy_is_a_circuit_of_its_own(way: str, state: str, at: datetime | None) -> None:
-    """It begins as the original is; then each goes its own way."""
+def test_copy_is_an_independent_circuit(way: str, state: str, at: datetime | None) -> None:
+    """The copy starts with the values of the original, and both change independently afterwards."""
     storage = Named(state, "shop")
     storage.increment_counter()
     storage.increment_counter()
     storage.increment_success_counter()
     storage.opened_at = at
-    twin = COPIES[way](storage)
-    assert type(twin) is Named
-    assert (twin.owner, twin.name, lease_ms_of(twin)) == ("shop", "memory", 7000)
-    assert (twin.state, twin.counter, twin.success_counter, twin.opened_at) == (state, 2, 1, at)
+    copied = COPIES[way](storage)
+    assert type(copied) is Named
+    assert (copied.owner, copied.name, lease_ms_of(copied)) == ("shop", "memory", 7000)
+    assert (copied.state, copied.counter, copied.success_counter, copied.opened_at) == (state, 2, 1, at)
     storage.reset_counter()
-    twin.increment_counter()
-    assert (storage.counter, twin.counter) == (0, 3)
-    breaker = CircuitBreaker(state_storage=twin)
+    copied.increment_counter()
+    assert (storage.counter, copied.counter) == (0, 3)
+    breaker = CircuitBreaker(state_storage=copied)
     breaker.close()
-    assert (breaker.call(up), twin.state, storage.state) == (up(), "closed", state)
+    assert (breaker.call(up), copied.state, storage.state) == (up(), "closed", state)
 
 
 @pytest.mark.parametrize("way", COPIES)
 def test_copy_of_a_probed_circuit_can_be_probed(way: str) -> None:
-    """The probe that is under way is the original's."""
+    """The probe in flight belongs to the original."""
     breaker = CircuitBreaker(reset_timeout=0, state_storage=CircuitMemoryStorage("open"))
     with breaker.calling():
-        twin = CircuitBreaker(reset_timeout=0, state_storage=COPIES[way](storage_of(breaker)))
-        assert twin.call(up) == up()
-        assert twin.current_state == "closed"
+        copied = CircuitBreaker(reset_timeout=0, state_storage=COPIES[way](storage_of(breaker)))
+        assert copied.call(up) == up()
+        assert copied.current_state == "closed"
         assert breaker.current_state == "half-open"
     assert breaker.current_state == "closed"
 
@@ -367,16 +359,13 @@ def test_copy_of_a_probed_circuit_can_be_probed(way: str) -> None:
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("storage", [pybreaker.CircuitMemoryStorage, CircuitMemoryStorage])
 def test_breaker_is_copied_with_neither_storage(way: str, storage: MakeStorage) -> None:
-    """Pybreaker's breaker has a lock, which Python does not copy."""
+    """The breaker of pybreaker has a lock, which Python cannot copy."""
     with pytest.raises(TypeError, match="RLock"):
         COPIES[way](CircuitBreaker(state_storage=storage("closed")))
 
 
-# -- in Redis ----------------------------------------------------------------------------------------------------------
-
-
 def test_keys_begin_with_the_namespace() -> None:
-    """So that applications share a server; a circuit that has not moved has the three keys of stock workers."""
+    """Applications share a server by namespaces. A circuit without a transition has the three keys of stock workers."""
     client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
     breaker = CircuitBreaker(state_storage=CircuitRedisStorage("closed", client, namespace="my_app"))
     with pytest.raises(Down):
@@ -387,7 +376,7 @@ def test_keys_begin_with_the_namespace() -> None:
 
 
 def test_circuit_with_a_tag_is_read_as_it_was_set() -> None:
-    """`cluster_mode` changes where the keys lie, and nothing else."""
+    """The option `cluster_mode` changes only the names of the keys."""
     client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
     storage = CircuitRedisStorage("open", client, namespace="my_app", cluster_mode=True)
     at = datetime.now(timezone.utc).replace(tzinfo=None)

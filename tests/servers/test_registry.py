@@ -1,4 +1,4 @@
-"""The registry: one breaker for each name, commands that raise, and how long to wait."""
+"""The registry: one breaker per name, operator commands that raise, and `retry_after`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from tests.support.round_trips import Meter
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
 
-#: How a registry may be told where the circuits are.
-HOMES = {
+#: Values of a registry's `redis` argument, by kind.
+REDIS_ARGUMENTS = {
     "memory": lambda server: None,
     "client": lambda server: server.client(),
     "decoding client": lambda server: server.client(decode_responses=True),
@@ -54,45 +54,45 @@ Make = Callable[..., BreakerRegistry]
 
 @pytest.fixture
 def shared(server: PrivateServer) -> Iterator[Make]:
-    """Registries of processes that share a server."""
+    """Yield a factory of registries that share a server, as those of several processes do."""
     with contextlib.ExitStack() as stack:
         yield lambda **words: stack.enter_context(BreakerRegistry(server.url, **{"timeout": 10, **words}))
 
 
-@pytest.fixture(params=HOMES)
+@pytest.fixture(params=REDIS_ARGUMENTS)
 def made(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[Make]:
-    """Registries with their circuits in each of the places."""
+    """Yield a factory of registries for each kind of `redis` argument."""
     with contextlib.ExitStack() as stack:
-        home = HOMES[request.param]
-        yield lambda **words: stack.enter_context(BreakerRegistry(home(server), **{"timeout": 10, **words}))
+        redis_argument = REDIS_ARGUMENTS[request.param]
+        yield lambda **words: stack.enter_context(BreakerRegistry(redis_argument(server), **{"timeout": 10, **words}))
 
 
 @pytest.fixture(scope="module")
 def cluster(preferred: FoundServer) -> Iterator[Nodes]:
-    """Three primaries of the preferred server."""
+    """Yield three primaries of the preferred server."""
     with Nodes(preferred.binary, replicas=0) as nodes:
         yield nodes
 
 
 def error_of(call: Callable[..., Any], *arguments: Any) -> CircuitBreakerError:
-    """The error with which a call is rejected."""
+    """Return the error with which a call is rejected."""
     with pytest.raises(CircuitBreakerError) as raised:
         call(*arguments)
     return raised.value
 
 
 class TestBreakers:
-    """Which breaker one gets."""
+    """Breakers by name."""
 
     def test_same_name_is_the_same_standard_breaker(self, made: Make) -> None:
-        """It is asked for wherever it is needed, and its listeners and its lock are one."""
-        heard = Heard()
-        breakers = made(listeners=[heard], fail_max=3, probe_lease=5.0)
+        """Every module gets the same breaker, with one list of listeners and one lock."""
+        recorder = Heard()
+        breakers = made(listeners=[recorder], fail_max=3, probe_lease=5.0)
         payments = breakers.get("payments", reset_timeout=9)
         assert type(payments) is CircuitBreaker
         assert breakers.get("payments") is breakers["payments"] is payments
         assert (payments.name, payments.fail_max, payments.reset_timeout) == ("payments", 3, 9)
-        assert payments.listeners == (heard,)
+        assert payments.listeners == (recorder,)
         assert payments.call(up) == "answer"
 
     def test_circuit_lies_under_prefix_and_name(self, server: PrivateServer, client: redis.Redis) -> None:
@@ -103,16 +103,16 @@ class TestBreakers:
         states = sorted(key.decode() for key in client.keys("*") if key.endswith(b":state"))
         assert states == ["payments:pybreaker:state", "shop:payments:pybreaker:state"]
 
-    def test_without_redis_the_circuit_is_this_process_s_own(self) -> None:
-        """The same code runs on a laptop; what is about Redis is accepted, and changes nothing."""
+    def test_without_redis_the_circuit_is_in_memory(self) -> None:
+        """The same code runs without Redis: options for Redis are accepted and have no effect."""
         breakers = BreakerRegistry(timeout=0.5, max_staleness=0, probe_lease=7)
         assert type(storage_of(breakers.get("payments"))) is CircuitMemoryStorage
 
     def test_nothing_is_sent_before_a_call(self) -> None:
-        """Modules make breakers when they are imported, when Redis may not be there."""
+        """Modules create breakers at import time, when Redis may not be running."""
 
         def never() -> None:
-            pytest.fail("asked for a client")
+            pytest.fail("the registry requested a client")
 
         breakers = BreakerRegistry(never)
         breakers.configure("payments", fail_max=2)
@@ -120,7 +120,7 @@ class TestBreakers:
         assert breakers["payments"].fail_max == 2
 
     def test_many_threads_get_one_breaker(self) -> None:
-        """Two breakers of one circuit in one process would have two locks, and listeners told twice."""
+        """Two breakers of one circuit in one process would have two locks and notify listeners twice."""
         breakers = BreakerRegistry()
         start, got = threading.Barrier(8), []
 
@@ -137,8 +137,8 @@ class TestBreakers:
         assert len(set(map(id, got))) == 1
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-    def test_child_makes_breakers_though_the_lock_was_held(self) -> None:
-        """The thread that held it has stayed behind."""
+    def test_child_of_a_fork_creates_breakers_though_the_lock_was_held(self) -> None:
+        """The thread that held the lock does not exist in the child."""
         breakers = BreakerRegistry()
         with lock_of(breakers):
             pid = os.fork()
@@ -149,8 +149,8 @@ class TestBreakers:
             assert breakers.get("payments").call(up) == "answer"
         assert os.waitpid(pid, 0)[1] == 0
 
-    def test_is_a_collection_of_names(self) -> None:
-        """What was asked for, configured, or guards something; a name that nobody has said is a mistake."""
+    def test_registry_is_a_collection_of_names(self) -> None:
+        """Names that were requested, configured or guarded are members. An unknown name is a mistake."""
         breakers = BreakerRegistry()
         breakers.get("payments")
         breakers.configure("stock")
@@ -164,8 +164,8 @@ class TestBreakers:
         with pytest.raises(KeyError, match="there are: none"):
             BreakerRegistry()["payments"]
 
-    def test_close_lets_go_and_begins_anew(self, shared: Make) -> None:
-        """When settings change, what was said stays, and nobody gets a breaker of before."""
+    def test_close_drops_breakers_and_keeps_settings(self, shared: Make) -> None:
+        """After a change of settings, configured names stay, and no caller gets an old breaker."""
         breakers = shared()
         first = breakers.get("payments", fail_max=2)
         assert first.call(up) == "answer"
@@ -176,7 +176,7 @@ class TestBreakers:
         assert second.call(up) == "answer"
 
     def test_close_leaves_a_given_client_alone(self, client: redis.Redis) -> None:
-        """Whoever has made it closes it."""
+        """The caller that created the client closes the client."""
         client.ping()
         with BreakerRegistry(client) as breakers:
             breakers.get("payments").call(up)
@@ -185,7 +185,7 @@ class TestBreakers:
 
     @pytest.mark.usefixtures("nobody_listens")
     def test_close_leaves_no_connection_and_no_thread(self, server: PrivateServer, client: redis.Redis) -> None:
-        """At once: not when the garbage collector finds the breakers, nor when nobody holds them any more."""
+        """Connections and threads end at once, independent of the garbage collector and of references to breakers."""
         connected = client.info("clients")["connected_clients"]
         breakers = BreakerRegistry(server.url)
         payments = settled(breakers.get("payments"))
@@ -197,26 +197,26 @@ class TestBreakers:
             wait_for(lambda: not listeners(), "its thread has ended")
         finally:
             gc.enable()
-        # Whoever has kept one may go on with it.
+        # A breaker that is still referenced stays usable.
         fails(payments)
         assert breakers.status()["payments"].fail_counter == 1
 
     @pytest.mark.parametrize("when", ["between two attempts", "before one", "in the middle of one"])
     @pytest.mark.usefixtures("nobody_listens")
-    def test_close_in_an_outage_is_no_news_of_the_server(
+    def test_close_during_an_outage_logs_nothing(
         self,
         killable_server: PrivateServer,
         caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch,
         when: str,
     ) -> None:
-        """It is neither back, nor do its circuits live elsewhere."""
+        """A closed registry leaves the outage unfinished. Neither a return nor a move is logged."""
         caplog.set_level("INFO", "pybreaker_redis")
         breakers = BreakerRegistry(killable_server.client())
         settled(breakers.get("payments"))
         killable_server.kill()
         fails(breakers["payments"])
-        wait_for(lambda: fails(breakers["payments"]) or messages_of(caplog, killable_server), "it is away")
+        wait_for(lambda: fails(breakers["payments"]) or messages_of(caplog, killable_server), "the outage in the log")
         caplog.clear()
         if when == "between two attempts":
             breakers.close()
@@ -231,11 +231,11 @@ class TestBreakers:
 
             monkeypatch.setattr(owner, name, closes)
             assert closed.wait(10)
-        wait_for(lambda: not retry_threads(), "nobody asks again")
+        wait_for(lambda: not retry_threads(), "the end of the retry thread")
         assert messages_of(caplog, killable_server, "payments'") == []
 
-    def test_names_that_are_members_of_an_enumeration_are_their_text(self, shared: Make) -> None:
-        """As for pybreaker's own storage, and for whoever says the text."""
+    def test_member_of_a_string_enumeration_equals_its_text(self, shared: Make) -> None:
+        """A name may be a member of a string enumeration, as with pybreaker's own storage."""
 
         class Name(str, enum.Enum):
             PAYMENTS = "payments"
@@ -252,10 +252,10 @@ class TestBreakers:
 
 
 class TestSettings:
-    """What may be said of a breaker, and what contradicts it."""
+    """Settings of breakers, and contradictions between them."""
 
-    def test_defaults_then_what_was_configured(self) -> None:
-        """What is said of one breaker goes before what is said of all."""
+    def test_configured_settings_override_defaults(self) -> None:
+        """Settings of one breaker override the defaults of all."""
         breakers = BreakerRegistry(fail_max=7, reset_timeout=3, success_threshold=2, throw_new_error_on_trip=False)
         breakers.configure("payments", fail_max=2)
         breakers.configure("payments", exclude=[KeyError])
@@ -268,7 +268,7 @@ class TestSettings:
         assert payments.current_state == "open"
 
     def test_settings_of_the_storage_reach_it(self, client: redis.Redis) -> None:
-        """One dictionary of settings holds all there is to say about a circuit."""
+        """One dictionary of settings holds every option of a circuit."""
         breakers = BreakerRegistry(client, timeout=5)
         storage: Any = storage_of(breakers.get("payments", max_staleness=3, cluster_mode=True))
         assert isinstance(storage, CircuitRedisStorage)
@@ -277,7 +277,7 @@ class TestSettings:
         assert client.exists("{payments}:pybreaker:state")
 
     @pytest.mark.parametrize(
-        ("said", "again"),
+        ("settings", "again"),
         [
             ({"fail_max": 2}, {"fail_max": 2}),
             ({}, {"fail_max": 9, "reset_timeout": 60, "exclude": None}),
@@ -285,14 +285,14 @@ class TestSettings:
             ({"timeout": 1}, {"timeout": 1.0}),
         ],
     )
-    def test_saying_the_same_again_is_no_conflict(self, said: Any, again: Any) -> None:
-        """Two modules may both say what they need."""
+    def test_same_settings_again_are_no_conflict(self, settings: Any, again: Any) -> None:
+        """Two modules may both state the settings that they need."""
         breakers = BreakerRegistry(fail_max=9)
-        assert breakers.get("payments", **said) is breakers.get("payments", **again)
+        assert breakers.get("payments", **settings) is breakers.get("payments", **again)
 
-    @pytest.mark.parametrize("say", ["get", "configure"])
+    @pytest.mark.parametrize("action", ["get", "configure"])
     @pytest.mark.parametrize(
-        ("said", "again"),
+        ("settings", "again"),
         [
             ({"fail_max": 2}, {"fail_max": 3}),
             ({}, {"fail_max": 3}),
@@ -300,17 +300,17 @@ class TestSettings:
             ({"max_staleness": 1}, {"max_staleness": 0}),
         ],
     )
-    def test_contradiction_is_refused(self, said: Any, again: Any, say: str) -> None:
-        """Who comes second learns at once that it will not be as they think."""
+    def test_contradicting_settings_are_refused(self, settings: Any, again: Any, action: str) -> None:
+        """An exception shows the second caller that its settings have no effect."""
         breakers = BreakerRegistry(fail_max=9)
-        payments = breakers.get("payments", **said)
+        payments = breakers.get("payments", **settings)
         (setting,) = again
         with pytest.raises(ValueError, match=f"breaker 'payments' has {setting}=.*cannot have {setting}="):
-            getattr(breakers, say)("payments", **again)
-        assert breakers.get("payments", **said) is payments
+            getattr(breakers, action)("payments", **again)
+        assert breakers.get("payments", **settings) is payments
 
-    def test_contradiction_before_first_use_is_refused(self) -> None:
-        """Two places that configure one breaker are one too many."""
+    def test_contradicting_settings_before_first_use_are_refused(self) -> None:
+        """Two places that configure one breaker differently are a mistake."""
         breakers = BreakerRegistry()
         breakers.configure("payments", fail_max=2)
         with pytest.raises(ValueError, match="fail_max"):
@@ -346,10 +346,10 @@ class TestSettings:
         ],
     )
     @pytest.mark.parametrize("redis_object", [None, "redis://localhost"], ids=["memory", "Redis"])
-    def test_setting_that_cannot_be_is_refused_at_once(
+    def test_invalid_setting_is_refused_at_once(
         self, setting: str, value: Any, error: type[Exception], redis_object: Any
     ) -> None:
-        """Not in the middle of the first outage; and the message names it."""
+        """An invalid setting raises at once and not in the first outage. The message contains its name."""
         breakers = BreakerRegistry(redis_object)
         with pytest.raises(error, match=setting):
             breakers.configure("payments", **{setting: value})
@@ -359,69 +359,72 @@ class TestSettings:
         assert "payments" not in breakers
 
     @pytest.mark.parametrize("listener", [LogListener, print, "LogListener"])
-    def test_listener_that_is_none_is_refused_at_once(self, listener: Any) -> None:
-        """A class is not made for its user: every call would fail by it."""
+    def test_invalid_listener_is_refused_at_once(self, listener: Any) -> None:
+        """The registry does not instantiate classes, so every call would fail."""
         with pytest.raises(TypeError, match="listeners must be instances of"):
             BreakerRegistry(listeners=[listener])
 
     @pytest.mark.parametrize("prefix", [None, 7, b"shop"])
-    def test_prefix_that_is_none_is_refused_at_once(self, prefix: Any) -> None:
-        """Printed, it would be another one."""
+    def test_invalid_prefix_is_refused_at_once(self, prefix: Any) -> None:
+        """The repr of another type would become the prefix."""
         with pytest.raises(TypeError, match="prefix must be a str"):
             BreakerRegistry(prefix=prefix)
 
     @pytest.mark.parametrize("name", ["", None, 7, b"payments"])
-    def test_name_that_is_none_is_refused(self, name: Any) -> None:
-        """It would be a namespace that somebody else uses, or none."""
+    def test_invalid_name_is_refused(self, name: Any) -> None:
+        """Another type or an empty name would become the namespace of another circuit, or none."""
         with pytest.raises(TypeError, match="name"):
             BreakerRegistry().get(name)
 
     @pytest.mark.parametrize("name", ["pay\nments", "pay{ments", "{}payments"])
     def test_name_that_is_no_namespace_is_refused(self, name: str) -> None:
-        """As soon as it is said, and with Redis or without: a laptop shall not accept what production refuses."""
+        """With and without Redis, a name is checked when it is configured.
+
+        Development must not accept what production refuses.
+        """
         for breakers in (BreakerRegistry(), BreakerRegistry("redis://localhost", prefix="shop")):
             with pytest.raises(ValueError, match="namespace"):
                 breakers.configure(name)
             assert name not in breakers
 
     @pytest.mark.parametrize("url", ["localhost", "http://localhost", "redis://localhost:port"])
-    def test_url_that_names_nothing_is_refused_at_once(self, url: str) -> None:
-        """As by `CircuitRedisStorage.from_url`; the one that is left to connect to may be away."""
+    def test_invalid_url_is_refused_at_once(self, url: str) -> None:
+        """The rules are those of `CircuitRedisStorage.from_url`. Only an unreachable server is no error."""
         with pytest.raises(ValueError, match="url"):
             BreakerRegistry(url)
 
-    @pytest.mark.parametrize("nothing", [7, redis.Redis, object()])
-    def test_what_cannot_be_a_client_is_refused_at_once(self, nothing: Any) -> None:
-        """Not at the first call."""
-        if nothing is redis.Redis:
-            # It can be called, and returns one.
-            BreakerRegistry(nothing)
+    @pytest.mark.parametrize("value", [7, redis.Redis, object()])
+    def test_object_that_is_no_client_is_refused_at_once(self, value: Any) -> None:
+        """The error is not delayed until the first call."""
+        if value is redis.Redis:
+            # The class can be called, and returns a client.
+            BreakerRegistry(value)
             return
         with pytest.raises(TypeError, match="redis"):
-            BreakerRegistry(nothing)
+            BreakerRegistry(value)
 
     @pytest.mark.parametrize("error", [Exception, BaseException, OSError, ConnectionError, TimeoutError])
-    def test_excluding_what_outages_raise_gets_a_warning(self, error: type[BaseException]) -> None:
-        """Such a breaker never opens, and the warning names the line that says so."""
+    def test_excluding_errors_of_outages_warns(self, error: type[BaseException]) -> None:
+        """Such a breaker never opens. The warning points to the line of the caller."""
         breakers = BreakerRegistry()
         match = f"exclude contains {error.__name__}"
-        for say in (
+        for action in (
             lambda: breakers.get("one", exclude=[KeyError, error]),
             lambda: breakers.configure("two", exclude=[error]),
             lambda: breakers.guard("three", exclude=[error]),
             lambda: BreakerRegistry(exclude=[error]),
         ):
             with pytest.warns(RuntimeWarning, match=match) as caught:
-                say()
+                action()
             assert caught[0].filename == __file__
 
     @pytest.mark.parametrize("excluded", [KeyError, ConnectionRefusedError, lambda error: True])
-    def test_excluding_anything_else_gets_none(self, excluded: Any) -> None:
-        """Business errors are what it is for; warnings are errors here."""
+    def test_excluding_other_errors_does_not_warn(self, excluded: Any) -> None:
+        """Business errors are meant to be excluded. Here, every warning is an error."""
         assert BreakerRegistry().get("payments", exclude=[excluded]).excluded_exceptions == (excluded,)
 
     def test_class_with_a_metaclass_excludes_no_other_errors(self) -> None:
-        """Pybreaker takes it for a function, and its instance for yes: nothing would count."""
+        """The class would pass as a predicate with a true instance, so no error would count."""
 
         class Business(Exception, metaclass=abc.ABCMeta):
             pass
@@ -438,9 +441,9 @@ class TestSettings:
 
 
 class TestGuard:
-    """What a guarded function returns."""
+    """Functions with the decorator `guard`."""
 
-    def test_function_keeps_its_face_and_its_result(self, made: Make) -> None:
+    def test_guarded_function_keeps_its_metadata_and_result(self, made: Make) -> None:
         """A guarded function is called, introspected and documented like the bare one."""
         breakers = made()
 
@@ -452,15 +455,15 @@ class TestGuard:
         assert charge(995, currency="CHF") == "995 CHF"
         assert (charge.__name__, charge.__doc__) == ("charge", "Take the money.")
 
-    def test_breaker_is_configured_after_the_function_was_defined(self) -> None:
-        """Decorators run when modules are imported, settings are there later."""
+    def test_breaker_can_be_configured_after_its_function_is_defined(self) -> None:
+        """Decorators run at import time, and settings follow later."""
         breakers = BreakerRegistry()
         guarded = breakers.guard("payments", fallback="none")(down)
         breakers.configure("payments", fail_max=1)
         assert guarded() == "none"
 
     def test_without_a_fallback_the_rejection_is_raised(self, made: Make) -> None:
-        """As by any breaker."""
+        """Without a fallback, the caller gets the breaker's error."""
         breakers = made(fail_max=1)
         guarded = breakers.guard("payments")(down)
         for _ in range(2):
@@ -468,16 +471,19 @@ class TestGuard:
                 guarded()
 
     @pytest.mark.parametrize("value", [None, 0, "later", []])
-    def test_value_takes_the_place_of_the_rejection_only(self, made: Make, value: Any) -> None:
-        """What the dependency raises while the circuit is closed is the caller's business; ``None`` is a value."""
+    def test_fallback_value_replaces_rejections_only(self, made: Make, value: Any) -> None:
+        """Errors of the dependency reach the caller while the circuit is closed.
+
+        The value ``None`` is a fallback, too.
+        """
         guarded = made(fail_max=2).guard("payments", fallback=value)(down)
         with pytest.raises(Down):
             guarded()
-        # Of the call that trips, and of those that are rejected.
+        # First the call that trips, then a call that is rejected.
         assert [guarded(), guarded()] == [value, value]
 
-    def test_fallback_that_can_be_called_gets_the_arguments(self) -> None:
-        """It often needs to know what was asked for; the error is at hand in `sys.exc_info()`, and chained."""
+    def test_callable_fallback_gets_the_arguments(self) -> None:
+        """A fallback often needs the arguments. The error is in `sys.exc_info()`, and chained."""
         breakers = BreakerRegistry()
         breakers.configure("payments")
         breakers.set_state("payments", "open")
@@ -492,7 +498,7 @@ class TestGuard:
         assert isinstance(raised.value.__context__, CircuitBreakerError)
 
     def test_generator_is_guarded_until_its_end(self) -> None:
-        """A stream that breaks off is a failure, as with a breaker alone."""
+        """A stream that breaks off is a failure, as with a plain breaker."""
         breakers = BreakerRegistry(fail_max=1)
 
         @breakers.guard("stream", fallback=())
@@ -505,15 +511,15 @@ class TestGuard:
         assert list(numbers()) == []
 
     async def _coroutine(self) -> None:
-        """Nothing is done before it is awaited."""
+        """Do nothing before the coroutine is awaited."""
 
     async def _asynchronous_generator(self) -> Any:
-        """The same."""
+        """Do nothing before the generator is iterated."""
         yield 1
 
     class _Called:
         async def __call__(self) -> None:
-            """The same."""
+            """Do nothing before the coroutine is awaited."""
 
     @pytest.mark.parametrize(
         "function",
@@ -527,15 +533,15 @@ class TestGuard:
         ids=["async def", "asynchronous generator", "partial", "object", "partial of an object"],
     )
     def test_asynchronous_function_is_refused(self, function: Any) -> None:
-        """It would return before anything is done, so that nothing would be guarded, silently."""
+        """An asynchronous function returns before its work is done, so the breaker would guard nothing."""
         breakers = BreakerRegistry()
         with pytest.raises(TypeError, match=r"guarded function .* is asynchronous"):
             breakers.guard("payments")(function)
         with pytest.raises(TypeError, match=r"fallback .* is asynchronous"):
             breakers.guard("payments", fallback=function)(up)
 
-    def test_what_returns_a_coroutine_all_the_same_is_refused_when_it_does(self) -> None:
-        """Decorators in between do not always tell."""
+    def test_function_that_returns_a_coroutine_is_refused_when_called(self) -> None:
+        """A decorator in between may hide that a function is asynchronous."""
         breakers = BreakerRegistry(fail_max=1)
 
         @functools.wraps(self._coroutine)
@@ -549,8 +555,8 @@ class TestGuard:
             breakers.guard("payments", fallback=undone)(up)()
 
     @pytest.mark.parametrize("kind", ["coroutine", "awaitable", "future", "future of a loop", "asynchronous generator"])
-    def test_result_that_is_still_to_be_worked_out_is_refused(self, kind: str) -> None:
-        """The call returned before anything was done, so nothing was guarded."""
+    def test_asynchronous_result_is_refused(self, kind: str) -> None:
+        """The call returned before its work was done, so the breaker guarded nothing."""
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             make = {
                 "coroutine": self._coroutine,
@@ -572,12 +578,12 @@ class TestGuard:
             with pytest.raises(TypeError, match=r"the fallback .* is asynchronous"):
                 breakers.guard("payments", fallback=call)(up)()
             for result in made:
-                # Else Python would report that it was never awaited.
+                # Otherwise, Python would report that the coroutine was never awaited.
                 assert kind != "coroutine" or inspect.getcoroutinestate(result) == inspect.CORO_CLOSED
                 assert "future" not in kind or not result.cancelled(), "other callers may wait for it"
 
     def test_refused_result_is_not_shown(self) -> None:
-        """What a call has returned may be a secret."""
+        """The result of a call may be a secret."""
         future: Future[str] = Future()
         future.set_result("swordfish")
         with pytest.raises(TypeError) as raised:
@@ -592,8 +598,8 @@ class TestGuard:
         """Mocks, too, which have nearly every method."""
         assert BreakerRegistry().guard("payments")(lambda: result)() is result
 
-    def test_what_runs_a_coroutine_to_its_end_is_guarded(self) -> None:
-        """Whatever it says that it wraps."""
+    def test_function_that_runs_a_coroutine_to_its_end_is_guarded(self) -> None:
+        """The name that `functools.wraps` copies does not matter."""
         breakers = BreakerRegistry(fail_max=1)
 
         async def charged() -> None:
@@ -609,23 +615,23 @@ class TestGuard:
 
     @pytest.mark.parametrize("kind", [classmethod, staticmethod])
     def test_decorators_in_the_wrong_order_are_refused(self, kind: Any) -> None:
-        """Called like that they raise, which would open the circuit for everybody."""
+        """Objects in this order raise when they are called, which would open the circuit of every process."""
         with pytest.raises(TypeError, match=f"write @{kind.__name__} above"):
             BreakerRegistry().guard("payments")(kind(up))
 
 
 class _Awaitable:
-    """Something to await that is no coroutine."""
+    """Awaitable that is no coroutine."""
 
     def __await__(self) -> Iterator[None]:
         yield
 
 
 class TestStatus:
-    """What operators see."""
+    """The status of circuits, as operators see them."""
 
-    def test_tells_all_there_is_to_know(self, made: Make) -> None:
-        """Also of circuits that this process has not used."""
+    def test_status_shows_every_circuit(self, made: Make) -> None:
+        """Circuits that this process has not used are included."""
         breakers = made(fail_max=2, reset_timeout=30)
         breakers.configure("stock", fail_max=4, reset_timeout=7)
         before = time.time()
@@ -641,12 +647,12 @@ class TestStatus:
         assert (search.state, search.fail_counter, search.opened_at, search.retry_after) == ("closed", 1, None, 0.0)
         assert (stock.state, stock.fail_counter, stock.fail_max, stock.reset_timeout) == ("closed", 0, 4, 7)
 
-    def test_of_nothing_is_nothing(self, made: Make) -> None:
-        """And asks nobody."""
+    def test_status_of_an_empty_registry_is_empty(self, made: Make) -> None:
+        """A registry without names sends no command."""
         assert made().status() == {}
 
-    def test_half_open_circuit_is_told_as_such(self, made: Make) -> None:
-        """Its probe, and the rest of the lease: what no caller but the prober can see."""
+    def test_status_of_a_half_open_circuit_shows_its_lease(self, made: Make) -> None:
+        """The status shows the probe and the rest of its lease, which no other caller can see."""
         breakers = made(reset_timeout=0, success_threshold=3, probe_lease=20)
         payments = breakers.get("payments")
         payments.open()
@@ -657,8 +663,8 @@ class TestStatus:
         assert 19 < status.retry_after <= 20.1
 
     @pytest.mark.usefixtures("nobody_listens")
-    def test_costs_one_round_trip_for_any_number(self, server: PrivateServer) -> None:
-        """An operator's page does not become slower with each dependency."""
+    def test_status_costs_one_round_trip_for_any_number_of_circuits(self, server: PrivateServer) -> None:
+        """The operator's page does not become slower with each dependency."""
         with BreakerRegistry(server.client()) as breakers:
             for number in range(12):
                 breakers.configure(f"circuit {number}")
@@ -667,8 +673,8 @@ class TestStatus:
             with contextlib.closing(meter):
                 assert meter.cost(breakers.status) == 1
 
-    def test_changes_nothing(self, every_server: PrivateServer) -> None:
-        """To look is not to use: no key is made, repaired or kept from expiring."""
+    def test_status_changes_nothing(self, every_server: PrivateServer) -> None:
+        """Reading the status creates, repairs and renews no key."""
         with contextlib.closing(every_server.client()) as client, BreakerRegistry(every_server.client()) as breakers:
             breakers.configure("never used")
             breakers.configure("damaged")
@@ -683,25 +689,25 @@ class TestStatus:
 
     @pytest.mark.usefixtures("nobody_listens")
     @pytest.mark.skipif(not has_clusters(), reason="this redis-py has no clusters")
-    def test_costs_one_round_trip_for_each_node_of_a_cluster(self, cluster: Nodes, monkeypatch: Any) -> None:
-        """Circuits lie wherever their names put them; a status is none the less one page."""
+    def test_status_costs_one_round_trip_for_each_node_of_a_cluster(self, cluster: Nodes, monkeypatch: Any) -> None:
+        """Circuits lie on different nodes, and one status reads them all."""
         with BreakerRegistry(cluster_client(cluster.all[0].port), fail_max=2) as breakers:
             for number in range(12):
                 fails(breakers.get(f"circuit {number}"), number % 3)
-            looks: list[int] = []
+            reads: list[int] = []
             monkeypatch.setattr(
                 bulk,
                 "read_all_circuits",
-                lambda questions: looks.append(len(questions)) or read_all_circuits(questions),
+                lambda requests: reads.append(len(requests)) or read_all_circuits(requests),
             )
             states = [status.state for status in breakers.status().values()]
         assert states == ["closed", "closed", "open"] * 4
-        assert len(looks) == 3
-        assert sum(looks) == 12
+        assert len(reads) == 3
+        assert sum(reads) == 12
 
     @pytest.mark.parametrize("cluster_mode", [False, True])
     def test_plain_client_of_one_node_finds_the_others(self, cluster: Nodes, cluster_mode: bool) -> None:
-        """Where they are not, or where keys may not be asked for together, each is asked for by itself."""
+        """Circuits on other nodes, or with keys that cannot be read together, are read one by one."""
         client = redis.Redis(port=cluster.all[0].port, **ONCE)
         with (
             contextlib.closing(client),
@@ -714,8 +720,8 @@ class TestStatus:
                 breakers.set_state(name, "open")
             assert {status.state for status in breakers.status().values()} == {"open"}
 
-    def test_raises_what_the_client_raises(self, killable_server: PrivateServer) -> None:
-        """An operator must not take this process's own circuits for everybody's."""
+    def test_status_raises_errors_of_the_client(self, killable_server: PrivateServer) -> None:
+        """An operator must not mistake local circuits for the shared ones."""
         with BreakerRegistry(killable_server.client(), fail_max=1) as breakers:
             fails(breakers.get("payments"))
             killable_server.kill()
@@ -723,21 +729,21 @@ class TestStatus:
                 breakers.status()
 
 
-#: That an operator can ask for; ``None``: the one that it is in, without its counts.
+#: States that an operator can set. ``None`` stands for a reset, which keeps the state and drops the counts.
 STATES = ("open", "closed", "half-open", None)
 
 
 def command(name: str, state: str | None) -> Callable[[BreakerRegistry], None]:
-    """What an operator asks for."""
+    """Return the operator's command."""
     return lambda breakers: breakers.set_state(name, state) if state else breakers.reset(name)
 
 
 class TestCommands:
-    """What operators do."""
+    """Commands of operators."""
 
     @pytest.mark.parametrize("state", STATES)
-    def test_acts_for_everybody(self, shared: Make, state: str | None) -> None:
-        """The operator's process is rarely the one that calls."""
+    def test_command_acts_for_every_process(self, shared: Make, state: str | None) -> None:
+        """The operator's process is rarely one that makes calls."""
         operator, worker = shared(fail_max=9), shared(fail_max=9)
         fails(worker.get("payments"), 3)
         operator.configure("payments")
@@ -745,10 +751,8 @@ class TestCommands:
         (status,) = worker.status().values()
         assert (status.state, status.fail_counter) == (state or "closed", 3 if state in ("open", "half-open") else 0)
 
-    def test_listener_that_fails_does_not_make_it_look_undone(
-        self, made: Make, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """An operator who sees an error tries again, or worse."""
+    def test_failing_listener_does_not_fail_the_command(self, made: Make, caplog: pytest.LogCaptureFixture) -> None:
+        """An operator that sees an error would repeat the command."""
 
         class Failing(pybreaker.CircuitBreakerListener):
             def state_change(self, *_: Any) -> None:
@@ -763,20 +767,20 @@ class TestCommands:
         assert record.exc_info
 
     def test_unknown_state_is_refused(self, made: Make) -> None:
-        """Nothing is sent, and all three are named."""
+        """Nothing is sent, and the message contains all three states."""
         breakers = made()
         breakers.configure("payments")
         with pytest.raises(ValueError, match="state must be one of 'closed', 'open', 'half-open', not 'shut'"):
             breakers.set_state("payments", "shut")
 
-    def test_each_does_what_it_says(self, made: Make) -> None:
-        """In whatever place the circuit is."""
-        heard = Heard()
-        breakers = made(fail_max=2, reset_timeout=60, success_threshold=2, listeners=[heard])
+    def test_commands_change_the_circuit(self, made: Make) -> None:
+        """The commands have the same effect for every kind of storage."""
+        recorder = Heard()
+        breakers = made(fail_max=2, reset_timeout=60, success_threshold=2, listeners=[recorder])
         payments = breakers.get("payments")
         breakers.set_state("payments", "open")
-        # Nobody has to call for the listeners of this process to hear of it.
-        assert heard.states == [("payments", "closed", "open")]
+        # Listeners of this process are notified without a call.
+        assert recorder.states == [("payments", "closed", "open")]
         assert error_of(payments.call, up)
         breakers.set_state("payments", "half-open")
         assert payments.call(up) == "answer"
@@ -788,14 +792,14 @@ class TestCommands:
         assert breakers.status()["payments"].fail_counter == 1
         breakers.reset("payments")
         assert breakers.status()["payments"].fail_counter == 0
-        assert heard.states == [
+        assert recorder.states == [
             ("payments", "closed", "open"),
             ("payments", "open", "half-open"),
             ("payments", "half-open", "closed"),
         ]
 
-    def test_half_open_admits_one(self, shared: Make) -> None:
-        """However many processes see the gate open, and whoever has opened it."""
+    def test_half_open_by_command_admits_one_call(self, shared: Make) -> None:
+        """The number of processes does not matter, nor which of them changed the state."""
         operator, *workers = (shared(probe_lease=20) for _ in range(3))
         operator.configure("payments")
         operator.set_state("payments", "half-open")
@@ -804,17 +808,17 @@ class TestCommands:
             assert error_of(second.call, up)
         assert second.call(up) == "answer"
 
-    def test_name_that_nobody_has_said_is_refused(self) -> None:
-        """A typing mistake does not open a circuit that nobody uses."""
+    def test_unknown_name_is_refused(self) -> None:
+        """A typo does not open an unused circuit."""
         for state in STATES:
             with pytest.raises(KeyError, match="stokc"):
                 command("stokc", state)(BreakerRegistry())
 
     @pytest.mark.parametrize("state", STATES)
-    def test_raises_what_the_client_raises_and_moves_nothing(
+    def test_command_raises_errors_of_the_client_and_changes_nothing(
         self, killable_server: PrivateServer, state: str | None
     ) -> None:
-        """`breaker.open()` acts in this process alone then: for a call that is right, an operator has to know."""
+        """`breaker.open()` changes the local circuit in an outage. An operator needs an error instead."""
         with BreakerRegistry(killable_server.client(), fail_max=5) as breakers:
             payments = breakers.get("payments")
             assert payments.call(up) == "answer"
@@ -823,10 +827,10 @@ class TestCommands:
                 command("payments", state)(breakers)
             assert payments.call(up) == "answer"
 
-    def test_frozen_server_is_waited_for_as_long_as_an_operator_may(
+    def test_command_waits_for_a_frozen_server_for_the_operator_timeout(
         self, killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Longer than a guarded call, and not for ever."""
+        """The command waits longer than a guarded call, and not for ever."""
         with BreakerRegistry(killable_server.client(), timeout=0.1) as breakers:
             breakers.configure("payments")
             breakers.set_state("payments", "open")
@@ -838,8 +842,8 @@ class TestCommands:
             assert 0.3 < time.monotonic() - began < 2
             killable_server.resume()
 
-    def test_client_s_own_patience_is_kept_where_it_was_asked_for(self, server: PrivateServer) -> None:
-        """``timeout=None`` is on the client's connections, as long as those take."""
+    def test_command_without_a_timeout_uses_the_connections_of_the_client(self, server: PrivateServer) -> None:
+        """With ``timeout=None``, commands use the client's connections and their timeouts."""
         with BreakerRegistry(server.client(), timeout=None) as breakers:
             breakers.configure("payments")
             breakers.set_state("payments", "open")
@@ -847,26 +851,26 @@ class TestCommands:
 
 
 class TestRetryAfter:
-    """How long to wait."""
+    """The function `retry_after`."""
 
-    def test_open_circuit_may_be_tried_after_its_timeout(self, made: Make) -> None:
-        """What a 503 says, and a task that comes back."""
+    def test_open_circuit_may_be_retried_after_its_reset_timeout(self, made: Make) -> None:
+        """The result suits the header of a 503 response, and the delay of a repeated task."""
         breakers = made(fail_max=1, reset_timeout=20)
         payments = breakers.get("payments")
         assert retry_after(payments) == 0.0
         tripping = error_of(payments.call, down)
         rejecting = error_of(payments.call, up)
-        for asked in (tripping, rejecting, payments):
-            assert 19 < retry_after(asked) <= 20.1
+        for subject in (tripping, rejecting, payments):
+            assert 19 < retry_after(subject) <= 20.1
         with time_machine.travel(time.time() + 15, tick=False):
             assert 4 < retry_after(payments) <= 5.1
         with time_machine.travel(time.time() + 21, tick=False):
-            # Never negative, though it is past.
+            # After the timeout, the result is zero and not negative.
             assert retry_after(payments) == 0.0
 
     @pytest.mark.usefixtures("nobody_listens")
-    def test_steady_state_asks_nobody(self, server: PrivateServer) -> None:
-        """It is asked once for each rejected request."""
+    def test_retry_after_in_steady_state_sends_no_command(self, server: PrivateServer) -> None:
+        """`retry_after` is called for each rejected request."""
         meter = Meter(server, scripts=True)
         with contextlib.closing(meter), contextlib.closing(server.client()) as client:
             payments = settled(breaker_on(client, reset_timeout=60))
@@ -875,8 +879,8 @@ class TestRetryAfter:
             error = error_of(payments.call, up)
             assert meter.cost(lambda: retry_after(error)) == 0
 
-    def test_while_others_probe_it_is_the_rest_of_their_lease(self, made: Make) -> None:
-        """Nobody knows sooner whether the dependency is back, and nobody else is let through before."""
+    def test_retry_after_during_a_probe_is_the_rest_of_its_lease(self, made: Make) -> None:
+        """Until the prober reports or its lease ends, no other call is admitted."""
         breakers = made(reset_timeout=60, probe_lease=20)
         payments = breakers.get("payments")
         breakers.set_state("payments", "half-open")
@@ -885,12 +889,12 @@ class TestRetryAfter:
             other = threading.Thread(target=lambda: seen.append(retry_after(payments)))
             other.start()
             other.join()
-            # Whoever probes need not wait.
+            # The prober itself need not wait.
             assert retry_after(payments) == 0.0
         assert 19 < seen[0] <= 20.1
 
-    def test_another_process_probing(self, shared: Make) -> None:
-        """The same, seen from where nothing is known but the record; also by the error."""
+    def test_retry_after_during_a_probe_of_another_process_is_the_rest_of_its_lease(self, shared: Make) -> None:
+        """The process that does not probe reads the lease from the record, for a breaker and for an error."""
         prober, other = shared(probe_lease=20), shared(probe_lease=20)
         breaker = other.get("payments")
         prober.configure("payments")
@@ -900,8 +904,8 @@ class TestRetryAfter:
             assert 19 < retry_after(error) <= 20.1
             assert 19 < retry_after(breaker) <= 20.1
 
-    def test_open_gate_need_not_be_waited_for(self, made: Make) -> None:
-        """Half-open, and nobody has claimed the probe yet: whoever comes may."""
+    def test_retry_after_with_a_free_probe_is_zero(self, made: Make) -> None:
+        """The circuit is half-open and its probe is free, so the next call may claim the probe."""
         breakers = made()
         breakers.configure("payments")
         breakers.set_state("payments", "half-open")
@@ -909,8 +913,8 @@ class TestRetryAfter:
         assert breakers.status()["payments"].retry_after == 0.0
 
     @pytest.mark.parametrize("stock", ["memory", "redis"])
-    def test_breaker_with_a_storage_of_pybreaker_s_own(self, stock: str, client: redis.Redis) -> None:
-        """Whoever has not migrated all of them asks the same question of all."""
+    def test_retry_after_works_with_storages_of_stock(self, stock: str, client: redis.Redis) -> None:
+        """An application with stock storages can use the same function for all breakers."""
         storage = (
             pybreaker.CircuitMemoryStorage("closed")
             if stock == "memory"
@@ -923,12 +927,12 @@ class TestRetryAfter:
         with time_machine.travel(time.time() + 21, tick=False):
             assert retry_after(breaker) == 0.0
 
-    def test_open_storage_without_a_time_lets_the_next_call_through(self) -> None:
-        """As pybreaker does."""
+    def test_retry_after_of_an_open_storage_without_a_time_is_zero(self) -> None:
+        """The result agrees with pybreaker, which admits the call."""
         assert retry_after(CircuitBreaker(state_storage=pybreaker.CircuitMemoryStorage("open"))) == 0.0
 
-    def test_error_that_has_lost_its_breaker_is_no_reason_to_wait(self) -> None:
-        """A pickle takes no traceback along, so that nobody knows; and nobody fails because of it."""
+    def test_retry_after_of_an_error_without_its_breaker_is_zero(self) -> None:
+        """A pickle has no traceback, so the breaker is unknown. The function must not raise."""
         breakers = BreakerRegistry(fail_max=1)
         error = error_of(breakers.get("payments").call, down)
         assert retry_after(error) > 0
@@ -936,33 +940,33 @@ class TestRetryAfter:
         assert retry_after(CircuitBreakerError("mine")) == 0.0
 
 
-class TestWhoRaised:
-    """Of breakers around breakers, the one that has raised the error is the one to wait for."""
+class TestNestedBreakers:
+    """The breaker that raised an error decides about the wait when breakers are nested."""
 
     @pytest.fixture
     def breakers(self) -> BreakerRegistry:
-        """An outer breaker that waits for 500 s, and an inner one that waits for 50 s."""
+        """Return a registry with an outer breaker of 500 s and an inner breaker of 50 s."""
         breakers = BreakerRegistry(fail_max=1)
         breakers.configure("outer", reset_timeout=500)
         breakers.configure("inner", reset_timeout=50)
         return breakers
 
     def nested(self, breakers: BreakerRegistry) -> Any:
-        """The outer one calls the inner one."""
+        """Call the inner breaker through the outer one."""
         return breakers["outer"].call(breakers["inner"].call, down)
 
-    def test_inner_one_rejects(self, breakers: BreakerRegistry) -> None:
-        """Its error passes through the outer one, which goes on."""
+    def test_inner_breaker_that_rejects_decides(self, breakers: BreakerRegistry) -> None:
+        """The error of the inner breaker passes through the outer one, which stays closed."""
         breakers["outer"].fail_max = 5
         for _ in range(2):
             assert 49 < retry_after(error_of(self.nested, breakers)) <= 50
 
-    def test_inner_one_makes_the_outer_one_trip(self, breakers: BreakerRegistry) -> None:
-        """That error is the outer one's, though its traceback goes on into the inner one."""
+    def test_outer_breaker_that_trips_decides(self, breakers: BreakerRegistry) -> None:
+        """The outer breaker raises the error, though its traceback continues into the inner one."""
         assert 499 < retry_after(error_of(self.nested, breakers)) <= 500
 
-    def test_outer_one_trips_and_says_nothing_of_its_own(self) -> None:
-        """Then the error is the inner one's, passed on."""
+    def test_inner_breaker_decides_if_the_outer_one_trips_silently(self) -> None:
+        """The outer breaker passes on the error of the inner one."""
         breakers = BreakerRegistry(fail_max=1)
         breakers.configure("outer", reset_timeout=500, throw_new_error_on_trip=False)
         breakers.configure("inner", reset_timeout=50)
@@ -970,13 +974,13 @@ class TestWhoRaised:
         assert breakers["outer"].current_state == "open"
         assert 49 < retry_after(error) <= 50
 
-    def test_trial_of_the_outer_one_fails_in_the_inner_one(self, breakers: BreakerRegistry) -> None:
-        """The outer one is open again."""
+    def test_outer_breaker_whose_probe_fails_decides(self, breakers: BreakerRegistry) -> None:
+        """The outer breaker is open again."""
         breakers.set_state("outer", "half-open")
         assert 499 < retry_after(error_of(self.nested, breakers)) <= 500
 
-    def test_trial_meets_an_inner_one_that_rejects(self) -> None:
-        """The outer one's timeout is over, so its own methods are in the traceback of the inner one's error."""
+    def test_inner_breaker_that_rejects_a_probe_of_the_outer_one_decides(self) -> None:
+        """The inner error's traceback contains methods of the outer breaker, because its timeout is over."""
         breakers = BreakerRegistry(fail_max=1, throw_new_error_on_trip=False)
         breakers.configure("outer", reset_timeout=0)
         breakers.configure("inner", reset_timeout=50)
@@ -984,12 +988,12 @@ class TestWhoRaised:
         breakers.set_state("inner", "open")
         assert 49 < retry_after(error_of(self.nested, breakers)) <= 50
 
-    def test_outer_one_rejects(self, breakers: BreakerRegistry) -> None:
-        """The inner one was not even asked."""
+    def test_outer_breaker_that_rejects_decides(self, breakers: BreakerRegistry) -> None:
+        """The inner breaker was not called."""
         breakers.set_state("outer", "open")
         assert 499 < retry_after(error_of(self.nested, breakers)) <= 500
 
-    def test_error_through_a_decorated_function(self, breakers: BreakerRegistry) -> None:
-        """The usual way to use a breaker."""
+    def test_breaker_of_a_decorated_function_decides(self, breakers: BreakerRegistry) -> None:
+        """A decorated function is the usual way to use a breaker."""
         guarded = breakers.guard("inner")(down)
         assert 49 < retry_after(error_of(guarded)) <= 50

@@ -1,4 +1,4 @@
-"""Clients that rename keys: their circuits lie, publish and are listened to under the names on the server."""
+"""Renamed keys: circuits of clients that rename keys are stored, published and subscribed under the server's names."""
 
 from __future__ import annotations
 
@@ -30,57 +30,57 @@ KEYS = circuit_keys("payments", needs_one_slot=False)
 pytestmark = pytest.mark.usefixtures("patient", "nobody_listens")
 
 
-class Scripts(redis.Redis):
-    """Renames the keys of scripts only."""
+class ScriptRenaming(redis.Redis):
+    """Client that renames the keys of scripts only."""
 
     prefix = ""
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
-        """With the prefix before each key."""
+        """Add the prefix to each key."""
         named = [*words]
         if named[0] in ("EVAL", "EVALSHA"):
             named[3 : 3 + int(named[2])] = [self.prefix + key for key in named[3 : 3 + int(named[2])]]
         return super().execute_command(*named, **options)
 
 
-class FirstOfScripts(redis.Redis):
-    """Renames the first key of EVALSHA, as kombu's client does, and returns it as bytes."""
+class FirstKeyRenaming(redis.Redis):
+    """Client that renames the first key of EVALSHA, as that of kombu does, and returns the name as bytes."""
 
     prefix = ""
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
-        """With the prefix before that key."""
+        """Add the prefix to the first key."""
         if words[0] == "EVALSHA":
             words = (*words[:3], (self.prefix + words[3]).encode(), *words[4:])
         return super().execute_command(*words, **options)
 
 
-class ByMethod(redis.Redis):
-    """Renames keys where it is asked for a script, not where that is sent."""
+class MethodRenaming(redis.Redis):
+    """Client that renames keys in its method for scripts, and not when a command is sent."""
 
     prefix = ""
 
     def evalsha(self, sha: Any, numkeys: int, *words: Any) -> Any:
-        """With the prefix before each key."""
+        """Add the prefix to each key."""
         return super().evalsha(sha, numkeys, *(self.prefix + key for key in words[:numkeys]), *words[numkeys:])
 
 
-class Mixed(FirstOfScripts, Scripts):
-    """Has inherited from two."""
+class TwoBasesRenaming(FirstKeyRenaming, ScriptRenaming):
+    """Client with two renaming base classes."""
 
     prefix = ""
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
-        """As the second one has it."""
-        return Scripts.execute_command(self, *words, **options)
+        """Rename as the second base class does."""
+        return ScriptRenaming.execute_command(self, *words, **options)
 
 
-KINDS = [Scripts, FirstOfScripts, ByMethod, Prefixing, Mixed]
+KINDS = [ScriptRenaming, FirstKeyRenaming, MethodRenaming, Prefixing, TwoBasesRenaming]
 
 
 @pytest.fixture
 def of(server: PrivateServer) -> Iterator[Callable[..., Any]]:
-    """A client of a kind, with a prefix."""
+    """Yield a factory of clients of a class, with a prefix."""
     with contextlib.ExitStack() as stack:
 
         def make(kind: type[Any], prefix: str) -> Any:
@@ -92,14 +92,14 @@ def of(server: PrivateServer) -> Iterator[Callable[..., Any]]:
 
 
 def application(client: Any, **words: Any) -> pybreaker.CircuitBreaker:
-    """A breaker of an application that has a circuit called ``payments``."""
+    """Return a breaker of an application with a circuit named ``payments``."""
     return pybreaker.CircuitBreaker(
         fail_max=2, state_storage=CircuitRedisStorage("closed", client, namespace="payments", **words)
     )
 
 
 def fails(breaker: pybreaker.CircuitBreaker) -> None:
-    """A call that fails, or is rejected."""
+    """Make a call that fails or is rejected."""
     with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
         breaker.call(down)
 
@@ -112,11 +112,13 @@ def test_applications_that_differ_by_prefix_have_circuits_of_their_own(
     client: redis.Redis,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Neither the record, nor what is published, nor what is polled of one reaches the other."""
+    """Neither records, nor pushes, nor polls of one application reach the other."""
     one, other = application(of(kind, "a:"), probe_lease=5), application(of(kind, "b:"))
     for breaker in (one, other):
         breaker.call(up)
-    wait_for(lambda: {*map(bytes, client.pubsub_channels())} == {b"a:" + CHANNEL, b"b:" + CHANNEL}, "both listen")
+    wait_for(
+        lambda: {*map(bytes, client.pubsub_channels())} == {b"a:" + CHANNEL, b"b:" + CHANNEL}, "both subscriptions"
+    )
     for _ in range(2):
         fails(one)
     assert one.current_state == "open"
@@ -135,20 +137,20 @@ CHANNEL = b"payments:pybreaker:circuit@0"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_with_the_same_prefix_share_a_circuit(kind: type[Any], of: Callable[..., Any]) -> None:
-    """What one does the other hears."""
+    """A transition of one process reaches the other."""
     one, other = application(of(kind, "a:")), application(of(kind, "a:"))
     for breaker in (one, other):
         breaker.call(up)
     for _ in range(2):
         fails(one)
-    wait_for(lambda: other.current_state == "open", "the other one hears of it")
+    wait_for(lambda: other.current_state == "open", "the push of the trip")
 
 
 @pytest.mark.parametrize("timeout", [10.0, None])
 def test_bulk_look_agrees_with_the_circuits(of: Callable[..., Any], timeout: float | None) -> None:
-    """An operator sees what calls see, with and without this package's own connections."""
-    registry = BreakerRegistry(of(Scripts, "a:"), timeout=timeout, fail_max=1)
-    other = BreakerRegistry(of(Scripts, "b:"), timeout=timeout)
+    """An operator sees the same as calls, with and without this package's own connections."""
+    registry = BreakerRegistry(of(ScriptRenaming, "a:"), timeout=timeout, fail_max=1)
+    other = BreakerRegistry(of(ScriptRenaming, "b:"), timeout=timeout)
     for breakers in (registry, other):
         breakers.get("payments").call(up)
     fails(registry["payments"])
@@ -160,12 +162,12 @@ def test_bulk_look_agrees_with_the_circuits(of: Callable[..., Any], timeout: flo
 
 
 def test_transactions_use_the_names_on_the_server(of: Callable[..., Any], server: PrivateServer) -> None:
-    """A client renames commands of scripts, and pipelines are none of its own."""
+    """The client renames keys of scripts. Its pipelines are the library's."""
     with contextlib.closing(server.client()) as operator:
         operator.execute_command(
             *("ACL", "SETUSER", "shop", "on", ">secret", "~*", "&*", "+@all", "-eval", "-evalsha"),
         )
-        made = Scripts(unix_socket_path=server.unix_socket, username="shop", password="secret")
+        made = ScriptRenaming(unix_socket_path=server.unix_socket, username="shop", password="secret")
         made.prefix = "a:"
         storage = CircuitRedisStorage("closed", made, namespace="payments")
         breaker = pybreaker.CircuitBreaker(fail_max=1, state_storage=storage)
@@ -179,8 +181,8 @@ def test_transactions_use_the_names_on_the_server(of: Callable[..., Any], server
 def test_writing_check_after_an_outage_writes_to_the_circuits_own_key(
     of: Callable[..., Any], client: redis.Redis
 ) -> None:
-    """It is a plain SET, which this client does not rename."""
-    breaker = application(of(Scripts, "a:"))
+    """The check is a plain SET, which this client does not rename."""
+    breaker = application(of(ScriptRenaming, "a:"))
     breaker.call(up)
     client.flushall()
     core_of(breaker).verify_writable()
@@ -188,14 +190,11 @@ def test_writing_check_after_an_outage_writes_to_the_circuits_own_key(
     assert {bytes(name)[:2] for name in client.keys("*")} == {b"a:"}
 
 
-# -- without a server --------------------------------------------------------------------------------------------------
-
-
-class Fake(fakeredis.FakeRedis):  # type: ignore[misc]
-    """A fake one that renames."""
+class FakeRenaming(fakeredis.FakeRedis):  # type: ignore[misc]
+    """A client of fakeredis that renames keys."""
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
-        """All keys of scripts."""
+        """Add the prefix to all keys of scripts."""
         if words[0] in ("EVAL", "EVALSHA"):
             words = (*words[:3], *(f"f:{key}" for key in words[3:8]), *words[8:])
         return super().execute_command(*words, **options)
@@ -203,65 +202,67 @@ class Fake(fakeredis.FakeRedis):  # type: ignore[misc]
 
 def test_fake_client_is_renamed_by_its_subclass() -> None:
     """Tests of applications use the same subclass."""
-    assert server_key_names(Fake(), KEYS) == tuple(f"f:{key}" for key in KEYS)
-    assert type(plain_copy(Fake())) is fakeredis.FakeRedis
+    assert server_key_names(FakeRenaming(), KEYS) == tuple(f"f:{key}" for key in KEYS)
+    assert type(plain_copy(FakeRenaming())) is fakeredis.FakeRedis
 
 
-class Broken(redis.Redis):
-    """Fails in a way of its own."""
+class BrokenClient(redis.Redis):
+    """Client with an unexpected error."""
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
-        """Only with a connection."""
+        """Raise an unexpected error."""
         raise RuntimeError
 
 
-class Single(redis.Redis):
-    """May not be inherited from."""
+class FinalClient(redis.Redis):
+    """Client class without subclasses."""
 
     def __init_subclass__(cls) -> None:
-        """It refuses."""
+        """Refuse any subclass."""
         raise TypeError
 
 
 @pytest.mark.parametrize(
-    "make", [redis.Redis, Broken, Single, object, lambda: None], ids=["library", "broken", "single", "object", "none"]
+    "make",
+    [redis.Redis, BrokenClient, FinalClient, object, lambda: None],
+    ids=["library", "broken", "single", "object", "none"],
 )
 def test_names_stay_where_nothing_is_renamed_or_known(make: Callable[[], Any]) -> None:
-    """And nothing is raised, whatever a class does."""
+    """No error is raised, whatever a class does."""
     assert server_key_names(make(), KEYS) == KEYS
 
 
 def test_nothing_is_closed_or_sent_to_find_the_names(of: Callable[..., Any]) -> None:
-    """The user's connections are the user's."""
-    given = of(Scripts, "a:")
+    """The application's connections do not change."""
+    given = of(ScriptRenaming, "a:")
     assert given.ping()
     before = dict(vars(given)), given.client_id()
     assert server_key_names(given, KEYS) == tuple(f"a:{key}" for key in KEYS)
     assert (dict(vars(given)), given.client_id()) == before
 
 
-class Alone(Scripts):
-    """Cannot be copied."""
+class UncopyableClient(ScriptRenaming):
+    """Client that cannot be copied."""
 
     def __copy__(self) -> Any:
-        """There is only one."""
+        """Refuse to be copied."""
         raise RuntimeError
 
 
 def test_client_that_cannot_be_left_goes_on_renaming(of: Callable[..., Any], client: redis.Redis) -> None:
-    """There is no plain one for the names on the server, so it is given those that it renames."""
-    one = application(of(Alone, "a:"))
+    """Without a plain copy for the server's names, the client gets the names that it renames."""
+    one = application(of(UncopyableClient, "a:"))
     for _ in range(2):
         fails(one)
     assert one.current_state == "open"
     assert client.get("a:payments:pybreaker:state") == b"open"
-    assert not client.pubsub_channels(), "the name is unknown"
+    assert not client.pubsub_channels(), "the name of the channel is unknown"
 
 
 @pytest.mark.parametrize("timeout", [10.0, None])
 def test_users_single_connection_is_not_closed_with_the_circuit(server: PrivateServer, timeout: float | None) -> None:
-    """Nor is the pool: both end with the user's client."""
-    given = Scripts(unix_socket_path=server.unix_socket, single_connection_client=True)
+    """Neither the connection nor the pool is closed, because both end with the application's client."""
+    given = ScriptRenaming(unix_socket_path=server.unix_socket, single_connection_client=True)
     given.prefix = "a:"
     before = given.client_id()
     fails(application(given, timeout=timeout, max_staleness=0))
@@ -272,7 +273,7 @@ def test_users_single_connection_is_not_closed_with_the_circuit(server: PrivateS
 
 
 class Wrapper:
-    """As flask-redis: what it does not have the client has."""
+    """Wrapper that passes missing attributes to its client, such as flask-redis."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -282,15 +283,15 @@ class Wrapper:
 
 
 class Counting(Wrapper):
-    """Has a method of its own for scripts."""
+    """Wrapper with its own method for scripts."""
 
     def evalsha(self, *words: Any) -> Any:
-        """Once more."""
+        """Pass the script to the client."""
         return self._client.evalsha(*words)
 
 
 def test_client_behind_a_wrapper_is_found_if_that_sends_scripts_by_it() -> None:
-    """A wrapper that has nothing to say about scripts is looked through, also several."""
+    """A wrapper without methods for scripts is skipped, and so are several."""
     client = redis.Redis()
     for seen in (client, Wrapper(client), Wrapper(Wrapper(client))):
         assert unwrap_client(seen) is client
@@ -304,13 +305,13 @@ def test_client_behind_a_wrapper_is_found_if_that_sends_scripts_by_it() -> None:
 
 
 def test_plain_client_of_no_library_is_refused() -> None:
-    """What its methods do is not known."""
+    """The behaviour of its methods is unknown."""
     with pytest.raises(TypeError, match="Counting"):
         plain_copy(Counting(redis.Redis()))
 
 
 def test_other_commands_of_a_client_are_not_taken_for_names() -> None:
-    """It counts its own commands, and then renames the keys."""
+    """The client counts its commands, and then renames the keys."""
 
     class Counting(redis.Redis):
         def execute_command(self, *words: Any, **options: Any) -> Any:
@@ -324,13 +325,13 @@ def test_other_commands_of_a_client_are_not_taken_for_names() -> None:
 
 
 class Shop(CircuitRedisStorage):
-    """As pybreaker's class allows it."""
+    """Subclass with a base namespace, which pybreaker's class supports."""
 
     BASE_NAMESPACE = "shop:cb"
 
 
 def test_tenants_that_differ_by_base_namespace_have_circuits_of_their_own(server, client):
-    """In the keys, in the channel, and by a URL."""
+    """Keys, channel and URL have separate names."""
     storages = [Shop("closed", client, "pay"), Shop.from_url(f"unix://{server.unix_socket}", "closed", "buy")]
     storages.append(CircuitRedisStorage("closed", client, "pay"))
     for storage in storages:

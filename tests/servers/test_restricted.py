@@ -1,4 +1,4 @@
-"""Servers that leave commands out, as managed ones and proxies do: one step down, one line, and all of them agree."""
+"""Restricted servers: without some commands, a server is used with fewer features, one log line, and equal results."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 
 TRACKS = max(PROTOCOLS) == 3
 
-#: What is said where the library speaks no RESP3, whatever the server can do.
+#: Log text where the library lacks RESP3, whatever the server supports.
 UNTRACKED = () if TRACKS else ("does not tell of changes itself",)
 
 
 @dataclass(frozen=True)
 class Restriction:
-    """What a server has not.
+    """Commands that a server does not offer, with the expected effects.
 
     Attributes:
-        name: For test ids.
-        renamed: Commands that it does not know.
-        rights: What its users may, after all else; what it knows, but not for them.
-        push: How changes are heard all the same.
-        mode: How circuits are moved all the same.
-        said: Once each, in this order or another.
+        name: Test id.
+        renamed: Commands that do not exist on the server.
+        rights: Rules that forbid commands to the user.
+        push: Expected kind of push.
+        mode: Expected engine.
+        log_parts: Expected parts of log lines, one line each, in any order.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Restriction:
     rights: tuple[str, ...] = ()
     push: str = "tracking" if TRACKS else "channel"
     mode: str = "lua"
-    said: tuple[str, ...] = UNTRACKED
+    log_parts: tuple[str, ...] = UNTRACKED
 
     def __str__(self) -> str:
         return self.name
@@ -59,41 +59,43 @@ class Restriction:
 
 RESTRICTIONS = [
     Restriction("nothing missing"),
-    Restriction("no HELLO", ("HELLO",), push="channel", said=("does not tell of changes itself",)),
-    Restriction("no CLIENT", ("CLIENT",), push="channel", said=("does not tell of changes itself",)),
+    Restriction("no HELLO", ("HELLO",), push="channel", log_parts=("does not tell of changes itself",)),
+    Restriction("no CLIENT", ("CLIENT",), push="channel", log_parts=("does not tell of changes itself",)),
     Restriction(
         "no CLIENT TRACKING",
         rights=("-client", "+client|setname"),
         push="channel",
-        said=("does not tell of changes itself",),
+        log_parts=("does not tell of changes itself",),
     ),
-    Restriction("no SUBSCRIBE", ("SUBSCRIBE",), push="none", said=(*UNTRACKED, "changes of circuits cannot be heard")),
-    Restriction("no PUBLISH", ("PUBLISH",), said=(*UNTRACKED, "lets nobody publish changes")),
+    Restriction(
+        "no SUBSCRIBE", ("SUBSCRIBE",), push="none", log_parts=(*UNTRACKED, "changes of circuits cannot be heard")
+    ),
+    Restriction("no PUBLISH", ("PUBLISH",), log_parts=(*UNTRACKED, "lets nobody publish changes")),
     Restriction(
         "no PUBLISH, no CLIENT",
         ("PUBLISH", "CLIENT"),
         push="channel",
-        said=("lets nobody publish changes", "does not tell of changes itself"),
+        log_parts=("lets nobody publish changes", "does not tell of changes itself"),
     ),
-    Restriction("no EVALSHA", ("EVALSHA",), said=(*UNTRACKED, "runs scripts, but not by name")),
-    Restriction("EVALSHA forbidden", rights=("-evalsha",), said=(*UNTRACKED, "runs scripts, but not by name")),
-    Restriction("no scripts", ("EVAL", "EVALSHA"), push="none", mode="optimistic", said=("runs no scripts",)),
+    Restriction("no EVALSHA", ("EVALSHA",), log_parts=(*UNTRACKED, "runs scripts, but not by name")),
+    Restriction("EVALSHA forbidden", rights=("-evalsha",), log_parts=(*UNTRACKED, "runs scripts, but not by name")),
+    Restriction("no scripts", ("EVAL", "EVALSHA"), push="none", mode="optimistic", log_parts=("runs no scripts",)),
     Restriction(
-        "scripts forbidden", rights=("-@scripting",), push="none", mode="optimistic", said=("runs no scripts",)
+        "scripts forbidden", rights=("-@scripting",), push="none", mode="optimistic", log_parts=("runs no scripts",)
     ),
     Restriction(
         "next to nothing",
         ("EVAL", "EVALSHA", "SUBSCRIBE", "PUBLISH", "CLIENT", "HELLO", "INFO", "CONFIG", "SETNX", "SCRIPT"),
         push="none",
         mode="optimistic",
-        said=("runs no scripts",),
+        log_parts=("runs no scripts",),
     ),
 ]
 
 
 @pytest.fixture(params=servers.at_hand() or [None], ids=lambda found: servers.name_of(found) if found else "none")
 def binary(request: pytest.FixtureRequest) -> str:
-    """Each server at hand in turn."""
+    """Return each server found."""
     if request.param is None:
         no_server()
     path: str = request.param.binary
@@ -102,12 +104,12 @@ def binary(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def restricted(binary: str) -> Iterator[Callable[[Restriction], PrivateServer]]:
-    """A server that leaves these commands out, for a user ``app`` who may do all else."""
+    """Yield a function that starts a server without these commands, for a user ``app`` with all other rights."""
     with contextlib.ExitStack() as stack:
 
         def start(restriction: Restriction) -> PrivateServer:
-            away = [word for command in restriction.renamed for word in ("--rename-command", command, "")]
-            server = stack.enter_context(PrivateServer(binary, port=free_port(), args=away))
+            arguments = [word for command in restriction.renamed for word in ("--rename-command", command, "")]
+            server = stack.enter_context(PrivateServer(binary, port=free_port(), args=arguments))
             with contextlib.closing(operator_of(server)) as operator:
                 rights = ("~*", "&*", "+@all", *restriction.rights)
                 operator.execute_command("ACL", "SETUSER", "app", "on", ">secret", *rights)
@@ -116,12 +118,12 @@ def restricted(binary: str) -> Iterator[Callable[[Restriction], PrivateServer]]:
         yield start
 
 
-#: Of tests that speak of nothing else: redis-py 8 asks for more unless told not to.
+#: Protocol argument for tests of other subjects, because releases 8 of redis-py send more commands by default.
 RESP2: dict[str, Any] = {"protocol": 2} if TRACKS else {}
 
 
 def operator_of(server: PrivateServer) -> redis.Redis:
-    """Somebody who may do all that there is, by the socket."""
+    """Return a client with all rights, through the socket."""
     return redis.Redis(unix_socket_path=server.unix_socket, **RESP2)
 
 
@@ -132,52 +134,54 @@ SAMPLE = [
 
 
 @pytest.mark.parametrize("restriction", but_for(SAMPLE, RESTRICTIONS), ids=str)
-def test_restricted_server_is_served_with_one_step_down_and_one_line(
+def test_restricted_server_is_used_with_one_log_line_per_missing_feature(
     restricted: Callable[[Restriction], PrivateServer], restriction: Restriction, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Trip, rejection, probe, recovery, foreign writers: as everywhere; and three circuits say no more than one."""
+    """Trip, rejection, probe, recovery and foreign writes work as everywhere. Three circuits log no more than one."""
     server = restricted(restriction)
-    words = {"username": "app", "password": "secret"}
+    options = {"username": "app", "password": "secret"}
     with (
-        said_of(caplog, f"127.0.0.1:{server.port}/0") as said,
-        # Whatever its user has made it for, and even where it cannot be used for anything else.
-        contextlib.closing(redis.Redis(host="127.0.0.1", port=server.port, **words)) as here,
-        contextlib.closing(redis.Redis(unix_socket_path=server.unix_socket, **words)) as there,
+        said_of(caplog, f"127.0.0.1:{server.port}/0") as log_parts,
+        # The client's own settings make no difference.
+        contextlib.closing(redis.Redis(host="127.0.0.1", port=server.port, **options)) as here,
+        contextlib.closing(redis.Redis(unix_socket_path=server.unix_socket, **options)) as there,
         contextlib.closing(operator_of(server)) as operator,
     ):
         twos = [Two(here, there, f"circuit{number}", operator) for number in range(3)]
         for two in twos:
             two.here.call(up)
         if restriction.push != "none":
-            wait_for(lambda: health_of(twos[0].here).push == restriction.push, f"changes heard: {restriction.push}")
+            wait_for(lambda: health_of(twos[0].here).push == restriction.push, f"push by {restriction.push}")
         twos[0].live()
         for two in twos[1:]:
             fails(two.here, 2)
             assert two.here.current_state == "open"
         for two in twos:
-            wait_for(lambda two=two: health_of(two.here).push == restriction.push, f"changes heard: {restriction.push}")
+            wait_for(lambda two=two: health_of(two.here).push == restriction.push, f"push by {restriction.push}")
             assert health_of(two.here).mode == restriction.mode
             assert health_of(two.here).condition == "connected"
-        # The listener may have to find out yet.
-        wait_for(lambda: len(heard(caplog, server)) >= len(restriction.said), "a line for each loss")
-    assert len(said) == len(restriction.said), said
-    for words_of_line in restriction.said:
-        assert sum(words_of_line in line for line in said) == 1, said
+        # The listener may still have to find the missing feature.
+        wait_for(
+            lambda: len(lines_about(caplog, server)) >= len(restriction.log_parts), "a line for each missing feature"
+        )
+    assert len(log_parts) == len(restriction.log_parts), log_parts
+    for part in restriction.log_parts:
+        assert sum(part in line for line in log_parts) == 1, log_parts
 
 
-def heard(caplog: pytest.LogCaptureFixture, server: PrivateServer) -> list[str]:
-    """What was said of the server until now."""
+def lines_about(caplog: pytest.LogCaptureFixture, server: PrivateServer) -> list[str]:
+    """Return the lines about the server so far."""
     return messages_of(caplog, f"127.0.0.1:{server.port}/0")
 
 
-def test_lines_carry_what_they_say_and_no_keys(
+def test_log_records_carry_their_data_and_no_keys(
     restricted: Callable[[Restriction], PrivateServer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For handlers that count or page; what a command was given is nobody's business."""
+    """Log handlers may count lines or alert. The arguments of commands are not logged."""
     server = restricted(Restriction("", ("EVAL", "EVALSHA")))
-    with said_of(caplog, str(server.port)) as said, contextlib.closing(server.client()) as client:
+    with said_of(caplog, str(server.port)) as log_parts, contextlib.closing(server.client()) as client:
         breaker_on(client).call(up)
-    (line,) = said
+    (line,) = log_parts
     assert "viewed" not in line
     assert "with args" not in line
     (record,) = [record for record in records_of(caplog, server) if "runs no scripts" in record.getMessage()]
@@ -188,10 +192,10 @@ def test_lines_carry_what_they_say_and_no_keys(
     assert "unknown command" in data["error"]
 
 
-def test_server_without_a_clock_leaves_each_process_on_its_own(
+def test_server_without_time_causes_failover_to_local_circuits(
     restricted: Callable[[Restriction], PrivateServer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whose clock it goes by is no detail: there is no doing without TIME.  Calls are guarded all the same."""
+    """The time of records comes from the server, so TIME is required. The local circuit guards calls."""
     server = restricted(Restriction("", ("TIME",)))
     with contextlib.closing(server.client()) as client:
         breaker = breaker_on(client, fail_max=2)
@@ -203,13 +207,10 @@ def test_server_without_a_clock_leaves_each_process_on_its_own(
     assert len(lines_of(caplog, server)) == 1
 
 
-# -- what only a proxy does --------------------------------------------------------------------------------------------
-
-
-def test_line_that_is_hung_up_on_again_and_again_is_said_once(
+def test_connection_that_a_proxy_closes_repeatedly_is_logged_once(
     server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Some proxies do not refuse what they cannot pass on, they hang up: everything is asked, and one line says so."""
+    """Some proxies close the connection instead of refusing a command. The listener keeps trying, and logs one line."""
     monkeypatch.setattr(listener, "RECONNECT_DELAY_MAX_S", 0.02)
     with (
         contextlib.closing(Proxy(server.unix_socket)) as proxy,
@@ -219,12 +220,12 @@ def test_line_that_is_hung_up_on_again_and_again_is_said_once(
         proxy.forbidden = b"SUBSCRIBE"
         breaker, other = breaker_on(client), breaker_on(elsewhere, max_staleness=0)
         breaker.call(up)
-        wait_for(lambda: messages_of(caplog, proxy), "a line")
+        wait_for(lambda: messages_of(caplog, proxy), "a log line")
         other.open()
-        assert breaker.current_state == "open", "it asks"
+        assert breaker.current_state == "open", "the breaker queries Redis"
         other.close()
-        dead = proxy.hung_up_on
-        wait_for(lambda: proxy.hung_up_on > dead + 2, "it goes on trying")
+        closed_before = proxy.hung_up_on
+        wait_for(lambda: proxy.hung_up_on > closed_before + 2, "further attempts")
         (line,) = messages_of(caplog, proxy)
         assert "changes of circuits cannot be heard (" in line
         proxy.forbidden = b""
@@ -232,27 +233,24 @@ def test_line_that_is_hung_up_on_again_and_again_is_said_once(
         assert health_of(breaker).push in ("tracking", "channel")
 
 
-def test_server_that_is_away_is_not_said_to_hang_up(
+def test_outage_logs_no_lost_connection(
     killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However often the listener tries meanwhile: one line about the outage is enough."""
+    """The listener tries again and again, but one line about the outage suffices."""
     monkeypatch.setattr(listener, "RECONNECT_DELAY_MAX_S", 0.01)
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client))
         killable_server.kill()
-        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage is noticed")
+        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage")
         attempts = health_of(breaker).attempts
-        wait_for(lambda: health_of(breaker).attempts > attempts + 5, "it is asked for")
+        wait_for(lambda: health_of(breaker).attempts > attempts + 5, "further attempts")
         killable_server.start()
         settled(breaker)
     assert [line for line in messages_of(caplog, killable_server) if "cannot be heard" in line] == []
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("said", "is_lack"),
+    ("log_parts", "is_unsupported"),
     [
         ("unknown command 'EVALSHA', with args beginning with: 'x'", True),
         ("ERR unsupported command 'EVALSHA'", True),
@@ -262,22 +260,22 @@ def test_server_that_is_away_is_not_said_to_hang_up(
         ("wrong number of arguments", False),
     ],
 )
-def test_missing_command_is_told_from_trouble_with_it(said: str, is_lack: bool) -> None:
-    """What a script misses is no reason to do without scripts."""
-    assert is_unsupported_command(redis.ResponseError(said), "evalsha") is is_lack
-    assert not is_unsupported_command(redis.ConnectionError(said), "evalsha")
+def test_missing_command_differs_from_other_errors(log_parts: str, is_unsupported: bool) -> None:
+    """A command that is missing inside a script is no reason to stop using scripts."""
+    assert is_unsupported_command(redis.ResponseError(log_parts), "evalsha") is is_unsupported
+    assert not is_unsupported_command(redis.ConnectionError(log_parts), "evalsha")
 
 
-def test_forbidden_command_is_told_from_a_forbidden_key() -> None:
-    """Who may not touch a key is not helped by another command."""
+def test_forbidden_command_differs_from_a_forbidden_key() -> None:
+    """A user without rights for a key is not helped by another command."""
     forbidden = redis.exceptions.NoPermissionError
     assert is_unsupported_command(forbidden("this user has no permissions to run the 'evalsha' command"), "evalsha")
     assert not is_unsupported_command(forbidden("this user has no permissions to run the 'eval' command"), "evalsha")
     assert not is_unsupported_command(forbidden("this user has no permissions to access one of the keys"), "evalsha")
 
 
-def test_each_lack_is_said_once_for_each_server(caplog: pytest.LogCaptureFixture) -> None:
-    """Two servers that lack the same are two things to know."""
+def test_each_missing_feature_is_logged_once_per_server(caplog: pytest.LogCaptureFixture) -> None:
+    """Two servers without one feature are two lines."""
     caplog.set_level("INFO", "pybreaker_redis")
     for path in ("/one", "/other"):
         server = server_for(redis.Redis(unix_socket_path=path))

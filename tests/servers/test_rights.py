@@ -1,4 +1,4 @@
-"""The rights that the README tells an administrator to grant: enough, and none too many."""
+"""Rights: the rights that the README lists are sufficient, and none of them can be left out."""
 
 from __future__ import annotations
 
@@ -28,53 +28,53 @@ pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 ROOT = Path(__file__).parents[2]
 
-#: Seconds until something counts as lost.
-PATIENCE = 5.0
-#: The same where that is what is expected.
-IMPATIENCE = 0.8
+#: Seconds until a missing effect counts as a loss.
+LOSS_AFTER_S = 5.0
+#: The same limit where a loss is expected, seconds.
+EXPECTED_LOSS_AFTER_S = 0.8
 
-STALENESS = 0.3
+STALENESS_S = 0.3
 
-#: New names: whoever listened for an earlier user goes on for a while.
+#: New names, because listeners of earlier users run on for a while.
 _names = (f"user{number}" for number in itertools.count())
 
 
-def line_of_readme() -> list[str]:
-    """The words that follow ``ACL SETUSER``, the name and the password."""
+def rights_of_readme() -> list[str]:
+    """Return the rules that follow name and password in the README's ``ACL SETUSER``."""
     page = (ROOT / "README.rst").read_text(encoding="utf-8")
     (block,) = re.findall(r"^\.\. begin-rights$.*?^    (ACL .*?)\n\n\.\. end-rights$", page, re.MULTILINE | re.DOTALL)
     first, second, name, on, password, *words = block.split()
     assert (first, second, name, on, password) == ("ACL", "SETUSER", "shop", "on", ">secret")
-    assert "\n" not in block, "what is copied is one line"
+    assert "\n" not in block, "the command must be one line to be copied"
     return words
 
 
-RIGHTS = [word for word in line_of_readme() if word[0] in "+~&"]
+RIGHTS = [word for word in rights_of_readme() if word[0] in "+~&"]
 
-#: What the README says of users who may not run scripts.
+#: Rights that the README lists for users without scripts.
 TRANSACTIONS = ["+watch", "+multi", "+exec", "+unwatch"]
 SCRIPTS = ["+evalsha", "+eval"]
 
-#: Rights of which older libraries make nothing.
+#: Rights that older libraries do not use.
 ONLY_RESP3 = ("+client|tracking", "+client|caching")
 
 
-class Loss(Exception):
-    """Something does not work, or a line in the log says so."""
+class FeatureLoss(Exception):
+    """A feature does not work, or a log line reports it missing."""
 
 
 @contextlib.contextmanager
 def expected(what: str) -> Iterator[None]:
-    """Whatever goes wrong meanwhile is a loss of this."""
+    """Report any error in the block as the loss of this feature."""
     try:
         yield
     except (AssertionError, redis.RedisError, pybreaker.CircuitBreakerError) as error:
-        raise Loss(f"{what}: {error}") from error
+        raise FeatureLoss(f"{what}: {error}") from error
 
 
 @contextlib.contextmanager
 def limited(server: PrivateServer, words: list[str]) -> Iterator[redis.Redis]:
-    """A client of a new user with these rights."""
+    """Yield a client of a new user with these rights."""
     name = next(_names)
     with contextlib.closing(server.client()) as operator:
         operator.execute_command("ACL", "SETUSER", name, "on", ">secret", *words)
@@ -83,14 +83,14 @@ def limited(server: PrivateServer, words: list[str]) -> Iterator[redis.Redis]:
 
 
 class Service:
-    """Everything that a circuit is for, and a listener, step by step.
+    """Every feature of a circuit and a listener, as a sequence of steps.
 
     Args:
-        client: Of the user.
-        operator: Of somebody who may do anything.
-        protocol: What the listener speaks.
-        patience: Seconds until something counts as lost.
-        caplog: Where it would be said that something is missing.
+        client: Client of the user under test.
+        operator: Client with all rights.
+        protocol: Protocol of the listener.
+        patience: Seconds until a missing effect counts as a loss.
+        caplog: Log in which missing features are reported.
     """
 
     def __init__(
@@ -101,33 +101,33 @@ class Service:
         patience: float,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        # Else a script that somebody else has sent is there already.
+        # Otherwise, a script that another client has sent would be loaded already.
         operator.script_flush()
         self.client, self.operator, self.protocol, self.caplog = client, operator, protocol, caplog
         self.patience = patience
         self.namespace = next(_names)
         self.keys = circuit_keys(self.namespace, needs_one_slot=False)
         self.channel = channel_of(self.keys, 0)
-        self.breaker = breaker_on(client, self.namespace, fail_max=1, max_staleness=STALENESS, timeout=2.0)
+        self.breaker = breaker_on(client, self.namespace, fail_max=1, max_staleness=STALENESS_S, timeout=2.0)
         self.other = breaker_on(operator, self.namespace, fail_max=1, max_staleness=0, timeout=2.0)
 
-    def said(self) -> list[str]:
-        """All but that damage was repaired, and that a library without RESP3 cannot be told, whatever its user may."""
-        usual = ("; repaired ", *(["does not tell of changes itself"] if self.protocol == 2 else []))
+    def missing_features(self) -> list[str]:
+        """Return the log lines except those about repairs and about a library without RESP3."""
+        expected_parts = ("; repaired ", *(["does not tell of changes itself"] if self.protocol == 2 else []))
         lines = messages_of(self.caplog, health_of(self.breaker).server, self.namespace)
-        return [line for line in lines if not any(words in line for words in usual)]
+        return [line for line in lines if not any(words in line for words in expected_parts)]
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:
-        """Wait for something, but not once it is clear that it will not come."""
+        """Wait for a condition, and fail as soon as a log line reports a missing feature."""
 
         def is_over() -> bool:
-            return bool(self.said()) or bool(condition())
+            return bool(self.missing_features()) or bool(condition())
 
         wait_for(is_over, what, within=self.patience)
-        assert not self.said(), self.said()
+        assert not self.missing_features(), self.missing_features()
 
-    def listens(self) -> None:
-        """Calls need no round trip."""
+    def check_calls(self) -> None:
+        """Assert that calls need no round trip."""
         with expected("calls that ask nothing"):
 
             def is_settled() -> bool:
@@ -143,8 +143,8 @@ class Service:
         with expected("a name in CLIENT LIST"):
             assert listener_connections(self.operator)
 
-    def hears(self) -> None:
-        """What others do."""
+    def check_pushes(self) -> None:
+        """Assert that changes by other processes arrive."""
         with expected("what is published is heard"):
             for verb, state in (("open", "open"), ("close", "closed")):
                 getattr(self.other, verb)()
@@ -154,20 +154,20 @@ class Service:
                 self.operator.set(self.keys[0], state)
                 self.wait(lambda state=state: self.breaker.current_state == state, f"reads {state}")
 
-    def is_left_alone(self) -> None:
-        """Failures of others are counted, and nobody is told to look at them."""
+    def check_tracking(self) -> None:
+        """Assert that counters are not tracked, so that failures of other processes notify no process."""
         with expected("counters are not tracked"):
             tracked = self.operator.info("stats")["tracking_total_keys"]
             assert tracked == (len(self.keys) - 2 if self.protocol == 3 else 0), "all but the two counters"
 
-    def tells(self) -> None:
-        """Trip, probe and recovery, and others hear of each."""
-        with expected("changes are published"), contextlib.closing(self.operator.pubsub()) as ears:
-            ears.subscribe(self.channel)
-            self.wait(ears.get_message, "subscribed")
+    def check_publishing(self) -> None:
+        """Assert that trip, probe and recovery are published."""
+        with expected("changes are published"), contextlib.closing(self.operator.pubsub()) as subscriber:
+            subscriber.subscribe(self.channel)
+            self.wait(subscriber.get_message, "subscribed")
             fails(self.breaker)
             assert self.other.current_state == "open"
-            self.wait(ears.get_message, "a message")
+            self.wait(subscriber.get_message, "a message")
         with expected("a probe"):
             self.breaker.reset_timeout = 0
             assert self.breaker.call(lambda: self.other.current_state) == "open"
@@ -178,86 +178,95 @@ class Service:
             self.breaker.call(up)
             assert self.other.fail_counter == 0
 
-    def ceases(self) -> None:
-        """Circuits that are gone are listened to no more, and that costs the others nothing."""
+    def check_unsubscribing(self) -> None:
+        """Assert that removed circuits are unsubscribed, without an effect on other circuits."""
         with expected("another circuit comes and goes"):
-            also = breaker_on(self.client, next(_names), max_staleness=STALENESS, timeout=2.0)
-            also.call(up)
-            channel = channel_of(circuit_keys(storage_of(also).health().circuit, needs_one_slot=False), 0)
+            other_breaker = breaker_on(self.client, next(_names), max_staleness=STALENESS_S, timeout=2.0)
+            other_breaker.call(up)
+            channel = channel_of(circuit_keys(storage_of(other_breaker).health().circuit, needs_one_slot=False), 0)
             subscribed = lambda: dict(self.operator.pubsub_numsub(channel))[channel.encode()]  # noqa: E731
-            self.wait(subscribed, "it is listened to")
-            del also
+            self.wait(subscribed, "the subscription")
+            del other_breaker
             gc.collect()
-            self.wait(lambda: not subscribed(), "it is not listened to any more")
+            self.wait(lambda: not subscribed(), "the end of the subscription")
             assert health_of(self.breaker).push != "none"
 
-    def mends(self) -> None:
-        """Damage."""
+    def check_repairs(self) -> None:
+        """Assert that damage is repaired."""
         with expected("damage is repaired"):
             self.operator.delete(self.keys[3], self.keys[4])
             self.operator.rpush(self.keys[3], "damage")
             self.operator.set(self.keys[4], "damage")
 
-            def is_mended() -> bool:
+            def is_repaired() -> bool:
                 self.breaker.call(up)
                 return self.operator.type(self.keys[3]) != b"list" and self.operator.type(self.keys[4]) == b"hash"
 
-            self.wait(is_mended, "mended")
+            self.wait(is_repaired, "mended")
 
 
-def serve(
+def run_service(
     client: redis.Redis, operator: redis.Redis, protocol: int, patience: float, caplog: pytest.LogCaptureFixture
 ) -> Service:
-    """All of it.
+    """Run all steps.
 
     Raises:
-        Loss: Something does not work, or is said not to.
+        FeatureLoss: A feature does not work, or a log line reports it missing.
     """
     caplog.set_level("INFO", "pybreaker_redis")
     caplog.clear()
     service = Service(client, operator, protocol, patience, caplog)
-    steps = (service.listens, service.is_left_alone, service.hears, service.tells, service.ceases, service.mends)
+    steps = (
+        service.check_calls,
+        service.check_tracking,
+        service.check_pushes,
+        service.check_publishing,
+        service.check_unsubscribing,
+        service.check_repairs,
+    )
     for step in steps:
         step()
-        if said := service.said():
-            raise Loss("; ".join(said))
+        if missing_features := service.missing_features():
+            raise FeatureLoss("; ".join(missing_features))
     return service
 
 
-def test_rights_of_the_readme_are_enough(
+def test_rights_of_the_readme_are_sufficient(
     every_server: PrivateServer, protocol: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The line is copied as it stands: full service, and not a word in the log that anything is missing."""
+    """With the README's line as it stands, every feature works, and no log line reports a missing one."""
     with (
-        limited(every_server, line_of_readme()) as client,
+        limited(every_server, rights_of_readme()) as client,
         contextlib.closing(every_server.client()) as operator,
     ):
         operator.execute_command("ACL", "LOG", "RESET")
-        service = serve(client, operator, protocol, PATIENCE, caplog)
+        service = run_service(client, operator, protocol, LOSS_AFTER_S, caplog)
         health = lambda: health_of(service.breaker)  # noqa: E731
         every_server.pause()
         try:
             service.breaker.call(up)
-            wait_for(lambda: service.breaker.call(up) and health().condition == "away", "the outage is noticed")
+            wait_for(lambda: service.breaker.call(up) and health().condition == "away", "the outage")
             fails(service.breaker)
             assert health().is_own
             assert health().state == "open"
         finally:
             every_server.resume()
-        wait_for(lambda: service.other.current_state == "open", "what was learned alone is everybody's")
-        wait_for(lambda: health().condition == "connected" and not health().is_own, "it goes by the shared circuit")
-        # A list of lists or of dictionaries, as the library has it.
+        wait_for(lambda: service.other.current_state == "open", "the report of the local trip")
+        wait_for(lambda: health().condition == "connected" and not health().is_own, "use of the shared circuit")
+        # The reply is a list of lists or of dictionaries, depending on the library.
         refused = re.findall(r"b'object'[:,] b'([^']+)'", str(operator.execute_command("ACL", "LOG")))
-        assert all(what.startswith("client") for what in refused), f"but for what a library says of itself: {refused}"
+        assert all(what.startswith("client") for what in refused), (
+            f"only CLIENT commands of a library may be refused: {refused}"
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("right", RIGHTS)
-def test_none_of_the_rights_is_too_many(
+def test_each_right_of_the_readme_is_necessary(
     every_server: PrivateServer, right: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without any one of them something is lost, with RESP3 or with RESP2."""
-    words = [word for word in line_of_readme() if word != right]
+    """Without any one of the rights, a feature is lost with RESP3 or with RESP2."""
+    words = [word for word in rights_of_readme() if word != right]
     losses = []
     for protocol in PROTOCOLS:
         if protocol != max(PROTOCOLS):
@@ -267,10 +276,10 @@ def test_none_of_the_rights_is_too_many(
             contextlib.closing(every_server.client()) as operator,
         ):
             try:
-                serve(client, operator, protocol, IMPATIENCE, caplog)
-            except Loss as loss:
+                run_service(client, operator, protocol, EXPECTED_LOSS_AFTER_S, caplog)
+            except FeatureLoss as loss:
                 print(f"RESP{protocol}, without {right}: {loss}")
-                # Not itself: with it lives the circuit, which goes on to be asked for.
+                # A reference to the error would keep the circuit alive, and the circuit would be polled.
                 losses.append(str(loss))
                 break
     if right in ONLY_RESP3 and max(PROTOCOLS) == 2:
@@ -280,11 +289,11 @@ def test_none_of_the_rights_is_too_many(
 
 
 def test_user_without_scripts_needs_transactions(every_server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
-    """Those of the README, and without any of them no step of the circuit can be made."""
+    """The README lists the rights for transactions. Without any of them, no step of the circuit works."""
     page = (ROOT / "README.rst").read_text(encoding="utf-8")
     assert "``" + " ".join(TRANSACTIONS) + "``" in page
     caplog.set_level("INFO", "pybreaker_redis")
-    words = [word for word in line_of_readme() if word not in SCRIPTS]
+    words = [word for word in rights_of_readme() if word not in SCRIPTS]
     with contextlib.closing(every_server.client()) as operator:
         for missing in (None, *TRANSACTIONS):
             granted = [*words, *(word for word in TRANSACTIONS if word != missing)]
@@ -301,7 +310,7 @@ def test_user_without_scripts_needs_transactions(every_server: PrivateServer, ca
                     ]
                     assert health_of(two.here).mode == "optimistic"
                 else:
-                    # One that counts something, and one that finds nothing to do.
+                    # One call counts a failure, and one has nothing to write.
                     fails(two.here)
                     two.here.call(up)
                     two.here.call(up)

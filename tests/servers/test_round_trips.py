@@ -1,4 +1,4 @@
-"""What each step of a circuit costs: round trips, counted at the server.
+"""Round trips of each step of a circuit, counted at the server.
 
 ``python -m tests.servers.test_round_trips`` prints the table of the README.
 """
@@ -23,20 +23,20 @@ from tests.support import servers
 from tests.support.breakers import settled
 from tests.support.round_trips import Down, Meter, commands_sent
 
-#: What somebody else's listener asks would be counted, too.
+#: Commands of listeners of other tests would be counted, too.
 pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 README = Path(__file__).parents[2] / "README.rst"
 
-#: In the README the table follows this line.
+#: The line of the README before the table.
 MARKER = ".. round-trips-table"
 
 RESET_TIMEOUT = 0.05
 
-#: Who is measured, as the table's columns say it.
+#: Measured storages, by the titles of the table's columns.
 PYBREAKER, OURS, WITHOUT_SCRIPTS = "pybreaker", "pybreaker_redis", "pybreaker_redis, no scripts"
 
-#: Step → (stock, ours, ours where the server runs no scripts).
+#: Step → (stock, this package, this package on a server without scripts).
 COSTS = {
     "success": (2, 0, 7),
     "failure": (3, 1, 7),
@@ -47,43 +47,43 @@ COSTS = {
 
 
 def up() -> None:
-    """The dependency is well."""
+    """Return without an error, as a healthy dependency does."""
 
 
 def down() -> None:
-    """The dependency is down."""
+    """Raise the error of a failed dependency."""
     raise Down
 
 
 @contextlib.contextmanager
-def storage_of(who: str, server: PrivateServer) -> Iterator[Any]:
-    """A storage whose connection is open and whose scripts are known to the server."""
+def storage_of(column_name: str, server: PrivateServer) -> Iterator[Any]:
+    """Yield a storage with an open connection, on a server that has loaded the scripts."""
     user = {}
     with contextlib.closing(server.client()) as administrator:
         administrator.flushall()
         administrator.execute_command("ACL", "SETUSER", "noscript", "on", "nopass", "~*", "&*", "+@all", "-@scripting")
         for intent in INTENTS:
             administrator.script_load(compose_script(intent.operation)[0])
-    if who == WITHOUT_SCRIPTS:
+    if column_name == WITHOUT_SCRIPTS:
         user = {"username": "noscript", "password": "any"}
     with contextlib.closing(server.client(**user)) as client:
-        make = pybreaker.CircuitRedisStorage if who == PYBREAKER else CircuitRedisStorage
-        words = {} if who == PYBREAKER else {"timeout": 10, "max_staleness": 60}
+        make = pybreaker.CircuitRedisStorage if column_name == PYBREAKER else CircuitRedisStorage
+        words = {} if column_name == PYBREAKER else {"timeout": 10, "max_staleness": 60}
         yield make("closed", client, namespace="metered", **words)
 
 
-def measured(server: PrivateServer, who: str) -> dict[str, int]:
-    """Each step's round trips, in the life of one circuit."""
-    listens = who == OURS
-    with contextlib.closing(Meter(server, scripts=listens)) as meter, storage_of(who, server) as storage:
+def measured(server: PrivateServer, column_name: str) -> dict[str, int]:
+    """Return the round trips of each step of one circuit."""
+    has_listener = column_name == OURS
+    with contextlib.closing(Meter(server, scripts=has_listener)) as meter, storage_of(column_name, server) as storage:
         breaker = CircuitBreaker(fail_max=3, reset_timeout=RESET_TIMEOUT, state_storage=storage)
-        settled(breaker) if listens else breaker.call(up)
+        settled(breaker) if has_listener else breaker.call(up)
         costs = {"success": meter.cost(lambda: breaker.call(up)), "failure": meter.cost(lambda: breaker.call(down))}
         assert breaker.fail_counter == 1
         with contextlib.suppress(Down):
             breaker.call(down)
         costs["trip"] = meter.cost(lambda: breaker.call(down))
-        # Stock cuts the opening time to whole seconds: its timeout may be over at once.
+        # Stock cuts the opening time to whole seconds, so its timeout may be over at once.
         breaker.reset_timeout = 60
         assert breaker.current_state == "open"
         costs["rejected call"] = meter.cost(lambda: breaker.call(up))
@@ -94,21 +94,23 @@ def measured(server: PrivateServer, who: str) -> dict[str, int]:
     return costs
 
 
-@pytest.mark.parametrize(("column", "who"), list(enumerate([PYBREAKER, OURS, WITHOUT_SCRIPTS])))
-def test_each_step_costs_exactly_what_the_table_says(every_server: PrivateServer, column: int, who: str) -> None:
-    """A round trip more would be noticed, and so would one less, which the README should then be proud of."""
-    assert measured(every_server, who) == {step: costs[column] for step, costs in COSTS.items()}
+@pytest.mark.parametrize(("column", "column_name"), list(enumerate([PYBREAKER, OURS, WITHOUT_SCRIPTS])))
+def test_each_step_costs_the_round_trips_of_the_table(
+    every_server: PrivateServer, column: int, column_name: str
+) -> None:
+    """One round trip more or less fails the test, so the README states the exact number."""
+    assert measured(every_server, column_name) == {step: costs[column] for step, costs in COSTS.items()}
 
 
 @pytest.mark.parametrize("step", COSTS)
 def test_no_step_costs_more_than_on_stock(step: str) -> None:
-    """Nobody pays for the move."""
+    """The change of the import costs no further round trip."""
     stock, ours, _ = COSTS[step]
     assert ours <= stock
 
 
-def test_whatever_a_storage_sends_is_a_script(server: PrivateServer) -> None:
-    """So to count the scripts is to count the round trips."""
+def test_storage_sends_only_scripts(server: PrivateServer) -> None:
+    """With only scripts sent, the number of scripts is the number of round trips."""
     with contextlib.closing(server.client()) as client, commands_sent(client) as sent:
         storage = CircuitRedisStorage("closed", client, "sends")
         breaker = settled(CircuitBreaker(fail_max=2, reset_timeout=0, state_storage=storage))
@@ -123,7 +125,7 @@ def test_whatever_a_storage_sends_is_a_script(server: PrivateServer) -> None:
 
 
 def test_constructing_costs_no_round_trip(server: PrivateServer) -> None:
-    """Neither the storage nor pybreaker's breaker, which reads the state, says anything to Redis."""
+    """Neither the storage nor pybreaker's breaker, which reads the state, sends a command."""
     with contextlib.closing(Meter(server)) as meter, contextlib.closing(server.client()) as client:
         client.script_load(compose_script("load")[0])
         made: list[Any] = []
@@ -132,10 +134,13 @@ def test_constructing_costs_no_round_trip(server: PrivateServer) -> None:
 
 
 def table() -> str:
-    """The costs, as the README shows them."""
+    """Return the costs in the format of the README."""
     head = (
         "step",
-        *(f"``{who}``" if " " not in who else "without scripts" for who in (PYBREAKER, OURS, WITHOUT_SCRIPTS)),
+        *(
+            f"``{column_name}``" if " " not in column_name else "without scripts"
+            for column_name in (PYBREAKER, OURS, WITHOUT_SCRIPTS)
+        ),
     )
     rows = [head, *((step, *map(str, costs)) for step, costs in COSTS.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -145,7 +150,7 @@ def table() -> str:
 
 
 def test_readme_shows_the_table_that_was_measured() -> None:
-    """What the README says of costs is what the test above counts."""
+    """The README's table contains the numbers that are counted here."""
     page = README.read_text(encoding="utf-8")
     assert page.partition(MARKER)[2].lstrip("\n").startswith(table())
 

@@ -1,4 +1,4 @@
-"""An unmodified ``pybreaker.CircuitBreaker`` behaves the same on every carrier, pybreaker's own memory included."""
+"""Scenarios of an unmodified ``pybreaker.CircuitBreaker``, alike on every engine and on pybreaker's memory storage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListene
 
 from tests.support.engines import ENGINE_CASES, EngineCase, MakeStorage
 
-#: ``reset_timeout`` of scenarios that wait for it, seconds: longer than a few round trips on a busy machine.
-SHORT = 0.2
+#: ``reset_timeout`` of scenarios that wait for its end, seconds. Longer than a few round trips on a busy machine.
+SHORT_TIMEOUT_S = 0.2
 
 
 class Down(Exception):
@@ -27,60 +27,60 @@ class NotFound(LookupError):
     """An answer of a healthy dependency."""
 
 
-class Diary(CircuitBreakerListener):
-    """Everything a breaker says, in order."""
+class NotificationRecorder(CircuitBreakerListener):
+    """Listener that records every notification, in order."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.entries: list[str] = []
 
     def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
-        """A call is about to be made."""
-        self.said.append("before")
+        """Record that a call is about to be made."""
+        self.entries.append("before")
 
     def success(self, cb: Any) -> None:
-        """A call succeeded."""
-        self.said.append("success")
+        """Record that a call succeeded."""
+        self.entries.append("success")
 
     def failure(self, cb: Any, exc: BaseException) -> None:
-        """A call failed."""
-        self.said.append(f"failure {type(exc).__name__}")
+        """Record that a call failed."""
+        self.entries.append(f"failure {type(exc).__name__}")
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """The circuit moved, or was seen to have moved."""
-        self.said.append(f"{old_state.name} -> {new_state.name}")
+        """Record a transition."""
+        self.entries.append(f"{old_state.name} -> {new_state.name}")
 
     def changes(self) -> list[str]:
-        """The transitions only."""
-        return [entry for entry in self.said if "->" in entry]
+        """Return the transitions only."""
+        return [entry for entry in self.entries if "->" in entry]
 
 
 def up(value: Any = "answer") -> Any:
-    """A call to the healthy dependency."""
+    """Return the answer of a healthy dependency."""
     return value
 
 
 def down() -> None:
-    """A call to the dead dependency."""
+    """Raise the error of a failed dependency."""
     raise Down
 
 
 @pytest.fixture(params=ENGINE_CASES, ids=lambda engine: engine.name)
 def engine(request: pytest.FixtureRequest) -> EngineCase:
-    """Each way to hold a circuit."""
-    carried: EngineCase = request.param
-    return carried
+    """Return each engine."""
+    engine_case: EngineCase = request.param
+    return engine_case
 
 
 @pytest.fixture
 def make_storage(engine: EngineCase, empty_server: Any) -> Iterator[MakeStorage]:
-    """Make a storage on this carrier: ``make_storage(state, namespace)``."""
+    """Yield a factory of storages on this engine: ``make_storage(state, namespace)``."""
     with engine.opened(empty_server) as make:
         yield make
 
 
 @pytest.fixture
 def breaker_of(make_storage: MakeStorage) -> Callable[..., CircuitBreaker]:
-    """Make a breaker on this carrier: the arguments are pybreaker's."""
+    """Return a factory of breakers on this engine, with the arguments of pybreaker."""
 
     def build(state: str = "closed", **words: Any) -> CircuitBreaker:
         return CircuitBreaker(state_storage=make_storage(state, "scenario"), **words)
@@ -99,7 +99,7 @@ def trip(breaker: CircuitBreaker) -> None:
 
 
 def when_admitted(breaker: CircuitBreaker, function: Callable[[], Any], within: float = 5.0) -> Any:
-    """Call again and again until the breaker lets it through."""
+    """Call until the breaker admits the call."""
     until = time.monotonic() + within
     while True:
         try:
@@ -111,15 +111,12 @@ def when_admitted(breaker: CircuitBreaker, function: Callable[[], Any], within: 
 
 
 def counted(breaker: CircuitBreaker) -> tuple[str, int, int]:
-    """State, failures and successes."""
+    """Return the state, the failures and the successes."""
     return breaker.current_state, breaker.fail_counter, breaker.success_counter
 
 
-# -- closed ------------------------------------------------------------------------------------------------------------
-
-
 def test_new_circuit_is_closed_and_counts_nothing(breaker_of):
-    """A circuit begins in the state that its storage was made with."""
+    """A circuit starts in the state that its storage was created with."""
     assert counted(breaker_of()) == ("closed", 0, 0)
 
 
@@ -132,7 +129,7 @@ def test_circuit_begins_in_the_state_asked_for(breaker_of, state):
 
 
 def test_success_returns_the_answer_and_stays_closed(breaker_of):
-    """The breaker is invisible while all is well; arguments go through."""
+    """While the dependency works, the breaker passes on arguments and results."""
     breaker = breaker_of()
     assert breaker.call(up, "a") == "a"
     assert breaker.call(up, value="b") == "b"
@@ -140,7 +137,7 @@ def test_success_returns_the_answer_and_stays_closed(breaker_of):
 
 
 def test_failure_is_counted_and_raised_as_it_is(breaker_of):
-    """The caller sees the very exception that the dependency raised."""
+    """The caller gets the same exception object that the dependency raised."""
     breaker, error = breaker_of(), Down("it")
 
     def fail() -> None:
@@ -165,7 +162,7 @@ def test_success_forgets_failures(breaker_of):
 
 
 def test_decorated_function_is_guarded(breaker_of):
-    """The breaker as a decorator."""
+    """The breaker works as a decorator."""
     breaker = breaker_of(fail_max=2)
     guarded = breaker(down)
     assert guarded.__name__ == "down"
@@ -173,9 +170,6 @@ def test_decorated_function_is_guarded(breaker_of):
         guarded()
     with pytest.raises(CircuitBreakerError):
         guarded()
-
-
-# -- the trip ----------------------------------------------------------------------------------------------------------
 
 
 def test_fail_max_failures_open_the_circuit(breaker_of):
@@ -191,7 +185,7 @@ def test_fail_max_failures_open_the_circuit(breaker_of):
 
 
 def test_fail_max_1_opens_at_once(breaker_of):
-    """The smallest threshold."""
+    """The smallest threshold is one."""
     breaker = breaker_of(fail_max=1)
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
@@ -199,7 +193,7 @@ def test_fail_max_1_opens_at_once(breaker_of):
 
 
 def test_trip_shows_the_cause(breaker_of):
-    """The new error carries what the dependency raised."""
+    """The new error carries the dependency's error."""
     breaker = breaker_of(fail_max=1)
     with pytest.raises(CircuitBreakerError) as caught:
         breaker.call(down)
@@ -208,7 +202,7 @@ def test_trip_shows_the_cause(breaker_of):
 
 @pytest.mark.parametrize("state", ["closed", "half-open"])
 def test_trip_without_new_error_raises_the_cause(breaker_of, state):
-    """``throw_new_error_on_trip=False``: callers never see the breaker's error for a call that was made."""
+    """With ``throw_new_error_on_trip=False``, a call that was made never raises the breaker's error."""
     breaker = breaker_of(fail_max=1, throw_new_error_on_trip=False)
     if state == "half-open":
         breaker.half_open()
@@ -220,7 +214,7 @@ def test_trip_without_new_error_raises_the_cause(breaker_of, state):
 
 
 def test_open_circuit_rejects_without_calling(breaker_of):
-    """No call reaches the dependency, and nothing is counted."""
+    """No call reaches the dependency, and no failure is counted."""
     breaker, reached = breaker_of(fail_max=2), []
     trip(breaker)
     for _ in range(3):
@@ -230,12 +224,9 @@ def test_open_circuit_rejects_without_calling(breaker_of):
     assert counted(breaker) == ("open", 2, 0)
 
 
-# -- the trial ---------------------------------------------------------------------------------------------------------
-
-
 def test_success_after_reset_timeout_closes(breaker_of):
     """One successful trial, made once, closes the circuit."""
-    breaker, reached = breaker_of(fail_max=2, reset_timeout=SHORT), []
+    breaker, reached = breaker_of(fail_max=2, reset_timeout=SHORT_TIMEOUT_S), []
     trip(breaker)
     when_admitted(breaker, lambda: reached.append(1))
     assert reached == [1]
@@ -243,8 +234,8 @@ def test_success_after_reset_timeout_closes(breaker_of):
 
 
 def test_failed_trial_opens_again_for_reset_timeout(breaker_of):
-    """The trial is counted as a failure, and the time runs from it."""
-    breaker = breaker_of(fail_max=3, reset_timeout=SHORT)
+    """The trial is counted as a failure, and the reset timeout starts with it."""
+    breaker = breaker_of(fail_max=3, reset_timeout=SHORT_TIMEOUT_S)
     began = []
 
     def trial() -> None:
@@ -256,13 +247,13 @@ def test_failed_trial_opens_again_for_reset_timeout(breaker_of):
         when_admitted(breaker, trial)
     assert counted(breaker) == ("open", 4, 0)
     when_admitted(breaker, up)
-    assert time.monotonic() - began[0] > SHORT - 0.05
+    assert time.monotonic() - began[0] > SHORT_TIMEOUT_S - 0.05
     assert counted(breaker) == ("closed", 0, 0)
 
 
 def test_success_threshold_counts_successful_trials(breaker_of):
-    """With a threshold of 3 the first two leave the circuit half-open, for the one that probes."""
-    breaker = breaker_of(fail_max=1, reset_timeout=SHORT, success_threshold=3)
+    """With a threshold of 3, the first two successes leave the circuit half-open for the prober."""
+    breaker = breaker_of(fail_max=1, reset_timeout=SHORT_TIMEOUT_S, success_threshold=3)
     trip(breaker)
     when_admitted(breaker, up)
     assert counted(breaker) == ("half-open", 0, 1)
@@ -274,7 +265,7 @@ def test_success_threshold_counts_successful_trials(breaker_of):
 
 def test_failure_among_trials_starts_them_again(breaker_of):
     """Successful trials count while they are consecutive."""
-    breaker = breaker_of(fail_max=1, reset_timeout=SHORT, success_threshold=3)
+    breaker = breaker_of(fail_max=1, reset_timeout=SHORT_TIMEOUT_S, success_threshold=3)
     trip(breaker)
     when_admitted(breaker, up)
     breaker.call(up)
@@ -286,18 +277,18 @@ def test_failure_among_trials_starts_them_again(breaker_of):
     assert counted(breaker) == ("half-open", 0, 1)
 
 
-def test_many_cycles_count_alike(breaker_of):
-    """The fifth outage is like the first."""
-    diary = Diary()
-    breaker = breaker_of(fail_max=2, reset_timeout=0.05, listeners=[diary])
+def test_many_outages_count_alike(breaker_of):
+    """The fifth outage behaves like the first."""
+    recorder = NotificationRecorder()
+    breaker = breaker_of(fail_max=2, reset_timeout=0.05, listeners=[recorder])
     for _ in range(5):
         trip(breaker)
         when_admitted(breaker, up)
-    assert diary.changes() == ["closed -> open", "open -> half-open", "half-open -> closed"] * 5
+    assert recorder.changes() == ["closed -> open", "open -> half-open", "half-open -> closed"] * 5
 
 
 def test_moved_clock_lets_reset_timeout_elapse(breaker_of):
-    """Tests that move the clock, as users' own do, see the time elapse, also after a failed trial."""
+    """Tests of applications move the clock, and see the time elapse, also after a failed trial."""
     with time_machine.travel(datetime.now(timezone.utc), tick=True) as clock:
         breaker = breaker_of(fail_max=2, reset_timeout=60)
         trip(breaker)
@@ -314,11 +305,8 @@ def test_moved_clock_lets_reset_timeout_elapse(breaker_of):
         assert breaker.current_state == "closed"
 
 
-# -- by hand -----------------------------------------------------------------------------------------------------------
-
-
 def test_operator_opens_and_closes(breaker_of):
-    """``open()`` rejects from then on, ``close()`` lets through again and forgets the failures."""
+    """After ``open()``, calls are rejected. After ``close()``, they are admitted, and the failures are reset."""
     breaker = breaker_of(fail_max=3)
     with pytest.raises(Down):
         breaker.call(down)
@@ -331,8 +319,8 @@ def test_operator_opens_and_closes(breaker_of):
     assert breaker.call(up) == "answer"
 
 
-def test_operator_closes_what_failures_have_opened(breaker_of):
-    """``close()`` does not wait for ``reset_timeout``; the next trip takes ``fail_max`` failures again."""
+def test_operator_closes_a_circuit_opened_by_failures(breaker_of):
+    """A ``close()`` does not wait for ``reset_timeout``. The next trip takes ``fail_max`` failures again."""
     breaker = breaker_of(fail_max=2)
     trip(breaker)
     breaker.close()
@@ -341,19 +329,19 @@ def test_operator_closes_what_failures_have_opened(breaker_of):
 
 
 def test_operators_open_lasts_reset_timeout(breaker_of):
-    """A circuit opened by hand recovers as any other."""
+    """A circuit that an operator opened recovers like any other."""
     breaker = breaker_of(reset_timeout=60)
     breaker.open()
     with pytest.raises(CircuitBreakerError):
         breaker.call(up)
-    breaker.reset_timeout = SHORT
+    breaker.reset_timeout = SHORT_TIMEOUT_S
     assert when_admitted(breaker, up) == "answer"
     assert breaker.current_state == "closed"
 
 
 @pytest.mark.parametrize(("function", "state", "failures"), [(up, "closed", 0), (down, "open", 1)])
 def test_call_after_half_open_by_hand_is_the_trial(breaker_of, function, state, failures):
-    """``half_open()``: the next call of the same thread decides."""
+    """After ``half_open()``, the next call of the same thread decides."""
     breaker = breaker_of()
     breaker.half_open()
     assert counted(breaker) == ("half-open", 0, 0)
@@ -365,30 +353,30 @@ def test_call_after_half_open_by_hand_is_the_trial(breaker_of, function, state, 
     assert counted(breaker) == (state, failures, 0)
 
 
-def test_listeners_hear_of_transitions_by_hand(breaker_of):
-    """Each once, with the state before and the state now."""
-    diary = Diary()
-    breaker = breaker_of(listeners=[diary])
+def test_listeners_are_notified_of_direct_transitions(breaker_of):
+    """Each transition is notified once, with the state before and the state after."""
+    recorder = NotificationRecorder()
+    breaker = breaker_of(listeners=[recorder])
     breaker.open()
     breaker.half_open()
     breaker.close()
-    assert diary.said == ["closed -> open", "open -> half-open", "half-open -> closed"]
+    assert recorder.entries == ["closed -> open", "open -> half-open", "half-open -> closed"]
 
 
-# -- listeners ---------------------------------------------------------------------------------------------------------
+def test_listeners_are_notified_in_order(breaker_of):
+    """Listeners get the call's begin, its end, then the transition.
 
-
-def test_listeners_hear_everything_in_order(breaker_of):
-    """Before the call, then its end, then what follows from it; a success of a trial after the circuit has closed."""
-    diary = Diary()
-    breaker = breaker_of(fail_max=2, reset_timeout=60, listeners=[diary])
+    A trial's success follows the transition to closed.
+    """
+    recorder = NotificationRecorder()
+    breaker = breaker_of(fail_max=2, reset_timeout=60, listeners=[recorder])
     breaker.call(up)
     trip(breaker)
     with pytest.raises(CircuitBreakerError):
         breaker.call(up)
-    breaker.reset_timeout = SHORT
+    breaker.reset_timeout = SHORT_TIMEOUT_S
     when_admitted(breaker, up)
-    assert diary.said == [
+    assert recorder.entries == [
         *("before", "success"),
         *("before", "failure Down"),
         *("before", "failure Down", "closed -> open"),
@@ -396,66 +384,63 @@ def test_listeners_hear_everything_in_order(breaker_of):
     ]
 
 
-def test_failed_trial_is_heard_as_failure_then_open(breaker_of):
-    """The trial of a dead dependency."""
-    diary = Diary()
-    breaker = breaker_of(fail_max=1, reset_timeout=SHORT, listeners=[diary])
+def test_failed_trial_notifies_of_failure_then_open(breaker_of):
+    """The trial meets a failed dependency."""
+    recorder = NotificationRecorder()
+    breaker = breaker_of(fail_max=1, reset_timeout=SHORT_TIMEOUT_S, listeners=[recorder])
     trip(breaker)
-    del diary.said[:]
+    del recorder.entries[:]
     with pytest.raises(CircuitBreakerError, match="Trial call failed"):
         when_admitted(breaker, down)
-    assert diary.said == ["open -> half-open", "before", "failure Down", "half-open -> open"]
+    assert recorder.entries == ["open -> half-open", "before", "failure Down", "half-open -> open"]
 
 
-def test_listener_added_later_hears_and_removed_one_does_not(breaker_of):
-    """Listeners come and go."""
-    first, second = Diary(), Diary()
+def test_added_listener_is_notified_and_removed_one_is_not(breaker_of):
+    """A breaker notifies the listeners that it has at that time."""
+    first, second = NotificationRecorder(), NotificationRecorder()
     breaker = breaker_of(listeners=[first])
     breaker.add_listener(second)
     breaker.call(up)
     breaker.remove_listener(first)
     breaker.call(up)
-    assert (len(first.said), len(second.said)) == (2, 4)
+    assert (len(first.entries), len(second.entries)) == (2, 4)
 
 
 def test_listener_may_read_everything(breaker_of):
-    """What a listener reads disturbs nothing."""
+    """Reads in a listener disturb nothing."""
 
-    class Curious(Diary):
-        def _look(self, cb: CircuitBreaker) -> None:
-            self.said.append(str((cb.current_state, cb.fail_counter, cb.success_counter)))
+    class ReadingListener(NotificationRecorder):
+        def _read(self, cb: CircuitBreaker) -> None:
+            self.entries.append(str((cb.current_state, cb.fail_counter, cb.success_counter)))
 
         def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
-            self._look(cb)
+            self._read(cb)
 
         def failure(self, cb: Any, exc: BaseException) -> None:
-            self._look(cb)
+            self._read(cb)
 
         def success(self, cb: Any) -> None:
-            self._look(cb)
+            self._read(cb)
 
-    curious = Curious()
-    breaker = breaker_of(fail_max=3, reset_timeout=SHORT, success_threshold=2, listeners=[curious])
+    reader = ReadingListener()
+    breaker = breaker_of(fail_max=3, reset_timeout=SHORT_TIMEOUT_S, success_threshold=2, listeners=[reader])
     trip(breaker)
-    assert curious.said == [
+    assert reader.entries == [
         *("('closed', 0, 0)", "('closed', 1, 0)"),
         *("('closed', 1, 0)", "('closed', 2, 0)"),
         *("('closed', 2, 0)", "('closed', 3, 0)", "closed -> open"),
     ]
-    del curious.said[:]
+    del reader.entries[:]
     when_admitted(breaker, up)
     breaker.call(up)
-    assert curious.said == [
+    assert reader.entries == [
         *("open -> half-open", "('half-open', 3, 0)", "('half-open', 0, 1)"),
         *("('half-open', 0, 1)", "half-open -> closed", "('closed', 0, 0)"),
     ]
 
 
-# -- which exceptions count --------------------------------------------------------------------------------------------
-
-
 def found_nothing() -> None:
-    """A healthy dependency's answer, as an exception."""
+    """Raise an exception that is the answer of a healthy dependency."""
     raise NotFound("number 42")
 
 
@@ -465,20 +450,20 @@ def found_nothing() -> None:
     ids=["type", "base", "callable", "both"],
 )
 def test_excluded_exception_is_a_success(breaker_of, exclude):
-    """The dependency answered: the caller sees the exception, the breaker a success."""
-    diary = Diary()
-    breaker = breaker_of(fail_max=2, exclude=exclude, listeners=[diary])
+    """The dependency answered: the caller gets the exception, and the breaker counts a success."""
+    recorder = NotificationRecorder()
+    breaker = breaker_of(fail_max=2, exclude=exclude, listeners=[recorder])
     with pytest.raises(Down):
         breaker.call(down)
     with pytest.raises(NotFound):
         breaker.call(found_nothing)
     assert counted(breaker) == ("closed", 0, 0)
-    assert diary.said[-2:] == ["before", "success"]
+    assert recorder.entries[-2:] == ["before", "success"]
 
 
 def test_excluded_exception_in_a_trial_closes(breaker_of):
-    """The dependency is back."""
-    breaker = breaker_of(fail_max=1, reset_timeout=SHORT, exclude=[NotFound])
+    """An excluded exception shows that the dependency has recovered."""
+    breaker = breaker_of(fail_max=1, reset_timeout=SHORT_TIMEOUT_S, exclude=[NotFound])
     trip(breaker)
     with pytest.raises(NotFound):
         when_admitted(breaker, found_nothing)
@@ -487,7 +472,7 @@ def test_excluded_exception_in_a_trial_closes(breaker_of):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_interrupted_call_counts_as_failure(breaker_of, error):
-    """What ends a process is raised as it is, and is not taken for an answer of the dependency."""
+    """An exception that ends a process is raised unchanged, and is no answer of the dependency."""
     breaker = breaker_of()
 
     def interrupted() -> None:
@@ -498,17 +483,14 @@ def test_interrupted_call_counts_as_failure(breaker_of, error):
     assert counted(breaker) == ("closed", 1, 0)
 
 
-# -- generators and blocks ---------------------------------------------------------------------------------------------
-
-
 def test_generator_that_ends_is_a_success(breaker_of):
-    """What it yields and what it is sent go through; it is settled when it ends."""
+    """Values pass in both directions, and the outcome counts when the generator ends."""
     breaker = breaker_of()
 
     @breaker
     def conversation() -> Any:
-        heard = yield "first"
-        yield heard
+        received = yield "first"
+        yield received
 
     with pytest.raises(Down):
         breaker.call(down)
@@ -522,7 +504,7 @@ def test_generator_that_ends_is_a_success(breaker_of):
 
 
 def test_generator_that_raises_is_a_failure(breaker_of):
-    """It is guarded up to its end, not up to its first value."""
+    """A generator is guarded up to its end, not up to its first value."""
     breaker = breaker_of(fail_max=2)
 
     @breaker
@@ -539,22 +521,22 @@ def test_generator_that_raises_is_a_failure(breaker_of):
 
 
 def test_generator_of_an_open_circuit_is_rejected(breaker_of):
-    """Before it has begun."""
-    breaker, begun = breaker_of(fail_max=1), []
+    """The generator is rejected before it starts."""
+    breaker, started = breaker_of(fail_max=1), []
 
     @breaker
     def stream() -> Any:
-        begun.append(1)
+        started.append(1)
         yield 1
 
     trip(breaker)
     with pytest.raises(CircuitBreakerError):
         list(stream())
-    assert not begun
+    assert not started
 
 
 def test_block_is_guarded(breaker_of):
-    """``with breaker.calling():`` counts failures, trips, rejects and recovers."""
+    """A block ``with breaker.calling():`` counts failures, trips, rejects and recovers."""
     breaker, reached = breaker_of(fail_max=2, reset_timeout=60), []
     with pytest.raises(Down), breaker.calling():
         raise Down
@@ -566,7 +548,7 @@ def test_block_is_guarded(breaker_of):
         reached.append(1)
     assert not reached
 
-    breaker.reset_timeout = SHORT
+    breaker.reset_timeout = SHORT_TIMEOUT_S
     until = time.monotonic() + 5.0
     while not reached and time.monotonic() < until:
         try:
@@ -579,7 +561,7 @@ def test_block_is_guarded(breaker_of):
 
 
 def test_guarded_call_inside_a_guarded_call_counts_both(breaker_of):
-    """One breaker around two layers of one dependency."""
+    """One breaker may guard two layers of one dependency."""
     breaker = breaker_of(fail_max=3)
     with pytest.raises(Down):
         breaker.call(breaker.call, down)
@@ -588,11 +570,8 @@ def test_guarded_call_inside_a_guarded_call_counts_both(breaker_of):
     assert counted(breaker) == ("closed", 0, 0)
 
 
-# -- threads and several breakers --------------------------------------------------------------------------------------
-
-
 def test_failures_of_threads_add_up(breaker_of):
-    """One breaker used by many threads loses no failure."""
+    """One breaker that many threads use loses no failure."""
     breaker = breaker_of(fail_max=10**6)
 
     def fail() -> None:
@@ -621,8 +600,8 @@ def test_failures_of_breakers_on_one_storage_add_up(make_storage):
         second.call(up)
 
 
-def test_second_breaker_forgets_no_failures(make_storage):
-    """Making one more breaker on a circuit in use changes nothing."""
+def test_second_breaker_resets_no_failures(make_storage):
+    """A new breaker on a circuit in use changes nothing."""
     storage = make_storage("closed", "common")
     breaker = CircuitBreaker(state_storage=storage)
     with pytest.raises(Down):
@@ -631,7 +610,7 @@ def test_second_breaker_forgets_no_failures(make_storage):
 
 
 def test_storages_of_one_namespace_are_one_circuit(make_storage, engine):
-    """What one storage counts, another of the same namespace trips on; in memory, every storage is its own circuit."""
+    """Storages of one namespace share counts and trips. In memory, every storage is a separate circuit."""
     first, second, other = (
         CircuitBreaker(fail_max=2, state_storage=make_storage("closed", namespace)) for namespace in ("a", "a", "b")
     )
@@ -644,11 +623,8 @@ def test_storages_of_one_namespace_are_one_circuit(make_storage, engine):
     assert states == (("open", "open", "closed") if engine.shared else ("closed",) * 3)
 
 
-# -- the storage's interface by hand -----------------------------------------------------------------------------------
-
-
-def test_counters_by_hand_do_what_they_say(make_storage):
-    """The raw interface counts literally."""
+def test_direct_counts_are_literal(make_storage):
+    """Direct calls of the storage's methods count literally."""
     storage = make_storage("closed", "by-hand")
     storage.increment_counter()
     storage.increment_counter()
@@ -660,16 +636,16 @@ def test_counters_by_hand_do_what_they_say(make_storage):
 
 
 @pytest.mark.parametrize("state", ["open", "half-open", "closed"])
-def test_state_by_hand_is_the_state(make_storage, state):
-    """The raw interface sets literally."""
+def test_direct_state_is_read_back(make_storage, state):
+    """A state that is set directly is read back."""
     storage = make_storage("closed", "by-hand")
     storage.state = state
     assert storage.state == state
     assert pybreaker.CircuitBreaker(state_storage=storage).current_state == state
 
 
-def test_opened_at_by_hand_reads_back(make_storage):
-    """It is ``None`` until set, and an aware datetime within a second of what was set then."""
+def test_direct_opening_time_is_read_back(make_storage):
+    """The opening time is ``None`` until set, and then an aware datetime within a second of the set value."""
     storage = make_storage("open", "by-hand")
     storage.state = "open"
     now = datetime.now(timezone.utc)

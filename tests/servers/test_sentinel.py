@@ -1,4 +1,4 @@
-"""A master that Sentinels move: circuits move with it, and nobody who calls notices."""
+"""Sentinel: circuits move with a master that Sentinels replace, without an error in a call."""
 
 from __future__ import annotations
 
@@ -18,43 +18,46 @@ from tests.support.outages import calls, health_of, is_back
 from tests.support.sentinel import Sentinels
 from tests.support.wait import wait_for
 
-#: Seconds.
-DOWN_AFTER = 1.0
+#: Seconds until a Sentinel counts a silent master as down.
+DOWN_AFTER_S = 1.0
 
 
 @pytest.fixture
 def shop(preferred) -> Iterator[Sentinels]:
-    """A master, and a Sentinel that may decide alone."""
-    made = Sentinels(preferred.binary, 1, down_after=DOWN_AFTER)
-    with made.stack:
-        yield made
+    """Yield a master, and a Sentinel that decides alone."""
+    sentinels = Sentinels(preferred.binary, 1, down_after=DOWN_AFTER_S)
+    with sentinels.stack:
+        yield sentinels
 
 
 @pytest.mark.slow
-def test_planned_failover_is_followed_within_seconds(shop: Sentinels, report):
-    """The line goes where the master is, though the old one keeps it open; the circuit is shared all the time."""
+def test_circuit_follows_a_planned_failover_within_seconds(shop: Sentinels, report):
+    """The push connection follows the master, though the old one keeps its connection. The circuit stays shared."""
     client = shop.manager().master_for("shop")
     breaker = settled(breaker_on(client, fail_max=5, reset_timeout=60))
     replica = shop.add_replica()
     old = shop.master_port()
     with contextlib.closing(replica.client()) as new:
         shop.fail_over()
-        wait_for(lambda: shop.master_port() != old, "they have decided", within=30)
+        wait_for(lambda: shop.master_port() != old, "the decision of the Sentinel", within=30)
         began = time.monotonic()
-        spell = calls(breaker, 0.5, failing=0.2)
-        wait_for(lambda: listener_connections(new), "this process listens to the new master")
-        took = time.monotonic() - began
+        outcome = calls(breaker, 0.5, failing=0.2)
+        wait_for(lambda: listener_connections(new), "a listener of the new master")
+        seconds = time.monotonic() - began
         wait_for(lambda: is_back(breaker), "the shared circuit")
-        assert spell.unexpected == []
+        assert outcome.unexpected == []
         settled(breaker).open()
-        wait_for(lambda: new.get("viewed:pybreaker:state") == b"open", "it is written there")
-    report(f"planned Sentinel failover: the listener has moved {took:.1f} s after the decision")
-    assert took < 5
+        wait_for(lambda: new.get("viewed:pybreaker:state") == b"open", "the trip at the new master")
+    report(f"planned Sentinel failover: the listener has moved {seconds:.1f} s after the decision")
+    assert seconds < 5
 
 
 @pytest.mark.full
-def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, caplog):
-    """It says so itself, and nothing was written there: the Sentinels know where to, and nobody notices."""
+def test_intent_refused_by_a_demoted_master_is_repeated(preferred, caplog):
+    """The demoted master refuses, and nothing was written there.
+
+    The Sentinels name the new master for a second attempt.
+    """
     caplog.set_level("INFO", "pybreaker_redis")
     with (
         PrivateServer(preferred.binary, port=free_port()) as old,
@@ -66,9 +69,11 @@ def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, caplog):
         breaker = breaker_on(manager.master_for("shop"), "demoted", fail_max=100, max_staleness=0, timeout=10)
         fails(breaker)
         with contextlib.closing(old.client()) as demoted, contextlib.closing(new.client()) as promoted:
-            # Sentinels would besides close the connections; a network that is cut in two does not.
+            # Sentinels also close the connections, but not when the network is split.
             promoted.execute_command("REPLICAOF", "127.0.0.1", old.port)
-            wait_for(lambda: promoted.get("demoted:pybreaker:fail_counter") == b"1", "it follows", within=30)
+            wait_for(
+                lambda: promoted.get("demoted:pybreaker:fail_counter") == b"1", "the replicated failure", within=30
+            )
             promoted.execute_command("REPLICAOF", "NO", "ONE")
             demoted.execute_command("REPLICAOF", "127.0.0.1", new.port)
             master = new
@@ -77,41 +82,41 @@ def test_call_that_meets_a_demoted_master_is_made_once_more(preferred, caplog):
         assert messages_of(caplog, "'demoted'") == []
 
 
-def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_server):
-    """The Sentinels say at once who is the master now; what waits to be used in the pool leads to the old one."""
+def test_idle_connection_to_a_demoted_master_is_closed(killable_server):
+    """The Sentinels name the new master at once. Idle connections in the pool lead to the old one."""
     shop = Sentinels(killable_server.binary, 1)
     with shop.stack:
         client = shop.manager().master_for("shop")
         breaker = breaker_on(client, max_staleness=0, timeout=10)
         breaker.call(lambda: None)
-        asked = engine_of(breaker).client
-        whereabouts = locator_of(breaker)
-        (idle,) = asked.connection_pool._available_connections
-        for said in ("READONLY You can't write", "The previous master is now a slave"):
-            asked.ping()
-            assert whereabouts.relocate(redis.ConnectionError(said), asked)
+        client_of_master = engine_of(breaker).client
+        locator = locator_of(breaker)
+        (idle,) = client_of_master.connection_pool._available_connections
+        for error in ("READONLY You can't write", "The previous master is now a slave"):
+            client_of_master.ping()
+            assert locator.relocate(redis.ConnectionError(error), client_of_master)
             assert idle._sock is None
-        assert whereabouts.relocate(redis.ReadOnlyError("You can't write"), asked)
-        assert not whereabouts.relocate(redis.ConnectionError("gone"), asked)
-        assert not whereabouts.relocate(redis.ReadOnlyError("You can't write"), killable_server.client())
+        assert locator.relocate(redis.ReadOnlyError("You can't write"), client_of_master)
+        assert not locator.relocate(redis.ConnectionError("gone"), client_of_master)
+        assert not locator.relocate(redis.ReadOnlyError("You can't write"), killable_server.client())
 
 
 @pytest.mark.slow
 def test_master_that_dies_is_replaced_without_an_error(shop: Sentinels, report):
-    """Until they have decided each process protects itself; then what it has learned is the new master's."""
+    """Until the Sentinel decides, the process uses its local circuit. Then, the new master gets the trip."""
     client = shop.manager().master_for("shop")
     breaker = settled(breaker_on(client, fail_max=3, reset_timeout=60))
     replica = shop.add_replica()
     shop.master.kill()
     began = time.monotonic()
-    spell = calls(breaker, 0.5, failing=1.0)
-    assert spell.unexpected == []
-    assert spell.reached == 3
-    wait_for(lambda: shop.master_port() == replica.port, "they have decided", within=30)
+    outcome = calls(breaker, 0.5, failing=1.0)
+    assert outcome.unexpected == []
+    assert outcome.reached == 3
+    wait_for(lambda: shop.master_port() == replica.port, "the decision of the Sentinel", within=30)
     decided = time.monotonic()
     wait_for(lambda: is_back(breaker), "the shared circuit", within=30)
-    took = time.monotonic() - decided
-    report(f"Sentinel's master killed: decided after {decided - began:.1f} s, back {took:.1f} s later")
+    seconds = time.monotonic() - decided
+    report(f"Sentinel's master killed: decided after {decided - began:.1f} s, back {seconds:.1f} s later")
     assert health_of(breaker).state == "open"
     with contextlib.closing(replica.client()) as new:
         assert new.get("viewed:pybreaker:state") == b"open"

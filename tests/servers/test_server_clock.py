@@ -1,4 +1,4 @@
-"""The server's clock is set, or a server with another clock takes over: timeouts and leases keep their lengths."""
+"""The server's clock: after a step, or a failover to another clock, timeouts and leases keep their lengths."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 
-#: Seconds.
-RESET_TIMEOUT = 1.5
-LEASE = 1.5
+#: Reset timeout and probe lease, seconds.
+RESET_TIMEOUT_S = 1.5
+LEASE_S = 1.5
 
-#: Seconds; far less than any step, and more than a busy machine is late.
-LATE = 6.0
+#: Tolerance for a busy machine, seconds: far less than any step of a clock.
+TOLERANCE_S = 6.0
 
-#: Seconds by which a clock is set forward or back.
-STEPS = but_for((20.0,), (20.0, -20.0))
+#: Steps of the server's clock, seconds.
+CLOCK_STEPS_S = [20.0, -20.0]
 
 KEYS = circuit_keys("clock", needs_one_slot=False)
 
@@ -43,128 +43,127 @@ Start = Callable[..., ShiftedServer]
 
 @pytest.fixture
 def start(preferred: FoundServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start servers with clocks of their own."""
+    """Yield a function that starts servers with their own clocks."""
     folder = tmp_path_factory.getbasetemp()
     with contextlib.ExitStack() as stack:
 
-        def started(**words: Any) -> ShiftedServer:
-            server = ShiftedServer(preferred.binary, folder, args=["--repl-diskless-sync-delay", "0"], **words)
+        def start_server(**options: Any) -> ShiftedServer:
+            server = ShiftedServer(preferred.binary, folder, args=["--repl-diskless-sync-delay", "0"], **options)
             stack.enter_context(contextlib.closing(server))
             return server.start()
 
-        yield started
+        yield start_server
 
 
 @pytest.fixture(params=but_for((1.0,), (1.0, 0)), ids=["listens", "asks"])
 def max_staleness(request: pytest.FixtureRequest) -> float:
-    """Whether the process that waits listens for changes, or asks the server at each look."""
+    """Return the staleness of a process that subscribes to changes, and of one that reads the server each time."""
     return float(request.param)
 
 
 def breaker_of(client: Any, max_staleness: float) -> CircuitBreaker:
-    """A breaker that has made a call, and needs no round trip for the next one if it listens."""
+    """Return a breaker that has made a call. With a subscription, the next call needs no round trip."""
     storage = CircuitRedisStorage(CLOSED, client, "clock", max_staleness=max_staleness)
-    breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=storage)
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT_S, state_storage=storage)
     if max_staleness:
         return settled(breaker)
-    assert passes(breaker)
+    assert is_admitted(breaker)
     return breaker
 
 
-def passes(breaker: CircuitBreaker) -> bool:
-    """Whether a call passes."""
+def is_admitted(breaker: CircuitBreaker) -> bool:
+    """Return whether a call is admitted."""
     with contextlib.suppress(CircuitBreakerError):
         return bool(breaker.call(lambda: True))
     return False
 
 
-def other_process(server: ShiftedServer, *intents: Any) -> None:
-    """What another process does to the circuit, which ends with that."""
+def apply_elsewhere(server: ShiftedServer, *intents: Any) -> None:
+    """Apply intents to the circuit as another process, which ends afterwards."""
     with contextlib.closing(server.client()) as client:
         engine = LuaEngine(client, KEYS, channel_of(KEYS, 0))
         for intent in intents:
             assert engine.execute(intent, None, CLOSED).accepted
 
 
-def is_rejected(breaker: CircuitBreaker) -> None:
-    """The process has noticed that the circuit is open."""
-    wait_for(lambda: not passes(breaker), "a rejection", within=RESET_TIMEOUT)
+def wait_for_rejection(breaker: CircuitBreaker) -> None:
+    """Wait until the process notices that the circuit is open."""
+    wait_for(lambda: not is_admitted(breaker), "a rejection", within=RESET_TIMEOUT_S)
 
 
-def probes_after(breaker: CircuitBreaker, began: float, *, least: float, most: float) -> None:
-    """A call passes so many seconds after the trip, and not before."""
-    wait_for(lambda: passes(breaker), "a probe", within=60)
-    assert least <= time.monotonic() - began < most + LATE
+def assert_probe_after(breaker: CircuitBreaker, began: float, *, least: float, most: float) -> None:
+    """Assert that a call is admitted within a range of seconds after the trip."""
+    wait_for(lambda: is_admitted(breaker), "a probe", within=60)
+    assert least <= time.monotonic() - began < most + TOLERANCE_S
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_clock_set_before_a_trip_moves_no_gate(start: Start, max_staleness: float, step: float) -> None:
-    """The process that waits has learned the clock as it was before; the trip of another one has the new time."""
+@pytest.mark.parametrize("step", but_for((20.0,), CLOCK_STEPS_S))
+def test_clock_step_before_a_trip_keeps_the_reset_timeout(start: Start, max_staleness: float, step: float) -> None:
+    """The waiting process has measured the old clock, and the trip of another process has the new time."""
     server = start()
     with contextlib.closing(server.client()) as client:
         breaker = breaker_of(client, max_staleness)
         server.set_clock(step)
         began = time.monotonic()
-        # The failure is published, too, and is the first that has the new time.
-        other_process(server, RecordFailure(None, "", 1000), Trip(None, ""))
-        is_rejected(breaker)
-        probes_after(breaker, began, least=RESET_TIMEOUT, most=RESET_TIMEOUT)
+        # The failure is published, too, and is the first message with the new time.
+        apply_elsewhere(server, RecordFailure(None, "", 1000), Trip(None, ""))
+        wait_for_rejection(breaker)
+        assert_probe_after(breaker, began, least=RESET_TIMEOUT_S, most=RESET_TIMEOUT_S)
 
 
-@pytest.mark.parametrize("tripper", ["own", "other"])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("tripping", ["own", "other"])
+@pytest.mark.parametrize("step", but_for((20.0,), CLOCK_STEPS_S))
 @pytest.mark.full
-def test_clock_set_while_open_moves_no_gate(start: Start, max_staleness: float, step: float, tripper: str) -> None:
-    """The time in the record is from before: the process that waits goes on waiting for the rest of the timeout."""
+def test_clock_step_while_open_keeps_the_reset_timeout(
+    start: Start, max_staleness: float, step: float, tripping: str
+) -> None:
+    """The record has a time of the old clock. The waiting process waits for the rest of the timeout."""
     server = start()
     with contextlib.closing(server.client()) as client:
         breaker = breaker_of(client, max_staleness)
         began = time.monotonic()
-        if tripper == "own":
+        if tripping == "own":
             with pytest.raises(CircuitBreakerError):
                 breaker.call(lambda: 1 / 0)
         else:
-            other_process(server, Trip(None, ""))
-        is_rejected(breaker)
+            apply_elsewhere(server, Trip(None, ""))
+        wait_for_rejection(breaker)
         server.set_clock(step)
-        probes_after(breaker, began, least=RESET_TIMEOUT, most=RESET_TIMEOUT)
+        assert_probe_after(breaker, began, least=RESET_TIMEOUT_S, most=RESET_TIMEOUT_S)
 
 
 @pytest.mark.full
 def test_clock_set_back_does_not_prolong_the_lease_of_a_dead_prober(start: Start, max_staleness: float) -> None:
-    """No probe before the lease is over; the next one after a second lease at most."""
+    """No probe is admitted before the end of the lease, and one is admitted within a second lease."""
     server = start()
     with contextlib.closing(server.client()) as client:
         breaker = breaker_of(client, max_staleness)
         began = time.monotonic()
-        other_process(server, Trip(None, ""), ClaimProbe(1, "a0", round(LEASE * 1000)))
-        is_rejected(breaker)
+        apply_elsewhere(server, Trip(None, ""), ClaimProbe(1, "a0", round(LEASE_S * 1000)))
+        wait_for_rejection(breaker)
         server.set_clock(-20)
-        probes_after(breaker, began, least=LEASE, most=2 * LEASE)
+        assert_probe_after(breaker, began, least=LEASE_S, most=2 * LEASE_S)
 
 
 @pytest.mark.full
-def test_clock_set_back_leaves_a_record_that_newcomers_read(start: Start) -> None:
-    """A process that never saw the circuit waits for one timeout from then on."""
+def test_clock_set_back_leaves_a_record_that_new_processes_read(start: Start) -> None:
+    """A process that never saw the circuit waits for one reset timeout."""
     server = start()
     with contextlib.closing(server.client()) as client:
-        other_process(server, Load(), Trip(None, ""))
+        apply_elsewhere(server, Load(), Trip(None, ""))
         server.set_clock(-20)
         storage = CircuitRedisStorage(CLOSED, client, "clock", max_staleness=0)
-        newcomer = CircuitBreaker(reset_timeout=RESET_TIMEOUT, state_storage=storage)
+        new_breaker = CircuitBreaker(reset_timeout=RESET_TIMEOUT_S, state_storage=storage)
         began = time.monotonic()
-        assert newcomer.current_state == OPEN
-        probes_after(newcomer, began, least=RESET_TIMEOUT, most=RESET_TIMEOUT)
+        assert new_breaker.current_state == OPEN
+        assert_probe_after(new_breaker, began, least=RESET_TIMEOUT_S, most=RESET_TIMEOUT_S)
 
 
-# -- a server with another clock ---------------------------------------------------------------------------------------
-
-
-class Pair:
-    """A master, its replica with another clock, and the address at which clients find the one that serves.
+class FailoverPair:
+    """A master, its replica with another clock, and a proxy to the server in use.
 
     Args:
-        start: Starts servers.
+        start: Function that starts servers.
         ahead: Seconds by which the replica's clock is ahead.
     """
 
@@ -175,18 +174,20 @@ class Pair:
         self.proxy = Proxy(self.master.unix_socket)
         with contextlib.closing(self.replica.client()) as client:
             client.execute_command("REPLICAOF", "127.0.0.1", str(self.master.port))
-            wait_for(lambda: client.info("replication")["master_link_status"] == "up", "the replica follows", within=30)
+            wait_for(
+                lambda: client.info("replication")["master_link_status"] == "up", "the link to the master", within=30
+            )
 
     def client(self) -> redis.Redis:
-        """A client of the server that serves."""
+        """Return a client of the server in use."""
         return redis.Redis(host="127.0.0.1", port=self.proxy.port)
 
     def fail_over(self) -> None:
-        """The replica has all that the master has, and serves from now on."""
+        """Make the replica the server in use, with everything that the master has."""
         with contextlib.closing(self.master.client()) as master, contextlib.closing(self.replica.client()) as replica:
             master.set("last", "write")
             wait_for(lambda: replica.get("last"), "the last write")
-            # Not earlier: to set the clock of a replica delays that it begins to follow.
+            # An earlier step of a replica's clock would delay its replication.
             self.replica.set_clock(self._ahead)
             replica.execute_command("REPLICAOF", "NO", "ONE")
         self.proxy.serve(self.replica.unix_socket)
@@ -195,26 +196,26 @@ class Pair:
 
 @pytest.mark.parametrize("ahead", [-5.0, -60.0, 60.0])
 @pytest.mark.full
-def test_failover_to_another_clock_moves_no_gate(start: Start, max_staleness: float, ahead: float) -> None:
-    """Open on the one server, and open for the rest of the timeout on the other."""
-    pair = Pair(start, ahead)
+def test_failover_to_another_clock_keeps_the_reset_timeout(start: Start, max_staleness: float, ahead: float) -> None:
+    """An open circuit stays open for the rest of the reset timeout on the new server."""
+    pair = FailoverPair(start, ahead)
     with contextlib.closing(pair.proxy), contextlib.closing(pair.client()) as client:
         breaker = breaker_of(client, max_staleness)
         began = time.monotonic()
         with pytest.raises(CircuitBreakerError):
             breaker.call(lambda: 1 / 0)
         pair.fail_over()
-        probes_after(breaker, began, least=RESET_TIMEOUT, most=RESET_TIMEOUT)
+        assert_probe_after(breaker, began, least=RESET_TIMEOUT_S, most=RESET_TIMEOUT_S)
 
 
 @pytest.mark.full
 def test_failover_to_a_slower_clock_does_not_prolong_a_lease(start: Start, max_staleness: float) -> None:
-    """A lease is waited for twice at most, however far the clock is behind."""
-    pair = Pair(start, -60)
+    """A process waits for at most two leases, however far the new clock is behind."""
+    pair = FailoverPair(start, -60)
     with contextlib.closing(pair.proxy), contextlib.closing(pair.client()) as client:
         breaker = breaker_of(client, max_staleness)
         began = time.monotonic()
-        other_process(pair.master, Trip(None, ""), ClaimProbe(1, "a0", round(LEASE * 1000)))
-        is_rejected(breaker)
+        apply_elsewhere(pair.master, Trip(None, ""), ClaimProbe(1, "a0", round(LEASE_S * 1000)))
+        wait_for_rejection(breaker)
         pair.fail_over()
-        probes_after(breaker, began, least=LEASE, most=2 * LEASE)
+        assert_probe_after(breaker, began, least=LEASE_S, most=2 * LEASE_S)

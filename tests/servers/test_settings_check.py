@@ -1,4 +1,4 @@
-"""Two storages of one process that are the same circuit: it is said, once, if nobody can have meant that."""
+"""The settings check: two storages of one circuit in a process are logged once, if their settings differ."""
 
 from __future__ import annotations
 
@@ -29,159 +29,153 @@ SETTINGS = {
 }
 
 
-def used(client: Any, namespace: str | None = "shop", **words: Any) -> pybreaker.CircuitBreaker:
-    """A breaker that has made a call, if it was let."""
-    storage = CircuitRedisStorage(words.pop("state", "closed"), client, namespace, **words)
+def used_breaker(client: Any, namespace: str | None = "shop", **options: Any) -> pybreaker.CircuitBreaker:
+    """Return a breaker that has made a call, if the circuit admitted the call."""
+    storage = CircuitRedisStorage(options.pop("state", "closed"), client, namespace, **options)
     breaker = pybreaker.CircuitBreaker(state_storage=storage)
     with contextlib.suppress(pybreaker.CircuitBreakerError):
         breaker.call(up)
     return breaker
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What there was to say."""
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings about settings and names."""
     return messages_of(caplog, "two storages of this process differ", "several breakers", level=logging.WARNING)
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_storages_that_differ_are_told_of_with_both_values_and_the_remedy(
+def test_different_settings_are_logged_with_both_values_and_the_remedy(
     server: PrivateServer, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """By whatever clients of one server they came: calls through one go by other rules than through the other."""
+    """The clients of one server make no difference.
+
+    Calls through one storage follow other rules than through the other.
+    """
     one, other = SETTINGS[name]
     with contextlib.closing(server.client()) as client, contextlib.closing(server.client()) as another:
-        breakers = [used(client, **{name: one})]
-        assert said(caplog) == []
-        breakers.append(used(another, **{name: other}))
+        breakers = [used_breaker(client, **{name: one})]
+        assert warnings(caplog) == []
+        breakers.append(used_breaker(another, **{name: other}))
         expected = (
             f"circuit 'shop': two storages of this process differ: {name}={one!r} and {name}={other!r}; "
             "give both the same, or let their breakers use one"
         )
-        assert said(caplog) == [expected]
+        assert warnings(caplog) == [expected]
         for breaker in breakers * 3:
             with contextlib.suppress(pybreaker.CircuitBreakerError):
                 breaker.call(up)
-        breakers.append(used(another, **{name: other}))
-        assert said(caplog) == [expected], "once"
+        breakers.append(used_breaker(another, **{name: other}))
+        assert warnings(caplog) == [expected], "a difference is logged once"
 
 
-def test_all_differences_are_one_line(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """And what comes later is said when it comes."""
-    breakers = [used(client), used(client, ttl=60, probe_lease=5)]
-    assert [line.partition("; ")[0].partition("differ: ")[2] for line in said(caplog)] == [
+def test_all_differences_are_in_one_line(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """A later difference is logged when it appears."""
+    breakers = [used_breaker(client), used_breaker(client, ttl=60, probe_lease=5)]
+    assert [line.partition("; ")[0].partition("differ: ")[2] for line in warnings(caplog)] == [
         "probe_lease=30.0 and probe_lease=5, ttl=None and ttl=60"
     ]
-    breakers.append(used(client, ttl=70, max_staleness=2))
-    assert len(said(caplog)) == 2
-    assert "max_staleness=1.0 and max_staleness=2;" in said(caplog)[1]
+    breakers.append(used_breaker(client, ttl=70, max_staleness=2))
+    assert len(warnings(caplog)) == 2
+    assert "max_staleness=1.0 and max_staleness=2;" in warnings(caplog)[1]
     assert len(breakers) == 3
 
 
-def test_nothing_is_said_of_storages_that_agree_or_are_other_circuits(
+def test_equal_settings_and_other_circuits_are_not_logged(
     server: PrivateServer, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One for each module or thread is legitimate; so is any setting for another circuit, database or server."""
-    breakers = [used(client), used(client), used(client, probe_lease=30, timeout=0.25)]
-    breakers.append(used(client, "other", probe_lease=5))
+    """A storage for each module or thread is valid. Other circuits, databases and servers may have other settings."""
+    breakers = [used_breaker(client), used_breaker(client), used_breaker(client, probe_lease=30, timeout=0.25)]
+    breakers.append(used_breaker(client, "other", probe_lease=5))
     with contextlib.closing(server.client(db=1)) as elsewhere:
-        breakers.append(used(elsewhere, probe_lease=5))
-        breakers.append(used(fakeredis.FakeRedis(server=fakeredis.FakeServer()), probe_lease=5))
-    assert [line for line in said(caplog) if "differ" in line or "namespace" in line] == []
+        breakers.append(used_breaker(elsewhere, probe_lease=5))
+        breakers.append(used_breaker(fakeredis.FakeRedis(server=fakeredis.FakeServer()), probe_lease=5))
+    assert [line for line in warnings(caplog) if "differ" in line or "namespace" in line] == []
     assert len(breakers) == 6
 
 
-def test_storage_that_has_gone_does_not_count(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """A process that makes a storage anew, with another setting, has one."""
-    breaker = used(client)
+def test_dropped_storage_is_not_compared(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that replaces a storage by one with other settings has one storage."""
+    breaker = used_breaker(client)
     del breaker
     gc.collect()
-    kept = used(client, probe_lease=5)
-    assert said(caplog) == []
-    assert kept.current_state == "closed"
-    del kept
+    breaker = used_breaker(client, probe_lease=5)
+    assert warnings(caplog) == []
+    assert breaker.current_state == "closed"
+    del breaker
     gc.collect()
     assert not compared_circuits()
 
 
-def test_storages_are_told_apart_when_they_are_used(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """The constructor asks nobody, and calls nothing that was given."""
+def test_settings_are_compared_at_the_first_use(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """The constructor sends nothing and does not call the client factory."""
     storages = [CircuitRedisStorage("closed", lambda: client, "shop", probe_lease=lease) for lease in (5, 6)]
     breakers = [pybreaker.CircuitBreaker(state_storage=storage) for storage in storages]
-    assert said(caplog) == []
+    assert warnings(caplog) == []
     for breaker in breakers:
         breaker.call(up)
-    assert len(said(caplog)) == 1
+    assert len(warnings(caplog)) == 1
 
 
-def test_circuit_on_fakeredis_is_told_apart_by_its_connections(caplog: pytest.LogCaptureFixture) -> None:
-    """There is no place to know it by."""
+def test_circuit_on_fakeredis_is_identified_by_its_connections(caplog: pytest.LogCaptureFixture) -> None:
+    """A circuit on fakeredis has no endpoint."""
     client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
-    breakers = [used(client, probe_lease=lease) for lease in (5, 6)]
-    assert [line for line in said(caplog) if "probe_lease=5 and probe_lease=6" in line]
+    breakers = [used_breaker(client, probe_lease=lease) for lease in (5, 6)]
+    assert [line for line in warnings(caplog) if "probe_lease=5 and probe_lease=6" in line]
     assert len(breakers) == 2
 
 
-# -- no namespace ------------------------------------------------------------------------------------------------------
-
-
-NAMELESS = (
+WITHOUT_NAMESPACE = (
     "circuit 'pybreaker': several breakers of this process use it, because their storages have no namespace: what "
     "opens one opens all; give each storage one of its own, as in CircuitRedisStorage(..., namespace='payments')"
 )
 
 
-def test_two_storages_without_a_namespace_are_told_of_with_the_remedy(
+def test_two_storages_without_a_namespace_are_logged_with_the_remedy(
     client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are one circuit, which nobody expects of two breakers; settings do not matter then."""
-    breakers = [used(client, None)]
-    assert said(caplog) == []
-    breakers.append(used(client, None, probe_lease=5))
-    assert said(caplog) == [NAMELESS]
-    breakers.append(used(client, None, ttl=60))
-    assert said(caplog) == [NAMELESS]
+    """Both storages are one circuit, which two breakers do not expect. Their settings do not matter then."""
+    breakers = [used_breaker(client, None)]
+    assert warnings(caplog) == []
+    breakers.append(used_breaker(client, None, probe_lease=5))
+    assert warnings(caplog) == [WITHOUT_NAMESPACE]
+    breakers.append(used_breaker(client, None, ttl=60))
+    assert warnings(caplog) == [WITHOUT_NAMESPACE]
     assert len(breakers) == 3
 
 
-def test_two_breakers_on_one_storage_without_a_namespace_are_told_of(
+def test_two_breakers_on_one_storage_without_a_namespace_are_logged(
     client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is the same mistake: one storage was made for all breakers."""
+    """One storage for all breakers is the same mistake."""
     storage = CircuitRedisStorage("closed", client)
     breakers = [pybreaker.CircuitBreaker(state_storage=storage)]
     breakers[0].call(up)
-    assert said(caplog) == []
+    assert warnings(caplog) == []
     breakers.append(pybreaker.CircuitBreaker(state_storage=storage))
     for breaker in breakers * 3:
         breaker.call(up)
-    assert said(caplog) == [NAMELESS]
+    assert warnings(caplog) == [WITHOUT_NAMESPACE]
 
 
-def test_two_breakers_on_one_storage_with_a_namespace_are_meant(
+def test_two_breakers_on_one_storage_with_a_namespace_are_not_logged(
     client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Somebody has said that they are one circuit."""
+    """The namespace states that both breakers share one circuit."""
     storage = CircuitRedisStorage("closed", client, "shop")
     breakers = [pybreaker.CircuitBreaker(state_storage=storage) for _ in range(2)]
     for breaker in breakers * 3:
         breaker.call(up)
-    assert said(caplog) == []
+    assert warnings(caplog) == []
 
 
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def test_child_that_was_forked_while_somebody_met_waits_for_nobody(client: redis.Redis) -> None:
-    """The lock of the parent is held for ever there."""
+def test_child_of_a_fork_does_not_wait_for_the_lock_of_its_parent(client: redis.Redis) -> None:
+    """The lock of the parent is never released in the child."""
     with lock_of(settings_table()):
         pid = os.fork()
         if not pid:
             os._exit(not lock_of(settings_table()).acquire(timeout=5))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    # What the child did, where it can be seen.
+    # The reset of the child, made visible in this process.
     lock = lock_of(settings_table())
     settings_table().after_fork()
     assert lock_of(settings_table()) is not lock

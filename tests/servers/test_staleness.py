@@ -1,7 +1,7 @@
-"""How old may be what a process goes by?  Real servers, real faults, deadlines measured.
+"""Staleness: the age of the record that a process trusts, measured on real servers with real faults.
 
-Every test sees to it that the process believes what is true, then makes it untrue in some way, and measures how long
-the process goes on.  Never longer than `max_staleness` and a round trip; where a push arrives, next to nothing.
+Each test lets a process trust a true record, makes the record untrue, and measures for how long the process uses it.
+The limit is `max_staleness` and a round trip. Where a push arrives, the time is close to zero.
 """
 
 from __future__ import annotations
@@ -55,107 +55,101 @@ STALENESS = 1.0
 
 @pytest.fixture
 def breaker(server: PrivateServer, protocol: int) -> Iterator[pybreaker.CircuitBreaker]:
-    """A breaker that calls without asking."""
+    """Yield a breaker that makes calls without round trips."""
     with contextlib.closing(server.client()) as client:
         yield settled(breaker_on(client, max_staleness=STALENESS))
 
 
 @pytest.fixture
-def told(server: PrivateServer, protocol: int) -> Iterator[pybreaker.CircuitBreaker]:
-    """The same, but what it notices it was told."""
+def pushed(server: PrivateServer, protocol: int) -> Iterator[pybreaker.CircuitBreaker]:
+    """Yield a breaker that notices changes only by push."""
     with contextlib.closing(server.client()) as client:
         yield settled(breaker_on(client, max_staleness=PATIENT))
 
 
 @pytest.fixture
 def tracking(request: pytest.FixtureRequest, protocol: int) -> pybreaker.CircuitBreaker:
-    """One that is told even what nobody publishes, if the server can do so."""
-    found: pybreaker.CircuitBreaker = request.getfixturevalue("told" if protocol == 3 else "breaker")
+    """Return a breaker that gets pushes even of foreign writes, if the server can track keys."""
+    found: pybreaker.CircuitBreaker = request.getfixturevalue("pushed" if protocol == 3 else "breaker")
     return found
 
 
 @pytest.fixture
 def other(server: PrivateServer) -> Iterator[pybreaker.CircuitBreaker]:
-    """The same circuit elsewhere, which always asks."""
+    """Yield a breaker of another process on the same circuit, without a cache."""
     with contextlib.closing(server.client()) as client:
         yield breaker_on(client, max_staleness=0)
 
 
 def subscribers(client: redis.Redis) -> int:
-    """How many connections are told what happens to the circuit."""
+    """Return the number of connections that are subscribed to the circuit's channel."""
     ((_, found),) = client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, needs_one_slot=False), 0))
     return int(found)
 
 
-# -- how it is meant to be ---------------------------------------------------------------------------------------------
-
-
-def test_transition_of_another_is_heard_at_once(told, other):
-    """Published with the transition itself."""
+def test_transition_of_another_process_is_noticed_at_once(pushed, other):
+    """The transition and its push are one step."""
     for verb, state in (("open", "open"), ("close", "closed"), ("open", "open"), ("half_open", "open")):
         getattr(other, verb)()
-        assert seconds_until(told, state) < PUSH
+        assert seconds_until(pushed, state) < PUSH
 
 
 def test_transition_is_read_once_by_each_process(other, server, client):
-    """A push is a hint.  A server that tracks reports each transition twice: 500 processes need not read it twice."""
-    with contextlib.closing(server.client()) as own:
-        breaker = settled(breaker_on(own, max_staleness=PATIENT))
-        with counted(client) as asked:
+    """A push causes a read. A server that tracks reports each transition twice, and 500 processes read it only once."""
+    with contextlib.closing(server.client()) as own_client:
+        breaker = settled(breaker_on(own_client, max_staleness=PATIENT))
+        with counted(client) as commands:
             for _ in range(20):
                 for verb, state in (("open", "open"), ("close", "closed")):
                     getattr(other, verb)()
                     seconds_until(breaker, state)
-        # Each read of circuits asks for the time once, and so does each script: one for each transition, and those of
-        # this process, which asks itself if it looks at the circuit during such a read.
-        assert asked["time"] - 40 >= 40, asked
-        assert asked["time"] - asked["evalsha"] <= 50, asked
+        # Each read of circuits reads the time once, and so does each script. There is one script per transition, and
+        # some of this process, which queries Redis if it reads the circuit during such a read.
+        assert commands["time"] - 40 >= 40, commands
+        assert commands["time"] - commands["evalsha"] <= 50, commands
 
 
-def test_failure_of_another_is_heard_at_once(told, other):
-    """From then on this process reports its successes, so that the failures are not taken for consecutive ones."""
+def test_failure_of_another_process_is_noticed_at_once(pushed, other):
+    """After the push, this process reports successes, so that failures do not count as consecutive."""
     fails(other)
-    assert wait_for(lambda: view_of(told).fast_path.quiet_admission is None, "noise") < PUSH
-    told.call(up)
+    assert wait_for(lambda: view_of(pushed).fast_path.quiet_admission is None, "noise") < PUSH
+    pushed.call(up)
     assert other.fail_counter == 0
 
 
-def test_10000_successes_and_10000_rejections_ask_nothing(breaker, client):
-    """Free when healthy, and when open: what remains is the heartbeat."""
+def test_10000_successes_and_10000_rejections_cost_no_round_trips(breaker, client):
+    """A healthy circuit and an open one cost nothing but the heartbeat."""
     for state in ("closed", "open"):
-        with counted(client) as asked:
+        with counted(client) as commands:
             began = time.monotonic()
             for _ in range(10_000):
                 with contextlib.suppress(pybreaker.CircuitBreakerError):
                     breaker.call(up)
             beats = 2 + (time.monotonic() - began) / STALENESS * 2
         assert breaker.current_state == state
-        scripts = asked.get("evalsha", 0) + asked.get("eval", 0)
-        assert scripts < 20, asked
-        # TIME, MGET twice, HMGET, CLIENT CACHING or PING.
-        assert sum(asked.values()) - scripts * 6 <= beats * 6, asked
+        scripts = commands.get("evalsha", 0) + commands.get("eval", 0)
+        assert scripts < 20, commands
+        # A beat sends TIME, MGET twice, HMGET, and CLIENT CACHING or PING.
+        assert sum(commands.values()) - scripts * 6 <= beats * 6, commands
         if state == "closed":
             breaker.open()
 
 
-# -- everything that can go wrong --------------------------------------------------------------------------------------
-
-
-def test_foreign_writer_is_noticed_in_time(tracking, client, protocol):
-    """A stock worker or redis-cli tells nobody; a server that tracks does."""
+def test_foreign_write_is_noticed_in_time(tracking, client, protocol):
+    """A stock worker or redis-cli publishes nothing, but a server that tracks sends an invalidation."""
     client.set(f"{NAMESPACE}:pybreaker:state", "open")
     assert seconds_until(tracking, "open") < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
 
 
-def test_foreign_writer_is_noticed_again_and_again(tracking, client, protocol):
-    """What was told once is not told again until it has been read again: it has been."""
+def test_repeated_foreign_writes_are_noticed(tracking, client, protocol):
+    """The server invalidates a key again only after the key was read again."""
     for state in ("open", "closed") * 3:
         client.set(f"{NAMESPACE}:pybreaker:state", state)
         assert seconds_until(tracking, state) < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
 
 
 def test_flushall_is_noticed_in_time(tracking, other, client, protocol):
-    """The circuit comes back as it was known, from whoever asks first."""
+    """The first process that queries Redis restores the circuit as it was known."""
     other.open()
     seconds_until(tracking, "open")
     client.flushall()
@@ -166,13 +160,13 @@ def test_flushall_is_noticed_in_time(tracking, other, client, protocol):
             tracking.call(up)
         return bool(client.exists(f"{NAMESPACE}:pybreaker:state"))
 
-    wait_for(is_back, "the circuit is back in Redis")
+    wait_for(is_back, "the restored circuit")
     assert time.monotonic() - began < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
     assert client.get(f"{NAMESPACE}:pybreaker:state") == b"open"
 
 
 def test_expiry_of_a_key_is_noticed_in_time(breaker, client):
-    """Somebody gave the keys a lifetime; servers tell of it when they get round to it."""
+    """Keys with a foreign TTL expire. Servers send the invalidation late."""
     client.pexpire(f"{NAMESPACE}:pybreaker:state", 50)
     time.sleep(0.05)
     began = time.monotonic()
@@ -181,12 +175,12 @@ def test_expiry_of_a_key_is_noticed_in_time(breaker, client):
         breaker.call(up)
         return client.pttl(f"{NAMESPACE}:pybreaker:state") == -1
 
-    wait_for(is_back, "the key is back")
+    wait_for(is_back, "the restored key")
     assert time.monotonic() - began < STALENESS + ROUND_TRIP
 
 
 def test_muted_push_is_bounded_by_the_poll(tracking, server, protocol):
-    """Whoever moves the circuit may not publish: the transition stands, and is noticed in time."""
+    """A process without the right to publish makes a transition, which the next poll notices."""
     with contextlib.closing(server.client()) as administrator:
         administrator.execute_command("ACL", "SETUSER", "mute", "on", "nopass", "~*", "&*", "+@all", "-publish")
     with contextlib.closing(server.client(username="mute", password="any")) as client:
@@ -194,75 +188,77 @@ def test_muted_push_is_bounded_by_the_poll(tracking, server, protocol):
     assert seconds_until(tracking, "open") < (PUSH if protocol == 3 else STALENESS + ROUND_TRIP)
 
 
-def test_killed_connection_is_replaced_and_nothing_is_believed_meanwhile(told, other, client, monkeypatch):
-    """CLIENT KILL, an output buffer that overflows, a proxy with a timeout."""
-    seen = threading.Event()
-    hold_listener_pauses(monkeypatch, seen)
+def test_killed_connection_ends_trust_and_is_replaced(pushed, other, client, monkeypatch):
+    """The cause may be CLIENT KILL, an output buffer that overflows, or a proxy with a timeout."""
+    may_continue = threading.Event()
+    hold_listener_pauses(monkeypatch, may_continue)
     for _ in range(3):
-        seen.clear()
+        may_continue.clear()
         before = {line["id"] for line in listener_connections(client)}
         assert before
         for line in before:
             client.client_kill_filter(_id=line)
-        wait_for(lambda: not view_of(told).is_trusted, "belief ends")
+        wait_for(lambda: not view_of(pushed).is_trusted, "the end of trust")
         other.open()
-        assert seconds_until(told, "open") < PUSH, "it asks"
-        seen.set()
-        wait_for(lambda before=before: {line["id"] for line in listener_connections(client)} - before, "a new line")
+        assert seconds_until(pushed, "open") < PUSH, "the breaker queries Redis"
+        may_continue.set()
+        wait_for(
+            lambda before=before: {line["id"] for line in listener_connections(client)} - before, "a new connection"
+        )
         other.close()
-        seconds_until(told, "closed")
-        settled(told)
+        seconds_until(pushed, "closed")
+        settled(pushed)
         other.open()
-        assert seconds_until(told, "open") < PUSH, "it hears"
+        assert seconds_until(pushed, "open") < PUSH, "the breaker gets the push"
         other.close()
-        seconds_until(told, "closed")
-        settled(told)
+        seconds_until(pushed, "closed")
+        settled(pushed)
 
 
-def test_lost_line_ends_belief_at_once_however_long_it_might_have_lasted(server, other, client, protocol):
-    """``max_staleness`` is for what nobody notices; this is noticed."""
-    with contextlib.closing(server.client()) as own:
-        breaker = settled(breaker_on(own, max_staleness=PATIENT))
+def test_lost_connection_ends_trust_before_max_staleness(server, other, client, protocol):
+    """The limit ``max_staleness`` is for changes that are not noticed. A lost connection is noticed."""
+    with contextlib.closing(server.client()) as own_client:
+        breaker = settled(breaker_on(own_client, max_staleness=PATIENT))
         for line in listener_connections(client):
             client.client_kill_filter(_id=line["id"])
         other.open()
         assert seconds_until(breaker, "open") < PUSH
 
 
-def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, client, monkeypatch):
-    """The new one is subscribed to nothing: without a look at the socket all would seem well."""
+def test_connection_replaced_by_redis_py_is_noticed(breaker, other, client, monkeypatch):
+    """A replaced connection has no subscription. Only a check of the socket shows the loss."""
     replaced: list[PushConnection] = []
-    ask = PushConnection.query
+    query = PushConnection.query
     endpoint = endpoint_of(engine_of(breaker).client)
     listener = listener_for_endpoint(endpoint)
 
-    def replace_then_ask(line: PushConnection, commands: Any) -> Any:
-        # Others may still listen, for storages of earlier tests.
+    def replace_then_query(line: PushConnection, commands: Any) -> Any:
+        # Listeners of earlier tests may still run.
         if not replaced and listener.session and line is listener.session.connection:
             replaced.append(line)
-            # As redis-py does when it finds an error where we do not look.
+            # redis-py does so when it finds an error on the connection.
             reconnect_quietly(line)
-        return ask(line, commands)
+        return query(line, commands)
 
-    monkeypatch.setattr(PushConnection, "query", replace_then_ask)
+    monkeypatch.setattr(PushConnection, "query", replace_then_query)
 
     def is_replaced() -> bool:
         session = listener.session
         return bool(replaced and session and session.connection is not replaced[0])
 
-    wait_for(is_replaced, "a new line")
+    wait_for(is_replaced, "a new connection")
     settled(breaker)
-    wait_for(lambda: subscribers(client) == 1, "the new line is told")
+    wait_for(lambda: subscribers(client) == 1, "the subscription of the new connection")
     other.open()
     assert seconds_until(breaker, "open") < PUSH
 
 
-def test_frozen_server_is_believed_for_max_staleness_at_most(killable_server, protocol):
-    """SIGSTOP: no error, no end of file, just nothing."""
+def test_frozen_server_is_trusted_for_at_most_max_staleness(killable_server, protocol):
+    """After SIGSTOP, there is neither an error nor an end of file."""
     timeout = 1.0
     with contextlib.closing(killable_server.client()) as client:
-        words = {"max_staleness": STALENESS, "timeout": timeout, "fallback_circuit_state": "open"}
-        breaker = settled(breaker_on(client, **words))
+        options = {"max_staleness": STALENESS, "timeout": timeout, "fallback_circuit_state": "open"}
+        breaker = settled(breaker_on(client, **options))
         began = time.monotonic()
         os.kill(killable_server.pid or 0, signal.SIGSTOP)
         try:
@@ -270,21 +266,21 @@ def test_frozen_server_is_believed_for_max_staleness_at_most(killable_server, pr
             assert time.monotonic() - began < STALENESS + timeout + ROUND_TRIP
         finally:
             os.kill(killable_server.pid or 0, signal.SIGCONT)
-        wait_for(lambda: breaker.current_state == "closed", "the shared circuit is back", within=20)
+        wait_for(lambda: breaker.current_state == "closed", "the shared circuit", within=20)
         settled(breaker)
 
 
-def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
-    """The reader looks at the clock himself."""
+def test_stuck_listener_does_not_extend_trust(breaker, other, monkeypatch):
+    """Each call compares the clock with the time of the last confirmation."""
     from pybreaker_redis._replica.session import Session
 
     released = threading.Event()
 
-    def stuck(self: Session) -> None:
+    def wait_and_fail(self: Session) -> None:
         released.wait(10)
         raise ConnectionError("at last")
 
-    hang_sessions(monkeypatch, stuck)
+    hang_sessions(monkeypatch, wait_and_fail)
     other.open()
     try:
         assert seconds_until(breaker, "open") < STALENESS + ROUND_TRIP
@@ -292,8 +288,8 @@ def test_listener_that_died_keeps_no_belief_alive(breaker, other, monkeypatch):
         released.set()
 
 
-def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_server, protocol):
-    """And its generations go on from where they were: nothing that was known is taken for old."""
+def test_circuit_is_restored_on_a_server_that_returns_empty(killable_server, protocol):
+    """Generations continue where they were, so no known record counts as outdated."""
     with (
         contextlib.closing(killable_server.client()) as client,
         contextlib.closing(killable_server.client()) as elsewhere,
@@ -303,26 +299,23 @@ def test_killed_server_that_comes_back_empty_gets_the_circuit_back(killable_serv
         for _ in range(3):
             other.open()
             other.close()
-        wait_for(lambda: view_of(breaker).cached.generation == 6, "all is heard")
+        wait_for(lambda: view_of(breaker).cached.generation == 6, "the pushes of all transitions")
         os.kill(killable_server.pid or 0, signal.SIGKILL)
         killable_server.restart(keep_data=False)
-        newcomer = breaker_on(killable_server.client(), max_staleness=0, fail_max=1)
-        # A failure of before the return is not everybody's yet.
-        wait_for(lambda: fails(newcomer) or newcomer.current_state == "open", "the newcomer's trip")
-        wait_for(lambda: not storage_of(newcomer).health().is_own, "that is everybody's")
-        wait_for(lambda: breaker.current_state == "open", "the newcomer's trip is believed", within=20)
-        newcomer.close()
-        wait_for(lambda: breaker.current_state == "closed", "and its recovery", within=20)
+        new_breaker = breaker_on(killable_server.client(), max_staleness=0, fail_max=1)
+        # A failure before the return may not be shared yet.
+        wait_for(lambda: fails(new_breaker) or new_breaker.current_state == "open", "the trip of the new process")
+        wait_for(lambda: not storage_of(new_breaker).health().is_own, "the shared trip")
+        wait_for(lambda: breaker.current_state == "open", "a read of the trip", within=20)
+        new_breaker.close()
+        wait_for(lambda: breaker.current_state == "closed", "a read of the recovery", within=20)
         settled(breaker)
         other.open()
         assert seconds_until(breaker, "open") < PUSH
 
 
-# -- a proxy that swallows ---------------------------------------------------------------------------------------------
-
-
-def test_stream_that_went_silent_is_given_up(server, protocol, other):
-    """Everything is sent, nothing arrives: only an answer that is missing tells."""
+def test_silent_connection_is_replaced(server, protocol, other):
+    """All bytes are sent and none arrive: only the missing answer shows the fault."""
     with (
         contextlib.closing(Proxy(server.unix_socket)) as proxy,
         contextlib.closing(redis.Redis(host="127.0.0.1", port=proxy.port)) as client,
@@ -335,13 +328,13 @@ def test_stream_that_went_silent_is_given_up(server, protocol, other):
         other.close()
         seconds_until(breaker, "closed")
         settled(breaker)
-        wait_for(lambda: subscribers(client) >= 1, "there is a new line")
+        wait_for(lambda: subscribers(client) >= 1, "a new connection")
         other.open()
         assert seconds_until(breaker, "open") < PUSH
 
 
-def test_always_asking_is_never_old(server, other):
-    """``max_staleness=0`` for those who want it."""
+def test_zero_staleness_reads_every_time(server, other):
+    """With ``max_staleness=0``, each call reads the circuit."""
     with contextlib.closing(server.client()) as client:
         breaker = breaker_on(client, max_staleness=0)
         breaker.call(up)

@@ -1,4 +1,4 @@
-"""What tests of guarded code are given: circuits that stay put, a clock that advances, fixtures for those who ask."""
+"""The testing module: circuits in a fixed state, a clock that advances, and pytest fixtures on request."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("patient")
 
 pytest_plugins = ["pybreaker_redis.fixtures"]
 
-#: New ones: storages of earlier tests may still be there, and are not to have a say.
+#: New names, because storages of earlier tests may still exist, and must have no influence.
 _namespaces = (f"tested{number}" for number in itertools.count())
 
-#: Where breakers may keep their circuits.
+#: Storages of breakers, by kind.
 STORAGES = {
     "stock, memory": lambda client: pybreaker.CircuitMemoryStorage("closed"),
     "stock, Redis": lambda client: pybreaker.CircuitRedisStorage("closed", client, next(_namespaces)),
@@ -41,8 +41,8 @@ STORAGES = {
     "ours, Redis": lambda client: CircuitRedisStorage("closed", client, next(_namespaces)),
 }
 
-#: What else may move the time.
-MOVERS: dict[str, Callable[[datetime], AbstractContextManager[Any]]] = {
+#: Other libraries that move the time.
+TIME_LIBRARIES: dict[str, Callable[[datetime], AbstractContextManager[Any]]] = {
     "freezegun": freezegun.freeze_time,
     "time-machine": lambda at: time_machine.travel(at, tick=False),
 }
@@ -52,12 +52,12 @@ NOON = datetime(2030, 6, 1, 12, tzinfo=timezone.utc)
 
 @pytest.fixture(params=STORAGES)
 def make(request: pytest.FixtureRequest, client: redis.Redis) -> Callable[..., CircuitBreaker]:
-    """Breakers on each kind of storage."""
-    return lambda **words: CircuitBreaker(state_storage=STORAGES[request.param](client), name="tested", **words)
+    """Return a factory of breakers on each kind of storage."""
+    return lambda **options: CircuitBreaker(state_storage=STORAGES[request.param](client), name="tested", **options)
 
 
 def rejected(breaker: CircuitBreaker) -> bool:
-    """Whether a call is."""
+    """Return whether a call is rejected."""
     try:
         breaker.call(up)
     except CircuitBreakerError:
@@ -66,11 +66,11 @@ def rejected(breaker: CircuitBreaker) -> bool:
 
 
 class TestForced:
-    """A circuit that stays as it is."""
+    """Circuits in a fixed state."""
 
     @pytest.mark.parametrize("reset_timeout", [0, 0.001, 60])
     def test_forced_open_rejects_every_call(self, make: Any, reset_timeout: float) -> None:
-        """Whatever the timeout, so that a test of the fallback does not pass by chance."""
+        """The reset timeout makes no difference, so a test of a fallback does not pass by chance."""
         breaker = make(reset_timeout=reset_timeout)
         with force_open(breaker):
             assert breaker.current_state == breaker.state.name == "open"
@@ -78,16 +78,16 @@ class TestForced:
             assert reset_timeout < retry_after(breaker) + 0.1 <= max(reset_timeout, 1) + 1.1
         assert not rejected(breaker)
 
-    def test_forced_open_tells_the_breaker_s_own_timeout(self, make: Any) -> None:
-        """What a test compares ``Retry-After`` with."""
+    def test_forced_open_reports_the_timeout_of_the_breaker(self, make: Any) -> None:
+        """A test can compare the header ``Retry-After`` with the breaker's own timeout."""
         breaker = make(reset_timeout=30)
         with force_open(breaker), pytest.raises(CircuitBreakerError) as raised:
             breaker.call(up)
         with force_open(breaker):
             assert 29 < retry_after(raised.value) <= 30
 
-    def test_forced_closed_lets_every_call_pass(self, make: Any) -> None:
-        """A test of what happens when the dependency fails is not about how often it did before."""
+    def test_forced_closed_admits_every_call(self, make: Any) -> None:
+        """A test of a failing dependency does not depend on earlier failures."""
         breaker = make(fail_max=2)
         breaker.open()
         with force_closed(breaker):
@@ -98,10 +98,10 @@ class TestForced:
             assert breaker.fail_counter == 0
         assert rejected(breaker)
 
-    def test_circuit_is_as_it_was_afterwards(self, make: Any) -> None:
-        """Its counts included, and no listener has heard anything."""
-        heard = Heard()
-        breaker = make(fail_max=3, listeners=[heard])
+    def test_forced_circuit_is_restored_afterwards(self, make: Any) -> None:
+        """Its counts are unchanged, too, and no listener has been notified."""
+        recorder = Heard()
+        breaker = make(fail_max=3, listeners=[recorder])
         fails(breaker, 2)
         with force_open(breaker), force_closed(breaker):
             fails(breaker, 4)
@@ -109,12 +109,12 @@ class TestForced:
                 assert rejected(breaker)
             assert not rejected(breaker)
         assert breaker.fail_counter == 2
-        assert heard.states == []
+        assert recorder.states == []
         fails(breaker)
-        assert [new for _, _, new in heard.states] == ["open"]
+        assert [new for _, _, new in recorder.states] == ["open"]
 
-    def test_what_is_done_by_hand_meanwhile_changes_nothing(self, make: Any) -> None:
-        """The code under test may open and close."""
+    def test_direct_changes_of_a_forced_circuit_have_no_effect(self, make: Any) -> None:
+        """Code under test may open and close the circuit."""
         breaker = make()
         with force_open(breaker):
             breaker.close()
@@ -125,15 +125,15 @@ class TestForced:
             assert not rejected(breaker)
         assert not rejected(breaker)
 
-    def test_ends_with_an_error_too(self, make: Any) -> None:
-        """A test that fails must not take the next one along."""
+    def test_forced_circuit_is_restored_after_an_error(self, make: Any) -> None:
+        """A failed test must not affect the next one."""
         breaker = make()
         with pytest.raises(KeyError), force_open(breaker):
             raise KeyError
         assert not rejected(breaker)
 
-    def test_decorates_a_test(self, make: Any) -> None:
-        """As `unittest.mock.patch` does."""
+    def test_forced_circuit_decorates_a_test(self, make: Any) -> None:
+        """The context manager also works as a decorator, like `unittest.mock.patch`."""
         breaker = make()
 
         @force_open(breaker)
@@ -144,8 +144,8 @@ class TestForced:
         assert test()
         assert not rejected(breaker)
 
-    def test_its_registry_says_so_and_operators_move_nothing(self, client: redis.Redis) -> None:
-        """A page that shows the circuits is tested like everything else."""
+    def test_registry_shows_a_forced_circuit_and_operators_change_nothing(self, client: redis.Redis) -> None:
+        """A page that shows the circuits can be tested, too."""
         breakers = BreakerRegistry(client)
         payments, _ = breakers.get("payments"), breakers.get("stock")
         with force_open(payments):
@@ -160,11 +160,11 @@ class TestForced:
             breakers.close()
         assert not rejected(payments)
 
-    def test_asks_no_redis(self) -> None:
-        """Tests of other things run where there is none."""
+    def test_forced_circuit_sends_no_command(self) -> None:
+        """Tests of other subjects run without Redis."""
 
         def never() -> None:
-            pytest.fail("asked for a client")
+            pytest.fail("the registry requested a client")
 
         payments = BreakerRegistry(never).get("payments")
         with force_open(payments):
@@ -174,10 +174,10 @@ class TestForced:
 
 
 class TestClock:
-    """Time that passes for breakers."""
+    """Time that passes for breakers only."""
 
     def test_timeout_passes_without_waiting(self, make: Any) -> None:
-        """And no earlier than it should; whole seconds are what stock stores."""
+        """The timeout passes no earlier than it should. Stock stores whole seconds."""
         breaker = make(fail_max=1, reset_timeout=30)
         with BreakerClock() as clock:
             fails(breaker)
@@ -190,7 +190,7 @@ class TestClock:
             assert breaker.current_state == "closed"
 
     def test_trip_under_an_advanced_clock_waits_from_then_on(self, make: Any) -> None:
-        """Time that has passed before is no reason to be early."""
+        """Time that passed before the trip does not shorten the timeout."""
         breaker = make(fail_max=1, reset_timeout=30)
         with BreakerClock() as clock:
             clock.advance(1000)
@@ -204,7 +204,7 @@ class TestClock:
             assert not rejected(breaker)
 
     def test_lease_of_a_probe_passes_in_memory(self) -> None:
-        """The prober has died, and somebody else may."""
+        """The prober has died, so another call may claim the probe."""
         breakers = BreakerRegistry(probe_lease=10, reset_timeout=0)
         payments = breakers.get("payments")
         with BreakerClock() as clock:
@@ -215,8 +215,8 @@ class TestClock:
                 clock.advance(11)
                 assert breakers.status()["payments"].retry_after == 0
 
-    def test_nothing_else_notices(self) -> None:
-        """Timeouts of sockets, tokens and caches are not what is tested."""
+    def test_clock_affects_only_breakers(self) -> None:
+        """Timeouts of sockets, tokens and caches are not affected."""
         before = time.time(), datetime.now(timezone.utc), time.monotonic()
         with BreakerClock() as clock:
             clock.advance(10**6)
@@ -225,8 +225,8 @@ class TestClock:
         assert after[1] - before[1] < timedelta(minutes=1)
         assert after[2] - before[2] < 60
 
-    def test_everything_is_as_it_was_afterwards(self) -> None:
-        """Also after an error."""
+    def test_clock_is_restored_afterwards(self) -> None:
+        """The time is restored after an error, too."""
         breaker = CircuitBreaker(reset_timeout=5)
         clock = BreakerClock()
         clock.advance(100)
@@ -237,14 +237,14 @@ class TestClock:
         assert rejected(breaker)
         assert 4 < retry_after(breaker) <= 5
 
-    @pytest.mark.parametrize("mover", MOVERS)
-    @pytest.mark.parametrize("outer", ["mover", "clock"])
-    def test_together_with_what_else_moves_the_time(self, make: Any, mover: str, outer: str) -> None:
+    @pytest.mark.parametrize("library", TIME_LIBRARIES)
+    @pytest.mark.parametrize("outer", ["library", "clock"])
+    def test_clock_works_together_with_other_libraries(self, make: Any, library: str, outer: str) -> None:
         """A test may freeze the time for other reasons, around the clock or within it."""
         breaker = make(fail_max=1, reset_timeout=30)
         clock = BreakerClock()
-        managers = [MOVERS[mover](NOON), clock]
-        first, second = managers if outer == "mover" else managers[::-1]
+        managers = [TIME_LIBRARIES[library](NOON), clock]
+        first, second = managers if outer == "library" else managers[::-1]
         with first, second:
             fails(breaker)
             clock.advance(29)
@@ -253,41 +253,41 @@ class TestClock:
             clock.advance(2)
             assert not rejected(breaker)
 
-    @pytest.mark.parametrize("mover", MOVERS)
-    def test_time_that_others_move_passes_for_breakers_too(self, mover: str) -> None:
-        """One moves the other along."""
+    @pytest.mark.parametrize("library", TIME_LIBRARIES)
+    def test_time_moved_by_other_libraries_passes_for_breakers(self, library: str) -> None:
+        """Moves of both clocks add up."""
         payments = BreakerRegistry(fail_max=1, reset_timeout=30).get("payments")
         with BreakerClock() as clock:
-            with MOVERS[mover](NOON):
+            with TIME_LIBRARIES[library](NOON):
                 fails(payments)
                 clock.advance(10)
-            with MOVERS[mover](NOON + timedelta(seconds=19)):
+            with TIME_LIBRARIES[library](NOON + timedelta(seconds=19)):
                 assert retry_after(payments) == pytest.approx(1, abs=0.01)
-            with MOVERS[mover](NOON + timedelta(seconds=21)):
+            with TIME_LIBRARIES[library](NOON + timedelta(seconds=21)):
                 assert not rejected(payments)
                 fails(payments)
-            # Whoever has moved the time is gone, the clock is not.
-            with MOVERS[mover](NOON + timedelta(seconds=21)):
+            # The library that moved the time has ended, and the clock has not.
+            with TIME_LIBRARIES[library](NOON + timedelta(seconds=21)):
                 clock.advance(29)
                 assert rejected(payments)
                 clock.advance(2)
                 assert not rejected(payments)
 
-    @pytest.mark.parametrize("mover", MOVERS)
-    def test_forced_circuits_do_not_mind_frozen_time(self, make: Any, mover: str) -> None:
-        """Whatever the date."""
+    @pytest.mark.parametrize("library", TIME_LIBRARIES)
+    def test_forced_circuit_works_under_frozen_time(self, make: Any, library: str) -> None:
+        """The date makes no difference."""
         breaker = make(reset_timeout=0)
-        with MOVERS[mover](NOON), force_open(breaker):
+        with TIME_LIBRARIES[library](NOON), force_open(breaker):
             assert rejected(breaker)
-        with force_open(breaker), MOVERS[mover](NOON):
+        with force_open(breaker), TIME_LIBRARIES[library](NOON):
             assert rejected(breaker)
 
 
 class TestInMemory:
-    """An application's own registry, without its Redis."""
+    """The registry of an application, without its Redis."""
 
-    def test_breakers_stay_themselves_and_need_no_redis(self, client: redis.Redis) -> None:
-        """Whoever has taken a breaker at import goes by the circuit of the test."""
+    def test_in_memory_keeps_breakers_and_needs_no_redis(self, client: redis.Redis) -> None:
+        """A breaker that was imported uses the circuit of the test."""
         breakers = BreakerRegistry(client, fail_max=1, probe_lease=7)
         payments = breakers.get("payments")
         fails(payments)
@@ -305,13 +305,13 @@ class TestInMemory:
                 assert lease_ms_of(stock) == 7000
         assert rejected(payments)
         assert not [key for key in client.keys("*") if key.startswith(b"stock")]
-        # What was made meanwhile has the circuit that it should have.
+        # A breaker that was created meanwhile gets the circuit of its storage.
         assert breakers["stock"] is stock
         assert not rejected(stock)
         assert client.exists("stock:pybreaker:state")
 
-    def test_breaker_that_is_made_anew_meanwhile_has_its_circuit_afterwards(self, client: redis.Redis) -> None:
-        """What is tested may end the registry: that must not leave it in memory, and open, for all later tests."""
+    def test_breaker_created_again_in_memory_gets_its_circuit_afterwards(self, client: redis.Redis) -> None:
+        """Code under test may close the registry. Later tests must not find its circuits in memory, and open."""
         breakers = BreakerRegistry(client)
         breakers.get("payments")
         with in_memory(breakers):
@@ -322,29 +322,29 @@ class TestInMemory:
 
 
 class TestFixtures:
-    """What pytest offers."""
+    """Fixtures for pytest."""
 
     def test_registry_and_clock(self, memory_breakers: BreakerRegistry, breaker_clock: BreakerClock) -> None:
-        """Together they are all that a test of one's own fallback needs."""
+        """Both fixtures suffice for a test of a fallback."""
         stock = memory_breakers.get("stock", fail_max=1, reset_timeout=30)
         fails(stock)
         assert rejected(stock)
         breaker_clock.advance(31)
         assert not rejected(stock)
 
-    def test_registry_is_each_test_s_own(self, memory_breakers: BreakerRegistry) -> None:
-        """The breaker of the last test is not here."""
+    def test_each_test_has_its_own_registry(self, memory_breakers: BreakerRegistry) -> None:
+        """The breaker of the test before does not exist."""
         assert list(memory_breakers) == []
 
-    def test_prefix_is_nobody_else_s(self, breaker_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Workers of pytest-xdist share a server, and so do the tests of one of them."""
+    def test_prefix_is_unique(self, breaker_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Workers of pytest-xdist share a server, and so do the tests of one worker."""
         assert breaker_prefix != unique_prefix()
         monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw7")
         assert unique_prefix("shop").startswith("shop-gw7-")
 
     @pytest.fixture
     def project(self, tmp_path: Path) -> Callable[[str, str], str]:
-        """Runs pytest on a project of somebody's; returns what it prints."""
+        """Return a function that runs pytest on a project and returns its output."""
 
         def run(plugins: str, tests: str) -> str:
             (tmp_path / "conftest.py").write_text(f"pytest_plugins = {plugins}\n", encoding="utf-8")
@@ -357,15 +357,15 @@ class TestFixtures:
         return run
 
     @pytest.mark.full
-    def test_nobody_gets_them_unasked(self, project: Callable[[str, str], str]) -> None:
-        """Installing a package must not change anybody's tests."""
+    def test_fixtures_are_available_only_on_request(self, project: Callable[[str, str], str]) -> None:
+        """The installation of a package must not change the tests of an application."""
         test = "def test_it(memory_breakers, breaker_clock, breaker_prefix): pass\n"
         assert "1 passed" in project('["pybreaker_redis.fixtures"]', test)
         assert "fixture 'memory_breakers' not found" in project("[]", test)
 
-    def test_those_of_the_readme_run(self, project: Callable[[str, str], str]) -> None:
-        """What is shown as tests is run as tests."""
+    def test_tests_of_the_readme_run(self, project: Callable[[str, str], str]) -> None:
+        """The tests that the README shows are run as tests."""
         from tests.support.pages import blocks
 
-        (shown,) = [source for _, source in blocks("python") if "memory_breakers" in source]
-        assert "2 passed" in project('["pybreaker_redis.fixtures"]', shown)
+        (source_of_tests,) = [source for _, source in blocks("python") if "memory_breakers" in source]
+        assert "2 passed" in project('["pybreaker_redis.fixtures"]', source_of_tests)

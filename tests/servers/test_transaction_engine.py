@@ -1,4 +1,4 @@
-"""Transactions in place of scripts: exact under contention, honest when there is too much of it."""
+"""The transaction engine: exact counts under contention, and an error when contention does not end."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _context = multiprocessing.get_context("forkserver")
 
 @pytest.fixture
 def scriptless(server: PrivateServer) -> Iterator[redis.Redis]:
-    """A client of a user who may not run scripts."""
+    """Yield a client of a user without the right to run scripts."""
     with without_scripts(server) as client:
         yield client
 
 
-def _contend(unix_socket: str, what: str, line: Any) -> None:
-    """In a process of its own: wait for the word, and then do it."""
+def _send_intent(unix_socket: str, what: str, line: Any) -> None:
+    """Send one intent in a separate process, when the start signal arrives."""
     with contextlib.closing(redis.Redis(unix_socket_path=unix_socket)) as client:
         engine = TransactionEngine(client, KEYS)
         known = engine.execute(Load(), None, CLOSED).circuit
@@ -64,13 +64,13 @@ def _contend(unix_socket: str, what: str, line: Any) -> None:
             line.send(engine.execute(ClaimProbe(known.generation, what, 60_000), known, CLOSED).accepted)
 
 
-def contend(server: PrivateServer, *what: str) -> list[Any]:
-    """One process for each of these things, all at once; their answers."""
-    return run(_contend, [(server.unix_socket, thing) for thing in what])
+def run_intents(server: PrivateServer, *what: str) -> list[Any]:
+    """Run one process for each of these actions at the same time, and return their results."""
+    return run(_send_intent, [(server.unix_socket, thing) for thing in what])
 
 
 def run(work: Callable[..., None], of_each: list[tuple[Any, ...]]) -> list[Any]:
-    """One process for each of these arguments, all at once; their answers."""
+    """Run one process for each of these argument tuples at the same time, and return their results."""
     start_fork_server()
     lines, processes = [], []
     try:
@@ -99,40 +99,37 @@ def run(work: Callable[..., None], of_each: list[tuple[Any, ...]]) -> list[Any]:
             line.close()
 
 
-# -- contention --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.full
 def test_many_processes_count_every_failure_once(server: PrivateServer, client: redis.Redis) -> None:
-    """Whoever is overtaken reads again: no failure is lost, none counts twice."""
-    answers = contend(server, *["count"] * PROCESSES)
+    """An overtaken process reads again: no failure is lost, and none counts twice."""
+    answers = run_intents(server, *["count"] * PROCESSES)
     assert client.get(KEYS[1]) == b"%d" % (PROCESSES * FAILURES)
-    # Each of them was told the count that their own failure made.
+    # Each process got the counts that its own failures made.
     counts = sorted(circuit.fail_counter for answer in answers for circuit in answer)
     assert counts == list(range(1, PROCESSES * FAILURES + 1))
 
 
 def test_many_processes_trip_once(server: PrivateServer, client: redis.Redis) -> None:
-    """One of the trips that happen at the same time is the one."""
-    answers = contend(server, *["trip"] * 16)
+    """Of simultaneous trips, one is accepted."""
+    answers = run_intents(server, *["trip"] * 16)
     assert sum(answers) == 1
     assert client.hget(KEYS[4], "generation") == b"1"
 
 
 @pytest.mark.full
 def test_many_processes_get_one_probe(server: PrivateServer, client: redis.Redis) -> None:
-    """The probe goes to one of them."""
+    """The probe is granted to one process."""
     TransactionEngine(client, KEYS).execute(SetState(OPEN), None, CLOSED)
     tokens = [f"{number:x}" for number in range(16)]
-    answers = contend(server, *tokens)
+    answers = run_intents(server, *tokens)
     assert sum(answers) == 1
     assert client.hget(KEYS[4], "probe_token").decode() == tokens[answers.index(True)]
 
 
 def test_threads_on_fakeredis_count_every_failure_once() -> None:
-    """A user's own threaded test on fakeredis sees exact counts."""
-    home = fakeredis.FakeServer()
-    storage = CircuitRedisStorage(CLOSED, fakeredis.FakeStrictRedis(server=home), "threads")
+    """A threaded test of an application on fakeredis sees exact counts."""
+    fake_server = fakeredis.FakeServer()
+    storage = CircuitRedisStorage(CLOSED, fakeredis.FakeStrictRedis(server=fake_server), "threads")
     _ = storage.state
 
     def count() -> None:
@@ -147,11 +144,8 @@ def test_threads_on_fakeredis_count_every_failure_once() -> None:
     assert storage.counter == 100
 
 
-# -- too much of it ----------------------------------------------------------------------------------------------------
-
-
 class Overtaker:
-    """A client for the carrier; somebody else writes before each of its first transactions."""
+    """Client for the engine, with a foreign write before each of its first transactions."""
 
     def __init__(
         self, client: redis.Redis, times: int, write: Callable[[redis.Redis], Any], at: str = "execute"
@@ -166,39 +160,37 @@ class Overtaker:
         return getattr(self._client, name)
 
     def pipeline(self, **words: Any) -> Any:
-        """As the client's, but overtaken."""
+        """Return a pipeline of the client that is overtaken."""
         pipe = self._client.pipeline(**words)
         if words.get("transaction", True):
             self.transactions += 1
             proceed = getattr(pipe, self._at)
 
-            def overtaken(*args: Any, **options: Any) -> Any:
+            def proceed_late(*args: Any, **options: Any) -> Any:
                 if self._left and args[:1] != ("WATCH",):
                     self._left -= 1
                     self._write(self._client)
                 return proceed(*args, **options)
 
-            setattr(pipe, self._at, overtaken)
+            setattr(pipe, self._at, proceed_late)
         return pipe
 
 
 def another_failure(client: redis.Redis) -> None:
-    """What a stock worker does."""
+    """Count a failure as a stock worker does."""
     client.incr(KEYS[1])
 
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between attempts, noted and not made."""
+    """Return the pauses between attempts, which are recorded and skipped."""
     pauses: list[float] = []
     monkeypatch.setattr(transaction.time, "sleep", pauses.append)
     return pauses
 
 
-def test_overtaken_transaction_is_tried_again_on_what_is_there_then(
-    client: redis.Redis, no_pauses: list[float]
-) -> None:
-    """The decision is made anew: three foreign failures in between, and ours comes fourth."""
+def test_overtaken_transaction_is_retried_on_the_current_record(client: redis.Redis, no_pauses: list[float]) -> None:
+    """Each attempt decides again: after three foreign failures, the own failure is the fourth."""
     overtaker = Overtaker(client, 3, another_failure)
     reply = TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
     assert reply.circuit.fail_counter == 4
@@ -207,10 +199,10 @@ def test_overtaken_transaction_is_tried_again_on_what_is_there_then(
     assert len(no_pauses) == 3
 
 
-def test_overtaken_intent_is_refused_if_what_is_there_then_refuses_it(
+def test_overtaken_intent_is_refused_if_the_current_record_refuses_it(
     client: redis.Redis, no_pauses: list[float]
 ) -> None:
-    """A trip that somebody else makes in between fences this failure off."""
+    """A trip by another process in between fences this failure off."""
     engine = TransactionEngine(client, KEYS)
     known = engine.execute(Load(), None, CLOSED).circuit
     overtaker = Overtaker(client, 1, lambda client: TransactionEngine(client, KEYS).execute(Trip(0, ""), known, CLOSED))
@@ -221,26 +213,26 @@ def test_overtaken_intent_is_refused_if_what_is_there_then_refuses_it(
     assert len(no_pauses) == 1
 
 
-def test_carrier_that_is_always_overtaken_retries_until_the_deadline_is_near(
+def test_engine_that_is_always_overtaken_retries_until_the_deadline(
     client: redis.Redis, no_pauses: list[float]
 ) -> None:
-    """No call is held for ever: when the time is over the error names the circuit, and the reason."""
+    """No call is blocked for ever: when the time is over, the error contains the circuit and the cause."""
     overtaker = Overtaker(client, 10**9, another_failure)
     began = time.monotonic()
     with deadline(0.5), pytest.raises(redis.WatchError, match=r"'optimistic:.*state': .* overtaken") as raised:
         TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
     assert time.monotonic() - began < 0.5 + SEND_GRACE_S
-    assert raised.value.__cause__ is None, "nothing is in doubt"
+    assert raised.value.__cause__ is None, "no write is in doubt"
     assert overtaker.transactions > 1
     assert all(0 <= pause <= transaction.CONTENTION_PAUSE_MAX_S for pause in no_pauses)
-    # Nothing of ours was written: all that is there are the failures of the others.
+    # No own write was made. All stored failures are foreign ones.
     assert client.get(KEYS[1]) == b"%d" % overtaker.transactions
 
 
-def test_carrier_without_a_deadline_retries_for_a_limited_time(
+def test_engine_without_a_deadline_retries_for_a_limited_time(
     client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``timeout=None`` does not mean for ever."""
+    """A ``timeout=None`` does not mean for ever."""
     monkeypatch.setattr(transaction, "CONTENTION_TIMEOUT_S", 0.1)
     overtaker = Overtaker(client, 10**9, another_failure)
     with pytest.raises(redis.WatchError):
@@ -248,7 +240,7 @@ def test_carrier_without_a_deadline_retries_for_a_limited_time(
 
 
 def test_claim_that_is_always_overtaken_is_refused(client: redis.Redis, no_pauses: list[float]) -> None:
-    """A probe that the server did not grant is made by no process, and the circuit is as the others left it."""
+    """Without a granted probe, no call is made, and the circuit is as the other processes left it."""
     known = TransactionEngine(client, KEYS).execute(Trip(None, ""), None, CLOSED).circuit
     overtaker = Overtaker(client, 10**9, another_failure)
     with deadline(0.2):
@@ -259,7 +251,7 @@ def test_claim_that_is_always_overtaken_is_refused(client: redis.Redis, no_pause
 
 
 def no_answer(_: redis.Redis) -> None:
-    """The time is over while the client waits."""
+    """Raise the timeout of a client that waits."""
     msg = "Timeout reading from socket"
     raise redis.TimeoutError(msg)
 
@@ -268,7 +260,7 @@ def no_answer(_: redis.Redis) -> None:
 def test_time_that_ends_in_a_transaction_after_an_overtaken_one_is_contention(
     client: redis.Redis, no_pauses: list[float], lost_at: str
 ) -> None:
-    """The server has answered within the same deadline; only what may have been executed is in doubt."""
+    """The server answered within the same deadline. Only a transaction that may have been executed is in doubt."""
     overtaker = Overtaker(client, 1, another_failure)
     slow = Overtaker(overtaker, 10**9, lambda client: overtaker.transactions > 1 and no_answer(client), at=lost_at)
     with pytest.raises(redis.WatchError) as raised:
@@ -279,7 +271,7 @@ def test_time_that_ends_in_a_transaction_after_an_overtaken_one_is_contention(
 
 @pytest.mark.parametrize("lost_at", ["watch", "execute"])
 def test_time_that_ends_in_the_first_transaction_is_no_contention(client: redis.Redis, lost_at: str) -> None:
-    """Nothing has shown that the server is there."""
+    """No answer has shown that the server is reachable."""
     overtaker = Overtaker(client, 10**9, no_answer, at=lost_at)
     with pytest.raises(redis.TimeoutError):
         TransactionEngine(overtaker, KEYS).execute(RecordFailure(None, ""), None, CLOSED)
@@ -287,7 +279,7 @@ def test_time_that_ends_in_the_first_transaction_is_no_contention(client: redis.
 
 
 def test_connection_that_is_lost_under_watch_is_no_contention(client: redis.Redis, server: PrivateServer) -> None:
-    """redis-py reports it as `WatchError`, in this message alone; the error behind it says what it is."""
+    """Releases of redis-py report a lost connection as `WatchError`, in this message alone. Its cause has the kind."""
     with contextlib.closing(server.client()) as administrator:
 
         def close_idle_connections(_: redis.Redis) -> None:
@@ -300,8 +292,8 @@ def test_connection_that_is_lost_under_watch_is_no_contention(client: redis.Redi
     assert overtaker.transactions == 1
 
 
-def test_load_that_finds_all_well_starts_no_transaction(client: redis.Redis) -> None:
-    """Reading contends with nobody."""
+def test_load_of_an_intact_record_starts_no_transaction(client: redis.Redis) -> None:
+    """A read causes no contention."""
     TransactionEngine(client, KEYS).execute(Trip(None, ""), None, CLOSED)
     overtaker = Overtaker(client, 1, another_failure)
     assert TransactionEngine(overtaker, KEYS).execute(Load(), None, CLOSED).circuit.state == OPEN
@@ -309,7 +301,7 @@ def test_load_that_finds_all_well_starts_no_transaction(client: redis.Redis) -> 
 
 
 def test_load_that_must_repair_decides_again_under_watch(client: redis.Redis, no_pauses: list[float]) -> None:
-    """What the first look found may be repaired by somebody else meanwhile."""
+    """Another process may repair the record between the first read and the transaction."""
     client.set(KEYS[0], "ajar")
     overtaker = Overtaker(client, 1, lambda client: client.set(KEYS[0], "open"))
     reply = TransactionEngine(overtaker, KEYS).execute(Load(), None, CLOSED)
@@ -326,23 +318,23 @@ def test_contention_without_end_is_no_outage(
     caplog: pytest.LogCaptureFixture,
     timeout: float | None,
 ) -> None:
-    """The caller gets their own exception, no line says that the server is away, and the failures count in the end."""
+    """The caller gets its own exception, no outage is logged, and all failures count in the end."""
     monkeypatch.setattr(transaction, "CONTENTION_TIMEOUT_S", 0.2)
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=timeout)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
     caplog.clear()
     engine = engine_of(storage)
-    usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
+    original, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     for _ in range(3):
         began = time.monotonic()
         with pytest.raises(ZeroDivisionError):
             breaker.call(lambda: 1 / 0)
-        assert time.monotonic() - began < 10, "of the call, which waits for contention once"
+        assert time.monotonic() - began < 10, "a call waits for contention once"
     assert storage.health().is_own
     assert (storage.health().condition, storage.health().last_error) == ("connected", "")
-    engine.client = usual
+    engine.client = original
     with pytest.raises(ZeroDivisionError):
         breaker.call(lambda: 1 / 0)
     assert not storage.health().is_own
@@ -350,24 +342,22 @@ def test_contention_without_end_is_no_outage(
     assert messages_of(caplog, storage.health().server, "circuit 'optimistic'") == []
 
 
-def test_call_that_contention_has_held_up_reports_without_asking_again(
-    scriptless: redis.Redis, client: redis.Redis
-) -> None:
-    """One call waits for contention once: its other steps are the local circuit's."""
+def test_call_delayed_by_contention_reports_to_the_local_circuit(scriptless: redis.Redis, client: redis.Redis) -> None:
+    """A call waits for contention once. Its other steps use the local circuit."""
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.5)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
     engine = engine_of(storage)
-    usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
+    original, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
         breaker.call(lambda: 1 / 0)
 
     def fail() -> None:
-        engine.client = usual
+        engine.client = original
         raise ZeroDivisionError
 
-    # What the first call has counted is added before this one: that is overtaken, and takes the time of this call.
+    # The report of the first call's failure comes before this call. The report is overtaken and uses this call's time.
     with pytest.raises(ZeroDivisionError):
         breaker.call(fail)
     assert storage.health().is_own
@@ -376,21 +366,21 @@ def test_call_that_contention_has_held_up_reports_without_asking_again(
     assert client.get(KEYS[1]) == b"2"
 
 
-def test_call_that_was_admitted_alone_is_counted_where_the_circuit_is_shared_again(
+def test_call_admitted_locally_counts_in_the_shared_circuit_after_contention(
     scriptless: redis.Redis, client: redis.Redis
 ) -> None:
-    """Neither circuit has moved since, so the call may still speak."""
+    """Neither circuit has changed its state since, so the call can report."""
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.3)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
     engine = engine_of(storage)
-    usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
+    original, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
         breaker.call(lambda: 1 / 0)
 
     def fail() -> None:
-        engine.client = usual
+        engine.client = original
         thread = threading.Thread(target=lambda: breaker.fail_counter)
         thread.start()
         thread.join()
@@ -402,28 +392,25 @@ def test_call_that_was_admitted_alone_is_counted_where_the_circuit_is_shared_aga
     assert client.get(KEYS[1]) == b"2"
 
 
-# -- full speed --------------------------------------------------------------------------------------------------------
-
-
-class Lines(logging.Handler):
-    """Keeps what is logged."""
+class LogCollector(logging.Handler):
+    """Handler that collects log messages."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the text."""
+        """Store the message."""
         self.lines.append(record.getMessage())
 
 
-#: Seconds for all of an operation.  With the default, a busy machine with two cores holds processes up for longer.
+#: Timeout of an operation, seconds. With the default, a busy machine with two cores blocks processes for longer.
 FULL_SPEED_TIMEOUT = 1.0
 
 
 def _fail_at_full_speed(unix_socket: str, user: str, namespace: str, seconds: float, line: Any) -> None:
-    """In a process: failing calls without a pause; how many, the slowest, and what was logged."""
-    logged = Lines()
+    """Make failing calls without a pause. Send their number, the slowest duration and the log lines."""
+    logged = LogCollector()
     logging.getLogger("pybreaker_redis").addHandler(logged)
     with contextlib.closing(redis.Redis(unix_socket_path=unix_socket, username=user, password="any")) as client:
         storage = CircuitRedisStorage(CLOSED, client, namespace, timeout=FULL_SPEED_TIMEOUT)
@@ -438,7 +425,7 @@ def _fail_at_full_speed(unix_socket: str, user: str, namespace: str, seconds: fl
                 breaker.call(lambda: 1 / 0)
             calls += 1
             slowest = max(slowest, time.monotonic() - began)
-        wait_for(lambda: breaker.fail_counter and not storage.health().is_own, "all is reported", 30)
+        wait_for(lambda: breaker.fail_counter and not storage.health().is_own, "the report of all failures", 30)
         line.send((calls, slowest, logged.lines))
         line.recv()
 
@@ -449,7 +436,7 @@ def test_sixteen_processes_at_full_speed_without_scripts_are_no_outage(
 ) -> None:
     """All failures count once, no line is logged, and no call takes much longer than its timeout.
 
-    A machine with much else to do may hold a process up for longer than the timeout, so one good round of five counts.
+    A busy machine may block a process for longer than the timeout, so one good round of five suffices.
     """
     user = scriptless.connection_pool.connection_kwargs["username"]
     for attempt in range(5):
@@ -465,15 +452,12 @@ def test_sixteen_processes_at_full_speed_without_scripts_are_no_outage(
     assert slowest < FULL_SPEED_TIMEOUT + 0.05
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("command", ["mget", "exists", "hmget", "time"])
 @pytest.mark.parametrize("intent", [Load(), RecordFailure(None, "")], ids=lambda intent: intent.operation)
 def test_command_that_the_server_refuses_is_an_error_and_not_a_missing_key(
     server: PrivateServer, command: str, intent: Any
 ) -> None:
-    """A user who may not read is no reason to create a circuit anew."""
+    """A user without read access is no reason to create the circuit again."""
     with contextlib.closing(server.client()) as administrator:
         rights = ("~*", "&*", "+@all", "-@scripting", f"-{command}")
         administrator.execute_command("ACL", "SETUSER", f"no{command}", "reset", "on", "nopass", *rights)
@@ -487,8 +471,8 @@ def test_command_that_the_server_refuses_is_an_error_and_not_a_missing_key(
         assert [administrator.dump(key) for key in KEYS] == before
 
 
-def test_whole_life_of_a_circuit_needs_no_script(scriptless: redis.Redis, client: redis.Redis) -> None:
-    """Failures, trip, rejection, one probe among many, recovery: all with transactions."""
+def test_full_cycle_of_a_circuit_needs_no_script(scriptless: redis.Redis, client: redis.Redis) -> None:
+    """Failures, trip, rejection, one probe among many and recovery work with transactions alone."""
     make = lambda: CircuitBreaker(  # noqa: E731
         fail_max=2, reset_timeout=60, state_storage=CircuitRedisStorage(CLOSED, scriptless, "optimistic")
     )
@@ -513,22 +497,22 @@ def test_whole_life_of_a_circuit_needs_no_script(scriptless: redis.Redis, client
     assert client.hget(KEYS[4], "generation") == b"3"
 
 
-def test_circuit_that_is_left_while_scripts_are_missed_lives_there_again_when_it_is_used(
+def test_circuit_released_during_the_switch_to_transactions_is_registered_again(
     scriptless: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was let go of by another thread just when the first transaction had done what a script could not."""
+    """Another thread releases the circuit right after the first transaction that replaced a script."""
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic")
     execute = TransactionEngine.execute
     left: list[int] = []
 
-    def leaves(engine: TransactionEngine, *arguments: Any) -> Any:
+    def release_after(engine: TransactionEngine, *arguments: Any) -> Any:
         reply = execute(engine, *arguments)
         if not left:
             left.append(1)
             storage.release_connections()
         return reply
 
-    monkeypatch.setattr(TransactionEngine, "execute", leaves)
+    monkeypatch.setattr(TransactionEngine, "execute", release_after)
     breaker = CircuitBreaker(state_storage=storage)
     for _ in range(2):
         breaker.call(lambda: None)
@@ -538,7 +522,7 @@ def test_circuit_that_is_left_while_scripts_are_missed_lives_there_again_when_it
 
 @pytest.mark.parametrize("step", ["execute_command", "execute"])
 def test_connection_lost_in_a_transaction_is_raised(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """Only being overtaken is a reason to try again here, and only a wrong type one to read on."""
+    """Only contention is retried here, and only a wrong type is read again."""
     original = getattr(redis.client.Pipeline, step)
 
     def lost(self: Any, *args: Any, **options: Any) -> Any:
@@ -555,7 +539,10 @@ def test_connection_lost_in_a_transaction_is_raised(monkeypatch: pytest.MonkeyPa
 def test_client_that_always_decodes_reads_damage_undecoded(
     monkeypatch: pytest.MonkeyPatch, server: PrivateServer
 ) -> None:
-    """redis-py 3 has no way to leave a single answer as it is; bytes that are no text must not raise there either."""
+    """Releases 3 of redis-py cannot leave a single answer undecoded.
+
+    Bytes that are no text must not raise there either.
+    """
     monkeypatch.setattr(legacy, "HAS_NEVER_DECODE", False)
     keys = circuit_keys("damaged", needs_one_slot=False)
     with contextlib.closing(server.client(decode_responses=True)) as client:
@@ -566,8 +553,8 @@ def test_client_that_always_decodes_reads_damage_undecoded(
         engine.client.connection_pool.disconnect()
 
 
-def test_fakeredis_that_misses_lupa_runs_no_scripts() -> None:
-    """Its older versions say so with an error of Python's own."""
+def test_fakeredis_without_lupa_runs_no_scripts() -> None:
+    """Older versions of fakeredis raise an error of Python's import system."""
 
     class Old:
         def evalsha(self, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""URLs: each scheme leads to a client that answers, and whatever is wrong with one is said at once, without secrets."""
+"""URLs: each scheme leads to a client that works, and an invalid URL raises at once, without secrets."""
 
 from __future__ import annotations
 
@@ -33,18 +33,15 @@ from tests.support.wait import wait_for
 has_cluster = pytest.mark.skipif(url_module.cluster_library() is None, reason="no library for clusters is installed")
 
 
-def words_of(url: str) -> dict[str, Any]:
-    """What the connections of a URL's client are made with."""
+def options_of(url: str) -> dict[str, Any]:
+    """Return the connection arguments of a URL's client."""
     words: dict[str, Any] = client_source_from_url(url)().connection_pool.connection_kwargs
     return words
 
 
-# -- servers -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def reached(preferred: FoundServer) -> Iterator[PrivateServer]:
-    """A server with a port and a socket, and a user whose name and password have to be quoted."""
+    """Yield a server with a port and a socket, and a user with a name and a password that must be quoted."""
     with PrivateServer(preferred.binary, port=free_port()) as server:
         with contextlib.closing(server.client()) as client:
             client.execute_command("ACL", "SETUSER", "sh@p", "on", ">se/c:ret", "~*", "&*", "+@all")
@@ -52,8 +49,8 @@ def reached(preferred: FoundServer) -> Iterator[PrivateServer]:
 
 
 @pytest.fixture(scope="module")
-def watched(preferred: FoundServer) -> Iterator[Sentinels]:
-    """A master, and two Sentinels."""
+def watched_master(preferred: FoundServer) -> Iterator[Sentinels]:
+    """Yield a master with two Sentinels."""
     made = Sentinels(preferred.binary, 2)
     with made.stack:
         yield made
@@ -61,69 +58,66 @@ def watched(preferred: FoundServer) -> Iterator[Sentinels]:
 
 @pytest.fixture(scope="module")
 def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
-    """A cluster of one node."""
+    """Yield a cluster of one node."""
     with PrivateServer(preferred.binary, port=bus_port(), args=["--cluster-enabled", "yes"]) as node:
         with contextlib.closing(node.client()) as client:
             client.execute_command("CLUSTER ADDSLOTS", *range(CLUSTER_SLOT_COUNT))
-            wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "it serves all slots")
+            wait_for(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "all slots in service")
         yield node
 
 
 @pytest.fixture
 def encrypted(reached: PrivateServer, certified: Certificates) -> Iterator[int]:
-    """The port of the server by TLS: few binaries that install with pip speak it themselves."""
+    """Yield the port of a TLS proxy of the server, because few binaries from pip support TLS."""
     port = free_port()
     with contextlib.closing(Terminator(reached.unix_socket, certified, port, asks_who=False)):
         yield port
 
 
-def answers(url: str, where: PrivateServer, timeout: float | None = 10) -> Any:
-    """Whether a storage of a URL shares its circuit on this server; its client."""
+def assert_shared(url: str, server: PrivateServer, timeout: float | None = 10) -> Any:
+    """Assert that a storage of the URL shares its circuit on this server, and return a client of the URL."""
     namespace = fresh_namespace()
     storage = CircuitRedisStorage.from_url(url, namespace=f"{{{namespace}}}", timeout=timeout)
     breaker = CircuitBreaker(fail_max=3, state_storage=storage)
-    assert storage.health().condition == "unused", "nothing is asked before the first call"
+    assert storage.health().condition == "unused", "nothing is sent before the first call"
     breaker.call(up)
     breaker.open()
     health = storage.health()
     assert (health.condition, health.last_error) == ("connected", "")
-    with contextlib.closing(where.client()) as observer:
+    with contextlib.closing(server.client()) as observer:
         assert observer.get(f"{{{namespace}}}:pybreaker:state") == b"open"
     return client_source_from_url(url)()
 
 
-# -- every scheme ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("library", ["redis", "valkey"])
-def test_url_of_a_server_leads_there(reached: PrivateServer, library: str) -> None:
-    """The plainest of all."""
-    client = answers(f"{library}://127.0.0.1:{reached.port}", reached)
+def test_url_of_a_server_works(reached: PrivateServer, library: str) -> None:
+    """The plain form of a URL works."""
+    client = assert_shared(f"{library}://127.0.0.1:{reached.port}", reached)
     assert type(client) is redis.Redis
     assert client.ping()
 
 
-def test_url_of_a_socket_leads_there(reached: PrivateServer) -> None:
-    """With the database in the query, as redis-py has it."""
-    assert answers(f"unix://{reached.unix_socket}", reached).ping()
-    assert words_of(f"unix://{reached.unix_socket}?db=3")["db"] == 3
+def test_url_of_a_socket_works(reached: PrivateServer) -> None:
+    """As with redis-py, the query contains the database."""
+    assert assert_shared(f"unix://{reached.unix_socket}", reached).ping()
+    assert options_of(f"unix://{reached.unix_socket}?db=3")["db"] == 3
 
 
 @pytest.mark.parametrize("place", ["127.0.0.1:{port}/0", "{socket}"])
 def test_user_and_password_are_unquoted(reached: PrivateServer, place: str) -> None:
-    """A password may hold any character."""
+    """A password may contain any character."""
     scheme = "unix" if place == "{socket}" else "redis"
     place = place.format(port=reached.port, socket=reached.unix_socket)
-    assert answers(f"{scheme}://sh%40p:se%2Fc%3Aret@{place}", reached).acl_whoami() in (b"sh@p", "sh@p")
+    assert assert_shared(f"{scheme}://sh%40p:se%2Fc%3Aret@{place}", reached).acl_whoami() in (b"sh@p", "sh@p")
 
 
 @pytest.mark.parametrize("library", ["rediss", "valkeys"])
-def test_url_with_tls_leads_there_and_certificates_are_checked(
+def test_url_with_tls_leads_to_a_server_with_a_checked_certificate(
     reached: PrivateServer, encrypted: int, certified: Certificates, library: str
 ) -> None:
-    """The words of TLS stand in the query."""
+    """Options of TLS are in the query."""
     url = f"{library}://127.0.0.1:{encrypted}/0?ssl_ca_certs={certified.authority}"
-    client = answers(url, reached)
+    client = assert_shared(url, reached)
     assert issubclass(client.connection_pool.connection_class, redis.SSLConnection)
     with pytest.raises((redis.ConnectionError, ssl.SSLError)):
         client_source_from_url(f"{library}://127.0.0.1:{encrypted}/0?socket_timeout=5")().ping()
@@ -131,16 +125,18 @@ def test_url_with_tls_leads_there_and_certificates_are_checked(
 
 @pytest.mark.parametrize("library", ["redis", "valkey"])
 @pytest.mark.parametrize("timeout", [10, None])
-def test_url_of_sentinels_leads_to_the_master(watched: Sentinels, library: str, timeout: float | None) -> None:
-    """Each of several Sentinels may be asked; one that is not there is passed over."""
-    places = ",".join(f"127.0.0.1:{made.port}" for made in watched.sentinels)
-    client = answers(f"{library}+sentinel://127.0.0.1:{free_port()},{places}/shop", watched.master, timeout)
+def test_url_of_sentinels_leads_to_the_master(watched_master: Sentinels, library: str, timeout: float | None) -> None:
+    """Any of several Sentinels answers. One that does not run is skipped."""
+    places = ",".join(f"127.0.0.1:{made.port}" for made in watched_master.sentinels)
+    client = assert_shared(
+        f"{library}+sentinel://127.0.0.1:{free_port()},{places}/shop", watched_master.master, timeout
+    )
     assert client.connection_pool.service_name == "shop"
     assert client.ping()
 
 
-def test_words_of_a_sentinel_url_are_for_master_or_sentinels(watched: Sentinels) -> None:
-    """User and password stand for the master's; the Sentinels' have names of their own."""
+def test_options_of_a_sentinel_url_are_for_master_or_sentinels(watched_master: Sentinels) -> None:
+    """User and password are those of the master. The Sentinels have separate options."""
     client = client_source_from_url(
         "redis+sentinel://shop:secret@one,[::1]:5/my%20shop/2?sentinel_username=watch&sentinel_password=se%26cret"
         "&socket_timeout=0.4&decode_responses=yes&max_connections=7"
@@ -151,17 +147,17 @@ def test_words_of_a_sentinel_url_are_for_master_or_sentinels(watched: Sentinels)
     assert (master["db"], master["username"], master["password"]) == (2, "shop", "secret")
     assert (master["socket_timeout"], master["socket_connect_timeout"]) == (0.4, URL_TIMEOUT_S)
     assert master["decode_responses"] is True
-    asked = [made.connection_pool.connection_kwargs for made in pool.sentinel_manager.sentinels]
-    assert [(words["host"], words["port"]) for words in asked] == [("one", 26379), ("::1", 5)]
-    for words in asked:
+    arguments = [made.connection_pool.connection_kwargs for made in pool.sentinel_manager.sentinels]
+    assert [(words["host"], words["port"]) for words in arguments] == [("one", 26379), ("::1", 5)]
+    for words in arguments:
         assert (words["username"], words["password"], words["db"]) == ("watch", "se&cret", 0)
         assert (words["socket_timeout"], words["socket_connect_timeout"]) == (0.4, URL_TIMEOUT_S)
         assert not words.get("decode_responses")
 
 
 @pytest.mark.parametrize("library", ["rediss", "valkeys"])
-def test_sentinels_and_master_are_talked_to_by_tls(library: str) -> None:
-    """Who encrypts the one encrypts the other."""
+def test_sentinels_and_master_use_tls(library: str) -> None:
+    """TLS holds for both the master and the Sentinels."""
     pool = client_source_from_url(f"{library}+sentinel://one/shop?ssl_ca_certs=/nowhere")().connection_pool
     for some in (pool, *(made.connection_pool for made in pool.sentinel_manager.sentinels)):
         assert issubclass(some.connection_class, redis.SSLConnection)
@@ -174,9 +170,9 @@ def test_sentinels_and_master_are_talked_to_by_tls(library: str) -> None:
 @has_cluster
 @pytest.mark.parametrize("library", ["redis", "valkey"])
 @pytest.mark.parametrize("timeout", [10, None])
-def test_url_of_a_cluster_leads_there(cluster: PrivateServer, library: str, timeout: float | None) -> None:
-    """Each of several nodes may be asked; one that is not there is passed over."""
-    client = answers(
+def test_url_of_a_cluster_works(cluster: PrivateServer, library: str, timeout: float | None) -> None:
+    """Any of several nodes answers. One that does not run is skipped."""
+    client = assert_shared(
         f"{library}+cluster://127.0.0.1:{free_port()},127.0.0.1:{cluster.port}/0?socket_timeout=0.7", cluster, timeout
     )
     assert type(client).__name__ == "RedisCluster"
@@ -189,36 +185,39 @@ def test_url_of_a_cluster_leads_there(cluster: PrivateServer, library: str, time
 
 @has_cluster
 @pytest.mark.full
-def test_silent_nodes_of_a_cluster_keep_a_call_waiting_for_one_timeout(cluster: PrivateServer) -> None:
-    """A cluster's client connects when it is made, to any of its nodes, and keeps no deadline of anybody."""
+def test_silent_nodes_of_a_cluster_delay_a_call_by_one_timeout(cluster: PrivateServer) -> None:
+    """A cluster client connects to any of its nodes when it is created, and keeps no deadline."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        nobody = f"127.0.0.1:{silent.getsockname()[1]}"
-        for nodes, is_own in ((f"{nobody},{nobody}", True), (f"{nobody},127.0.0.1:{cluster.port}", False)):
-            # What a client waits that keeps no deadline.
+        silent_address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for nodes, is_own in (
+            (f"{silent_address},{silent_address}", True),
+            (f"{silent_address},127.0.0.1:{cluster.port}", False),
+        ):
+            # Timeouts of a client that keeps no deadline.
             url = f"redis+cluster://{nodes}?socket_timeout=20&socket_connect_timeout=20"
             storage = CircuitRedisStorage.from_url(url, namespace=fresh_namespace(), max_staleness=0, timeout=2.0)
             began = time.monotonic()
             CircuitBreaker(state_storage=storage).call(up)
             assert time.monotonic() < began + 2.0 + 3.0
             assert storage.health().is_own == is_own
-        # Whoever is silent now may be the one who is left later.
-        known = topology_of(located_client(storage))
-        assert known
-        assert ("127.0.0.1", silent.getsockname()[1]) in seed_nodes(known)
+        # A node that is silent now may be the only one left later.
+        topology = topology_of(located_client(storage))
+        assert topology
+        assert ("127.0.0.1", silent.getsockname()[1]) in seed_nodes(topology)
 
 
 class TimeLimit(Exception):
-    """Raised into a wait from outside."""
+    """Raised into a wait by the application."""
 
 
-def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_caller(
+def test_time_limit_during_the_search_for_a_cluster_node_is_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No further node is tried: the error belongs to the caller, not to the node."""
+    """No further node is tried: the error belongs to the caller and not to the node."""
     tried: list[int] = []
 
     def send_command(self: Any, *words: Any, **options: Any) -> None:
-        if self.port in (1, 2):  # Threads of other tests may send something meanwhile.
+        if self.port in (1, 2):  # threads of other tests may send commands meanwhile
             tried.append(self.port)
         raise TimeLimit
 
@@ -232,16 +231,16 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 
 @has_cluster
 @pytest.mark.parametrize("library", ["rediss", "valkeys"])
-def test_cluster_is_talked_to_by_tls(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    """The words of TLS go with those of the nodes."""
+def test_cluster_uses_tls(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Options of TLS hold for the nodes."""
     made: list[dict[str, Any]] = []
     clusters = importlib.import_module(str(url_module.cluster_library()))
 
-    class Noted:
+    class RecordingCluster:
         def __init__(self, **words: Any) -> None:
             made.append(words)
 
-    monkeypatch.setattr(clusters, "RedisCluster", Noted)
+    monkeypatch.setattr(clusters, "RedisCluster", RecordingCluster)
     client_source_from_url(f"{library}+cluster://one:1,two?ssl_ca_certs=/nowhere")()
     client_source_from_url("redis+cluster://one:1,two")()
     assert [words.get("ssl") for words in made] == [True, None]
@@ -250,8 +249,8 @@ def test_cluster_is_talked_to_by_tls(monkeypatch: pytest.MonkeyPatch, library: s
     assert len(made[0]["startup_nodes"]) == 2
 
 
-def test_redis_py_3_takes_redis_py_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no clusters of its own."""
+def test_redis_py_3_uses_redis_py_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases 3 of redis-py have no cluster client."""
     made: list[dict[str, Any]] = []
 
     class Library:
@@ -270,23 +269,17 @@ def test_redis_py_3_takes_redis_py_cluster(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_cluster_without_a_library_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names what to install."""
+    """The error contains the package to install."""
     monkeypatch.setattr(url_module, "cluster_library", lambda: None)
     with pytest.raises(ModuleNotFoundError, match=r"pybreaker_redis\[redis-py-cluster\]") as caught:
         CircuitRedisStorage.from_url("redis+cluster://:secret@one")
     assert "secret" not in str(caught.value)
 
 
-# -- what the client is like -------------------------------------------------------------------------------------------
-
-
-def test_nobody_who_answers_is_waited_for_no_longer_than_that() -> None:
-    """Whoever accepts and says nothing is given up."""
+def test_silent_server_is_waited_for_until_the_timeout_of_the_url() -> None:
+    """A server that accepts connections and does not answer is given up."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}?socket_timeout=0.05"
         storage = CircuitRedisStorage.from_url(url, timeout=None)
         assert CircuitBreaker(state_storage=storage).call(up) == "answer"
         assert storage.health().condition == "away"
-
-
-# -- mistakes ----------------------------------------------------------------------------------------------------------

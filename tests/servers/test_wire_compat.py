@@ -1,4 +1,4 @@
-"""Old and new workers serve one circuit: stock pybreaker beside ours, before us, and after us again."""
+"""Wire compatibility: stock workers share circuits with new workers, beside them, before them and after them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAMESPACE = "fleet"
 
 STOCK_KEYS = ["state", "fail_counter", "success_counter", "opened_at"]
 
-#: What each key may hold; stock reads the numbers with `int()`.
+#: Formats of the values. Stock reads the numbers with `int()`.
 FORMATS = {
     "state": re.compile(rb"closed|open|half-open"),
     "fail_counter": re.compile(rb"0|[1-9][0-9]*"),
@@ -46,32 +46,33 @@ FORMATS = {
     "opened_at": re.compile(rb"[1-9][0-9]{9}"),
 }
 
-Mixed = Callable[..., Fleet]
+MixedFleet = Callable[..., Fleet]
 
 
 def key(name: str) -> str:
-    """The circuit's key of that name."""
+    """Return the circuit's key of that name."""
     return f"{NAMESPACE}:pybreaker:{name}"
 
 
 def values(client: redis.Redis) -> dict[str, bytes]:
-    """Stock's keys, as far as they are there."""
+    """Return the existing values of stock's keys."""
     raw = client.mget([key(name) for name in STOCK_KEYS])
     return {name: value for name, value in zip(STOCK_KEYS, raw, strict=True) if value is not None}
 
 
 def assert_stock_can_parse(found: dict[str, bytes]) -> None:
-    """Every value is one that stock itself might have written."""
+    """Assert that stock could have written every value."""
     for name, value in found.items():
         assert FORMATS[name].fullmatch(value), (name, value)
 
 
 @pytest.fixture
-def mixed(server: PrivateServer, tmp_path: Path) -> Mixed:
-    """Build a fleet of stock workers and ours: ``mixed("stock", "ours", reset_timeout=1.0)``."""
+def mixed(server: PrivateServer, tmp_path: Path) -> MixedFleet:
+    """Return a factory of mixed fleets: ``mixed("stock", "ours", reset_timeout=1.0)``."""
 
     def build(*makes: str, **words: Any) -> Fleet:
-        # What stock workers write is noticed at the next look, or within `max_staleness`: here it has to be now.
+        # Writes of stock workers are noticed with the next read or within `max_staleness`. Here, they must be noticed
+        # at once.
         words = {"max_staleness": 0, **words}
         spec = {"place": server.unix_socket, "log": str(tmp_path / "calls"), "namespace": NAMESPACE, **words}
         return Fleet(Spec(make=make, **spec) for make in makes)
@@ -80,26 +81,26 @@ def mixed(server: PrivateServer, tmp_path: Path) -> Mixed:
 
 
 def stock(client: redis.Redis, state: str = CLOSED, **words: Any) -> CircuitBreaker:
-    """A breaker as the application had it before, and has it after a rollback."""
+    """Return a breaker on stock's storage, as before a deployment or after a rollback."""
     storage = pybreaker.CircuitRedisStorage(state, client, NAMESPACE)
     return CircuitBreaker(**{"fail_max": 3, "reset_timeout": 60, "state_storage": storage, **words})
 
 
 def ours(client: redis.Redis, state: str = CLOSED, **words: Any) -> CircuitBreaker:
-    """The same on our storage."""
+    """Return a breaker on this package's storage."""
     lease = {"probe_lease": words.pop("probe_lease")} if "probe_lease" in words else {}
     storage = CircuitRedisStorage(state, client, NAMESPACE, max_staleness=0, **lease)
     return CircuitBreaker(**{"fail_max": 3, "reset_timeout": 60, "state_storage": storage, **words})
 
 
 def fails(breaker: CircuitBreaker) -> None:
-    """A call that fails."""
+    """Make a call that fails."""
     with contextlib.suppress(ZeroDivisionError, CircuitBreakerError):
         breaker.call(lambda: 1 / 0)
 
 
 def rejected(breaker: CircuitBreaker) -> bool:
-    """Whether a call is refused."""
+    """Return whether a call is rejected."""
     try:
         breaker.call(lambda: None)
     except CircuitBreakerError:
@@ -112,16 +113,13 @@ both_ways = pytest.mark.parametrize(("one", "other"), [(stock, ours), (ours, sto
 Make = Callable[..., CircuitBreaker]
 
 
-# -- side by side ------------------------------------------------------------------------------------------------------
-
-
-def test_failures_of_old_and_new_processes_add_up(mixed: Mixed, shared: Any) -> None:
-    """One counter, whoever counts."""
+def test_failures_of_old_and_new_processes_add_up(mixed: MixedFleet, shared: Any) -> None:
+    """Failures of all workers add up in one counter."""
     with mixed("stock", "ours", "stock", "ours", fail_max=10**6) as fleet:
         assert fleet.run(uncounted_failures, 50) == [50] * 4
         assert shared.failures == 200
         assert shared.state == CLOSED
-        # A success of either is a success for both.
+        # A success of either kind is a success for both.
         for worker in (0, 1):
             fleet[worker].run(call)
             assert shared.failures == 0
@@ -129,24 +127,24 @@ def test_failures_of_old_and_new_processes_add_up(mixed: Mixed, shared: Any) -> 
 
 
 @pytest.mark.parametrize("order", [("stock", "ours"), ("ours", "stock")], ids="-".join)
-def test_trip_by_either_process_opens_both(mixed: Mixed, shared: Any, order: tuple[str, str]) -> None:
-    """The threshold is reached together, and whoever reaches it opens the circuit for all."""
+def test_trip_by_either_process_opens_both(mixed: MixedFleet, shared: Any, order: tuple[str, str]) -> None:
+    """Workers of both kinds reach the threshold together, and the trip opens the circuit for all."""
     with mixed(*order, fail_max=4) as fleet:
         for _ in range(3):
             assert fleet[1].run(call, fail=True).error == "DependencyDown"
         assert fleet[0].run(call, fail=True).tripped
         assert shared.state == OPEN
         assert all(outcome.rejected for outcome in fleet.run(call))
-        # And both close when an operator says so on either side.
+        # A close by an operator on either side closes the circuit for both.
         fleet[1].run(operator, "close")
         assert [outcome.error for outcome in fleet.run(call)] == ["", ""]
 
 
 @pytest.mark.parametrize("order", [("stock", "ours"), ("ours", "stock")], ids="-".join)
-def test_recovery_by_either_process_closes_both(mixed: Mixed, shared: Any, order: tuple[str, str]) -> None:
-    """The first call after the timeout is the trial, and its success everybody's."""
+def test_recovery_by_either_process_closes_both(mixed: MixedFleet, shared: Any, order: tuple[str, str]) -> None:
+    """The first call after the timeout is the trial, and its success closes the circuit for all."""
     with mixed(*order, fail_max=1, reset_timeout=2.0) as fleet:
-        # Stock cuts the opening time to whole seconds: late in a second its timeout may be over at once.
+        # Stock cuts the opening time to whole seconds, so late in a second its timeout may be over at once.
         time.sleep(1.05 - time.time() % 1)
         tripped: Outcome = fleet[0].run(call, fail=True)
         assert tripped.tripped
@@ -158,8 +156,8 @@ def test_recovery_by_either_process_closes_both(mixed: Mixed, shared: Any, order
         assert shared.failures == 0
 
 
-def test_prober_of_ours_is_no_trouble_to_stock(mixed: Mixed, shared: Any) -> None:
-    """While ours probes, stock sees `half-open`, which it knows, and does what it always does."""
+def test_stock_works_during_a_probe_of_a_new_worker(mixed: MixedFleet, shared: Any) -> None:
+    """While a new worker probes, stock reads `half-open`, and works as always."""
     with mixed("ours", "stock", fail_max=1, reset_timeout=1.0) as fleet:
         tripped = fleet[0].run(call, fail=True)
         wait_until(tripped.ended + 1.1)
@@ -169,55 +167,52 @@ def test_prober_of_ours_is_no_trouble_to_stock(mixed: Mixed, shared: Any) -> Non
         assert fleet[1].run(read_state) == HALF_OPEN
         assert fleet[1].run(call).error == ""
         assert shared.state == CLOSED
-        # Stock closed it; the late probe has nothing more to say.
+        # Stock has closed the circuit, so the late probe has no effect.
         assert [outcome.error for outcome in fleet.release(inside, success=False)] == ["DependencyDown"]
         assert (shared.state, shared.failures) == (CLOSED, 0)
 
 
-def sampled_flood(worker: Worker, until: float, **words: Any) -> tuple[int, list[str]]:
-    """Calls until then, and samples of what lies in the keys: those that stock could not parse, and what went wrong."""
-    wrong: list[str] = []
+def sample_flood(worker: Worker, until: float, **words: Any) -> tuple[int, list[str]]:
+    """Make calls until a time, sample the keys, and return the calls and the errors, including unparsable values."""
+    errors: list[str] = []
     made = 0
     while time.monotonic() < until:
         try:
             made += flood(worker, min(until, time.monotonic() + 0.02), **words)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is what the test is about
-            wrong.append(repr(error))
+            errors.append(repr(error))
         try:
             assert_stock_can_parse(values(worker.client))
         except AssertionError as error:
-            wrong.append(str(error))
-    return made, wrong
+            errors.append(str(error))
+    return made, errors
 
 
 @pytest.mark.slow
-def test_mixed_fleet_in_trouble_meets_no_value_that_stock_cannot_parse(
-    mixed: Mixed, shared: Any, report: Callable[[str], None]
+def test_mixed_fleet_in_outages_writes_only_values_that_stock_can_parse(
+    mixed: MixedFleet, shared: Any, report: Callable[[str], None]
 ) -> None:
-    """Outages, trips, probes and recoveries by old and new workers together: no ValueError, no strange value."""
+    """Old and new workers go through outages, trips, probes and recoveries, without an error or an invalid value."""
     with mixed(
         "stock", "ours", "stock", "ours", "stock", "ours", fail_max=3, reset_timeout=0.3, max_staleness=1
     ) as fleet:
         begin = time.monotonic() + 0.3
         until = begin + 4.0
         dead = [(begin + at, begin + at + 0.5) for at in (0.3, 1.5, 2.7)]
-        answers = fleet.run(sampled_flood, until, at=begin, every=0.002, dead=dead, seconds=0.01)
-        heard = fleet.heard()
+        answers = fleet.run(sample_flood, until, at=begin, every=0.002, dead=dead, seconds=0.01)
+        changes = fleet.heard()
         generation = shared.generation
-    assert [wrong for _, wrong in answers] == [[]] * 6
-    assert {change.new for change in heard} == set(STATES), "the circuit was never in trouble"
+    assert [errors for _, errors in answers] == [[]] * 6
+    assert {change.new for change in changes} == set(STATES), "the circuit was never in trouble"
     assert generation > 6
     report(
         f"mixed fleet: {sum(made for made, _ in answers)} calls, {generation} transitions, no value stock cannot parse"
     )
 
 
-# -- one after the other -----------------------------------------------------------------------------------------------
-
-
 @both_ways
-def test_closed_circuit_with_failures_is_taken_over_as_it_is(client: redis.Redis, one: Make, other: Make) -> None:
-    """Two failures before the deploy and one after make three."""
+def test_closed_circuit_with_failures_is_continued(client: redis.Redis, one: Make, other: Make) -> None:
+    """Two failures before the deployment and one after it make three."""
     before = one(client)
     fails(before)
     fails(before)
@@ -228,8 +223,8 @@ def test_closed_circuit_with_failures_is_taken_over_as_it_is(client: redis.Redis
 
 
 @both_ways
-def test_open_circuit_is_taken_over_with_its_time(client: redis.Redis, one: Make, other: Make) -> None:
-    """It stays open for the rest of the timeout, no longer and no shorter than a second's rounding."""
+def test_open_circuit_is_continued_with_its_time(client: redis.Redis, one: Make, other: Make) -> None:
+    """The circuit stays open for the rest of the timeout, to within a second of rounding."""
     before = one(client, fail_max=1, reset_timeout=2.0)
     tripped = time.monotonic()
     fails(before)
@@ -244,30 +239,30 @@ def test_open_circuit_is_taken_over_with_its_time(client: redis.Redis, one: Make
     assert after.current_state == CLOSED
 
 
-def test_opened_by_stock_and_taken_over_by_ours_reads_the_same_whole_second(client: redis.Redis) -> None:
-    """Stock's format says no more, so neither do we."""
+def test_opening_time_of_stock_is_read_in_whole_seconds(client: redis.Redis) -> None:
+    """The format of stock has whole seconds only."""
     before = stock(client, fail_max=1)
     fails(before)
     after = ours(client)
     raw = int(client.get(key("opened_at")))
-    # Seen by the local clock, whose difference from the server's is measured, not known.
-    # Each answer narrows it down.
+    # The local clock shows the time, and its offset to the server is a measurement. Each answer improves the
+    # measurement.
     assert min(abs(storage_of(after).opened_at.timestamp() - raw) for _ in range(5)) < 0.1
     assert storage_of(before).opened_at.timestamp() == raw
 
 
 @both_ways
-def test_half_open_circuit_is_taken_over_and_closed_by_the_next_success(
+def test_half_open_circuit_is_continued_and_closed_by_the_next_success(
     client: redis.Redis, one: Make, other: Make
 ) -> None:
-    """Successes that were collected before the deploy count after it."""
+    """Successes from before the deployment count after it."""
     before = one(client, fail_max=1, reset_timeout=0.05, success_threshold=2)
     fails(before)
     time.sleep(0.1)
     assert not rejected(before)
     assert (client.get(key("state")), client.get(key("success_counter"))) == (b"half-open", b"1")
     if other is ours:
-        # The probe of stock has no lease, so it is free.
+        # The probe of stock has no lease, so the probe is free.
         after = other(client, reset_timeout=0.05, success_threshold=2)
         assert not rejected(after)
     else:
@@ -278,10 +273,10 @@ def test_half_open_circuit_is_taken_over_and_closed_by_the_next_success(
 
 
 @pytest.mark.parametrize("success", [True, False])
-def test_half_open_circuit_whose_prober_was_killed_works_under_stock(
-    mixed: Mixed, client: redis.Redis, success: bool
+def test_half_open_circuit_with_a_killed_prober_works_under_stock(
+    mixed: MixedFleet, client: redis.Redis, success: bool
 ) -> None:
-    """A rollback in the middle of a probe: stock makes the trial itself."""
+    """After a rollback in the middle of a probe, stock makes the trial itself."""
     with mixed("ours", fail_max=1, reset_timeout=0.2) as fleet:
         tripped = fleet[0].run(call, fail=True)
         wait_until(tripped.ended + 0.25)
@@ -298,8 +293,8 @@ def test_half_open_circuit_whose_prober_was_killed_works_under_stock(
     assert_stock_can_parse(values(client))
 
 
-def test_probe_of_stock_that_was_killed_is_offered_again_by_ours(mixed: Mixed, client: redis.Redis) -> None:
-    """What stock leaves half-open for ever, and for everybody, becomes one probe again."""
+def test_probe_of_a_killed_stock_worker_is_claimed_by_a_new_worker(mixed: MixedFleet, client: redis.Redis) -> None:
+    """Stock leaves a circuit half-open for ever and for every caller. Here, one caller gets the probe."""
     with mixed("stock", "ours", "ours", fail_max=1, reset_timeout=1.0) as fleet:
         tripped = fleet[0].run(call, fail=True)
         wait_until(tripped.ended + 1.1)
@@ -314,8 +309,8 @@ def test_probe_of_stock_that_was_killed_is_offered_again_by_ours(mixed: Mixed, c
         assert [outcome.error for outcome in fleet.run(call, only=fleet.workers[1:])] == ["", ""]
 
 
-def test_rollback_and_second_deploy_lose_nothing(client: redis.Redis) -> None:
-    """Ours, then stock, then ours again: each goes on where the other was, and the hash of the first is no burden."""
+def test_rollback_and_second_deployment_lose_nothing(client: redis.Redis) -> None:
+    """Each version continues where the other stopped, and the old hash does no harm."""
     first = ours(client, fail_max=2)
     fails(first)
     fails(first)
@@ -323,11 +318,11 @@ def test_rollback_and_second_deploy_lose_nothing(client: redis.Redis) -> None:
     fails(first)
     generation = int(client.hget(key("circuit"), "generation"))
 
-    back = stock(client, fail_max=2)
-    assert (back.current_state, back.fail_counter) == (CLOSED, 1)
-    fails(back)
-    assert back.current_state == OPEN
-    assert rejected(back)
+    rolled_back = stock(client, fail_max=2)
+    assert (rolled_back.current_state, rolled_back.fail_counter) == (CLOSED, 1)
+    fails(rolled_back)
+    assert rolled_back.current_state == OPEN
+    assert rejected(rolled_back)
 
     again = ours(client, fail_max=2)
     assert again.current_state == OPEN
@@ -339,8 +334,8 @@ def test_rollback_and_second_deploy_lose_nothing(client: redis.Redis) -> None:
 
 
 def test_call_admitted_before_transitions_by_stock_changes_nothing_after_them(client: redis.Redis) -> None:
-    """Stock knows no generations; once any of ours has seen what it did, late results are fenced off all the same."""
-    mine, theirs, watcher = ours(client, fail_max=1), stock(client, fail_max=1), ours(client)
+    """Stock has no generations. Once a new worker has read its transitions, late results are fenced."""
+    own, theirs, watcher = ours(client, fail_max=1), stock(client, fail_max=1), ours(client)
 
     def while_stock_trips_and_closes() -> None:
         fails(theirs)
@@ -350,17 +345,14 @@ def test_call_admitted_before_transitions_by_stock_changes_nothing_after_them(cl
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        mine.call(while_stock_trips_and_closes)
+        own.call(while_stock_trips_and_closes)
     assert (client.get(key("state")), client.get(key("fail_counter"))) == (b"closed", b"0")
     assert client.hget(key("circuit"), "generation") == b"2"
 
 
-# -- what lies there ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(params=["lua", "fakeredis"])
 def some_client(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A real server, and what users test with."""
+    """Return a client of a real server, and one of fakeredis, which applications use in tests."""
     if request.param == "lua":
         yield request.getfixturevalue("client")
     else:
@@ -369,42 +361,42 @@ def some_client(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
 
 
-def test_untroubled_circuit_has_exactly_the_keys_of_stock(some_client: Any) -> None:
-    """Created, used, failing below the threshold: three keys, with the values that stock would have there."""
+def test_circuit_below_the_threshold_has_exactly_the_keys_of_stock(some_client: Any) -> None:
+    """A circuit below the threshold has three keys, with the values that stock would write."""
     breaker = ours(some_client)
     assert breaker.current_state == CLOSED
     expected = {key(name).encode(): b"0" for name in ("fail_counter", "success_counter")}
     expected[key("state").encode()] = b"closed"
 
-    def there() -> dict[bytes, bytes]:
+    def stored() -> dict[bytes, bytes]:
         return {name: some_client.get(name) for name in some_client.keys("*")}
 
-    assert there() == expected
+    assert stored() == expected
     breaker.call(lambda: None)
-    assert there() == expected
+    assert stored() == expected
     fails(breaker)
-    # Where there is push, the hash says until when successes are to be reported.
+    # With push, the hash holds the time until which successes are reported.
     noise = some_client.hget(key("circuit"), "noisy_until_ms")
     some_client.delete(key("circuit"))
-    assert there() == {**expected, key("fail_counter").encode(): b"1"}
+    assert stored() == {**expected, key("fail_counter").encode(): b"1"}
     assert (noise is None) is isinstance(some_client, fakeredis.FakeStrictRedis)
     breaker.call(lambda: None)
-    assert there() == expected
+    assert stored() == expected
     some_client.flushall()
     stock(some_client)
-    assert there() == expected
+    assert stored() == expected
 
 
-def test_troubled_circuit_has_one_key_more_than_stock(some_client: Any) -> None:
-    """What stock cannot say lies in one hash beside it."""
+def test_tripped_circuit_has_one_key_more_than_stock(some_client: Any) -> None:
+    """One hash holds everything that the keys of stock cannot express."""
     fails(ours(some_client, fail_max=1))
     assert sorted(some_client.keys("*")) == sorted(key(name).encode() for name in [*STOCK_KEYS, "circuit"])
     assert_stock_can_parse(values(some_client))
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_circuit_created_in_any_state_is_one_that_stock_takes_over(some_client: Any, state: str) -> None:
-    """Also one that was only ever looked at."""
+def test_circuit_created_in_any_state_is_readable_for_stock(some_client: Any, state: str) -> None:
+    """Stock can read a circuit that was only read here."""
     assert ours(some_client, state).current_state == state
     assert_stock_can_parse(values(some_client))
     breaker = stock(some_client)
@@ -413,8 +405,8 @@ def test_circuit_created_in_any_state_is_one_that_stock_takes_over(some_client: 
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_circuit_created_by_stock_in_any_state_is_one_that_ours_takes_over(some_client: Any, state: str) -> None:
-    """Open without a time is open from now on, half-open lets one through."""
+def test_circuit_created_by_stock_in_any_state_is_readable_here(some_client: Any, state: str) -> None:
+    """A circuit that stock created open without a time is open from now on. Half-open admits one call."""
     stock(some_client, state)
     breaker = ours(some_client)
     assert breaker.current_state == (OPEN if state == HALF_OPEN else state)
@@ -424,7 +416,7 @@ def test_circuit_created_by_stock_in_any_state_is_one_that_ours_takes_over(some_
 
 @pytest.mark.parametrize("namespace", [None, "payments", "a:b", "{tagged}"])
 def test_names_of_keys_are_those_of_stock(client: redis.Redis, namespace: str | None) -> None:
-    """Whatever the namespace, both find the same circuit."""
+    """Both find the same circuit, whatever the namespace."""
     CircuitBreaker(state_storage=pybreaker.CircuitRedisStorage(CLOSED, client, namespace))
     theirs = sorted(client.keys("*"))
     client.flushall()
@@ -433,7 +425,7 @@ def test_names_of_keys_are_those_of_stock(client: redis.Redis, namespace: str | 
 
 
 def test_circuit_opened_with_redis_cli_is_open_from_now_on(client: redis.Redis) -> None:
-    """An operator who sets the state and nothing else means now, not the time of the last outage."""
+    """An operator that sets only the state means now, and not the time of the last outage."""
     breaker = CircuitBreaker(reset_timeout=60, state_storage=CircuitRedisStorage("closed", client, "shop"))
     breaker.open()
     breaker.close()

@@ -1,4 +1,4 @@
-"""Answers that no server gives: each value is checked, and a wrong one is a fault of the server."""
+"""Invalid replies of a server: each value is checked, and a wrong value is a fault of the server."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pybreaker_redis.errors import UnusableReplyError
 
 KEYS = circuit_keys("answers", needs_one_slot=False)
 
-#: What a script returns, in the order of its header.
-SOUND: list[Any] = [1, 1005, b"half-open", 2, 1, 1000, 3, b"a0", 2000, 1500, 1000, b"restored", b"NOPERM"]
+#: Valid reply of a script, in the order of its header.
+VALID: list[Any] = [1, 1005, b"half-open", 2, 1, 1000, 3, b"a0", 2000, 1500, 1000, b"restored", b"NOPERM"]
 
-#: By their place in the answer: values that the script never returns there.
-UNSOUND: dict[int, tuple[Any, ...]] = {
+#: Values that no script returns, by their index in the reply.
+INVALID: dict[int, tuple[Any, ...]] = {
     0: (None, 2, -1, b"1", 1.0, True),
     1: (None, -1, 10**15, b"1005", 1005.5),
     2: (None, b"ajar", b"\xff", 1, [b"open"]),
@@ -44,30 +44,30 @@ UNSOUND: dict[int, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("answer", [SOUND, [item.decode() if isinstance(item, bytes) else item for item in SOUND]])
-def test_sound_answer_is_the_circuit(answer: list[Any]) -> None:
-    """Of clients that decode and of those that do not."""
+@pytest.mark.parametrize("answer", [VALID, [item.decode() if isinstance(item, bytes) else item for item in VALID]])
+def test_valid_reply_is_parsed_to_the_circuit(answer: list[Any]) -> None:
+    """Clients with and without decoding give the same circuit."""
     circuit = Circuit(HALF_OPEN, 2, 1, 1000, 3, "a0", 2000, 1500, 1000)
     assert parse_script_reply(answer) == (Reply(True, circuit, 1005, "restored"), "NOPERM")
 
 
-@pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in UNSOUND.items() for value in values])
-def test_answer_with_a_value_that_no_script_returns_is_a_fault(place: int, value: Any) -> None:
-    """The circuit takes nothing from it, and the log says what came."""
-    answer = [*SOUND[:place], value, *SOUND[place + 1 :]]
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in INVALID.items() for value in values])
+def test_reply_with_an_invalid_value_is_a_fault(place: int, value: Any) -> None:
+    """The circuit does not change, and the error contains the reply."""
+    answer = [*VALID[:place], value, *VALID[place + 1 :]]
     with pytest.raises(UnusableReplyError, match="no server gives") as error:
         parse_script_reply(answer)
     assert error_kind(error.value) is ErrorKind.UNUSABLE
 
 
 def test_open_circuit_without_a_time_is_a_fault() -> None:
-    """A probe would pass at once."""
+    """Without an opening time, a probe would be admitted at once."""
     with pytest.raises(UnusableReplyError):
         parse_script_reply([1, 1005, b"open", 0, 0, -1, 3, b"", 0, 0, 0, b"", b""])
 
 
-@pytest.mark.parametrize("answer", [None, [], SOUND[:-1], [*SOUND, b""], b"OK", 1, {1: 2}, "x" * 13])
-def test_answer_that_is_no_list_of_its_length_is_a_fault(answer: Any) -> None:
+@pytest.mark.parametrize("answer", [None, [], VALID[:-1], [*VALID, b""], b"OK", 1, {1: 2}, "x" * 13])
+def test_reply_that_is_no_list_of_its_length_is_a_fault(answer: Any) -> None:
     """A client that swallows errors returns None."""
     engine = LuaEngine(SimpleNamespace(evalsha=lambda *_: answer), KEYS)
     with pytest.raises(UnusableReplyError):
@@ -76,41 +76,41 @@ def test_answer_that_is_no_list_of_its_length_is_a_fault(answer: Any) -> None:
 
 @pytest.mark.parametrize("answer", [(1, 2_345), [b"1", b"2345"], ["1", "2345"]])
 def test_time_is_read_from_any_client(answer: Any) -> None:
-    """Parsed or not, decoded or not."""
+    """Parsed and unparsed, decoded and undecoded replies give the same time."""
     assert server_time_ms(answer) == 1002
 
 
 @pytest.mark.parametrize(
     "answer", [None, [], [1], [1, 2, 3], [None, 2], [-1, 2], [b"x", 2], [10**12, 2], [1.5, 2], [b"\xd9\xa3", 2], "12"]
 )
-def test_time_that_no_server_shows_is_a_fault(answer: Any) -> None:
-    """All that is compared with it would be wrong."""
+def test_invalid_time_is_a_fault(answer: Any) -> None:
+    """A wrong time would make every comparison with it wrong."""
     with pytest.raises(UnusableReplyError):
         server_time_ms(answer)
 
 
 @pytest.mark.parametrize("answer", [None, [], [b"x"], [b"x", 1], [b"x", [b"y"]], b"xy"])
-def test_strings_that_are_none_are_a_fault(answer: Any) -> None:
-    """A string, or nothing."""
+def test_reply_without_the_requested_strings_is_a_fault(answer: Any) -> None:
+    """A reply holds strings or None, and as many as were requested."""
     assert checked_strings("MGET", [b"x", None], 2) == [b"x", None]
     with pytest.raises(UnusableReplyError):
         checked_strings("MGET", answer, 2)
 
 
 class Swallowing:
-    """A pipeline that swallows every error, and the answer with it."""
+    """A pipeline that returns None instead of raising an error."""
 
     #: As of a pipeline that has sent nothing.
     connection = None
 
     def __init__(self, **_: Any) -> None:
-        """Of any kind."""
+        """Accept any arguments."""
 
     def __enter__(self) -> Swallowing:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Whatever happened."""
+        """Close nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
@@ -119,7 +119,7 @@ class Swallowing:
 @pytest.mark.parametrize("intent", [Load(), Trip(None, "")], ids=["load", "trip"])
 @pytest.mark.parametrize("ttl_ms", [0, 60_000])
 def test_transaction_without_an_answer_is_a_fault(intent: Any, ttl_ms: int) -> None:
-    """In one round trip, under WATCH, or for several circuits."""
+    """A single round trip, a transaction under WATCH and a read of several circuits all fail."""
     client = SimpleNamespace(pipeline=Swallowing)
     with pytest.raises(UnusableReplyError):
         TransactionEngine(client, KEYS, ttl_ms).execute(intent, None, CLOSED)
@@ -127,8 +127,8 @@ def test_transaction_without_an_answer_is_a_fault(intent: Any, ttl_ms: int) -> N
         read_all_circuits([ReadRequest(client, KEYS, None, CLOSED)])
 
 
-def test_client_that_swallows_errors_leaves_the_circuit_to_this_process() -> None:
-    """No guarded call meets what is missing."""
+def test_client_that_swallows_errors_causes_failover_to_the_local_circuit() -> None:
+    """No guarded call fails because a reply is missing."""
 
     class Quiet(fakeredis.FakeStrictRedis):
         def execute_command(self, *args: Any, **options: Any) -> Any:

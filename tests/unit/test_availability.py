@@ -1,4 +1,4 @@
-"""What errors mean, and when Redis may be asked again: the guard alone, under a clock that tests move."""
+"""Availability of one server: when a process may retry Redis, under a clock that tests move."""
 
 from __future__ import annotations
 
@@ -40,38 +40,30 @@ MIGRATING, CONTENDED = ErrorKind.MIGRATING, ErrorKind.CONTENDED
 
 KEYS = circuit_keys("guarded", needs_one_slot=True)
 
-# -- what errors mean --------------------------------------------------------------------------------------------------
-
-
-# -- what servers really say -------------------------------------------------------------------------------------------
-
-
-# -- when it may be asked again ----------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def clock() -> Clock:
-    """The guard's clock."""
+    """Return the clock of the availability."""
     return Clock()
 
 
 @pytest.fixture
-def kept(clock: Clock) -> Availability:
-    """A guard of a server that a thread asks again."""
+def threaded(clock: Clock) -> Availability:
+    """Return the availability of a server that a retry thread queries."""
     return Availability(TIMEOUT, has_retry_thread=True, clock=clock)
 
 
 @pytest.fixture
 def turns(clock: Clock) -> Availability:
-    """A guard where callers ask again, that has been well for long."""
-    guard = Availability(TIMEOUT, has_retry_thread=False, clock=clock)
+    """Return the availability of a server that callers retry, after a long time without an outage."""
+    server = Availability(TIMEOUT, has_retry_thread=False, clock=clock)
     clock.now += 2 * TURN_DELAY_MAX_S
-    return guard
+    return server
 
 
 @pytest.fixture
-def dice(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[tuple[float, float]]]:
-    """Decide what random pauses come to, as a share of the longest; returns the bounds that were asked for."""
+def fix_random(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[tuple[float, float]]]:
+    """Replace random delays by a share of their range. The result collects the ranges that were requested."""
 
     def load(share: float) -> list[tuple[float, float]]:
         bounds: list[tuple[float, float]] = []
@@ -86,98 +78,102 @@ def dice(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[tuple[float,
     return load
 
 
-def gone() -> redis.ConnectionError:
-    """Nobody is there."""
+def refused_error() -> redis.ConnectionError:
+    """Return the error of a server that is not running."""
     return redis.ConnectionError("Connection refused.")
 
 
-def silent() -> redis.TimeoutError:
-    """Nobody answers."""
+def timeout_error() -> redis.TimeoutError:
+    """Return the error of a server that does not answer."""
     return redis.TimeoutError("Timeout reading from socket")
 
 
-def pause(guard: Availability) -> float:
-    """Seconds until Redis may be asked again."""
-    assert guard.outage is not None
-    return guard.outage.next_attempt_at - guard.clock()
+def next_delay(server: Availability) -> float:
+    """Return the seconds until the next attempt is due."""
+    assert server.outage is not None
+    return server.outage.next_attempt_at - server.clock()
 
 
-def tried_in_vain(guard: Availability, clock: Clock, error: Exception | None = None) -> None:
-    """When it is time to, somebody asks again, and fails."""
-    assert guard.outage is not None
-    clock.now = max(clock.now, guard.outage.next_attempt_at)
-    assert guard.claim_attempt()
-    guard.note_failure(error or gone())
+def fail_attempt(server: Availability, clock: Clock, error: Exception | None = None) -> None:
+    """Claim the next attempt when it is due, and fail."""
+    assert server.outage is not None
+    clock.now = max(clock.now, server.outage.next_attempt_at)
+    assert server.claim_attempt()
+    server.note_failure(error or refused_error())
 
 
-class TestWell:
-    """As long as nothing has failed."""
+class TestAvailable:
+    """The time before the first failure."""
 
-    @pytest.mark.parametrize("is_kept", [True, False])
-    def test_everybody_may_ask(self, is_kept: bool, clock: Clock) -> None:
-        """And there is nothing to ask again."""
-        guard = Availability(TIMEOUT, has_retry_thread=is_kept, clock=clock)
-        assert guard.claim_turn()
-        assert guard.claim_turn()
-        assert not guard.claim_attempt()
-        assert guard.outage is None
-        assert guard.last_error == ""
-        assert guard.since == clock.now
-        assert guard.set_retry_thread(not is_kept) is None
+    @pytest.mark.parametrize("has_thread", [True, False])
+    def test_every_caller_may_query_redis(self, has_thread: bool, clock: Clock) -> None:
+        """There is no outage, so no attempt is due."""
+        server = Availability(TIMEOUT, has_retry_thread=has_thread, clock=clock)
+        assert server.claim_turn()
+        assert server.claim_turn()
+        assert not server.claim_attempt()
+        assert server.outage is None
+        assert server.last_error == ""
+        assert server.since == clock.now
+        assert server.set_retry_thread(not has_thread) is None
 
-    def test_answer_ends_no_outage(self, kept: Availability, clock: Clock) -> None:
-        """So nothing is said of it."""
+    def test_answer_without_an_outage_changes_nothing(self, threaded: Availability, clock: Clock) -> None:
+        """Without an outage, an answer is not logged."""
         clock.now += 1
-        assert kept.note_answer() is None
-        assert kept.since == 100.0
+        assert threaded.note_answer() is None
+        assert threaded.since == 100.0
 
 
-class TestKept:
-    """Where a thread asks again."""
+class TestRetryThread:
+    """A server that a retry thread queries."""
 
-    def test_callers_never_ask_however_long_it_takes(self, kept: Availability, clock: Clock) -> None:
-        """They would have to wait for the answer."""
-        kept.note_failure(gone())
-        assert not kept.claim_turn()
+    def test_callers_never_retry_however_long_the_outage_lasts(self, threaded: Availability, clock: Clock) -> None:
+        """A call that retried Redis would have to wait for the answer."""
+        threaded.note_failure(refused_error())
+        assert not threaded.claim_turn()
         clock.now += 1e6
-        assert not kept.claim_turn()
-        assert kept.claim_attempt(), "nor have they taken the thread's turn"
+        assert not threaded.claim_turn()
+        assert threaded.claim_attempt(), "calls have not used up the attempt of the thread"
 
-    def test_first_failure_alone_is_news(self, kept: Availability, clock: Clock) -> None:
-        """One line in the log when it goes, however many meet it."""
-        news = kept.note_failure(gone())
+    def test_only_the_first_failure_starts_an_outage(self, threaded: Availability, clock: Clock) -> None:
+        """One outage is logged once, however many calls fail."""
+        news = threaded.note_failure(refused_error())
         assert news is not None
         assert (news.since, news.kind, news.attempts, news.answer_wait_s) == (100.0, UNREACHABLE, 0, TIMEOUT)
         assert news.error == "ConnectionError: Connection refused."
-        assert kept.note_failure(gone()) is None
+        assert threaded.note_failure(refused_error()) is None
         clock.now += 5
-        tried_in_vain(kept, clock, redis.exceptions.ReadOnlyError("You can't write against a read only replica."))
-        assert kept.outage is not None
-        assert kept.outage.since == kept.since == 100.0
-        assert kept.outage.kind is READ_ONLY
-        assert kept.outage.error == kept.last_error == "ReadOnlyError: You can't write against a read only replica."
+        fail_attempt(threaded, clock, redis.exceptions.ReadOnlyError("You can't write against a read only replica."))
+        assert threaded.outage is not None
+        assert threaded.outage.since == threaded.since == 100.0
+        assert threaded.outage.kind is READ_ONLY
+        assert (
+            threaded.outage.error
+            == threaded.last_error
+            == "ReadOnlyError: You can't write against a read only replica."
+        )
 
-    def test_pauses_are_random_and_grow_to_the_longest(
-        self, kept: Availability, clock: Clock, dice: Callable[[float], list[tuple[float, float]]]
+    def test_delays_are_random_and_grow_to_the_maximum(
+        self, threaded: Availability, clock: Clock, fix_random: Callable[[float], list[tuple[float, float]]]
     ) -> None:
-        """A fleet that lost Redis at once does not come back at once; and once it is back, it is soon noticed."""
-        bounds = dice(1)
-        kept.note_failure(gone())
+        """A fleet that lost Redis at one time does not return at one time. After recovery, the fleet returns soon."""
+        bounds = fix_random(1)
+        threaded.note_failure(refused_error())
         for _ in range(40):
-            tried_in_vain(kept, clock)
+            fail_attempt(threaded, clock)
         assert {low for low, _ in bounds} == {0}
         longest = [high for _, high in bounds]
         assert longest[:6] == [RETRY_DELAY_MIN_S * 2**attempt for attempt in range(5)] + [RETRY_DELAY_MAX_S]
         assert set(longest[5:]) == {RETRY_DELAY_MAX_S}
-        assert pause(kept) == RETRY_DELAY_MAX_S
+        assert next_delay(threaded) == RETRY_DELAY_MAX_S
 
-    def test_pauses_lie_between_none_and_the_longest(self, kept: Availability, clock: Clock) -> None:
-        """As the dice fall."""
-        kept.note_failure(gone())
+    def test_delays_lie_between_zero_and_the_maximum(self, threaded: Availability, clock: Clock) -> None:
+        """Each delay is random within its range."""
+        threaded.note_failure(refused_error())
         seen = []
         for _ in range(50):
-            tried_in_vain(kept, clock)
-            seen.append(pause(kept))
+            fail_attempt(threaded, clock)
+            seen.append(next_delay(threaded))
         assert 0 <= min(seen) < max(seen) <= RETRY_DELAY_MAX_S
         assert len(set(seen)) > 40
 
@@ -185,88 +181,86 @@ class TestKept:
         ("staleness", "longest"),
         [([2.0], RETRY_DELAY_MAX_S), ([0.3, 0.5], 0.3), ([0.01], RETRY_DELAY_MAX_FLOOR_S), ([0], 1)],
     )
-    def test_pauses_are_shorter_where_something_has_to_be_fresher(
+    def test_delays_are_limited_by_the_shortest_staleness(
         self,
-        kept: Availability,
+        threaded: Availability,
         clock: Clock,
-        dice: Callable[[float], list[tuple[float, float]]],
+        fix_random: Callable[[float], list[tuple[float, float]]],
         staleness: list[float],
         longest: float,
     ) -> None:
-        """As fresh as the most demanding circuit has to be, within reason; one that always asks demands nothing."""
-        dice(1)
+        """The most demanding circuit limits the delay, within reason. A circuit without cache sets no limit."""
+        fix_random(1)
         for seconds in staleness:
-            kept.limit_retry_delay(seconds)
-        kept.note_failure(gone())
+            threaded.limit_retry_delay(seconds)
+        threaded.note_failure(refused_error())
         for _ in range(10):
-            tried_in_vain(kept, clock)
-        assert pause(kept) == pytest.approx(longest)
+            fail_attempt(threaded, clock)
+        assert next_delay(threaded) == pytest.approx(longest)
 
-    def test_one_attempt_at_a_time(self, kept: Availability, clock: Clock) -> None:
-        """As long as it has not ended; one that never ends is not waited for without end."""
-        kept.note_failure(gone())
+    def test_second_attempt_waits_for_the_first(self, threaded: Availability, clock: Clock) -> None:
+        """A second attempt waits for the end of the first, but not for ever."""
+        threaded.note_failure(refused_error())
         clock.now += RETRY_DELAY_MAX_S
-        assert kept.claim_attempt()
-        assert not kept.claim_attempt()
+        assert threaded.claim_attempt()
+        assert not threaded.claim_attempt()
         clock.now += ANSWER_WAIT_MAX_S + TIMEOUT - 0.001
-        assert not kept.claim_attempt()
+        assert not threaded.claim_attempt()
         clock.now += 0.001
-        assert kept.claim_attempt()
+        assert threaded.claim_attempt()
 
-    def test_answer_ends_the_outage_and_says_how_long_it_was(self, kept: Availability, clock: Clock) -> None:
-        """For the line in the log; what was last wrong can still be read."""
-        kept.note_failure(gone())
+    def test_answer_ends_the_outage_and_returns_its_duration(self, threaded: Availability, clock: Clock) -> None:
+        """The duration is for the log. The last error stays readable."""
+        threaded.note_failure(refused_error())
         clock.now += 7.5
-        assert kept.note_answer() == 7.5
-        assert kept.outage is None
-        assert kept.since == clock.now
-        assert kept.last_error == "ConnectionError: Connection refused."
-        assert kept.claim_turn()
-        assert kept.note_answer() is None
+        assert threaded.note_answer() == 7.5
+        assert threaded.outage is None
+        assert threaded.since == clock.now
+        assert threaded.last_error == "ConnectionError: Connection refused."
+        assert threaded.claim_turn()
+        assert threaded.note_answer() is None
 
-    def test_next_outage_begins_anew(self, kept: Availability, clock: Clock) -> None:
-        """It has its own attempts, and its own patience."""
-        kept.note_failure(silent())
+    def test_next_outage_starts_without_attempts(self, threaded: Availability, clock: Clock) -> None:
+        """A new outage has its own attempts and its own answer wait."""
+        threaded.note_failure(timeout_error())
         for _ in range(5):
-            tried_in_vain(kept, clock, silent())
-        kept.note_answer()
-        news = kept.note_failure(silent())
+            fail_attempt(threaded, clock, timeout_error())
+        threaded.note_answer()
+        news = threaded.note_failure(timeout_error())
         assert news is not None
         assert (news.since, news.attempts, news.answer_wait_s) == (clock.now, 0, TIMEOUT)
-        assert pause(kept) <= RETRY_DELAY_MIN_S
+        assert next_delay(threaded) <= RETRY_DELAY_MIN_S
 
-    def test_guard_that_nobody_keeps_any_more_lets_callers_take_turns(self, kept: Availability, clock: Clock) -> None:
-        """In a process that may start no threads."""
-        kept.note_failure(gone())
-        outage = kept.set_retry_thread(False)
-        assert outage is kept.outage
-        assert pause(kept) >= TURN_DELAY_MIN_S
-        assert not kept.claim_turn()
-        clock.now += pause(kept)
-        assert kept.claim_turn()
-        assert not kept.claim_turn()
+    def test_callers_take_turns_after_the_retry_thread_has_ended(self, threaded: Availability, clock: Clock) -> None:
+        """In a process that cannot start threads, callers take turns."""
+        threaded.note_failure(refused_error())
+        outage = threaded.set_retry_thread(False)
+        assert outage is threaded.outage
+        assert next_delay(threaded) >= TURN_DELAY_MIN_S
+        assert not threaded.claim_turn()
+        clock.now += next_delay(threaded)
+        assert threaded.claim_turn()
+        assert not threaded.claim_turn()
 
-    def test_guard_that_somebody_keeps_now_is_asked_soon(self, turns: Availability) -> None:
-        """And no more by callers."""
-        turns.note_failure(gone())
+    def test_retry_thread_that_has_started_retries_soon(self, turns: Availability) -> None:
+        """Callers no longer take turns."""
+        turns.note_failure(refused_error())
         turns.set_retry_thread(True)
-        assert pause(turns) <= RETRY_DELAY_MIN_S
+        assert next_delay(turns) <= RETRY_DELAY_MIN_S
         assert not turns.claim_turn()
 
 
-class TestPatience:
-    """How long an attempt waits for its answer."""
+class TestAnswerWait:
+    """The time that an attempt waits for its answer."""
 
-    def test_patience_grows_by_half_with_each_attempt_that_got_no_answer(
-        self, kept: Availability, clock: Clock
-    ) -> None:
-        """A server that has become slow for all is reached in the end."""
-        kept.note_failure(silent())
+    def test_answer_wait_grows_by_half_with_each_timeout(self, threaded: Availability, clock: Clock) -> None:
+        """A server that has become slow for every client is reached in the end."""
+        threaded.note_failure(timeout_error())
         seen = []
         for _ in range(15):
-            assert kept.outage is not None
-            seen.append(kept.outage.answer_wait_s)
-            tried_in_vain(kept, clock, silent())
+            assert threaded.outage is not None
+            seen.append(threaded.outage.answer_wait_s)
+            fail_attempt(threaded, clock, timeout_error())
         assert seen == pytest.approx(
             [min(TIMEOUT * ANSWER_WAIT_GROWTH_FACTOR**n, ANSWER_WAIT_MAX_S) for n in range(15)]
         )
@@ -274,111 +268,113 @@ class TestPatience:
         assert ANSWER_WAIT_GROWTH_FACTOR == 1.5
 
     @pytest.mark.parametrize(
-        "error", [gone(), redis.ResponseError("BUSY"), OSError(), redis.exceptions.ReadOnlyError()], ids=repr
+        "error", [refused_error(), redis.ResponseError("BUSY"), OSError(), redis.exceptions.ReadOnlyError()], ids=repr
     )
-    def test_patience_does_not_grow_when_there_was_an_answer(
-        self, kept: Availability, clock: Clock, error: Exception
+    def test_answer_wait_does_not_grow_after_an_answer(
+        self, threaded: Availability, clock: Clock, error: Exception
     ) -> None:
-        """Who is refused at once need not wait longer."""
-        kept.note_failure(silent())
+        """A server that refuses at once gives no reason to wait longer."""
+        threaded.note_failure(timeout_error())
         for _ in range(5):
-            tried_in_vain(kept, clock, error)
-        assert kept.outage is not None
-        assert kept.outage.answer_wait_s == TIMEOUT
+            fail_attempt(threaded, clock, error)
+        assert threaded.outage is not None
+        assert threaded.outage.answer_wait_s == TIMEOUT
 
-    @pytest.mark.parametrize("error", [silent(), valkey.TimeoutError(), TimeoutError()], ids=repr)
-    def test_any_kind_of_timeout_makes_patient(self, kept: Availability, clock: Clock, error: Exception) -> None:
-        """Libraries have classes of their own."""
-        kept.note_failure(gone())
-        tried_in_vain(kept, clock, error)
-        assert kept.outage is not None
-        assert kept.outage.answer_wait_s == TIMEOUT * ANSWER_WAIT_GROWTH_FACTOR
-
-    def test_calls_that_wait_together_are_one_attempt(
-        self, kept: Availability, dice: Callable[[float], list[tuple[float, float]]]
+    @pytest.mark.parametrize("error", [timeout_error(), valkey.TimeoutError(), TimeoutError()], ids=repr)
+    def test_timeout_of_any_library_lengthens_the_answer_wait(
+        self, threaded: Availability, clock: Clock, error: Exception
     ) -> None:
-        """Forty threads that were under way when Redis froze have waited once each, not forty times."""
-        dice(1)
+        """Client libraries have timeout classes of their own."""
+        threaded.note_failure(refused_error())
+        fail_attempt(threaded, clock, error)
+        assert threaded.outage is not None
+        assert threaded.outage.answer_wait_s == TIMEOUT * ANSWER_WAIT_GROWTH_FACTOR
+
+    def test_timeouts_of_simultaneous_calls_are_one_attempt(
+        self, threaded: Availability, fix_random: Callable[[float], list[tuple[float, float]]]
+    ) -> None:
+        """Forty threads that waited when Redis froze have waited once each, not forty times."""
+        fix_random(1)
         for _ in range(40):
-            kept.note_failure(silent())
-        assert kept.outage is not None
-        assert kept.outage.answer_wait_s == TIMEOUT
-        assert kept.outage.attempts == 0
-        assert pause(kept) <= RETRY_DELAY_MIN_S
+            threaded.note_failure(timeout_error())
+        assert threaded.outage is not None
+        assert threaded.outage.answer_wait_s == TIMEOUT
+        assert threaded.outage.attempts == 0
+        assert next_delay(threaded) <= RETRY_DELAY_MIN_S
 
 
 class TestTurns:
-    """Where callers have to ask again."""
+    """A server that callers have to retry."""
 
-    def test_one_caller_at_a_time_asks_when_the_pause_is_over(self, turns: Availability, clock: Clock) -> None:
-        """All others go by their own circuit meanwhile."""
-        turns.note_failure(gone())
+    def test_one_caller_at_a_time_retries_after_the_delay(self, turns: Availability, clock: Clock) -> None:
+        """All other calls use their local circuit."""
+        turns.note_failure(refused_error())
         assert not turns.claim_turn()
         clock.now += TURN_DELAY_MIN_S - 0.001
         assert not turns.claim_turn()
         clock.now += 0.001
         assert [turns.claim_turn() for _ in range(5)] == [True, False, False, False, False]
         clock.now += ANSWER_WAIT_MAX_S + TIMEOUT
-        assert turns.claim_turn(), "a caller that has died with its turn is not waited for without end"
+        assert turns.claim_turn(), "a caller that died with its turn blocks others for a limited time"
 
-    def test_pauses_double_up_to_the_longest(self, turns: Availability, clock: Clock) -> None:
-        """Each costs a caller its wait."""
-        turns.note_failure(gone())
+    def test_delays_double_up_to_the_maximum(self, turns: Availability, clock: Clock) -> None:
+        """Each attempt costs one caller its wait."""
+        turns.note_failure(refused_error())
         seen = []
         for _ in range(40):
-            seen.append(pause(turns))
-            tried_in_vain(turns, clock)
+            seen.append(next_delay(turns))
+            fail_attempt(turns, clock)
         assert seen[:6] == [TURN_DELAY_MIN_S * 2**turn for turn in range(5)] + [TURN_DELAY_MAX_S]
         assert set(seen[5:]) == {TURN_DELAY_MAX_S}
 
-    def test_pauses_of_a_forbidden_circuit_do_not_grow(self, turns: Availability, clock: Clock) -> None:
-        """The server answers at once, so a call hardly waits; other processes may wait for what this one holds."""
+    def test_delays_of_a_forbidden_circuit_do_not_grow(self, turns: Availability, clock: Clock) -> None:
+        """The server answers at once, so a call hardly waits. Other processes may wait for the result of this one."""
         forbidden = redis.exceptions.NoPermissionError("no permissions")
         turns.note_failure(forbidden)
         for _ in range(4):
-            assert pause(turns) == TURN_DELAY_MIN_S
-            tried_in_vain(turns, clock, forbidden)
+            assert next_delay(turns) == TURN_DELAY_MIN_S
+            fail_attempt(turns, clock, forbidden)
 
-    def test_what_fails_again_soon_goes_on_where_it_was(self, turns: Availability, clock: Clock) -> None:
-        """A server that answers every other time would else cost a caller its wait each second."""
-        turns.note_failure(gone())
+    def test_failure_soon_after_an_answer_continues_the_delays(self, turns: Availability, clock: Clock) -> None:
+        """A server that answers every other time would otherwise cost a caller its wait each second."""
+        turns.note_failure(refused_error())
         for _ in range(3):
-            tried_in_vain(turns, clock)
-        clock.now += pause(turns)
+            fail_attempt(turns, clock)
+        clock.now += next_delay(turns)
         assert turns.claim_turn()
         assert turns.note_answer()
         clock.now += TURN_DELAY_MAX_S
-        turns.note_failure(gone())
-        assert pause(turns) == TURN_DELAY_MIN_S * 2**4
+        turns.note_failure(refused_error())
+        assert next_delay(turns) == TURN_DELAY_MIN_S * 2**4
         assert turns.outage is not None
         assert turns.outage.attempts == 0
 
-    def test_what_was_well_for_long_begins_anew(self, turns: Availability, clock: Clock) -> None:
-        """It is another outage."""
-        turns.note_failure(gone())
+    def test_failure_long_after_an_answer_starts_with_the_first_delay(self, turns: Availability, clock: Clock) -> None:
+        """A failure after a long time without one is another outage."""
+        turns.note_failure(refused_error())
         for _ in range(3):
-            tried_in_vain(turns, clock)
+            fail_attempt(turns, clock)
         turns.note_answer()
         clock.now += TURN_DELAY_MAX_S + 0.001
-        turns.note_failure(gone())
-        assert pause(turns) == TURN_DELAY_MIN_S
+        turns.note_failure(refused_error())
+        assert next_delay(turns) == TURN_DELAY_MIN_S
 
-    def test_first_failure_of_all_waits_for_the_first_turn(self, clock: Clock) -> None:
-        """A process that has just started has not failed before."""
-        guard = Availability(TIMEOUT, has_retry_thread=False, clock=clock)
+    def test_first_failure_of_a_process_waits_for_the_first_delay(self, clock: Clock) -> None:
+        """A process that has just started had no earlier outage."""
+        server = Availability(TIMEOUT, has_retry_thread=False, clock=clock)
         clock.now += 0.1
-        guard.note_failure(gone())
-        assert pause(guard) == TURN_DELAY_MIN_S
+        server.note_failure(refused_error())
+        assert next_delay(server) == TURN_DELAY_MIN_S
 
-    def test_calls_that_fail_together_are_one_turn(self, turns: Availability) -> None:
-        """Ten threads that met the same outage do not keep the process alone for half a minute."""
+    def test_failures_of_simultaneous_calls_are_one_turn(self, turns: Availability) -> None:
+        """Ten threads that met the same outage do not isolate the process for half a minute."""
         for _ in range(10):
-            turns.note_failure(gone())
-        assert pause(turns) == TURN_DELAY_MIN_S
+            turns.note_failure(refused_error())
+        assert next_delay(turns) == TURN_DELAY_MIN_S
 
-    def test_answer_lets_all_callers_in(self, turns: Availability, clock: Clock) -> None:
-        """From the moment on that one of them had it."""
-        turns.note_failure(gone())
+    def test_answer_admits_all_callers(self, turns: Availability, clock: Clock) -> None:
+        """The answer to one caller admits all callers."""
+        turns.note_failure(refused_error())
         clock.now += TURN_DELAY_MIN_S
         assert turns.claim_turn()
         clock.now += 0.25
@@ -387,31 +383,31 @@ class TestTurns:
 
 
 class TestThreads:
-    """What comes together."""
+    """Simultaneous answers and failures of several threads."""
 
-    def test_answers_that_come_together_end_one_outage_once(self, kept: Availability) -> None:
-        """One line in the log, and no thread collides with another."""
+    def test_simultaneous_answers_end_the_outage_once(self, threaded: Availability) -> None:
+        """The end of an outage is logged once, and no thread raises."""
         rounds, threads = 200, 6
         barrier = threading.Barrier(threads)
 
         def answer() -> Iterator[tuple[int, float | None]]:
             for number in range(rounds):
                 if barrier.wait() == 0:
-                    kept.note_failure(gone())
+                    threaded.note_failure(refused_error())
                 barrier.wait()
-                yield number, kept.note_answer()
+                yield number, threaded.note_answer()
 
         with ThreadPoolExecutor(threads) as pool:
             answers = [pair for pairs in pool.map(lambda _: list(answer()), range(threads)) for pair in pairs]
         assert Counter(number for number, seconds in answers if seconds is not None) == Counter(range(rounds))
 
-    def test_one_of_many_threads_has_the_turn(self, turns: Availability, clock: Clock) -> None:
-        """However close together they look."""
+    def test_one_of_many_threads_gets_the_turn(self, turns: Availability, clock: Clock) -> None:
+        """Threads that claim at the same time get one turn."""
         rounds, threads = 200, 6
-        turns.note_failure(gone())
+        turns.note_failure(refused_error())
         barrier = threading.Barrier(threads)
 
-        def look() -> Iterator[bool]:
+        def claim() -> Iterator[bool]:
             for _ in range(rounds):
                 if barrier.wait() == 0:
                     clock.now += ANSWER_WAIT_MAX_S + TIMEOUT
@@ -419,47 +415,47 @@ class TestThreads:
                 yield turns.claim_turn()
 
         with ThreadPoolExecutor(threads) as pool:
-            taken = list(pool.map(lambda _: list(look()), range(threads)))
+            taken = list(pool.map(lambda _: list(claim()), range(threads)))
         assert [sum(of_round) for of_round in zip(*taken, strict=True)] == [1] * rounds
 
-    def test_failures_that_come_together_are_news_once(self, kept: Availability) -> None:
-        """One line in the log when it goes, too."""
+    def test_simultaneous_failures_start_one_outage(self, threaded: Availability) -> None:
+        """The start of an outage is logged once, too."""
         threads = 6
         barrier = threading.Barrier(threads)
 
         def fail(_: int) -> bool:
             barrier.wait()
-            return kept.note_failure(gone()) is not None
+            return threaded.note_failure(refused_error()) is not None
 
         with ThreadPoolExecutor(threads) as pool:
             assert sum(pool.map(fail, range(threads))) == 1
 
 
 class TestForks:
-    """In a child."""
+    """The availability in a child of a fork."""
 
-    def test_child_of_a_process_whose_lock_was_held_can_go_on(self, kept: Availability, clock: Clock) -> None:
-        """Whoever held it has not come along; nor has the thread that asks again."""
-        kept.note_failure(gone())
-        held = lock_of(kept)
+    def test_child_of_a_fork_has_a_free_lock_and_no_retry_thread(self, threaded: Availability, clock: Clock) -> None:
+        """Neither the thread that held the lock nor the retry thread exists in the child."""
+        threaded.note_failure(refused_error())
+        held = lock_of(threaded)
         held.acquire()
         try:
-            kept.after_fork()
-            assert not kept.has_retry_thread
-            assert kept.outage is not None, "the server has not come back by forking"
+            threaded.after_fork()
+            assert not threaded.has_retry_thread
+            assert threaded.outage is not None, "a fork does not end the outage"
             clock.now += RETRY_DELAY_MAX_S
-            assert kept.claim_turn()
-            assert kept.note_answer() == RETRY_DELAY_MAX_S
+            assert threaded.claim_turn()
+            assert threaded.note_answer() == RETRY_DELAY_MAX_S
         finally:
             held.release()
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="nobody forks here")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-    def test_every_child_is_told(self, kept: Availability) -> None:
-        """Nobody has to think of it."""
-        with lock_of(kept):
+    def test_every_child_of_a_fork_is_reset(self, threaded: Availability) -> None:
+        """The reset in a child needs no call."""
+        with lock_of(threaded):
             pid = os.fork()
             if pid == 0:
-                os._exit(0 if lock_of(kept).acquire(timeout=1) and not kept.has_retry_thread else 1)
+                os._exit(0 if lock_of(threaded).acquire(timeout=1) and not threaded.has_retry_thread else 1)
         assert os.waitpid(pid, 0)[1] == 0
-        assert kept.has_retry_thread
+        assert threaded.has_retry_thread

@@ -1,4 +1,4 @@
-"""Do errors of all clients and servers mean what the table says?"""
+"""Error classification: the kind of each error, for all clients and servers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNREACHABLE, READ_ONLY, FORBIDDEN, UNUSABLE = (
 MIGRATING, CONTENDED = ErrorKind.MIGRATING, ErrorKind.CONTENDED
 
 
-#: Classes that redis-py and valkey's client have, as far as they have them, and what the client leaves of the text.
+#: Classes of redis-py and valkey-py, with the text that the client leaves of the server's error.
 CLASSES = {
     "ConnectionError": ("Connection refused.", UNREACHABLE),
     "TimeoutError": ("Timeout reading from socket", UNREACHABLE),
@@ -53,19 +53,19 @@ CLASSES = {
 LIBRARIES = {"redis-py": redis.exceptions, "valkey-py": valkey.exceptions}
 
 
-#: Those classes that the installed releases have.
+#: Classes of `CLASSES` that the installed releases have.
 HAD = [(library, name) for library, module in LIBRARIES.items() for name in CLASSES if hasattr(module, name)]
 
 
 @pytest.mark.parametrize(("library", "name"), HAD)
-def test_class_of_any_client_means_the_same(library: str, name: str) -> None:
-    """Whichever client raises it: what an error means follows from the name of its class."""
-    text, meaning = CLASSES[name]
-    assert error_kind(getattr(LIBRARIES[library], name)(text)) is meaning
+def test_class_of_any_client_has_the_kind_of_its_name(library: str, name: str) -> None:
+    """The name of the class decides about the kind, whichever client raises the error."""
+    text, kind = CLASSES[name]
+    assert error_kind(getattr(LIBRARIES[library], name)(text)) is kind
 
 
 @pytest.mark.parametrize(
-    ("error", "meaning"),
+    ("error", "kind"),
     [
         (OSError("raw"), UNREACHABLE),
         (ConnectionResetError("by peer"), UNREACHABLE),
@@ -78,30 +78,30 @@ def test_class_of_any_client_means_the_same(library: str, name: str) -> None:
         (TypeError("'NoneType' object is not callable"), UNUSABLE),
         (ModuleNotFoundError("No module named 'settings'"), UNUSABLE),
         (KeyError("REDIS_URL"), UNUSABLE),
-        (Exception("of somebody's own"), UNUSABLE),
+        (Exception("of an application"), UNUSABLE),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_error_of_no_client_is_away_if_it_is_of_a_socket_and_else_a_fault(error: Exception, meaning: ErrorKind) -> None:
-    """A network that fails is nobody's fault; a callable that returns no client is that circuit's own."""
-    assert error_kind(error) is meaning
+def test_error_of_a_socket_is_an_outage_and_any_other_a_fault(error: Exception, kind: ErrorKind) -> None:
+    """Socket errors are outages. Errors of a client factory are faults of one circuit."""
+    assert error_kind(error) is kind
 
 
-def test_own_subclass_of_a_known_class_means_what_that_means() -> None:
-    """Clients are subclassed, and so are their errors."""
+def test_subclass_of_a_known_class_has_its_kind() -> None:
+    """Applications subclass clients, and their errors as well."""
 
     class Away(redis.ConnectionError):
-        """Somebody's own."""
+        """Subclass of an application."""
 
     class Denied(redis.exceptions.NoPermissionError):
-        """Somebody's own."""
+        """Subclass of an application."""
 
     assert error_kind(Away()) is UNREACHABLE
     assert error_kind(Denied()) is FORBIDDEN
 
 
-#: What servers say, with its code.
-SAID = [
+#: Errors as servers send them, with their codes.
+SERVER_ERRORS = [
     ("READONLY You can't write against a read only replica.", READ_ONLY),
     ("OOM command not allowed when used memory > 'maxmemory'.", READ_ONLY),
     ("MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.", READ_ONLY),
@@ -120,7 +120,7 @@ SAID = [
 ]
 
 
-#: Where they say it: at the beginning, or in a sentence that says where in a script it was.
+#: Sentences with a code, either at the beginning or with its position in a script.
 SENTENCES = {
     "plain": "{}",
     "annotated": "{} script: 60be534429818f2a26358999ba8610407da0b931, on @user_script:192.",
@@ -132,18 +132,16 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
-@pytest.mark.parametrize(("said", "meaning"), SAID, ids=[said.partition(" ")[0] for said, _ in SAID])
+@pytest.mark.parametrize(("text", "kind"), SERVER_ERRORS, ids=[text.partition(" ")[0] for text, _ in SERVER_ERRORS])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_code_of_the_server_counts_wherever_it_stands(
-    said: str, meaning: ErrorKind, sentence: str, library: str
-) -> None:
-    """Inside scripts, older servers put the code of a command's error into a sentence; older clients know no code."""
-    error = LIBRARIES[library].ResponseError(SENTENCES[sentence].format(said))
-    assert error_kind(error) is meaning
+def test_error_code_counts_wherever_it_stands(text: str, kind: ErrorKind, sentence: str, library: str) -> None:
+    """Older servers put the error code of a command in a script into a sentence. Older clients parse no codes."""
+    error = LIBRARIES[library].ResponseError(SENTENCES[sentence].format(text))
+    assert error_kind(error) is kind
 
 
 @pytest.mark.parametrize(
-    ("said", "meaning"),
+    ("text", "kind"),
     [
         ("ACL failure in script: User ro has no permissions to run the 'set' command", FORBIDDEN),
         ("The user executing the script can't access at least one of the keys mentioned", FORBIDDEN),
@@ -153,14 +151,14 @@ def test_code_of_the_server_counts_wherever_it_stands(
         ("a key named busy, or oom, or loading", UNUSABLE),
     ],
 )
-def test_sentence_without_a_code_counts_by_what_it_says(said: str, meaning: ErrorKind) -> None:
-    """What an ACL forbids inside a script has no code of its own."""
-    assert error_kind(ResponseError(said)) is meaning
+def test_error_without_a_code_is_classified_by_its_text(text: str, kind: ErrorKind) -> None:
+    """A command that an ACL forbids inside a script has no error code of its own."""
+    assert error_kind(ResponseError(text)) is kind
 
 
 @pytest.mark.parametrize("user", ["READONLY", "LOADING"])
-def test_name_of_a_user_is_not_taken_for_a_code(user: str) -> None:
-    """The class has said what it means; the rest of the text is the user's own words."""
-    said = f"User {user} has no permissions to run the 'set' command"
-    assert error_kind(redis.exceptions.NoPermissionError(said)) is FORBIDDEN
-    assert error_kind(ResponseError(f"ACL failure in script: {said}")) is FORBIDDEN
+def test_name_of_a_user_is_not_parsed_as_a_code(user: str) -> None:
+    """The class decides about the kind. The rest of the text may contain names that users chose."""
+    text = f"User {user} has no permissions to run the 'set' command"
+    assert error_kind(redis.exceptions.NoPermissionError(text)) is FORBIDDEN
+    assert error_kind(ResponseError(f"ACL failure in script: {text}")) is FORBIDDEN

@@ -1,4 +1,4 @@
-"""The checker of histories: each rule reports a small history that breaks it, and no other."""
+"""The checker of histories: each rule reports a small history that breaks this rule, and no other."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.support.history import (
     union,
 )
 
-#: Bounds of the histories here: a recovery takes 2 * 0.5 + 0.25 + 0.4 + 2 * 0.1 + 1.0 = 2.85 s at most.
+#: Bounds of these histories. A recovery takes at most 2 * 0.5 + 0.25 + 0.4 + 2 * 0.1 + 1.0 = 2.85 s.
 LIMITS = Limits()
 
-#: A fault that ends so late that no recovery is due.
+#: A fault that ends too late for a recovery to be due.
 QUIET = [(0.0, 3.0, "frozen")]
 
 #: Tokens of probes.
@@ -32,38 +32,38 @@ ONE, TWO = "1a", "2b"
 
 
 def history(*calls: Call, seconds: float = 10.0, **words: Any) -> History:
-    """A history of one circuit that begins at 0."""
+    """Return a history of one circuit that begins at 0."""
     return History(0.0, seconds, {"c": LIMITS}, calls=list(calls), **words)
 
 
 def ok(began: float, process: int = 0, **words: Any) -> Call:
-    """A call that succeeds."""
+    """Return a call that succeeds."""
     return Call(process, 0, "c", began, began + 0.002, "ok", reached=began, left=began + 0.001, **words)
 
 
 def rejected(began: float, process: int = 0) -> Call:
-    """A call that is rejected."""
+    """Return a call that is rejected."""
     return Call(process, 0, "c", began, began + 0.001, "rejected")
 
 
 def probe(began: float, seconds: float = 0.1, *, process: int = 0, is_own: bool | None = False, **words: Any) -> Call:
-    """A call that is admitted half-open."""
+    """Return a call that is admitted half-open."""
     words = {"reached": began, "left": began + seconds, "admitted": "half-open", "is_own": is_own, **words}
     return Call(process, 0, "c", began, began + seconds, "ok", **words)
 
 
 def steady(begin: float = 0.0, end: float = 10.0, process: int = 0) -> list[Call]:
-    """Calls that succeed, ten a second."""
+    """Return ten successful calls a second."""
     return [ok(begin + number / 10, process) for number in range(int((end - begin) * 10))]
 
 
 def rules_broken(of: History) -> set[str]:
-    """Names of the rules that a history breaks."""
+    """Return the names of the rules that a history breaks."""
     return {problem.rule for problem in check(of)}
 
 
 def test_history_without_violation_has_no_problems() -> None:
-    """A trip, a probe that fails, one that succeeds, a loss and a return: all as promised."""
+    """A trip, a failed probe, a successful probe, a loss and a return break no rule."""
     good = history(
         *steady(0.0, 1.0),
         Call(0, 0, "c", 1.0, 1.001, "failed", reached=1.0, left=1.001),
@@ -85,7 +85,7 @@ def test_history_without_violation_has_no_problems() -> None:
 
 
 def test_error_in_a_call_is_reported() -> None:
-    """Any error but the dependency's and the breaker's is one too many."""
+    """A call may raise only errors of the dependency and of the breaker."""
     bad = history(*steady(), Call(1, 2, "c", 3.0, 3.1, "error", "ConnectionError: closed"))
     (problem,) = [problem for problem in check(bad) if problem.rule == "errors"]
     assert "process 1, thread 2" in problem.text
@@ -93,7 +93,7 @@ def test_error_in_a_call_is_reported() -> None:
 
 
 def test_call_that_waits_longer_than_the_timeout_is_reported() -> None:
-    """The function's own time does not count, the rest does."""
+    """Time in the guarded function does not count, all other time does."""
     waits = Call(0, 0, "c", 3.0, 3.6, "ok", reached=3.5, left=3.55)
     assert rules_broken(history(*steady(), waits)) == {"slow_calls"}
 
@@ -109,12 +109,12 @@ def test_call_that_waits_longer_than_the_timeout_is_reported() -> None:
     ids=["slow function", "within the bound", "no processor", "stalled process"],
 )
 def test_call_that_waits_for_something_else_is_no_problem(call: Call, stalls: list[tuple[float, float]]) -> None:
-    """Time of the function and of the machine is not the storage's."""
+    """Time of the guarded function and of the machine is not the storage's."""
     assert check(history(*steady(0.0, 2.5), call, stalls=stalls, seconds=5.0, faults=QUIET)) == []
 
 
 def test_rejection_long_after_the_last_fault_is_reported() -> None:
-    """An orphaned claim keeps the fleet out for a lease: a spell that no rule allows."""
+    """An orphaned claim rejects calls of the fleet for a lease, which is longer than any rule allows."""
     bad = history(
         *steady(0.0, 1.0),
         *(rejected(2.0 + number / 10, process) for number in range(50) for process in (0, 1)),
@@ -129,26 +129,26 @@ def test_rejection_long_after_the_last_fault_is_reported() -> None:
 
 
 def test_failure_long_after_the_dependency_came_up_is_reported() -> None:
-    """Whatever ends a call but a success is a problem then."""
+    """Long after the fault, only successes are expected."""
     fails = Call(0, 0, "c", 9.0, 9.001, "failed", reached=9.0, left=9.001)
     assert rules_broken(history(*steady(), fails, down={"c": [(1.0, 1.1)]})) == {"long_spells"}
 
 
 def test_process_without_a_success_is_reported() -> None:
-    """A process without a success since the last fault has not shown that it recovered."""
+    """Without a success since the last fault, a process has not shown that it recovered."""
     bad = history(*steady(), rejected(2.1, 1), rejected(2.2, 1), faults=[(1.0, 2.0, "frozen")])
     assert rules_broken(bad) == {"long_spells"}
 
 
 def test_rejections_within_the_bound_are_no_problem() -> None:
-    """Up to `Limits.recovery` a circuit may be open."""
+    """A circuit may be open for `Limits.recovery` seconds after a fault."""
     until = 2.0 + LIMITS.recovery - 0.1
     good = history(*(rejected(2.0 + n / 10) for n in range(10)), ok(until), *steady(5.0), faults=[(0.0, 2.0, "frozen")])
     assert check(good) == []
 
 
 def test_rejections_while_something_is_wrong_are_no_problem() -> None:
-    """Neither in a fault, nor while the dependency is down, nor in a window that is too short to tell."""
+    """Rejections are allowed in a fault, while the dependency is down, and in a window that is too short to judge."""
     rejections = [rejected(number / 10) for number in range(100)]
     assert check(history(*rejections, faults=[(0.0, 10.0, "frozen")])) == []
     assert check(history(*rejections, down={"c": [(0.0, 10.0)]})) == []
@@ -164,7 +164,7 @@ def test_stalls_after_the_last_fault_prolong_the_bound() -> None:
 
 
 def test_probe_given_away_while_its_lease_lives_is_reported() -> None:
-    """Two claims in a row, of which the first one's lease has not run out."""
+    """The second claim comes before the lease of the first one ends."""
     first = Write(1.0, "c", 1, "half-open", ONE, 6.0)
     assert rules_broken(history(*steady(), trace=[first, Write(2.0, "c", 2, "half-open", TWO, 7.0)])) == {
         "stolen_leases"
@@ -179,26 +179,26 @@ def test_probe_given_away_while_its_lease_lives_is_reported() -> None:
         [Write(2.0, "c", 1, "half-open", ONE, 7.0)],
         [Write(2.0, "c", 2, "open"), Write(3.0, "c", 3, "half-open", TWO, 8.0)],
         [Loss(2.0), Write(2.1, "c", 2, "half-open", TWO, 7.0)],
-        # Two processes that know different records bring theirs back.
+        # Two processes restore the different records that they have cached.
         [Loss(2.0), Write(2.1, "c", 1, "half-open", ONE, 6.0), Write(2.2, "c", 2, "half-open", TWO, 7.0)],
     ],
     ids=["lease over", "given back", "renewed", "open in between", "lost", "brought back twice"],
 )
 def test_probe_given_away_for_a_reason_is_no_problem(between: list[Write | Loss]) -> None:
-    """A lease that ran out, was given back, or was lost."""
+    """The lease has run out, was given back, or was lost."""
     first = Write(1.0, "c", 1, "half-open", ONE, 6.0)
     assert check(history(*steady(), trace=[first, *between])) == []
 
 
 @pytest.mark.parametrize(("released", "is_fine"), [({ONE: 1.9}, True), ({ONE: 2.1}, False), ({TWO: 1.9}, False)])
 def test_probe_taken_instead_of_a_lost_one_is_no_problem(released: dict[str, float], is_fine: bool) -> None:
-    """Only once the process has noted that none of its calls holds the probe."""
+    """Another process may claim the probe only after its holder has noted that no call holds the probe."""
     trace = [Write(1.0, "c", 1, "half-open", ONE, 6.0), Write(2.0, "c", 2, "half-open", TWO, 7.0)]
     assert (check(history(*steady(), trace=trace, released=released)) == []) is is_fine
 
 
 def test_two_probes_of_a_shared_circuit_at_once_are_reported() -> None:
-    """The dependency is tried by one call, whichever the processes."""
+    """One call at a time probes the dependency, whichever processes make the calls."""
     bad = history(*steady(), probe(1.0), probe(1.05, process=1))
     assert rules_broken(bad) == {"shared_probes"}
 
@@ -215,19 +215,19 @@ def test_two_probes_of_a_shared_circuit_at_once_are_reported() -> None:
     ids=["afterwards", "local", "unclear", "opened in between", "lost in between"],
 )
 def test_probes_that_may_overlap_are_no_problem(second: Call, words: dict[str, Any]) -> None:
-    """A later one, one of another circuit, and one after a transition."""
+    """A later probe, a probe of another circuit and a probe after a transition do not overlap."""
     assert check(history(*steady(), *steady(process=1), probe(1.0), second, **words)) == []
 
 
 def test_probe_after_the_lease_of_a_slow_one_is_no_problem() -> None:
-    """Who takes longer than the lease is no longer the only one."""
+    """A probe that takes longer than its lease may overlap with the next."""
     slow = probe(1.0, LIMITS.probe_lease + 1.0)
     assert check(history(*steady(), *steady(process=1), slow, probe(6.5, process=1))) == []
     assert rules_broken(history(*steady(), *steady(process=1), slow, probe(5.5, process=1))) == {"shared_probes"}
 
 
 def test_two_probes_of_one_process_while_local_are_reported() -> None:
-    """A process on its own makes one probe at a time; another process is on its own, too."""
+    """A process on its local circuit makes one probe at a time. Other processes probe independently."""
     first = probe(1.0, is_own=True, own_since=0.5)
     assert rules_broken(history(*steady(), first, probe(1.05, is_own=True, own_since=0.5))) == {"local_probes"}
     unclear = probe(1.05, is_own=None, own_since=0.5)
@@ -237,9 +237,9 @@ def test_two_probes_of_one_process_while_local_are_reported() -> None:
 
 
 def test_local_probe_of_a_later_outage_is_no_problem() -> None:
-    """The process has used the shared circuit in between, or follows it and it was moved."""
+    """In between, the process used the shared circuit, or its local circuit followed a shared transition."""
     first, second = probe(1.0, is_own=True, own_since=0.5), probe(1.05, is_own=True, own_since=0.5, local=1)
-    # The answer that shows the move may be late.
+    # The answer that shows the transition may be late.
     for moved in (0.9, 1.02):
         assert check(history(*steady(), first, second, trace=[Write(moved, "c", 1, "open")])) == []
     before, after = Write(0.2, "c", 1, "open"), Write(1.1, "c", 1, "open")
@@ -257,9 +257,9 @@ def test_local_probe_of_a_later_outage_is_no_problem() -> None:
         ([Write(1.0, "c", 2, "open")], False),
         ([Write(1.0, "c", 1, "open"), Write(2.0, "c", 3, "closed")], False),
         ([Write(1.0, "c", 1, "open"), Write(2.0, "c", 0, "closed")], False),
-        # Another circuit counts by itself.
+        # Another circuit has its own generations.
         ([Write(1.0, "c", 1, "open"), Write(2.0, "d", 1, "open")], True),
-        # What is created after a loss begins again; what is brought back goes on, at most one adoption further.
+        # After a loss, a created record starts again. A restored record continues, at most one adoption further.
         ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 0, "closed"), Write(3.0, "c", 1, "open")], True),
         ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 3, "half-open")], True),
         ([Write(1.0, "c", 1, "open"), Loss(2.0), Write(3.0, "c", 4, "half-open")], False),
@@ -269,7 +269,7 @@ def test_local_probe_of_a_later_outage_is_no_problem() -> None:
     ],
 )
 def test_generations_rise_by_one_between_losses(trace: list[Write | Loss], is_right: bool) -> None:
-    """No transition is skipped or taken back."""
+    """No transition is skipped or undone."""
     words = History(0.0, 10.0, {"c": LIMITS, "d": LIMITS}, trace=trace)
     assert check(words) == [] if is_right else {problem.rule for problem in check(words)} == {"generations"}
 
@@ -283,7 +283,7 @@ def test_calm_is_what_faults_and_the_dependency_leave() -> None:
 
 
 def test_report_names_the_fault_before_each_problem() -> None:
-    """For people: figures first, then each broken rule with its first violations."""
+    """The report for people starts with figures, and lists each broken rule with its first violations."""
     bad = history(*steady(), rejected(4.0), rejected(9.0), faults=[(1.0, 2.0, "frozen")])
     text = describe(bad, check(bad))
     assert "10 s, 1 faults, 0 losses" in text

@@ -1,4 +1,4 @@
-"""Keys are called as stock calls them, and in a cluster they share a slot."""
+"""Names of keys: equal to those of stock, and in one slot of a cluster."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pybreaker_redis._runtime.validation import checked_namespace
 
 
 @pytest.mark.parametrize(("namespace", "prefix"), [(None, "pybreaker"), ("shop", "shop:pybreaker")])
-def test_names_are_those_of_stock(namespace, prefix):
+def test_names_equal_those_of_stock(namespace, prefix):
     """A stock worker finds the circuit under the same names."""
     assert circuit_keys(namespace, needs_one_slot=False) == tuple(f"{prefix}:{name}" for name in KEY_SUFFIXES)
 
 
 def slot(key: str) -> int:
-    """The slot of a key, as the cluster specification has it."""
+    """Return the slot of a key by the rule of the cluster specification."""
     _, brace, after = key.partition("{")
     tag, closing, _ = after.partition("}")
     return crc_hqx((tag if brace and closing and tag else key).encode(), 0) % 16384
@@ -38,22 +38,20 @@ def slot(key: str) -> int:
     ],
 )
 def test_keys_of_a_cluster_share_one_slot(namespace, first):
-    """Scripts and transactions need all keys of a circuit on one node; a tag that is there already decides which."""
+    """Scripts and transactions need all keys of a circuit on one node. An existing hash tag decides about the node."""
     keys = circuit_keys(namespace, needs_one_slot=True)
     assert keys[0] == first
     assert len({slot(key) for key in keys}) == 1
 
 
-# -- which namespaces there may be -------------------------------------------------------------------------------------
-
-#: What stock takes and people use.
-USED = [
+#: Namespaces that stock accepts and that are in use.
+VALID_NAMESPACES = [
     *("shop", "shop:payments", "shop/payments", "a b", "a.b-c_d", "zahlung für köln", "支付", "🙂"),
     *("*", "?[a]", "\\", "'", "\u2028", "\xa0", "x" * 1000),
     *("{eu}", "shop:{eu}", "{eu}:shop", "{eu}{us}", "{ }"),
 ]
 
-#: What nobody can have meant, by the part of the error that says what is accepted.
+#: Invalid namespaces, by the part of the error that states what is accepted.
 MISTAKES = {
     "at least one character": [""],
     "braces in pairs": ["{}", "a{}", "{}{eu}", "{eu}{}", "{", "}", "a{b", "a}b", "}{", "{{eu}}", "{a{b}c}"],
@@ -62,15 +60,15 @@ MISTAKES = {
 REFUSED = [(namespace, accepted) for accepted, namespaces in MISTAKES.items() for namespace in namespaces]
 
 
-@pytest.mark.parametrize("namespace", [None, *USED])
-def test_namespace_that_works_with_stock_is_taken(namespace):
-    """Whoever changes the import keeps the namespaces, whatever language they are in."""
+@pytest.mark.parametrize("namespace", [None, *VALID_NAMESPACES])
+def test_namespace_that_works_with_stock_is_accepted(namespace):
+    """A change of the import keeps existing namespaces valid, in any language."""
     checked_namespace(namespace)
 
 
 @pytest.mark.parametrize(("namespace", "accepted"), REFUSED, ids=ascii)
-def test_namespace_that_nobody_can_have_meant_is_refused_at_once(namespace, accepted):
-    """The error names the argument, what was given and what is accepted."""
+def test_invalid_namespace_is_refused_at_once(namespace, accepted):
+    """The error contains the argument's name, its value and the accepted values."""
     with pytest.raises(ValueError, match=f"namespace must .*{accepted}") as caught:
         CircuitRedisStorage("closed", lambda: None, namespace)
     assert repr(namespace) in str(caught.value)
@@ -78,7 +76,7 @@ def test_namespace_that_nobody_can_have_meant_is_refused_at_once(namespace, acce
 
 @pytest.mark.parametrize("namespace", [b"shop", 7, ("shop",), object, True, bytearray(b"shop")])
 def test_namespace_of_another_type_is_refused_at_once(namespace):
-    """Bytes would become part of the names as they are printed, with a b before them."""
+    """The names would contain the repr of the bytes, with a b before them."""
     with pytest.raises(TypeError, match="namespace must be a str or None, not "):
         CircuitRedisStorage("closed", lambda: None, namespace)
 
@@ -89,7 +87,7 @@ texts = st.text(st.one_of(st.sampled_from("{}{}a:\0\n"), st.characters()), max_s
 
 @given(namespace=texts, needs_one_slot=st.booleans())
 def test_any_namespace_is_refused_or_names_one_circuit_in_one_slot(namespace, needs_one_slot):
-    """What is taken can be sent, and printed, and in a cluster all keys lie in one slot: the tag that people see."""
+    """A valid namespace can be sent and printed. In a cluster, all its keys lie in the slot of the visible hash tag."""
     try:
         checked_namespace(namespace)
     except ValueError:
@@ -103,11 +101,8 @@ def test_any_namespace_is_refused_or_names_one_circuit_in_one_slot(namespace, ne
         assert len({slot(key) for key in keys}) == 1
 
 
-# -- subclasses with names of their own --------------------------------------------------------------------------------
-
-
 class Shop(CircuitRedisStorage):
-    """As pybreaker's class allows it."""
+    """Subclass with a base namespace, which pybreaker's class supports."""
 
     BASE_NAMESPACE = "shop:cb"
 
@@ -121,8 +116,8 @@ class Shop(CircuitRedisStorage):
         (None, True, "{shop:cb}:state"),
     ],
 )
-def test_base_namespace_of_a_subclass_stands_where_stock_has_it(namespace, needs_one_slot, first):
-    """In a cluster, too, all keys lie in one slot."""
+def test_base_namespace_of_a_subclass_has_the_place_that_stock_gives_it(namespace, needs_one_slot, first):
+    """In a cluster, all keys of a subclass lie in one slot, too."""
     keys = circuit_keys(namespace, needs_one_slot=needs_one_slot, base=Shop.BASE_NAMESPACE)
     assert keys[0] == first
     assert not needs_one_slot or len({slot(key) for key in keys}) == 1
@@ -132,29 +127,29 @@ def test_base_namespace_of_a_subclass_stands_where_stock_has_it(namespace, needs
 
 
 class Naming(CircuitRedisStorage):
-    """Names its keys by a method."""
+    """Subclass with a method for the names of keys."""
 
     def _namespace(self, key: str) -> str:
-        """Nothing here asks it."""
+        """Return a name that this package never requests."""
         return f"mine:{key}"
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         (Naming, "Naming._namespace is not used here"),
         (type("Number", (CircuitRedisStorage,), {"BASE_NAMESPACE": 7}), "Number.BASE_NAMESPACE must be a str"),
         (type("Nothing", (CircuitRedisStorage,), {"BASE_NAMESPACE": None}), "Nothing.BASE_NAMESPACE must be a str"),
     ],
 )
-def test_subclass_whose_names_cannot_be_used_is_refused_at_once(kind, said):
-    """Else two tenants would become one circuit."""
-    with pytest.raises(TypeError, match=said):
+def test_subclass_whose_names_cannot_be_used_is_refused_at_once(kind, message):
+    """Otherwise, two tenants would share one circuit."""
+    with pytest.raises(TypeError, match=message):
         kind("closed", lambda: None)
 
 
 def test_base_namespace_that_makes_no_keys_is_refused_at_once():
-    """As a namespace."""
+    """A base namespace follows the rules of a namespace."""
     kind = type("Empty", (CircuitRedisStorage,), {"BASE_NAMESPACE": ""})
     with pytest.raises(ValueError, match=r"Empty.BASE_NAMESPACE must have at least one character"):
         kind("closed", lambda: None)

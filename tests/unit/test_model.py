@@ -1,4 +1,4 @@
-"""The model: what may become of a circuit, intent by intent, and what holds whatever happens."""
+"""The model: what each intent does to a circuit, and properties that hold for every intent and circuit."""
 
 from __future__ import annotations
 
@@ -54,41 +54,41 @@ unclaimed = Circuit(HALF_OPEN, fail_counter=5, success_counter=1, opened_at_ms=N
 probed = replace(unclaimed, probe_token="a0", probe_until_ms=NOW + 10)
 deserted = replace(probed, probe_until_ms=NOW)
 
-#: Those intents that speak for a call, as that call makes them.
+#: Intents of a call, as a call of generation 7 with the token "a0" sends them.
 FENCED = [RecordFailure(7, "a0"), RecordSuccess(7, "a0"), CountProbe(7, "a0", 500), Trip(7, "a0"), Close(7, "a0")]
 
 
 def by_hand(intent: Intent) -> Intent:
-    """The same, but not on behalf of a call."""
+    """Return the same intent without a generation and token, as an operator would send it."""
     return replace(intent, generation=None, token="")  # type: ignore[type-var]
 
 
 def granted(intent: Intent, circuit: Circuit, now_ms: float = NOW) -> Circuit:
-    """The circuit after an intent that must be accepted."""
+    """Apply an intent that must be accepted, and return the circuit."""
     decision = intent.apply(circuit, now_ms)
     assert decision.accepted
     return decision.circuit
 
 
 def assert_refused(intent: Intent, circuit: Circuit, now_ms: float = NOW) -> None:
-    """The intent must be refused, and leave the very same circuit."""
+    """Assert that the circuit refuses the intent and stays the same object."""
     decision = intent.apply(circuit, now_ms)
     assert not decision.accepted
     assert decision.circuit is circuit
 
 
 class TestValues:
-    """Circuits and intents are values."""
+    """Immutability and completeness of circuits and intents."""
 
     def test_circuit_and_intents_cannot_be_changed_in_place(self) -> None:
-        """Whoever holds a circuit may believe that nobody else changes it."""
+        """A holder of a circuit can rely on its values."""
         with pytest.raises(FrozenInstanceError):
             closed.state = OPEN  # type: ignore[misc]
         with pytest.raises(FrozenInstanceError):
             FENCED[0].token = "b1"  # type: ignore[attr-defined]
 
     def test_list_of_intents_is_complete(self) -> None:
-        """Nobody who goes through `INTENTS` misses one."""
+        """Code that iterates over `INTENTS` covers every intent."""
         defined = {
             value
             for value in vars(intents).values()
@@ -97,36 +97,36 @@ class TestValues:
         assert set(INTENTS) == defined
         assert len({intent.operation for intent in INTENTS}) == len(INTENTS)
 
-    def test_intent_itself_decides_nothing(self) -> None:
-        """A new kind of intent without a decision of its own is noticed at once."""
+    def test_base_intent_decides_nothing(self) -> None:
+        """An intent that does not define `apply` fails at its first use."""
         with pytest.raises(NotImplementedError):
             Intent().apply(closed, NOW)
         with pytest.raises(NotImplementedError):
             FencedIntent(7, "").apply(closed, NOW)
 
     def test_new_circuit_is_closed_and_never_moved(self) -> None:
-        """Generation 0 means: nothing has ever happened here."""
+        """Generation 0 stands for a circuit without any transition."""
         assert new_circuit(CLOSED, NOW) == Circuit(CLOSED, 0, 0, None, 0, "", 0)
 
     @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
     def test_circuit_created_in_another_state_has_moved_once(self, state: str) -> None:
-        """Beginning open is a transition, so that results of calls from before it count for nothing."""
+        """A start in another state is a transition, so results of calls from before the start do not count."""
         circuit = new_circuit(state, NOW)
         assert (circuit.state, circuit.generation, circuit.probe_token) == (state, 1, "")
         assert circuit.opened_at_ms == (NOW if state == OPEN else None)
 
 
 class TestLoad:
-    """`Load`."""
+    """The intent `Load`."""
 
     @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed, deserted])
     def test_load_gives_the_circuit_as_it_is(self, circuit: Circuit) -> None:
-        """Looking changes nothing."""
+        """Reading a circuit returns the same object."""
         assert granted(Load(), circuit) is circuit
 
 
 class TestFencing:
-    """Who may speak for a circuit."""
+    """Calls that may change a circuit, by generation and token."""
 
     @pytest.mark.parametrize("intent", FENCED)
     @pytest.mark.parametrize("generation", [0, 6, 8])
@@ -136,62 +136,62 @@ class TestFencing:
         assert_refused(replace(intent, generation=generation), circuit)  # type: ignore[type-var]
 
     @pytest.mark.parametrize("intent", FENCED)
-    def test_open_circuit_hears_no_call(self, intent: Intent) -> None:
-        """Nobody was admitted while it was open."""
+    def test_open_circuit_refuses_every_call(self, intent: Intent) -> None:
+        """An open circuit admits no call, so no call can have a result to report."""
         assert_refused(intent, opened)
 
     @pytest.mark.parametrize("intent", FENCED)
     @pytest.mark.parametrize("token", ["", "b1"])
-    def test_half_open_circuit_hears_only_its_prober(self, intent: Intent, token: str) -> None:
-        """Of all calls in flight only the probe decides."""
+    def test_half_open_circuit_accepts_only_its_prober(self, intent: Intent, token: str) -> None:
+        """Of all calls in flight, only the probe decides."""
         assert_refused(replace(intent, token=token), probed)  # type: ignore[type-var]
         assert intent.apply(probed, NOW).accepted
 
     @pytest.mark.parametrize("intent", FENCED)
-    def test_prober_is_heard_after_its_lease_while_nobody_took_over(self, intent: Intent) -> None:
-        """A slow probe is still the best that is known of the dependency."""
+    def test_prober_is_accepted_after_its_lease_until_another_claim(self, intent: Intent) -> None:
+        """The result of a slow probe is still the best information about the dependency."""
         assert intent.apply(deserted, NOW + 10**6).accepted
 
     @pytest.mark.parametrize("intent", FENCED)
-    def test_half_open_circuit_without_prober_hears_who_has_no_token(self, intent: Intent) -> None:
-        """After `half_open()` by hand the next call is the trial, although it never claimed."""
+    def test_half_open_circuit_without_prober_accepts_a_call_without_token(self, intent: Intent) -> None:
+        """After `half_open()` by an operator, the next call is the trial, although it did not claim the probe."""
         assert replace(intent, token="").apply(unclaimed, NOW).accepted  # type: ignore[type-var]
         assert_refused(intent, unclaimed)
 
     @pytest.mark.parametrize("intent", FENCED)
-    def test_closed_circuit_hears_calls_whatever_their_token(self, intent: Intent) -> None:
-        """A token means nothing while everybody is admitted."""
+    def test_closed_circuit_accepts_calls_whatever_their_token(self, intent: Intent) -> None:
+        """While every call is admitted, a token has no meaning."""
         assert intent.apply(closed, NOW).accepted
 
     @pytest.mark.parametrize("intent", FENCED)
     @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed, deserted])
-    def test_hand_is_always_heard(self, intent: Intent, circuit: Circuit) -> None:
-        """An operator needs nobody's permission."""
+    def test_operator_is_always_accepted(self, intent: Intent, circuit: Circuit) -> None:
+        """A change by an operator needs neither generation nor token."""
         assert by_hand(intent).apply(circuit, NOW).accepted
 
 
 class TestCounting:
-    """`RecordFailure`, `RecordSuccess`, `CountProbe`, `ResetProbes`."""
+    """The intents `RecordFailure`, `RecordSuccess`, `CountProbe` and `ResetProbes`."""
 
     def test_failure_counts_one_and_nothing_else(self) -> None:
-        """Tripping is for the caller to decide: the circuit does not know fail_max."""
+        """The caller decides whether to trip, because the circuit has no fail_max."""
         assert granted(RecordFailure(7, ""), closed) == replace(closed, fail_counter=4)
         assert granted(RecordFailure(7, "a0"), probed) == replace(probed, fail_counter=6)
 
     def test_success_forgets_the_failures_and_nothing_else(self) -> None:
-        """Failures are consecutive or they are nothing."""
+        """Only consecutive failures count."""
         assert granted(RecordSuccess(7, ""), closed) == replace(closed, fail_counter=0)
         assert granted(RecordSuccess(7, "a0"), probed) == replace(probed, fail_counter=0)
 
     def test_probe_that_reaches_the_threshold_is_kept_to_close(self) -> None:
-        """The close follows: until then no other call claims, and a lease that has run out is renewed too."""
+        """No other call may claim the probe before the close that follows. A lease that has run out is renewed, too."""
         kept = replace(probed, success_counter=2, probe_until_ms=NOW + 500, probe_lease_ms=500)
         assert granted(CountProbe(7, "a0", 500, 2), probed) == kept
         assert granted(CountProbe(7, "a0", 500, 1), probed) == kept
         assert granted(CountProbe(7, "a0", 500), deserted, NOW + 7).probe_until_ms == NOW + 507
 
     def test_probe_below_the_threshold_is_given_back(self) -> None:
-        """The successes stay, in the same generation, and the next caller claims at once."""
+        """The successes stay, in the same generation, and the next caller can claim the probe at once."""
         given_back = granted(CountProbe(7, "a0", 500, 3), probed)
         assert given_back == replace(probed, success_counter=2, probe_token="", probe_until_ms=0, probe_lease_ms=0)
         assert not CountProbe(7, "a0", 500, 3).apply(given_back, NOW).accepted
@@ -199,42 +199,45 @@ class TestCounting:
         assert (claimed.generation, claimed.success_counter, claimed.probe_token) == (8, 2, "b1")
 
     def test_probe_counted_by_hand_renews_no_lease(self) -> None:
-        """Only its holder prolongs a lease, or a dead prober would be waited for; nor is it taken away."""
+        """Only the holder renews a lease, so that a dead prober is not waited for.
+
+        An operator's count leaves the probe alone.
+        """
         assert granted(CountProbe(None, "", 500), probed) == replace(probed, success_counter=2)
         assert granted(CountProbe(None, "", 500, 9), probed) == replace(probed, success_counter=2)
 
     def test_counted_probe_without_claim_makes_no_lease(self) -> None:
-        """Where nobody holds the probe there is nothing to renew."""
+        """Without a claimed probe there is no lease to renew."""
         assert granted(CountProbe(7, "", 500), unclaimed) == replace(unclaimed, success_counter=2)
 
     @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed])
     def test_reset_of_probes_forgets_successes_only(self, circuit: Circuit) -> None:
-        """A counter set by hand moves nothing and takes no probe away."""
+        """A counter set by an operator changes no state and keeps the probe."""
         assert granted(ResetProbes(), circuit) == replace(circuit, success_counter=0)
 
 
 class TestTransitions:
-    """`Trip`, `ClaimProbe`, `Close`: each a generation."""
+    """The intents `Trip`, `ClaimProbe` and `Close`, each of which begins a generation."""
 
     @pytest.mark.parametrize(
         ("intent", "circuit"),
         [(Trip(7, ""), closed), (Trip(7, "a0"), probed), (Trip(None, ""), opened), (Trip(None, ""), probed)],
     )
     def test_trip_opens_from_now_on(self, intent: Trip, circuit: Circuit) -> None:
-        """The reset timeout counts from the trip; failures stay to be read, successes and the probe are gone."""
+        """The reset timeout starts with the trip. Failures stay readable, successes and the probe are dropped."""
         assert granted(intent, circuit) == Circuit(
             OPEN, fail_counter=circuit.fail_counter, success_counter=0, opened_at_ms=NOW, generation=8
         )
 
     def test_second_of_two_trips_is_refused(self) -> None:
-        """One outage is one transition."""
+        """One outage of the dependency causes one transition."""
         assert_refused(Trip(7, ""), granted(Trip(7, ""), closed))
 
     @pytest.mark.parametrize(
         "circuit", [closed, opened, unclaimed, probed], ids=["closed", "open", "unclaimed", "probed"]
     )
-    def test_trip_of_a_process_that_was_cut_off_keeps_its_time(self, circuit: Circuit) -> None:
-        """It is open for the rest of its time, not for another whole timeout; it is a move like any other."""
+    def test_shared_trip_keeps_its_opening_time(self, circuit: Circuit) -> None:
+        """A shared trip opens the circuit for the rest of its time only. It begins a generation like any other trip."""
         shared = granted(ShareTrip(7, 20), circuit)
         assert shared == Circuit(
             OPEN, fail_counter=circuit.fail_counter, success_counter=0, opened_at_ms=NOW - 20, generation=8
@@ -251,16 +254,16 @@ class TestTransitions:
         ],
         ids=["moved since", "never in that generation", "opened then", "opened later"],
     )
-    def test_trip_of_a_process_that_was_cut_off_gives_way(self, intent: ShareTrip, circuit: Circuit) -> None:
-        """Whoever has moved the circuit since or opened it later knows more."""
+    def test_shared_trip_is_refused_after_a_later_change(self, intent: ShareTrip, circuit: Circuit) -> None:
+        """A later transition or a later opening time is more recent information than the shared trip."""
         assert_refused(intent, circuit)
 
-    def test_trip_from_before_the_epoch_is_one_at_the_epoch(self) -> None:
-        """Redis holds no negative times."""
+    def test_shared_trip_from_before_the_epoch_opens_at_the_epoch(self) -> None:
+        """A record in Redis holds no negative times."""
         assert granted(ShareTrip(7, NOW + 5), closed).opened_at_ms == 0
 
-    def test_open_circuit_gives_its_probe_to_the_first_who_asks(self) -> None:
-        """One claim, one generation, a count that begins at nothing; when it opened stays known."""
+    def test_open_circuit_grants_its_probe_to_the_first_claim(self) -> None:
+        """One claim begins one generation with a success counter of zero. The opening time stays."""
         claimed = granted(ClaimProbe(7, "b1", 500), opened)
         assert claimed == Circuit(HALF_OPEN, 5, 0, opened.opened_at_ms, 8, "b1", NOW + 500, probe_lease_ms=500)
         assert_refused(ClaimProbe(7, "c2", 500), claimed)
@@ -268,20 +271,23 @@ class TestTransitions:
 
     @pytest.mark.parametrize("circuit", [unclaimed, deserted])
     def test_free_probe_is_given_with_the_successes_so_far(self, circuit: Circuit) -> None:
-        """What a prober that died has already shown is not lost."""
+        """Successes of a prober that died are not lost."""
         assert granted(ClaimProbe(7, "b1", 500), circuit) == replace(
             circuit, generation=8, probe_token="b1", probe_until_ms=NOW + 500, probe_lease_ms=500
         )
 
     @pytest.mark.parametrize("circuit", [probed, deserted])
     def test_claim_repeated_by_the_holder_renews_the_lease(self, circuit: Circuit) -> None:
-        """A process whose claim got no answer resumes the probe that the server gave to it, for a whole lease."""
+        """A process without an answer to its claim resumes the probe that it holds, for a whole lease."""
         assert granted(ClaimProbe(6, "a0", 500), circuit, NOW + 5) == replace(
             circuit, probe_until_ms=NOW + 505, probe_lease_ms=500
         )
 
     def test_lost_probe_is_claimed_by_the_process_that_has_its_token(self) -> None:
-        """In a new generation, with the successes so far; a token that is no longer there is no reason."""
+        """The claim begins a new generation with the successes so far.
+
+        A lost token that is no longer stored gives no claim.
+        """
         assert granted(ClaimProbe(7, "b1", 500, "a0"), probed) == replace(
             probed, generation=8, probe_token="b1", probe_until_ms=NOW + 500, probe_lease_ms=500
         )
@@ -290,18 +296,18 @@ class TestTransitions:
         assert_refused(ClaimProbe(7, "b1", 500, ""), closed)
 
     def test_held_probe_is_refused_until_its_lease_is_over(self) -> None:
-        """A lease of 10 ms is held for 10 ms, and not a millisecond longer."""
+        """A lease of 10 ms lasts 10 ms, and not a millisecond longer."""
         assert_refused(ClaimProbe(7, "b1", 500), probed, NOW + 9)
         assert granted(ClaimProbe(7, "b1", 500), probed, NOW + 10).probe_token == "b1"
 
     @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, deserted])
     @pytest.mark.parametrize("generation", [0, 6, 8])
     def test_claim_of_another_generation_is_refused(self, circuit: Circuit, generation: int) -> None:
-        """Whoever saw another spell of open does not know whether this one has lasted long enough."""
+        """A caller that saw another opening cannot decide whether this one has lasted for the reset timeout."""
         assert_refused(ClaimProbe(generation, "b1", 500), circuit)
 
     def test_closed_circuit_has_no_probe_to_claim(self) -> None:
-        """A claim that comes after the recovery does not undo it."""
+        """A claim that arrives after the recovery does not undo the recovery."""
         assert_refused(ClaimProbe(7, "b1", 500), closed)
 
     @pytest.mark.parametrize(
@@ -309,27 +315,27 @@ class TestTransitions:
         [(Close(7, "a0"), probed), (Close(7, ""), unclaimed), (Close(None, ""), opened), (Close(None, ""), probed)],
     )
     def test_close_forgets_all_counts(self, intent: Close, circuit: Circuit) -> None:
-        """After a recovery fail_max failures are needed again."""
+        """After a recovery, fail_max failures are needed again."""
         assert granted(intent, circuit) == Circuit(CLOSED, 0, 0, circuit.opened_at_ms, 8)
 
     def test_closing_a_closed_circuit_forgets_counts_and_moves_nothing(self) -> None:
-        """It has not moved, so calls in flight are not fenced off."""
+        """There is no transition, so calls in flight can still report."""
         assert granted(Close(None, ""), closed) == replace(closed, fail_counter=0, success_counter=0)
         assert granted(Close(7, ""), closed).generation == 7
 
 
 class TestByHand:
-    """`SetState`, `SetOpenedAt`."""
+    """The intents `SetState` and `SetOpenedAt`."""
 
     @pytest.mark.parametrize("circuit", [closed, opened])
-    def test_setting_the_state_that_is_changes_nothing(self, circuit: Circuit) -> None:
-        """Saying the same twice fences nobody off."""
+    def test_setting_the_current_state_changes_nothing(self, circuit: Circuit) -> None:
+        """Setting the same state twice does not invalidate calls in flight."""
         assert granted(SetState(circuit.state), circuit) is circuit
 
     @pytest.mark.parametrize("circuit", [closed, opened, unclaimed, probed])
     @pytest.mark.parametrize("state", STATES)
     def test_setting_another_state_is_a_transition_that_keeps_the_counters(self, circuit: Circuit, state: str) -> None:
-        """Literally that: a new state, a new generation, no prober."""
+        """The transition changes the state, begins a generation and removes the prober."""
         if state == circuit.state != HALF_OPEN:
             return
         assert granted(SetState(state), circuit) == replace(
@@ -337,18 +343,18 @@ class TestByHand:
         )
 
     @pytest.mark.parametrize(("circuit", "token"), [(probed, "a0"), (unclaimed, "")])
-    def test_half_open_by_hand_takes_the_trial_from_whoever_has_it(self, circuit: Circuit, token: str) -> None:
-        """An operator can offer the probe again without waiting for the lease, and so can the next one."""
+    def test_half_open_by_hand_takes_the_trial_from_its_holder(self, circuit: Circuit, token: str) -> None:
+        """An operator can offer the probe again without waiting for the lease."""
         taken = granted(SetState(HALF_OPEN), circuit)
         assert taken.is_probe_free(NOW)
         assert_refused(Close(7, token), taken)
 
     def test_open_by_hand_without_a_time_opens_now(self) -> None:
-        """Without it the gate would stand open to a probe at once."""
+        """Without an opening time, the circuit would admit a probe at once."""
         assert granted(SetState(OPEN), replace(closed, opened_at_ms=None)).opened_at_ms == NOW
 
     def test_opening_time_only_moves_forward_while_open(self) -> None:
-        """A straggler cannot open the gate early."""
+        """A late write with an earlier time cannot admit a probe early."""
         assert opened.opened_at_ms is not None
         later = granted(SetOpenedAt(opened.opened_at_ms + 1), opened)
         assert later == replace(opened, opened_at_ms=opened.opened_at_ms + 1)
@@ -356,17 +362,17 @@ class TestByHand:
         assert_refused(SetOpenedAt(opened.opened_at_ms - 1), opened)
 
     @pytest.mark.parametrize("circuit", [closed, unclaimed, probed, replace(closed, opened_at_ms=None)])
-    def test_opening_time_of_an_earlier_spell_may_go_anywhere(self, circuit: Circuit) -> None:
-        """It means nothing before the circuit opens again."""
+    def test_opening_time_of_a_circuit_that_is_not_open_may_be_any(self, circuit: Circuit) -> None:
+        """The opening time has no effect before the circuit opens again."""
         assert granted(SetOpenedAt(NOW - 10**6), circuit) == replace(circuit, opened_at_ms=NOW - 10**6)
 
     def test_opening_time_without_one_may_be_set_while_open(self) -> None:
-        """A record that lost it takes any."""
+        """A record that lost its opening time accepts any."""
         assert granted(SetOpenedAt(NOW - 5), replace(opened, opened_at_ms=None)).opened_at_ms == NOW - 5
 
     @pytest.mark.parametrize("circuit", [closed, opened])
     def test_opening_time_is_never_in_the_future(self, circuit: Circuit) -> None:
-        """A host whose clock is an hour ahead cannot hold the fleet open."""
+        """A clock that is an hour ahead cannot keep the fleet open."""
         assert granted(SetOpenedAt(NOW + 3_600_000), circuit).opened_at_ms == NOW
 
     def test_opening_time_is_never_before_the_epoch(self) -> None:
@@ -375,58 +381,58 @@ class TestByHand:
 
 
 class TestNoise:
-    """After a failure, successes are to be reported for a while."""
+    """The time after a failure in which successes are reported."""
 
     def test_failure_makes_a_closed_circuit_noisy(self) -> None:
-        """Whoever succeeds from now on has a failure to forget."""
+        """A success after the failure has a failure to reset."""
         circuit = granted(RecordFailure(7, "", 1000), closed)
         assert circuit.noisy_until_ms == NOW + 1000
 
-    def test_failure_that_nobody_would_hear_of_makes_no_noise(self) -> None:
-        """Where there is no push, stock's keys say everything."""
+    def test_failure_without_push_makes_no_noise(self) -> None:
+        """Without push, the keys of stock hold everything."""
         assert granted(RecordFailure(7, ""), closed).noisy_until_ms == 0
 
     @pytest.mark.parametrize(("left_ms", "moves"), [(501, False), (500, False), (499, True), (0, True), (-5000, True)])
     def test_noise_moves_on_when_half_of_it_is_over(self, left_ms: int, moves: bool) -> None:
-        """Each move is told to everybody: two in its time are enough, and at least half of it always lies ahead."""
+        """Each move is published. At least half of the time always lies ahead, so two moves in that time suffice."""
         circuit = granted(RecordFailure(7, "", 1000), replace(closed, noisy_until_ms=NOW + left_ms))
         assert circuit.noisy_until_ms == NOW + (1000 if moves else left_ms)
 
     @pytest.mark.parametrize("circuit", [opened, unclaimed, probed])
     def test_failure_of_a_circuit_that_is_not_closed_makes_no_noise(self, circuit: Circuit) -> None:
-        """There nobody keeps a success to himself."""
+        """In other states, every success is reported anyway."""
         assert granted(RecordFailure(None, "", 1000), circuit).noisy_until_ms == 0
 
     @given(circuit=circuits(NOW), count=st.integers(0, COUNT_LIMIT))
-    def test_other_number_of_failures_changes_nothing_else(self, circuit: Circuit, count: int) -> None:
-        """It names each field, so a new one must be added there."""
+    def test_with_failures_changes_only_the_failure_counter(self, circuit: Circuit, count: int) -> None:
+        """`with_failures` names each field, so a new field must be added there."""
         assert circuit.with_failures(count) == replace(circuit, fail_counter=count)
 
     @given(circuit=circuits(NOW), wish=wishes)
     def test_nothing_but_a_failure_makes_noise(self, circuit: Circuit, wish: Wish) -> None:
-        """What need not be told is not."""
+        """Only a failure gives other processes something to reset."""
         after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
         assert after.noisy_until_ms == circuit.noisy_until_ms or wish.kind is RecordFailure
 
 
-class TestWhatever:
-    """What holds for any intent on any circuit."""
+class TestEveryIntent:
+    """Properties of every intent on every circuit."""
 
     @given(circuit=circuits(NOW), wish=wishes)
     def test_refused_intent_leaves_the_very_same_circuit(self, circuit: Circuit, wish: Wish) -> None:
-        """No refusal leaves a trace, leases included."""
+        """A refusal changes nothing, leases included."""
         decision = wish.intent(circuit, NOW).apply(circuit, NOW)
         assert decision.accepted or decision.circuit is circuit
 
     @given(circuit=circuits(NOW), wish=wishes)
-    def test_generation_grows_by_one_with_each_transition_and_never_else(self, circuit: Circuit, wish: Wish) -> None:
-        """The generation is the fencing token: same generation, same spell, same prober."""
+    def test_generation_grows_by_one_with_each_transition_only(self, circuit: Circuit, wish: Wish) -> None:
+        """The generation is the fencing token: the same generation means the same state and the same prober."""
         after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
         assert after.generation - circuit.generation in (0, 1)
         if after.generation == circuit.generation:
             assert (after.state, after.probe_token) == (circuit.state, circuit.probe_token)
         elif after.state == circuit.state:
-            # Of the same kind, and yet another spell: a new trip, or another prober.
+            # The state is the same, but there was a transition: a new trip, or another prober.
             assert (
                 after.opened_at_ms == NOW
                 or after.probe_token != circuit.probe_token
@@ -441,8 +447,8 @@ class TestWhatever:
             assert (after.probe_token, after.probe_until_ms, after.probe_lease_ms) == ("", 0, 0)
 
     @given(circuit=circuits(NOW), wish=wishes)
-    def test_open_circuit_always_knows_since_when(self, circuit: Circuit, wish: Wish) -> None:
-        """Without the time the gate would stand open; with one in the future it would stay shut."""
+    def test_open_circuit_always_has_an_opening_time(self, circuit: Circuit, wish: Wish) -> None:
+        """Without an opening time, a probe would be admitted at once. With one in the future, none would be."""
         after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
         if after.state == OPEN:
             assert after.opened_at_ms is not None
@@ -450,7 +456,7 @@ class TestWhatever:
 
     @given(circuit=circuits(NOW), wish=wishes)
     def test_counters_are_never_negative_and_move_by_one_or_to_zero(self, circuit: Circuit, wish: Wish) -> None:
-        """Nothing is counted twice."""
+        """No call is counted twice."""
         after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
         for counter in ("fail_counter", "success_counter"):
             before, now = getattr(circuit, counter), getattr(after, counter)
@@ -471,7 +477,7 @@ class TestWhatever:
 
     @given(steps=st.lists(st.tuples(wishes, st.integers(0, 40_000)), max_size=40))
     def test_probe_changes_hands_only_when_free_or_by_hand(self, steps: list[tuple[Wish, int]]) -> None:
-        """However many ask, one probes."""
+        """Of any number of callers, one holds the probe."""
         now = NOW
         circuit = new_circuit(OPEN, now)
         for wish, pause in steps:
@@ -485,7 +491,7 @@ class TestWhatever:
 
 
 def test_fields_of_circuit_are_those_of_the_record() -> None:
-    """Whoever adds to the circuit also says how it lies in Redis."""
+    """A new field of the circuit needs a place in the record."""
     assert [field.name for field in fields(Circuit)] == [
         "state",
         "fail_counter",
@@ -514,7 +520,7 @@ def test_fields_of_circuit_are_those_of_the_record() -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
-    """Whoever is handed one may keep it; a slip of the pen in a name is an error, not a new attribute."""
+    """A value can be shared safely. A typo in the name of an attribute is an error and adds no attribute."""
     for field in fields(value):
         with pytest.raises(FrozenInstanceError):
             setattr(value, field.name, None)
@@ -523,7 +529,7 @@ def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["LEASE_MAX_MS", "COUNT_LIMIT", "NOISE_MAX_MS"])
 def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
-    """What one of them calls damage, the other does not count on from."""
+    """A number that the scripts treat as damage is one that the model never reaches, and vice versa."""
     scripts = Path(circuit_module.__file__).parents[1] / "_engines" / "lua" / "circuit.lua"
     said = re.search(rf"^local {name} = ([\d *^]+)$", scripts.read_text(encoding="utf-8"), re.MULTILINE)
     assert said
@@ -532,7 +538,7 @@ def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
 
 
 def test_largest_count_is_reached_and_is_its_own_successor() -> None:
-    """A number beyond it could not be read again, and would be repaired for ever."""
+    """A larger number could not be read again, and would be repaired for ever."""
     last = COUNT_LIMIT - 1
     full = replace(probed, fail_counter=last, success_counter=last, generation=last)
     below = replace(full, fail_counter=last - 1, success_counter=last - 1, generation=last - 1)
@@ -543,7 +549,7 @@ def test_largest_count_is_reached_and_is_its_own_successor() -> None:
 
 
 class TestRecord:
-    """Corners of `_model/codec.py` that random records hardly ever reach."""
+    """Cases of `_model/codec.py` that random records hardly ever reach."""
 
     def test_count_is_read_up_to_the_limit_and_not_from_there_on(self) -> None:
         """The limit itself is damage, as in the scripts."""
@@ -552,38 +558,41 @@ class TestRecord:
             assert found.fail_counter == read
             assert (found.mark is None) == (read is None)
 
-    def test_opened_by_others_without_saying_when_is_open_from_now_on(self) -> None:
-        """The time of an earlier spell would let a probe through at once."""
+    def test_circuit_opened_by_stock_without_a_time_is_open_from_now_on(self) -> None:
+        """The time of an earlier opening would let a probe through at once."""
         found = parse_record((OPEN, "0", "0", None), ("3", CLOSED, "1000", "", "0", "0", "0"))
         assert resolve_record(found, None, CLOSED, NOW).circuit == Circuit(OPEN, opened_at_ms=NOW, generation=4)
 
-    def test_opened_by_a_newcomer_on_an_emptied_server_goes_on_in_a_new_generation(self) -> None:
-        """Whoever knows it closed, and later, costs nobody a trip; the opening time keeps its milliseconds."""
+    def test_circuit_opened_on_an_emptied_server_continues_in_a_new_generation(self) -> None:
+        """A later, closed circuit in the cache does not lose the trip.
+
+        The opening time keeps its milliseconds.
+        """
         found = parse_record((OPEN, "5", "0", "2"), ("1", OPEN, "2500", "", "0", "0", "0"))
         circuit = resolve_record(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
         assert circuit == Circuit(OPEN, fail_counter=5, opened_at_ms=2500, generation=7)
 
     def test_older_circuit_does_not_close_one_that_is_known_to_be_open(self) -> None:
-        """A server that has lost a trip gets it back."""
+        """A server that has lost a trip gets the trip back."""
         known = Circuit(OPEN, opened_at_ms=NOW - 10, generation=6)
         found = parse_record((CLOSED, "0", "0", None), ("5", CLOSED, "", "", "0", "0", "0"))
         assert resolve_record(found, known, CLOSED, NOW).circuit == known
 
-    def test_closed_by_others_remembers_when_it_was_open(self) -> None:
-        """A lost time is restored from the mark as long as it holds nobody up."""
+    def test_circuit_closed_by_stock_keeps_its_opening_time(self) -> None:
+        """A lost opening time is restored from the hash, if no caller has to wait for it."""
         found = parse_record((CLOSED, "0", "0", None), ("3", OPEN, "1000", "", "0", "0", "0"))
         assert resolve_record(found, None, CLOSED, NOW).circuit == Circuit(CLOSED, opened_at_ms=1000, generation=4)
 
     @pytest.mark.parametrize(("state", "marked"), [(CLOSED, CLOSED), (OPEN, OPEN), (HALF_OPEN, OPEN)])
-    def test_prober_is_believed_only_of_a_half_open_circuit_of_our_own(self, state: str, marked: str) -> None:
-        """A token that was left where nobody can probe gives nobody the probe."""
+    def test_prober_is_trusted_only_in_a_half_open_circuit_of_this_package(self, state: str, marked: str) -> None:
+        """A token left in any other state gives no call the probe."""
         found = parse_record((state, "0", "0", "1"), ("3", marked, "1000", "a0", str(NOW + 10), "0", "0"))
         circuit = resolve_record(found, None, CLOSED, NOW).circuit
         assert (circuit.state, circuit.probe_token, circuit.probe_until_ms) == (state, "", 0)
 
     @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + LEASE_MAX_MS), (1, 0)])
-    def test_longest_lease_is_believed_and_a_longer_one_is_over(self, beyond: int, until_ms: int) -> None:
-        """Nobody could have asked for it, and it would be waited for."""
+    def test_longest_lease_is_trusted_and_a_longer_one_is_over(self, beyond: int, until_ms: int) -> None:
+        """No caller can have requested a longer lease, and callers would wait for its end."""
         found = parse_record(
             (HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(NOW + LEASE_MAX_MS + beyond), "0", "0")
         )
@@ -602,26 +611,26 @@ class TestRecord:
         ],
     )
     def test_lease_has_never_more_left_than_its_length(self, until_ms: int, lease_ms: int, ends_ms: int) -> None:
-        """A clock that was set back would let a dead prober block the circuit for as long."""
+        """After the server's clock was set back, a dead prober would otherwise block the circuit for that long."""
         found = parse_record(
             (HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", "a0", str(until_ms), "0", str(lease_ms))
         )
         circuit = resolve_record(found, None, CLOSED, NOW).circuit
         assert (circuit.probe_token, circuit.probe_until_ms) == ("a0", ends_ms)
         assert bool(changes_for(circuit, found)) == (until_ms != ends_ms or lease_ms > LEASE_MAX_MS), (
-            "once, and only then"
+            "written once, and only if it differs"
         )
 
     @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
     def test_record_from_before_a_lost_recovery_has_a_free_probe(self, state: str) -> None:
-        """Its prober has reported long ago, and would be waited for."""
+        """The prober has already reported, so callers must not wait for its lease."""
         found = parse_record((state, "0", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
         circuit = resolve_record(found, Circuit(CLOSED, generation=6), CLOSED, NOW).circuit
         assert circuit == Circuit(state, success_counter=1, opened_at_ms=1000, generation=7)
 
     @pytest.mark.parametrize("token", ["", "b1"])
     def test_record_from_before_a_lost_report_has_a_free_probe(self, token: str) -> None:
-        """Within a generation the probe is given back once, and its next holder begins the next generation."""
+        """In a generation, the probe is given back once. Its next holder begins the next generation."""
         found = parse_record((HALF_OPEN, "0", "1", "1"), ("5", HALF_OPEN, "1000", "a0", str(NOW + 500), "0", "500"))
         known = Circuit(HALF_OPEN, generation=5, opened_at_ms=1000, probe_token=token, success_counter=2)
         circuit = resolve_record(found, known, CLOSED, NOW).circuit
@@ -631,36 +640,39 @@ class TestRecord:
     @pytest.mark.parametrize("left_ms", [400, 20_000])
     @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
     def test_lost_claim_is_restored_with_the_rest_of_its_lease(self, state: str, left_ms: int) -> None:
-        """One probe at a time, though the server has lost who has it; and no longer than a lease."""
+        """There is one probe at a time, even if the server has lost its holder, and for no longer than a lease."""
         found = parse_record((state, "0", "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
         known = replace(
             probed, opened_at_ms=1000, generation=6, probe_until_ms=NOW + left_ms, probe_lease_ms=500, fail_counter=0
         )
-        believed = resolve_record(found, known, CLOSED, NOW)
-        assert believed.event == "restored"
-        assert believed.circuit == replace(known, success_counter=0, probe_until_ms=NOW + min(left_ms, 500))
+        resolved = resolve_record(found, known, CLOSED, NOW)
+        assert resolved.event == "restored"
+        assert resolved.circuit == replace(known, success_counter=0, probe_until_ms=NOW + min(left_ms, 500))
 
     @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
     def test_lost_trip_is_restored_with_its_time(self, state: str) -> None:
-        """The state before makes no difference, nor does the holder of the probe."""
+        """Neither the state before nor the holder of the probe makes a difference."""
         found = parse_record((state, "2", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
         known = Circuit(OPEN, generation=6, opened_at_ms=NOW - 10)
-        believed = resolve_record(found, known, CLOSED, NOW)
-        assert believed.event == "restored"
-        assert believed.circuit == replace(known, fail_counter=2, success_counter=1)
+        resolved = resolve_record(found, known, CLOSED, NOW)
+        assert resolved.event == "restored"
+        assert resolved.circuit == replace(known, fail_counter=2, success_counter=1)
 
     @pytest.mark.parametrize("state", [CLOSED, OPEN, HALF_OPEN])
     @pytest.mark.parametrize("fail_counter", [1, 4])
     def test_lost_counts_are_those_of_the_server(self, state: str, fail_counter: int) -> None:
-        """Within a generation nothing tells which count is later: a few failures more or less, and no transition."""
+        """In one generation, no order of two counts is known.
+
+        Some failures may be lost or repeated, a transition never is.
+        """
         found = parse_record((state, str(fail_counter), "0", "1"), ("5", state, "1000", "", "0", "0", "0"))
         known = Circuit(state, fail_counter=3, success_counter=1, opened_at_ms=1000, generation=5)
         circuit = resolve_record(found, known, CLOSED, NOW).circuit
         assert circuit == replace(known, fail_counter=fail_counter, success_counter=0)
 
     @pytest.mark.parametrize(("beyond", "until_ms"), [(0, NOW + NOISE_MAX_MS), (1, 0)])
-    def test_noise_that_nobody_can_have_made_is_none(self, beyond: int, until_ms: int) -> None:
-        """Successes would be reported, and no failure would be told, until then."""
+    def test_noise_beyond_its_limit_is_dropped(self, beyond: int, until_ms: int) -> None:
+        """Until then, successes would be reported, and no failure would be published."""
         found = parse_record(
             (CLOSED, "0", "0", "1"), ("3", CLOSED, "1000", "", "0", str(NOW + NOISE_MAX_MS + beyond), "0")
         )
@@ -678,18 +690,18 @@ class TestRecord:
                 b"9" * 10**6,
                 b"5 closed 3 1000  0 0 0",
             ),
-            # What cannot have been yet; of a time without a date every call would hear.
+            # Times that cannot have been reached yet. Each call would publish a time without a date.
             *(b"1005 3 open 999999999999999  0 0 0", b"1005 3 open 1006  0 0 0"),
             f"1005 3 half-open 1000 a0 {1006 + LEASE_MAX_MS} 0 0".encode(),
             f"1005 3 closed 1000  0 {1006 + NOISE_MAX_MS} 0".encode(),
         ],
     )
-    def test_push_that_makes_no_sense_is_none(self, payload: bytes | None) -> None:
-        """Anybody may publish on a channel."""
+    def test_invalid_push_is_dropped(self, payload: bytes | None) -> None:
+        """Any client may publish on a channel."""
         assert parse_published(payload) is None
 
     def test_huge_push_is_not_even_decoded(self) -> None:
-        """A flood of them would cost the listening thread more than the read that follows."""
+        """Decoding a flood of huge messages would cost the listener more than the read that follows."""
 
         class Huge(bytes):
             def decode(self, *_: str) -> str:
@@ -698,20 +710,20 @@ class TestRecord:
         assert parse_published(Huge(b"1005 3 closed   0 0 0" + b" " * PUSH_MAX_BYTES)) is None
 
     def test_push_is_read_as_scripts_write_it(self) -> None:
-        """All but the counters."""
+        """A push holds all fields but the counters."""
         pushed = parse_published(b"1005 3 half-open 1000 a0 2000 1500 1000")
         assert pushed == Circuit(HALF_OPEN, 0, 0, 1000, 3, "a0", 2000, 1500, 1000)
         assert parse_published(b"1005 3 closed   0 0 0") == Circuit(generation=3)
 
     @pytest.mark.parametrize("token", ["A0", "a0 ", "g", "a" * 65])
-    def test_token_that_we_never_wrote_is_nobodys(self, token: str) -> None:
-        """A probe that nobody can hold would be waited for."""
+    def test_invalid_token_gives_no_process_the_probe(self, token: str) -> None:
+        """Callers would wait for a probe that no process can hold."""
         found = parse_record((HALF_OPEN, "0", "0", "1"), ("3", HALF_OPEN, "1000", token, str(NOW + 10), "0", "0"))
         assert resolve_record(found, None, CLOSED, NOW).circuit.probe_token == ""
 
     @pytest.mark.parametrize("field", range(7))
-    def test_hash_with_one_field_alone_is_damage(self, field: int) -> None:
-        """It is told from a hash that is not there."""
+    def test_hash_with_only_one_field_is_damaged(self, field: int) -> None:
+        """A hash with one field is not the same as a missing hash."""
         alone = ["3", CLOSED, "1000", "a0", "5", "6", "7"]
         mark = [value if index == field else None for index, value in enumerate(alone)]
         assert parse_record((CLOSED, "0", "0", None), mark).is_hash_damaged
@@ -719,15 +731,15 @@ class TestRecord:
 
     @pytest.mark.parametrize("mark", [(None,) * 7, ("3", CLOSED, "2000", "", "0", "0", "0")])
     def test_sound_record_is_left_as_it_is(self, mark: tuple[str | None, ...]) -> None:
-        """Looking writes nothing, and what stock's keys can say needs no hash."""
+        """Reading writes nothing, and a circuit that the keys of stock can describe needs no hash."""
         found = parse_record((CLOSED, "1", "0", "2"), mark)
         assert not changes_for(resolve_record(found, None, CLOSED, NOW).circuit, found)
 
-    def test_what_was_read_cannot_be_changed(self) -> None:
-        """Found, believed and to be written are values too."""
+    def test_records_and_changes_cannot_be_changed_in_place(self) -> None:
+        """Read records, resolved records and changes are values, too."""
         found = parse_record((CLOSED, "1", "0", "2"), (None,) * 7)
-        believed = resolve_record(found, None, CLOSED, NOW)
-        for value in (found, believed, changes_for(believed.circuit, found)):
+        resolved = resolve_record(found, None, CLOSED, NOW)
+        for value in (found, resolved, changes_for(resolved.circuit, found)):
             with pytest.raises(FrozenInstanceError):
                 setattr(value, fields(value)[0].name, None)
             assert not hasattr(value, "__dict__")

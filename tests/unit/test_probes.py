@@ -1,4 +1,4 @@
-"""Which tokens of probes are remembered?"""
+"""Tokens of probes: those that this process has released, and when one may be used again."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from pybreaker_redis._model.intents import (
     Trip,
 )
 
-#: Seconds within which a circuit recovers, on a machine that is busy with other things.
+#: Seconds within which a circuit recovers, on a busy machine.
 SOON = 20
 
 
-class TestLooseProbes:
-    """The tokens that no call of this process holds."""
+class TestReleasedTokens:
+    """Tokens that no call of this process holds any longer."""
 
     def half_open(self, token: str) -> Reply:
-        """The record says that this token has the probe, for a long time."""
+        """Return a reply in which this token holds the probe for a long time."""
         circuit = Circuit(HALF_OPEN, generation=2, probe_token=token, probe_until_ms=1e15)
         return Reply(True, circuit, 1e12)
 
-    def test_released_token_is_shown_as_free_until_one_caller_takes_it(self) -> None:
-        """Of many, exactly one."""
+    def test_released_token_is_free_until_one_caller_takes_it(self) -> None:
+        """Of many callers, exactly one takes the token."""
         probes = ProbeTokens()
         assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
         probes.release("a")
@@ -48,12 +48,12 @@ class TestLooseProbes:
         assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
 
     def test_no_token_is_never_taken(self) -> None:
-        """Nor is one that was never released."""
+        """Neither the empty token nor an unreleased one can be taken."""
         assert not ProbeTokens().take("")
         assert not ProbeTokens().take("a")
 
-    def test_oldest_tokens_are_forgotten(self) -> None:
-        """So the memory of a process that runs for a year is bounded."""
+    def test_oldest_tokens_are_dropped_beyond_the_limit(self) -> None:
+        """The memory of a process that runs for a year is bounded."""
         probes = ProbeTokens()
         for number in range(PROBE_TOKENS_MAX + 1):
             probes.release(str(number))
@@ -61,8 +61,8 @@ class TestLooseProbes:
         assert probes.take("1")
         assert probes.take(str(PROBE_TOKENS_MAX))
 
-    def test_forked_child_owns_none(self) -> None:
-        """The parent claims again, not each of its children."""
+    def test_child_of_a_fork_has_no_tokens(self) -> None:
+        """Only the parent claims the probe again, not each of its children."""
         PROBE_TOKENS.release("inherited")
         pid = os.fork()
         if not pid:
@@ -71,7 +71,7 @@ class TestLooseProbes:
         assert PROBE_TOKENS.take("inherited")
 
     @pytest.mark.parametrize(
-        ("intent", "accepted", "token_after", "is_loose"),
+        ("intent", "accepted", "token_after", "is_released"),
         [
             (ClaimProbe(1, "a", 1), True, "a", False),
             (ClaimProbe(1, "a", 1), False, "b", True),
@@ -86,17 +86,17 @@ class TestLooseProbes:
         ],
     )
     def test_token_is_held_until_the_last_report_of_its_call(
-        self, intent: Intent, accepted: bool, token_after: str, is_loose: bool
+        self, intent: Intent, accepted: bool, token_after: str, is_released: bool
     ) -> None:
-        """A call that has reported holds nothing, whatever became of the report."""
+        """A call that has reported holds no probe, whatever the result of the report."""
         probes = ProbeTokens()
         reply = Reply(accepted, Circuit(OPEN, probe_token=token_after), 0)
         assert probes.track(lambda _: reply, intent) is reply
-        assert probes.take("a") == is_loose
+        assert probes.take("a") == is_released
 
     @pytest.mark.parametrize("accepted", [True, False])
-    def test_token_that_was_replaced_stays_loose(self, accepted: bool) -> None:
-        """Whether the record has the new token is not certain: another circuit may have given the answer."""
+    def test_replaced_token_stays_released(self, accepted: bool) -> None:
+        """Another circuit may have given the answer, so the record may not have the new token."""
         probes = ProbeTokens()
         probes.release("a")
         assert probes.take("a")
@@ -112,8 +112,8 @@ class TestLooseProbes:
             *(RecordSuccess(2, "a"), CountProbe(2, "a", 1), Close(2, "a")),
         ],
     )
-    def test_token_is_loose_after_an_exception_from_outside(self, intent: Intent) -> None:
-        """As a greenlet's timeout, raised while the intent waited for its answer: the server may have executed it."""
+    def test_token_is_released_after_an_exception_from_outside(self, intent: Intent) -> None:
+        """A greenlet's timeout interrupts the wait for an answer, and the server may have applied the intent."""
         probes = ProbeTokens()
 
         def interrupted(_: Intent) -> Reply:
@@ -124,7 +124,7 @@ class TestLooseProbes:
         assert probes.take("a")
 
     def test_tokens_released_by_many_threads_at_once_raise_nothing(self) -> None:
-        """Also once the oldest are forgotten, since `release` runs in guarded calls."""
+        """Guarded calls run `release`, so even the removal of the oldest tokens must not raise."""
         probes = ProbeTokens()
         errors: list[RuntimeError] = []
         ends = time.monotonic() + 1

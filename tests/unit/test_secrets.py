@@ -1,4 +1,4 @@
-"""No password is printed, kept or raised, whatever a client library's errors say."""
+"""Secrets: no password is logged, stored or raised, whatever the errors of client libraries contain."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SECRET = "hunter2-hunter2"
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is remembered from other tests."""
+def no_secrets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Drop secrets that other tests registered."""
     replace_secrets(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("said", "printed"),
+    ("text", "printed"),
     [
         ("Error 111 connecting to localhost:6379", "Error 111 connecting to localhost:6379"),
         ("redis://shop:p/w?d@there:1/0 is away", "redis://***@there:1/0 is away"),
@@ -48,13 +48,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("circuit 'payments': payments:pybreaker:circuit@0", "circuit 'payments': payments:pybreaker:circuit@0"),
     ],
 )  # fmt: skip
-def test_text_is_printed_without_what_looks_like_a_secret(said: str, printed: str) -> None:
-    """Servers and libraries print what they were given; all else stays as it is."""
-    assert mask_text(said) == printed
+def test_text_is_masked_where_it_looks_like_a_secret(text: str, printed: str) -> None:
+    """Servers and libraries include their input in errors. All other text stays unchanged."""
+    assert mask_text(text) == printed
 
 
 @pytest.mark.parametrize(
-    ("secret", "said", "printed"),
+    ("secret", "text", "printed"),
     [
         (SECRET, f"is{SECRET}it", "is***it"),
         (SECRET.encode(), f"({SECRET})", "(***)"),
@@ -67,15 +67,15 @@ def test_text_is_printed_without_what_looks_like_a_secret(said: str, printed: st
         (7, "7", "7"),
     ],
 )
-def test_secret_that_was_used_is_masked_wherever_it_stands(secret: Any, said: str, printed: str) -> None:
-    """As it is, quoted for a URL, or as Python prints it; a short one only where it is a word."""
+def test_registered_secret_is_masked_wherever_it_stands(secret: Any, text: str, printed: str) -> None:
+    """A secret is masked as it is, quoted for a URL, and as Python prints it. A short one is masked only as a word."""
     register_secret(secret)
     register_secret(secret)
-    assert mask_text(said) == printed
+    assert mask_text(text) == printed
 
 
-def test_secrets_that_are_replaced_often_are_forgotten() -> None:
-    """Tokens of a quarter of an hour are no memory leak."""
+def test_oldest_secrets_are_dropped_beyond_the_limit() -> None:
+    """Tokens that change every quarter of an hour do not leak memory."""
     for number in range(SECRETS_MAX + 50):
         register_secret(f"token-number-{number}")
     assert count_secrets() == SECRETS_MAX
@@ -83,7 +83,7 @@ def test_secrets_that_are_replaced_often_are_forgotten() -> None:
 
 
 def test_error_of_a_client_library_is_masked_and_no_other() -> None:
-    """An application's own error may be the one that a caller waits for."""
+    """An application's own error may be the one that a caller expects."""
     ours, theirs = redis.ConnectionError("password=hidden", 7), ValueError("password=hidden")
     for error in (ours, theirs):
         mask_error(error)
@@ -94,16 +94,16 @@ def test_error_of_a_client_library_is_masked_and_no_other() -> None:
     assert plain.args == ("Error 111",)
 
 
-def test_guard_keeps_no_secret() -> None:
-    """What it keeps is logged, and shown by health endpoints."""
-    guard = Availability(1.0, has_retry_thread=True)
-    outage = guard.note_failure(redis.ConnectionError("no master in ConnectionPool(password=hidden,db=0)"))
+def test_availability_stores_no_secret() -> None:
+    """The stored error is logged and shown by health endpoints."""
+    availability = Availability(1.0, has_retry_thread=True)
+    outage = availability.note_failure(redis.ConnectionError("no master in ConnectionPool(password=hidden,db=0)"))
     assert outage is not None
-    assert "hidden" not in guard.last_error + outage.error
+    assert "hidden" not in availability.last_error + outage.error
 
 
-def test_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
-    """What is missing, why nothing is heard, and what only those read who look for a cause."""
+def test_log_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """Warnings about missing features, about missing push, and debug lines are masked."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
     _log.lacking("there", MissingFeature.TRACKING, "no RESP3: password=hidden")
     _log.unheard("there", redis.ConnectionError("password=hidden"))
@@ -114,10 +114,12 @@ def test_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture) -> None:
-    """redis-py 6 and 7 print all words of a Sentinel's pool if it does not know the master."""
+    """Releases 6 and 7 of redis-py print all arguments of a Sentinel's pool if it cannot find the master."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
-    words = {"password": SECRET, **ONCE}
-    manager = redis.sentinel.Sentinel([("127.0.0.1", free_port())], sentinel_kwargs=words, password="another-" + SECRET)
+    arguments = {"password": SECRET, **ONCE}
+    manager = redis.sentinel.Sentinel(
+        [("127.0.0.1", free_port())], sentinel_kwargs=arguments, password="another-" + SECRET
+    )
     storage = CircuitRedisStorage("closed", manager.master_for("shop"), namespace="hidden")
     assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
     assert storage.health().condition == "away"
@@ -132,8 +134,8 @@ def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture
         assert SECRET not in text
 
 
-def test_words_of_a_client_and_of_its_sentinels_are_remembered() -> None:
-    """With `timeout=None` no connections of this package's own are made."""
+def test_secrets_of_a_client_and_of_its_sentinels_are_registered() -> None:
+    """With `timeout=None`, this package creates no connections, but still registers the secrets."""
     manager = redis.sentinel.Sentinel(
         [("there", 1)], sentinel_kwargs={"password": "of-sentinels"}, password="of-master"
     )
@@ -142,8 +144,8 @@ def test_words_of_a_client_and_of_its_sentinels_are_remembered() -> None:
     assert mask_text("of-sentinels, of-master, of-bytes") == "***, ***, ***"
 
 
-def test_last_values_of_a_credential_provider_are_remembered() -> None:
-    """Each connection asks for them."""
+def test_values_of_a_credential_provider_are_registered() -> None:
+    """Each connection requests the credentials."""
 
     class Provider:
         region = "eu"

@@ -1,4 +1,4 @@
-"""What do URLs say, and which are refused?"""
+"""URLs: the clients that they describe, and the URLs that are refused."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from tests.support.selection import examples
 has_cluster = pytest.mark.skipif(url_module.cluster_library() is None, reason="no library for clusters is installed")
 
 
-def words_of(url: str) -> dict[str, Any]:
-    """What the connections of a URL's client are made with."""
-    words: dict[str, Any] = client_source_from_url(url)().connection_pool.connection_kwargs
-    return words
+def options_of(url: str) -> dict[str, Any]:
+    """Return the connection arguments of a URL's client."""
+    options: dict[str, Any] = client_source_from_url(url)().connection_pool.connection_kwargs
+    return options
 
 
 @pytest.mark.parametrize("url", ["redis://there", "rediss://there", "unix:///there", "redis+sentinel://there/shop"])
 def test_client_waits_for_a_second_and_tries_once(url: str) -> None:
-    """So even `timeout=None`, which uses it as it is, hangs nobody for long."""
+    """Even `timeout=None`, which uses this client unchanged, does not block a call for long."""
     assert command_wait_limit(client_source_from_url(url)()) == URL_TIMEOUT_S == 1
     if not url.startswith("unix"):
-        assert words_of(url)["socket_connect_timeout"] == URL_TIMEOUT_S
+        assert options_of(url)["socket_connect_timeout"] == URL_TIMEOUT_S
 
 
-def test_query_wins() -> None:
-    """Whatever redis-py takes may stand there."""
-    words = words_of(
+def test_query_overrides_the_rest_of_the_url() -> None:
+    """The query may contain any option of redis-py."""
+    options = options_of(
         "redis://user:pass@there:1/2?socket_timeout=0.3&socket_connect_timeout=2&db=5&health_check_interval=9"
         "&decode_responses=no&encoding=latin-1&socket_keepalive=true&client_name=me"
     )
@@ -54,7 +54,7 @@ def test_query_wins() -> None:
         "socket_keepalive": True,
         "client_name": "me",
     }
-    assert {name: words[name] for name in expected} == expected
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_query_wins() -> None:
         ("valkeys://there:7", "there", 7, 0),
     ],
 )
-def test_what_is_not_said_is_as_usual(url: str, host: str, port: int, db: int) -> None:
-    """Host, port and database."""
-    words = words_of(url)
-    assert (words["host"], words["port"], words["db"]) == (host, port, db)
+def test_missing_part_has_its_default(url: str, host: str, port: int, db: int) -> None:
+    """Host, port and database have the usual defaults."""
+    options = options_of(url)
+    assert (options["host"], options["port"], options["db"]) == (host, port, db)
 
 
 def test_circuits_of_one_url_share_a_client_as_long_as_one_of_them_lives() -> None:
-    """Else each would have Sentinels and nodes of its own to keep up with."""
+    """Otherwise, each circuit would follow its own Sentinels and nodes."""
     url = "redis+sentinel://nobody/shared"
     first = client_source_from_url(url)()
     assert client_source_from_url(url)() is first
@@ -85,8 +85,8 @@ def test_circuits_of_one_url_share_a_client_as_long_as_one_of_them_lives() -> No
     assert url not in clients_by_url()
 
 
-def test_storage_of_a_url_takes_all_other_words() -> None:
-    """By keyword, as the class does."""
+def test_storage_of_a_url_takes_all_other_arguments() -> None:
+    """All arguments of the class are accepted by keyword."""
     storage = CircuitRedisStorage.from_url("redis://nobody", "open", "shop", max_staleness=3, cluster_mode=True, ttl=60)
     assert storage.health().circuit == "shop"
     assert storage.health().state == "open"
@@ -96,8 +96,8 @@ def test_storage_of_a_url_takes_all_other_words() -> None:
         CircuitRedisStorage.from_url("redis://nobody", ajar=True)
 
 
-def test_subclass_makes_its_own_kind() -> None:
-    """As any class method that makes one."""
+def test_subclass_creates_its_own_instances() -> None:
+    """The class method of a subclass creates an instance of the subclass."""
 
     class Own(CircuitRedisStorage):
         pass
@@ -149,8 +149,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("url", MISTAKES)
-def test_mistake_in_a_url_is_said_at_once(url: str) -> None:
-    """What was given, and what is accepted."""
+def test_invalid_url_is_refused_at_once(url: str) -> None:
+    """The error contains the given URL and what is accepted."""
     with pytest.raises(ValueError, match=f"^url .*(?:{MISTAKES[url]})") as caught:
         CircuitRedisStorage.from_url(url)
     assert repr(mask_url(url)) in str(caught.value)
@@ -159,7 +159,7 @@ def test_mistake_in_a_url_is_said_at_once(url: str) -> None:
 
 @pytest.mark.parametrize("url", [None, b"redis://:secret@there", 6379, redis.Redis()])
 def test_url_of_another_type_is_refused_at_once(url: Any) -> None:
-    """Without saying what was in it."""
+    """The error does not contain the value."""
     with pytest.raises(TypeError, match=f"url must be a str, not of type {type(url).__name__}") as caught:
         CircuitRedisStorage.from_url(url)
     assert "secret" not in str(caught.value)
@@ -181,7 +181,7 @@ def test_url_of_another_type_is_refused_at_once(url: Any) -> None:
     ],
 )
 def test_no_secret_is_printed(url: str) -> None:
-    """However badly it was quoted: errors end up in logs."""
+    """Errors are logged, so they must not contain a badly quoted secret."""
     with pytest.raises(ValueError, match=r"\*\*\*") as caught:
         CircuitRedisStorage.from_url(url)
     assert not any(part in str(caught.value) for part in ("secret", "cret", "ret@", "se/", "user"))
@@ -196,16 +196,16 @@ secrets = st.text(st.characters(codec="utf-8"), min_size=1).map(lambda text: f"s
     secret=secrets,
     rest=st.text(st.sampled_from("ab:/@,?#=&[]0"), max_size=12),
 )
-def test_any_text_is_refused_without_its_secret_or_taken(scheme: str, secret: str, rest: str) -> None:
-    """Nothing but the errors that are promised, and no secret in any."""
+def test_any_url_is_accepted_or_refused_without_its_secret(scheme: str, secret: str, rest: str) -> None:
+    """No other errors than the promised ones are raised, and no error contains the secret."""
     url = f"{scheme}://user:{secret}@{rest}"
     assert "s3cr3t" not in mask_url(url)
     try:
         client_source_from_url(url)
     except ModuleNotFoundError as error:
-        said = str(error)
+        message = str(error)
     except ValueError as error:
-        said = str(error)
+        message = str(error)
     else:
-        said = ""
-    assert "s3cr3t" not in said
+        message = ""
+    assert "s3cr3t" not in message
