@@ -36,7 +36,7 @@ def begin(worker: Worker) -> None:
 
 def see(worker: Worker, state: str) -> float:
     """Look until the circuit is seen in `state`; the monotonic time of that."""
-    worker.say("looking")
+    worker.report("looking")
     until = time.monotonic() + DEADLINE
     while worker.breaker.current_state != state:
         if time.monotonic() > until:
