@@ -36,7 +36,7 @@ def begin(worker: Worker) -> None:
 
 def see(worker: Worker, state: str) -> float:
     """Read the circuit until it is in `state`, and return the monotonic time of that read."""
-    worker.say("looking")
+    worker.report("looking")
     until = time.monotonic() + DEADLINE_S
     while worker.breaker.current_state != state:
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: private servers, fleets of processes, and a storage that must break what ours keeps."""
+"""Fixtures for all tests: private servers, fleets of processes, and the stock storage as a counter-proof."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.support.inspect import (
     shorten_listener_waits,
 )
 from tests.support.servers import FoundServer, no_server
-from tests.support.summary import CELL, FIGURE, HEARD, SERVER, Summary
+from tests.support.summary import CELL, FIGURE, PUSH, SERVER, Summary
 from tests.support.tls import Certificates, certificates
 from tests.support.wait import wait_for
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker and the summary; workers of pytest-xdist print none."""
+    """Register the marker and the summary.  Workers of pytest-xdist print none."""
     config.addinivalue_line("markers", "slow: takes several seconds because its promise is about seconds; see --full")
     config.addinivalue_line("markers", "full: runs with --full only")
     config.addinivalue_line("markers", "sample: runs without --full although it is slow")
@@ -67,7 +67,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Show some text at the end of the test run."""
+    """Function that shows some text at the end of the test run."""
     return lambda text: request.node.user_properties.append((FIGURE, text))
 
 
@@ -76,7 +76,7 @@ def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[Callable[[FoundServer], PrivateServer]]:
-    """The one running server of each binary: started when first asked for, restarted if a test has ended it."""
+    """The one running server of each binary, started on demand and restarted if a test has ended it."""
     with contextlib.ExitStack() as stack:
         started: dict[str, PrivateServer] = {}
 
@@ -92,7 +92,7 @@ def running() -> Iterator[Callable[[FoundServer], PrivateServer]]:
 def empty_server(
     running: Callable[[FoundServer], PrivateServer], request: pytest.FixtureRequest
 ) -> Callable[[FoundServer], PrivateServer]:
-    """A running server of some binary, with nothing in it."""
+    """Function that returns a running server of some binary, without data."""
 
     def take(found: FoundServer) -> PrivateServer:
         server = running(found)
@@ -115,13 +115,13 @@ def preferred() -> FoundServer:
 
 @pytest.fixture
 def server(empty_server: Callable[[FoundServer], PrivateServer], preferred: FoundServer) -> PrivateServer:
-    """The preferred server, empty. Tests that end or freeze it take `killable_server`."""
+    """The preferred server, without data.  Tests that end or freeze a server use `killable_server`."""
     return empty_server(preferred)
 
 
 @pytest.fixture(params=servers.at_hand() or [None], ids=lambda found: servers.name_of(found) if found else "none")
 def every_server(request: pytest.FixtureRequest, empty_server: Callable[[FoundServer], PrivateServer]) -> PrivateServer:
-    """Each server at hand in turn, empty."""
+    """Each server at hand in turn, without data."""
     if request.param is None:
         no_server()
     return empty_server(request.param)
@@ -129,7 +129,7 @@ def every_server(request: pytest.FixtureRequest, empty_server: Callable[[FoundSe
 
 @pytest.fixture
 def killable_server(preferred: FoundServer) -> Iterator[PrivateServer]:
-    """A server of this test alone, to be killed, frozen and restarted."""
+    """A server of this test alone, which may be killed, frozen and restarted."""
     with PrivateServer(preferred.binary) as server:
         yield server
 
@@ -143,7 +143,7 @@ def client(server: PrivateServer) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an outage is not the subject, a busy machine shall be none: calls wait for Redis much longer than usual."""
+    """Let calls wait much longer for Redis, so that a slow answer of a busy machine does not count as an outage."""
     for usual in (CircuitRedisStorage.__init__.__kwdefaults__, settings.STORAGE_DEFAULTS):
         monkeypatch.setitem(usual, "timeout", 10.0)
 
@@ -153,7 +153,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def matrix_cell(request: pytest.FixtureRequest) -> Callable[[places.Place], None]:
-    """Note what becomes of this test in the cell of a place."""
+    """Function that records the result of this test in the matrix cell of a place."""
 
     def note(place: places.Place) -> None:
         version = ".".join(place.found.version.split(".")[:2])
@@ -163,11 +163,11 @@ def matrix_cell(request: pytest.FixtureRequest) -> Callable[[places.Place], None
 
 
 @pytest.fixture
-def matrix_heard(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Note how changes are heard there."""
+def matrix_push(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Function that records the kind of push for changes in the cell."""
 
-    def note(heard: str) -> None:
-        request.node.user_properties.append((HEARD, heard))
+    def note(push: str) -> None:
+        request.node.user_properties.append((PUSH, push))
 
     return note
 
@@ -177,7 +177,7 @@ def matrix_heard(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Certificates of the local host, and of a client."""
+    """Certificates of the local host and of a client."""
     return certificates(tmp_path_factory.mktemp("tls"))
 
 
@@ -186,14 +186,14 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(params=["ours", "stock"])
 def make(request: pytest.FixtureRequest) -> Make:
-    """Whose storage: ours, which must keep a promise, and the one that comes with pybreaker, which must break it."""
+    """Origin of the storage: this package, which must keep a promise, or stock, which must break it."""
     made: Make = request.param
     return made
 
 
 @pytest.fixture
 def promised(make: Make) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Assertions that hold with our storage, and of which one fails with the stock one: so the test can fail."""
+    """Context for assertions that hold with our storage and of which one fails with stock, as a counter-proof."""
 
     @contextlib.contextmanager
     def block() -> Iterator[None]:
@@ -205,19 +205,22 @@ def promised(make: Make) -> Callable[[], contextlib.AbstractContextManager[None]
         except AssertionError as exc:
             print("broken by the stock storage:", str(exc).partition("\n")[0])
             return
-        pytest.fail("the stock storage keeps this promise: the test does not tell the two apart")
+        pytest.fail("the stock storage keeps this promise, so the test cannot fail")
 
     return block
 
 
 @pytest.fixture
 def fleet_of(make: Make, server: PrivateServer, tmp_path: Path) -> Callable[..., Fleet]:
-    """Build a fleet: ``fleet_of(8, reset_timeout=1.0)``; ``clock_skew`` may be a list, one for each worker."""
+    """Function that builds a fleet: ``fleet_of(8, reset_timeout=1.0)``.
 
-    def build(workers: int, **words: Any) -> Fleet:
-        skew = words.pop("clock_skew", 0.0)
+    ``clock_skew`` may be a list, one value for each worker.
+    """
+
+    def build(workers: int, **options: Any) -> Fleet:
+        skew = options.pop("clock_skew", 0.0)
         skews = skew if isinstance(skew, list) else [skew] * workers
-        spec = {"make": make, "place": server.unix_socket, "log": str(tmp_path / "calls"), **words}
+        spec = {"make": make, "place": server.unix_socket, "log": str(tmp_path / "calls"), **options}
         return Fleet(Spec(**spec, clock_skew=seconds) for seconds in skews)
 
     return build
@@ -240,7 +243,7 @@ def visits(tmp_path: Path) -> Visits:
 
 @pytest.fixture(params=PROTOCOLS, ids=lambda protocol: f"resp{protocol}")
 def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """What the listener speaks; as much as it can, unless kept from it."""
+    """Protocol of the push connection: the highest one that the client supports, or a forced lower one."""
     if request.param != max(PROTOCOLS):
         disable_resp3(monkeypatch)
     chosen: int = request.param
@@ -249,7 +252,7 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(autouse=True, scope="session")
 def _listeners_look_round_often() -> Iterator[None]:
-    """A thread that nobody needs any more ends sooner than usual: hundreds of tests wait until there is none."""
+    """Let threads without work end sooner than usual, because hundreds of tests wait for their end."""
     with pytest.MonkeyPatch.context() as patch:
         shorten_listener_waits(patch, 0.1)
         yield
@@ -257,31 +260,31 @@ def _listeners_look_round_often() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _nothing_lingers() -> Iterator[None]:
-    """Storages go with the garbage collector, their threads and sockets, too: not in the middle of other tests."""
+    """Collect storages after each module, so that their threads and sockets do not end in the middle of other tests."""
     yield
     gc.collect()
 
 
 @pytest.fixture(autouse=True)
-def nobody_has_twins() -> None:
-    """Storages of earlier tests may still be there, with other settings: what is said of that is for tests of that."""
+def _no_settings_of_earlier_tests() -> None:
+    """Forget settings of earlier tests' storages, so that only tests of such conflicts log a line about them."""
     reset_settings_check()
 
 
 @pytest.fixture(autouse=True)
 def _no_secret_is_known() -> None:
-    """Passwords of earlier tests are short words, which would be masked in the lines of this one."""
+    """Forget passwords of earlier tests, short words that would be masked in the log lines of this test."""
     forget_secrets()
 
 
 @pytest.fixture
-def nobody_listens() -> None:
-    """The test begins without a thread: those of earlier ones end when their storages have gone."""
+def no_listeners() -> None:
+    """Start the test without listeners and retry threads, which end with the storages of earlier tests."""
     gc.collect()
-    # A test that failed is kept, with its storages, for its traceback.
+    # pytest keeps a failed test for its traceback, and with it the storages.
     release_subscribers()
     release_members()
-    wait_for(lambda: not listeners() and not retry_threads(), "the threads of earlier tests end")
+    wait_for(lambda: not listeners() and not retry_threads(), "the threads of earlier tests have ended")
     reset_listeners()
 
 

@@ -1,4 +1,4 @@
-"""Celery: a task that was rejected comes back when the circuit may be tried again."""
+"""Celery: a rejected task is retried when the circuit may be probed."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ RESET_TIMEOUT = 40.0
 
 
 class LikeSQS(virtual.Transport):
-    """A broker whose default has another name, as Amazon's has in kombu; its own needs a library of Amazon's."""
+    """Broker with another name for its default visibility timeout, as SQS in kombu, without Amazon's library."""
 
     class Channel(virtual.Channel):
-        """What the broker can do."""
+        """Channel with the broker's settings."""
 
         default_visibility_timeout = 1800
 
         @property
         def visibility_timeout(self) -> float:
-            """What it was told, or the default."""
+            """Timeout of a connected broker, which this stand-in does not have."""
             raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What has become of a task that a worker has run.
+    """Outcome of a task in a worker.
 
     Attributes:
-        state: Celery's word for it.
-        error: What was raised, inside of a `Retry` too.
-        retries: How often it will have been retried, if it comes back.
-        wait: Seconds until then.
+        state: Celery's name of the state.
+        error: Error of the task, also the one inside a `Retry`.
+        retries: Number of retries after this one, if the task is retried.
+        wait: Seconds until the retry.
     """
 
     state: str
@@ -56,7 +56,7 @@ class Ended:
 
 
 class Shop:
-    """An application of Celery, its circuit, and a worker for its tasks."""
+    """Application of Celery with its circuit and a worker for its tasks."""
 
     def __init__(self, **breaker: Any) -> None:
         self.celery = Celery("shop", broker="memory://", set_as_current=False)
@@ -65,7 +65,7 @@ class Shop:
         self.runs = 0
 
     def task(self, **options: Any) -> Any:
-        """A task that needs the dependency, which is down."""
+        """Return a task that needs the dependency, which is down."""
 
         @self.celery.task(base=BreakerTask, name=str(uuid.uuid4()), **options)
         def pay(answer: Any = down) -> str:
@@ -75,10 +75,10 @@ class Shop:
         return pay
 
     def work(self, task: Any, *args: Any, retries: int = 0) -> Ended:
-        """Run the task as a worker does that is told that it has been retried so often already."""
+        """Run the task as a worker does, after so many retries."""
         tracer = trace.build_tracer(task.name, task, app=self.celery)
         request = {"id": "1", "retries": retries, "delivery_info": {"routing_key": self.celery.conf.task_default_queue}}
-        # As a worker does, for older ones: a task called by its class is a function that somebody calls, else.
+        # As older workers do, because otherwise a task called by its class counts as a plain function.
         trace._install_stack_protection()
         try:
             info = tracer("1", args, {}, request).info
@@ -103,8 +103,8 @@ def shop() -> Iterator[Shop]:
         yield shop
 
 
-def test_rejected_task_comes_back_when_the_circuit_may_be_tried(shop: Shop):
-    """Not before, which would be in vain; and not all at the same time."""
+def test_rejected_task_is_retried_when_the_circuit_may_be_probed(shop: Shop):
+    """A rejected task is retried after the reset timeout, and retries of many tasks are spread."""
     task = shop.task()
     ended = [shop.work(task) for _ in range(10)]
     assert {item.state for item in ended} == {"RETRY"}
@@ -113,8 +113,8 @@ def test_rejected_task_comes_back_when_the_circuit_may_be_tried(shop: Shop):
     assert len({item.wait for item in ended}) == 10
 
 
-def test_task_that_is_not_rejected_is_left_alone(shop: Shop):
-    """Success is success, and failures are those of the task."""
+def test_task_without_a_rejection_is_unchanged(shop: Shop):
+    """Without a rejection a task succeeds or fails as usual."""
     shop.breaker.close()
     task = shop.task()
     assert shop.work(task, up).state == "SUCCESS"
@@ -124,8 +124,8 @@ def test_task_that_is_not_rejected_is_left_alone(shop: Shop):
     assert isinstance(ended.error, Down)
 
 
-def test_rejections_use_up_the_retries(shop: Shop):
-    """As with every other retry of Celery: at the end the task fails with the error of its last rejection."""
+def test_rejections_count_as_retries(shop: Shop):
+    """Rejections count as retries, so at last the task fails with the error of its last rejection."""
     task = shop.task(max_retries=2)
     assert [shop.work(task, retries=had).retries for had in (0, 1)] == [1, 2]
     ended = shop.work(task, retries=2)
@@ -133,22 +133,22 @@ def test_rejections_use_up_the_retries(shop: Shop):
     assert isinstance(ended.error, CircuitBreakerError)
 
 
-def test_rejections_need_not_count(shop: Shop):
-    """A task that has not called may wait for as long as it takes, and has all its retries when it calls."""
+def test_uncounted_rejections_use_up_no_retries(shop: Shop):
+    """Uncounted rejections leave a task all its retries."""
     task = shop.task(max_retries=2, rejections_count=False)
     assert [shop.work(task, retries=had).retries for had in (0, 1, 2)] == [0, 1, 2]
 
 
-def test_handlers_of_the_task_see_how_often_it_was_retried(shop: Shop):
-    """Not what is sent in its place, so that it need not count."""
+def test_handlers_of_the_task_see_the_number_of_retries(shop: Shop):
+    """Handlers see the real number of retries, and not the number that is sent to the broker."""
     seen = []
     task = shop.task(rejections_count=False, on_retry=lambda *_: seen.append(task.request.retries))
     shop.work(task, retries=2)
     assert seen == [2]
 
 
-def test_call_that_opens_the_circuit_counts_as_told(shop: Shop):
-    """With pybreaker's default the error of that call is a circuit's, and the task comes back; else it is its own."""
+def test_call_that_opens_the_circuit_is_retried_if_it_raises_the_breakers_error(shop: Shop):
+    """The call that opens the circuit is retried if it raises the breaker's error, pybreaker's default."""
     shop.breaker.close()
     task = shop.task()
     ended = shop.work(task)
@@ -159,8 +159,8 @@ def test_call_that_opens_the_circuit_counts_as_told(shop: Shop):
     assert shop.work(task).state == "FAILURE"
 
 
-def test_autoretry_is_for_other_errors(shop: Shop):
-    """`autoretry_for` everything does not take rejections: its waits are made up."""
+def test_autoretry_does_not_apply_to_rejections(shop: Shop):
+    """`autoretry_for` does not apply to rejections, because their waits follow from the circuit."""
     task = shop.task(autoretry_for=(Exception,), retry_backoff=1, retry_jitter=False)
     assert shop.work(task).wait > RESET_TIMEOUT - 5
     shop.breaker.close()
@@ -172,8 +172,10 @@ def test_autoretry_is_for_other_errors(shop: Shop):
 
 @pytest.mark.parametrize("options", [{"dont_autoretry_for": (KeyError,)}, {"dont_autoretry_for": ()}])
 @pytest.mark.parametrize("counts", [True, False])
-def test_autoretry_leaves_rejections_alone_whatever_else_it_leaves(shop: Shop, options: dict[str, Any], counts: bool):
-    """A task's own exceptions from `autoretry_for` are for its own errors."""
+def test_autoretry_does_not_apply_to_rejections_beside_other_exceptions(
+    shop: Shop, options: dict[str, Any], counts: bool
+):
+    """`dont_autoretry_for` of a task still applies to the task's own errors."""
     task = shop.task(autoretry_for=(Exception,), default_retry_delay=1, rejections_count=counts, **options)
     ended = shop.work(task)
     assert isinstance(ended.error, CircuitBreakerError)
@@ -186,8 +188,8 @@ def test_autoretry_leaves_rejections_alone_whatever_else_it_leaves(shop: Shop, o
     assert ended.wait < 5
 
 
-def test_autoretry_leaves_rejections_of_a_class_alone(shop: Shop):
-    """Where the task is a class that is registered as well."""
+def test_autoretry_does_not_apply_to_rejections_of_a_task_class(shop: Shop):
+    """The same holds for a task that is a registered class."""
 
     class Pay(BreakerTask):
         name = "pay"
@@ -201,13 +203,13 @@ def test_autoretry_leaves_rejections_of_a_class_alone(shop: Shop):
     assert shop.work(shop.celery.register_task(Pay())).wait > RESET_TIMEOUT - 5
 
 
-def test_autoretry_may_leave_any_other_error_alone():
-    """A type checker lets a class say which, rather than holding it to what stands here."""
+def test_annotation_permits_other_exceptions_from_autoretry():
+    """A type checker accepts a class with its own `dont_autoretry_for`."""
     assert BreakerTask.__annotations__["dont_autoretry_for"] == "tuple[type[BaseException], ...]"
 
 
 def test_eager_task_is_not_autoretried(shop: Shop):
-    """Nor is one that is called as a function: its caller hears of the rejection."""
+    """A task that runs eagerly or is called as a function raises the rejection to its caller."""
     shop.celery.conf.task_always_eager = True
     task = shop.task(autoretry_for=(Exception,), dont_autoretry_for=(KeyError,), default_retry_delay=0)
     for call in (lambda: task.delay().get(), task):
@@ -218,7 +220,7 @@ def test_eager_task_is_not_autoretried(shop: Shop):
 
 @pytest.mark.parametrize("options", [{}, {"autoretry_for": (Exception,), "dont_autoretry_for": (KeyError,)}])
 def test_task_may_retry_rejections_itself(shop: Shop, options: dict[str, Any]):
-    """What it catches and has retried in its own manner is no business of the class, whatever is retried besides."""
+    """A task may retry rejections itself, with its own wait."""
 
     @shop.celery.task(base=BreakerTask, name="pay", bind=True, **options)
     def pay(self: Any) -> str:
@@ -231,7 +233,7 @@ def test_task_may_retry_rejections_itself(shop: Shop, options: dict[str, Any]):
 
 
 def test_rejection_that_was_never_raised_may_be_retried(shop: Shop):
-    """It has no traceback that would tell whose it is."""
+    """A `CircuitBreakerError` without a traceback can be retried, too."""
 
     @shop.celery.task(base=BreakerTask, name="pay", bind=True)
     def pay(self: Any) -> None:
@@ -243,10 +245,10 @@ def test_rejection_that_was_never_raised_may_be_retried(shop: Shop):
 @pytest.mark.parametrize(
     ("broker", "longest"), [("memory://", None), ("amqp://", None), ("redis://", 3600), ("queues://", 1800)]
 )
-def test_wait_ends_before_the_broker_takes_the_task_for_lost(
+def test_wait_ends_before_the_broker_delivers_the_task_again(
     broker: str, longest: float | None, monkeypatch: pytest.MonkeyPatch
 ):
-    """A worker holds the task while it waits; the broker would hand it to another one, too."""
+    """The wait ends in time, because after the visibility timeout the broker would deliver the task again."""
     monkeypatch.setitem(TRANSPORT_ALIASES, "queues", f"{__name__}:LikeSQS")
     shop = Shop(reset_timeout=100_000)
     shop.breaker.open()
@@ -260,30 +262,30 @@ def test_wait_ends_before_the_broker_takes_the_task_for_lost(
         assert longest / 2 <= task.countdown(error) <= 0.75 * longest
     shop.celery.conf.broker_transport_options = {"visibility_timeout": 600}
     assert 300 <= task.countdown(error) <= 450
-    # However widely they are to be scattered.
+    # The limit also holds for the widest jitter.
     task.rejection_jitter = 10.0
     assert all(300 <= task.countdown(error) <= 450 for _ in range(20))
 
 
 def rejection(shop: Shop) -> CircuitBreakerError:
-    """What a call of the open circuit raises."""
+    """Return the error of a rejected call."""
     with pytest.raises(CircuitBreakerError) as raised:
         shop.breaker.call(up)
     return raised.value
 
 
-def test_little_wait_is_scattered_too(shop: Shop):
-    """When the circuit may be tried at once, one call may; the others had better not be there all together."""
+def test_short_wait_is_spread_too(shop: Shop):
+    """Retries are spread even if the circuit may be probed at once, because only one call is admitted."""
     task = shop.task()
-    waits = {task.countdown(CircuitBreakerError("from elsewhere")) for _ in range(10)}
+    waits = {task.countdown(CircuitBreakerError("foreign")) for _ in range(10)}
     assert len(waits) == 10
     assert all(0 <= wait <= 0.5 for wait in waits)
-    assert shop.task(rejection_jitter=0).countdown(CircuitBreakerError("from elsewhere")) == 0
+    assert shop.task(rejection_jitter=0).countdown(CircuitBreakerError("foreign")) == 0
 
 
 @pytest.mark.parametrize("counts", [True, False])
 def test_eager_task_is_rejected_at_once(shop: Shop, counts: bool):
-    """Where tasks run in place of being sent nobody waits, and nothing is tried again and again."""
+    """An eager task is not retried, because its caller waits."""
     shop.celery.conf.task_always_eager = True
     task = shop.task(rejections_count=counts)
     began = time.monotonic()
@@ -299,7 +301,7 @@ def test_eager_task_is_rejected_at_once(shop: Shop, counts: bool):
 
 
 def test_task_that_is_called_as_a_function_raises(shop: Shop):
-    """It is a function then, and its caller hears of the rejection."""
+    """A task that is called as a function raises the rejection to its caller."""
     task = shop.task()
     with pytest.raises(CircuitBreakerError):
         task()

@@ -1,4 +1,4 @@
-"""What the integrations have in common: each needs its extra, none is needed, answers, operators."""
+"""Common parts of the integrations: extras, imports, answers to requests, commands of operators."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGE = Path(pybreaker_redis.__file__).parent
 CONTRIB = PACKAGE / "contrib"
 EXTRAS = ("celery", "django", "flask")
 
-#: What belongs to an integration alone.
+#: Modules of each integration.
 PARTS = {
     "celery": [CONTRIB / "celery.py"],
     "django": sorted((CONTRIB / "django").rglob("*.py")),
@@ -34,7 +34,7 @@ PARTS = {
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of everything that a module imports, wherever the import stands."""
+    """Return the full names of everything that a module imports, wherever the import stands."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -44,12 +44,12 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-# -- the rooms ---------------------------------------------------------------------------------------------------------
+# -- extras and imports ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_without_its_framework_an_integration_says_what_to_install(extra: str, monkeypatch: pytest.MonkeyPatch):
-    """Whoever forgets the extra is told its name, not that of a module in our depths."""
+def test_integration_without_its_framework_names_the_extra(extra: str, monkeypatch: pytest.MonkeyPatch):
+    """Without its framework an integration names the extra to install."""
 
     class NotInstalled(importlib.abc.MetaPathFinder):
         def find_spec(self, name: str, *_: object) -> None:
@@ -64,8 +64,8 @@ def test_without_its_framework_an_integration_says_what_to_install(extra: str, m
         importlib.import_module(f"pybreaker_redis.contrib.{extra}")
 
 
-def test_what_a_framework_itself_lacks_is_not_taken_for_it():
-    """A broken installation is not mended by installing the extra."""
+def test_missing_module_of_a_framework_is_not_reported_as_a_missing_framework():
+    """A missing module of an installed framework is reported as such, because the extra would not help."""
     with pytest.raises(ImportError) as raised, require_extra("flask"):
         import nowhere.at_all  # noqa: F401
     assert raised.value.name == "nowhere"
@@ -73,14 +73,14 @@ def test_what_a_framework_itself_lacks_is_not_taken_for_it():
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_each_integration_has_its_extra(extra: str):
-    """What the error tells to install can be installed."""
+    """Each extra that an error names exists."""
     setup = configparser.ConfigParser()
     setup.read(PACKAGE.parent / "setup.cfg")
     assert extra in setup["options.extras_require"][extra].lower()
 
 
-def test_core_does_not_know_the_integrations():
-    """Who uses none of them pays for none of them; and no integration knows another."""
+def test_core_imports_no_integration():
+    """Neither the core nor another integration imports an integration."""
     core = {path for path in PACKAGE.rglob("*.py") if CONTRIB not in path.parents}
     assert not [path for path in core if any(name.startswith("pybreaker_redis.contrib") for name in imports(path))]
     for extra, parts in PARTS.items():
@@ -89,7 +89,7 @@ def test_core_does_not_know_the_integrations():
 
 
 def test_importing_the_core_imports_no_framework():
-    """Frameworks are large."""
+    """Frameworks are large, so the core imports none."""
     code = "import sys, pybreaker_redis.registry; print(sorted({'celery', 'django', 'flask'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout == "[]\n"
@@ -97,23 +97,23 @@ def test_importing_the_core_imports_no_framework():
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_integration_is_thin(extra: str):
-    """Below 150 lines of code: what is more belongs into the core, where everybody has it."""
+    """An integration has less than 150 lines of code.  Anything of more general use belongs into the core."""
     assert sum(lines_of_code(path) for path in PARTS[extra]) < 150
 
 
 def lines_of_code(path: Path) -> int:
-    """Lines that do something: no comments, no docstrings, nothing empty."""
+    """Return the number of lines with code, without comments, docstrings and empty lines."""
     source = path.read_text(encoding="utf-8")
-    texts = {
+    docstrings = {
         line
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
     }
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    used = {line for token in tokens if token.type not in silent for line in range(token.start[0], token.end[0] + 1)}
-    return len(used - texts)
+    used = {line for token in tokens if token.type not in skipped for line in range(token.start[0], token.end[0] + 1)}
+    return len(used - docstrings)
 
 
 @pytest.mark.parametrize("path", sorted(CONTRIB.rglob("[!_]*.py")), ids=lambda path: path.stem)
@@ -146,13 +146,13 @@ def test_module_states_what_it_is(path: Path):
         ("application/json;q=much", False),
     ],
 )
-def test_json_is_for_who_asks_for_it(accept: str, json: bool):
-    """Whoever names JSON gets it, unless they like a page better."""
+def test_json_is_returned_if_the_request_prefers_it(accept: str, json: bool):
+    """JSON is returned if the request names JSON and prefers no page."""
     assert prefers_json(accept) is json
 
 
-def test_retry_after_is_a_whole_second_at_least():
-    """HTTP knows no fractions, and 0 would be an invitation to come back at once."""
+def test_retry_after_is_at_least_one_second():
+    """Retry-After is at least 1, because HTTP has no fractions and 0 would invite an immediate retry."""
     breaker = BreakerRegistry(reset_timeout=0).get("payments")
     breaker.open()
     breaker.half_open()
@@ -163,22 +163,22 @@ def test_retry_after_is_a_whole_second_at_least():
     assert rejection_response(pybreaker.CircuitBreakerError("from elsewhere"), "").retry_after == 1
 
 
-def test_retry_after_is_not_too_early():
-    """A fraction of a second counts as one."""
+def test_retry_after_is_rounded_up():
+    """Retry-After is rounded up."""
     breaker = BreakerRegistry(reset_timeout=100.5).get("payments")
     breaker.open()
     with pytest.raises(pybreaker.CircuitBreakerError) as raised:
         breaker.call(down)
     most = retry_after(raised.value)
-    told = rejection_response(raised.value, "").retry_after
-    assert retry_after(raised.value) <= told < most + 1
+    seconds = rejection_response(raised.value, "").retry_after
+    assert retry_after(raised.value) <= seconds < most + 1
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-def test_operator_of_nothing_is_told_so():
-    """A project without circuits has a table with nothing in it, and nothing to move."""
+def test_commands_without_circuits_are_refused():
+    """Without circuits the table is empty and commands are refused."""
     registry = BreakerRegistry()
     assert len(run_command(registry, "status", []).splitlines()) == 1
     with pytest.raises(CommandRefusedError, match="'payments'; configured: none"):
@@ -187,8 +187,8 @@ def test_operator_of_nothing_is_told_so():
         run_command(registry, "close", [])
 
 
-def test_status_may_be_of_some_circuits():
-    """Who asks for one need not read all."""
+def test_status_can_be_limited_to_some_circuits():
+    """The table can be limited to some circuits."""
     registry = BreakerRegistry()
     registry.configure("payments")
     registry.configure("stock")
@@ -196,8 +196,8 @@ def test_status_may_be_of_some_circuits():
 
 
 @pytest.mark.parametrize("action", [action for action in COMMAND_ACTIONS if action != "status"])
-def test_circuits_of_this_process_alone_are_not_moved_by_a_command(action: str):
-    """It would end with the command, and whoever has been told that it was done would rely on it."""
+def test_command_on_circuits_in_memory_is_refused(action: str):
+    """A command would change a local circuit of its own process only, so it is refused."""
     registry = BreakerRegistry()
     breaker = registry.get("payments")
     with pytest.raises(CommandRefusedError) as refused:

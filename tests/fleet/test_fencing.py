@@ -1,6 +1,6 @@
-"""Late results and wrong clocks: what was admitted in an earlier generation changes nothing, and nobody's clock counts.
+"""Late results and wrong clocks: a result of an earlier generation has no effect, and no process's clock counts.
 
-Every promise is also put to the storage that comes with pybreaker, which must break it.
+Each test also runs with the stock storage, which must break the promise, to prove that the test can fail.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from tests.support.fleet import (
     Fleet,
     Outcome,
-    Puppet,
+    WorkerHandle,
     call,
     call_when_admitted,
     calls,
@@ -24,17 +24,17 @@ from tests.support.fleet import (
     wait_until,
 )
 
-#: Seconds by which a gate may seem to open early: the two clocks of one host are compared through one round trip.
+#: Seconds by which a probe may be early: the two clocks of one host are compared through one round trip.
 EARLY = 0.02
 
-#: Seconds by which one who waits may be late, on a machine that does other things too.
+#: Seconds by which a waiting call may be late on a busy machine.
 LATE = 0.8
 
 HOUR = 3600.0
 
 
-def two_probes(fleet: Fleet) -> tuple[Puppet, Puppet]:
-    """A prober that outlived its lease, and the one that was let through after it; both are still in the dependency."""
+def two_probes(fleet: Fleet) -> tuple[WorkerHandle, WorkerHandle]:
+    """Return a prober that outlived its lease and its successor, both still in the dependency."""
     late, successor = fleet[0], fleet[1]
     tripped = trip(late)
     fleet.run(read_state)
@@ -46,8 +46,8 @@ def two_probes(fleet: Fleet) -> tuple[Puppet, Puppet]:
     return late, successor
 
 
-def straggle_over_a_recovery(fleet: Fleet) -> Puppet:
-    """A call admitted before an outage that is still under way after it, when 4 new failures have been counted."""
+def straggler_across_a_recovery(fleet: Fleet) -> WorkerHandle:
+    """Return a worker with a call from before a recovery, still in flight after it and after 4 new failures."""
     straggler, application = fleet[0], fleet[1]
     straggler.begin(held_call)
     straggler.wait_for("reached")
@@ -57,14 +57,14 @@ def straggle_over_a_recovery(fleet: Fleet) -> Puppet:
     return straggler
 
 
-def waited(tripped: Outcome, admitted: Outcome) -> tuple[float, float]:
-    """How long the gate was shut: the least and the most that it can have been, in seconds."""
+def open_time(tripped: Outcome, admitted: Outcome) -> tuple[float, float]:
+    """Return the shortest and the longest time in seconds for which the circuit can have been open."""
     if not admitted.reached:
         return float("inf"), float("inf")
     return admitted.began - tripped.ended, admitted.ended - tripped.began
 
 
-def test_late_success_of_a_probe_closes_nothing(promised, fleet_of, shared):
+def test_late_success_of_a_probe_does_not_close_the_circuit(promised, fleet_of, shared):
     """A prober that outlived its lease succeeds after its successor failed: the circuit stays open."""
     with fleet_of(3, reset_timeout=1.0, probe_lease=0.5) as fleet:
         late, successor = two_probes(fleet)
@@ -78,8 +78,8 @@ def test_late_success_of_a_probe_closes_nothing(promised, fleet_of, shared):
         assert next_call.rejected or next_call.ended > failed.began + 1.0
 
 
-def test_late_failure_of_a_probe_opens_nothing(promised, fleet_of, shared):
-    """A prober that outlived its lease fails after its successor succeeded: closed it is, and stays."""
+def test_late_failure_of_a_probe_does_not_open_the_circuit(promised, fleet_of, shared):
+    """A prober that outlived its lease fails after its successor succeeded: the circuit stays closed."""
     with fleet_of(3, reset_timeout=1.0, probe_lease=0.5) as fleet:
         late, successor = two_probes(fleet)
         fleet.release([successor], success=True)
@@ -94,10 +94,10 @@ def test_late_failure_of_a_probe_opens_nothing(promised, fleet_of, shared):
         assert outcome.error == "DependencyDown"
 
 
-def test_late_success_forgets_no_failures(promised, fleet_of, shared):
-    """A success admitted before the outage says nothing about the failures counted after it."""
+def test_late_success_resets_no_failures(promised, fleet_of, shared):
+    """A success that was admitted before the outage resets no failure that was counted after it."""
     with fleet_of(2, reset_timeout=1.0) as fleet:
-        straggler = straggle_over_a_recovery(fleet)
+        straggler = straggler_across_a_recovery(fleet)
         assert shared.failures == 4
         (outcome,) = fleet.release([straggler], success=True)
         failures = shared.failures
@@ -108,10 +108,10 @@ def test_late_success_forgets_no_failures(promised, fleet_of, shared):
         assert fifth.tripped
 
 
-def test_late_failure_is_not_the_fifth(promised, fleet_of, shared):
-    """A failure admitted before the outage is not counted after it; its caller sees their own exception."""
+def test_late_failure_is_not_counted(promised, fleet_of, shared):
+    """A failure from before the outage is not counted after it, and its caller gets the dependency's error."""
     with fleet_of(2, reset_timeout=1.0) as fleet:
-        straggler = straggle_over_a_recovery(fleet)
+        straggler = straggler_across_a_recovery(fleet)
         (outcome,) = fleet.release([straggler], success=False)
         state, failures = shared.state, shared.failures
     with promised():
@@ -122,7 +122,7 @@ def test_late_failure_is_not_the_fifth(promised, fleet_of, shared):
 
 @pytest.mark.slow
 def test_stragglers_one_second_apart_do_not_stretch_reset_timeout(promised, fleet_of, shared):
-    """Five calls that fail one by one after the trip leave ``reset_timeout`` at 2 s, and re-open nothing later on."""
+    """Five calls that fail one by one after the trip neither prolong the reset timeout nor open the circuit again."""
     with fleet_of(7, reset_timeout=2.0) as fleet:
         stragglers, tripper, gate = fleet.workers[:5], fleet[5], fleet[6]
         inside, _ = fleet.hold(only=stragglers)
@@ -135,7 +135,7 @@ def test_stragglers_one_second_apart_do_not_stretch_reset_timeout(promised, flee
             outcomes += fleet.release([straggler], success=False)
         admitted = gate.result()
         state = shared.state
-    least, most = waited(tripped, admitted)
+    least, most = open_time(tripped, admitted)
     print(f"reset_timeout 2 s, stretched to {least:.2f} s")
     with promised():
         assert 2.0 - EARLY <= most
@@ -149,26 +149,26 @@ def test_stragglers_one_second_apart_do_not_stretch_reset_timeout(promised, flee
     [(HOUR, 0.0), (-HOUR, 0.0), (0.0, HOUR), (0.0, -HOUR), (HOUR, -HOUR), (-HOUR, HOUR)],
 )
 def test_clocks_an_hour_off_wait_exactly_reset_timeout(promised, fleet_of, tripper_skew, observer_skew):
-    """Whoever trips and whoever asks, and whatever their clocks say: the circuit is open for ``reset_timeout``."""
+    """The circuit is open for ``reset_timeout``, whatever the clocks of the tripping and the probing process show."""
     with fleet_of(2, reset_timeout=1.0, clock_skew=[tripper_skew, observer_skew]) as fleet:
         tripper, observer = fleet
         tripped = trip(tripper)
         admitted = observer.run(call_when_admitted, 2.5)
-    least, most = waited(tripped, admitted)
+    least, most = open_time(tripped, admitted)
     with promised():
         assert 1.0 - EARLY <= most
         assert least <= 1.0 + LATE
 
 
 def test_trip_after_a_fast_clocks_trip_waits_exactly_reset_timeout(promised, fleet_of):
-    """A host an hour ahead that tripped once does not hold the fleet open for ever after."""
+    """A host with a clock an hour ahead does not keep the circuit open for longer once another host has tripped it."""
     with fleet_of(2, reset_timeout=1.0, clock_skew=[HOUR, 0.0]) as fleet:
         fast, correct = fleet
         trip(fast)
         correct.run(operator, "close")
         tripped = trip(correct)
         admitted = correct.run(call_when_admitted, 2.5)
-    least, most = waited(tripped, admitted)
+    least, most = open_time(tripped, admitted)
     with promised():
         assert 1.0 - EARLY <= most
         assert least <= 1.0 + LATE
@@ -178,7 +178,7 @@ def test_trip_after_a_fast_clocks_trip_waits_exactly_reset_timeout(promised, fle
     ("make", "phase"), [("ours", 0.1), ("ours", 0.35), ("ours", 0.6), ("ours", 0.85), ("stock", 0.6)]
 )
 def test_reset_timeout_of_half_a_second_is_half_a_second(promised, fleet_of, phase):
-    """At whatever fraction of a second the circuit trips, it is open for 0.5 s."""
+    """The circuit is open for 0.5 s at whatever fraction of a second it trips."""
     with fleet_of(2, reset_timeout=0.5) as fleet:
         tripper, observer = fleet
         tripper.run(calls, 4, fail=True)
@@ -187,9 +187,9 @@ def test_reset_timeout_of_half_a_second_is_half_a_second(promised, fleet_of, pha
         tripped = tripper.run(call, fail=True)
         assert tripped.tripped
         admitted = observer.run(call_when_admitted, 2.0, every=0.005)
-    least, most = waited(tripped, admitted)
+    least, most = open_time(tripped, admitted)
     print(f"reset_timeout 0.5 s was {least:.3f} to {most:.3f} s")
     with promised():
         assert 0.5 - EARLY <= most
-        # In whole seconds it would be longer at the first two of the phases.
+        # In whole seconds the first two phases would take longer.
         assert least <= 1.0

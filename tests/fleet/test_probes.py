@@ -1,6 +1,6 @@
-"""Recovery of a fleet: one call at a time finds out whether the dependency is back, and nobody is told more than once.
+"""Recovery of a fleet: one call at a time probes the dependency, and each process announces a transition once.
 
-Every promise is also put to the storage that comes with pybreaker, which must break it.
+Each test also runs with the stock storage, which must break the promise, to prove that the test can fail.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tests.support.fleet import call, calls, flood, held_call, most_at_once, rea
 
 @pytest.mark.sample
 def test_burst_at_end_of_reset_timeout_executes_one_call(promised, fleet_of):
-    """However many processes wait for ``reset_timeout``, one call is let through; the others fail at once."""
+    """However many processes wait for ``reset_timeout``, one call is admitted and the others fail at once."""
     with fleet_of(32, reset_timeout=1.0) as fleet:
         tripped = trip(fleet[0])
         fleet.run(read_state)
         inside, others = fleet.hold(at=tripped.ended + 1.05)
-        half_open = [item for item in fleet.heard(but=inside) if item.new == "half-open"]
+        half_open = [item for item in fleet.transitions(excluding=inside) if item.new == "half-open"]
         fleet.release(inside, success=True)
     with promised():
         assert len(inside) == 1
@@ -31,11 +31,11 @@ def test_burst_at_end_of_reset_timeout_executes_one_call(promised, fleet_of):
 
 @pytest.mark.slow
 def test_flood_on_dead_dependency_reaches_it_8_times_at_most(make, promised, fleet_of, visits):
-    """16 workers knock every 20 ms for 10 s: one trial per ``reset_timeout`` gets through, never two at once."""
+    """Of 16 workers that call every 20 ms for 10 s, one probe per ``reset_timeout`` is admitted, never two at once."""
     with fleet_of(16, reset_timeout=1.0) as fleet:
         trip(fleet[0])
         begin = time.monotonic()
-        end = begin + (10.0 if make == "ours" else 3.0)  # by then, 16 have reached it twice
+        end = begin + (10.0 if make == "ours" else 3.0)  # in this time stock admits 16 calls twice
         made = fleet.run(flood, end, every=0.02, dead=[(begin, end + 60.0)], seconds=0.5, within=30.0)
     reached = visits.since(begin)
     print(f"{sum(made)} calls, {len(reached)} reached the dependency, {most_at_once(reached)} at once")
@@ -46,14 +46,14 @@ def test_flood_on_dead_dependency_reaches_it_8_times_at_most(make, promised, fle
 
 
 def test_killed_prober_is_succeeded_within_its_lease_one_at_a_time(promised, fleet_of, visits):
-    """The lease of a prober that died runs out, then one other takes over; until then nobody is let through."""
+    """After a prober's death no call is admitted until its lease ends, and then one."""
     with fleet_of(8, reset_timeout=1.0, probe_lease=1.0) as fleet:
         prober, others = fleet[0], fleet.workers[1:]
         tripped = trip(prober)
         fleet.run(read_state)
         wait_until(tripped.ended + 1.05)
         # The lease cannot have begun earlier.
-        asked = time.monotonic()
+        claimed_after = time.monotonic()
         prober.begin(held_call)
         prober.wait_for("reached")
         killed = prober.kill()
@@ -62,12 +62,12 @@ def test_killed_prober_is_succeeded_within_its_lease_one_at_a_time(promised, fle
     after = visits.since(killed)
     assert after
     with promised():
-        assert asked + 0.98 <= after[0].begin <= killed + 1.0 + 0.8
+        assert claimed_after + 0.98 <= after[0].begin <= killed + 1.0 + 0.8
         assert most_at_once(after) == 1
 
 
 def test_reset_timeout_0_lets_one_call_through_at_a_time(promised, fleet_of, visits):
-    """Even with no waiting time at all there is one trial at a time, and no recursion."""
+    """Without any reset timeout there is still one probe at a time, and no recursion."""
     with fleet_of(8, reset_timeout=0.0) as fleet:
         trip(fleet[0])
         begin = time.monotonic()
@@ -79,8 +79,8 @@ def test_reset_timeout_0_lets_one_call_through_at_a_time(promised, fleet_of, vis
         assert most_at_once(reached) == 1
 
 
-def test_one_cycle_tells_half_open_to_the_prober_only(promised, fleet_of):
-    """Each process hears of each transition at most once, of half-open only the one that probes."""
+def test_one_cycle_announces_half_open_in_the_prober_only(promised, fleet_of):
+    """Each process announces each transition at most once, and only the prober announces half-open."""
     with fleet_of(16, reset_timeout=1.0) as fleet:
         prober, others = fleet[0], fleet.workers[1:]
         tripped = trip(prober)
@@ -91,19 +91,19 @@ def test_one_cycle_tells_half_open_to_the_prober_only(promised, fleet_of):
         fleet.run(read_state, only=others)
         fleet.release([prober], success=True)
         assert set(fleet.run(read_state)) == {"closed"}
-        told = fleet.heard()
-    print(f"{len(told)} notifications")
-    per_process = Counter((item.worker, item.new) for item in told)
-    per_state = Counter(item.new for item in told)
+        notified = fleet.transitions()
+    print(f"{len(notified)} notifications")
+    per_process = Counter((item.worker, item.new) for item in notified)
+    per_state = Counter(item.new for item in notified)
     assert per_state["open"] == per_state["closed"] == 16
     with promised():
         assert max(per_process.values()) == 1
         assert per_state["half-open"] == 1
-        assert len(told) == 33
+        assert len(notified) == 33
 
 
 def test_raising_listener_loses_no_trip(promised, fleet_of, shared, visits):
-    """The trip is in the record before listeners run: what they raise cannot undo it."""
+    """The trip is in the record before listeners run, so an error of a listener cannot undo it."""
     with fleet_of(2, listener="raise") as fleet:
         fleet[0].run(calls, 50, fail=True)
         reached = len(visits.read())
@@ -115,20 +115,20 @@ def test_raising_listener_loses_no_trip(promised, fleet_of, shared, visits):
         assert not other.reached
 
 
-def test_listener_finds_the_state_it_is_told_of(promised, fleet_of):
-    """A listener that hears of a transition and asks ``cb.current_state`` gets the new state, not the old one."""
+def test_listener_reads_the_state_it_is_notified_of(promised, fleet_of):
+    """A listener that reads ``cb.current_state`` gets the state that it was notified of."""
     with fleet_of(1, listener="look", reset_timeout=1.0) as fleet:
         tripped = trip(fleet[0])
         wait_until(tripped.ended + 1.05)
         assert fleet[0].run(call).reached
-        told = fleet.heard()
-    assert [item.new for item in told] == ["open", "half-open", "closed"]
+        notified = fleet.transitions()
+    assert [item.new for item in notified] == ["open", "half-open", "closed"]
     with promised():
-        assert [item.current for item in told] == ["open", "half-open", "closed"]
+        assert [item.current for item in notified] == ["open", "half-open", "closed"]
 
 
 def test_threshold_of_3_takes_3_successes_of_any_threads_one_at_a_time(promised, fleet_of, visits):
-    """With a thread for each request, in all processes: the third success closes, and no lease is waited for."""
+    """Of calls on threads of all processes, the third success closes the circuit, without a wait for a lease."""
     with fleet_of(4, reset_timeout=1.0, success_threshold=3, probe_lease=30.0) as fleet:
         tripped = trip(fleet[0])
         fleet.run(read_state)
@@ -146,11 +146,11 @@ def test_threshold_of_3_takes_3_successes_of_any_threads_one_at_a_time(promised,
 
 @pytest.mark.slow
 def test_soak_of_four_outages_spares_dependency_and_listeners(server, tmp_path, report):
-    """Through four outages, each costs the calls that were in flight and one trial per ``reset_timeout``."""
+    """In each of four outages the dependency receives the calls in flight, and one probe per ``reset_timeout``."""
     stock, ours = soaks.side_by_side(server.unix_socket, tmp_path)
     report(soaks.table([stock, ours]))
     trials = 4
-    # The others may call once more before the fifth failure is counted.
+    # The others may make one more call each before the fifth failure is counted.
     assert all(0 < calls <= ours.workers + 4 + trials for calls in ours.per_outage), ours
     assert ours.trials_at_once == 1
     assert ours.notifications <= len(ours.per_outage) * (2 * ours.workers + 2 * trials)

@@ -1,4 +1,4 @@
-"""A guarded call waits for Redis for `timeout` seconds, however many of its questions go unanswered."""
+"""A guarded call waits for Redis for `timeout` seconds in all, however many of its commands get no answer."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from tests.support.clock import Stopwatch
 from tests.support.inspect import before_transaction_step, keys_of, selector_of
 from tests.support.servers import without_scripts
 
-#: Seconds that a call may wait here, so many that a busy machine makes no difference.
+#: Seconds that a call may wait in these tests: long compared with the delays of a busy machine.
 TIMEOUT = 2.0
 
-#: Seconds that a claim takes here.
+#: Seconds that a claim of a probe takes in these tests.
 SLOW = 0.6
 
 
-class Looks(pybreaker.CircuitBreakerListener):
-    """A listener that reads the circuit at each transition."""
+class ReadingListener(pybreaker.CircuitBreakerListener):
+    """Listener that reads the circuit at each transition."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Read it."""
+        """Read the state."""
         self.seen.append(cb.current_state)
 
 
 def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], float]]:
-    """Return a list that gets what is sent to Redis, with the seconds that are left for the answer; claims are slow."""
-    carriers = selector_of(storage)
-    execute, sent = carriers.run_intent, []
+    """Return a list that receives each intent sent to Redis, with the seconds left for the answer.  Claims are slow."""
+    selector = selector_of(storage)
+    execute, sent = selector.run_intent, []
 
     def timed(engine: Any, intent: Intent, *arguments: Any) -> Reply:
         left = seconds_left()
@@ -53,19 +53,19 @@ def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], flo
             time.sleep(SLOW)
         return execute(engine, intent, *arguments)
 
-    carriers.run_intent = timed  # type: ignore[method-assign]
+    selector.run_intent = timed  # type: ignore[method-assign]
     return sent
 
 
-@pytest.mark.parametrize("looks", [False, True], ids=["", "a listener looks"])
-def test_call_that_claims_slowly_has_the_rest_of_its_time_for_what_follows(server: PrivateServer, looks: bool) -> None:
-    """A breaker calls once more within a call that claims, and listeners read the circuit: the call is the same one."""
+@pytest.mark.parametrize("listener_reads", [False, True], ids=["", "a listener reads"])
+def test_slow_claim_leaves_the_rest_of_the_timeout_to_the_call(server: PrivateServer, listener_reads: bool) -> None:
+    """A slow claim leaves the rest of the timeout to the breaker's nested call, while a listener's read has its own."""
     with contextlib.closing(server.client()) as client:
-        # Every look is sent.
+        # With a staleness of zero every load is sent.
         storage = CircuitRedisStorage("closed", client, "waits", timeout=TIMEOUT, max_staleness=0)
-        listener = Looks()
+        listener = ReadingListener()
         breaker = pybreaker.CircuitBreaker(
-            fail_max=1, reset_timeout=0, state_storage=storage, listeners=[listener] if looks else []
+            fail_max=1, reset_timeout=0, state_storage=storage, listeners=[listener] if listener_reads else []
         )
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(down)
@@ -73,10 +73,10 @@ def test_call_that_claims_slowly_has_the_rest_of_its_time_for_what_follows(serve
         assert breaker.call(up) == "answer"
         claim = next(index for index, (kind, _) in enumerate(sent) if kind is ClaimProbe)
         loads = [left for kind, left in sent[claim + 1 :] if kind is Load]
-        # The listener's look comes first, and has a timeout of its own.
-        assert loads[looks] <= TIMEOUT - SLOW
-        assert not looks or loads[0] > TIMEOUT - SLOW
-        # So has the next call.
+        # The listener's load comes first, and has a full timeout.
+        assert loads[listener_reads] <= TIMEOUT - SLOW
+        assert not listener_reads or loads[0] > TIMEOUT - SLOW
+        # The next call has a full timeout, too.
         del sent[:]
         breaker.call(up)
         assert sent[0][1] > TIMEOUT - SLOW
@@ -84,7 +84,7 @@ def test_call_that_claims_slowly_has_the_rest_of_its_time_for_what_follows(serve
 
 @pytest.fixture
 def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
-    """A client of a user who may not run scripts, on a server that may be frozen."""
+    """A client of a user without the right to run scripts, on a server that a test may freeze."""
     with without_scripts(killable_server) as client:
         yield client
     killable_server.resume()
@@ -99,14 +99,14 @@ def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
     ],
     ids=["while it reads", "after a refusal", "while it writes"],
 )
-def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
+def test_freeze_under_watch_delays_a_call_for_its_timeout_only(
     killable_server: PrivateServer,
     scriptless: redis.Redis,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
     intent: Intent,
 ) -> None:
-    """redis-py's pipeline would connect again to end the watching, when the garbage collector frees it."""
+    """Freeing redis-py's pipeline must not connect again to end the WATCH, as redis-py would."""
     storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
     breaker.call(up)
@@ -114,7 +114,7 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
     engine = TransactionEngine(engine.client, keys_of(engine))
     before_transaction_step(monkeypatch, step, killable_server.pause)
     gc.collect()
-    # So that garbage of other tests, whose servers have gone, is not collected in the measured time.
+    # Garbage of other tests and their servers must not be collected in the measured time.
     gc.freeze()
     try:
         with Stopwatch() as watch:
@@ -130,7 +130,7 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
 def test_refusal_under_watch_costs_no_connection(
     scriptless: redis.Redis, killable_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that is an answer leaves the connection as it is."""
+    """An error that Redis answers with leaves the connection open."""
     storage = CircuitRedisStorage("closed", scriptless, "refused", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
     for _ in range(2):

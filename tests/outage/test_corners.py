@@ -1,4 +1,4 @@
-"""The corners of an outage: what takes a certain moment, a certain process or a certain server to happen."""
+"""Rare cases of an outage, which need a certain moment, process or server."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
 
-def test_client_as_it_is_goes_through_an_outage(site: Site):
-    """`timeout=None`: its own connections, its own waits, and all the rest."""
+def test_client_without_a_timeout_goes_through_an_outage(site: Site):
+    """With `timeout=None` the storage uses the client and its connections unchanged, and returns."""
     client = site.client()
     breaker = settled(breaker_on(client, timeout=None))
     assert engine_of(breaker).client is client
     site.proxy.refuse()
-    wait_for(lambda: is_unreachable_for(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
-def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypatch, caplog):
-    """As under uWSGI without --enable-threads: what was learned is brought back all the same, and said."""
+def test_callers_make_the_attempts_where_threads_cannot_be_started(site: Site, monkeypatch, caplog):
+    """Without a retry thread, as under uWSGI without --enable-threads, callers share a trip on return and log it."""
     caplog.set_level("INFO", "pybreaker_redis")
 
     def refuse(*_: object) -> NoReturn:
@@ -73,16 +73,16 @@ def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypat
     breaker = settled(breaker_on(site.client(), fail_max=2, reset_timeout=60))
     monkeypatch.setattr(threads, "start", refuse)
     site.proxy.refuse()
-    wait_for(lambda: is_unreachable_for(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     calls(breaker, 0.05, failing=1.0)
     site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
     assert site.administrator.get("viewed:pybreaker:state") == b"open"
     assert any("is back after" in line for line in messages_of(caplog, site))
 
 
-def test_process_that_was_forked_behind_pythons_back_has_a_thread_of_its_own(site: Site):
-    """The process id tells."""
+def test_process_forked_without_fork_hooks_starts_its_own_retry_thread(site: Site):
+    """A changed process id starts another retry thread, although no fork hook has run."""
     breaker = settled(breaker_on(site.client()))
     server = server_of(breaker)
     lock = lock_of(server)
@@ -91,8 +91,8 @@ def test_process_that_was_forked_behind_pythons_back_has_a_thread_of_its_own(sit
     assert lock_of(server) is not lock
 
 
-def test_two_that_bring_back_the_same_circuit_are_one_too_many(site: Site):
-    """The second one goes by what it has for the moment."""
+def test_call_during_the_return_by_another_thread_uses_the_local_circuit(site: Site):
+    """While one thread restores a circuit, calls of other threads use the local circuit."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
     core_of(storage).on_server_lost()
@@ -101,11 +101,11 @@ def test_two_that_bring_back_the_same_circuit_are_one_too_many(site: Site):
         assert core_of(storage).bring_back() is None
         assert breaker.call(up) == "answer"
         assert core_of(storage).uses_local
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
-def test_circuit_that_is_told_in_vain_goes_on_alone(site: Site, monkeypatch):
-    """Not for ever: the next call tries again."""
+def test_circuit_whose_report_fails_stays_local_until_the_next_call(site: Site, monkeypatch):
+    """After a failed report a circuit stays local until the next call reports it."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
     core_of(storage).on_server_lost()
@@ -113,11 +113,11 @@ def test_circuit_that_is_told_in_vain_goes_on_alone(site: Site, monkeypatch):
     assert core_of(storage).bring_back() == ""
     assert not view_of(storage).may_believe
     monkeypatch.undo()
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
-def test_circuit_that_moves_while_it_is_brought_back_is_told_again(site: Site, monkeypatch):
-    """Calls go on meanwhile."""
+def test_circuit_that_changes_during_the_return_is_reported_again(site: Site, monkeypatch):
+    """Calls change the local circuit during the return, so the report is repeated."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
     core_of(storage).on_server_lost()
@@ -127,12 +127,12 @@ def test_circuit_that_moves_while_it_is_brought_back_is_told_again(site: Site, m
     assert view_of(storage).may_believe
 
 
-def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
-    """The thread that asks again has others to bring back."""
+def test_circuit_that_fails_during_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
+    """An error of one circuit during the return leaves this circuit to its next caller."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
     site.proxy.refuse()
-    wait_for(lambda: is_unreachable_for(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     breaker.call(up)
     outage = server_of(storage).availability.outage
     with monkeypatch.context() as patched:
@@ -140,14 +140,14 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
         patched.setattr(Failover, "bring_back", lambda self: 1 / 0)
         attempt_return(server_of(storage), outage)
     site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
-def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, monkeypatch):
-    """It was first used when the others were just being brought back; what it has learned is not lost either."""
+def test_trip_of_a_circuit_first_used_during_the_return_is_shared(site: Site, monkeypatch):
+    """A circuit first used while the others are restored shares its trip, too."""
     breaker = settled(breaker_on(site.client(), timeout=10))
     site.proxy.refuse()
-    wait_for(lambda: is_unreachable_for(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     server = server_of(breaker)
     outage = server.availability.outage
     newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
@@ -156,34 +156,34 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
         patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
         site.proxy.listen()
         attempt_return(server, outage)
-    # The thread that asks again may be at it, too; then that one brings it back.
-    wait_for(lambda: site.administrator.get("newcomer:pybreaker:state") == b"open", "its trip is shared")
-    wait_for(lambda: not core_of(newcomer).uses_local, "it goes by the shared circuit")
+    # The retry thread may attempt the return at the same time, and then restores the circuit.
+    wait_for(lambda: site.administrator.get("newcomer:pybreaker:state") == b"open", "the trip is shared")
+    wait_for(lambda: not core_of(newcomer).uses_local, "the shared circuit is in use")
 
 
-def test_nobody_asks_again_for_circuits_that_are_gone(site: Site, nobody_listens):
-    """Neither is the last of them kept by whoever asks."""
+def test_retry_thread_ends_with_the_last_circuit(site: Site, no_listeners):
+    """The retry thread ends with the last circuit of its server and keeps none alive."""
 
     def lose() -> None:
         breaker = settled(breaker_on(site.client()))
         site.proxy.refuse()
-        wait_for(lambda: is_unreachable_for(breaker), "it is away")
-        wait_for(lambda: health_of(breaker).attempts > 3, "it is asked again")
+        wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
+        wait_for(lambda: health_of(breaker).attempts > 3, "several attempts are made")
 
     lose()
-    wait_for(lambda: gc.collect() >= 0 and not retry_threads(), "nobody asks any more")
+    wait_for(lambda: gc.collect() >= 0 and not retry_threads(), "the retry thread has ended")
 
 
-def test_trouble_of_one_circuit_keeps_no_other_away():
-    """What is a circuit's own passes, what is the server's does not."""
+def test_error_of_one_circuit_is_suppressed_and_error_of_the_server_raised():
+    """An error of one circuit is suppressed, an error of the server is raised."""
     with bulk.suppress_except(ErrorKind.UNREACHABLE):
-        raise TypeError("its own")
+        raise TypeError("of one circuit")
     with pytest.raises(redis.ConnectionError), bulk.suppress_except(ErrorKind.UNREACHABLE):
         raise redis.ConnectionError("gone")
 
 
-def test_nothing_is_said_of_what_was_always_well(caplog):
-    """Two first answers may come together."""
+def test_answer_without_an_outage_logs_nothing(caplog):
+    """An answer of a server without an outage logs nothing: two first answers may come at the same time."""
     caplog.set_level("INFO", "pybreaker_redis")
     server = server_for(redis.Redis(port=1))
     server.availability.has_retry_thread = False
@@ -191,8 +191,8 @@ def test_nothing_is_said_of_what_was_always_well(caplog):
     assert messages_of(caplog, str(server)) == []
 
 
-def test_circuit_that_may_only_be_read_is_followed(site: Site):
-    """Rights to write withdrawn: that it can be read is found out at once; a second error changes nothing."""
+def test_circuit_without_the_right_to_write_is_followed(site: Site):
+    """Without the right to write, a process reads the circuit at once, and a second error changes nothing."""
     breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=10))
     storage = storage_of(breaker)
     site.permit("+@all", "-@write")
@@ -202,12 +202,12 @@ def test_circuit_that_may_only_be_read_is_followed(site: Site):
     fail_circuit(storage, TypeError("once more"), 0.0)
     assert health_of(breaker).condition == "refused"
     site.permit("+@all")
-    wait_for(lambda: is_back(breaker), "it is served again")
+    wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
     shared_of(CircuitRedisStorage("closed", site.client())).retry_subscription()
 
 
-def test_shortcut_that_has_had_its_day_is_left(site: Site):
-    """Whoever was late to say that the process goes by its own circuit is corrected by the next look."""
+def test_replaced_fast_path_is_left_at_the_next_call(site: Site):
+    """A replaced fast path is left at the next look, however late the replacement was noticed."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
     set_fast_path(storage, FastPath(0))
@@ -215,8 +215,8 @@ def test_shortcut_that_has_had_its_day_is_left(site: Site):
     assert fast_path_of(storage) is view_of(storage).fast_path
 
 
-def test_sentinels_that_know_another_master_end_the_line():
-    """Whoever cannot be asked knows nothing else; without Sentinels there is nobody to ask."""
+def test_connection_ends_if_sentinels_name_another_master():
+    """A connection ends if the Sentinels name another master.  Silent or absent Sentinels change nothing."""
     connection = SimpleNamespace(host="10.0.0.1", port=6379)
 
     def endpoint(address: Any) -> Any:
@@ -235,18 +235,18 @@ def test_sentinels_that_know_another_master_end_the_line():
     assert not endpoint(("10.0.0.1", 6379)).verify_master(connection)
     assert not endpoint(None).verify_master(connection)
     assert endpoint(("10.0.0.2", 6379)).verify_master(connection)
-    line = bare_connection(endpoint=endpoint(("10.0.0.2", 6379)), query_connection=connection, timeout=1.0)
+    push = bare_connection(endpoint=endpoint(("10.0.0.2", 6379)), query_connection=connection, timeout=1.0)
     with pytest.raises(ConnectionResetError, match="the master has moved"):
-        line.send_beat()
+        push.send_beat()
 
 
-def test_session_without_a_pong_is_over_and_what_is_not_known_is_not_confirmed():
-    """A connection that is only listened to tells nobody that it is dead; nor does a poll know what to compare with."""
+def test_session_without_a_pong_ends_and_a_poll_confirms_no_unknown_state():
+    """A session without a PONG is over, and a poll without a known state confirms no view."""
     session = bare_session(
         is_pong_due=True, matched_reads=weakref.WeakKeyDictionary(), changed=set(), maybe_changed=set()
     )
     session.has_polled = False
-    # What nobody has asked for, and nobody knows, is no sign of life either.
+    # A message on an unknown channel is no sign of life.
     receive_push(session, Push([b"greeting", b"channel"]))
     with pytest.raises(TimeoutError, match="PING"):
         send_beat(session)

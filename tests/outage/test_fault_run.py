@@ -1,6 +1,6 @@
-"""Randomised faults: whatever happens to Redis, no call gets its error, and every process recovers in time.
+"""Randomised faults: no call gets an error of Redis, and every process recovers within its limits.
 
-``PYBREAKER_REDIS_CHAOS_SEED`` repeats a schedule, ``PYBREAKER_REDIS_CHAOS_SECONDS=600`` makes the long run, and
+``PYBREAKER_REDIS_CHAOS_SEED`` repeats a schedule.  ``PYBREAKER_REDIS_CHAOS_SECONDS=600`` makes the long run.
 ``PYBREAKER_REDIS_CHAOS_ENGINE=watch`` makes either without Lua.
 """
 
@@ -44,12 +44,12 @@ def test_processes_keep_all_rules_whatever_happens_to_redis(preferred, tmp_path,
     seconds = float(os.environ.get(fault_run.SECONDS_VARIABLE) or SECONDS)
     engine: Any = os.environ.get(fault_run.ENGINE_VARIABLE) or "lua"
     print(f"{fault_run.SEED_VARIABLE}={seed}")
-    made = fault_run.run(preferred.binary, tmp_path, seed=seed, seconds=seconds, engine=engine, say=print)
+    made = fault_run.run(preferred.binary, tmp_path, seed=seed, seconds=seconds, engine=engine, report_step=print)
     problems = check(made.history)
-    said = f"{engine}, seed {seed}: {describe(made.history, problems)}"
-    report(said)
-    assert not problems, said
-    # A run in which nothing happened shows nothing.
+    result = f"{engine}, seed {seed}: {describe(made.history, problems)}"
+    report(result)
+    assert not problems, result
+    # A run in which nothing happened proves nothing.
     probes = [call for call in made.history.calls if call.is_probe]
     assert len(made.history.calls) > 100 * seconds
     assert sum(call.is_own is False for call in probes) >= seconds // 6
@@ -58,7 +58,7 @@ def test_processes_keep_all_rules_whatever_happens_to_redis(preferred, tmp_path,
 
 
 def test_same_seed_makes_the_same_schedule() -> None:
-    """A failed run can be repeated; all faults are drawn before one is drawn again."""
+    """A seed makes a failed run repeatable, and a schedule contains every fault before it repeats one."""
     steps = fault_run.plan(7, 60.0)
     assert steps == fault_run.plan(7, 60.0) != fault_run.plan(8, 60.0)
     assert sum(step.seconds for step in steps) >= 60.0
@@ -67,17 +67,17 @@ def test_same_seed_makes_the_same_schedule() -> None:
 
 
 def test_lease_is_longer_than_a_recovery() -> None:
-    """Else a lost lease would be no violation, and the run could not find one; a calm is long enough to see it."""
+    """A lease is longer than a recovery, so a lost lease violates a rule within the calm after the faults."""
     for limits in fault_run.limits().values():
         assert limits.recovery + 0.5 < limits.probe_lease
         assert limits.recovery < fault_run.calm_seconds()
 
 
 def test_run_that_fails_leaves_no_process_behind(preferred, tmp_path, monkeypatch):
-    """A fault that cannot be made ends server, workers and proxy; the error is raised."""
+    """An error in a fault ends server, workers and proxy, and is raised."""
     started: list[Any] = []
 
-    class Noted(subprocess.Popen[bytes]):
+    class RecordedPopen(subprocess.Popen[bytes]):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             started.append(self)
@@ -86,7 +86,7 @@ def test_run_that_fails_leaves_no_process_behind(preferred, tmp_path, monkeypatc
         stage.server.pause()
         raise LookupError("no such fault")
 
-    monkeypatch.setattr(subprocess, "Popen", Noted)
+    monkeypatch.setattr(subprocess, "Popen", RecordedPopen)
     monkeypatch.setattr(fault_run, "FAULTS", {"fails": fails})
     with pytest.raises(LookupError, match="no such fault"):
         fault_run.run(preferred.binary, tmp_path, seed=1, seconds=1.0)
@@ -95,7 +95,7 @@ def test_run_that_fails_leaves_no_process_behind(preferred, tmp_path, monkeypatc
 
 
 def test_worker_that_ends_early_is_an_error(site, tmp_path):
-    """A crew that has lost a member shows nothing; what is left of it is killed."""
+    """A run without one of its workers is an error, and the other workers are killed."""
     with contextlib.closing(fault_run.Dependencies(tmp_path / "up")) as dependencies:
         crew = fault_run.Crew(site, dependencies, tmp_path, processes=2, threads=1, seed=1, seconds=1.0)
         with contextlib.closing(crew):
@@ -111,7 +111,7 @@ def test_worker_that_ends_early_is_an_error(site, tmp_path):
 @pytest.mark.parametrize("engine", list(fault_run.RIGHTS))
 @pytest.mark.parametrize("found", servers.at_hand(), ids=servers.name_of)
 def test_monitor_records_each_transition(found, engine):
-    """Trip, claim and close of a circuit, then the loss, whether scripts or transactions made them."""
+    """Trip, claim and close of a circuit and the loss are recorded for scripts and for transactions."""
     with (
         PrivateServer(found.binary) as server,
         contextlib.closing(Site(server, fault_run.RIGHTS[engine])) as site,
@@ -127,9 +127,9 @@ def test_monitor_records_each_transition(found, engine):
         site.administrator.flushall()
         wait_for(lambda: any(isinstance(item, Loss) for item in monitor.trace), "the loss is recorded")
         assert storage.health().mode == {"lua": "lua", "watch": "optimistic"}[engine]
-    # What comes after the loss brings the circuit back.
+    # Writes after the loss restore the circuit.
     before = [item for item in monitor.trace[: monitor.trace.index(_loss(monitor))] if isinstance(item, Write)]
-    # A claim may be renewed, noise comes before the trip.
+    # A claim may be renewed, and a write of noise precedes the trip.
     moves = {(write.generation, write.state): write for write in before if write.generation}
     assert list(moves) == [(1, "open"), (2, "half-open"), (3, "closed")]
     claim = moves[2, "half-open"]
@@ -149,7 +149,7 @@ def _answers(breaker: pybreaker.CircuitBreaker) -> bool:
 
 
 def test_restarted_server_is_recorded_before_a_worker_reaches_it(site):
-    """Of a server that was shut down in good order nothing is lost, and nothing of the new one escapes the monitor."""
+    """An orderly shutdown loses nothing, and the monitor records every write after the restart."""
     with (
         contextlib.closing(fault_run.Monitor(site.server)) as monitor,
         contextlib.closing(site.client(**ONCE)) as client,
@@ -164,8 +164,8 @@ def test_restarted_server_is_recorded_before_a_worker_reaches_it(site):
     assert shown == [(4, "open"), (5, "open"), "lost"]
 
 
-def test_reset_connection_ends_by_a_rst(site):
-    """Not by an orderly end: the client reads ECONNRESET; new connections are served."""
+def test_reset_connection_ends_with_rst(site):
+    """The proxy ends connections by RST, the client reads ECONNRESET, and new connections are served."""
     with socket.create_connection(("127.0.0.1", site.proxy.port)) as connection:
         connection.settimeout(10.0)
         connection.sendall(b"PING\r\n")
@@ -178,7 +178,7 @@ def test_reset_connection_ends_by_a_rst(site):
 
 
 def test_dependency_is_down_for_as_long_as_recorded(tmp_path):
-    """What workers see is between the two times; flapping leaves each as it is, closing mends all."""
+    """The recorded interval contains the real one, flapping ends in the last state, and closing restores all."""
     dependencies = fault_run.Dependencies(tmp_path / "up")
     dependencies.set("once", up=False)
     assert (tmp_path / "up").read_bytes()[0] == 0
@@ -188,12 +188,12 @@ def test_dependency_is_down_for_as_long_as_recorded(tmp_path):
         wait_for(lambda: dependencies.since, "one of them is down")
     dependencies.close()
     assert set((tmp_path / "up").read_bytes()) == {1}
-    assert all(begin <= end for spells in dependencies.down.values() for begin, end in spells)
+    assert all(begin <= end for intervals in dependencies.down.values() for begin, end in intervals)
     assert dependencies.down["once"]
 
 
 def test_faults_are_mended_when_they_return(site):
-    """After each of them the server answers and takes writes, by way of the proxy."""
+    """After each fault the server answers and accepts writes through the proxy."""
     with contextlib.closing(fault_run.Monitor(site.server)) as monitor:
         monitor.attach()
         for name, fault in fault_run.FAULTS.items():

@@ -1,4 +1,4 @@
-"""Exceptions that are raised into a wait for Redis from outside reach their owner, and Redis is not blamed."""
+"""Exceptions raised into a wait for Redis from outside reach the caller and do not count against Redis."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ from tests.support.places import has_clusters
 from tests.support.servers import ONCE
 from tests.support.wait import wait_for
 
-#: Seconds that a call waits for a frozen server, so that what strikes it is noticed before that.
+#: Seconds that a call waits for a frozen server: longer than any interruption takes to arrive.
 LONG = 10.0
 
 
 class CacheDown(Exception):
-    """What a wrapper of a client makes of the client's errors."""
+    """Exception into which a wrapper of a client translates the client's errors."""
 
 
-def asking(site: Site, **words: Any) -> pybreaker.CircuitBreaker:
-    """A breaker that asks Redis at each call."""
-    breaker = breaker_on(site.client(), max_staleness=0, timeout=LONG, **words)
+def querying_breaker(site: Site, **settings: Any) -> pybreaker.CircuitBreaker:
+    """Return a breaker that queries Redis at each call."""
+    breaker = breaker_on(site.client(), max_staleness=0, timeout=LONG, **settings)
     breaker.call(up)
     return breaker
 
@@ -78,8 +78,8 @@ def asking(site: Site, **words: Any) -> pybreaker.CircuitBreaker:
 def test_error_of_a_signal_handler_reaches_the_application_whatever_its_class(
     site: Site, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The client library wraps classes that it takes for the network's; the application gets the error itself."""
-    breaker = asking(site)
+    """The application gets the error itself, even of a class that client libraries wrap as a network error."""
+    breaker = querying_breaker(site)
     with frozen(site), alarm(raising(error)), pytest.raises(type(error)) as raised:
         breaker.call(up)
     assert raised.value is error
@@ -90,8 +90,8 @@ def test_error_of_a_signal_handler_reaches_the_application_whatever_its_class(
 
 
 def test_error_of_a_signal_handler_reaches_the_application_from_a_report(site: Site) -> None:
-    """The call was handling the error of its dependency, which is not the one that was raised from outside."""
-    breaker = asking(site, fail_max=100)
+    """The signal's error is distinguished from the dependency's, which is handled when the signal arrives."""
+    breaker = querying_breaker(site, fail_max=100)
 
     def fails_late() -> NoReturn:
         site.server.pause()
@@ -104,28 +104,28 @@ def test_error_of_a_signal_handler_reaches_the_application_from_a_report(site: S
     assert health_of(breaker).last_error == ""
 
 
-def test_error_of_an_earlier_handler_is_not_raised_again(site: Site) -> None:
-    """A call that is made while such an error is handled meets an outage of its own."""
-    breaker = asking(site)
+def test_outage_during_the_handling_of_an_earlier_interruption_counts(site: Site) -> None:
+    """An outage during the handling of an earlier interruption counts as an outage."""
+    breaker = querying_breaker(site)
     try:
         with alarm(raising(TimeoutError("earlier")), 0.01):
             time.sleep(5)
     except TimeoutError:
         site.proxy.refuse()
-        site.proxy.hang_up()
+        site.proxy.close_connections()
         assert breaker.call(up) == "answer"
         assert health_of(breaker).condition == "away"
         site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
-@pytest.mark.parametrize("library_client", [True, False], ids=["connections of its own", "the client as it is"])
-def test_answer_that_was_owed_is_given_to_no_later_question(site: Site, library_client: bool) -> None:
-    """The connection that was in use is dropped: its answer may come later."""
-    # A client that is used as it is may try again by itself, whatever ended the first try.
-    words: dict[str, Any] = {"timeout": LONG if library_client else None, "max_staleness": 0}
-    breaker = breaker_on(site.client(**ONCE), **words)
-    other = breaker_on(site.client(**ONCE), "other", **words)
+@pytest.mark.parametrize("is_bounded", [True, False], ids=["bounded copy of the client", "the client unchanged"])
+def test_reply_to_an_interrupted_command_reaches_no_later_command(site: Site, is_bounded: bool) -> None:
+    """The connection that was interrupted is dropped, because its reply may arrive later."""
+    # A client without a timeout of ours may retry by itself, whatever ended the first attempt.
+    settings: dict[str, Any] = {"timeout": LONG if is_bounded else None, "max_staleness": 0}
+    breaker = breaker_on(site.client(**ONCE), **settings)
+    other = breaker_on(site.client(**ONCE), "other", **settings)
     other.open()
     breaker.call(up)
     for _ in range(3):
@@ -134,9 +134,9 @@ def test_answer_that_was_owed_is_given_to_no_later_question(site: Site, library_
         assert (breaker.current_state, other.current_state) == ("closed", "open")
 
 
-def test_error_of_a_handler_in_a_handshake_leaves_no_connection_in_the_middle_of_it(site: Site) -> None:
-    """A call that takes a connection later gets none that was never told the password."""
-    silent = asking(site)
+def test_connection_interrupted_in_its_handshake_is_not_reused(site: Site) -> None:
+    """After an interrupted handshake, without AUTH, a connection is not reused."""
+    silent = querying_breaker(site)
     storage: Any = storage_of(silent)
     server_of(storage).close_idle_pools()
     with frozen(site), alarm(raising(JobTimeout())), pytest.raises(JobTimeout):
@@ -145,8 +145,8 @@ def test_error_of_a_handler_in_a_handshake_leaves_no_connection_in_the_middle_of
     assert health_of(silent).last_error == ""
 
 
-def test_error_of_a_handler_is_raised_though_sentinels_were_being_asked(site: Site) -> None:
-    """Their client takes it for a Sentinel that does not answer, and goes on with the next one."""
+def test_error_of_a_handler_during_a_query_to_sentinels_is_raised(site: Site) -> None:
+    """An interruption of a query to a Sentinel is raised, although its client takes it for a dead Sentinel."""
     sentinel = Sentinel([("127.0.0.1", site.proxy.port)] * 2, socket_timeout=LONG)
     breaker = breaker_on(sentinel.master_for("mymaster"), timeout=LONG)
     with frozen(site), alarm(raising(TimeoutError("limit"))), pytest.raises(TimeoutError, match="limit"):
@@ -156,7 +156,7 @@ def test_error_of_a_handler_is_raised_though_sentinels_were_being_asked(site: Si
 
 @pytest.mark.parametrize("kind", ["partial", "method", "object", "restores its predecessor"])
 def test_every_kind_of_handler_is_recognised(kind: str) -> None:
-    """Functions, methods, objects that can be called, and one that is no handler any more when it raises."""
+    """A handler is recognised as a function, method or callable object, and if it has restored its predecessor."""
 
     class Limit:
         def __call__(self, *_: object) -> NoReturn:
@@ -181,12 +181,12 @@ def test_every_kind_of_handler_is_recognised(kind: str) -> None:
 
 
 def test_wrapped_error_of_a_handler_is_found() -> None:
-    """Codecs and libraries raise another error from it, or while they handle it."""
-    struck = TimeoutError("limit")
+    """A signal handler's error is found behind the errors that codecs and libraries raise from it."""
+    interruption = TimeoutError("limit")
 
     def wraps() -> NoReturn:
         try:
-            with alarm(raising(struck), 0.01):
+            with alarm(raising(interruption), 0.01):
                 time.sleep(5)
         except TimeoutError as error:
             try:
@@ -196,20 +196,20 @@ def test_wrapped_error_of_a_handler_is_found() -> None:
 
     with pytest.raises(redis.ConnectionError) as raised:
         wraps()
-    assert find_interruption(raised.value) is struck
+    assert find_interruption(raised.value) is interruption
 
 
-# -- by way of the interpreter -----------------------------------------------------------------------------------------
+# -- through the interpreter -------------------------------------------------------------------------------------------
 
 
 def interrupt(thread: threading.Thread, error: type[BaseException]) -> None:
-    """Have the interpreter raise an error in a thread."""
+    """Make the interpreter raise an error in a thread."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(error))
 
 
 @pytest.mark.parametrize("error", [JobTimeout, SoftTimeout])
-def test_error_that_another_thread_has_raised_here_reaches_the_call(site: Site, error: type[Exception]) -> None:
-    """RQ and stopit end a job so; it surfaces when the wait ends, in the middle of the client library."""
+def test_error_raised_by_another_thread_reaches_the_call(site: Site, error: type[Exception]) -> None:
+    """An error that another thread raises here, as by RQ and stopit, reaches the call when its wait ends."""
     breaker = breaker_on(site.client(), max_staleness=0, timeout=2.0)
     breaker.call(up)
     ended: list[BaseException] = []
@@ -226,9 +226,9 @@ def test_error_that_another_thread_has_raised_here_reaches_the_call(site: Site, 
     with frozen(site):
         thread.start()
         waits.wait(10)
-        time.sleep(0.2)  # so that it waits for the server
+        time.sleep(0.2)  # long enough that the thread waits for the server
         interrupt(thread, error)
-        # What comes soon enough is no outage.
+        # An answer before the timeout is no outage.
     thread.join(10)
     assert [type(item) for item in ended] == [error]
     assert breaker.call(up) == "answer"
@@ -286,7 +286,7 @@ for interrupt, error in [
 
 
 def test_time_limits_of_greenlets_reach_the_call(site: Site) -> None:
-    """Gevent resumes the waiting greenlet with the exception: its own class, or one of the application's."""
+    """A gevent timeout or kill reaches the call with its class, or with the application's class."""
     pytest.importorskip("gevent")
     administrator = f"redis.Redis(unix_socket_path={site.server.unix_socket!r})"
     program = PROGRAM.format(port=site.proxy.port, administrator=administrator)
@@ -294,11 +294,11 @@ def test_time_limits_of_greenlets_reach_the_call(site: Site) -> None:
     assert done.stdout.splitlines() == ["ok  connected"] * 6, done.stderr
 
 
-# -- what stays inside -------------------------------------------------------------------------------------------------
+# -- errors that stay inside -------------------------------------------------------------------------------------------
 
 
 def caught(raises: Callable[[], object]) -> Exception:
-    """The error of a function."""
+    """Return the error that a function raises."""
     try:
         raises()
     except Exception as error:  # noqa: BLE001
@@ -306,11 +306,11 @@ def caught(raises: Callable[[], object]) -> Exception:
     pytest.fail("nothing was raised")
 
 
-def test_class_decides_where_nothing_else_does() -> None:
-    """Classes of client libraries and of the standard library stay inside, and so do classes made of the former."""
+def test_class_of_an_error_decides_without_other_evidence() -> None:
+    """Without other evidence the class decides: errors of client libraries and of the standard library stay inside."""
 
     class Denied(redis.exceptions.NoPermissionError):
-        """A class of an application's, made of the library's."""
+        """Application class derived from a class of the client library."""
 
     for error in (KeyError("key"), AttributeError("none"), OSError(), redis.RedisError(), Denied()):
         assert find_interruption(caught(functools.partial(raising(error), 1, None))) is None
@@ -318,8 +318,8 @@ def test_class_decides_where_nothing_else_does() -> None:
     assert isinstance(find_interruption(JobTimeout()), JobTimeout)
 
 
-def test_error_that_a_wrapper_makes_of_a_clients_error_stays_inside(site: Site) -> None:
-    """It is the client's way to say that Redis is not there."""
+def test_error_into_which_a_wrapper_translates_a_client_error_stays_inside(site: Site) -> None:
+    """A wrapper's translation of a client error counts as an error of Redis."""
 
     def refused() -> NoReturn:
         raise redis.ConnectionError("refused")
@@ -345,25 +345,25 @@ def test_error_that_a_wrapper_makes_of_a_clients_error_stays_inside(site: Site) 
     assert find_interruption(caught(functools.partial(raising(later), 1, None)), handled) is later
 
 
-def test_error_of_a_callable_that_returns_a_client_stays_inside() -> None:
-    """It concerns how Redis is configured, and may be of any class."""
+def test_error_of_a_client_source_stays_inside() -> None:
+    """An error of a client source concerns the configuration of Redis and may have any class."""
 
-    def given() -> NoReturn:
+    def client_source() -> NoReturn:
         raise CacheDown("no setting")
 
-    breaker = breaker_on(given)
+    breaker = breaker_on(client_source)
     assert breaker.call(up) == "answer"
     assert health_of(breaker).last_error == "CacheDown: no setting"
 
 
-def test_handler_that_interrupts_a_callable_that_returns_a_client_reaches_the_call() -> None:
-    """A callable may connect, as those of clusters do."""
+def test_interruption_of_a_client_source_reaches_the_call() -> None:
+    """An interruption of a client source reaches the call, because such a source may wait for a connection."""
 
-    def given() -> NoReturn:
+    def client_source() -> NoReturn:
         time.sleep(5)
         raise CacheDown
 
-    breaker = breaker_on(given)
+    breaker = breaker_on(client_source)
     with alarm(raising(OSError("limit")), 0.05), pytest.raises(OSError, match="limit"):
         breaker.call(up)
     assert health_of(breaker).last_error == ""
@@ -371,7 +371,7 @@ def test_handler_that_interrupts_a_callable_that_returns_a_client_reaches_the_ca
 
 @pytest.mark.skipif(redis.VERSION < (4, 5), reason="this client has no sources of credentials")
 def test_error_of_a_source_of_credentials_stays_inside(site: Site) -> None:
-    """It concerns how Redis is configured, and may be of any class."""
+    """An error of a source of credentials concerns the configuration of Redis and may have any class."""
 
     class Source(redis.CredentialProvider):
         def get_credentials(self) -> NoReturn:
@@ -384,7 +384,7 @@ def test_error_of_a_source_of_credentials_stays_inside(site: Site) -> None:
 
 
 def test_error_of_a_log_handler_stays_inside_and_a_signal_in_it_does_not(site: Site) -> None:
-    """Nothing that a log does reaches a call, but what interrupts it does."""
+    """An error of a log handler stays inside.  An exception that interrupts the handler reaches the call."""
 
     class Broken(logging.Handler):
         pauses = 0.0
@@ -408,15 +408,15 @@ def test_error_of_a_log_handler_stays_inside_and_a_signal_in_it_does_not(site: S
 
 
 def test_bug_of_a_client_library_stays_inside(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller cannot do anything about it."""
-    breaker = asking(site)
-    monkeypatch.setattr(redis.connection.Connection, "read_response", lambda self, **words: {}["bug"])
+    """A bug of a client library stays inside, because the caller cannot act on it."""
+    breaker = querying_breaker(site)
+    monkeypatch.setattr(redis.connection.Connection, "read_response", lambda self, **settings: {}["bug"])
     assert breaker.call(up) == "answer"
     assert health_of(breaker).last_error == "KeyError: 'bug'"
 
 
-def test_time_limit_that_a_library_has_swallowed_is_raised_in_the_end() -> None:
-    """Whatever the operation came to then, and whatever else was raised."""
+def test_time_limit_that_a_library_suppressed_is_raised_at_the_end() -> None:
+    """An interruption that a library suppressed is raised at the end of the operation, whatever its result."""
 
     def operate(error: Exception | None) -> None:
         with deadline(LONG):
@@ -429,19 +429,19 @@ def test_time_limit_that_a_library_has_swallowed_is_raised_in_the_end() -> None:
             operate(error)
 
 
-def test_suppressed_errors_are_those_of_inside() -> None:
-    """What was raised from outside comes out."""
+def test_interruptions_are_not_suppressed() -> None:
+    """Errors of Redis are suppressed, interruptions are not."""
     with suppress_errors():
         raise KeyError
     with pytest.raises(JobTimeout), suppress_errors():
         raise JobTimeout
 
 
-# -- the neighbours ----------------------------------------------------------------------------------------------------
+# -- surveys, bulk reads and pools -------------------------------------------------------------------------------------
 
 
-def test_time_limit_ends_the_look_for_nodes_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that does not answer leaves it to the next one; a time limit does not."""
+def test_time_limit_ends_the_survey_of_cluster_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption ends the survey of cluster nodes, while a dead node only leads to the next one."""
     cluster = ClusterTopology(
         None, lambda address: None, [("a", 1), ("b", 2)], lambda slot: None, lambda address: address
     )
@@ -450,17 +450,17 @@ def test_time_limit_ends_the_look_for_nodes_of_a_cluster(monkeypatch: pytest.Mon
         cluster.refresh()
 
 
-@pytest.mark.skipif(not has_clusters(), reason="no library here knows clusters")
-def test_time_limit_ends_the_look_for_hosts_of_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where the client of a cluster is made."""
+@pytest.mark.skipif(not has_clusters(), reason="no installed library has a cluster client")
+def test_time_limit_ends_the_search_for_a_host_of_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption ends the search for a cluster host of a URL."""
     make = client_source_from_url("redis+cluster://127.0.0.1:1,127.0.0.1:2")
     monkeypatch.setattr(redis.connection.Connection, "connect", lambda self: raising(JobTimeout())(1, None))
     with deadline(LONG), pytest.raises(JobTimeout):
         make()
 
 
-def test_time_limit_is_no_reason_to_take_a_client_for_an_unknown_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections with deadlines can be made, the next time."""
+def test_time_limit_while_a_client_is_copied_leaves_its_kind_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption while a client is copied does not make the package treat the client as an unknown kind."""
     client = redis.Redis(port=1)
     with monkeypatch.context() as patched:
         replace_client_copy(patched, lambda *_: raising(JobTimeout())(1, None))
@@ -469,33 +469,33 @@ def test_time_limit_is_no_reason_to_take_a_client_for_an_unknown_kind(monkeypatc
     assert server_for(client).client_with_timeout(client, 1.0) is not client
 
 
-def test_time_limit_ends_a_look_at_all_circuits(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
-    """Who asks for one circuit after the other does so for another reason."""
-    breaker = asking(site)
+def test_time_limit_ends_a_bulk_read(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    """An interruption ends a bulk read.  The fallback to single reads is for other errors."""
+    breaker = querying_breaker(site)
     storage: Any = storage_of(breaker)
     monkeypatch.setattr(
-        "pybreaker_redis._circuits.bulk.read_all_circuits", lambda questions: raising(JobTimeout())(1, None)
+        "pybreaker_redis._circuits.bulk.read_all_circuits", lambda requests: raising(JobTimeout())(1, None)
     )
     with pytest.raises(JobTimeout):
         read_for_operator([shared_of(storage)])
 
 
-def test_time_limit_in_the_second_look_at_what_is_refused_reaches_the_call(
+def test_time_limit_in_the_read_after_a_refused_write_reaches_the_call(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A circuit that may not be written is read at once."""
-    breaker = asking(site, fail_max=100)
+    """An interruption of the read after a refused write reaches the call."""
+    breaker = querying_breaker(site, fail_max=100)
     site.permit("+@all", "-@write")
-    monkeypatch.setattr(Failover, "load", lambda self, **words: raising(JobTimeout())(1, None))
+    monkeypatch.setattr(Failover, "load", lambda self, **settings: raising(JobTimeout())(1, None))
     with pytest.raises(JobTimeout):
         breaker.call(lambda: 1 / 0)
 
 
-def test_interrupt_drops_the_connections_that_are_not_in_use(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever kind of exception it was: a connection may owe the answer to what it ended."""
-    breaker = asking(site)
+def test_interruption_closes_idle_connections(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any exception from outside closes idle connections, because one of them may still receive a reply."""
+    breaker = querying_breaker(site)
     storage: Any = storage_of(breaker)
-    pool = SimpleNamespace(pool=None, disconnect=lambda **words: dropped.append(words["inuse_connections"]))
+    pool = SimpleNamespace(pool=None, disconnect=lambda **settings: dropped.append(settings["inuse_connections"]))
     dropped: list[bool] = []
     monkeypatch.setattr(server_of(storage), "close_idle_pools", lambda: pool_module.close_idle_connections(pool))
     replace_shared_execution(monkeypatch, storage, lambda intent: raising(KeyboardInterrupt())(1, None))
@@ -508,7 +508,7 @@ def test_interrupt_drops_the_connections_that_are_not_in_use(site: Site, monkeyp
 
 
 def test_time_limit_in_a_lazy_client_reaches_the_call(site: Site) -> None:
-    """An object makes its client when a method of it is first looked up, and that takes a while."""
+    """An interruption reaches the call through a lazy client that connects at the first look-up of a method."""
 
     class Lazy:
         waits = 0.0

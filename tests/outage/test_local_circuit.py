@@ -1,4 +1,4 @@
-"""While Redis gives no answer, a process keeps a circuit of its own."""
+"""The local circuit, which a process uses while Redis gives no answer, and the checks of storage arguments."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from tests.support.wait import wait_for
 
 
 class Asynchronous:
-    """As far as can be seen, an asynchronous client."""
+    """Stand-in that looks like an asynchronous client."""
 
     __module__ = "redis.asyncio.client"
 
     def evalsha(self) -> None:
-        """There is one."""
+        """Exist, as the method of a client."""
 
 
 def refusing_client(directory: Any) -> redis.Redis:
-    """A client of a server that is not there."""
-    return redis.Redis(unix_socket_path=str(directory / "nobody.sock"), **ONCE)
+    """Return a client of a server that does not run."""
+    return redis.Redis(unix_socket_path=str(directory / "missing.sock"), **ONCE)
 
 
 def test_constructing_does_no_io(tmp_path):
-    """A service starts, and its breakers with it, while Redis is away."""
-    storage = CircuitRedisStorage("closed", lambda: pytest.fail("asked for a client"))
+    """A service and its breakers start in an outage, because a constructor sends nothing."""
+    storage = CircuitRedisStorage("closed", lambda: pytest.fail("the client source was called"))
     assert storage.name == "redis"
     CircuitRedisStorage("closed", refusing_client(tmp_path))
 
 
-def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
-    """No error of Redis reaches a call, and the dead dependency is spared all the same."""
+def test_local_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
+    """In an outage a dead dependency is spared, calls raise no error of Redis, and one line is logged."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     storage = CircuitRedisStorage("closed", refusing_client(tmp_path), namespace="shop")
     breaker = CircuitBreaker(fail_max=2, reset_timeout=60, state_storage=storage)
@@ -62,13 +62,13 @@ def test_own_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
     assert breaker.call(up) == "answer"
     assert breaker.current_state == "closed"
     (message,) = messages_of(caplog, str(tmp_path), "circuit 'shop'")
-    assert message.startswith(f"circuit 'shop': Redis at {tmp_path}/nobody.sock/0 is away (ConnectionError: ")
+    assert message.startswith(f"circuit 'shop': Redis at {tmp_path}/missing.sock/0 is away (ConnectionError: ")
     assert re.search(r"; using this process's own state, next attempt in 0\.0\d s, waiting up to 0\.25 s$", message)
 
 
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])
-def test_own_circuit_begins_in_the_fallback_state(tmp_path, state):
-    """`fallback_circuit_state` decides whether calls go through meanwhile; none of them recurses."""
+def test_local_circuit_begins_in_the_fallback_state(tmp_path, state):
+    """`fallback_circuit_state` is the first state of the local circuit, and no call recurses."""
     storage = CircuitRedisStorage("closed", refusing_client(tmp_path), fallback_circuit_state=state)
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     assert breaker.current_state == state
@@ -79,8 +79,8 @@ def test_own_circuit_begins_in_the_fallback_state(tmp_path, state):
         assert breaker.call(up) == "answer"
 
 
-def test_failure_that_meets_the_outage_counts(killable_server: PrivateServer):
-    """The call was admitted by the very circuit that the own one goes on from: nobody gets one more for free."""
+def test_failure_reported_at_the_begin_of_an_outage_counts(killable_server: PrivateServer):
+    """A failure reported during the outage counts in the local circuit, which continues the shared one."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fail_max=3))
         reached = []
@@ -97,83 +97,83 @@ def test_failure_that_meets_the_outage_counts(killable_server: PrivateServer):
 
 
 def test_calls_are_settled_where_they_were_admitted(killable_server: PrivateServer):
-    """Once the own circuit has moved, and once the shared one is back, results of the other's calls change nothing."""
+    """A result is dropped if its circuit, local or shared, is no longer the one in use."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fail_max=5, timeout=10))
         storage = storage_of(breaker)
 
-        def meanwhile_redis_goes_and_the_own_circuit_moves() -> None:
+        def redis_stops_and_the_local_circuit_changes() -> None:
             killable_server.stop()
             storage.state = "open"
             storage.state = "closed"
             raise Down
 
-        def meanwhile_redis_returns() -> None:
+        def redis_returns() -> None:
             killable_server.restart(keep_data=True)
-            wait_for(lambda: storage.health().condition == "connected", "it is back")
+            wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
             raise Down
 
         with pytest.raises(Down):
-            breaker.call(meanwhile_redis_goes_and_the_own_circuit_moves)
-        assert storage.counter == 0, "a call that Redis admitted is not settled in this process's own circuit"
+            breaker.call(redis_stops_and_the_local_circuit_changes)
+        assert storage.counter == 0, "the local circuit does not settle a call of the shared one"
         with pytest.raises(Down):
             breaker.call(down)
         assert storage.counter == 1
         with pytest.raises(Down):
-            breaker.call(meanwhile_redis_returns)
-        assert storage.counter == 0, "a call that this process admitted is not settled in Redis"
+            breaker.call(redis_returns)
+        assert storage.counter == 0, "the shared circuit does not settle a call of the local one"
         storage.increment_counter()
         assert client.get(f"{NAMESPACE}:pybreaker:fail_counter") == b"1"
 
 
-def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer):
-    """What a process thought in the last outage is not what it thinks in the next; nor are their generations alike."""
+def test_second_outage_begins_with_a_new_local_circuit(killable_server: PrivateServer):
+    """Each outage has a new local circuit with a new generation, without the state of the last one."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, timeout=10))
         storage = storage_of(breaker)
         generations = []
         for _ in range(2):
             killable_server.kill()
-            wait_for(lambda: storage.health().condition == "away", "it is gone")
+            wait_for(lambda: storage.health().condition == "away", "the outage is noticed")
             assert breaker.call(up) == "answer"
             generations.append(admission_of(breaker).generation)
             with pytest.raises(Down):
                 breaker.call(down)
             assert storage.counter == 1
             killable_server.restart(keep_data=False)
-            wait_for(lambda: storage.health().condition == "connected", "it is back")
-            assert storage.counter == 1, "what it has counted is told"
+            wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
+            assert storage.counter == 1, "the failure is reported to Redis"
             settled(breaker)
         assert LOCAL_GENERATION_MIN < generations[0] < generations[1] < 0
 
 
 @pytest.mark.parametrize("fallback", ["closed", "open", "half-open", "last"])
-def test_circuit_that_is_known_to_be_open_stays_open_without_redis(killable_server: PrivateServer, fallback: str):
-    """Whatever the fallback: that Redis has gone does not mean that the dependency is back."""
+def test_open_circuit_stays_open_without_redis(killable_server: PrivateServer, fallback: str):
+    """An open circuit stays open in an outage: a lost Redis is no sign of a healthy dependency."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, reset_timeout=60, fallback_circuit_state=fallback, timeout=10))
         breaker.open()
         opened_at = storage_of(breaker).opened_at
         killable_server.kill()
-        wait_for(lambda: storage_of(breaker).health().condition == "away", "it is gone")
+        wait_for(lambda: storage_of(breaker).health().condition == "away", "the outage is noticed")
         for _ in range(5):
             with pytest.raises(CircuitBreakerError):
                 breaker.call(up)
-        assert storage_of(breaker).opened_at == opened_at, "for the rest of its time"
+        assert storage_of(breaker).opened_at == opened_at, "the reset timeout continues"
 
 
 @pytest.mark.parametrize(("fallback", "state"), [("closed", "closed"), ("open", "open"), ("last", "closed")])
-def test_closed_circuit_goes_on_in_the_fallback_state(killable_server: PrivateServer, fallback: str, state: str):
-    """`fallback_circuit_state` is what to make of it that nobody knows any more."""
+def test_closed_circuit_continues_in_the_fallback_state(killable_server: PrivateServer, fallback: str, state: str):
+    """A closed circuit continues in the `fallback_circuit_state`."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fallback_circuit_state=fallback))
         killable_server.kill()
-        wait_for(lambda: storage_of(breaker).health().condition == "away", "it is gone")
+        wait_for(lambda: storage_of(breaker).health().condition == "away", "the outage is noticed")
         assert breaker.current_state == state
 
 
-def test_own_circuit_that_never_met_redis_begins_as_a_new_one(tmp_path):
-    """`last` without anything known: as a circuit that does not exist yet."""
+def test_local_circuit_without_an_earlier_reply_begins_in_the_initial_state(tmp_path):
+    """Without any earlier reply, `last` means the initial state of the storage."""
     storage = CircuitRedisStorage("open", refusing_client(tmp_path), fallback_circuit_state="last")
     assert CircuitBreaker(state_storage=storage).current_state == "open"
 
@@ -184,12 +184,12 @@ def test_own_circuit_that_never_met_redis_begins_as_a_new_one(tmp_path):
         lambda: None,
         lambda: 1 / 0,
         MagicMock(),
-        valkey.Valkey(unix_socket_path="/nobody.sock"),
+        valkey.Valkey(unix_socket_path="/missing.sock"),
     ],
     ids=["nothing", "raises", "mock", "valkey, dead"],
 )
-def test_nothing_that_a_client_does_reaches_a_call(client, caplog):
-    """Whatever is wrong with the client, calls are made and guarded; the log says what it was."""
+def test_error_of_a_client_does_not_reach_a_call(client, caplog):
+    """Errors of a client do not reach calls, calls stay guarded, and the log names the error."""
     breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client, "shop"))
     assert breaker.call(up) == "answer"
     with pytest.raises(CircuitBreakerError):
@@ -198,7 +198,7 @@ def test_nothing_that_a_client_does_reaches_a_call(client, caplog):
 
 
 def test_valkey_client_works(server: PrivateServer, caplog):
-    """Its errors are not those of redis-py, and mean the same."""
+    """Errors of valkey-py are understood as those of redis-py."""
     with contextlib.closing(valkey.Valkey(unix_socket_path=server.unix_socket)) as client:
         breaker = CircuitBreaker(fail_max=1, state_storage=CircuitRedisStorage("closed", client, "shop", timeout=10))
         with pytest.raises(CircuitBreakerError):
@@ -207,22 +207,22 @@ def test_valkey_client_works(server: PrivateServer, caplog):
     assert messages_of(caplog, server, "circuit 'shop'") == []
 
 
-def test_creating_breakers_asks_for_no_client():
-    """A module may create its breakers when it is imported, before settings are there and in a master that forks."""
-    storage = CircuitRedisStorage("closed", lambda: pytest.fail("asked for a client"))
+def test_creation_of_breakers_calls_no_client_source():
+    """A module may create breakers at import, before settings exist or before the process forks."""
+    storage = CircuitRedisStorage("closed", lambda: pytest.fail("the client source was called"))
     assert state_name_of(CircuitBreaker(state_storage=storage)) == "closed"
 
 
-def test_breaker_created_late_begins_as_last_known(server: PrivateServer):
-    """Creating a second breaker is no look at the circuit, either."""
+def test_second_breaker_begins_in_the_last_known_state(server: PrivateServer):
+    """The creation of a second breaker sends no command."""
     with contextlib.closing(server.client()) as client:
         storage = CircuitRedisStorage("closed", client)
         CircuitBreaker(state_storage=storage).open()
         assert state_name_of(CircuitBreaker(state_storage=storage)) == "open"
 
 
-class Talkative:
-    """As a client of redis-py 6.4, whose `repr` has all that it was made with."""
+class ClientWithSecretInRepr:
+    """Stand-in for a client of redis-py 6.4, with all arguments in its `repr`."""
 
     def __repr__(self) -> str:
         return f"<Client(password=swordfish, {'and so on, ' * 100})>"
@@ -230,10 +230,11 @@ class Talkative:
 
 @pytest.mark.parametrize("argument", ["state", "redis_object", "namespace", "fallback_circuit_state", "timeout", "ttl"])
 @pytest.mark.parametrize(
-    "given", [Talkative(), {"password": "swordfish"}, "redis://:swordfish@shop", "redis://?password=swordfish"]
+    "given",
+    [ClientWithSecretInRepr(), {"password": "swordfish"}, "redis://:swordfish@shop", "redis://?password=swordfish"],
 )
-def test_error_does_not_show_what_a_misplaced_client_carries(argument: str, given: Any) -> None:
-    """Clients, their words and their URLs have passwords, and errors end in logs."""
+def test_error_about_an_argument_masks_passwords(argument: str, given: Any) -> None:
+    """Errors about arguments mask passwords of clients and URLs, because errors are logged."""
     if argument == "namespace" and isinstance(given, str):
         given = f"{given}\0"
     with pytest.raises((TypeError, ValueError), match=f"^{argument} must .* an object of class") as raised:
@@ -243,13 +244,13 @@ def test_error_does_not_show_what_a_misplaced_client_carries(argument: str, give
 
 
 def test_error_cuts_a_long_value() -> None:
-    """A line of a log is enough."""
+    """A long value is cut in the message."""
     with pytest.raises(ValueError, match=r"state must be one of .*, not 'a{78}…$"):
         CircuitRedisStorage("a" * 1000, lambda: None)
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "message"),
+    ("overrides", "error", "message"),
     [
         ({"state": "ajar"}, ValueError, "state must be one of 'closed', 'open', 'half-open', not 'ajar'"),
         ({"fallback_circuit_state": None}, ValueError, "fallback_circuit_state must be one of .*, not None"),
@@ -270,8 +271,8 @@ def test_error_cuts_a_long_value() -> None:
         ({"probe_lease": "30"}, TypeError, "probe_lease must be a number of seconds, not '30'"),
     ],
 )
-def test_bad_argument_is_named_at_once(words, error, message):
-    """The error says which argument, what was given and what is accepted."""
-    arguments = {"state": "closed", "redis_object": lambda: None, **words}
+def test_bad_argument_is_named_at_once(overrides, error, message):
+    """The error names the argument, the given value and the accepted values."""
+    arguments = {"state": "closed", "redis_object": lambda: None, **overrides}
     with pytest.raises(error, match=message):
         CircuitRedisStorage(**arguments)

@@ -1,4 +1,4 @@
-"""A claim or a report of a probe that got no answer blocks the fleet for no lease."""
+"""A claim or report of a probe that got no answer blocks other processes for no lease."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tests.support.inspect import core_of, execute_intent, local_of, selector_of
 from tests.support.selection import but_for
 from tests.support.wait import wait_for
 
-#: Seconds: longer than any test here may take.
-LEASE = 60
+#: Seconds of a lease: longer than any of these tests may take.
+LEASE_S = 60
 
-#: Seconds within which a circuit recovers, on a machine that is busy with other things.
-SOON = 20
+#: Seconds within which a circuit recovers on a busy machine.
+RECOVERY_S = 20
 
 
-#: A circuit for each test: the thread that asks whether the server is back may outlast its test for a moment.
+#: Numbers for names of circuits: the retry thread of one test may run into the next one.
 _circuits = itertools.count()
 
 
@@ -47,18 +47,18 @@ class Down(Exception):
 
 
 def up() -> str:
-    """A call to the healthy dependency."""
+    """Call the healthy dependency."""
     return "answer"
 
 
 def down() -> None:
-    """A call to the dead dependency."""
+    """Call the dead dependency."""
     raise Down
 
 
 @pytest.fixture(params=but_for(("lua",), ("lua", "optimistic")))
 def engine(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[redis.Redis]:
-    """A client for each way to move a circuit."""
+    """A client for each engine."""
     user = {}
     if request.param == "optimistic":
         with contextlib.closing(server.client()) as administrator:
@@ -71,14 +71,14 @@ def engine(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[re
 
 
 class Interrupted(Exception):
-    """Raised from outside, as by a signal handler or a greenlet's timeout."""
+    """Stand-in for an exception from outside, as of a signal handler or a greenlet's timeout."""
 
 
-class Line:
-    """The connection of one storage, on which answers get lost.
+class LossyEngine:
+    """Engine of one storage that can lose a command or its reply.
 
     Args:
-        storage: To disturb.
+        storage: Storage to disturb.
     """
 
     def __init__(self, storage: CircuitRedisStorage) -> None:
@@ -86,39 +86,39 @@ class Line:
         self._loses: tuple[type[Intent], bool] | None = None
         self.selector = selector_of(storage)
         self.execute = self.selector.run_intent
-        self.selector.run_intent = self._carry  # type: ignore[method-assign]
+        self.selector.run_intent = self._run  # type: ignore[method-assign]
 
     def lose(
         self, kind: type[Intent], *, executed: bool, error: type[Exception] = redis.exceptions.TimeoutError
     ) -> None:
-        """Lose the next answer to such an intent, or the intent itself."""
+        """Lose the next intent of this kind, or, if `executed`, only the reply to it."""
         self._loses, self._error = (kind, executed), error
 
-    def _carry(self, carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+    def _run(self, used_engine: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         loses = self._loses
         if loses is None or not isinstance(intent, loses[0]):
-            return self.execute(carrier, intent, known, state_if_missing)
+            return self.execute(used_engine, intent, known, state_if_missing)
         self._loses = None
         if loses[1]:
-            self.execute(carrier, intent, known, state_if_missing)
+            self.execute(used_engine, intent, known, state_if_missing)
         self.lost.append(intent)
         msg = "Timeout reading from socket"
         raise self._error(msg)
 
 
-def opened(client: redis.Redis, **words: Any) -> tuple[CircuitBreaker, CircuitRedisStorage]:
-    """A breaker whose circuit is open, and may be tried at once."""
-    storage = CircuitRedisStorage("closed", client, namespace=f"lost{next(_circuits)}", probe_lease=LEASE)
-    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, **words)
+def open_circuit(client: redis.Redis, **settings: Any) -> tuple[CircuitBreaker, CircuitRedisStorage]:
+    """Return a breaker with an open circuit that permits a probe at once."""
+    storage = CircuitRedisStorage("closed", client, namespace=f"lost{next(_circuits)}", probe_lease=LEASE_S)
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=storage, **settings)
     breaker.call(up)
-    # The server may still count as unreachable for what the test before has lost.
-    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    # The server may still count as unreachable after the losses of the test before.
+    wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
     breaker.open()
     return breaker, storage
 
 
 def request(breaker: CircuitBreaker, function: Callable[[], Any] = up) -> None:
-    """A call on a thread of its own, as web servers make them."""
+    """Make a call on a new thread, as web servers do."""
 
     def run() -> None:
         with contextlib.suppress(CircuitBreakerError, Down):
@@ -126,20 +126,20 @@ def request(breaker: CircuitBreaker, function: Callable[[], Any] = up) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(SOON)
+    thread.join(RECOVERY_S)
     assert not thread.is_alive()
 
 
 def shared_state(storage: CircuitRedisStorage, client: redis.Redis) -> Any:
-    """The state in Redis."""
+    """Return the state in Redis."""
     return client.get(f"{storage.health().circuit}:pybreaker:state")
 
 
-def recovers(breaker: CircuitBreaker, client: redis.Redis) -> None:
-    """Call until the shared circuit is closed."""
-    deadline = time.monotonic() + SOON
+def recover(breaker: CircuitBreaker, client: redis.Redis) -> None:
+    """Make calls until the shared circuit is closed."""
+    deadline = time.monotonic() + RECOVERY_S
     while shared_state(storage_of(breaker), client) != b"closed":
-        assert time.monotonic() < deadline, "it is not closed in time"
+        assert time.monotonic() < deadline, "the circuit closes"
         request(breaker)
         time.sleep(0.01)
 
@@ -150,12 +150,12 @@ def recovers(breaker: CircuitBreaker, client: redis.Redis) -> None:
 def test_success_whose_answer_is_lost_blocks_for_no_lease(
     engine: redis.Redis, kind: type[Intent], executed: bool, threshold: int
 ) -> None:
-    """Whether the server has executed it or not: the next call of this process probes, on whichever thread."""
-    breaker, storage = opened(engine, success_threshold=threshold)
-    line = Line(storage)
-    line.lose(kind, executed=executed)
-    recovers(breaker, engine)
-    assert len(line.lost) == 1
+    """After a lost reply the next call of the process probes on any thread, whether or not the command was executed."""
+    breaker, storage = open_circuit(engine, success_threshold=threshold)
+    lossy = LossyEngine(storage)
+    lossy.lose(kind, executed=executed)
+    recover(breaker, engine)
+    assert len(lossy.lost) == 1
 
 
 @pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
@@ -163,14 +163,14 @@ def test_success_whose_answer_is_lost_blocks_for_no_lease(
 def test_failure_whose_answer_is_lost_blocks_for_no_lease(
     engine: redis.Redis, kind: type[Intent], executed: bool
 ) -> None:
-    """The same if the dependency is still down when it happens."""
-    breaker, storage = opened(engine)
-    line = Line(storage)
-    line.lose(kind, executed=executed)
+    """The same holds if the dependency is still down."""
+    breaker, storage = open_circuit(engine)
+    lossy = LossyEngine(storage)
+    lossy.lose(kind, executed=executed)
     request(breaker, down)
-    wait_for(lambda: storage.health().condition == "connected", "it is back")
-    recovers(breaker, engine)
-    assert len(line.lost) == 1
+    wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
+    recover(breaker, engine)
+    assert len(lossy.lost) == 1
 
 
 @pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
@@ -178,21 +178,21 @@ def test_failure_whose_answer_is_lost_blocks_for_no_lease(
 def test_probe_interrupted_from_outside_blocks_for_no_lease(
     engine: redis.Redis, kind: type[Intent], executed: bool
 ) -> None:
-    """A deadline that ends the wait for an answer ends the call: the next call of this process probes."""
-    breaker, storage = opened(engine)
-    Line(storage).lose(kind, executed=executed, error=Interrupted)
+    """An interruption ends the call and its probe, so the next call of this process probes."""
+    breaker, storage = open_circuit(engine)
+    LossyEngine(storage).lose(kind, executed=executed, error=Interrupted)
     with pytest.raises(Interrupted):
         breaker.call(up)
-    recovers(breaker, engine)
+    recover(breaker, engine)
 
 
 def test_orphaned_claim_admits_one_call_at_a_time(engine: redis.Redis) -> None:
-    """Many threads see the probe that belongs to none of them; one takes it."""
-    breaker, storage = opened(engine)
-    line = Line(storage)
-    line.lose(ClaimProbe, executed=True)
+    """Of many threads that find a probe without a holder, one adopts it."""
+    breaker, storage = open_circuit(engine)
+    lossy = LossyEngine(storage)
+    lossy.lose(ClaimProbe, executed=True)
     request(breaker)
-    wait_for(lambda: storage.health().condition == "connected", "it is back")
+    wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
     assert shared_state(storage, engine) == b"half-open"
     others = [CircuitBreaker(reset_timeout=0, state_storage=storage) for _ in range(8)]
     inside, most, gate = [0], [0], threading.Barrier(len(others))
@@ -204,66 +204,66 @@ def test_orphaned_claim_admits_one_call_at_a_time(engine: redis.Redis) -> None:
         inside[0] -= 1
 
     def run(other: CircuitBreaker) -> None:
-        gate.wait(SOON)
+        gate.wait(RECOVERY_S)
         request(other, probe)
 
     threads = [threading.Thread(target=run, args=(other,)) for other in others]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(SOON)
+        thread.join(RECOVERY_S)
     assert most == [1]
     assert shared_state(storage, engine) == b"closed"
 
 
 def test_retry_after_names_no_lease_of_an_orphaned_claim(engine: redis.Redis) -> None:
-    """What clients are told to wait is what they have to wait: nothing."""
-    breaker, storage = opened(engine)
-    Line(storage).lose(ClaimProbe, executed=True)
+    """The advertised wait is zero, because the next call of this process may probe at once."""
+    breaker, storage = open_circuit(engine)
+    LossyEngine(storage).lose(ClaimProbe, executed=True)
     request(breaker)
-    wait_for(lambda: storage.health().condition == "connected", "it is back")
-    wait_for(lambda: storage.retry_after(0) == 0, "its gate is open")
+    wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
+    wait_for(lambda: storage.retry_after(0) == 0, "a probe is permitted")
 
 
 def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: redis.Redis) -> None:
-    """Only tokens of this process are used again: another's probe holds its lease."""
-    breaker, storage = opened(engine)
+    """A process adopts only tokens of its own: the probe of another process keeps its lease."""
+    breaker, storage = open_circuit(engine)
     with contextlib.closing(server.client()) as client:
         other = CircuitRedisStorage("closed", client, namespace=storage.health().circuit)
         generation = execute_intent(other, Load()).circuit.generation
-        assert core_of(other).carry_out(ClaimProbe(generation, "abcdef", LEASE * 1000)).accepted
+        assert core_of(other).carry_out(ClaimProbe(generation, "abcdef", LEASE_S * 1000)).accepted
         request(breaker)
         assert execute_intent(storage, Load()).circuit.probe_token == "abcdef"
         assert shared_state(storage, engine) == b"half-open"
 
 
 def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis) -> None:
-    """The server was back before the error: another call may get the shared probe, so there is no local one."""
-    breaker, storage = opened(engine)
+    """Without an outage the shared circuit has the only probe, so the failed claim admits no local probe."""
+    breaker, storage = open_circuit(engine)
     server = server_of(storage)
     assert server is not None
-    line = Line(storage)
+    lossy = LossyEngine(storage)
 
-    def returns(carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
-        if isinstance(intent, ClaimProbe) and not line.lost:
-            line.lost.append(intent)
+    def returns(used_engine: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+        if isinstance(intent, ClaimProbe) and not lossy.lost:
+            lossy.lost.append(intent)
             server.availability.last_recovery_at = time.monotonic()
             msg = "Connection closed by server."
             raise redis.exceptions.ConnectionError(msg)
-        return line.execute(carrier, intent, known, state_if_missing)
+        return lossy.execute(used_engine, intent, known, state_if_missing)
 
-    line.selector.run_intent = returns  # type: ignore[method-assign]
+    lossy.selector.run_intent = returns  # type: ignore[method-assign]
     with pytest.raises(CircuitBreakerError):
         breaker.call(up)
-    assert line.lost
+    assert lossy.lost
     assert storage.health().condition == "connected"
     assert breaker.call(up) == "answer"
     assert shared_state(storage, engine) == b"closed"
 
 
 def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engine: redis.Redis) -> None:
-    """There is no outage any more, so the shared circuit has the only probe."""
-    breaker, storage = opened(engine)
+    """Without an outage the shared circuit has the only probe, so a call during the return is rejected."""
+    breaker, storage = open_circuit(engine)
     core_of(storage).on_server_lost()
     with local_of(storage).recovery_turn() as is_first:
         assert is_first
@@ -273,73 +273,73 @@ def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engin
     assert shared_state(storage, engine) == b"closed"
 
 
-def after_lost_report(engine: redis.Redis) -> tuple[CircuitBreaker, CircuitRedisStorage, Line]:
-    """A half-open circuit whose server is back after it lost the report of this thread's probe."""
-    breaker, storage = opened(engine, success_threshold=3)
-    line = Line(storage)
-    line.lose(CountProbe, executed=False)
+def after_lost_report(engine: redis.Redis) -> tuple[CircuitBreaker, CircuitRedisStorage, LossyEngine]:
+    """Return a half-open circuit after the report of this thread's probe was lost and the server has returned."""
+    breaker, storage = open_circuit(engine, success_threshold=3)
+    lossy = LossyEngine(storage)
+    lossy.lose(CountProbe, executed=False)
     breaker.call(up)
-    wait_for(lambda: storage.health().condition == "connected", "it is back")
-    return breaker, storage, line
+    wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
+    return breaker, storage, lossy
 
 
 @pytest.fixture
 def taken_over(engine: redis.Redis) -> Iterator[tuple[CircuitBreaker, CircuitRedisStorage, Intent]]:
-    """The report of this thread's probe got lost, and another thread is within the next probe; the report."""
-    breaker, storage, line = after_lost_report(engine)
+    """Lose the report of this thread's probe while another thread is in the next probe, and yield the report."""
+    breaker, storage, lossy = after_lost_report(engine)
     is_inside, may_leave = threading.Event(), threading.Event()
 
     def probe() -> None:
         is_inside.set()
-        may_leave.wait(SOON)
+        may_leave.wait(RECOVERY_S)
 
     other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     thread = threading.Thread(target=request, args=(other, probe))
     thread.start()
     try:
-        assert is_inside.wait(SOON)
-        yield breaker, storage, line.lost[0]
+        assert is_inside.wait(RECOVERY_S)
+        yield breaker, storage, lossy.lost[0]
     finally:
         may_leave.set()
-        thread.join(SOON)
+        thread.join(RECOVERY_S)
 
 
 def test_thread_that_lost_its_report_does_not_join_the_next_probe(
     taken_over: tuple[CircuitBreaker, CircuitRedisStorage, Intent],
 ) -> None:
-    """Its call has ended: only calls made within a probe are part of it."""
+    """Only calls within a probe are part of it, and the call of this thread has ended."""
     with pytest.raises(CircuitBreakerError):
         taken_over[0].call(up)
 
 
 def test_thread_that_lost_its_report_does_not_join_while_another_thread_claims(engine: redis.Redis) -> None:
-    """The record still names the former probe, until the claim is answered."""
-    breaker, storage, line = after_lost_report(engine)
+    """The record names the former probe until the claim is answered, and still admits no call."""
+    breaker, storage, lossy = after_lost_report(engine)
     claims, may_claim = threading.Event(), threading.Event()
 
-    def waits(carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+    def waits(used_engine: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         if isinstance(intent, ClaimProbe) and not claims.is_set():
             claims.set()
-            may_claim.wait(SOON)
-        return line.execute(carrier, intent, known, state_if_missing)
+            may_claim.wait(RECOVERY_S)
+        return lossy.execute(used_engine, intent, known, state_if_missing)
 
-    line.selector.run_intent = waits  # type: ignore[method-assign]
+    lossy.selector.run_intent = waits  # type: ignore[method-assign]
     other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     thread = threading.Thread(target=request, args=(other,))
     thread.start()
     try:
-        assert claims.wait(SOON)
+        assert claims.wait(RECOVERY_S)
         with pytest.raises(CircuitBreakerError):
             breaker.call(up)
     finally:
         may_claim.set()
-        thread.join(SOON)
+        thread.join(RECOVERY_S)
 
 
 def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
     taken_over: tuple[CircuitBreaker, CircuitRedisStorage, Intent],
 ) -> None:
-    """Else the probe would be given back under the call that holds it, and a third call would be admitted."""
+    """A late report must not end the probe of another call, which would admit a third call."""
     _, storage, report = taken_over
     probed = execute_intent(storage, Load()).circuit
     late = shared_of(storage).execute(report)
@@ -348,14 +348,14 @@ def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
 
 
 def test_server_that_freezes_as_the_gate_opens_blocks_for_no_lease(killable_server: PrivateServer) -> None:
-    """The claim is executed when the server wakes up, and its caller has gone: the next call probes."""
+    """A frozen server executes the claim when it resumes, after its caller has gone: the next call probes."""
     with contextlib.closing(killable_server.client()) as client:
-        breaker, storage = opened(client)
-        recovers(breaker, client)
+        breaker, storage = open_circuit(client)
+        recover(breaker, client)
         breaker.open()
         request(breaker, down)
         killable_server.pause()
         request(breaker)
         killable_server.resume()
-        wait_for(lambda: storage.health().condition == "connected", "it is back")
-        recovers(breaker, client)
+        wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
+        recover(breaker, client)

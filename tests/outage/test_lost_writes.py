@@ -1,4 +1,4 @@
-"""A server that loses a circuit's last writes, as by a failover or an old snapshot: what processes do about it."""
+"""Reaction of processes to a server that loses a circuit's last writes, as by a failover or an old snapshot."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 
-#: Seconds; so much longer than any of these tests waits that no lease has ended by itself.
-LEASE = 60.0
+#: Seconds of a lease: so much longer than the waits of these tests that no lease ends by itself.
+LEASE_S = 60.0
 
 KEYS = circuit_keys("lost", needs_one_slot=False)
 
 
 class Fleet:
-    """Breakers of one circuit, and a server whose writes can be lost.
+    """Breakers of one circuit, and a server that can lose writes.
 
     Args:
-        administrator: A client that may do everything.
-        client: The client of the breakers.
+        administrator: Client with all rights.
+        client: Client of the breakers.
     """
 
     def __init__(self, administrator: Any, client: Any) -> None:
         self.administrator = administrator
         self.client = client
 
-    def breaker(self, **words: Any) -> CircuitBreaker:
-        """A breaker whose storage asks the server at each look."""
-        storage = CircuitRedisStorage(CLOSED, self.client, "lost", probe_lease=LEASE, max_staleness=0)
-        return CircuitBreaker(**{"fail_max": 1, "reset_timeout": 0.2, "state_storage": storage, **words})
+    def breaker(self, **settings: Any) -> CircuitBreaker:
+        """Return a breaker that queries the server at each look."""
+        storage = CircuitRedisStorage(CLOSED, self.client, "lost", probe_lease=LEASE_S, max_staleness=0)
+        return CircuitBreaker(**{"fail_max": 1, "reset_timeout": 0.2, "state_storage": storage, **settings})
 
     def snapshot(self) -> list[bytes | None]:
-        """The keys as they are."""
+        """Return the values of the circuit's keys."""
         return [self.administrator.dump(key) for key in KEYS]
 
     def lose(self, snapshot: list[bytes | None]) -> None:
-        """The server has these keys again, and nothing that was written since."""
+        """Restore these values and lose all later writes."""
         with self.administrator.pipeline() as pipe:
             for key, value in zip(KEYS, snapshot, strict=True):
                 pipe.delete(key)
@@ -57,19 +57,19 @@ class Fleet:
 
     @property
     def state(self) -> str:
-        """As stock's key has it."""
+        """State in the key that the stock storage reads."""
         return str(self.administrator.get(KEYS[0]).decode())
 
     @property
-    def mark(self) -> dict[str, str]:
-        """The fields of the hash; noise is not restored."""
+    def hash_fields(self) -> dict[str, str]:
+        """Fields of the hash, without the noise field, which is not restored."""
         fields = {name.decode(): value.decode() for name, value in self.administrator.hgetall(KEYS[4]).items()}
         return {**fields, "noisy_until_ms": ""}
 
 
 @pytest.fixture(params=["lua", "optimistic"])
 def fleet(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[Fleet]:
-    """On scripts, and on transactions."""
+    """Fleets on both engines."""
     user = {}
     with contextlib.closing(server.client()) as administrator:
         if request.param == "optimistic":
@@ -80,7 +80,7 @@ def fleet(request: pytest.FixtureRequest, server: PrivateServer) -> Iterator[Fle
 
 
 def passes(breaker: CircuitBreaker) -> bool:
-    """Whether a call passes that a new thread makes, as for a request."""
+    """Return whether a call of a new thread passes, as a web server makes it."""
     passed = []
 
     def call() -> None:
@@ -94,13 +94,13 @@ def passes(breaker: CircuitBreaker) -> bool:
 
 
 def trip(breaker: CircuitBreaker) -> None:
-    """A call that opens the circuit."""
+    """Make a call that opens the circuit."""
     with pytest.raises(CircuitBreakerError):
         breaker.call(lambda: 1 / 0)
 
 
-def probe_starts(breaker: CircuitBreaker) -> contextlib.ExitStack:
-    """A call that was let through by an open circuit, and has not ended."""
+def start_probe(breaker: CircuitBreaker) -> contextlib.ExitStack:
+    """Return the context of a call that an open circuit has admitted as a probe."""
     probe = contextlib.ExitStack()
 
     def is_admitted() -> bool:
@@ -114,10 +114,10 @@ def probe_starts(breaker: CircuitBreaker) -> contextlib.ExitStack:
 
 
 def test_lost_recovery_costs_a_probe_and_no_lease(fleet: Fleet) -> None:
-    """The record of the probe comes back after the probe has closed the circuit: the next call is a probe, at once."""
+    """If the record of a finished probe comes back, the next call probes at once."""
     breaker = fleet.breaker()
     trip(breaker)
-    with probe_starts(breaker):
+    with start_probe(breaker):
         during = fleet.snapshot()
     assert fleet.state == CLOSED
     fleet.lose(during)
@@ -127,8 +127,8 @@ def test_lost_recovery_costs_a_probe_and_no_lease(fleet: Fleet) -> None:
     assert passes(fleet.breaker())
 
 
-def test_lost_recovery_of_a_spell_costs_a_probe(fleet: Fleet) -> None:
-    """The record of the open circuit comes back: the next call is a probe, as the timeout is over."""
+def test_lost_recovery_of_an_open_circuit_costs_a_probe(fleet: Fleet) -> None:
+    """If the record of an open circuit comes back after its reset timeout, the next call probes."""
     breaker = fleet.breaker()
     trip(breaker)
     before = fleet.snapshot()
@@ -139,8 +139,8 @@ def test_lost_recovery_of_a_spell_costs_a_probe(fleet: Fleet) -> None:
     assert fleet.state == CLOSED
 
 
-def test_lost_trip_is_made_good_by_those_who_have_seen_it(fleet: Fleet) -> None:
-    """No call passes for the rest of the timeout, and one probe after it."""
+def test_lost_trip_is_restored_by_a_process_that_saw_it(fleet: Fleet) -> None:
+    """A process that saw the trip restores it, so no call passes before the reset timeout, and one probe after it."""
     breaker = fleet.breaker(reset_timeout=1.0)
     assert passes(breaker)
     before = fleet.snapshot()
@@ -153,36 +153,36 @@ def test_lost_trip_is_made_good_by_those_who_have_seen_it(fleet: Fleet) -> None:
     assert time.monotonic() - opened >= 1.0
 
 
-def test_lost_claim_is_made_good_with_its_lease(fleet: Fleet) -> None:
-    """There is one probe: the prober's process restores its claim, and its report counts."""
+def test_lost_claim_is_restored_with_its_lease(fleet: Fleet) -> None:
+    """The probing process restores its claim: no second probe is admitted, and the report counts."""
     breaker = fleet.breaker()
     trip(breaker)
     before = fleet.snapshot()
-    with probe_starts(breaker):
-        held = fleet.mark
+    with start_probe(breaker):
+        claimed = fleet.hash_fields
         fleet.lose(before)
         assert not passes(breaker)
-        assert fleet.mark == held
+        assert fleet.hash_fields == claimed
         assert not passes(fleet.breaker())
     assert fleet.state == CLOSED
 
 
-def test_lost_claim_that_another_process_makes_again_is_fenced(fleet: Fleet) -> None:
-    """Where the server alone knew of the claim there are two probes, and the one that it knows decides."""
+def test_report_of_a_lost_claim_is_fenced_if_another_process_claims(fleet: Fleet) -> None:
+    """If no other process has seen the lost claim, a second probe is admitted, and only its report counts."""
     first, second = fleet.breaker(), fleet.breaker()
     trip(first)
     before = fleet.snapshot()
-    late = probe_starts(first)
+    late = start_probe(first)
     fleet.lose(before)
-    with probe_starts(second):
-        held = fleet.mark
+    with start_probe(second):
+        claimed = fleet.hash_fields
         late.close()
-        assert fleet.mark == held, "a late report changes nothing"
+        assert fleet.hash_fields == claimed, "a late report changes nothing"
     assert fleet.state == CLOSED
 
 
 def test_lost_counts_delay_a_trip_and_cause_none(fleet: Fleet) -> None:
-    """As many failures more as were lost."""
+    """A lost count delays a trip by as many failures, and causes none."""
     breaker = fleet.breaker(fail_max=3)
     assert passes(breaker)
     before = fleet.snapshot()

@@ -1,4 +1,4 @@
-"""Redis is allowed to fail: whatever is wrong with it, calls are made, guarded and fast."""
+"""The promise of an outage: guarded calls raise no error of Redis, stay guarded, and stay fast."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.support.breakers import Down, breaker_on, down, settled, up
 from tests.support.faults import FAULTS, Fault, Site
 from tests.support.inspect import core_of, server_of, storage_of
 from tests.support.logs import lines_of, records_of
-from tests.support.outages import WAITED, calls, health_of, is_back
+from tests.support.outages import WAIT_MIN_S, calls, health_of, is_back
 from tests.support.servers import ONCE
 from tests.support.wait import wait_for
 
 #: Seconds that a guarded call may wait for Redis.
 TIMEOUT = 0.25
 
-#: What a loaded machine adds to that.
+#: Seconds that a loaded machine adds to `TIMEOUT`.
 SLACK = 0.05
 
 
@@ -58,9 +58,9 @@ ONE_OF_EACH = (
 @pytest.mark.slow
 @every_fault(*ONE_OF_EACH)
 def test_no_fault_reaches_a_call_and_one_call_waits_at_most(site: Site, fault: Fault, caplog):
-    """P6: no error, one bounded wait, then as fast as ever; two lines in the log; and it is well again afterwards.
+    """A fault costs no error, one bounded wait and two log lines, and the shared circuit is used again afterwards.
 
-    What a busy machine adds to that it does not add three times in a row.
+    A busy machine can break these bounds by chance.  The test therefore makes up to three attempts.
     """
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), fail_max=4, reset_timeout=0.1))
@@ -69,18 +69,18 @@ def test_no_fault_reaches_a_call_and_one_call_waits_at_most(site: Site, fault: F
         wait_for(lambda: is_back(breaker) and len(lines_of(caplog, site)) % 2 == 0, "a quiet moment")
         caplog.clear()
         with fault.during(site):
-            spell = calls(breaker, 1.5, failing=0.3)
+            during = calls(breaker, 1.5, failing=0.3)
             fresh = breaker_on(site.client(), f"made in the outage, {attempts_left}")
             assert [fresh.call(up) for _ in range(3)] == ["answer"] * 3
-        wait_for(lambda: is_back(breaker), "the shared circuit", within=30)
-        wait_for(lambda fresh=fresh: is_back(fresh), "the other shared circuit", within=60)
+        wait_for(lambda: is_back(breaker), "the shared circuit is in use again", within=30)
+        wait_for(lambda fresh=fresh: is_back(fresh), "the other shared circuit is in use again", within=60)
         settled(fresh)
-        assert healthy.unexpected == spell.unexpected == []
+        assert healthy.unexpected == during.unexpected == []
         try:
-            assert max(spell.took) < TIMEOUT + SLACK
+            assert max(during.took) < TIMEOUT + SLACK
             if not fault.flickers:
-                assert spell.waits <= 1
-                assert spell.usual < max(2 * healthy.usual, 0.002)
+                assert during.waits <= 1
+                assert during.usual < max(2 * healthy.usual, 0.002)
                 lines = lines_of(caplog, site)
                 assert len(lines) <= 2 + 2 * sum("made in the outage" in line for line in lines)
             return
@@ -91,7 +91,7 @@ def test_no_fault_reaches_a_call_and_one_call_waits_at_most(site: Site, fault: F
             wait_for(lambda: len(lines_of(caplog, site)) % 2 == 0, "a quiet moment")
 
 
-#: Of each kind one, for tests that do not need all.
+#: One fault of each kind, for tests that do not need all.
 SOME = [fault for fault in FAULTS if fault.name in ("killed, empty", "frozen", "read-only replica", "never answered")]
 
 
@@ -103,18 +103,18 @@ SOME = [fault for fault in FAULTS if fault.name in ("killed, empty", "frozen", "
     ids=str,
 )
 def test_dead_dependency_is_spared_through_every_fault(site: Site, fallback: str, fault: Fault):
-    """At most `fail_max` calls of a process reach it per `reset_timeout`; afterwards the circuit is open for all."""
-    # Where there is an answer to every question, a busy machine shall not seem to be a server that is silent.
-    words = {"fallback_circuit_state": fallback, "timeout": 10 if fault.answers else TIMEOUT}
-    breaker = settled(breaker_on(site.client(), fail_max=5, reset_timeout=60, **words))
+    """At most `fail_max` calls per `reset_timeout` reach the dependency, and the circuit is open afterwards."""
+    # Where Redis answers every command, a slow answer of a busy machine must not count as an outage.
+    settings = {"fallback_circuit_state": fallback, "timeout": 10 if fault.answers else TIMEOUT}
+    breaker = settled(breaker_on(site.client(), fail_max=5, reset_timeout=60, **settings))
     with fault.during(site):
-        spell = calls(breaker, 0.4, failing=1.0)
-    assert spell.unexpected == []
-    # With a Redis that comes and goes, a failure may be reported in vain several times.
-    assert spell.reached <= (15 if fault.flickers else 5)
-    wait_for(lambda: is_back(breaker), "the shared circuit", within=30)
+        during = calls(breaker, 0.4, failing=1.0)
+    assert during.unexpected == []
+    # If the connection to Redis is flaky, several reports of a failure may be lost.
+    assert during.reached <= (15 if fault.flickers else 5)
+    wait_for(lambda: is_back(breaker), "the shared circuit is in use again", within=30)
     if (fallback, fault.answers) == ("open", False) or (fallback, fault.comes_back_empty) == ("half-open", True):
-        # It never tripped, or what has vanished is to begin half-open.
+        # Either the circuit never tripped, or a lost record begins half-open.
         return
     assert breaker.current_state == "open"
     assert site.administrator.get("viewed:pybreaker:state") == b"open"
@@ -123,78 +123,80 @@ def test_dead_dependency_is_spared_through_every_fault(site: Site, fallback: str
 @pytest.mark.slow
 @every_fault("killed", "out of memory")
 def test_open_circuit_stays_open_through_every_fault(site: Site, fault: Fault):
-    """Nothing is announced and nothing let through, however long it lasts, whatever is lost."""
-    heard: list[str] = []
+    """An open circuit publishes no transition and admits no call, whatever the fault destroys."""
+    transitions: list[str] = []
 
     class Listener(pybreaker.CircuitBreakerListener):
         def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-            heard.append(new_state.name)
+            transitions.append(new_state.name)
 
     breaker = settled(breaker_on(site.client(), reset_timeout=60))
 
     def opened_at_ms() -> Any:
-        # What each process makes of that depends on how well it knows the server's clock.
+        # The time that each process derives from this field depends on its estimate of the server's clock.
         return site.administrator.hget("viewed:pybreaker:circuit", "opened_at_ms")
 
     breaker.open()
-    wait_for(lambda: is_back(breaker) and opened_at_ms(), "it is open for all")
+    wait_for(lambda: is_back(breaker) and opened_at_ms(), "the shared circuit is open")
     opened = opened_at_ms()
     breaker.add_listener(Listener())
     with fault.during(site):
-        spell = calls(breaker, 0.4, failing=0)
-    wait_for(lambda: is_back(breaker), "the shared circuit", within=30)
+        during = calls(breaker, 0.4, failing=0)
+    wait_for(lambda: is_back(breaker), "the shared circuit is in use again", within=30)
     after = calls(breaker, 0.2, failing=0)
-    assert spell.unexpected == after.unexpected == []
-    assert spell.reached == after.reached == 0
-    assert heard == []
-    assert opened_at_ms() == opened, "for the rest of its time"
+    assert during.unexpected == after.unexpected == []
+    assert during.reached == after.reached == 0
+    assert transitions == []
+    assert opened_at_ms() == opened, "the reset timeout continues"
 
 
-# -- blips -------------------------------------------------------------------------------------------------------------
+# -- brief losses of connections ---------------------------------------------------------------------------------------
 
 
-def made(make: str, client: redis.Redis, **words: Any) -> Any:
-    """A storage of ours or of pybreaker."""
-    return (CircuitRedisStorage if make == "ours" else pybreaker.CircuitRedisStorage)("closed", client, "shop", **words)
+def made(make: str, client: redis.Redis, **settings: Any) -> Any:
+    """Return a storage of this package or of pybreaker."""
+    return (CircuitRedisStorage if make == "ours" else pybreaker.CircuitRedisStorage)(
+        "closed", client, "shop", **settings
+    )
 
 
 @pytest.mark.parametrize("failures", [1, 10])
-def test_blip_while_open_announces_nothing_and_lets_nothing_through(site: Site, make, promised, failures: int):
-    """A few lost commands are no reason to try a dead dependency, nor to forget that it is dead."""
+def test_brief_loss_of_connections_keeps_an_open_circuit_open(site: Site, make, promised, failures: int):
+    """A few lost commands neither admit a call to a dead dependency nor close the circuit."""
     storage = made(make, site.client(**ONCE))
-    heard: list[str] = []
+    transitions: list[str] = []
     reached: list[int] = []
 
     class Listener(pybreaker.CircuitBreakerListener):
         def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-            heard.append(new_state.name)
+            transitions.append(new_state.name)
 
     breaker = pybreaker.CircuitBreaker(reset_timeout=60, state_storage=storage)
     breaker.open()
     with contextlib.suppress(pybreaker.CircuitBreakerError):
         breaker.call(up)
     breaker.add_listener(Listener())
-    site.proxy.doomed = failures
-    site.proxy.hang_up()
+    site.proxy.failing_requests = failures
+    site.proxy.close_connections()
     for number in range(100):
         with contextlib.suppress(pybreaker.CircuitBreakerError):
             breaker.call(lambda number=number: reached.append(number))
         time.sleep(0.002)
     with promised():
-        assert (heard, reached) == ([], [])
+        assert (transitions, reached) == ([], [])
     if make == "ours":
-        wait_for(lambda: is_back(breaker), "the shared circuit", within=30)
-        assert (heard, reached) == ([], [])
+        wait_for(lambda: is_back(breaker), "the shared circuit is in use again", within=30)
+        assert (transitions, reached) == ([], [])
         assert breaker.current_state == "open"
 
 
-# -- what the stock storage does then ----------------------------------------------------------------------------------
+# -- defects of the stock storage --------------------------------------------------------------------------------------
 
 
-def test_refused_redis_leaves_calls_guarded(tmp_path, make, promised):
-    """Defect e: no Redis, dead dependency, and 200 calls."""
+def test_calls_stay_guarded_if_redis_was_never_reachable(tmp_path, make, promised):
+    """Without Redis, a dead dependency receives `fail_max` of 200 calls (defect e of stock)."""
     reached: list[int] = []
-    client = redis.Redis(unix_socket_path=str(tmp_path / "nobody.sock"), **ONCE)
+    client = redis.Redis(unix_socket_path=str(tmp_path / "missing.sock"), **ONCE)
     with promised():
         try:
             breaker = pybreaker.CircuitBreaker(fail_max=5, reset_timeout=60, state_storage=made(make, client))
@@ -213,13 +215,13 @@ def test_refused_redis_leaves_calls_guarded(tmp_path, make, promised):
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.name in ("killed", "read-only replica")], ids=str)
 def test_fallback_open_does_not_recurse(site: Site, make, promised, fault: Fault):
-    """Defect f: the storage says open, and cannot be told anything else."""
-    words = {"timeout": 10} if make == "ours" else {}
-    storage = made(make, site.client(**ONCE), fallback_circuit_state="open", **words)
+    """A fallback state that the storage cannot change leads to no endless recursion (defect f of stock)."""
+    settings = {"timeout": 10} if make == "ours" else {}
+    storage = made(make, site.client(**ONCE), fallback_circuit_state="open", **settings)
     breaker = pybreaker.CircuitBreaker(fail_max=1, reset_timeout=0.05, state_storage=storage)
     with pytest.raises(pybreaker.CircuitBreakerError):
         breaker.call(down)
-    time.sleep(0.06)  # the timeout, so that it is time to try
+    time.sleep(0.06)  # the reset timeout, so that a probe is due
     unexpected: list[str] = []
     with fault.during(site):
         logging.disable(logging.CRITICAL)
@@ -237,89 +239,89 @@ def test_fallback_open_does_not_recurse(site: Site, make, promised, fault: Fault
         assert unexpected == []
 
 
-# -- what comes of it afterwards ---------------------------------------------------------------------------------------
+# -- after the outage --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cut_off(site: Site) -> Iterator[tuple[pybreaker.CircuitBreaker, pybreaker.CircuitBreaker]]:
-    """A breaker of somebody who reaches Redis, and one of somebody who does not any more."""
+    """Return a breaker that reaches Redis, and one of the same circuit with refused connections."""
     with contextlib.closing(site.server.client()) as direct:
-        theirs = settled(breaker_on(direct, fail_max=5, reset_timeout=60, timeout=10))
+        other = settled(breaker_on(direct, fail_max=5, reset_timeout=60, timeout=10))
         ours = settled(breaker_on(site.client(), fail_max=5, reset_timeout=60, timeout=10))
         site.proxy.refuse()
-        wait_for(lambda: ours.call(up) and health_of(ours).condition == "away", "it is cut off")
-        yield theirs, ours
+        wait_for(lambda: ours.call(up) and health_of(ours).condition == "away", "the outage is noticed")
+        yield other, ours
 
 
-def test_trip_of_one_who_was_cut_off_is_everybodys(site: Site, cut_off):
-    """What a process has learned alone at some expense, the others need not learn."""
-    theirs, ours = cut_off
+def test_trip_of_a_disconnected_process_is_shared_on_return(site: Site, cut_off):
+    """A trip in a local circuit is shared on return, so that other processes need no failures of their own."""
+    other, ours = cut_off
     assert calls(ours, 0.1, failing=1.0).reached == 5
     opened_at = storage_of(ours).opened_at
-    assert theirs.current_state == "closed"
-    time.sleep(1.5)  # long beside what a busy machine adds to the news
+    assert other.current_state == "closed"
+    time.sleep(1.5)  # long compared with the delay of a push on a busy machine
     site.proxy.listen()
-    wait_for(lambda: theirs.current_state == "open", "they hear of it")
-    assert abs((storage_of(theirs).opened_at - opened_at).total_seconds()) < 1.0, "for the rest of its time"
+    wait_for(lambda: other.current_state == "open", "the other process follows")
+    assert abs((storage_of(other).opened_at - opened_at).total_seconds()) < 1.0, "the reset timeout continues"
 
 
-def test_trip_of_others_is_adopted(site: Site, cut_off):
-    """Who comes back to an open circuit does not try."""
-    theirs, ours = cut_off
-    theirs.open()
+def test_trip_by_another_process_is_adopted_on_return(site: Site, cut_off):
+    """A process that returns to an open circuit makes no call to the dependency."""
+    other, ours = cut_off
+    other.open()
     assert ours.call(up) == "answer"
     site.proxy.listen()
-    wait_for(lambda: health_of(ours).condition == "connected", "back")
+    wait_for(lambda: health_of(ours).condition == "connected", "the return is noticed")
     with pytest.raises(pybreaker.CircuitBreakerError):
         ours.call(lambda: pytest.fail("reached"))
 
 
-def test_trip_of_one_who_was_cut_off_gives_way_to_a_later_recovery(site: Site, cut_off):
-    """The others have been through it meanwhile: they know more."""
-    theirs, ours = cut_off
+def test_trip_of_a_disconnected_process_gives_way_to_a_later_recovery(site: Site, cut_off):
+    """A recovery that other processes made after the trip is newer than the trip, and wins."""
+    other, ours = cut_off
     assert calls(ours, 0.1, failing=1.0).reached == 5
-    theirs.open()
-    theirs.close()
+    other.open()
+    other.close()
     site.proxy.listen()
-    wait_for(lambda: health_of(ours).condition == "connected", "back")
+    wait_for(lambda: health_of(ours).condition == "connected", "the return is noticed")
     assert ours.call(up) == "answer"
-    assert theirs.current_state == "closed"
+    assert other.current_state == "closed"
 
 
-def test_recovery_of_one_who_was_cut_off_is_not_everybodys(site: Site, cut_off):
-    """One probe finds it out; a circuit closed for all by somebody who may be the only one to reach it is worse."""
-    theirs, ours = cut_off
-    theirs.open()
+def test_recovery_of_a_disconnected_process_is_not_shared(site: Site, cut_off):
+    """A recovery in a local circuit is not shared: one process alone must not close the circuit for all."""
+    other, ours = cut_off
+    other.open()
     assert calls(ours, 0.1, failing=1.0).reached == 5
     ours.close()
     site.proxy.listen()
-    wait_for(lambda: health_of(ours).condition == "connected", "back")
-    assert ours.current_state == theirs.current_state == "open"
+    wait_for(lambda: health_of(ours).condition == "connected", "the return is noticed")
+    assert ours.current_state == other.current_state == "open"
 
 
 @pytest.mark.parametrize(("outcomes", "counter"), [("FF", 4), ("SF", 1), ("S", 0), ("", 2)])
-def test_counter_goes_on_where_it_was(site: Site, outcomes: str, counter: int):
-    """Failures are consecutive across the moments at which Redis goes and comes back."""
+def test_failure_counter_continues_across_an_outage(site: Site, outcomes: str, counter: int):
+    """Failures are consecutive across the begin and the end of an outage."""
     breaker = settled(breaker_on(site.client(), fail_max=5, reset_timeout=60, timeout=10))
     for _ in range(2):
         with pytest.raises(Down):
             breaker.call(down)
     site.proxy.refuse()
-    wait_for(lambda: health_of(breaker).condition == "away", "it is cut off")
+    wait_for(lambda: health_of(breaker).condition == "away", "the outage is noticed")
     assert storage_of(breaker).counter == 2
     for outcome in outcomes:
         with contextlib.suppress(Down):
             breaker.call(down if outcome == "F" else up)
     site.proxy.listen()
-    wait_for(lambda: health_of(breaker).condition == "connected", "back")
+    wait_for(lambda: health_of(breaker).condition == "connected", "the return is noticed")
     assert int(site.administrator.get("viewed:pybreaker:fail_counter")) == counter
 
 
-def test_probe_in_flight_closes_the_own_circuit(site: Site):
-    """Redis goes while the dependency is tried: the result counts, here and now."""
+def test_probe_in_flight_when_an_outage_begins_closes_the_local_circuit(site: Site):
+    """The result of a probe counts in the local circuit if Redis fails during the probe."""
     breaker = settled(breaker_on(site.client(), reset_timeout=0.05))
     breaker.open()
-    time.sleep(0.06)  # the timeout
+    time.sleep(0.06)  # the reset timeout
 
     def meanwhile_redis_goes() -> str:
         site.proxy.refuse()
@@ -328,16 +330,19 @@ def test_probe_in_flight_closes_the_own_circuit(site: Site):
     assert breaker.call(meanwhile_redis_goes) == "answer"
     assert breaker.current_state == "closed"
     site.proxy.listen()
-    wait_for(lambda: is_back(breaker) and site.administrator.get("viewed:pybreaker:state") == b"closed", "one probe")
+    wait_for(
+        lambda: is_back(breaker) and site.administrator.get("viewed:pybreaker:state") == b"closed",
+        "a probe closes the shared circuit",
+    )
 
 
 # -- threads, time, memory ---------------------------------------------------------------------------------------------
 
 
-def test_threads_that_ask_at_once_wait_no_longer_than_one(site: Site, caplog):
-    """Eight circuits of one server in eight threads: one outage, one line in the log, one spell of waiting."""
+def test_concurrent_calls_in_an_outage_wait_no_longer_than_one(site: Site, caplog):
+    """Eight circuits of one server in eight threads meet one outage: one log line and one period of waiting."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
-    # Long enough that one of them is told from two on a busy machine.
+    # Long enough to tell one wait from two on a busy machine.
     timeout = 2.0
     breakers = [breaker_on(site.client(), f"circuit {number}", max_staleness=0, timeout=timeout) for number in range(8)]
     assert [breaker.call(up) for breaker in breakers] == ["answer"] * 8
@@ -361,33 +366,33 @@ def test_threads_that_ask_at_once_wait_no_longer_than_one(site: Site, caplog):
             thread.join(10)
     finally:
         site.server.resume()
-    waits = [(began, ended) for began, ended in took if ended - began > WAITED]
+    waits = [(began, ended) for began, ended in took if ended - began > WAIT_MIN_S]
     assert len(took) == 8 * 20
-    # Two waits, one after the other, would take twice the timeout.
+    # Two waits in a row would take twice the timeout.
     assert max(ended for _, ended in waits) - min(began for began, _ in waits) < 1.8 * timeout
     for breaker in breakers:
-        wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit")
-    wait_for(lambda: len(lines_of(caplog, site)) == 2, "that it is back is said")
+        wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit is in use again")
+    wait_for(lambda: len(lines_of(caplog, site)) == 2, "the return is logged")
     assert "and 7 more: Redis at" in lines_of(caplog, site)[0]
 
 
-def test_question_from_before_the_return_says_nothing_when_it_is_given_up(site: Site, caplog):
-    """A server that has thawed is not away because somebody has waited for it while it was frozen."""
+def test_timeout_of_a_request_from_before_the_return_starts_no_outage(site: Site, caplog):
+    """A request that began before the return and times out after it does not start another outage."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), timeout=10))
-    tenancy = core_of(breaker)
+    failover = core_of(breaker)
     began = time.monotonic()
     site.proxy.refuse()
-    wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
+    wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage is noticed")
     site.proxy.listen()
-    wait_for(lambda: len(lines_of(caplog, site)) == 2, "it is back, and that is said")
-    tenancy.server.report_failure(redis.TimeoutError("Timeout reading from socket"), tenancy, began)
+    wait_for(lambda: len(lines_of(caplog, site)) == 2, "the return is logged")
+    failover.server.report_failure(redis.TimeoutError("Timeout reading from socket"), failover, began)
     assert health_of(breaker).condition == "connected"
     assert len(lines_of(caplog, site)) == 2
 
 
-def test_connections_end_with_the_last_storage(site: Site, nobody_listens):
-    """Neither the thread nor a registry keeps them open."""
+def test_connections_end_with_the_last_storage(site: Site, no_listeners):
+    """Neither the listener's thread nor a registry of the package keeps connections open."""
     connected = site.administrator.info("clients")["connected_clients"]
     breaker = settled(breaker_on(site.client()))
     assert site.administrator.info("clients")["connected_clients"] > connected
@@ -397,28 +402,28 @@ def test_connections_end_with_the_last_storage(site: Site, nobody_listens):
         gc.collect()
         return bool(site.administrator.info("clients")["connected_clients"] == connected)
 
-    wait_for(are_gone, "nobody is connected any more")
+    wait_for(are_gone, "all connections are closed")
 
 
 @pytest.mark.full
 def test_100_outages_leave_no_connection_behind(site: Site):
-    """What failed is closed, not kept."""
+    """A connection that failed is closed, and the pool drops it."""
     breaker = settled(breaker_on(site.client()))
     connected = site.administrator.info("clients")["connected_clients"]
     for _ in range(100):
-        site.proxy.hang_up()
+        site.proxy.close_connections()
         site.proxy.refuse()
-        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
+        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage is noticed")
         site.proxy.listen()
-        wait_for(lambda: is_back(breaker), "it is back")
-    # A call and the thread that retries may have had a connection each at the same time; the pool keeps both.
+        wait_for(lambda: is_back(breaker), "the return is noticed")
+    # A call and the retry thread may have had a connection each at the same time, and the pool keeps both.
     most = connected + 1
-    wait_for(lambda: site.administrator.info("clients")["connected_clients"] <= most, "as many as before")
+    wait_for(lambda: site.administrator.info("clients")["connected_clients"] <= most, "as many connections as before")
 
 
 @pytest.mark.slow
 def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
-    """As many attempts to return, calls, trips and probes as in an hour, in less time."""
+    """The attempts, calls, trips and probes of an hour's outage allocate no lasting memory."""
     monkeypatch.setattr(availability, "RETRY_DELAY_MAX_S", 0.001)
     monkeypatch.setattr(availability, "RETRY_DELAY_MIN_S", 0.001)
     breaker = settled(breaker_on(site.client(), fail_max=3, reset_timeout=0.01))
@@ -446,11 +451,11 @@ def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
     assert after - before < 50_000
 
 
-# -- what is told ------------------------------------------------------------------------------------------------------
+# -- health and log ----------------------------------------------------------------------------------------------------
 
 
-def test_health_tells_the_whole_story_without_asking(site: Site, caplog):
-    """What a health endpoint prints: before, while it is well, while it is away, and when it is back."""
+def test_health_reports_each_phase_of_an_outage_without_a_query(site: Site, caplog):
+    """Health is correct before the first use, while connected, in an outage, and after the return."""
     client = site.client()
     breaker = pybreaker.CircuitBreaker(state_storage=CircuitRedisStorage("closed", client, "shop", timeout=5))
     unused = health_of(breaker)
@@ -468,25 +473,25 @@ def test_health_tells_the_whole_story_without_asking(site: Site, caplog):
     site.proxy.refuse()
     site.server.pause()
     try:
-        wait_for(lambda: health_of(breaker).condition == "away", "the listener or a call finds out")
+        wait_for(lambda: health_of(breaker).condition == "away", "the listener or a call notices the outage")
         breaker.call(up)
         wait_for(lambda: health_of(breaker).attempts > 1, "attempts")
-        gone = health_of(breaker)
-        assert (gone.is_own, gone.push, gone.server_version) == (True, "none", "")
-        assert "Error" in gone.last_error
-        assert gone.next_attempt is not None
-        assert gone.next_attempt < 40
-        assert gone.since is not None
+        outage = health_of(breaker)
+        assert (outage.is_own, outage.push, outage.server_version) == (True, "none", "")
+        assert "Error" in outage.last_error
+        assert outage.next_attempt is not None
+        assert outage.next_attempt < 40
+        assert outage.since is not None
         assert well.since is not None
-        assert gone.since > well.since
+        assert outage.since > well.since
     finally:
         site.server.resume()
         site.proxy.listen()
-    wait_for(lambda: health_of(breaker).condition == "connected", "back", within=30)
+    wait_for(lambda: health_of(breaker).condition == "connected", "the return is noticed", within=30)
     back = health_of(breaker)
-    assert back.last_error == gone.last_error
+    assert back.last_error == outage.last_error
     assert back.next_attempt is None
-    assert back.since > gone.since
+    assert back.since > outage.since
 
 
 @pytest.mark.parametrize(
@@ -494,30 +499,30 @@ def test_health_tells_the_whole_story_without_asking(site: Site, caplog):
     [("read-only replica", "read-only"), ("may do nothing", "refused"), ("refused", "away")],
 )
 def test_health_names_the_condition(site: Site, fault: str, condition: str):
-    """An operator sees at once whose turn it is to do something."""
+    """The condition tells an operator which cause to remove."""
     breaker = settled(breaker_on(site.client()))
     (during,) = (item.during for item in FAULTS if item.name == fault)
     with during(site):
         wait_for(lambda: calls(breaker, 0.01, failing=0.5) and health_of(breaker).condition == condition, condition)
-    wait_for(lambda: is_back(breaker), "the shared circuit", within=30)
+    wait_for(lambda: is_back(breaker), "the shared circuit is in use again", within=30)
 
 
-def test_log_records_carry_what_they_say(site: Site, caplog):
-    """Whoever wants to count outages attaches a handler, and need not parse a sentence."""
+def test_log_records_carry_structured_data(site: Site, caplog):
+    """A log handler can count outages from `extra` data, without parsing the text."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), fail_max=1, timeout=10))
     server = f"127.0.0.1:{site.proxy.port}/0"
 
     def events() -> dict[str, dict[str, Any]]:
-        facts = [getattr(record, "pybreaker_redis", {}) for record in records_of(caplog, site)]
-        return {each["event"]: each for each in facts if each.get("server") == server}
+        extras = [getattr(record, "pybreaker_redis", {}) for record in records_of(caplog, site)]
+        return {extra["event"]: extra for extra in extras if extra.get("server") == server}
 
     site.server.kill()
     with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
         breaker.call(down)
-    wait_for(lambda: "away" in events(), "a warning")
+    wait_for(lambda: "away" in events(), "the outage is logged")
     site.restart(keep_data=False)
-    wait_for(lambda: "back" in events(), "an all-clear")
+    wait_for(lambda: "back" in events(), "the return is logged")
     away, back = events()["away"], events()["back"]
     assert away["error"].startswith("ConnectionError: ")
     assert 0 <= away["pause"] < 1
@@ -525,28 +530,31 @@ def test_log_records_carry_what_they_say(site: Site, caplog):
     assert back["seconds"] > 0
 
 
-# -- a server that can be read -----------------------------------------------------------------------------------------
+# -- a server that accepts reads only ----------------------------------------------------------------------------------
 
 
 @pytest.mark.full
-def test_fleets_view_is_kept_where_nothing_can_be_written(preferred):
-    """Whose Redis is a replica goes by what the others do, protects itself besides, and never asks again and again."""
+def test_process_on_a_read_only_replica_follows_the_other_processes(preferred):
+    """Where the server accepts no writes, a process follows the other processes and trips its local circuit."""
     with contextlib.ExitStack() as stack:
         master = stack.enter_context(PrivateServer(preferred.binary, port=free_port()))
         replica = stack.enter_context(PrivateServer(preferred.binary))
         writer, reader, administrator = master.client(), replica.client(), replica.client()
         for client in (writer, reader, administrator):
             stack.callback(client.close)
-        theirs = settled(breaker_on(writer, reset_timeout=60, timeout=10))
+        other = settled(breaker_on(writer, reset_timeout=60, timeout=10))
         ours = settled(breaker_on(reader, fail_max=3, reset_timeout=60, timeout=10))
         administrator.execute_command("REPLICAOF", "127.0.0.1", master.port)
-        wait_for(lambda: administrator.info("replication")["master_link_status"] == "up", "a replica")
-        wait_for(lambda: calls(ours, 0.02, failing=0.5) and health_of(ours).condition == "read-only", "no writes")
-        theirs.close()
-        theirs.open()
-        wait_for(lambda: ours.current_state == "open", "the fleet's trip is seen")
-        theirs.close()
-        wait_for(lambda: ours.current_state == "closed", "the fleet's recovery is seen")
+        wait_for(lambda: administrator.info("replication")["master_link_status"] == "up", "the replica is in sync")
+        wait_for(
+            lambda: calls(ours, 0.02, failing=0.5) and health_of(ours).condition == "read-only",
+            "the server refuses writes",
+        )
+        other.close()
+        other.open()
+        wait_for(lambda: ours.current_state == "open", "the trip of the other process is followed")
+        other.close()
+        wait_for(lambda: ours.current_state == "closed", "the recovery of the other process is followed")
         assert calls(ours, 0.3, failing=1.0).reached <= 3
-        assert ours.current_state == "open", "its own protection"
-        assert theirs.current_state == "closed"
+        assert ours.current_state == "open", "the local circuit has tripped"
+        assert other.current_state == "closed"

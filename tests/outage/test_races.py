@@ -1,6 +1,6 @@
-"""What goes wrong with a Redis that comes and goes while everything else goes on: forks, threads, signals, slowness.
+"""Outages of Redis that coincide with forks, threads, signals and slow answers.
 
-Most of these were found by review, and stand here as they were shown.
+Most of these tests began as counterexamples that reviewers found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.wait import wait_for
 
 
 def rejected(breaker: pybreaker.CircuitBreaker) -> bool:
-    """Whether a call is."""
+    """Return whether the breaker rejects a call."""
     try:
         breaker.call(up)
     except pybreaker.CircuitBreakerError:
@@ -43,27 +43,27 @@ def rejected(breaker: pybreaker.CircuitBreaker) -> bool:
     return False
 
 
-def test_answer_that_was_under_way_does_not_end_the_outage(site: Site):
-    """That is for whoever brings back all circuits: else the others would go by their own for ever."""
+def test_late_answer_to_a_caller_does_not_end_the_outage(site: Site):
+    """Only the retry thread ends an outage.  Otherwise the other circuits would stay with their local state."""
     first, second = (settled(breaker_on(site.client(), name, fail_max=2, reset_timeout=60)) for name in ("a", "b"))
     site.proxy.refuse()
-    wait_for(lambda: is_unreachable_for(first) and is_unreachable_for(second), "both are alone")
+    wait_for(lambda: is_unreachable_for(first) and is_unreachable_for(second), "both use local circuits")
     calls(second, 0.05, failing=1.0)
     server = server_of(first)
     server.report_answer("")
     assert health_of(first).condition == "away"
     site.proxy.listen()
-    wait_for(lambda: is_back(first) and is_back(second), "both are back")
+    wait_for(lambda: is_back(first) and is_back(second), "both have returned")
     assert site.administrator.get("b:pybreaker:state") == b"open"
 
 
-def test_circuits_that_are_first_used_in_an_outage_wait_for_nothing(site: Site):
-    """A worker that has waited for one need not wait for ten."""
+def test_circuits_first_used_in_an_outage_do_not_wait(site: Site):
+    """A process that has waited once in an outage does not wait again for each new circuit."""
     timeout = 1.0
     settled_one = settled(breaker_on(site.client(), timeout=timeout))
     site.server.pause()
     try:
-        wait_for(lambda: is_unreachable_for(settled_one), "it is away")
+        wait_for(lambda: is_unreachable_for(settled_one), "the outage is noticed")
         for number in range(10):
             storage = CircuitRedisStorage("closed", site.client(), f"new {number}", timeout=timeout)
             breaker = pybreaker.CircuitBreaker(state_storage=storage)
@@ -74,50 +74,54 @@ def test_circuits_that_are_first_used_in_an_outage_wait_for_nothing(site: Site):
         site.server.resume()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nobody forks here")
-def test_child_that_is_forked_in_an_outage_comes_back_by_itself(site: Site):
-    """Its parent's threads are not there; what it inherited it does not go by."""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_child_forked_in_an_outage_returns_by_itself(site: Site):
+    """A forked child has no retry thread of its parent, so it starts its own and drops the inherited state."""
     breaker = settled(breaker_on(site.client(), reset_timeout=60))
     site.proxy.refuse()
-    wait_for(lambda: is_unreachable_for(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     breaker.call(up)
     child = os.fork()
     if not child:
         code = 1
         with contextlib.suppress(BaseException):
-            # Only calls that succeed: they take the short way, if there is one.
-            wait_for(lambda: rejected(breaker) and health_of(breaker).condition == "connected", "it hears", within=8)
+            # Successes only, because they can be decided on the fast path.
+            wait_for(
+                lambda: rejected(breaker) and health_of(breaker).condition == "connected",
+                "the listener follows changes",
+                within=8,
+            )
             code = 0
         os._exit(code)
     site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "the parent is back")
+    wait_for(lambda: is_back(breaker), "the parent has returned")
     breaker.open()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_circuit_that_others_have_opened_is_followed_when_only_reads_work(site: Site):
-    """The server comes back open, and takes no writes: nobody tries what it says is dead."""
+def test_trip_by_another_process_is_followed_on_a_read_only_server(site: Site):
+    """A server that returns read-only with an open circuit: each process follows it and makes no call."""
     with contextlib.closing(site.server.client()) as direct:
         ours = settled(breaker_on(site.client(), reset_timeout=60))
         late = breaker_on(site.client(), "viewed, seen late", reset_timeout=60)
-        # What an operator does shall be done.
+        # What an operator writes must reach Redis.
         other = breaker_on(direct, reset_timeout=60, timeout=10)
         late_other = breaker_on(direct, "viewed, seen late", timeout=10)
         site.proxy.refuse()
-        wait_for(lambda: is_unreachable_for(ours) and is_unreachable_for(late), "it is away")
+        wait_for(lambda: is_unreachable_for(ours) and is_unreachable_for(late), "the outage is noticed")
         other.open()
         late_other.open()
         site.administrator.config_set("maxmemory", 1)
         site.proxy.listen()
-        wait_for(lambda: health_of(ours).condition == "read-only", "no writes")
-        wait_for(lambda: rejected(ours) and rejected(late), "what others have done is followed")
+        wait_for(lambda: health_of(ours).condition == "read-only", "the server refuses writes")
+        wait_for(lambda: rejected(ours) and rejected(late), "the trips of the other process are followed")
         site.administrator.config_set("maxmemory", 0)
-        wait_for(lambda: is_back(ours) and is_back(late), "all is well")
+        wait_for(lambda: is_back(ours) and is_back(late), "the server accepts writes again")
 
 
-def test_handler_that_raises_stops_nothing(site: Site):
-    """A log that cannot be written is no reason to stay away from Redis."""
+def test_log_handler_that_raises_does_not_prevent_the_return(site: Site):
+    """A log handler that raises does not keep a process from its return to Redis."""
 
     class Broken(logging.Handler):
         def emit(self, record: logging.LogRecord) -> NoReturn:
@@ -131,18 +135,18 @@ def test_handler_that_raises_stops_nothing(site: Site):
         breaker = settled(breaker_on(site.client()))
         for _ in range(3):
             site.proxy.refuse()
-            wait_for(lambda: is_unreachable_for(breaker), "it is away")
+            wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
             site.proxy.listen()
-            wait_for(lambda: is_back(breaker), "it is back")
+            wait_for(lambda: is_back(breaker), "the return is noticed")
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
 
 
-def test_handler_that_is_guarded_itself_waits_for_no_one(site: Site):
-    """Logs are shipped to somewhere that may be down; of that circuit there is something to log, too."""
+def test_log_handler_that_makes_a_guarded_call_does_not_deadlock(site: Site):
+    """A log handler may use a circuit of the server that a log line is about."""
     ships = breaker_on(site.client(), "logs")
-    # The same circuit with another setting, which is worth a line at its first use.
+    # The same circuit with another setting, which causes a log line at its first use.
     breaker_on(site.client(), "logs", max_staleness=0.5).call(up)
 
     class Shipping(logging.Handler):
@@ -162,8 +166,8 @@ def test_handler_that_is_guarded_itself_waits_for_no_one(site: Site):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
-    """Whatever it died of: nobody else would ever ask."""
+def test_retry_thread_that_dies_is_replaced(site: Site, monkeypatch):
+    """If the retry thread dies, another one is started, because no other thread queries the server."""
     breaker = settled(breaker_on(site.client()))
     server = server_of(breaker)
     died = threading.Event()
@@ -175,59 +179,59 @@ def test_thread_that_asks_again_is_replaced_if_it_dies(site: Site, monkeypatch):
 
     monkeypatch.setattr(server.availability, "claim_attempt", dies)
     site.proxy.refuse()
-    wait_for(lambda: is_unreachable_for(breaker), "it is away")
+    wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     assert died.wait(5)
     site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
-def test_listener_does_not_wait_for_a_server_that_nobody_asks_for(site: Site):
-    """Two timeouts are two guards and one listener; one of the two loses its last circuit in the outage."""
+def test_listener_returns_after_another_circuit_of_the_server_is_released(site: Site):
+    """The listener returns to a server although a circuit with another timeout was released in the outage."""
     breaker = settled(breaker_on(site.client()))
     other = settled(breaker_on(site.client(), "other", timeout=0.3))
     site.proxy.refuse()
     for item in (breaker, other):
-        wait_for(lambda item=item: is_unreachable_for(item), "both are alone")
+        wait_for(lambda item=item: is_unreachable_for(item), "both use local circuits")
     del other, item
     gc.collect()
     site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "it is back")
-    wait_for(lambda: view_of(breaker).is_subscribed or breaker.call(up) is None, "it hears")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
+    wait_for(lambda: view_of(breaker).is_subscribed or breaker.call(up) is None, "the listener follows changes")
 
 
-def test_refused_circuit_is_asked_for_when_the_server_is_back(site: Site):
-    """A turn is spent on asking, not on hearing that the server is away."""
+def test_refused_circuit_is_retried_soon_after_the_return(site: Site):
+    """A refused circuit spends no attempt of its own while the server is unreachable."""
     breaker = settled(breaker_on(site.client()))
     (refused,) = (fault for fault in FAULTS if fault.name == "may do nothing")
     with refused.during(site):
         wait_for(lambda: calls(breaker, 0.01, failing=0.5) and health_of(breaker).condition == "refused", "refused")
         site.proxy.refuse()
         site.proxy.listen()
-    wait_for(lambda: is_back(breaker), "it is served again", within=15)
+    wait_for(lambda: is_back(breaker), "the shared circuit is in use again", within=15)
 
 
-def test_turn_is_left_to_a_circuit_that_may_ask(site: Site, monkeypatch):
-    """Where callers take turns: one whose own trouble keeps it from asking does not take the server's."""
+def test_attempt_of_the_server_is_left_to_a_circuit_without_an_error(site: Site, monkeypatch):
+    """Where callers make the attempts, a circuit with an error of its own does not use up the server's attempt."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
-    guard = server_of(storage).availability
+    availability = server_of(storage).availability
     replace_retry_thread(monkeypatch, server_of(storage), runs=False)
-    guard.set_retry_thread(False)
+    availability.set_retry_thread(False)
     server_of(storage).report_failure(redis.ConnectionError("gone"), core_of(storage), time.monotonic())
     faults_of(storage).note_failure(TypeError("no sense"))
-    guard.outage = due = replace(guard.outage, next_attempt_at=0.0)
+    availability.outage = due = replace(availability.outage, next_attempt_at=0.0)
     breaker.call(up)
-    assert guard.outage is due
+    assert availability.outage is due
     monkeypatch.undo()
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
 class TimeIsUp(Exception):
-    """As Celery's soft time limit."""
+    """Stand-in for Celery's soft time limit."""
 
 
-def test_exception_of_a_signal_handler_reaches_whoever_it_was_meant_for(site: Site):
-    """Celery's soft time limit is one; that it struck in a wait for Redis makes no difference."""
+def test_exception_of_a_signal_handler_reaches_the_caller(site: Site):
+    """An exception that a signal handler raises during a wait for Redis reaches the caller."""
 
     def handler(number: int, frame: object) -> NoReturn:
         raise TimeIsUp
@@ -237,7 +241,7 @@ def test_exception_of_a_signal_handler_reaches_whoever_it_was_meant_for(site: Si
     usual = signal.signal(signal.SIGALRM, handler)
     site.server.pause()
     try:
-        with pytest.raises(TimeIsUp):  # noqa: PT012 (it may come at once)
+        with pytest.raises(TimeIsUp):  # noqa: PT012 (the alarm may come at once)
             signal.setitimer(signal.ITIMER_REAL, 0.2)
             breaker.call(up)
     finally:
@@ -249,7 +253,7 @@ def test_exception_of_a_signal_handler_reaches_whoever_it_was_meant_for(site: Si
 
 
 def test_slow_answers_add_up_to_one_timeout(site: Site):
-    """A call that trips asks several times; all of that together is one wait."""
+    """A call that trips sends several commands, and all of them share one timeout."""
     timeout = 1.0
     breaker = breaker_on(site.client(), fail_max=1, max_staleness=0, timeout=timeout)
     breaker.call(up)
@@ -258,19 +262,19 @@ def test_slow_answers_add_up_to_one_timeout(site: Site):
     with Stopwatch() as watch, contextlib.suppress(pybreaker.CircuitBreakerError, Down):
         breaker.call(down)
     site.proxy.manner = "pass"
-    # The last question has a fifth of the timeout in any case; if each had all of it, that would be two seconds.
+    # The last command has a fifth of the timeout in any case.  A full timeout for each would take two seconds.
     assert watch.seconds < 1.6 * timeout
 
 
 def by_hand(breaker: pybreaker.CircuitBreaker) -> None:
-    """What an operator may do again and again."""
+    """Open, half-open and close the circuit, as an operator may do at any time."""
     breaker.open()
     breaker.half_open()
     breaker.close()
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "read",
     [
         pytest.param(lambda breaker: breaker.fail_counter, id="failures"),
         pytest.param(lambda breaker: breaker.success_counter, id="successes", marks=pytest.mark.full),
@@ -278,22 +282,22 @@ def by_hand(breaker: pybreaker.CircuitBreaker) -> None:
         pytest.param(retry_after, id="retry_after", marks=pytest.mark.full),
     ],
 )
-def test_what_belongs_to_no_call_has_each_time_a_timeout_of_its_own(site: Site, ask: Callable[[Any], object]):
-    """A thread that reads a counter every second would take Redis for away some day, having waited long in all."""
+def test_each_command_outside_a_call_has_a_full_timeout(site: Site, read: Callable[[Any], object]):
+    """A command outside a call has a full timeout, however long earlier commands of this thread waited."""
     timeout = 1.0
     breaker = breaker_on(site.client(), max_staleness=0, timeout=timeout)
     breaker.call(up)
-    ask(breaker)
+    read(breaker)
     site.proxy.delay = (0.3, 0.3)
     site.proxy.manner = "slow"
     for _ in range(5):
-        ask(breaker)
+        read(breaker)
     site.proxy.manner = "pass"
     assert (health_of(breaker).condition, health_of(breaker).last_error) == ("connected", "")
 
 
-def test_what_belongs_to_no_call_takes_no_time_from_the_next_one(site: Site):
-    """That may be one that has not looked, because the process knows the circuit."""
+def test_command_outside_a_call_takes_no_time_from_the_next_call(site: Site):
+    """A command outside a call takes no time from the budget of the next call, not even if that call sent no `Load`."""
     breaker = settled(breaker_on(site.client(), fail_max=100, timeout=1.0, max_staleness=60))
     fails(breaker)
     site.proxy.delay = (0.6, 0.6)
@@ -306,16 +310,16 @@ def test_what_belongs_to_no_call_takes_no_time_from_the_next_one(site: Site):
 
 
 @pytest.fixture
-def hasty_switches() -> Iterator[None]:
-    """Threads take turns as often as they can."""
+def frequent_switches() -> Iterator[None]:
+    """Make threads switch as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(interval)
 
 
-def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches):
-    """The circuits of a server are counted while others are added."""
+def test_storages_added_during_an_outage_do_not_disturb_it(site: Site, frequent_switches):
+    """Members of a server are counted while other threads add some."""
     breaker = settled(breaker_on(site.client()))
     server = server_of(breaker)
 
@@ -334,11 +338,11 @@ def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches)
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(work) for work in (come_and_go, come_and_go, fail, fail)]:
             done.result(60)
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
 def test_exit_in_an_outage_is_prompt(site: Site):
-    """No thread is waited for."""
+    """The exit of a process waits for none of its threads."""
     program = f"""
 import redis, pybreaker, threading, time
 from pybreaker_redis import CircuitRedisStorage
@@ -351,11 +355,11 @@ while not any(thread.name == {RETRY_THREAD_NAME!r} for thread in threading.enume
 print(time.time())
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: site.administrator.exists("exits:pybreaker:state"), "it has called")
+    wait_for(lambda: site.administrator.exists("exits:pybreaker:state"), "the process has made a call")
     site.server.pause()
     try:
-        said, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=30)
         assert process.returncode == 0
-        assert time.time() - float(said) < 5
+        assert time.time() - float(output) < 5
     finally:
         site.server.resume()

@@ -1,4 +1,4 @@
-"""What the storages of one process share in an outage: the news, one local circuit, the way back, and the log."""
+"""Tests of what all storages of a process share in an outage: its notice, the local circuit, the return, the log."""
 
 from __future__ import annotations
 
@@ -44,39 +44,39 @@ from tests.support.outages import health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
 
-def tenancy_of(breaker: pybreaker.CircuitBreaker) -> Any:
-    """The breaker's tenancy."""
+def failover_of(breaker: pybreaker.CircuitBreaker) -> Any:
+    """Return the object that switches between the shared and the local circuit of a breaker."""
     return core_of(breaker)
 
 
 @contextlib.contextmanager
-def away(site: Site, *breakers: pybreaker.CircuitBreaker) -> Iterator[None]:
-    """Redis is away, which all of these notice without a call."""
+def unreachable(site: Site, *breakers: pybreaker.CircuitBreaker) -> Iterator[None]:
+    """Make Redis unreachable for the block, noticed by all these breakers without a call."""
     site.proxy.refuse()
-    site.proxy.hang_up()
-    wait_for(lambda: all(health_of(breaker).condition == "away" for breaker in breakers), "it is away")
+    site.proxy.close_connections()
+    wait_for(lambda: all(health_of(breaker).condition == "away" for breaker in breakers), "the outage is noticed")
     yield
     site.proxy.listen()
-    wait_for(lambda: all(health_of(breaker).condition == "connected" for breaker in breakers), "it is back")
+    wait_for(lambda: all(health_of(breaker).condition == "connected" for breaker in breakers), "the return is noticed")
 
 
 # -- one server --------------------------------------------------------------------------------------------------------
 
 
 def test_circuits_with_different_timeouts_notice_a_dead_server_together(site: Site) -> None:
-    """Of two timeouts on one server, both circuits are informed by the one listener."""
+    """Circuits of one server with different timeouts share its listener, so all of them notice an outage at once."""
     breakers = [
         settled(breaker_on(site.client(), f"timeout {seconds}", timeout=seconds)) for seconds in (5.0, 6.0, None)
     ]
-    assert len({id(tenancy_of(breaker).server) for breaker in breakers}) == 1
-    with away(site, *breakers):
+    assert len({id(failover_of(breaker).server) for breaker in breakers}) == 1
+    with unreachable(site, *breakers):
         assert {health_of(breaker).condition for breaker in breakers} == {"away"}
     for breaker in breakers:
-        wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit")
+        wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit is in use again")
 
 
-def test_circuit_waits_no_longer_than_its_own_timeout_though_others_do(site: Site) -> None:
-    """Timeouts belong to the circuits, though the server is one."""
+def test_circuit_waits_no_longer_than_its_own_timeout_beside_a_longer_one(site: Site) -> None:
+    """A timeout belongs to a circuit, although all circuits share one server."""
     patient = breaker_on(site.client(), "patient", max_staleness=0, timeout=20.0)
     hasty = breaker_on(site.client(), "hasty", max_staleness=0, timeout=0.5)
     for breaker in (patient, hasty):
@@ -89,15 +89,15 @@ def test_circuit_waits_no_longer_than_its_own_timeout_though_others_do(site: Sit
         assert health_of(patient).condition == "away"
     finally:
         site.server.resume()
-    wait_for(lambda: is_back(patient) and is_back(hasty), "both are back")
+    wait_for(lambda: is_back(patient) and is_back(hasty), "both have returned")
 
 
 def test_first_attempt_waits_as_long_as_the_longest_timeout() -> None:
-    """The thread that asks again asks for all circuits."""
-    guard = Availability(0, has_retry_thread=True)
+    """The retry thread acts for all circuits, so its first attempt waits as long as the longest timeout."""
+    availability = Availability(0, has_retry_thread=True)
     for timeout in (0.25, 2.0, 0.5):
-        guard.extend_answer_wait(timeout)
-    outage = guard.note_failure(redis.ConnectionError())
+        availability.extend_answer_wait(timeout)
+    outage = availability.note_failure(redis.ConnectionError())
     assert outage is not None
     assert outage.answer_wait_s == 2.0
 
@@ -105,21 +105,21 @@ def test_first_attempt_waits_as_long_as_the_longest_timeout() -> None:
 # -- one local circuit -------------------------------------------------------------------------------------------------
 
 
-def storages(site: Site, number: int = 3, **words: Any) -> list[pybreaker.CircuitBreaker]:
-    """Breakers whose storages are one circuit, as in an application that makes one in each module."""
-    return [breaker_on(site.client(), **{"timeout": 5.0, "reset_timeout": 60, **words}) for _ in range(number)]
+def storages(site: Site, number: int = 3, **options: Any) -> list[pybreaker.CircuitBreaker]:
+    """Return breakers of one circuit, each with its own storage, as in an application of several modules."""
+    return [breaker_on(site.client(), **{"timeout": 5.0, "reset_timeout": 60, **options}) for _ in range(number)]
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["used before", "away from the start"])
-def test_storages_of_one_circuit_trip_after_fail_max_failures_in_all(site: Site, known: bool) -> None:
-    """While Redis is away a process has one local circuit, not one for each storage."""
+@pytest.mark.parametrize("was_used", [True, False], ids=["used before", "unreachable from the start"])
+def test_storages_of_one_circuit_trip_after_fail_max_failures_in_all(site: Site, was_used: bool) -> None:
+    """In an outage a process has one local circuit, not one for each storage."""
     breakers = storages(site, fail_max=4)
-    if known:
+    if was_used:
         for breaker in breakers:
             settled(breaker)
     site.proxy.refuse()
-    site.proxy.hang_up()
-    wait_for(lambda: is_unreachable_for(breakers[0]), "it is away")
+    site.proxy.close_connections()
+    wait_for(lambda: is_unreachable_for(breakers[0]), "the outage is noticed")
     reached = []
     for _ in range(4):
         for breaker in breakers:
@@ -129,19 +129,19 @@ def test_storages_of_one_circuit_trip_after_fail_max_failures_in_all(site: Site,
     assert {breaker.current_state for breaker in breakers} == {"open"}
     site.proxy.listen()
     for breaker in breakers:
-        wait_for(lambda breaker=breaker: is_back(breaker), "it is back")
+        wait_for(lambda breaker=breaker: is_back(breaker), "the return is noticed")
     assert site.administrator.get("viewed:pybreaker:state") == b"open"
     assert {breaker.current_state for breaker in breakers} == {"open"}
 
 
 def test_storages_of_one_circuit_probe_one_at_a_time(site: Site) -> None:
-    """One probe of a process, not one for each storage."""
+    """In an outage a process makes one probe at a time, not one for each storage."""
     breakers = [settled(breaker) for breaker in storages(site, fail_max=1, reset_timeout=0.05)]
     site.proxy.refuse()
-    site.proxy.hang_up()
-    wait_for(lambda: is_unreachable_for(breakers[0]), "it is away")
+    site.proxy.close_connections()
+    wait_for(lambda: is_unreachable_for(breakers[0]), "the outage is noticed")
     fails(breakers[0])
-    time.sleep(0.06)  # the timeout, so that it is time to try
+    time.sleep(0.06)  # the reset timeout, so that a probe is due
     probes: list[int] = []
 
     def probe() -> None:
@@ -155,176 +155,178 @@ def test_storages_of_one_circuit_probe_one_at_a_time(site: Site) -> None:
     assert [breaker.current_state for breaker in breakers] == ["closed"] * 3
     site.proxy.listen()
     for breaker in breakers:
-        wait_for(lambda breaker=breaker: is_back(breaker), "it is back")
+        wait_for(lambda breaker=breaker: is_back(breaker), "the return is noticed")
 
 
 def test_storages_of_one_circuit_report_their_failures_once(site: Site) -> None:
-    """Each failure counts once, whichever storage it was reported to."""
+    """On return each failure counts once, whichever storage it was reported to."""
     breakers = [settled(breaker) for breaker in storages(site, fail_max=100)]
-    with away(site, *breakers):
+    with unreachable(site, *breakers):
         for breaker in breakers:
             fails(breaker, 2)
-    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all go by the shared circuit")
+    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all storages use the shared circuit")
     assert site.administrator.get("viewed:pybreaker:fail_counter") == b"6"
 
 
-def test_failure_that_is_counted_alone_just_when_redis_is_back_is_reported(
+def test_failure_in_the_local_circuit_at_the_moment_of_return_is_reported(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A caller was on the way to the local circuit when that ended; the circuit begins again, and is brought back."""
+    """A failure that reaches the local circuit just after its end starts that circuit again, and is reported."""
     breaker = settled(breaker_on(site.client(), fail_max=9, timeout=5.0))
-    tenancy = tenancy_of(breaker)
+    failover = failover_of(breaker)
     execute = LocalCircuit.execute
 
-    def late(own: LocalCircuit, intent: Any, *arguments: Any, **words: Any) -> Reply:
+    def late(own: LocalCircuit, intent: Any, *arguments: Any, **options: Any) -> Reply:
         if isinstance(intent, RecordFailure):
             monkeypatch.undo()
             site.proxy.listen()
-            wait_for(lambda: not own.is_running and tenancy.server.availability.outage is None, "it is back")
-        return execute(own, intent, *arguments, **words)
+            wait_for(
+                lambda: not own.is_running and failover.server.availability.outage is None, "the return is noticed"
+            )
+        return execute(own, intent, *arguments, **options)
 
     site.proxy.refuse()
-    site.proxy.hang_up()
-    wait_for(lambda: is_unreachable_for(breaker), "it is away")
+    site.proxy.close_connections()
+    wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     breaker.call(up)
     monkeypatch.setattr(LocalCircuit, "execute", late)
     fails(breaker)
-    wait_for(lambda: breaker.fail_counter == 1 and is_back(breaker), "the failure is reported")
+    wait_for(lambda: breaker.fail_counter == 1 and is_back(breaker), "the failure is reported to Redis")
 
 
-def test_storages_that_begin_differently_have_a_local_circuit_each(site: Site) -> None:
-    """A storage does what it was told, though another one of its circuit was told something else."""
+def test_storages_with_different_fallback_states_have_a_local_circuit_each(site: Site) -> None:
+    """A storage keeps its `fallback_circuit_state`, although another storage of the circuit has another one."""
     closed = settled(breaker_on(site.client(), timeout=5.0))
     opened = settled(breaker_on(site.client(), timeout=5.0, fallback_circuit_state="open"))
-    with away(site, closed, opened):
+    with unreachable(site, closed, opened):
         assert closed.call(up) == "answer"
         with pytest.raises(pybreaker.CircuitBreakerError):
             opened.call(up)
     for breaker in (closed, opened):
-        wait_for(lambda breaker=breaker: is_back(breaker), "it is back")
+        wait_for(lambda breaker=breaker: is_back(breaker), "the return is noticed")
 
 
-def test_trouble_of_one_storage_leaves_the_others_with_redis(site: Site) -> None:
-    """A storage that is alone for a reason of its own keeps no other away from the shared circuit."""
-    troubled, well = (settled(breaker) for breaker in storages(site, 2))
-    fail_circuit(tenancy_of(troubled), TypeError("of its own"))
-    troubled.call(up)
-    assert health_of(troubled).is_own
+def test_error_of_one_storage_does_not_stop_the_others_from_using_redis(site: Site) -> None:
+    """An error that concerns one storage alone keeps no other storage from the shared circuit."""
+    failing, well = (settled(breaker) for breaker in storages(site, 2))
+    fail_circuit(failover_of(failing), TypeError("of one circuit"))
+    failing.call(up)
+    assert health_of(failing).is_own
     assert well.call(up) == "answer"
     assert not health_of(well).is_own
-    wait_for(lambda: is_back(troubled), "it is back", within=15)
+    wait_for(lambda: is_back(failing), "the return is noticed", within=15)
 
 
-def test_circuit_in_use_before_its_place_was_known_is_reported(site: Site) -> None:
-    """A callable that returned no client at first: what was learned then is reported when the place is known."""
+def test_local_circuit_of_an_unknown_server_is_reported_once_it_is_known(site: Site) -> None:
+    """A client source that fails at first: failures in the local circuit are reported once it returns a client."""
     other = settled(breaker_on(site.client(), fail_max=100, timeout=5.0))
     client, tries = site.client(), []
 
-    def given() -> redis.Redis:
+    def client_source() -> redis.Redis:
         tries.append(1)
         if len(tries) == 1:
             raise RuntimeError("no setting yet")
         return client
 
-    late = breaker_on(given, fail_max=100, timeout=5.0)
+    late = breaker_on(client_source, fail_max=100, timeout=5.0)
     late.call(up)
     assert health_of(late).is_own
-    wait_for(lambda: is_back(late), "it is back", within=15)
-    assert tenancy_of(late).own is tenancy_of(other).own
+    wait_for(lambda: is_back(late), "the return is noticed", within=15)
+    assert failover_of(late).own is failover_of(other).own
 
 
-# -- the way back ------------------------------------------------------------------------------------------------------
+# -- the return --------------------------------------------------------------------------------------------------------
 
 
-def test_circuits_that_have_learned_nothing_are_read_in_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand circuits are back after a few round trips; the one that has opened alone is reported for itself."""
+def test_circuits_without_local_changes_are_read_in_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many circuits return in a few round trips.  A circuit that opened in the outage is reported individually."""
     monkeypatch.setattr(bulk, "READ_BATCH_CIRCUITS", 20)
     breakers = [breaker_on(site.client(), f"circuit{number}", fail_max=2, timeout=5.0) for number in range(50)]
     for breaker in breakers:
         settled(breaker)
-    ours = {id(tenancy_of(breaker).shared) for breaker in breakers}
+    own_circuits = {id(failover_of(breaker).shared) for breaker in breakers}
     executed: list[str] = []
     execute = SharedCircuit.execute
 
-    def noted(shared: SharedCircuit, intent: Any, **words: Any) -> Reply:
+    def recorded(shared: SharedCircuit, intent: Any, **options: Any) -> Reply:
         # Circuits of an earlier test may have the same names.
-        if id(shared) in ours:
+        if id(shared) in own_circuits:
             executed.append(circuit_name_of(shared))
-        return execute(shared, intent, **words)
+        return execute(shared, intent, **options)
 
-    with away(site, *breakers):
+    with unreachable(site, *breakers):
         for breaker in breakers:
             breaker.call(up)
         assert all(health_of(breaker).is_own for breaker in breakers)
         fails(breakers[7], 2)
-        monkeypatch.setattr(SharedCircuit, "execute", noted)
-    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all are back")
+        monkeypatch.setattr(SharedCircuit, "execute", recorded)
+    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all have returned")
     assert set(executed) == {"circuit7"}
     assert site.administrator.get("circuit7:pybreaker:state") == b"open"
 
 
-def test_circuit_that_others_have_moved_is_read_with_the_batch(site: Site) -> None:
-    """The views hold what was read: an open circuit rejects at once."""
-    ours = settled(breaker_on(site.client(), reset_timeout=60, timeout=5.0))
+def test_circuit_changed_by_another_process_is_updated_by_the_batch(site: Site) -> None:
+    """The batch updates the views: a circuit that another process opened rejects calls at once."""
+    own_circuits = settled(breaker_on(site.client(), reset_timeout=60, timeout=5.0))
     with contextlib.closing(site.server.client()) as direct:
         theirs = breaker_on(direct, reset_timeout=60, timeout=5.0)
-        with away(site, ours):
-            ours.call(up)
+        with unreachable(site, own_circuits):
+            own_circuits.call(up)
             theirs.open()
     with pytest.raises(pybreaker.CircuitBreakerError):
-        ours.call(up)
+        own_circuits.call(up)
 
 
 def test_circuits_of_an_emptied_server_are_restored(site: Site) -> None:
-    """Their records have to be written, so they are loaded one by one, and one line counts them."""
+    """Circuits of an emptied server are restored one by one, because each needs a write."""
     breakers = [breaker_on(site.client(), f"circuit{number}", reset_timeout=60, timeout=5.0) for number in range(3)]
     for breaker in breakers:
         settled(breaker).open()
-    with away(site, *breakers):
+    with unreachable(site, *breakers):
         for breaker in breakers:
             with pytest.raises(pybreaker.CircuitBreakerError):
                 breaker.call(up)
         site.administrator.flushall()
-    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all are back")
+    wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all have returned")
     for number in range(3):
         assert site.administrator.get(f"circuit{number}:pybreaker:state") == b"open"
 
 
-def test_caller_that_brings_a_circuit_back_meanwhile_is_counted(
+def test_circuit_restored_by_a_caller_is_counted_in_the_line_of_the_return(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Callers are let in before the last circuit is back, and what they find is in the one line, too."""
+    """A circuit that a caller restores during the return is counted in the log line of the return."""
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=5.0))
 
-    def callers_come(tenants: Any, outcomes: Any) -> None:
+    def callers_come(members: Any, outcomes: Any) -> None:
         if not health_of(breaker).next_attempt:
             with pytest.raises(pybreaker.CircuitBreakerError):
                 breaker.call(up)
 
     monkeypatch.setattr(bulk, "RETURN_FIRST_CIRCUITS_MAX", 0)
     monkeypatch.setattr(server_module, "bring_back_each", callers_come)
-    with away(site, breaker):
+    with unreachable(site, breaker):
         fails(breaker)
-    wait_for(lambda: any("is back" in line for line in lines_of(caplog, site)), "it is logged")
+    wait_for(lambda: any("is back" in line for line in lines_of(caplog, site)), "the return is logged")
     assert "circuits: 1 opened for all" in lines_of(caplog, site)[-1]
 
 
-def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server has gone again, so that the thread goes on to ask."""
+def test_error_during_the_return_starts_another_outage(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error during the return starts another outage, so the retry thread continues."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    tenancy, gone = tenancy_of(breaker), redis.ConnectionError("gone again")
-    ended = [(gone, tenancy, time.monotonic() + 60)]
-    monkeypatch.setattr(server_module, "bring_back_each", lambda tenants, outcomes: ended.pop() if ended else None)
-    with away(site, breaker):
+    failover, gone = failover_of(breaker), redis.ConnectionError("gone again")
+    ended = [(gone, failover, time.monotonic() + 60)]
+    monkeypatch.setattr(server_module, "bring_back_each", lambda members, outcomes: ended.pop() if ended else None)
+    with unreachable(site, breaker):
         breaker.call(up)
-    wait_for(lambda: not ended, "it has gone again")
+    wait_for(lambda: not ended, "the second outage begins")
     assert health_of(breaker).last_error == "ConnectionError: gone again"
-    wait_for(lambda: is_back(breaker), "it is back")
+    wait_for(lambda: is_back(breaker), "the return is noticed")
 
 
-def test_server_that_all_circuits_have_left_in_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """They live on other nodes of a cluster; of a server that answered nothing is logged."""
+def test_outage_of_a_node_without_circuits_ends_with_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    """If no circuit of a cluster node answered before all moved away, one line ends the outage of this node."""
     caplog.set_level("INFO", "pybreaker_redis")
     server = server_module.server_for(redis.Redis(port=1))
     lone: Any = Lone()
@@ -337,14 +339,14 @@ def test_server_that_all_circuits_have_left_in_an_outage_is_logged_once(caplog: 
     assert "its circuits live on other nodes of the cluster" in lines_of(caplog, str(server))[0]
 
 
-def test_first_answers_that_come_together_are_one_line(
+def test_two_answers_that_end_an_error_log_one_line(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The other one has ended the trouble already."""
+    """The second of two answers finds that the first one has ended the error."""
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    faults = faults_of(tenancy_of(breaker))
-    fail_circuit(tenancy_of(breaker), TypeError("of its own"))
+    faults = faults_of(failover_of(breaker))
+    fail_circuit(failover_of(breaker), TypeError("of one circuit"))
     answered = faults.note_answer
     with monkeypatch.context() as patched:
         patched.setattr(faults, "note_answer", lambda: answered() and None)
@@ -355,67 +357,68 @@ def test_first_answers_that_come_together_are_one_line(
 
 
 class Lone:
-    """A tenant that is alone.
+    """Member of a server without any other member.
 
     Args:
-        error: Raised by all that it does.
+        error: Raised by every method that queries Redis.
+        read_request: Request that a batch would send for this circuit, or `None` if its location is unknown.
     """
 
     max_staleness, timeout, circuit_name, uses_local = 1.0, 1.0, "lone", True
 
-    def __init__(self, error: Exception | None = None, question: Any = None) -> None:
+    def __init__(self, error: Exception | None = None, read_request: Any = None) -> None:
         self.loaded = 0
         self._error = error
-        self._question = question
+        self._question = read_request
         self.shared: Any = self
 
     @property
     def read_request(self) -> Any:
-        """What has to be known to read it."""
+        """Request that a batch would send for this circuit."""
         if self._question is None:
             raise LookupError
         return self._question
 
     def ticket(self) -> None:
-        """Nothing is known."""
+        """Return nothing: the circuit is unknown."""
 
     def on_server_lost(self) -> None:
-        """It is alone already."""
+        """Do nothing: the circuit is local already."""
 
     def load(self) -> None:
-        """It is asked for."""
+        """Count the query."""
         self.loaded += 1
         if self._error:
             raise self._error
 
     def bring_back(self) -> str:
-        """It is back."""
+        """Return the outcome of a return."""
         return "restored"
 
     def verify_writable(self) -> None:
-        """It is."""
+        """Accept the circuit."""
 
     def resume_if_unchanged(self) -> None:
-        """It does not."""
+        """Fail: the circuit could not be read."""
         pytest.fail("it could not be read")
 
 
-def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last(
+def test_loss_during_the_return_is_logged_last(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The return of before is no news any more."""
+    """A return that a new loss has overtaken is not logged."""
     caplog.set_level("INFO", "pybreaker_redis")
     server = server_module.server_for(redis.Redis(port=1))
     lone: Any = Lone()
     server.add_member(lone)
 
-    def goes(said: str) -> None:
-        server.report_failure(redis.ConnectionError(said), lone, time.monotonic())
+    def lose(text: str) -> None:
+        server.report_failure(redis.ConnectionError(text), lone, time.monotonic())
 
     replace_retry_thread(monkeypatch, server, runs=True)
-    monkeypatch.setattr(server_module, "bring_back_all", lambda *words: None)
-    monkeypatch.setattr(server_module, "bring_back_each", lambda tenants, outcomes: goes("again"))
-    goes("at first")
+    monkeypatch.setattr(server_module, "bring_back_all", lambda *options: None)
+    monkeypatch.setattr(server_module, "bring_back_each", lambda members, outcomes: lose("again"))
+    lose("at first")
     assert server.availability.outage is not None
     attempt_return(server, server.availability.outage)
     end_log_window(server)
@@ -423,37 +426,37 @@ def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last
     assert ["at first" in line or "again" in line for line in lines_of(caplog, str(server))] == [True, True]
 
 
-def test_server_that_goes_while_circuits_are_brought_back_is_not_asked_for_each() -> None:
-    """Each of the others would wait for it; a circuit with a trouble of its own keeps no other away."""
-    tenants: Any = [Lone(TypeError()), Lone(), Lone(redis.ConnectionError("gone")), Lone()]
+def test_server_that_fails_during_the_return_is_not_queried_for_each_circuit() -> None:
+    """A server that fails during the return is not queried once per circuit.  Other errors skip one circuit only."""
+    members: Any = [Lone(TypeError()), Lone(), Lone(redis.ConnectionError("gone")), Lone()]
     outcomes: Counter[str] = Counter()
-    ended_by = bring_back_each(tenants, outcomes)
+    ended_by = bring_back_each(members, outcomes)
     assert ended_by is not None
-    assert ended_by[1] is tenants[2]
-    assert [tenant.loaded for tenant in tenants] == [1, 1, 1, 0]
+    assert ended_by[1] is members[2]
+    assert [member.loaded for member in members] == [1, 1, 1, 0]
     assert outcomes == {"restored": 1}
 
 
-def test_circuit_whose_place_is_not_known_is_left_for_later() -> None:
-    """It is loaded by itself."""
+def test_circuit_with_an_unknown_location_is_left_out_of_the_batch() -> None:
+    """A circuit with an unknown location is not in the batch, but is loaded individually."""
     bring_back_all([Lone()], 1.0, Counter())  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("why", ["the pipeline fails", "the circuit may not be read", "the server is loading"])
-def test_batch_that_cannot_be_read(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is a circuit's own trouble leaves it for later; what is the server's is raised."""
+def test_error_of_a_batch_is_left_for_later_or_raised(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one circuit leaves it for later.  An error of the server is raised."""
     found = {
         "the circuit may not be read": redis.exceptions.NoPermissionError("no"),
         "the server is loading": redis.exceptions.BusyLoadingError("loading"),
     }
 
-    def read(questions: Any) -> Any:
+    def read(read_requests: Any) -> Any:
         if why == "the pipeline fails":
             raise AttributeError("pipeline")
         return [ReadResult(error=found[why])]
 
     monkeypatch.setattr(bulk, "read_circuits", read)
-    lone: Any = Lone(question=type("ReadRequest", (), {"client": object()}))
+    lone: Any = Lone(read_request=type("ReadRequest", (), {"client": object()}))
     if why == "the server is loading":
         with pytest.raises(redis.ConnectionError):
             bring_back_all([lone], 1.0, Counter())
@@ -462,8 +465,8 @@ def test_batch_that_cannot_be_read(why: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_two_thousand_circuits_rejoin_beside_a_busy_thread(site: Site, report: Callable[[str], None]) -> None:
-    """One round trip for each circuit takes a turn of the interpreter each: half a minute for 5,000."""
+def test_two_thousand_circuits_return_quickly_beside_a_busy_thread(site: Site, report: Callable[[str], None]) -> None:
+    """Beside a busy thread individual round trips would take half a minute for 5,000 circuits."""
     breakers = [breaker_on(site.client(), f"circuit{number}", timeout=10.0) for number in range(2000)]
     for breaker in breakers:
         breaker.call(up)
@@ -474,8 +477,8 @@ def test_two_thousand_circuits_rejoin_beside_a_busy_thread(site: Site, report: C
             sum(range(1000))
 
     site.proxy.refuse()
-    site.proxy.hang_up()
-    wait_for(lambda: is_unreachable_for(breakers[0]), "it is away")
+    site.proxy.close_connections()
+    wait_for(lambda: is_unreachable_for(breakers[0]), "the outage is noticed")
     for breaker in breakers:
         breaker.call(up)
     busy = threading.Thread(target=spin)
@@ -483,12 +486,12 @@ def test_two_thousand_circuits_rejoin_beside_a_busy_thread(site: Site, report: C
     try:
         began = time.monotonic()
         site.proxy.listen()
-        wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all are back", within=60)
+        wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all have returned", within=60)
         seconds = time.monotonic() - began
     finally:
         is_over.set()
         busy.join()
-    report(f"2,000 circuits rejoined in {seconds:.1f} s beside a busy thread")
+    report(f"2,000 circuits returned in {seconds:.1f} s beside a busy thread")
     assert seconds < 6
 
 
@@ -498,141 +501,143 @@ def test_two_thousand_circuits_rejoin_beside_a_busy_thread(site: Site, report: C
 def test_flapping_server_is_logged_once_a_minute_with_a_count(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first loss and the first return at once, further ones are counted, and how it is in the end is logged."""
+    """The first loss and the first return are logged at once.  Later ones are counted, and the last state is logged."""
     caplog.set_level("INFO", "pybreaker_redis")
     breakers = [settled(breaker_on(site.client(), f"circuit{number}", timeout=5.0)) for number in range(3)]
-    server = tenancy_of(breakers[0]).server
+    server = failover_of(breakers[0]).server
     for _ in range(10):
-        with away(site, *breakers):
+        with unreachable(site, *breakers):
             pass
     assert len(lines_of(caplog, site)) == 2, lines_of(caplog, site)
     assert ["is away" in line for line in lines_of(caplog, site)] == [True, False]
     wait_for(lambda: outage_log_of(server).has_held_line, "the last return is held")
-    end_log_window(server)  # the minute is over
-    wait_for(lambda: len(lines_of(caplog, site)) == 3, "how it is in the end")
+    end_log_window(server)  # the window is over
+    wait_for(lambda: len(lines_of(caplog, site)) == 3, "the last state is logged")
     last = records_of(caplog, site)[-1]
     assert "is back after" in last.getMessage()
     assert last.getMessage().endswith("; and 9 more losses in the last 60 s")
     assert last.pybreaker_redis["more_losses"] == 9  # type: ignore[attr-defined]
 
 
-def test_circuit_with_a_flapping_trouble_is_logged_once_a_minute(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """The same for what is one circuit's own trouble."""
+def test_flapping_error_of_one_circuit_is_logged_once_a_minute(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """Errors of one circuit are limited to one pair of lines a minute, too."""
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    tenancy = tenancy_of(breaker)
+    failover = failover_of(breaker)
     for _ in range(3):
-        fail_circuit(tenancy, TypeError("of its own"))
-        faults_of(tenancy).outage = replace(faults_of(tenancy).outage, next_attempt_at=0.0)
-        wait_for(lambda: is_back(breaker), "it is served")
+        fail_circuit(failover, TypeError("of one circuit"))
+        faults_of(failover).outage = replace(faults_of(failover).outage, next_attempt_at=0.0)
+        wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
     assert len(lines_of(caplog, site)) == 2
-    end_log_window(tenancy)
-    fail_circuit(tenancy, TypeError("of its own"))
+    end_log_window(failover)
+    fail_circuit(failover, TypeError("of one circuit"))
     assert lines_of(caplog, site)[-1].endswith("; and 2 more losses in the last 60 s")
-    fail_circuit(tenancy, TypeError("of its own"))
+    fail_circuit(failover, TypeError("of one circuit"))
     assert len(lines_of(caplog, site)) == 3
 
 
-class TestBulletin:
-    """The lines about one subject, under a clock that tests move."""
+class TestLossThrottle:
+    """Limit of the log lines about one subject, with a fake clock."""
 
     @pytest.fixture
     def clock(self) -> Clock:
-        """The bulletin's clock."""
+        """The throttle's clock."""
         return Clock()
 
     @pytest.fixture
     def lines(self) -> list[str]:
-        """What was logged."""
+        """The lines that were logged."""
         return []
 
     @pytest.fixture
-    def bulletin(self, clock: Clock, lines: list[str]) -> Any:
-        """A bulletin, with two words of its own."""
+    def throttle(self, clock: Clock, lines: list[str]) -> Any:
+        """A throttle with two example lines."""
 
-        class Noted(LossThrottle):
-            def goes(self) -> None:
-                self.log_loss(lambda more: lines.append(f"away {more}"))
+        class ExampleThrottle(LossThrottle):
+            def lose(self) -> None:
+                self.log_loss(lambda more: lines.append(f"lost {more}"))
 
-            def comes(self) -> None:
+            def recover(self) -> None:
                 self.log_return(lambda more: lines.append(f"back {more}"))
 
-        return Noted(clock)
+        return ExampleThrottle(clock)
 
-    def test_first_pair_is_logged_at_once_and_further_ones_are_counted(self, bulletin: Any, lines: list[str]) -> None:
-        """Nothing is held after the first pair."""
-        bulletin.goes()
-        bulletin.comes()
-        assert not bulletin.has_held_line
+    def test_first_pair_is_logged_at_once_and_further_ones_are_counted(self, throttle: Any, lines: list[str]) -> None:
+        """The first pair of lines leaves no line held."""
+        throttle.lose()
+        throttle.recover()
+        assert not throttle.has_held_line
         for _ in range(3):
-            bulletin.goes()
-            bulletin.comes()
-        assert lines == ["away 0", "back 0"]
-        assert bulletin.has_held_line
+            throttle.lose()
+            throttle.recover()
+        assert lines == ["lost 0", "back 0"]
+        assert throttle.has_held_line
 
-    @pytest.mark.parametrize(("ends", "line"), [("goes", "away 2"), ("comes", "back 3")])
+    @pytest.mark.parametrize(("ends", "line"), [("lose", "lost 2"), ("recover", "back 3")])
     def test_last_condition_is_logged_when_the_window_is_over(
-        self, bulletin: Any, lines: list[str], clock: Clock, ends: str, line: str
+        self, throttle: Any, lines: list[str], clock: Clock, ends: str, line: str
     ) -> None:
-        """Whichever it is; a loss that is named is not among those that are counted."""
+        """The held line is logged when the window ends.  A loss that is logged is not counted again."""
         for _ in range(3):
-            bulletin.goes()
-            bulletin.comes()
-        bulletin.goes()
-        if ends == "comes":
-            bulletin.comes()
+            throttle.lose()
+            throttle.recover()
+        throttle.lose()
+        if ends == "recover":
+            throttle.recover()
         clock.now += logger.LOSS_WINDOW_S - 1
-        bulletin.flush_held_line()
+        throttle.flush_held_line()
         assert len(lines) == 2
         clock.now += 1
-        bulletin.flush_held_line()
-        bulletin.flush_held_line()
+        throttle.flush_held_line()
+        throttle.flush_held_line()
         assert lines[2:] == [line]
 
     def test_return_of_a_loss_that_was_logged_late_is_logged(
-        self, bulletin: Any, lines: list[str], clock: Clock
+        self, throttle: Any, lines: list[str], clock: Clock
     ) -> None:
-        """A pair is complete, and begins a new window."""
-        bulletin.goes()
-        bulletin.comes()
-        bulletin.goes()
+        """The line of a return completes the pair and begins a new window."""
+        throttle.lose()
+        throttle.recover()
+        throttle.lose()
         clock.now += logger.LOSS_WINDOW_S
-        bulletin.flush_held_line()
-        bulletin.comes()
-        bulletin.goes()
-        assert lines == ["away 0", "back 0", "away 0", "back 0"]
+        throttle.flush_held_line()
+        throttle.recover()
+        throttle.lose()
+        assert lines == ["lost 0", "back 0", "lost 0", "back 0"]
 
-    def test_return_after_the_window_is_logged_at_once(self, bulletin: Any, lines: list[str], clock: Clock) -> None:
-        """Though its loss was counted only."""
-        bulletin.goes()
-        bulletin.comes()
-        bulletin.goes()
+    def test_return_after_the_window_is_logged_at_once(self, throttle: Any, lines: list[str], clock: Clock) -> None:
+        """A return after the window is logged, although its loss was only counted."""
+        throttle.lose()
+        throttle.recover()
+        throttle.lose()
         clock.now += logger.LOSS_WINDOW_S
-        bulletin.comes()
-        assert lines == ["away 0", "back 0", "back 1"]
+        throttle.recover()
+        assert lines == ["lost 0", "back 0", "back 1"]
 
-    def test_child_logs_nothing_of_its_parents(self, bulletin: Any, lines: list[str], clock: Clock) -> None:
-        """The parent has counted it, and logs it."""
-        bulletin.goes()
-        bulletin.comes()
-        bulletin.goes()
-        bulletin.after_fork()
+    def test_forked_child_logs_no_line_of_its_parent(self, throttle: Any, lines: list[str], clock: Clock) -> None:
+        """A forked child does not log the lines that its parent holds."""
+        throttle.lose()
+        throttle.recover()
+        throttle.lose()
+        throttle.after_fork()
         clock.now += logger.LOSS_WINDOW_S
-        bulletin.flush_held_line()
+        throttle.flush_held_line()
         assert len(lines) == 2
 
 
 @pytest.mark.parametrize(
-    ("error", "text"), [(TimeoutError(), "TimeoutError"), (KeyError("name"), "KeyError: 'name'")], ids=["empty", "not"]
+    ("error", "text"),
+    [(TimeoutError(), "TimeoutError"), (KeyError("name"), "KeyError: 'name'")],
+    ids=["empty", "with text"],
 )
 def test_empty_error_is_described_by_its_class_alone(
     site: Site, error: Exception, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No colon that nothing follows."""
+    """No colon without text follows the class of an error."""
     caplog.set_level(logging.INFO, "pybreaker_redis")
     assert describe_error(error) == text
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    tenancy = tenancy_of(breaker)
-    fail_circuit(tenancy, error)
+    failover = failover_of(breaker)
+    fail_circuit(failover, error)
     assert health_of(breaker).last_error == text
     assert text + ")" in lines_of(caplog, site)[0]

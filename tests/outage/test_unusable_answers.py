@@ -1,4 +1,4 @@
-"""What becomes of answers that were changed on their way?"""
+"""Replies of Redis that were changed on their way to the client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.faults import site_of
 from tests.support.inspect import storage_of
 from tests.support.logs import messages_of
 
-#: What a proxy makes of the answers of scripts, and of those of single commands.
+#: Changes that a proxy makes to the replies of scripts and of single commands.
 TAMPERED = {
     "state": {b"$6\r\nclosed": b"$6\r\najar!!"},
     "count": {b"closed\r\n:0": b"closed\r\n:-7"},
@@ -25,10 +25,10 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("tampered", TAMPERED)
-def test_answer_that_was_changed_on_the_way_does_not_reach_the_call(
+def test_changed_reply_does_not_reach_the_call(
     killable_server: PrivateServer, caplog: pytest.LogCaptureFixture, tampered: str
 ) -> None:
-    """Calls pass, failures are counted and the circuit opens: by the circuit of this process, with one line."""
+    """After a changed reply the local circuit works: calls pass, failures count, and it opens, with one log line."""
     caplog.set_level(logging.WARNING)
     with site_of(killable_server) as site, contextlib.closing(site.client()) as client:
         breaker = CircuitBreaker(fail_max=2, state_storage=CircuitRedisStorage(CLOSED, client, "answers"))

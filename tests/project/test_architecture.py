@@ -1,4 +1,4 @@
-"""The table of packages stays true: who may import whom, who may know Redis and pybreaker."""
+"""The import table of the packages, and the libraries that each may import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pybreaker_redis
 
 PACKAGE = Path(pybreaker_redis.__file__).parent
 
-#: What every package may import.
+#: Packages that every package may import.
 BASE = {"_runtime", "errors", "health", "policies", "_log"}
 PUBLIC = {"breaker", "storage", "memory", "__init__"} | BASE
 LOWER = {
@@ -39,7 +39,7 @@ LOWER["__init__"] = PUBLIC | {"registry", "operators"}
 LOWER["listeners"] = LOWER["prometheus"] = {"instrument"}
 LOWER["fixtures"] = {"testing"}
 LOWER["__main__"] = {"cli"}
-#: Which of ours may know a library.
+#: Packages that may import a library.
 LIBRARIES = {
     "pybreaker": (
         "breaker",
@@ -56,7 +56,8 @@ LIBRARIES = {
     "redis": ("_redis", "_engines.transaction", "testing.servers"),
 }
 
-#: What the table forbids and is still there: each step of the re-organisation takes some away, and none may be added.
+#: Imports that the table forbids and that remain.  Each step of the re-organisation removes some, and none may be
+#: added.
 LEFT = {
     ("_adapter.call_context", "_redis.deadline"),
     ("_circuits.failover", "_adapter.call_context"),
@@ -88,7 +89,7 @@ LEFT = {
 
 
 def module_name(path: Path) -> str:
-    """Name of a module within the package."""
+    """Return the name of a module within the package."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
@@ -96,7 +97,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full names of everything that a module imports, wherever the import stands."""
+    """Yield the full names of everything that a module imports, wherever the import stands."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -106,7 +107,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def forbidden(module: str) -> set[tuple[str, str]]:
-    """The imports of a module that the table forbids."""
+    """Return the imports of a module that the table forbids."""
     package, found = module.partition(".")[0], set()
     for name in imports(MODULES[module]):
         root, *parts = name.split(".")
@@ -119,24 +120,24 @@ def forbidden(module: str) -> set[tuple[str, str]]:
 
 
 def test_public_names_are_three() -> None:
-    """The public surface is small, and grows only on purpose."""
+    """The public surface grows only on purpose."""
     assert pybreaker_redis.__all__ == ("CircuitMemoryStorage", "CircuitRedisStorage", "Health")
 
 
 def test_every_package_has_its_row() -> None:
-    """A new one has to say what it may import."""
+    """A new package needs a row that lists its imports."""
     assert {module.partition(".")[0] for module in MODULES} <= set(LOWER)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_follow_the_table(module: str) -> None:
-    """Imports go one way; one against it would be an arrow backwards."""
+    """Imports go in one direction."""
     assert forbidden(module) == {edge for edge in LEFT if edge[0] == module}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_only_these_packages_know(library: str) -> None:
-    """Redis and pybreaker are each the business of few."""
+def test_library_is_imported_by_its_packages_only(library: str) -> None:
+    """Only a few packages may import Redis or pybreaker."""
     users = {module for module, path in MODULES.items() if library in {name.split(".")[0] for name in imports(path)}}
     assert [
         module for module in users if not any(f"{module}.".startswith(f"{each}.") for each in LIBRARIES[library])
@@ -144,7 +145,7 @@ def test_only_these_packages_know(library: str) -> None:
 
 
 def test_packages_are_small() -> None:
-    """At most twelve modules at the top, at most ten in a package besides its docstring."""
+    """At most twelve modules at the top, and ten in a package, without its docstring."""
     sizes: dict[str, int] = {}
     for module in MODULES:
         package = module.rpartition(".")[0]
@@ -154,7 +155,7 @@ def test_packages_are_small() -> None:
 
 
 def test_modules_fit_on_a_few_screens() -> None:
-    """A module that outgrows this may hold two questions."""
+    """A module that outgrows this limit may answer two questions."""
     assert {
         module: lines
         for module, path in MODULES.items()

@@ -51,13 +51,6 @@ ALLOWED: dict[str, int] = {
     "pybreaker_redis/_runtime": 61,
     "pybreaker_redis/_servers": 110,
     "pybreaker_redis/registry": 44,
-    "tests": 12,
-    "tests/contrib": 82,
-    "tests/contrib/hosts": 104,
-    "tests/fleet": 24,
-    "tests/outage": 118,
-    "tests/project": 25,
-    "tests/support": 188,
 }
 
 #: Most words of a sentence: rule 6.
@@ -459,7 +452,7 @@ def test_every_kind_of_text_is_collected() -> None:
 
 
 def test_prose_keeps_the_house_style() -> None:
-    """No folder has more findings than `ALLOWED`, whose goal is to be empty."""
+    """No folder has more findings than `ALLOWED` permits.  The goal is an empty `ALLOWED`."""
     by_folder: dict[str, list[Finding]] = {}
     for found in findings():
         by_folder.setdefault(str(found.text.path.relative_to(ROOT).parent), []).append(found)

@@ -1,4 +1,4 @@
-"""The README: what it shows is what happens."""
+"""The README: its code runs, its commands are those of CI, its names exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def change_settings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """What the README takes for granted: a server that ``REDIS_URL`` names, and a Django project."""
+    """Function that changes Django's settings, beside a server that ``REDIS_URL`` names."""
     from django.test import override_settings
 
     from tests.support import django_project  # noqa: F401 (it configures Django)
@@ -32,7 +32,7 @@ def change_settings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def test_python_blocks_run_in_order(change_settings: Callable[..., None]):
-    """A reader who copies everything from top to bottom ends with a working program."""
+    """All Python blocks of the page, copied from top to bottom, are a working program."""
     namespace: dict[str, object] = {"__name__": "readme"}
     shown = list(blocks("python"))
     assert shown
@@ -44,7 +44,7 @@ def test_python_blocks_run_in_order(change_settings: Callable[..., None]):
 
 
 def test_settings_of_the_page_pass_the_checks(change_settings: Callable[..., None]):
-    """Django has nothing to say about the settings that the page shows."""
+    """The settings of the page pass Django's checks."""
     from django.core.checks import run_checks
 
     (source,) = (source for _, source in blocks("python") if source.startswith("# settings.py"))
@@ -56,24 +56,24 @@ def test_settings_of_the_page_pass_the_checks(change_settings: Callable[..., Non
 
 @pytest.mark.parametrize("which", ["demo", "test"])
 def test_ci_runs_the_commands_that_the_readme_shows(which: str):
-    """The two command lines are not written down a second time: CI reads them from the page."""
+    """CI reads the two commands from the page, so that they exist once."""
     page = (ROOT / "README.rst").read_text(encoding="utf-8")
-    between = re.search(rf"^\.\. begin-{which}-command$(.*)^\.\. end-{which}-command$", page, re.MULTILINE | re.DOTALL)
-    assert between
-    (command,) = re.findall(r"^    (.*)$", between[1], re.MULTILINE)
+    marked = re.search(rf"^\.\. begin-{which}-command$(.*)^\.\. end-{which}-command$", page, re.MULTILINE | re.DOTALL)
+    assert marked
+    (command,) = re.findall(r"^    (.*)$", marked[1], re.MULTILINE)
     assert command in [source for _, source in blocks("sh")]
     assert f"readme_command {which}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_every_shell_block_is_one_of_the_two_commands():
-    """A command that nobody runs may be wrong for years."""
+    """A command that no CI job runs may be wrong for years."""
     assert len(list(blocks("sh"))) == 2
     assert not list(blocks("console"))
     assert not list(blocks("bash"))
 
 
 def test_migration_is_one_import(server: PrivateServer):
-    """The lines that the README tells to add, in place of those to remove, build the same breaker."""
+    """The lines to add and the lines to remove build the same breaker."""
     ((_, diff),) = blocks("diff")
     use = "CircuitBreaker(state_storage=CircuitRedisStorage('closed', client, 'migration')).current_state"
     with server.client() as client:
@@ -86,7 +86,7 @@ def test_migration_is_one_import(server: PrivateServer):
 
 @pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst", "docs/glossary.rst"])
 def test_page_is_valid(name: str):
-    """The package index and the code host show these pages; neither says what it did not understand."""
+    """A package index or code host shows a page with markup errors without a warning."""
     assert parse(name).astext()
 
 

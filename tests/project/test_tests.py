@@ -50,7 +50,7 @@ def is_own(node: ast.expr) -> bool:
 
 
 def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and name of each use of a private attribute of another object."""
+    """Yield line and name of each use of a private attribute of another object."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node.value):
             yield node.lineno, node.attr
@@ -64,7 +64,7 @@ def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def imported_modules(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and name of each imported module, and of each imported name as if it were one."""
+    """Yield line and name of each imported module, and of each imported name as if it were a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -75,7 +75,7 @@ def imported_modules(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != INSPECT])
 def test_only_inspect_reaches_into_private_objects(name: str) -> None:
-    """A private name that changes is changed in one file of the tests."""
+    """The change of a private name leads to changes in one file of the tests."""
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
     assert [(line, used) for line, used in private_uses(tree) if used not in FOREIGN] == []
 

@@ -1,6 +1,6 @@
-"""The distribution: what is built from this tree works where this tree is not.
+"""The distribution, tested without the source tree.
 
-Only pytest and build are needed here: the server comes with what is installed from the wheel.
+The tests need only pytest and build.  The server comes with what is installed from the wheel.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ with PrivateServer(find_servers()[0].binary) as server:
             pass
     assert [breaker.current_state for breaker in breakers] == ["open", "open"]
     calls = client.info("commandstats")
-    assert "cmdstat_evalsha" in calls, calls  # the scripts were found, not only worked around
+    assert "cmdstat_evalsha" in calls, calls  # the scripts were found
     client.close()
 print("smoke passed")
 """
@@ -67,7 +67,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def installed(distributions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a virtual environment that has the wheel, and what its ``demo`` extra asks for."""
+    """Python of a virtual environment with the wheel and its ``demo`` extra."""
     directory = tmp_path_factory.mktemp("installed")
     venv.create(directory, with_pip=True)
     python = directory / "bin" / "python"
@@ -76,7 +76,7 @@ def installed(distributions: dict[str, Path], tmp_path_factory: pytest.TempPathF
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
-    """Run a command that must succeed, where nothing of this tree can be imported; returns what it prints."""
+    """Run a command that must succeed, without access to this tree, and return its output."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYBREAKER_REDIS_URL")
     }
@@ -88,7 +88,7 @@ def run(*command: object, cwd: Path | None = None) -> str:
 
 
 def test_every_file_of_the_package_is_in_both_distributions(distributions: dict[str, Path]):
-    """A script that is left out is noticed here and not on somebody's server."""
+    """Both distributions contain every file of the package."""
     package = ROOT / "pybreaker_redis"
     expected = {
         str(path.relative_to(ROOT))
@@ -103,7 +103,7 @@ def test_every_file_of_the_package_is_in_both_distributions(distributions: dict[
 
 
 def test_metadata_states_licence_and_dependencies(distributions: dict[str, Path]):
-    """What an index shows, and what pip installs without being asked for extras."""
+    """The metadata states the licence, and the dependencies without extras."""
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(name).decode())
@@ -117,11 +117,11 @@ def test_metadata_states_licence_and_dependencies(distributions: dict[str, Path]
 
 
 def test_installed_wheel_guards_calls_away_from_the_tree(installed: Path, tmp_path: Path):
-    """Two breakers share a circuit by the scripts that came with the wheel."""
+    """Two breakers share a circuit through the scripts of the wheel."""
     assert run(installed, "-W", "error", "-c", SMOKE, cwd=tmp_path) == "smoke passed\n"
 
 
 def test_installed_demo_runs(installed: Path, tmp_path: Path):
-    """The demo needs nothing that is not in the wheel or its extra."""
+    """The demo needs only the wheel and its extra."""
     output = run(installed, "-m", "pybreaker_redis", "demo", "--plain", "--seconds", "2", cwd=tmp_path)
     assert "Everything happened as promised." in output

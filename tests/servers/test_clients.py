@@ -23,7 +23,7 @@ import valkey
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests import EXTENSIONS, VARIABLE
 from tests.support import servers
-from tests.support.agreement import Two, health_of, said_of
+from tests.support.agreement import CircuitPair, health_of, log_lines_about
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import KINDS
 from tests.support.inspect import server_of
@@ -32,7 +32,7 @@ from tests.support.servers import ONCE, no_server
 from tests.support.tls import HOST, Secured, secured
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("no_listeners")
 
 #: Timeout of a guarded call and what a busy machine adds to the timeout, seconds.
 TIMEOUT_S = 0.25
@@ -73,10 +73,10 @@ def assert_full_service(server: PrivateServer, client: Any, namespace: str, **ot
         contextlib.closing(redis.Redis(**arguments, **ONCE)) as operator,
         contextlib.closing(redis.Redis(**arguments, **other_arguments)) as there,
     ):
-        two = Two(client, there, namespace, operator)
+        two = CircuitPair(client, there, namespace, operator)
         two.here.call(up)
         wait_for(lambda: health_of(two.here).push != "none", "a subscription")
-        two.live()
+        two.run_lifecycle()
         settled(two.here)
         two.there.open()
         wait_for(lambda: two.here.current_state == "open", "the push of the trip", within=TOLERANCE_S)
@@ -122,8 +122,8 @@ def test_fakeredis_runs_circuits_without_push() -> None:
     """With lupa, fakeredis runs scripts, and without it transactions. Every read is exact, and there is no push."""
     fake_server = fakeredis.FakeServer()
     here, there, operator = (fakeredis.FakeStrictRedis(server=fake_server, decode_responses=flag) for flag in (0, 1, 0))
-    two = Two(here, there, "fake", operator)
-    two.live()
+    two = CircuitPair(here, there, "fake", operator)
+    two.run_lifecycle()
     health = health_of(two.here)
     assert (health.mode, health.push) == ("lua" if HAS_EXTENSIONS else "optimistic", "none")
 
@@ -178,7 +178,7 @@ def test_tls_gives_full_service(tls: Secured, kind: str) -> None:
 def test_circuit_behind_tls_of_every_server_trips_and_recovers(tls: Secured) -> None:
     """Servers built with TLS use their own."""
     with contextlib.closing(by_url(tls)) as client, contextlib.closing(tls.server.client()) as there:
-        Two(client, there, "tls", there).live()
+        CircuitPair(client, there, "tls", there).run_lifecycle()
 
 
 def test_unknown_certificate_leaves_calls_guarded_locally(tls: Secured, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,7 +188,7 @@ def test_unknown_certificate_leaves_calls_guarded_locally(tls: Secured, caplog: 
     """
     arguments = arguments_for(tls, tls.certificates.stranger)
     with (
-        said_of(caplog, f"{HOST}:{tls.port}") as lines,
+        log_lines_about(caplog, f"{HOST}:{tls.port}") as lines,
         contextlib.closing(redis.Redis(host=HOST, port=tls.port, ssl=True, **arguments, **ONCE)) as client,
     ):
         breaker = breaker_on(client, fail_max=2, timeout=10)

@@ -58,7 +58,7 @@ from tests.support.places import cluster_client
 from tests.support.servers import ONCE, FoundServer, no_server
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
+pytestmark = pytest.mark.usefixtures("no_listeners", "patient")
 
 NAMESPACE = "shop"
 SLOT = slot_of(circuit_keys(NAMESPACE, needs_one_slot=True)[0])

@@ -31,7 +31,7 @@ from tests.support.logs import messages_of, whole_log
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("no_listeners")
 
 #: Timeout of an operation, seconds: long, because rotation is the subject and not an outage.
 GENEROUS_S = 10.0

@@ -163,7 +163,7 @@ def test_keys_of_stock_get_a_ttl_with_the_next_read(client: redis.Redis, make: M
     assert len(remaining_ms(client)) == 5
 
 
-@pytest.mark.usefixtures("nobody_listens")
+@pytest.mark.usefixtures("no_listeners")
 @pytest.mark.parametrize("closed_once", [False, True])
 def test_expired_closed_circuit_is_created_again_without_a_log_line(
     client: redis.Redis, caplog: pytest.LogCaptureFixture, protocol: int, closed_once: bool
@@ -253,7 +253,7 @@ def test_ttl_holds_without_scripts() -> None:
     assert len(remaining_ms(client)) == 5
 
 
-@pytest.mark.usefixtures("nobody_listens")
+@pytest.mark.usefixtures("no_listeners")
 def test_ttl_costs_transactions_no_further_round_trip(client: redis.Redis) -> None:
     """The TTL is read and set together with the other values."""
     trips = []

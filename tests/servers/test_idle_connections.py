@@ -22,7 +22,7 @@ from tests.support.logs import messages_of
 from tests.support.proxy import Proxy
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("no_listeners")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_connection_beyond_the_idle_limit_is_not_used_again(  # noqa: PLR0917
 ) -> None:
     """A load balancer may have dropped the connection silently, and would never answer."""
     breaker = guarded_breaker(balancer, **options)
-    balancer.forget()
+    balancer.drop_silently()
     added_age[0] += seconds + 0.1
     fails(breaker)
     assert client.get("idle:pybreaker:fail_counter") == b"1"
@@ -101,7 +101,7 @@ def test_reused_connection_that_is_reset_at_once_is_no_outage(
     breaker.reset_timeout = 0
     if state == "open":
         breaker.open()
-    balancer.doomed = 1
+    balancer.failing_requests = 1
     assert breaker.call(up) == "answer"
     assert client.get("idle:pybreaker:state") == b"closed"
     assert outage_lines(caplog, balancer) == []
@@ -111,7 +111,7 @@ def test_second_reset_is_an_outage(balancer: Proxy, caplog: pytest.LogCaptureFix
     """A server that also closes new connections is unreachable."""
     breaker = guarded_breaker(balancer)
     caplog.set_level(logging.INFO, "pybreaker_redis")
-    balancer.doomed = 2
+    balancer.failing_requests = 2
     assert breaker.call(up) == "answer"
     assert "is away" in outage_lines(caplog, balancer)[0]
     wait_for(lambda: "is back" in outage_lines(caplog, balancer)[-1], "the end of the outage")
@@ -124,7 +124,7 @@ def test_report_without_an_answer_is_not_sent_twice(
     breaker = guarded_breaker(balancer)
 
     def reset_and_fail() -> None:
-        balancer.doomed = 1
+        balancer.failing_requests = 1
         raise Down
 
     with pytest.raises(Down):

@@ -37,9 +37,9 @@ from pybreaker_redis._replica.view import View
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import (
     NAMESPACE,
-    PATIENT,
-    PUSH,
-    ROUND_TRIP,
+    NOTICE_MAX_S,
+    PUSH_MAX_S,
+    PUSH_ONLY_STALENESS_S,
     Down,
     breaker_on,
     fails,
@@ -76,7 +76,7 @@ from tests.support.logs import messages_of, records_of
 from tests.support.servers import ONCE, counted
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
+pytestmark = pytest.mark.usefixtures("no_listeners", "patient")
 
 
 def test_nothing_starts_before_the_first_guarded_call(server, client):
@@ -182,11 +182,11 @@ def test_idle_circuits_are_not_polled(client):
 
 def test_storages_of_one_circuit_in_one_process_both_get_the_push(server, client):
     """Two modules may use one namespace: each has its own view, and one subscription serves both."""
-    one, two = (settled(breaker_on(client, max_staleness=PATIENT)) for _ in range(2))
+    one, two = (settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S)) for _ in range(2))
     with contextlib.closing(server.client()) as elsewhere:
         breaker_on(elsewhere, max_staleness=0).open()
-    assert seconds_until(one, "open") < PUSH
-    assert seconds_until(two, "open") < PUSH
+    assert seconds_until(one, "open") < PUSH_MAX_S
+    assert seconds_until(two, "open") < PUSH_MAX_S
     assert client.pubsub_numsub(channel_of(circuit_keys(NAMESPACE, needs_one_slot=False), 0))[0][1] == 1
 
 
@@ -224,9 +224,9 @@ def test_listener_uses_address_and_password_of_the_client(preferred, tmp_path):
     with PrivateServer(preferred.binary, port=free_port(), args=["--requirepass", "secret"]) as server:
         for options in ({"port": server.port}, {"unix_socket_path": server.unix_socket}):
             with contextlib.closing(redis.Redis(**options, password="secret", decode_responses=True)) as client:
-                breaker = settled(breaker_on(client, max_staleness=PATIENT))
+                breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S))
                 breaker_on(client, max_staleness=0).open()
-                assert seconds_until(breaker, "open") < PUSH
+                assert seconds_until(breaker, "open") < PUSH_MAX_S
                 breaker.close()
 
 
@@ -346,9 +346,9 @@ def test_user_without_client_commands_gets_pushes(server, client):
     """Some servers reserve CLIENT for administrators. Without CLIENT, published messages still arrive."""
     administrate(server, "~*", "&*", "+@all", "-client")
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
-        breaker = settled(breaker_on(limited, max_staleness=PATIENT))
+        breaker = settled(breaker_on(limited, max_staleness=PUSH_ONLY_STALENESS_S))
         breaker_on(client, max_staleness=0).open()
-        assert seconds_until(breaker, "open") < PUSH
+        assert seconds_until(breaker, "open") < PUSH_MAX_S
 
 
 @pytest.mark.parametrize("commands", [["-hmget"], ["-mget"]], ids=" ".join)
@@ -358,7 +358,7 @@ def test_user_without_read_rights_falls_back_to_the_local_circuit(server, client
     with contextlib.closing(server.client(username="limited", password="x")) as limited:
         breaker = settled(breaker_on(limited, max_staleness=0.2, fallback_circuit_state="open"))
         administrate(server, "~*", "&*", "+@all", *commands)
-        assert seconds_until(breaker, "open") < 0.2 + ROUND_TRIP
+        assert seconds_until(breaker, "open") < 0.2 + NOTICE_MAX_S
 
 
 class UnknownConnection(redis.Connection):
@@ -410,9 +410,9 @@ def test_server_without_hello_or_client_sends_pushes(preferred, commands):
     options = {"protocol": 2} if PROTOCOLS[0] == 3 else {}
     with PrivateServer(preferred.binary, args=arguments) as server:
         clients = [server.client(**options) for _ in range(2)]
-        breaker = settled(breaker_on(clients[0], max_staleness=PATIENT))
+        breaker = settled(breaker_on(clients[0], max_staleness=PUSH_ONLY_STALENESS_S))
         breaker_on(clients[1], max_staleness=0).open()
-        assert seconds_until(breaker, "open") < PUSH
+        assert seconds_until(breaker, "open") < PUSH_MAX_S
         for client in clients:
             client.close()
 
@@ -452,12 +452,12 @@ def test_client_without_an_endpoint_reads_through_and_logs_once(server, client, 
 
 def test_garbage_on_the_channel_is_ignored(client):
     """Any client may publish on the channel."""
-    breaker = settled(breaker_on(client, max_staleness=PATIENT))
+    breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S))
     channel = channel_of(circuit_keys(NAMESPACE, needs_one_slot=False), 0)
     for payload in (b"", b"open", b"1 2 open", b"\xff" * 100, b"1 -1 open   0 0"):
         client.publish(channel, payload)
     breaker_on(client, max_staleness=0).open()
-    assert seconds_until(breaker, "open") < PUSH
+    assert seconds_until(breaker, "open") < PUSH_MAX_S
     assert len(listeners()) == 1
 
 

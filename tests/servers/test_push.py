@@ -51,13 +51,13 @@ from tests.support.logs import messages_of
 from tests.support.servers import counted
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
+pytestmark = pytest.mark.usefixtures("no_listeners", "patient")
 
 #: A staleness so long that no beat notices a change within a test, seconds.
-PATIENT = 60.0
+PUSH_ONLY_STALENESS_S = 60.0
 
 #: Longest time for a push and a read, seconds, on a machine that does other things, too.
-PUSH = 2.0
+PUSH_MAX_S = 2.0
 
 STALENESS = 1.0
 
@@ -132,19 +132,19 @@ def test_forged_record_changes_no_circuit_and_nothing_in_redis(server, client, p
 
 def test_forged_record_delays_no_transition(server, client, protocol, forge, other):
     """A generation that no server answered delays neither a close nor a probe."""
-    breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
+    breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S, reset_timeout=60))
     for verb, state in (("open", "open"), ("close", "closed")) * 3:
         for name in ("open, last generation", "half-open for a day", "far future"):
             forge(FORGED[name](now_ms()))
         getattr(other, verb)()
-        assert wait_for(lambda state=state: breaker.current_state == state, state) < PUSH
+        assert wait_for(lambda state=state: breaker.current_state == state, state) < PUSH_MAX_S
     assert int(client.hget(KEYS[4], "generation")) == 6
 
 
 @pytest.mark.parametrize("channel", ["__redis__:invalidate", f"{NAMESPACE}:pybreaker:circuit", f"x{CHANNEL}"])
 def test_message_on_a_similar_channel_is_ignored(client, protocol, forge, channel, monkeypatch):
     """Invalidations come only from the server, and each circuit has one channel."""
-    breaker = settled(breaker_on(client, max_staleness=PATIENT))
+    breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S))
     received = record_pushes(monkeypatch, listener_of(breaker).session.connection)
     for payload in (KEYS[0], FORGED["next generation"](now_ms())):
         forge(payload, channel=channel)
@@ -176,7 +176,7 @@ def test_flood_of_forged_records_costs_one_read_each_10_ms_and_no_log_line(serve
 
 def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol, forge, other):
     """A noise mark does not prevent the read of any other change."""
-    breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
+    breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S, reset_timeout=60))
     stop = threading.Event()
 
     def flood() -> None:
@@ -190,7 +190,7 @@ def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol
     try:
         for verb, state in (("open", "open"), ("close", "closed")) * 3:
             getattr(other, verb)()
-            assert wait_for(lambda state=state: breaker.current_state == state, state) < PUSH
+            assert wait_for(lambda state=state: breaker.current_state == state, state) < PUSH_MAX_S
     finally:
         stop.set()
         thread.join()
@@ -198,7 +198,7 @@ def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol
 
 def test_forged_noise_costs_one_report_at_most(client, protocol, forge):
     """The answer to that report shows that there was no failure."""
-    breaker = settled(breaker_on(client, max_staleness=PATIENT))
+    breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S))
     with counted(client) as commands:
         forge(FORGED["noise"](now_ms()))
         wait_for(lambda: view_of(breaker).fast_path.quiet_admission is None, "the forged noise mark")
@@ -209,7 +209,7 @@ def test_forged_noise_costs_one_report_at_most(client, protocol, forge):
 
 def test_transitions_of_another_process_cost_calls_ten_round_trips_a_second_at_most(client, protocol, other):
     """The listener reads the transition. Only calls that begin during one of ten reads a second query Redis."""
-    breaker = settled(breaker_on(client, max_staleness=PATIENT, reset_timeout=60))
+    breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S, reset_timeout=60))
     began, own = time.monotonic(), 0
     for verb, state in (("open", "open"), ("close", "closed")) * 5:
         with counted(client) as commands:
@@ -252,7 +252,7 @@ class ScriptedConnection:
 
 def view_after_poll(*pushes: Push) -> tuple[View, Session]:
     """Return a view of an open circuit, after a poll with a claimed probe between its commands."""
-    view, subscriber_table = View(PATIENT), SubscriberTable()
+    view, subscriber_table = View(PUSH_ONLY_STALENESS_S), SubscriberTable()
     subscriber_table.add_subscriber(view, KEYS, CHANNEL)
     session = Session(ScriptedConnection, subscriber_table, set())  # type: ignore[arg-type]
     subscribe_session(session, KEYS, CHANNEL)

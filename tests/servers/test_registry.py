@@ -31,7 +31,7 @@ from pybreaker_redis._servers import server as server_module
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support.breakers import Down, Heard, breaker_on, down, fails, settled, up
+from tests.support.breakers import Down, TransitionRecorder, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
 from tests.support.inspect import core_of, listeners, lock_of, retry_threads, storage_of, timeout_of
 from tests.support.logs import messages_of, records_of
@@ -86,7 +86,7 @@ class TestBreakers:
 
     def test_same_name_is_the_same_standard_breaker(self, made: Make) -> None:
         """Every module gets the same breaker, with one list of listeners and one lock."""
-        recorder = Heard()
+        recorder = TransitionRecorder()
         breakers = made(listeners=[recorder], fail_max=3, probe_lease=5.0)
         payments = breakers.get("payments", reset_timeout=9)
         assert type(payments) is CircuitBreaker
@@ -183,7 +183,7 @@ class TestBreakers:
         (connection,) = client.connection_pool._available_connections
         assert connection._sock is not None
 
-    @pytest.mark.usefixtures("nobody_listens")
+    @pytest.mark.usefixtures("no_listeners")
     def test_close_leaves_no_connection_and_no_thread(self, server: PrivateServer, client: redis.Redis) -> None:
         """Connections and threads end at once, independent of the garbage collector and of references to breakers."""
         connected = client.info("clients")["connected_clients"]
@@ -202,7 +202,7 @@ class TestBreakers:
         assert breakers.status()["payments"].fail_counter == 1
 
     @pytest.mark.parametrize("when", ["between two attempts", "before one", "in the middle of one"])
-    @pytest.mark.usefixtures("nobody_listens")
+    @pytest.mark.usefixtures("no_listeners")
     def test_close_during_an_outage_logs_nothing(
         self,
         killable_server: PrivateServer,
@@ -662,7 +662,7 @@ class TestStatus:
         assert (status.state, status.success_counter) == ("half-open", 1)
         assert 19 < status.retry_after <= 20.1
 
-    @pytest.mark.usefixtures("nobody_listens")
+    @pytest.mark.usefixtures("no_listeners")
     def test_status_costs_one_round_trip_for_any_number_of_circuits(self, server: PrivateServer) -> None:
         """The operator's page does not become slower with each dependency."""
         with BreakerRegistry(server.client()) as breakers:
@@ -687,7 +687,7 @@ class TestStatus:
             assert len(client.keys()) == 4
             assert client.mget(damage) == list(damage.values())
 
-    @pytest.mark.usefixtures("nobody_listens")
+    @pytest.mark.usefixtures("no_listeners")
     @pytest.mark.skipif(not has_clusters(), reason="this redis-py has no clusters")
     def test_status_costs_one_round_trip_for_each_node_of_a_cluster(self, cluster: Nodes, monkeypatch: Any) -> None:
         """Circuits lie on different nodes, and one status reads them all."""
@@ -775,7 +775,7 @@ class TestCommands:
 
     def test_commands_change_the_circuit(self, made: Make) -> None:
         """The commands have the same effect for every kind of storage."""
-        recorder = Heard()
+        recorder = TransitionRecorder()
         breakers = made(fail_max=2, reset_timeout=60, success_threshold=2, listeners=[recorder])
         payments = breakers.get("payments")
         breakers.set_state("payments", "open")
@@ -868,7 +868,7 @@ class TestRetryAfter:
             # After the timeout, the result is zero and not negative.
             assert retry_after(payments) == 0.0
 
-    @pytest.mark.usefixtures("nobody_listens")
+    @pytest.mark.usefixtures("no_listeners")
     def test_retry_after_in_steady_state_sends_no_command(self, server: PrivateServer) -> None:
         """`retry_after` is called for each rejected request."""
         meter = Meter(server, scripts=True)

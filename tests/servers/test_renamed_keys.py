@@ -27,7 +27,7 @@ from tests.support.wait import wait_for
 
 KEYS = circuit_keys("payments", needs_one_slot=False)
 
-pytestmark = pytest.mark.usefixtures("patient", "nobody_listens")
+pytestmark = pytest.mark.usefixtures("patient", "no_listeners")
 
 
 class ScriptRenaming(redis.Redis):

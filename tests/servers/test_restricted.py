@@ -16,7 +16,7 @@ from pybreaker_redis._replica import listener
 from pybreaker_redis._servers.server import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support import servers
-from tests.support.agreement import Two, health_of, said_of
+from tests.support.agreement import CircuitPair, health_of, log_lines_about
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import PROTOCOLS
 from tests.support.logs import lines_of, messages_of, records_of
@@ -25,7 +25,7 @@ from tests.support.selection import but_for
 from tests.support.servers import ONCE, no_server
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
+pytestmark = pytest.mark.usefixtures("no_listeners", "patient")
 
 TRACKS = max(PROTOCOLS) == 3
 
@@ -141,18 +141,18 @@ def test_restricted_server_is_used_with_one_log_line_per_missing_feature(
     server = restricted(restriction)
     options = {"username": "app", "password": "secret"}
     with (
-        said_of(caplog, f"127.0.0.1:{server.port}/0") as log_parts,
+        log_lines_about(caplog, f"127.0.0.1:{server.port}/0") as log_parts,
         # The client's own settings make no difference.
         contextlib.closing(redis.Redis(host="127.0.0.1", port=server.port, **options)) as here,
         contextlib.closing(redis.Redis(unix_socket_path=server.unix_socket, **options)) as there,
         contextlib.closing(operator_of(server)) as operator,
     ):
-        twos = [Two(here, there, f"circuit{number}", operator) for number in range(3)]
+        twos = [CircuitPair(here, there, f"circuit{number}", operator) for number in range(3)]
         for two in twos:
             two.here.call(up)
         if restriction.push != "none":
             wait_for(lambda: health_of(twos[0].here).push == restriction.push, f"push by {restriction.push}")
-        twos[0].live()
+        twos[0].run_lifecycle()
         for two in twos[1:]:
             fails(two.here, 2)
             assert two.here.current_state == "open"
@@ -179,7 +179,7 @@ def test_log_records_carry_their_data_and_no_keys(
 ) -> None:
     """Log handlers may count lines or alert. The arguments of commands are not logged."""
     server = restricted(Restriction("", ("EVAL", "EVALSHA")))
-    with said_of(caplog, str(server.port)) as log_parts, contextlib.closing(server.client()) as client:
+    with log_lines_about(caplog, str(server.port)) as log_parts, contextlib.closing(server.client()) as client:
         breaker_on(client).call(up)
     (line,) = log_parts
     assert "viewed" not in line
@@ -224,8 +224,8 @@ def test_connection_that_a_proxy_closes_repeatedly_is_logged_once(
         other.open()
         assert breaker.current_state == "open", "the breaker queries Redis"
         other.close()
-        closed_before = proxy.hung_up_on
-        wait_for(lambda: proxy.hung_up_on > closed_before + 2, "further attempts")
+        closed_before = proxy.closed_count
+        wait_for(lambda: proxy.closed_count > closed_before + 2, "further attempts")
         (line,) = messages_of(caplog, proxy)
         assert "changes of circuits cannot be heard (" in line
         proxy.forbidden = b""

@@ -17,14 +17,14 @@ import redis
 
 from pybreaker_redis._redis.keys import channel_of, circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support.agreement import Two, health_of
+from tests.support.agreement import CircuitPair, health_of
 from tests.support.breakers import breaker_on, fails, up
 from tests.support.clients import PROTOCOLS
 from tests.support.inspect import disable_resp3, listener_connections, storage_of, view_of
 from tests.support.logs import messages_of
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("no_listeners")
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,9 +300,9 @@ def test_user_without_scripts_needs_transactions(every_server: PrivateServer, ca
             namespace = next(_names)
             caplog.clear()
             with limited(every_server, granted) as here, contextlib.closing(every_server.client()) as there:
-                two = Two(here, there, namespace, operator)
+                two = CircuitPair(here, there, namespace, operator)
                 if missing is None:
-                    two.live()
+                    two.run_lifecycle()
                     lines = messages_of(caplog, every_server, namespace)
                     assert sum("runs no scripts" in line for line in lines) == 1
                     assert messages_of(caplog, every_server, namespace, level=logging.WARNING) == [

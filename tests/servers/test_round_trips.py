@@ -24,7 +24,7 @@ from tests.support.breakers import settled
 from tests.support.round_trips import Down, Meter, commands_sent
 
 #: Commands of listeners of other tests would be counted, too.
-pytestmark = pytest.mark.usefixtures("nobody_listens")
+pytestmark = pytest.mark.usefixtures("no_listeners")
 
 README = Path(__file__).parents[2] / "README.rst"
 

@@ -23,7 +23,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing import BreakerClock, force_closed, force_open, in_memory, unique_prefix
-from tests.support.breakers import Down, Heard, down, fails, up
+from tests.support.breakers import Down, TransitionRecorder, down, fails, up
 from tests.support.inspect import lease_ms_of, storage_of
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -100,7 +100,7 @@ class TestForced:
 
     def test_forced_circuit_is_restored_afterwards(self, make: Any) -> None:
         """Its counts are unchanged, too, and no listener has been notified."""
-        recorder = Heard()
+        recorder = TransitionRecorder()
         breaker = make(fail_max=3, listeners=[recorder])
         fails(breaker, 2)
         with force_open(breaker), force_closed(breaker):

@@ -70,7 +70,7 @@ def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
 def encrypted(reached: PrivateServer, certified: Certificates) -> Iterator[int]:
     """Yield the port of a TLS proxy of the server, because few binaries from pip support TLS."""
     port = free_port()
-    with contextlib.closing(Terminator(reached.unix_socket, certified, port, asks_who=False)):
+    with contextlib.closing(Terminator(reached.unix_socket, certified, port, requires_client_certificate=False)):
         yield port
 
 

@@ -200,7 +200,7 @@ def test_mixed_fleet_in_outages_writes_only_values_that_stock_can_parse(
         until = begin + 4.0
         dead = [(begin + at, begin + at + 0.5) for at in (0.3, 1.5, 2.7)]
         answers = fleet.run(sample_flood, until, at=begin, every=0.002, dead=dead, seconds=0.01)
-        changes = fleet.heard()
+        changes = fleet.transitions()
         generation = shared.generation
     assert [errors for _, errors in answers] == [[]] * 6
     assert {change.new for change in changes} == set(STATES), "the circuit was never in trouble"

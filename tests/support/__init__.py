@@ -1,1 +1,1 @@
-"""What tests share: servers, clients, faults, fleets, clocks; the only place that reaches in."""
+"""Shared support of the tests: servers, clients, faults, fleets, clocks, and access to private objects."""

@@ -1,7 +1,4 @@
-"""What tests of the view have in common: storages that are known to hear, and conditions with deadlines.
-
-Knows: storages, the listener's names.  Does not know: which promise is being tested.
-"""
+"""Breakers on storages, their dependency, and limits for the delay of changes."""
 
 from __future__ import annotations
 
@@ -22,24 +19,26 @@ class Down(Exception):
 
 
 def up() -> str:
-    """The dependency is well."""
+    """Call the healthy dependency."""
     return "answer"
 
 
 def down() -> None:
-    """The dependency is down."""
+    """Call the dead dependency."""
     raise Down
 
 
-def breaker_on(client: Any, namespace: str = NAMESPACE, **words: Any) -> pybreaker.CircuitBreaker:
-    """A breaker that has made a call; words of the breaker may be among those of the storage."""
-    of_breaker = {name: words.pop(name) for name in ("fail_max", "reset_timeout", "success_threshold") if name in words}
-    storage = CircuitRedisStorage("closed", client, namespace, **words)
+def breaker_on(client: Any, namespace: str = NAMESPACE, **settings: Any) -> pybreaker.CircuitBreaker:
+    """Return a breaker on a new storage, where `settings` are those of the breaker and of the storage."""
+    of_breaker = {
+        name: settings.pop(name) for name in ("fail_max", "reset_timeout", "success_threshold") if name in settings
+    }
+    storage = CircuitRedisStorage("closed", client, namespace, **settings)
     return pybreaker.CircuitBreaker(state_storage=storage, **of_breaker)
 
 
 def settled(breaker: pybreaker.CircuitBreaker) -> pybreaker.CircuitBreaker:
-    """The breaker, when its calls need no Redis any more."""
+    """Return the breaker once its calls send nothing to Redis."""
 
     def is_settled() -> bool:
         breaker.call(up)
@@ -51,35 +50,35 @@ def settled(breaker: pybreaker.CircuitBreaker) -> pybreaker.CircuitBreaker:
 
 
 def fails(breaker: pybreaker.CircuitBreaker, times: int = 1) -> None:
-    """So many guarded calls fail."""
+    """Make failing calls."""
     for _ in range(times):
         with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
             breaker.call(down)
 
 
-class Heard(pybreaker.CircuitBreakerListener):
-    """The transitions that a listener was told of."""
+class TransitionRecorder(pybreaker.CircuitBreakerListener):
+    """Recorder of the transitions that a breaker announces."""
 
     def __init__(self) -> None:
         self.states: list[tuple[str, str, str]] = []
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Note it."""
+        """Record a transition."""
         self.states.append((cb.name, old_state.name, new_state.name))
 
 
-#: The same where what is to be seen must be told: nobody looks for himself in time.
-PATIENT = 60.0
+#: Staleness in seconds that is so long that only a push can explain a change.
+PUSH_ONLY_STALENESS_S = 60.0
 
 
-#: A round trip and the time to notice, on a machine that does other things too, seconds.
-ROUND_TRIP = 1.5
+#: Seconds for a round trip and for the notice of a change, on a busy machine.
+NOTICE_MAX_S = 1.5
 
 
-#: Longest time for a push, seconds, on a machine that does other things too.
-PUSH = 2.0
+#: Most seconds from a change to its push, on a busy machine.
+PUSH_MAX_S = 2.0
 
 
 def seconds_until(breaker: pybreaker.CircuitBreaker, state: str) -> float:
-    """How long a breaker goes on before it reads this state; it is in use meanwhile."""
+    """Read the breaker's state until it is this one, and return the seconds that took."""
     return wait_for(lambda: breaker.current_state == state, f"reads {state}")

@@ -1,7 +1,4 @@
-"""Every kind of client of a single server: a new one is one entry.
-
-Knows: how people make their clients.  Does not know: what clients are tested for.
-"""
+"""Every kind of client of a single server, in one table."""
 
 from __future__ import annotations
 
@@ -23,12 +20,12 @@ except ImportError:
 
 
 class Prefixing(redis.Redis):
-    """Renames keys, as people do who share a server; knows more than redis-py's own."""
+    """Client that renames keys, as applications do that share a server."""
 
     prefix = ""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
-        """With the prefix before the key."""
+        """Execute a command with the prefix before its key."""
         if args[0] in ("GET", "SET"):
             args = (args[0], self.prefix + args[1], *args[2:])
         return super().execute_command(*args, **options)
@@ -37,35 +34,35 @@ class Prefixing(redis.Redis):
 Kind = Callable[[PrivateServer], Any]
 
 
-def by_port(server: PrivateServer, **words: Any) -> redis.Redis:
-    """The plainest of all."""
-    return redis.Redis(host="127.0.0.1", port=server.port, **words)
+def by_port(server: PrivateServer, **settings: Any) -> redis.Redis:
+    """Return a client of the TCP port."""
+    return redis.Redis(host="127.0.0.1", port=server.port, **settings)
 
 
 def retrying(retries: int) -> dict[str, Any]:
-    """Words for a client that tries so often again, as far as its library can be told."""
+    """Return arguments for a client with so many retries, or none if the library has no such setting."""
     if not ONCE:
         return {}
     return {"retry": redis.retry.Retry(redis.backoff.NoBackoff(), retries)}
 
 
 def pooled(server: PrivateServer) -> redis.Redis:
-    """With a pool that waits."""
+    """Return a client with a pool that waits for a free connection."""
     pool = redis.BlockingConnectionPool(host="127.0.0.1", port=server.port, max_connections=1, timeout=7)
     return redis.Redis(connection_pool=pool)
 
 
 def by_django(server: PrivateServer) -> Any:
-    """As Django projects have it."""
+    """Return a client from django-redis."""
     settings = pytest.importorskip("django.conf").settings
     cache = pytest.importorskip("django_redis.cache")
     if not settings.configured:
         settings.configure()
-    # What `django_redis.get_redis_connection` returns, without the caches that other tests have configured.
+    # The client of `django_redis.get_redis_connection`, without the caches that other tests have configured.
     return cache.RedisCache(server.url, {"OPTIONS": {"SOCKET_TIMEOUT": 9}}).client.get_client(write=True)
 
 
-#: Every kind of client of a single server.
+#: Every kind of client of a single server, by a name for test ids.
 KINDS: dict[str, Kind] = {
     "tcp": by_port,
     "password": lambda server: by_port(server, username="shop", password="secret"),
@@ -93,5 +90,5 @@ if "protocol" in inspect.signature(redis.Redis).parameters:
     KINDS["resp3"] = lambda server: by_port(server, protocol=3)
 
 
-#: What a line may speak: with 3 the server tells of foreign changes, with 2 only of published ones.
+#: Protocols of a push connection: the server tracks keys with RESP3, and only sends what is published with RESP2.
 PROTOCOLS = [3, 2] if "protocol" in inspect.signature(redis.Redis).parameters else [2]

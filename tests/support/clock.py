@@ -1,19 +1,16 @@
-"""Time as the code has it: what a thread spends waiting for a processor is the machine's doing.
-
-Knows: clocks, Linux's account of a thread.  Does not know: what is measured.
-"""
+"""Clocks for tests: a stopwatch that leaves out waits for a processor, and a clock that tests move."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-#: Nanoseconds on a processor, nanoseconds that it could have run and none was free, turns: Linux, sched-stats.rst.
+#: Nanoseconds on a processor, nanoseconds of waiting for one, number of turns: see sched-stats.rst of Linux.
 ACCOUNT = Path("/proc/thread-self/schedstat")
 
 
 def waited() -> float:
-    """Seconds that this thread has waited for a processor so far; 0.0 where nobody counts them."""
+    """Return the seconds that this thread has waited for a processor so far, or 0.0 on platforms without this count."""
     try:
         return int(ACCOUNT.read_text(encoding="ascii").split()[1]) / 1e9
     except OSError:
@@ -21,9 +18,9 @@ def waited() -> float:
 
 
 class Stopwatch:
-    """Measures what a block takes, in seconds, but for the time in which this thread was not allowed to run.
+    """Context that measures the seconds of a block, without the time that this thread waited for a processor.
 
-    So a bound may be tight, and holds on a machine that does other things, too.
+    A bound on such a time may be tight and still holds on a busy machine.
     """
 
     def __enter__(self) -> Stopwatch:  # typing.Self is new in 3.11
@@ -37,11 +34,11 @@ class Stopwatch:
 
 
 class Clock:
-    """A clock that stands still until a test moves it."""
+    """Clock that stands still until a test moves it."""
 
     def __init__(self, now: float = 100.0) -> None:
         self.now = now
 
     def __call__(self) -> float:
-        """What it shows."""
+        """Return the time."""
         return self.now

@@ -1,7 +1,4 @@
-"""Three primaries and their replicas, all of them real.
-
-Knows: processes, how nodes become a cluster, how slots and roles move.  Does not know: circuits.
-"""
+"""A cluster of three real primaries with replicas, with failovers and moves of slots."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ from tests.support.wait import wait_for
 
 PRIMARIES = 3
 
-#: Seconds of silence after which a node is taken for dead.
+#: Seconds of silence after which the other nodes count a node as dead.
 NODE_TIMEOUT = 1.0
 
-#: Nodes talk to each other on a port that lies so much higher.
+#: Distance of a node's port for the cluster bus from its port for clients.
 BUS = 10000
 
 
 def bus_port() -> int:
-    """A free port, whose neighbour for talks among the nodes is free, too."""
+    """Return a free port with a free port for the cluster bus."""
     while True:
         port = free_port()
         if port + BUS > 65535:
@@ -39,11 +36,11 @@ def bus_port() -> int:
 
 
 class Nodes:
-    """A cluster; a context manager, which makes it and ends it.
+    """Cluster of private servers, as a context manager.
 
     Args:
-        binary: Of the servers.
-        replicas: How many each primary has.
+        binary: Path of the server's binary.
+        replicas: Number of replicas of each primary.
     """
 
     def __init__(self, binary: str, *, replicas: int = 1) -> None:
@@ -72,18 +69,18 @@ class Nodes:
                 self.run(node, "CLUSTER", "ADDSLOTS", *range(first, last))
             if number:
                 self.run(node, "CLUSTER", "MEET", "127.0.0.1", self.all[0].port)
-        everybody = {self.id(node) for node in self.all}
+        node_ids = {self.id(node) for node in self.all}
 
-        def knows_all(node: PrivateServer) -> bool:
-            return everybody == {line.split()[0] for line in self.text(node, "CLUSTER", "NODES").splitlines()}
+        def sees_all_nodes(node: PrivateServer) -> bool:
+            return node_ids == {line.split()[0] for line in self.text(node, "CLUSTER", "NODES").splitlines()}
 
-        wait_for(lambda: all(knows_all(node) for node in self.all), "they know each other", within=30)
+        wait_for(lambda: all(sees_all_nodes(node) for node in self.all), "all nodes have met", within=30)
         for number, node in enumerate(self.all[PRIMARIES:]):
             self.run(node, "CLUSTER", "REPLICATE", self.id(self.all[number % PRIMARIES]))
         self.wait_until_whole()
 
     def wait_until_whole(self) -> None:
-        """Until each node that lives says that all is well, and every replica follows."""
+        """Wait until each running node reports a sound cluster and every replica is in sync."""
 
         def is_whole(node: PrivateServer) -> bool:
             if "cluster_state:ok" not in self.text(node, "CLUSTER", "INFO"):
@@ -95,9 +92,9 @@ class Nodes:
         wait_for(lambda: all(is_whole(node) for node in self.all if node.pid), "the cluster is whole", within=60)
 
     def run(self, node: PrivateServer, *command: Any) -> Any:
-        """Have one node carry out a command."""
+        """Execute a command on one node."""
         with contextlib.closing(node.client(**ONCE)) as client:
-            # Not `execute_command` of a name with callbacks: they differ from release to release.
+            # Not `execute_command`, because its callbacks for names of commands differ between releases.
             connection = (
                 client.connection_pool.get_connection("_") if _TAKES_NAME else client.connection_pool.get_connection()
             )
@@ -109,16 +106,16 @@ class Nodes:
                 client.connection_pool.release(connection)
 
     def text(self, node: PrivateServer, *command: Any) -> str:
-        """The same, as text."""
+        """Execute a command on one node, and return its reply as text."""
         answer = self.run(node, *command)
         return answer.decode() if isinstance(answer, bytes) else str(answer)
 
     def id(self, node: PrivateServer) -> str:
-        """What the others call it."""
+        """Return the id of a node."""
         return self.text(node, "CLUSTER", "MYID")
 
     def primary_of(self, slot: int) -> PrivateServer:
-        """Who serves a slot, in the words of a node that lives and belongs to the rest."""
+        """Return the primary that serves a slot, according to a running node of the sound cluster."""
         for node in self.all:
             if not node.pid or "cluster_state:ok" not in self.text(node, "CLUSTER", "INFO"):
                 continue
@@ -128,17 +125,17 @@ class Nodes:
         raise LookupError(slot)
 
     def wait_until_replaced(self, killed: PrivateServer, slot: int) -> None:
-        """Until another node serves a slot."""
+        """Wait until another node serves a slot."""
 
         def is_replaced() -> bool:
             with contextlib.suppress(LookupError):
                 return self.primary_of(slot) is not killed
             return False
 
-        wait_for(is_replaced, "another one takes over", within=30)
+        wait_for(is_replaced, "another node takes over", within=30)
 
     def replica_of(self, primary: PrivateServer) -> PrivateServer:
-        """One that follows it."""
+        """Return a replica of this primary."""
         own = self.id(primary)
         for line in self.text(primary, "CLUSTER", "NODES").splitlines():
             _, address, flags, master, *_ = line.split()
@@ -147,7 +144,7 @@ class Nodes:
         raise LookupError(own)
 
     def fail_over(self, slot: int) -> PrivateServer:
-        """An operator's command: the replica takes over; returns it."""
+        """Make a replica take over a slot, as an operator does, and return the new primary."""
         followers: list[PrivateServer] = []
 
         def is_followed() -> bool:
@@ -155,7 +152,7 @@ class Nodes:
                 followers.append(self.replica_of(self.primary_of(slot)))
             return bool(followers)
 
-        wait_for(is_followed, "the primary knows its replica", within=30)
+        wait_for(is_followed, "the primary lists its replica", within=30)
         replica = followers[0]
 
         def has_taken_over(within: float) -> bool:
@@ -164,16 +161,19 @@ class Nodes:
                 wait_for(lambda: self.primary_of(slot) is replica, "the replica has taken over", within=within)
             return self.primary_of(slot) is replica
 
-        # Too soon after another failover the primaries give no vote, and the replica gives up after five seconds.
+        # Soon after another failover the primaries refuse to vote, and the replica gives up after five seconds.
         wait_for(lambda: has_taken_over(6), "the replica has taken over", within=30)
         return replica
 
     def move(self, slot: int, *, pause: Any = lambda: None) -> PrivateServer:
-        """Have another primary serve a slot, keys and all, as ``redis-cli --cluster reshard`` does; returns it.
+        """Move a slot with its keys to another primary, as ``redis-cli --cluster reshard`` does.
 
         Args:
-            slot: Which.
-            pause: Called in the middle: the slot is under way, and no key has moved yet.
+            slot: Number of the slot.
+            pause: Called in the middle of the move, before any key has moved.
+
+        Returns:
+            The new primary.
         """
         source = self.primary_of(slot)
         target = next(
@@ -192,7 +192,7 @@ class Nodes:
         return target
 
     def restart(self, node: PrivateServer) -> None:
-        """Have one that was killed come back; it follows whoever has taken its place."""
+        """Restart a node that was killed, as a replica of the node that has taken its place."""
         node.start()
         self.wait_until_whole()
 
@@ -202,7 +202,7 @@ _ARGUMENTS = [
     *("--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"),
 ]
 
-#: redis-py before 5.3 wants to know what a connection is for.
+#: redis-py before 5.3 requires the name of a command for a connection.
 _TAKES_NAME = (
     inspect.signature(redis.ConnectionPool.get_connection).parameters["command_name"].default is inspect.Parameter.empty
 )

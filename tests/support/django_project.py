@@ -1,7 +1,4 @@
-"""A Django project for tests: settings, and views behind a circuit.
-
-Knows: Django.  Does not know: which promise is being tested.
-"""
+"""A Django project for tests: settings, and views behind a circuit."""
 
 from __future__ import annotations
 
@@ -34,27 +31,27 @@ if not settings.configured:
 
 @breakers.guard("payments")
 def charge() -> str:
-    """What the circuit guards."""
+    """Call the dependency through the circuit."""
     return up()
 
 
 def pay(request: HttpRequest) -> HttpResponse:
-    """A view that needs the dependency."""
+    """View that needs the dependency."""
     return HttpResponse(charge())
 
 
 async def pay_soon(request: HttpRequest) -> HttpResponse:
-    """The same for an asynchronous server; the call itself is short."""
+    """Asynchronous view that needs the dependency for a short call."""
     return HttpResponse(charge())
 
 
 def fail(request: HttpRequest) -> HttpResponse:
-    """A view with an error that is none of a circuit's."""
+    """View that raises an error of another kind."""
     return HttpResponse(down())
 
 
 def rest(request: HttpRequest, what: str) -> Any:
-    """Views of REST framework, which is imported when it is needed."""
+    """Views of REST framework, which is an optional import."""
     from rest_framework.decorators import api_view
     from rest_framework.response import Response
 

@@ -1,7 +1,4 @@
-"""Everything that can hold a circuit, in one list: a new one is one entry.
-
-Knows: how to make a storage of each kind.  Does not know: what storages are tested for.
-"""
+"""Every engine and server that can hold a circuit, in one table."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
 from tests.support.servers import FoundServer
 
-#: ``make("closed", "namespace", **options)``: a storage; the same namespace is the same circuit, unless in memory.
+#: ``make("closed", "namespace", **options)`` returns a storage.  Storages of one namespace share a circuit if possible.
 MakeStorage = Callable[..., Any]
 
-#: The running, empty server of a binary.
+#: Function that returns the running, empty server of a binary.
 TakeServer = Callable[[FoundServer], PrivateServer]
 
 
@@ -31,10 +28,10 @@ class EngineCase:
     """One way to hold a circuit.
 
     Attributes:
-        name: For test ids.
-        opened: A context in which storages of this kind can be made.
-        ours: Whether it is this package's; others are the reference.
-        shared: Whether two storages of one namespace are one circuit.
+        name: Name for test ids.
+        opened: Context in which storages of this kind can be made.
+        ours: Whether the storage is of this package.  Others are the reference.
+        shared: Whether two storages of one namespace share a circuit.
         found: Server that holds the circuit.
     """
 
@@ -58,15 +55,15 @@ def _memory(_: TakeServer) -> Iterator[MakeStorage]:
 
 
 @contextlib.contextmanager
-def _fakeredis(_: TakeServer, **words: Any) -> Iterator[MakeStorage]:
-    # As users' own tests have it: no lupa, so no scripts.
-    client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer(), **words)
+def _fakeredis(_: TakeServer, **settings: Any) -> Iterator[MakeStorage]:
+    # Users' own tests have fakeredis without lupa, that is without scripts.
+    client = fakeredis.FakeStrictRedis(server=fakeredis.FakeServer(), **settings)
     yield partial(_storage, client)
 
 
 @contextlib.contextmanager
-def _server(found: FoundServer, take: TakeServer, **words: Any) -> Iterator[MakeStorage]:
-    with contextlib.closing(take(found).client(**words)) as client:
+def _server(found: FoundServer, take: TakeServer, **settings: Any) -> Iterator[MakeStorage]:
+    with contextlib.closing(take(found).client(**settings)) as client:
         yield partial(_storage, client)
 
 
@@ -83,7 +80,7 @@ def _server_without_scripts(found: FoundServer, take: TakeServer) -> Iterator[Ma
 def _storage(client: Any, state: str = "closed", namespace: str | None = None, **options: Any) -> Any:
     from pybreaker_redis import CircuitRedisStorage
 
-    # Tests write to the keys behind a storage's back: it shall look every time.
+    # Tests write keys directly, so the storage must read them at every look.
     return CircuitRedisStorage(state, client, namespace=namespace, **{"max_staleness": 0, "timeout": 10, **options})
 
 
@@ -95,7 +92,7 @@ def _of_servers() -> Iterator[EngineCase]:
         yield EngineCase(f"{name}-optimistic", partial(_server_without_scripts, found), found=found)
 
 
-#: The one list.
+#: Every engine case.
 ENGINE_CASES = [
     EngineCase("reference", _reference, ours=False, shared=False),
     EngineCase("memory", _memory, shared=False),

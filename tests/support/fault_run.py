@@ -1,14 +1,16 @@
 """Randomised fault runs: processes that share circuits while a seeded schedule breaks Redis and the way to it.
 
-One private server, the project's proxy in front of it, worker processes (`fault_run_worker.py`) that only use the
-proxy, and a monitor that does not: it records each write of a circuit in the order in which the server executed it.  A
-run is a sequence of steps: the dependencies flap, faults come one after the other, everything is mended, and a calm
-follows that is long enough to see whether every process recovers.  `run` returns what happened as a `History`, and
-`tests/support/history.py` checks it.
+The parts of a run:
+
+- one private server, with the project's proxy in front of it
+- worker processes (`fault_run_worker.py`), which only use the proxy
+- a monitor, which bypasses the proxy and records each write of a circuit in the server's order.
+
+A run is a sequence of steps.  In each step the dependencies flap, faults follow one another, and all faults end.  The
+calm after them is long enough to show whether every process recovers.  `run` returns a `History`, which
+`tests/support/history.py` checks.
 
 ``python -m tests.support.fault_run --seconds 600 --seed 7`` makes a long run and prints the report.
-
-Knows: servers, proxies, processes, faults.  Does not know: which history is right.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import redis
 
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.faults import USER, Site
-from tests.support.history import Call, History, Limits, Loss, Spell, Write, check, describe
+from tests.support.history import Call, History, Interval, Limits, Loss, Write, check, describe
 from tests.support.wait import wait_for
 
 #: Environment variables that override seed, length and engine of the slow test.
@@ -60,16 +62,16 @@ CIRCUITS: dict[str, dict[str, int]] = {
     "early": {"fail_max": 2, "success_threshold": 1},
 }
 
-#: Seconds that a calm lasts beyond the bound of the slowest circuit: in them every call must succeed.
+#: Seconds of a calm after the bound of the slowest circuit.  In this time every call must succeed.
 BEYOND = 1.0
 
-#: Seconds within which a worker must be ready, and must end.
+#: Seconds within which a worker must be ready, and within which it must end.
 PATIENCE = 30.0
 
 
 def limits() -> dict[str, Limits]:
     """Return the limits of each circuit."""
-    return {name: Limits(probes=words["success_threshold"]) for name, words in CIRCUITS.items()}
+    return {name: Limits(probes=values["success_threshold"]) for name, values in CIRCUITS.items()}
 
 
 # -- the schedule ------------------------------------------------------------------------------------------------------
@@ -84,8 +86,8 @@ class Step:
         lead: Length of the flapping before the first fault.
         faults: Names of faults, and the length of each.
         pause: Length of the flapping between two faults.
-        down: Names of circuits whose dependency is down when the calm begins.
-        down_for: Length of that.
+        down: Names of circuits with a dead dependency at the begin of the calm.
+        down_for: Length of the time until these dependencies come up.
     """
 
     seed: int
@@ -97,18 +99,18 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Length of the step, but for what starting servers takes."""
+        """Length of the step, without the start of servers."""
         faults = sum(seconds for _, seconds in self.faults) + self.pause * (len(self.faults) - 1)
         return self.lead + faults + self.down_for + calm_seconds()
 
 
 def calm_seconds() -> float:
-    """Return how long all is well after the last fault of a step."""
+    """Return the length of the calm after the last fault of a step."""
     return max(limit.recovery for limit in limits().values()) + BEYOND
 
 
 def plan(seed: int, seconds: float) -> tuple[Step, ...]:
-    """Return steps that take so long together, the same ones for the same seed.
+    """Return steps of at least this length in all, the same ones for the same seed.
 
     Every fault is drawn once before any is drawn again.
     """
@@ -139,12 +141,12 @@ def plan(seed: int, seconds: float) -> tuple[Step, ...]:
 
 
 class Monitor:
-    """Records each write of a circuit's hash, and each loss of data, in the order in which the server executed them.
+    """Recorder of each write of a circuit's hash and each loss of data, in the order in which the server executed them.
 
-    ``MONITOR`` shows the commands of scripts and of transactions, whatever they publish, and FLUSHALL among them.
+    ``MONITOR`` shows FLUSHALL and the commands of scripts and transactions, whatever is published.
 
     Attributes:
-        trace: All up to now.
+        trace: Everything recorded so far.
     """
 
     _LINE = re.compile(rb'^\+(\d+)\.(\d+) \[[^\]]*\] "(?i:hset|hmset)" "([^"]*):pybreaker:circuit" (.*)$')
@@ -169,7 +171,7 @@ class Monitor:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise an error if the monitor no longer records, though its server runs."""
+        """Raise an error if the monitor records no more, although its server runs."""
         assert self._thread
         assert self._thread.is_alive(), "the monitor has lost its connection"
 
@@ -180,12 +182,12 @@ class Monitor:
             assert not self._thread.is_alive(), "the monitor's connection outlived its server"
 
     def lost(self, what: str) -> None:
-        """The server that is dead now lost data."""
+        """Record that the dead server lost data."""
         self._fields.clear()
         self.trace.append(Loss(time.monotonic(), what))
 
     def close(self) -> None:
-        """End the connection and the thread."""
+        """Close the connection and end the thread."""
         if self._connection:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
@@ -205,10 +207,10 @@ class Monitor:
         if not found:
             return
         seconds, micros, circuit, rest = found.groups()
-        words = [word.decode() for word in self._WORD.findall(rest)]
+        values = [word.decode() for word in self._WORD.findall(rest)]
         name = circuit.decode()
         fields = self._fields.setdefault(name, {})
-        fields.update(zip(words[::2], words[1::2], strict=True))
+        fields.update(zip(values[::2], values[1::2], strict=True))
         offset = time.time() - time.monotonic()
         self.trace.append(
             Write(
@@ -223,23 +225,23 @@ class Monitor:
 
 
 class Dependencies:
-    """Whether each circuit's dependency is up: a file of one byte for each, which all processes map into memory.
+    """Health of each circuit's dependency, in a file of one byte for each, which all processes map into memory.
 
     Attributes:
-        path: Of the file.
-        down: Spells in which a dependency was down, by circuit, each a little longer than it was.
+        path: Path of the file.
+        down: Intervals in which a dependency was down, by circuit, each a little longer than in truth.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.down: dict[str, list[Spell]] = {name: [] for name in CIRCUITS}
+        self.down: dict[str, list[Interval]] = {name: [] for name in CIRCUITS}
         self.since: dict[str, float] = {}
         path.write_bytes(b"\1" * len(CIRCUITS))
         with path.open("r+b") as file:
             self._up = mmap.mmap(file.fileno(), 0)
 
     def set(self, circuit: str, *, up: bool) -> None:
-        """Have a dependency go down or come up."""
+        """Let a dependency go down or come up."""
         if not up:
             self.since.setdefault(circuit, time.monotonic())
         self._up[list(CIRCUITS).index(circuit)] = up
@@ -247,14 +249,14 @@ class Dependencies:
             self.down[circuit].append((self.since.pop(circuit), time.monotonic()))
 
     def close(self) -> None:
-        """Have all come up, and end."""
+        """Let all dependencies come up, and close the file."""
         for circuit in CIRCUITS:
             self.set(circuit, up=True)
         self._up.close()
 
     @contextlib.contextmanager
     def flapping(self, seed: int) -> Iterator[None]:
-        """Have each go down and come up by chance; afterwards they stay as they are."""
+        """Let each dependency go down and come up at random, and leave it in its last state."""
         over = threading.Event()
         threads = [
             threading.Thread(target=self._flap, args=(over, circuit, random.Random(f"{seed}{circuit}")))
@@ -277,16 +279,16 @@ class Dependencies:
 
 
 class Crew:
-    """The worker processes, started together and never left behind.
+    """Worker processes, started together and always ended.
 
     Args:
-        site: Where the server is.
-        dependencies: What the workers guard.
-        directory: Where they leave what they saw.
-        processes: How many.
-        threads: In each.
-        seed: Of what they do.
-        seconds: How long they are needed; much later they end themselves.
+        site: Server with its proxy.
+        dependencies: Dependencies that the workers guard.
+        directory: Directory for the workers' results.
+        processes: Number of processes.
+        threads: Number of threads in each process.
+        seed: Seed of the workers' random choices.
+        seconds: Length of the run in seconds.  Long after that the workers end themselves.
     """
 
     def __init__(
@@ -304,7 +306,7 @@ class Crew:
         self.workers: list[subprocess.Popen[bytes]] = []
         try:
             for number, result in enumerate(self._results):
-                words = {
+                values = {
                     "process": number,
                     "threads": threads,
                     "port": site.proxy.port,
@@ -313,7 +315,7 @@ class Crew:
                     "seed": seed,
                     "lifetime": int(2 * seconds + 4 * PATIENCE),
                 }
-                command = [sys.executable, "-m", "tests.support.fault_run_worker", json.dumps(words)]
+                command = [sys.executable, "-m", "tests.support.fault_run_worker", json.dumps(values)]
                 path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
                 environment = {**os.environ, "PYTHONPATH": path}
                 self.workers.append(
@@ -321,7 +323,7 @@ class Crew:
                 )
             for worker in self.workers:
                 assert worker.stdout
-                # A worker that fails or is killed by its alarm ends the line.
+                # A worker that fails or is killed by its alarm closes the pipe.
                 assert worker.stdout.readline() == b"ready\n", "a worker did not start; its error stands above"
         except BaseException:
             self.close()
@@ -333,7 +335,7 @@ class Crew:
         assert not ended, f"workers ended early, exit codes {ended}"
 
     def finish(self) -> list[dict[str, Any]]:
-        """End all workers; return what each saw."""
+        """End all workers and return the result of each."""
         for worker in self.workers:
             assert worker.stdin
             worker.stdin.close()
@@ -342,7 +344,7 @@ class Crew:
         return [pickle.loads(result.read_bytes()) for result in self._results]
 
     def close(self) -> None:
-        """Kill those that are left."""
+        """Kill all remaining workers."""
         for worker in self.workers:
             worker.kill()
             worker.wait()
@@ -356,27 +358,27 @@ class Crew:
 
 @dataclass
 class Stage:
-    """All that a fault may act on."""
+    """Everything that a fault may act on."""
 
     site: Site
     monitor: Monitor
 
     @property
     def server(self) -> PrivateServer:
-        """The server."""
+        """Server of the run."""
         return self.site.server
 
     @property
     def administrator(self) -> redis.Redis:
-        """A client that does not use the proxy."""
+        """Client that bypasses the proxy."""
         return self.site.administrator
 
     def restart(self, *, keep_data: bool, lost: str) -> None:
-        """Start the dead server; no worker reaches it before the monitor does.
+        """Start the dead server, so that the monitor reaches it before any worker.
 
         Args:
-            keep_data: Whether it loads the last snapshot.
-            lost: How data was lost, or ``""``: it was not.
+            keep_data: Whether the server loads its last snapshot.
+            lost: How data was lost, or ``""`` without a loss.
         """
         self.site.proxy.refuse()
         self.monitor.ended()
@@ -387,7 +389,7 @@ class Stage:
         self.site.proxy.listen()
 
 
-#: A fault lasts for so many seconds and is mended when the function returns.
+#: A fault makes something fail for so many seconds, and returns when all works again.
 FaultFunction = Callable[[Stage, float], None]
 
 
@@ -406,7 +408,7 @@ def _killed_after_a_snapshot(stage: Stage, seconds: float) -> None:
 
 
 def _shut_down_and_whole(stage: Stage, seconds: float) -> None:
-    # The snapshot is the last thing that the server does: nothing that was executed is lost.
+    # The server saves at last, so no executed command is lost.
     with contextlib.suppress(redis.ConnectionError):
         stage.administrator.execute_command("SHUTDOWN", "SAVE")
     wait_for(lambda: stage.server.pid is None, "the server ends", PATIENCE)
@@ -433,7 +435,7 @@ def _paused(kind: str) -> FaultFunction:
     def paused(stage: Stage, seconds: float) -> None:
         stage.administrator.execute_command("CLIENT", "PAUSE", int(seconds * 1000), kind)
         time.sleep(seconds)
-        # It is answered when the pause is over.
+        # PING is answered after the pause.
         wait_for(lambda: _answers(stage), "the server answers", PATIENCE)
 
     return paused
@@ -495,7 +497,7 @@ def _repeated(act: Callable[[Stage], Any], pause: float) -> FaultFunction:
 
 
 def _forgotten(stage: Stage, seconds: float) -> None:
-    stage.site.proxy.forget()
+    stage.site.proxy.drop_silently()
     time.sleep(seconds)
 
 
@@ -518,9 +520,9 @@ FAULTS: dict[str, FaultFunction] = {
     "byte by byte": _proxied("dribble"),
     "refused": _refused,
     "reset": _repeated(lambda stage: stage.site.proxy.reset(), 0.05),
-    "hung up": _repeated(lambda stage: stage.site.proxy.hang_up(), 0.02),
+    "hung up": _repeated(lambda stage: stage.site.proxy.close_connections(), 0.02),
     "connections killed": _repeated(
-        # Not the monitor's, whose user is another one.
+        # The monitor has another user.
         lambda stage: stage.administrator.execute_command("CLIENT", "KILL", "USER", USER),
         0.05,
     ),
@@ -533,11 +535,11 @@ FAULTS: dict[str, FaultFunction] = {
 
 @dataclass
 class Run:
-    """What a run returns.
+    """Result of a run.
 
     Attributes:
-        history: What happened.
-        steps: What was planned.
+        history: Recorded history.
+        steps: Planned steps.
         log: Lines of the workers' logs: time, process, text.
     """
 
@@ -556,32 +558,32 @@ def run(
     processes: int = 2,
     threads: int = 4,
     only: Sequence[str] = (),
-    say: Callable[[str], object] = lambda text: None,
+    report_step: Callable[[str], object] = lambda text: None,
 ) -> Run:
-    """Make one run; everything that it started has ended when it returns or raises.
+    """Make one run and end every process that it started.
 
     Args:
-        binary: Path of the server.
-        directory: Where files may be left.
-        seed: Of the schedule and of what the workers do.
-        seconds: Length of the schedule; the last step is finished.
-        engine: How circuits are moved.
+        binary: Path of the server's binary.
+        directory: Directory for files.
+        seed: Seed of the schedule and of the workers' random choices.
+        seconds: Length of the schedule in seconds.  The last step is finished.
+        engine: Engine of the circuits.
         processes: Number of worker processes.
-        threads: Number of threads in each.
-        only: Names of faults, if not all are wanted: each is put in the place of those drawn.
-        say: Called with a line for each step.
+        threads: Number of threads in each process.
+        only: Names of faults that replace the drawn ones, in turn.
+        report_step: Called with a line for each step.
     """
     steps = plan(seed, seconds)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(PrivateServer(binary))
         site = stack.enter_context(contextlib.closing(Site(server, RIGHTS[engine])))
-        # A server that was left frozen does not end by itself.
+        # A frozen server does not end by itself.
         stack.callback(server.resume)
         monitor = stack.enter_context(contextlib.closing(Monitor(server)))
         monitor.attach()
         dependencies = stack.enter_context(contextlib.closing(Dependencies(directory / "dependencies")))
-        words: dict[str, Any] = {"processes": processes, "threads": threads, "seed": seed, "seconds": seconds}
-        crew = stack.enter_context(contextlib.closing(Crew(site, dependencies, directory, **words)))
+        values: dict[str, Any] = {"processes": processes, "threads": threads, "seed": seed, "seconds": seconds}
+        crew = stack.enter_context(contextlib.closing(Crew(site, dependencies, directory, **values)))
         history = History(time.monotonic(), 0.0, limits())
         stage = Stage(site, monitor)
         chosen = itertools.cycle(only) if only else iter(())
@@ -590,7 +592,7 @@ def run(
                 time.sleep(step.lead)
                 for index, (drawn, length) in enumerate(step.faults):
                     name = next(chosen, drawn)
-                    say(f"{time.monotonic() - history.began:7.2f} s, step {number + 1} of {len(steps)}: {name}")
+                    report_step(f"{time.monotonic() - history.began:7.2f} s, step {number + 1} of {len(steps)}: {name}")
                     if index:
                         time.sleep(step.pause)
                     begun = time.monotonic()
@@ -619,7 +621,7 @@ def run(
 
 
 def _settle(site: Site, monitor: Monitor) -> None:
-    """Wait until the monitor has seen the last write of each circuit, so that it has seen all."""
+    """Wait until the monitor has recorded the last write of each circuit, and therefore all writes."""
 
     def generation(circuit: str) -> int:
         return int(site.administrator.hget(f"{circuit}:pybreaker:circuit", "generation") or 0)
@@ -630,7 +632,7 @@ def _settle(site: Site, monitor: Monitor) -> None:
                 break
             if item.circuit == circuit:
                 return item.generation
-        # Untouched since the last loss, or loaded from a snapshot.
+        # The record is unchanged since the last loss, or comes from a snapshot.
         return generation(circuit)
 
     for circuit in CIRCUITS:
@@ -638,7 +640,7 @@ def _settle(site: Site, monitor: Monitor) -> None:
 
 
 def main() -> None:
-    """Make one run on the preferred server and print the report; exit 1 if a rule was broken."""
+    """Make one run on the preferred server, print the report, and exit with 1 if a rule was broken."""
     from tests.support.servers import at_hand
 
     parser = argparse.ArgumentParser(prog="python -m tests.support.fault_run", description=__doc__)
@@ -663,7 +665,7 @@ def main() -> None:
             processes=options.processes,
             threads=options.threads,
             only=options.only,
-            say=lambda text: print(text, flush=True),
+            report_step=lambda text: print(text, flush=True),
         )
     if options.keep:
         options.keep.write_bytes(pickle.dumps(made))
@@ -673,5 +675,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # A history that is kept names the classes of this module, not of "__main__".
+    # A pickled history names the classes of this module, not of "__main__".
     importlib.import_module("tests.support.fault_run").main()

@@ -1,12 +1,10 @@
-"""One worker process of a randomised fault run: threads that make guarded calls and record what they see.
+"""One worker process of a randomised fault run: threads that make guarded calls and record the results.
 
-Half of the slots of a process are threads that last, half start a new thread for each call, as a web server may do.
-Each slot has an unmodified `pybreaker.CircuitBreaker` of each circuit, so that the slots run in parallel.  The slots
-take turns between two storages of each circuit.
+Half of the slots of a process are lasting threads.  The other half starts a new thread for each call, as a web server
+may do.  Each slot has an unmodified `pybreaker.CircuitBreaker` of each circuit, so the slots run in parallel.  The
+slots use two storages of each circuit in turn.
 
-The process makes calls from its start until its standard input ends, and then writes what it saw.
-
-Knows: pybreaker, the storage under test.  Does not know: faults, rules.
+The process makes calls until its standard input ends, and then writes its results.
 """
 
 from __future__ import annotations
@@ -41,16 +39,16 @@ from tests.support.places import LIBRARY, PREFIX
 #: Seconds within which this process must be ready.
 PATIENCE = 30
 
-#: Seconds between two looks at whether this process could run.
+#: Seconds between two checks whether this process could run.
 TICK = 0.005
 
 #: Seconds without running that are a stall.
 STALL = 0.03
 
-#: Seconds after which the log notes where a call is.
+#: Seconds of a call after which the log receives its stack.
 LONG = Limits.timeout + Limits.longest_call + 0.1
 
-#: Lines of the log that are kept.
+#: Most lines of the log that are kept.
 MOST_LINES = 20_000
 
 
@@ -59,11 +57,11 @@ class Down(Exception):
 
 
 class Recorder(logging.Handler):
-    """Everything that this process saw.
+    """Recorder of everything that this process sees.
 
     Attributes:
         calls: Fields of `tests.support.history.Call`.
-        stalls: Spells in which this process could not run.
+        stalls: Intervals in which this process could not run.
         lines: Times and lines of the log.
         released: Times at which the calls that held a probe ended, by the probe's token.
     """
@@ -81,7 +79,7 @@ class Recorder(logging.Handler):
             self.lines.append((time.monotonic(), f"{record.levelname} {record.getMessage()}"))
 
     def watch_probes(self, probes: ProbeTokens) -> None:
-        """Record from when on no call holds a probe."""
+        """Record when calls release their probes."""
         release = probes.release
 
         def released(token: str) -> None:
@@ -91,8 +89,8 @@ class Recorder(logging.Handler):
         probes.release = released  # type: ignore[method-assign]
 
     def watch(self, over: threading.Event, slots: Sequence[Slot]) -> None:
-        """Record spells in which this process could not run, and where calls are that take too long."""
-        told: set[float] = set()
+        """Record intervals in which this process could not run, and the stacks of calls that take too long."""
+        reported: set[float] = set()
         while not over.is_set():
             before = time.monotonic()
             time.sleep(TICK)
@@ -101,29 +99,30 @@ class Recorder(logging.Handler):
                 self.stalls.append((before, now))
             for slot in slots:
                 thread, began = slot.calling
-                if began and now - began > LONG and began not in told:
-                    told.add(began)
+                if began and now - began > LONG and began not in reported:
+                    reported.add(began)
                     self.lines.append((now, f"a call takes long: {slot}\n{_stack(thread)}"))
 
     def error_in_a_thread(self, process: int, error: BaseException | None) -> None:
-        """Record that a thread of this process, ended by an error."""
+        """Record that an error ended a thread of this process."""
         now = time.monotonic()
         what = "".join(traceback.format_exception(error)) if error else "?"
         self.calls.append((process, -1, next(iter(CIRCUITS)), now, now, "error", f"in a thread: {what}"))
 
 
 class Slot:
-    """Guarded calls, one after the other.
+    """Sequence of guarded calls.
 
     Args:
-        words: What this process was given.
-        number: Of the slot.
-        storages: By circuit.
-        up: Of each dependency, in the order of the circuits.
-        recorder: Takes what is seen.
+        words: Arguments of this process.
+        number: Number of the slot.
+        storages: Storages by circuit.
+        up: Health of each dependency, in the order of the circuits.
+        recorder: Receiver of the results.
 
     Attributes:
-        calling: Identity of the thread that makes a call, and since when, monotonic seconds; 0.0: no call is made.
+        calling: Identity of the thread that makes a call, and the call's begin in monotonic seconds.  The begin is 0.0
+            between calls.
     """
 
     def __init__(
@@ -148,7 +147,7 @@ class Slot:
         return f"process {self._process}, thread {self._number}"
 
     def run(self, over: threading.Event) -> None:
-        """Make calls until it is over."""
+        """Make calls until `over` is set."""
         while not over.wait(self._chance.uniform(0.002, 0.02)):
             circuit = self._chance.choice(list(CIRCUITS))
             if self._is_fresh:
@@ -186,7 +185,7 @@ class Slot:
         except Down:
             outcome = "failed"
         except pybreaker.CircuitBreakerError as error:
-            # Of the call that trips the circuit it is the new error.
+            # The call that trips the circuit raises a new error.
             outcome, what = "failed" if "reached" in seen else "rejected", str(error)
         except BaseException:  # noqa: BLE001
             outcome, what = "error", traceback.format_exc()
@@ -208,23 +207,23 @@ def _stack(thread: int) -> str:
 
 
 def _own(storage: CircuitRedisStorage) -> tuple[bool, float, int]:
-    """Return whether this process uses its local circuit, since when Redis has been as it is, and which one it is."""
+    """Return whether the local circuit is used, the time of the last change, and the local circuit's number."""
     health = storage.health()
     since = 0.0 if health.since is None else health.since.timestamp() - time.time() + time.monotonic()
     return health.is_own, since, local_generation(storage)
 
 
 def _throughout(first: tuple[bool, float, int], last: tuple[bool, float, int]) -> bool | None:
-    """Return which circuit was used from the first look to the last; ``None`` if that changed."""
+    """Return which circuit was used from the first look to the last, or ``None`` after a change."""
     changed = first[0] != last[0] or abs(first[1] - last[1]) > SAME
     changed = changed or (last[0] and first[2] != last[2])
     return None if changed else last[0]
 
 
 def main() -> None:
-    """Run until the standard input ends, then write what was seen."""
+    """Run until the standard input ends, then write the results."""
     words: dict[str, Any] = json.loads(sys.argv[1])
-    # Whatever becomes of the test, this process ends.
+    # The alarm ends this process even if the test process is gone.
     signal.alarm(PATIENCE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     recorder = Recorder()

@@ -1,7 +1,4 @@
-"""Everything that can be wrong with a Redis, done to a real one.
-
-Knows: servers, the proxy in front of one.  Does not know: what is promised while it lasts.
-"""
+"""Faults of a real server and of the way to the server."""
 
 from __future__ import annotations
 
@@ -18,16 +15,16 @@ from tests.support.proxy import Proxy
 from tests.support.servers import ONCE
 from tests.support.wait import wait_for
 
-#: The user whose rights can be withdrawn.
+#: User whose rights a test can withdraw.
 USER = "app"
 
 
 class Site:
-    """A server, the proxy in front of it, and an administrator who goes round the proxy.
+    """A server, the proxy in front of it, and an administrator's client that bypasses the proxy.
 
     Args:
-        server: Runs; restarted as often as needed.
-        rights: Rights of the user while nothing is wrong.
+        server: Running server, restarted as often as needed.
+        rights: Rights of the user without a fault.
     """
 
     def __init__(self, server: PrivateServer, rights: Sequence[str] = ("+@all",)) -> None:
@@ -37,36 +34,36 @@ class Site:
         self.administrator = server.client(**ONCE)
         self.permit(*self.rights)
 
-    def client(self, **words: Any) -> redis.Redis:
-        """A client of the user, through the proxy."""
-        return redis.Redis(host="127.0.0.1", port=self.proxy.port, username=USER, password="any", **words)
+    def client(self, **settings: Any) -> redis.Redis:
+        """Return a client of the user, through the proxy."""
+        return redis.Redis(host="127.0.0.1", port=self.proxy.port, username=USER, password="any", **settings)
 
     def permit(self, *rights: str) -> None:
-        """Give the user these rights, and take away all others."""
-        words = ("reset", "on", "nopass", "~*", "&*", *rights)
-        self.administrator.execute_command("ACL", "SETUSER", USER, *words)
+        """Give the user exactly these rights."""
+        rules = ("reset", "on", "nopass", "~*", "&*", *rights)
+        self.administrator.execute_command("ACL", "SETUSER", USER, *rules)
 
     def restart(self, *, keep_data: bool) -> None:
-        """After this the server runs again; users it has forgotten are made anew."""
+        """Start the server again, with its users."""
         self.server.restart(keep_data=keep_data)
         self.permit(*self.rights)
 
     def close(self) -> None:
-        """The proxy has no more connections."""
+        """Close the proxy with its connections, and the administrator's client."""
         self.proxy.close()
         self.administrator.close()
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong, and is mended.
+    """A fault of Redis or of the way to Redis, and its end.
 
     Attributes:
-        name: For test ids.
-        during: Makes it go wrong, and after that mends it.
+        name: Name for test ids.
+        during: Context in which the fault lasts.
         answers: Whether Redis can be read meanwhile.
         comes_back_empty: Whether the data is lost.
-        flickers: Whether it works now and then meanwhile.
+        flickers: Whether Redis works at times.
     """
 
     name: str
@@ -149,7 +146,7 @@ def _permitted(*rights: str) -> Callable[[Site], Any]:
 
 @contextlib.contextmanager
 def _cannot_save(site: Site) -> Iterator[None]:
-    """MISCONF: the last snapshot could not be written, because something is in its place."""
+    """Let the last snapshot fail (MISCONF), because a directory is in its place."""
     in_the_way = site.server.directory / "dump.rdb"
     with contextlib.suppress(FileNotFoundError):
         in_the_way.unlink()
@@ -167,7 +164,7 @@ def _cannot_save(site: Site) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loading(site: Site) -> Iterator[None]:
-    """It reads its data for as long as it takes; connections are accepted, commands refused."""
+    """Let the server read its data slowly, so that it accepts connections and refuses commands."""
     names = [f"ballast:{number}" for number in range(500)]
     site.administrator.mset(dict.fromkeys(names, "x" * 1024))
     site.administrator.save()
@@ -194,10 +191,10 @@ def _refuses(site: Site, word: str) -> bool:
     return False
 
 
-def _proxied(manner: Any, **words: Any) -> Callable[[Site], Any]:
+def _proxied(manner: Any, **settings: Any) -> Callable[[Site], Any]:
     @contextlib.contextmanager
     def proxied(site: Site) -> Iterator[None]:
-        for name, value in words.items():
+        for name, value in settings.items():
             setattr(site.proxy, name, value)
         site.proxy.manner = manner
         try:
@@ -217,7 +214,7 @@ def _refused(site: Site) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _accepted_and_never_answered(site: Site) -> Iterator[None]:
-    site.proxy.hang_up()
+    site.proxy.close_connections()
     with _proxied("silent")(site):
         yield
 
@@ -247,6 +244,6 @@ FAULTS = (
 
 @contextlib.contextmanager
 def site_of(server: PrivateServer) -> Iterator[Site]:
-    """The server with a proxy in front."""
+    """Yield the server with a proxy in front."""
     with contextlib.closing(Site(server)) as site:
         yield site

@@ -1,11 +1,9 @@
 """Fleets of real processes that guard one dependency with one circuit.
 
-A test drives its workers like a puppeteer: it tells each what to do, sees when a call has *reached* the dependency, and
-decides when and how that call ends. So the order of events is chosen, not hoped for, and no test sleeps to let
-something happen. Everything has a deadline; a worker that misses it is killed, a worker's exception is raised in the
-test with its traceback.
-
-Knows: processes, pipes, pybreaker.  Does not know: pytest, which promise is being tested.
+A test controls each step of its workers.  It starts a function in a worker, waits until a call has *reached* the
+dependency, and decides when and how that call ends.  The test thus chooses the order of events, and needs no sleep.
+Every step has a deadline, and a worker that misses it is killed.  An exception of a worker is raised in the test with
+its traceback.
 """
 
 from __future__ import annotations
@@ -33,17 +31,17 @@ from tests.support.places import client_at
 #: Seconds that a step of a worker may take before the test fails and the fleet is killed.
 DEADLINE = 30.0
 
-#: Seconds that a fleet has to end when the test is over, before it is killed.
+#: Seconds for the end of a fleet after the test, before the fleet is killed.
 PATIENCE = 5.0
 
-#: Seconds after which a worker ends itself, whatever became of the test process.
+#: Seconds after which a worker ends itself, even if the test process is gone.
 LIFETIME = 120
 
-#: Imported once by the fork server, so that a worker starts in milliseconds. ``pytest`` is here because every worker
-#: imports the main module of the test process again.
+#: Modules that the fork server imports once, so that a worker starts in milliseconds.  ``pytest`` is among them because
+#: every worker imports the main module of the test process again.
 PRELOAD = ["pytest", "redis", "pybreaker", "pybreaker_redis", "time_machine", "tests.support.fleet"]
 
-#: What the storage under test is made of: this package's, or the one that comes with pybreaker.
+#: Origin of the storage under test: this package, or pybreaker's stock storage.
 Make = Literal["ours", "stock"]
 
 _context = multiprocessing.get_context("forkserver")
@@ -51,39 +49,39 @@ _starting = threading.Lock()
 
 
 class WorkerFailed(Exception):
-    """A worker raised, died or missed its deadline; the message carries its traceback."""
+    """A worker raised, died or missed its deadline.  The message carries its traceback."""
 
 
 class DependencyDown(Exception):
-    """What the guarded dependency raises when it is down: the user's own exception."""
+    """The dependency's own error, raised while it is down."""
 
 
 class ListenerFailed(Exception):
-    """What a careless listener raises."""
+    """Error of a careless listener."""
 
 
-# -- what a worker is made of ------------------------------------------------------------------------------------------
+# -- parts of a worker -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One worker's client, storage and breaker, in words that can be sent to another process.
+    """One worker's client, storage and breaker, as values that can be sent to another process.
 
     Attributes:
-        make: Whose storage.
-        place: Of the server: the path of its unix socket, or what `places.client_at` takes.
-        log: File in which the dependency notes its calls, one for the fleet.
-        namespace: The circuit.
+        make: Origin of the storage.
+        place: Path of the server's unix socket, or an argument of `places.client_at`.
+        log: File in which the dependency records its calls, one for the fleet.
+        namespace: Namespace of the circuit.
         fail_max: As in ``pybreaker.CircuitBreaker``.
         reset_timeout: As in ``pybreaker.CircuitBreaker``, seconds.
         success_threshold: As in ``pybreaker.CircuitBreaker``.
-        probe_lease: Seconds; for our storage only.
-        max_staleness: Seconds; for our storage only.
-        timeout: Seconds; for our storage only.  Longer than usual, because fleets have more processes than the machine
-            has cores: where Redis is not the subject it shall not be taken for away.
+        probe_lease: Seconds, for storages of this package only.
+        max_staleness: Seconds, for storages of this package only.
+        timeout: Seconds, for storages of this package only.  A fleet has more processes than the machine has cores, so
+            the value is long: a slow answer must not count as an outage.
         fallback: As in ``pybreaker.CircuitRedisStorage``.
         clock_skew: Seconds by which this worker's wall clock is ahead.
-        listener: ``record`` notes each change of state, ``look`` also reads ``current_state`` in it, ``raise`` raises.
+        listener: ``record`` records each transition, ``look`` also reads ``current_state``, ``raise`` raises.
     """
 
     make: Make
@@ -102,15 +100,15 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """A change of state, as a worker's listener was told of it.
+class Transition:
+    """A transition that a worker's listener received.
 
     Attributes:
-        worker: Which worker.
-        at: When, seconds on the monotonic clock that all processes of a machine share.
+        worker: Number of the worker.
+        at: Monotonic seconds, on the clock that all processes of a machine share.
         old: State before.
-        new: State now.
-        current: ``breaker.current_state`` at that moment, if the listener looked.
+        new: State after.
+        current: ``breaker.current_state`` at that moment, if the listener read it.
     """
 
     worker: int
@@ -125,12 +123,12 @@ class Outcome:
     """One guarded call, as its caller saw it.
 
     Attributes:
-        worker: Which worker.
-        began: When it was made, monotonic seconds.
-        ended: When the caller had its answer, monotonic seconds.
+        worker: Number of the worker.
+        began: Monotonic seconds at the begin of the call.
+        ended: Monotonic seconds at the end of the call.
         reached: Whether the dependency was called.
         error: Name of the exception's type, or ``""``.
-        message: The exception's text.
+        message: Text of the exception.
     """
 
     worker: int
@@ -142,12 +140,12 @@ class Outcome:
 
     @property
     def rejected(self) -> bool:
-        """The breaker refused without calling the dependency."""
+        """Whether the breaker refused the call without calling the dependency."""
         return self.error == "CircuitBreakerError" and not self.reached
 
     @property
     def tripped(self) -> bool:
-        """This call was told that it opened a closed circuit."""
+        """Whether this call opened a closed circuit, according to its error."""
         return "Failures threshold reached" in self.message
 
 
@@ -158,21 +156,21 @@ class _Listener(pybreaker.CircuitBreakerListener):
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
         mode = self._worker.spec.listener
         current = cb.current_state if mode == "look" else None
-        self._worker.heard.append(
-            Heard(self._worker.index, time.monotonic(), getattr(old_state, "name", ""), new_state.name, current)
+        self._worker.transitions.append(
+            Transition(self._worker.index, time.monotonic(), getattr(old_state, "name", ""), new_state.name, current)
         )
         if mode == "raise":
             raise ListenerFailed(f"on the way to {new_state.name}")
 
 
 class Worker:
-    """Inside a worker process: its breaker, and the line to the test."""
+    """Breaker of a worker process, and its connection to the test."""
 
     def __init__(self, index: int, spec: Spec, line: Any) -> None:
         self.index = index
         self.spec = spec
-        self.heard: list[Heard] = []
-        # pybreaker's storage has no timeout but the client's: with retries it would hardly make a call in an outage.
+        self.transitions: list[Transition] = []
+        # Stock's only timeout is the client's: with retries a worker would hardly make a call in an outage.
         self.client = client_at(spec.place if ":" in spec.place else f"unix:{spec.place}")
         self.storage = make_storage(spec, self.client)
         self.breaker = pybreaker.CircuitBreaker(
@@ -186,27 +184,27 @@ class Worker:
         self._log = os.open(spec.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._reached = 0
 
-    def say(self, word: str) -> None:
-        """Tell the test that this worker has come so far."""
-        self._line.send(("said", word))
+    def report(self, word: str) -> None:
+        """Report to the test that this worker has reached a step."""
+        self._line.send(("report", word))
 
     @property
     def dismissed(self) -> bool:
-        """The test is over, or gone: a loop should end early."""
+        """Whether the test is over or gone, so that a loop should end early."""
         over: bool = self._line.poll()
         return over
 
-    def hear(self) -> Any:
-        """Wait until the test says how to go on."""
+    def wait_for_release(self) -> Any:
+        """Wait until the test releases this worker, and return the value that it sent."""
         if not self._line.poll(DEADLINE):
-            raise TimeoutError("the test did not say how to go on")
+            raise TimeoutError("the test did not release this worker in time")
         kind, value = self._line.recv()
         assert kind == "release", kind
         return value
 
     @contextlib.contextmanager
     def in_dependency(self) -> Iterator[None]:
-        """Note begin and end of a call that reached the dependency, for all processes to see."""
+        """Record begin and end of a call that reached the dependency, for all processes to see."""
         self._reached += 1
         call = f"{self.index}:{self._reached}"
         self.note(call, "begin")
@@ -222,7 +220,7 @@ class Worker:
         os.write(self._log, line.encode())
 
     def guarded(self, function: Callable[[], Any]) -> Outcome:
-        """Make one guarded call and describe it; no exception of the breaker or the dependency escapes."""
+        """Make one guarded call and return its outcome, without raising an error of the breaker or the dependency."""
         before, began = self._reached, time.monotonic()
         error = message = ""
         try:
@@ -233,22 +231,22 @@ class Worker:
 
 
 def make_storage(spec: Spec, client: Any) -> Any:
-    """The storage that `spec` asks for."""
+    """Return a new storage for this worker."""
     if spec.make == "stock":
         return pybreaker.CircuitRedisStorage("closed", client, spec.namespace, spec.fallback)
-    # Stock cases must run where the package itself cannot be imported, for example while it is being changed.
+    # Stock cases must run even if the package itself cannot be imported, for example while it is being changed.
     from pybreaker_redis import CircuitRedisStorage
 
-    given = {"probe_lease": spec.probe_lease, "max_staleness": spec.max_staleness, "timeout": spec.timeout}
-    extra: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    limits = {"probe_lease": spec.probe_lease, "max_staleness": spec.max_staleness, "timeout": spec.timeout}
+    extra: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     return CircuitRedisStorage("closed", client, spec.namespace, spec.fallback, **extra)
 
 
-# -- what a worker can be told to do -----------------------------------------------------------------------------------
+# -- functions that a worker can run -----------------------------------------------------------------------------------
 
 
 def call(worker: Worker, *, fail: bool = False, seconds: float = 0.0) -> Outcome:
-    """One guarded call that takes `seconds` and fails or not."""
+    """Make one guarded call of this length."""
 
     def dependency() -> None:
         with worker.in_dependency():
@@ -261,39 +259,39 @@ def call(worker: Worker, *, fail: bool = False, seconds: float = 0.0) -> Outcome
 
 
 def calls(worker: Worker, count: int, *, fail: bool = False) -> list[Outcome]:
-    """`count` guarded calls, one after the other."""
+    """Make `count` guarded calls in a row."""
     return [call(worker, fail=fail) for _ in range(count)]
 
 
 def uncounted_failures(worker: Worker, count: int) -> int:
-    """`count` guarded failures as fast as possible, without notes; how many came back as the user's own exception."""
+    """Make `count` failing calls without a record, and return how many raised the dependency's own error."""
 
     def dependency() -> None:
         raise DependencyDown
 
-    own = 0
+    failures = 0
     for _ in range(count):
         try:
             worker.breaker.call(dependency)
         except DependencyDown:
-            own += 1
-    return own
+            failures += 1
+    return failures
 
 
 def held_call(worker: Worker) -> Outcome:
-    """One guarded call that says ``reached`` in the dependency and ends as the test says: True is success."""
+    """Make one guarded call that reports ``reached`` and ends as the test decides: True is success."""
 
     def dependency() -> None:
         with worker.in_dependency():
-            worker.say("reached")
-            if not worker.hear():
+            worker.report("reached")
+            if not worker.wait_for_release():
                 raise DependencyDown
 
     return worker.guarded(dependency)
 
 
 def held_call_when_admitted(worker: Worker, within: float, every: float = 0.01) -> Outcome:
-    """As `held_call`, but tried again and again while rejected, `within` so many seconds."""
+    """Make a held call, repeated while it is rejected, for at most `within` seconds."""
     until = time.monotonic() + within
     while True:
         outcome = held_call(worker)
@@ -305,7 +303,7 @@ def held_call_when_admitted(worker: Worker, within: float, every: float = 0.01) 
 def call_when_admitted(
     worker: Worker, within: float, every: float = 0.01, *, fail: bool = False, seconds: float = 0.0
 ) -> Outcome:
-    """As `call`, but tried again and again while rejected, `within` so many seconds."""
+    """Make a guarded call, repeated while it is rejected, for at most `within` seconds."""
     until = time.monotonic() + within
     while True:
         outcome = call(worker, fail=fail, seconds=seconds)
@@ -315,14 +313,14 @@ def call_when_admitted(
 
 
 def flood(worker: Worker, until: float, *, every: float, dead: Sequence[tuple[float, float]], seconds: float) -> int:
-    """Calls `every` so many seconds `until` a monotonic time; how many were made.
+    """Make a call every few milliseconds until a monotonic time, and return the number of calls.
 
     Args:
         worker: This worker.
         until: Monotonic time of the end.
         every: Pause between calls, seconds.
-        dead: Spells in which the dependency is down, monotonic times; a call that begins in one fails.
-        seconds: What a call takes while the dependency is down.
+        dead: Intervals in which the dependency is down, monotonic times.  A call that begins in one fails.
+        seconds: Length of a call while the dependency is down.
     """
 
     def dependency() -> None:
@@ -341,17 +339,17 @@ def flood(worker: Worker, until: float, *, every: float, dead: Sequence[tuple[fl
 
 
 def recover(worker: Worker, at: float, *, threads: int, seconds: float, patience: float) -> float:
-    """Successful calls, each on a thread of its own, from a time on until the circuit is closed.
+    """Make successful calls, each on a new thread, until the circuit is closed.
 
     Args:
         worker: This worker.
         at: Monotonic time of the first call.
-        threads: How many call at the same time, with as many breakers.
-        seconds: What a call takes.
-        patience: Seconds after which the threads give up.
+        threads: Number of parallel callers, each with its own breaker.
+        seconds: Length of a call.
+        patience: Seconds after which the callers give up.
 
     Returns:
-        When the last of them saw that the circuit is closed, monotonic seconds.
+        The monotonic time at which the last caller saw a closed circuit.
     """
 
     def dependency() -> None:
@@ -385,7 +383,7 @@ def recover(worker: Worker, at: float, *, threads: int, seconds: float, patience
 
 
 def monitor(worker: Worker, until: float) -> int:
-    """Read all that a breaker offers to read, in a loop, until a monotonic time; how many rounds were read."""
+    """Read every property of a breaker in a loop until a monotonic time, and return the number of rounds."""
     rounds = 0
     breaker = worker.breaker
     while time.monotonic() < until and not worker.dismissed:
@@ -397,21 +395,21 @@ def monitor(worker: Worker, until: float) -> int:
 
 
 def read_state(worker: Worker, times: int = 1) -> str:
-    """``breaker.state.name``, read `times` times as a health endpoint does; noticing a transition is part of it."""
+    """Read ``breaker.state.name`` several times, as a health endpoint does, which may announce a transition."""
     for _ in range(times):
         name: str = worker.breaker.state.name
     return name
 
 
 def operator(worker: Worker, verb: Literal["open", "half_open", "close"]) -> float:
-    """An operator's ``breaker.open()`` and so on; the monotonic time at which it was done."""
+    """Call ``breaker.open()`` or another command of an operator, and return the monotonic time at its end."""
     getattr(worker.breaker, verb)()
     return time.monotonic()
 
 
-def heard(worker: Worker) -> list[Heard]:
-    """What this worker's listener was told so far."""
-    return list(worker.heard)
+def transitions_of(worker: Worker) -> list[Transition]:
+    """Return the transitions that this worker's listener has received so far."""
+    return list(worker.transitions)
 
 
 # -- the worker process ------------------------------------------------------------------------------------------------
@@ -432,8 +430,8 @@ def _serve(index: int, spec: Spec, line: Any) -> None:
                 return
             function, args, kwargs = value
             if kind == "arm":
-                line.send(("said", "armed"))
-                time.sleep(max(0.0, worker.hear() - time.monotonic()))
+                line.send(("report", "armed"))
+                time.sleep(max(0.0, worker.wait_for_release() - time.monotonic()))
             line.send(("result", function(worker, *args, **kwargs)))
     except EOFError:  # the test is gone
         return
@@ -446,12 +444,12 @@ def _skew_clock(seconds: float) -> None:
     if seconds:
         import time_machine
 
-        # Moves time.time and datetime.now, not the monotonic clock: as a wrongly set clock does.
+        # As a wrongly set clock: moves time.time and datetime.now, and not the monotonic clock.
         time_machine.travel(time.time() + seconds, tick=True).start()
 
 
-class Puppet:
-    """In the test: one worker process."""
+class WorkerHandle:
+    """One worker process, as the test sees it."""
 
     def __init__(self, index: int, spec: Spec) -> None:
         self.index = index
@@ -460,48 +458,48 @@ class Puppet:
         self.process = _context.Process(target=_serve, args=(index, spec, far), daemon=True)
         self.process.start()
         far.close()
-        self._said: list[str] = []
+        self._reports: list[str] = []
 
     def begin(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Let it do `function`, and do not wait."""
+        """Start `function` in the worker, and return at once."""
         self.line.send(("do", (function, args, kwargs)))
 
     def arm(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Let it stand ready to do `function` at the instant that `release` names."""
+        """Prepare the worker to start `function` at the instant that `release` sends."""
         self.line.send(("arm", (function, args, kwargs)))
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let it do `function`; its result."""
+        """Run `function` in the worker and return its result."""
         self.begin(function, *args, **kwargs)
         return self.result()
 
     def release(self, value: Any) -> None:
-        """Answer a worker that waits in `Worker.hear`."""
+        """Send a value to a worker that waits in `Worker.wait_for_release`."""
         self.line.send(("release", value))
 
     def wait_for(self, word: str, within: float = DEADLINE) -> None:
-        """Wait until it has said `word`."""
+        """Wait until the worker has reported `word`."""
         until = time.monotonic() + within
-        while word not in self._said:
-            kind, value = self._receive(until, f"say {word!r}")
-            if kind != "said":
-                raise WorkerFailed(f"worker {self.index} was to say {word!r} but returned {value!r}")
-            self._said.append(value)
-        self._said.remove(word)
+        while word not in self._reports:
+            kind, value = self._receive(until, f"report {word!r}")
+            if kind != "report":
+                raise WorkerFailed(f"worker {self.index} was to report {word!r} but returned {value!r}")
+            self._reports.append(value)
+        self._reports.remove(word)
 
-    def said_or_done(self, word: str, until: float) -> tuple[bool, Any]:
-        """``(True, None)`` when it has said `word`, ``(False, result)`` when it is done without."""
-        kind, value = self._receive(until, f"say {word!r} or return")
-        return (True, None) if (kind, value) == ("said", word) else (False, value)
+    def report_or_result(self, word: str, until: float) -> tuple[bool, Any]:
+        """Wait for `word` or the function's end, and return ``(True, None)`` or ``(False, result)``."""
+        kind, value = self._receive(until, f"report {word!r} or return")
+        return (True, None) if (kind, value) == ("report", word) else (False, value)
 
     def result(self, within: float = DEADLINE) -> Any:
-        """What the last thing it was told to do returned."""
+        """Return the result of the last function that was started in the worker."""
         until = time.monotonic() + within
         while True:
             kind, value = self._receive(until, "return")
             if kind == "result":
                 return value
-            self._said.append(value)
+            self._reports.append(value)
 
     def _receive(self, until: float, what: str) -> tuple[str, Any]:
         if not self.line.poll(max(0.0, until - time.monotonic())):
@@ -516,13 +514,13 @@ class Puppet:
         return kind, value
 
     def kill(self) -> float:
-        """SIGKILL it; the monotonic time at which it was dead."""
+        """Kill the worker, and return the monotonic time at which it was dead."""
         self.process.kill()
         self.process.join(DEADLINE)
         return time.monotonic()
 
     def stop(self, until: float) -> None:
-        """Let it go until a monotonic time, then make it."""
+        """Wait for the end of the worker until a monotonic time, then kill it."""
         self.line.close()
         self.process.join(max(0.0, until - time.monotonic()))
         if self.process.exitcode is None:
@@ -532,16 +530,16 @@ class Puppet:
 
 
 class Fleet:
-    """In the test: some workers, started together and never left behind."""
+    """Some workers, as the test sees them, started together and always ended."""
 
     def __init__(self, specs: Iterable[Spec]) -> None:
         self.specs = list(specs)
-        self.workers: list[Puppet] = []
+        self.workers: list[WorkerHandle] = []
 
     def __enter__(self) -> Fleet:  # typing.Self is new in 3.11
         start_fork_server()
         try:
-            self.workers += [Puppet(index, spec) for index, spec in enumerate(self.specs)]
+            self.workers += [WorkerHandle(index, spec) for index, spec in enumerate(self.specs)]
             for worker in self.workers:
                 worker.result()
         except BaseException:
@@ -557,7 +555,7 @@ class Fleet:
         for worker in self.workers:
             worker.stop(until)
 
-    def __getitem__(self, index: int) -> Puppet:
+    def __getitem__(self, index: int) -> WorkerHandle:
         return self.workers[index]
 
     def __len__(self) -> int:
@@ -568,10 +566,10 @@ class Fleet:
         function: Callable[..., Any],
         *args: Any,
         at: float | None = None,
-        only: Sequence[Puppet] | None = None,
+        only: Sequence[WorkerHandle] | None = None,
         **kwargs: Any,
     ) -> float:
-        """All (or `only` some) begin `function` at one instant (default: now, monotonic); that instant."""
+        """Start `function` at one instant in all workers, or in `only` some, and return that monotonic time."""
         workers = self.workers if only is None else only
         for worker in workers:
             worker.arm(function, *args, **kwargs)
@@ -587,11 +585,11 @@ class Fleet:
         function: Callable[..., Any],
         *args: Any,
         at: float | None = None,
-        only: Sequence[Puppet] | None = None,
+        only: Sequence[WorkerHandle] | None = None,
         within: float = DEADLINE,
         **kwargs: Any,
     ) -> list[Any]:
-        """As `begin`, and wait for all their results."""
+        """Start `function` as `begin` does, and return the results of all workers."""
         self.begin(function, *args, at=at, only=only, **kwargs)
         return [worker.result(within) for worker in (self.workers if only is None else only)]
 
@@ -599,10 +597,10 @@ class Fleet:
         self,
         *,
         at: float | None = None,
-        only: Sequence[Puppet] | None = None,
+        only: Sequence[WorkerHandle] | None = None,
         within: float = DEADLINE,
-    ) -> tuple[list[Puppet], list[Outcome]]:
-        """All make one call at one instant; wait until each has either reached the dependency or been answered.
+    ) -> tuple[list[WorkerHandle], list[Outcome]]:
+        """Make one call in each worker at one instant, and wait until each has reached the dependency or has ended.
 
         Returns:
             The workers that are now inside the dependency, and the outcomes of the others.
@@ -612,33 +610,35 @@ class Fleet:
         until = max(begun, time.monotonic()) + within
         inside, outcomes = [], []
         for worker in workers:
-            reached, outcome = worker.said_or_done("reached", until)
+            reached, outcome = worker.report_or_result("reached", until)
             if reached:
                 inside.append(worker)
             else:
                 outcomes.append(outcome)
         return inside, outcomes
 
-    def release(self, workers: Sequence[Puppet], success: bool) -> list[Outcome]:
-        """Let held calls end, all at once; their outcomes."""
+    def release(self, workers: Sequence[WorkerHandle], success: bool) -> list[Outcome]:
+        """End held calls at the same time, and return their outcomes."""
         for worker in workers:
             worker.release(success)
         return [worker.result() for worker in workers]
 
-    def heard(self, but: Sequence[Puppet] = ()) -> list[Heard]:
-        """What the fleet's listeners were told so far, in order; `but` for workers that are in the dependency."""
-        told = [item for worker in self.workers if worker not in but for item in worker.run(heard)]
-        return sorted(told, key=lambda item: item.at)
+    def transitions(self, excluding: Sequence[WorkerHandle] = ()) -> list[Transition]:
+        """Return the transitions that the fleet's listeners received, `excluding` workers in the dependency."""
+        transitions = [
+            item for worker in self.workers if worker not in excluding for item in worker.run(transitions_of)
+        ]
+        return sorted(transitions, key=lambda item: item.at)
 
 
 def wait_until(at: float) -> None:
-    """Sleep until a monotonic time: for instants that the test computes, not for things to happen."""
+    """Sleep until a monotonic time that the test has computed."""
     time.sleep(max(0.0, at - time.monotonic()))
 
 
 def start_fork_server() -> None:
     """Start the process that forks workers."""
-    # The fork server gets its modules from PYTHONPATH alone: Python up to 3.13 does not hand it sys.path.
+    # Python up to 3.13 does not pass sys.path to the fork server, which reads PYTHONPATH only.
     with _starting:
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
@@ -652,7 +652,7 @@ def start_fork_server() -> None:
                 os.environ["PYTHONPATH"] = before
 
 
-# -- what the dependency saw -------------------------------------------------------------------------------------------
+# -- calls at the dependency -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -660,9 +660,9 @@ class Visit:
     """A call that reached the dependency.
 
     Attributes:
-        worker: Whose.
+        worker: Number of the worker.
         begin: Monotonic seconds.
-        end: Monotonic seconds; infinite if the caller died in it.
+        end: Monotonic seconds, or infinity if the caller died inside.
     """
 
     worker: int
@@ -678,7 +678,7 @@ class Visits:
     items: list[Visit] = field(default_factory=list)
 
     def read(self) -> list[Visit]:
-        """Everything up to now, by begin."""
+        """Return all calls so far, by begin."""
         begun: dict[str, Visit] = {}
         path = Path(self.log)
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -691,12 +691,12 @@ class Visits:
         return self.items
 
     def since(self, begin: float, end: float = float("inf")) -> list[Visit]:
-        """Those that began in this spell."""
+        """Return the calls that began in this interval."""
         return [visit for visit in self.read() if begin <= visit.begin < end]
 
 
 def most_at_once(visits: Iterable[Visit]) -> int:
-    """How many of these calls were in the dependency at the same time, at worst."""
+    """Return the highest number of these calls that were in the dependency at the same time."""
     visits = list(visits)
     steps = sorted([(visit.begin, 1) for visit in visits] + [(visit.end, -1) for visit in visits])
     worst = now = 0
@@ -706,11 +706,11 @@ def most_at_once(visits: Iterable[Visit]) -> int:
     return worst
 
 
-# -- what the server holds ---------------------------------------------------------------------------------------------
+# -- the record on the server ------------------------------------------------------------------------------------------
 
 
 class Shared:
-    """The shared record of a circuit, read as an operator would with a command line client."""
+    """Shared record of a circuit, read as an operator does with a command line client."""
 
     def __init__(self, client: Any, namespace: str = "fleet") -> None:
         self._client = client
@@ -721,27 +721,27 @@ class Shared:
 
     @property
     def state(self) -> str:
-        """``closed``, ``open``, ``half-open``, or ``""`` if there is none."""
+        """``closed``, ``open``, ``half-open``, or ``""`` without a record."""
         return self._text(self._client.get(self._prefix + "state"))
 
     @property
     def failures(self) -> int:
-        """The failure counter."""
+        """Failure counter."""
         return int(self._text(self._client.get(self._prefix + "fail_counter")) or 0)
 
     @property
     def successes(self) -> int:
-        """The success counter."""
+        """Success counter."""
         return int(self._text(self._client.get(self._prefix + "success_counter")) or 0)
 
     @property
     def generation(self) -> int:
-        """How many transitions were made; our storage only."""
+        """Number of transitions, for storages of this package only."""
         return int(self._text(self._client.hget(self._prefix + "circuit", "generation")) or 0)
 
 
-def trip(worker: Puppet) -> Outcome:
-    """Let `worker` fail until the circuit opens; the call that opened it."""
+def trip(worker: WorkerHandle) -> Outcome:
+    """Make failing calls in `worker` until the circuit opens, and return the outcome of the last one."""
     outcomes: list[Outcome] = worker.run(calls, worker.spec.fail_max, fail=True)
     assert outcomes[-1].tripped, outcomes
     return outcomes[-1]

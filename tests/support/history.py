@@ -1,19 +1,16 @@
 """Checker of a recorded history: what guarded calls and the shared record did while faults came and went.
 
-The checker is pure: it takes a `History` and returns `Problem` objects.  All times are seconds on the monotonic clock
-that all processes of one machine share.  `fault_run.py` records histories, `tests/unit/test_history.py` holds
+The checker is pure: `check` takes a `History` and returns `Problem` objects.  All times are seconds on the monotonic
+clock that all processes of one machine share.  `fault_run.py` records histories.  `tests/unit/test_history.py` holds
 small histories that break each rule, and some that keep it.
 
 The rules, and the sentences of the README that they follow from:
 
 1. `errors`, `slow_calls`: "No error of Redis reaches a guarded call, and one call of a process waits for it, for
-   ``timeout`` seconds at most."
-2. `long_spells`: with Redis and the dependency well, every process recovers within `Limits.recovery` and stays well.
-3. `stolen_leases`, `shared_probes`: "one call tries the dependency, however many workers wait."
-4. `local_probes`: without Redis each process "recovers by one probe at a time, like the shared one."
-5. `generations`: each transition of the shared record raises its generation by one.
-
-Knows: times, states, generations.  Does not know: Redis, processes, how a history is recorded.
+``timeout`` seconds at most." 2. `slow_recoveries`: with Redis and the dependency healthy, every process recovers within
+`Limits.recovery`. 3. `stolen_leases`, `shared_probes`: "one call tries the dependency, however many workers wait." 4.
+`local_probes`: without Redis each process "recovers by one probe at a time, like the shared one." 5. `generations`:
+each transition of the shared record raises its generation by one.
 """
 
 from __future__ import annotations
@@ -30,11 +27,11 @@ HALF_OPEN = "half-open"
 
 Outcome = Literal["ok", "failed", "rejected", "error"]
 
-#: Two times that are less apart are the same: they come from the monotonic clock by way of the wall's, seconds.
+#: Two times this close are the same, because they come from the monotonic clock by way of the wall clock.  Seconds.
 SAME = 0.005
 
-#: A spell of time: begin and end.
-Spell = tuple[float, float]
+#: An interval of time: begin and end.
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,10 @@ class Limits:
 
     Attributes:
         reset_timeout: As in ``pybreaker.CircuitBreaker``.
-        probe_lease: As in ``CircuitRedisStorage``; longer than `recovery`, so that a lost lease is visible.
+        probe_lease: As in ``CircuitRedisStorage``.  The lease is longer than `recovery`, so that a lost one is visible.
         max_staleness: As in ``CircuitRedisStorage``.
         timeout: As in ``CircuitRedisStorage``.
-        longest_call: The longest call of the dependency.
+        longest_call: Longest call of the dependency.
         probes: Successful probes that close the circuit.
         slack: Allowance for a busy machine in a recovery.
         call_slack: Allowance for a busy machine in one call.
@@ -65,11 +62,17 @@ class Limits:
     def recovery(self) -> float:
         """Longest time from the end of the last fault until every call succeeds.
 
-        The sum of: one `max_staleness` until Redis is queried again (the longest pause between two attempts) and one
-        until the view is fresh; the `timeout` of an attempt under way; the rest of an open spell, at most
-        `reset_timeout`; a probe that began before the dependency was well and failed, the `reset_timeout` after it, and
-        the probes that succeed, one after the other; the slack.  The `probe_lease` is not in the sum: in this history
-        no process dies, so no probe is left without its prober.
+        The terms of the sum:
+
+        - one `max_staleness` until the next query of Redis, which is the longest pause between two attempts
+        - one `max_staleness` until the view is fresh
+        - the `timeout` of an attempt under way
+        - the rest of the open state, at most `reset_timeout`
+        - a probe that began before the dependency was healthy and failed, with the `reset_timeout` after it
+        - the probes that succeed, one after the other
+        - the slack.
+
+        The `probe_lease` is not in the sum.  In this history no process dies, so every probe reports.
         """
         probing = (1 + self.probes) * self.longest_call
         return 2 * self.max_staleness + self.timeout + self.reset_timeout + probing + self.slack
@@ -84,17 +87,17 @@ class Call:
         thread: Number of the thread's slot in its process.
         circuit: Name of the circuit.
         began: Time at which the call was made.
-        ended: Time at which the caller had its outcome.
-        outcome: ``ok``; ``failed``: the dependency's error; ``rejected``: the breaker's; ``error``: any other.
+        ended: Time at which the caller had the outcome.
+        outcome: ``ok``, ``failed`` (the dependency's error), ``rejected`` (the breaker's) or ``error`` (any other).
         what: Text of the error.
-        reached: Time at which the guarded function began; ``None`` if it did not.
+        reached: Time at which the guarded function began, or ``None`` if it did not.
         left: Time at which the guarded function ended.
         admitted: Name of the breaker's state in the guarded function.
-        is_own: Whether the process used its local circuit, from before the call until the function began; ``None`` if
-            that changed.
+        is_own: Whether the process used its local circuit from before the call until the function began.  ``None``
+            after a change.
         own_since: Time since which the process has used its local circuit.
         waited: Seconds for which the thread waited for a processor.
-        local: Number of the local circuit that the process used then, or last: each has another one.
+        local: Number of the local circuit that the process used then, or last.  Each has another number.
     """
 
     process: int
@@ -114,7 +117,7 @@ class Call:
 
     @property
     def is_probe(self) -> bool:
-        """Whether the call reached the dependency by way of a half-open circuit."""
+        """Whether the call reached the dependency through a half-open circuit."""
         return self.reached is not None and self.admitted == HALF_OPEN
 
 
@@ -127,7 +130,7 @@ class Write:
         circuit: Name of the circuit.
         generation: The record's generation.
         state: The record's state.
-        token: The probe's token; empty: no probe is claimed.
+        token: The probe's token, or empty without a claim.
         until: Time at which the probe's lease ends.
     """
 
@@ -141,7 +144,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The server lost data: it was emptied, or restarted with nothing or with an older snapshot.
+    """A loss of data: the server was emptied, or restarted with no snapshot or an older one.
 
     Attributes:
         at: Time of the loss.
@@ -154,18 +157,18 @@ class Loss:
 
 @dataclass
 class History:
-    """All that was recorded.
+    """Everything that was recorded.
 
     Attributes:
         began: Time at which everything ran.
         ended: Time at which the first process was stopped.
-        limits: By circuit.
-        calls: In any order.
+        limits: Limits by circuit.
+        calls: Calls in any order.
         trace: Writes and losses in the order in which the server executed them.
-        faults: Spells in which something was wrong with Redis or with the way to it, with the fault's name.
-        down: Spells in which the dependency of a circuit was down, by circuit.
-        stalls: Spells in which some process could not run.
-        released: Times from which on no call holds a probe, by its token.
+        faults: Intervals with a fault of Redis or of the way to Redis, with the fault's name.
+        down: Intervals in which the dependency of a circuit was down, by circuit.
+        stalls: Intervals in which some process could not run.
+        released: Times at which calls released their probes, by the probe's token.
     """
 
     began: float
@@ -174,8 +177,8 @@ class History:
     calls: list[Call] = field(default_factory=list)
     trace: list[Write | Loss] = field(default_factory=list)
     faults: list[tuple[float, float, str]] = field(default_factory=list)
-    down: dict[str, list[Spell]] = field(default_factory=dict)
-    stalls: list[Spell] = field(default_factory=list)
+    down: dict[str, list[Interval]] = field(default_factory=dict)
+    stalls: list[Interval] = field(default_factory=list)
     released: dict[str, float] = field(default_factory=dict)
 
 
@@ -197,24 +200,24 @@ class Problem:
 class Stalls:
     """Time for which the machine did not let every process run."""
 
-    def __init__(self, spells: Iterable[Spell]) -> None:
-        self._spells = union(spells)
+    def __init__(self, intervals: Iterable[Interval]) -> None:
+        self._intervals = union(intervals)
 
     def __call__(self, begin: float, end: float) -> float:
-        """Return the seconds of stalls in a spell."""
-        first = bisect_left(self._spells, (begin, begin))
+        """Return the seconds of stalls in an interval."""
+        first = bisect_left(self._intervals, (begin, begin))
         seconds = 0.0
-        for stall_begin, stall_end in self._spells[max(0, first - 1) :]:
+        for stall_begin, stall_end in self._intervals[max(0, first - 1) :]:
             if stall_begin >= end:
                 break
             seconds += max(0.0, min(end, stall_end) - max(begin, stall_begin))
         return seconds
 
 
-def union(spells: Iterable[Spell]) -> list[Spell]:
-    """Return the same time as spells that do not overlap, in order."""
-    joined: list[Spell] = []
-    for begin, end in sorted(spells):
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Return the same time as intervals that do not overlap, in order."""
+    joined: list[Interval] = []
+    for begin, end in sorted(intervals):
         if joined and begin <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(end, joined[-1][1])
         else:
@@ -222,8 +225,8 @@ def union(spells: Iterable[Spell]) -> list[Spell]:
     return joined
 
 
-def calm_windows(history: History, circuit: str) -> list[Spell]:
-    """Return the spells in which neither Redis nor the dependency of a circuit had a fault."""
+def calm_windows(history: History, circuit: str) -> list[Interval]:
+    """Return the intervals in which neither Redis nor the dependency of a circuit had a fault."""
     disturbed = union([*((begin, end) for begin, end, _ in history.faults), *history.down.get(circuit, [])])
     edges = [(history.began, history.began), *disturbed, (history.ended, history.ended)]
     return [(end, begin) for (_, end), (begin, _) in pairwise(edges) if end < begin]
@@ -233,14 +236,14 @@ def calm_windows(history: History, circuit: str) -> list[Spell]:
 
 
 def errors(history: History) -> Iterator[Problem]:
-    """A guarded call raises the dependency's error or the breaker's, and no other."""
+    """A guarded call raises only errors of the dependency and of the breaker."""
     for call in history.calls:
         if call.outcome == "error":
-            yield Problem("errors", call.ended, f"{_who(call)} raised {call.what}")
+            yield Problem("errors", call.ended, f"{_caller_of(call)} raised {call.what}")
 
 
 def slow_calls(history: History) -> Iterator[Problem]:
-    """A guarded call takes the function's time plus `timeout`; stalls of the machine are left out."""
+    """A guarded call takes the function's time plus `timeout`, without stalls of the machine."""
     stalls = Stalls(history.stalls)
     for call in history.calls:
         limits = history.limits[call.circuit]
@@ -248,10 +251,10 @@ def slow_calls(history: History) -> Iterator[Problem]:
         seconds = call.ended - call.began - inside
         bound = limits.timeout + limits.call_slack
         if seconds > bound and seconds - call.waited - stalls(call.began, call.ended) > bound:
-            yield Problem("slow_calls", call.ended, f"{_who(call)} waited {seconds:.3f} s, bound {bound:.3f} s")
+            yield Problem("slow_calls", call.ended, f"{_caller_of(call)} waited {seconds:.3f} s, bound {bound:.3f} s")
 
 
-def long_spells(history: History) -> Iterator[Problem]:
+def slow_recoveries(history: History) -> Iterator[Problem]:
     """From `Limits.recovery` after the last fault on, each process has had a success, and all calls succeed.
 
     Stalls of the machine since the last fault are added to the bound.  A window that is shorter than the bound is not
@@ -278,19 +281,21 @@ def long_spells(history: History) -> Iterator[Problem]:
                 first, last = late[0].began - begin, late[-1].ended - begin
                 kinds = ", ".join(sorted({call.outcome for call in late}))
                 text = f"{where}: {len(late)} calls {kinds} from {first:.2f} to {last:.2f} s, bound {due - begin:.2f} s"
-                yield Problem("long_spells", late[0].began, f"{text}; {_record_at(history, circuit, late[0].began)}")
+                yield Problem(
+                    "slow_recoveries", late[0].began, f"{text}; {_record_at(history, circuit, late[0].began)}"
+                )
             elif not any(call.outcome == "ok" and call.ended <= due for call in inside):
-                yield Problem("long_spells", due, f"{where}: no success within {due - begin:.2f} s")
+                yield Problem("slow_recoveries", due, f"{where}: no success within {due - begin:.2f} s")
 
 
 def stolen_leases(history: History) -> Iterator[Problem]:
-    """A probe is not given to another caller while its lease lives, unless the circuit moved or data was lost.
+    """While a probe's lease lives, no other caller gets the probe, unless the circuit changed or data was lost.
 
-    A process may have lost the answer to a claim or to a report.  Then no call of that process holds the probe, and
-    only this process has the token: it may claim instead of that probe.
+    A process may have lost the reply to a claim or to a report.  Then no call of that process holds the probe, and only
+    this process has the token: the process may claim instead of that probe.
 
-    After a loss, processes that know different records bring theirs back one after the other, until the generation is
-    higher than all before the loss.
+    After a loss, processes with different records restore theirs one after the other, until the generation is higher
+    than all before the loss.
     """
     last: dict[str, Write] = {}
     top: dict[str, int] = defaultdict(int)
@@ -318,19 +323,21 @@ def stolen_leases(history: History) -> Iterator[Problem]:
 def shared_probes(history: History) -> Iterator[Problem]:
     """At most one probe of a shared circuit is in the dependency while its lease lives.
 
-    A second one may begin once the circuit was opened or closed, or data was lost, after the first one was admitted.
+    A second one may begin if, after the first one was admitted, the circuit was opened or closed, or data was lost.
     """
-    moves: dict[str, list[float]] = defaultdict(list)
+    changes: dict[str, list[float]] = defaultdict(list)
     losses = [item.at for item in history.trace if isinstance(item, Loss)]
     for item in history.trace:
         if isinstance(item, Write) and item.state != HALF_OPEN:
-            moves[item.circuit].append(item.at)
+            changes[item.circuit].append(item.at)
 
     def excused(first: Call, second: Call) -> bool:
         assert second.reached is not None
-        times = moves[first.circuit]
-        moved = _any_between(times, first.began, second.reached) or _any_between(losses, first.began, second.reached)
-        return moved or second.reached >= first.began + history.limits[first.circuit].probe_lease
+        times = changes[first.circuit]
+        has_changed = _any_between(times, first.began, second.reached) or _any_between(
+            losses, first.began, second.reached
+        )
+        return has_changed or second.reached >= first.began + history.limits[first.circuit].probe_lease
 
     probes = [call for call in history.calls if call.is_probe and call.is_own is False]
     yield from _overlaps("shared_probes", probes, lambda call: (call.circuit,), excused)
@@ -339,19 +346,21 @@ def shared_probes(history: History) -> Iterator[Problem]:
 def local_probes(history: History) -> Iterator[Problem]:
     """At most one probe of each process and local circuit is in the dependency while its lease lives.
 
-    A second one may begin once the process has used the shared circuit again after the first one was admitted.  So it
-    may with another local circuit, if the shared one was moved since the process has used a local one: the process goes
-    on from what it reads.  That may be long after the move, as answers are late while something is wrong.
+    A second one may begin if, after the first one was admitted, the process has used the shared circuit again.
+
+    A second one may also begin with another local circuit, if the shared one changed since the process began to use a
+    local one.  The process then continues from what it reads.  That may be long after the change, as replies are late
+    during a fault.
     """
-    moves: dict[str, list[float]] = defaultdict(list)
+    changes: dict[str, list[float]] = defaultdict(list)
     for item in history.trace:
         if isinstance(item, Write):
-            moves[item.circuit].append(item.at)
+            changes[item.circuit].append(item.at)
 
     def excused(first: Call, second: Call) -> bool:
         assert second.reached is not None
         since = second.own_since - history.limits[first.circuit].timeout
-        follows = second.local != first.local and _any_between(moves[first.circuit], since, second.reached)
+        follows = second.local != first.local and _any_between(changes[first.circuit], since, second.reached)
         return (
             second.own_since > first.began
             or follows
@@ -365,8 +374,8 @@ def local_probes(history: History) -> Iterator[Problem]:
 def generations(history: History) -> Iterator[Problem]:
     """Each write of a record keeps its generation or raises it by one.
 
-    After a loss the first write may have any generation, and later ones may go on from the highest that was there
-    before: one more for a record that is adopted, and one for the transition.
+    After a loss the first write may have any generation.  Later ones may continue from the highest before the loss,
+    with one step for a record that is adopted, and one for the transition.
     """
     last: dict[str, Write] = {}
     lost: set[str] = set()
@@ -392,7 +401,7 @@ def generations(history: History) -> Iterator[Problem]:
 RULES: tuple[Callable[[History], Iterator[Problem]], ...] = (
     errors,
     slow_calls,
-    long_spells,
+    slow_recoveries,
     stolen_leases,
     shared_probes,
     local_probes,
@@ -405,8 +414,8 @@ def check(history: History) -> list[Problem]:
     return sorted((problem for rule in RULES for problem in rule(history)), key=lambda problem: problem.at)
 
 
-def longest_spell(history: History) -> float:
-    """Return the longest time from the begin of a calm window to the last call in it that was rejected, seconds."""
+def longest_rejection(history: History) -> float:
+    """Return the longest time in seconds from the begin of a calm window to its last rejected call."""
     longest = 0.0
     rejected: dict[str, list[float]] = defaultdict(list)
     for call in history.calls:
@@ -429,7 +438,7 @@ def describe(history: History, problems: Sequence[Problem], most: int = 8) -> st
     lines = [
         f"{seconds:.0f} s, {len(history.faults)} faults, {losses} losses, {len(history.calls)} calls, {writes} writes",
         f"probes: {kinds[False]} shared, {kinds[True]} local, {kinds[None]} admitted while that changed",
-        f"longest rejection after the begin of a calm window: {longest_spell(history):.2f} s",
+        f"longest rejection after the begin of a calm window: {longest_rejection(history):.2f} s",
         f"stalls of the machine: {Stalls(history.stalls)(history.began, history.ended):.2f} s",
     ]
     for rule in RULES:
@@ -443,7 +452,7 @@ def describe(history: History, problems: Sequence[Problem], most: int = 8) -> st
     return "\n".join(lines)
 
 
-# -- behind them -------------------------------------------------------------------------------------------------------
+# -- details -----------------------------------------------------------------------------------------------------------
 
 
 def _overlaps(
@@ -463,13 +472,13 @@ def _overlaps(
             inside = [first for first in inside if first.left is None or first.left > second.reached]
             for first in inside:
                 if not excused(first, second):
-                    text = f"{_who(second)} probes while {_who(first)} does"
+                    text = f"{_caller_of(second)} probes while {_caller_of(first)} does"
                     yield Problem(rule, second.reached, text)
             inside.append(second)
 
 
 def _any_between(times: Sequence[float], begin: float, end: float) -> bool:
-    """Whether one of these times, which are in order, lies in a spell."""
+    """Return whether one of these times, which are in order, lies in an interval."""
     return bisect_left(times, begin) < bisect_right(times, end)
 
 
@@ -498,5 +507,5 @@ def _state(write: Write | None) -> str:
     return write.state if write else "none"
 
 
-def _who(call: Call) -> str:
+def _caller_of(call: Call) -> str:
     return f"process {call.process}, thread {call.thread}, circuit {call.circuit}"

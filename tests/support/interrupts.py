@@ -1,4 +1,4 @@
-"""Exceptions that are raised into a running call."""
+"""Exceptions that tests raise into a running call."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tests.support.faults import Site
 
 
 class JobTimeout(Exception):
-    """A time limit of a worker's, as RQ's."""
+    """Time limit of a job, as RQ's."""
 
 
 class SoftTimeout(TimeoutError):
-    """A time limit of an application's, of a class that client libraries take for the network's."""
+    """Time limit of an application, of a class that client libraries use for network errors."""
 
 
 @contextlib.contextmanager
 def alarm(handler: Callable[..., Any], after: float = 0.2) -> Iterator[None]:
-    """A signal interrupts the main thread."""
+    """Interrupt the main thread by a signal."""
     usual = signal.signal(signal.SIGALRM, handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, after)
@@ -32,7 +32,7 @@ def alarm(handler: Callable[..., Any], after: float = 0.2) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(site: Site) -> Iterator[None]:
-    """The server answers no client for a while."""
+    """Freeze the server for the block."""
     site.server.pause()
     try:
         yield
@@ -41,7 +41,7 @@ def frozen(site: Site) -> Iterator[None]:
 
 
 def raising(error: BaseException) -> Callable[..., NoReturn]:
-    """A signal handler that raises."""
+    """Return a signal handler that raises an error."""
 
     def handler(number: int, frame: object) -> NoReturn:
         raise error

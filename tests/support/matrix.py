@@ -1,9 +1,7 @@
-"""What works with which server and which client, as test runs have shown it; a table of the README.
+"""Table of the README: servers and clients that work together, as test runs have shown.
 
-Knows: results, how the table looks.  Does not know: what was tested.
-
-``python -m tests.support.matrix DIRECTORY`` prints the table of all runs that wrote their results there (`VARIABLE`),
-and with ``--check`` fails if the README says something else about what was run.
+``python -m tests.support.matrix DIRECTORY`` prints the table of all runs that wrote their results there (`VARIABLE`).
+With ``--check`` the command fails if the README differs in a cell that was run.
 """
 
 from __future__ import annotations
@@ -15,13 +13,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Names the directory that a run writes its results to.
+#: Environment variable that names the directory for a run's results.
 VARIABLE = "PYBREAKER_REDIS_MATRIX"
 
 README = Path(__file__).parents[2] / "README.rst"
 MARKER = ".. matrix-table"
 
-#: Columns and rows, in the order in which the table has them.
+#: Columns and rows, in the order of the table.
 CLIENTS = (
     "redis-py 8",
     "redis-py 7",
@@ -34,41 +32,41 @@ CLIENTS = (
 SERVERS = ("Valkey 9.1", "Redis 8.2", "Redis 7.0", "Redis 6.2")
 KINDS = ("single server", "Sentinel", "Cluster")
 
-#: What stands for a cell in which a test has failed, and for one that was not run.
+#: Cells of a failed test and of a combination that was not run.
 FAILED, NOT_RUN = "**fails**", "not run"
 
 
 @dataclass
 class Results:
-    """Of one run, with one client library.
+    """Results of one run, with one client library.
 
     Attributes:
-        client: Its name.
-        cells: By server and kind of place: how changes are heard there, or that a test has failed.
+        client: Name of the client library.
+        cells: By server and kind of place: the kind of push for changes there, or `FAILED`.
     """
 
     client: str
     cells: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def passed(self, server: str, kind: str, heard: str) -> None:
-        """A test has passed; changes were heard like this."""
+    def passed(self, server: str, kind: str, push: str) -> None:
+        """Record that a test has passed, with the kind of push for changes."""
         cells = self.cells.setdefault(server, {})
         if cells.get(kind) != FAILED:
-            cells[kind] = heard or cells.get(kind, "")
+            cells[kind] = push or cells.get(kind, "")
 
     def failed(self, server: str, kind: str) -> None:
-        """A test has failed."""
+        """Record that a test has failed."""
         self.cells.setdefault(server, {})[kind] = FAILED
 
     def write(self, directory: Path) -> None:
-        """To be read by `table`."""
+        """Write the results to a file for `table`."""
         directory.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.]+", "-", self.client)
         (directory / f"{name}-{os.getpid()}.json").write_text(json.dumps([self.client, self.cells]))
 
 
 def read(directory: Path) -> dict[tuple[str, str, str], str]:
-    """All cells that were run: by server, kind and client."""
+    """Return all cells that were run, by server, kind and client."""
     cells: dict[tuple[str, str, str], str] = {}
     for path in sorted(directory.glob("*.json")):
         client, found = json.loads(path.read_text())
@@ -80,13 +78,13 @@ def read(directory: Path) -> dict[tuple[str, str, str], str]:
 
 
 def table(cells: dict[tuple[str, str, str], str]) -> str:
-    """What stands in the README."""
+    """Return the table of the README."""
     rows = [("server", "", *CLIENTS)]
     for server in SERVERS:
         for kind in KINDS:
             name = server if kind == KINDS[0] else "\\"
             rows.append((name, kind, *(cells.get((server, kind, client), NOT_RUN) for client in CLIENTS)))
-    # A heading may take several lines; a cell of these tables may not.
+    # A heading may take several lines, while a cell of these tables may not.
     heading = [text.replace(", ", "\n").replace(" ", "\n", 1).split("\n") for text in rows[0]]
     height = max(map(len, heading))
     lines = [tuple((text + [""] * height)[line] for text in heading) for line in range(height)]
@@ -101,13 +99,13 @@ def table(cells: dict[tuple[str, str, str], str]) -> str:
 
 
 def written() -> str:
-    """The table that stands in the README."""
+    """Return the table that stands in the README."""
     after = README.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")[2]
     return after.partition("\n\n")[0]
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table; with ``--check`` compare it, with ``--write`` put it into the README."""
+    """Print the table, compare it for ``--check``, and put it into the README for ``--write``."""
     directory, *options = arguments
     cells = read(Path(directory))
     made = table(cells)

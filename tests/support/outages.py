@@ -1,4 +1,4 @@
-"""What tests of outages share."""
+"""Series of guarded calls in an outage, and checks of a breaker's condition."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tests.support.breakers import Down, up
 from tests.support.clock import Stopwatch
 from tests.support.inspect import storage_of
 
-#: A call that takes longer than this has waited for something, seconds.
-WAITED = 0.1
+#: Seconds above which a call has waited for something.
+WAIT_MIN_S = 0.1
 
 
-#: Calls of a spell, on however busy a machine.
-FEWEST = 12
+#: Fewest calls of a series, on a machine of any speed.
+CALLS_MIN = 12
 
 
 @dataclass(frozen=True)
-class Spell:
+class CallSeries:
     """Some seconds of guarded calls, as their callers saw them.
 
     Attributes:
         took: Seconds of each call.
-        reached: How many reached the dependency.
+        reached: Number of calls that reached the dependency.
         unexpected: Errors that were neither the dependency's nor the breaker's.
     """
 
@@ -39,19 +39,19 @@ class Spell:
 
     @property
     def waits(self) -> int:
-        """How many of the calls have waited for something."""
-        return sum(seconds > WAITED for seconds in self.took)
+        """Number of calls that have waited for something."""
+        return sum(seconds > WAIT_MIN_S for seconds in self.took)
 
     @property
     def usual(self) -> float:
-        """What 99 of 100 calls that have not waited take at most, seconds."""
-        return statistics.quantiles([seconds for seconds in self.took if seconds <= WAITED], n=100)[-1]
+        """Seconds that 99 % of the calls without a wait take at most."""
+        return statistics.quantiles([seconds for seconds in self.took if seconds <= WAIT_MIN_S], n=100)[-1]
 
 
-def calls(breaker: pybreaker.CircuitBreaker, seconds: float, *, failing: float) -> Spell:
-    """Make calls one after the other, of which so many in one fail."""
+def calls(breaker: pybreaker.CircuitBreaker, seconds: float, *, failing: float) -> CallSeries:
+    """Make calls in a row, of which this share fails."""
     chance = random.Random(seconds)
-    spell = Spell([], 0, [])
+    series = CallSeries([], 0, [])
     reached = 0
 
     def dependency() -> None:
@@ -61,27 +61,27 @@ def calls(breaker: pybreaker.CircuitBreaker, seconds: float, *, failing: float) 
             raise Down
 
     until = time.monotonic() + seconds
-    while time.monotonic() < until or len(spell.took) < FEWEST:
+    while time.monotonic() < until or len(series.took) < CALLS_MIN:
         with Stopwatch() as watch:
             try:
                 breaker.call(dependency)
             except (Down, pybreaker.CircuitBreakerError):
                 pass
             except BaseException as error:  # noqa: BLE001
-                spell.unexpected.append(error)
-        spell.took.append(watch.seconds)
+                series.unexpected.append(error)
+        series.took.append(watch.seconds)
         time.sleep(0.0005)
-    return Spell(spell.took, reached, spell.unexpected)
+    return CallSeries(series.took, reached, series.unexpected)
 
 
 def health_of(breaker: pybreaker.CircuitBreaker) -> Health:
-    """What the breaker's storage says of its Redis."""
+    """Return the health of the breaker's storage."""
     health: Health = storage_of(breaker).health()
     return health
 
 
 def is_back(breaker: pybreaker.CircuitBreaker) -> bool:
-    """Whether this process goes by the shared circuit again."""
+    """Make a call, and return whether this process uses the shared circuit again."""
     with contextlib.suppress(pybreaker.CircuitBreakerError):
         breaker.call(up)
     health = health_of(breaker)
@@ -89,7 +89,7 @@ def is_back(breaker: pybreaker.CircuitBreaker) -> bool:
 
 
 def is_unreachable_for(breaker: pybreaker.CircuitBreaker) -> bool:
-    """Whether this process knows that Redis is away."""
+    """Make a call, and return whether this process has noticed the outage."""
     with contextlib.suppress(pybreaker.CircuitBreakerError):
         breaker.call(up)
     return health_of(breaker).condition == "away"

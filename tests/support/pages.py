@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def blocks(language: str) -> Iterator[tuple[int, str]]:
-    """Each code block of the README in that language, with the line it ends on; fails if the README is not valid."""
+    """Yield each code block of the README in a language, with the number of its last line."""
     for node in parse("README.rst").findall(docutils.nodes.literal_block):
         if language in node["classes"]:
             yield node.line or 0, node.astext()
 
 
 def parse(name: str) -> docutils.nodes.document:
-    """A page of the project; the slightest mistake in its markup is an error."""
+    """Return the parsed page.  The slightest mistake in its markup raises an error."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return docutils.core.publish_doctree(text, settings_overrides={"halt_level": 2, "report_level": 2})

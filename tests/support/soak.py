@@ -1,6 +1,6 @@
-"""Four outages, seen from the dependency: how many calls reach it while it is down, and what the listeners hear.
+"""Four outages of a dependency: the calls that reach it while it is down, and the transitions that listeners receive.
 
-``python -m tests.support.soak`` prints the table for the storage that comes with pybreaker and for ours, side by side.
+``python -m tests.support.soak`` prints the table for the stock storage and for this package's, side by side.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MAKES: tuple[Make, ...] = ("stock", "ours")
 
 @dataclass(frozen=True)
 class Soak:
-    """What one soak measured.
+    """Figures of one soak.
 
     Attributes:
-        make: Whose storage.
-        workers: Processes.
-        per_outage: Calls that reached the dead dependency, outage by outage.
-        trials_at_once: The most that were in the dead dependency at the same time once the circuit had opened.
-        notifications: ``state_change`` calls, all listeners of all workers together.
+        make: Origin of the storage.
+        workers: Number of processes.
+        per_outage: Calls that reached the dead dependency, by outage.
+        trials_at_once: Most calls that were in the dead dependency at the same time once the circuit had opened.
+        notifications: ``state_change`` calls of all listeners of all workers.
     """
 
     make: Make
@@ -51,18 +51,18 @@ def soak(
     reset_timeout: float = 1.0,
     dead_call: float = 0.1,
 ) -> Soak:
-    """Run `workers` processes that call every 20 ms through `outages` outages.
+    """Run `workers` processes that make a call every 20 ms through `outages` outages.
 
     Args:
-        make: Whose storage.
-        unix_socket: Where the server listens.
-        directory: Where the dependency may keep its log.
-        workers: Processes.
-        outages: How many.
-        outage: How long each is, seconds.
-        pause: Seconds of health before each and after the last.
-        reset_timeout: Of the breakers, seconds.
-        dead_call: What a call to the dead dependency takes, seconds.
+        make: Origin of the storage.
+        unix_socket: Path of the server's unix socket.
+        directory: Directory for the dependency's log.
+        workers: Number of processes.
+        outages: Number of outages.
+        outage: Length of each outage, seconds.
+        pause: Length of the healthy time before each outage and after the last, seconds.
+        reset_timeout: Reset timeout of the breakers, seconds.
+        dead_call: Length of a call to the dead dependency, seconds.
     """
     log = str(Path(directory) / f"soak-{make}")
     spec = Spec(make, str(unix_socket), log, namespace=f"soak-{make}", reset_timeout=reset_timeout)
@@ -71,29 +71,29 @@ def soak(
         dead = [(at, at + outage) for at in (begin + pause + (outage + pause) * number for number in range(outages))]
         end = dead[-1][1] + pause
         fleet.run(flood, end, every=0.02, dead=dead, seconds=dead_call, at=begin, within=end - begin + 30.0)
-        notifications = len(fleet.heard())
+        notifications = len(fleet.transitions())
     visits = Visits(log)
-    reached = [visits.since(*spell) for spell in dead]
-    # What was in flight when the dependency died is over, and the circuit open, well within one reset_timeout.
+    reached = [visits.since(*interval) for interval in dead]
+    # Calls in flight at the dependency's death have ended, and the circuit is open, well within one reset_timeout.
     trials = [visits.since(down + reset_timeout * 0.8, up) for down, up in dead]
     return Soak(
         make,
         workers,
-        tuple(len(spell) for spell in reached),
-        max(most_at_once(spell) for spell in trials),
+        tuple(len(calls) for calls in reached),
+        max(most_at_once(calls) for calls in trials),
         notifications,
     )
 
 
-def side_by_side(unix_socket: str, directory: str | Path, **words: Any) -> list[Soak]:
-    """Soak the stock storage and ours at the same time, on one server: what disturbs one disturbs the other."""
+def side_by_side(unix_socket: str, directory: str | Path, **settings: Any) -> list[Soak]:
+    """Soak both storages at the same time on one server, so that a disturbance meets both."""
     with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(soak, make, unix_socket, directory, **words) for make in MAKES]
+        runs = [pool.submit(soak, make, unix_socket, directory, **settings) for make in MAKES]
         return [run.result() for run in runs]
 
 
 def table(soaks: Sequence[Soak]) -> str:
-    """The figures, one storage a line."""
+    """Return the figures, one storage a line."""
     outages = len(soaks[0].per_outage)
     head = ["storage", *(f"outage {number}" for number in range(1, outages + 1)), "trials at once", "notifications"]
     rows = [
@@ -106,7 +106,7 @@ def table(soaks: Sequence[Soak]) -> str:
 
 
 def main() -> None:
-    """Run both storages on a server of their own and print the table."""
+    """Run both storages on a private server and print the table."""
     from pybreaker_redis.testing.servers import PrivateServer
     from tests.support.servers import at_hand
 

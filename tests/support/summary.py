@@ -1,6 +1,6 @@
-"""What a test run prints at its end: servers, measured figures, the matrix of servers and clients.
+"""Report at the end of a test run: servers, measured figures, the matrix of servers and clients.
 
-A test reports by properties, which pytest-xdist carries from its workers to the process that prints.
+A test reports through properties, which pytest-xdist carries from its workers to the process that prints.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import pytest
 from tests.support import matrix, servers
 
 #: Names of the properties.
-FIGURE, SERVER, CELL, HEARD = "figure", "server", "cell", "heard"
+FIGURE, SERVER, CELL, PUSH = "figure", "server", "cell", "push"
 
 
 class Summary:
-    """Plugin that collects what tests report and prints it.
+    """Plugin that collects the reports of tests and prints them.
 
     Args:
         client: Name of the client library under test.
@@ -30,15 +30,15 @@ class Summary:
         self._matrix = matrix.Results(client)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Collect what a test reported."""
-        properties = [(name, value) for name, value in report.user_properties if name in (FIGURE, SERVER, CELL, HEARD)]
+        """Collect the report of a test."""
+        properties = [(name, value) for name, value in report.user_properties if name in (FIGURE, SERVER, CELL, PUSH)]
         of_test = dict(properties)
         if CELL in of_test:
             if report.failed:
                 self._matrix.failed(*of_test[CELL])
             elif report.when == "call" and report.passed:
-                self._matrix.passed(*of_test[CELL], of_test.get(HEARD, ""))
-        # Each phase repeats the properties of the phases before it: those of the last phase are complete.
+                self._matrix.passed(*of_test[CELL], of_test.get(PUSH, ""))
+        # Each phase repeats the properties of the phases before it, so those of the last phase are complete.
         if report.when == "teardown":
             for name, value in properties:
                 if name == FIGURE:
@@ -47,7 +47,7 @@ class Summary:
                     self._used[value] = self._used.get(value, 0) + 1
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Print which servers were used and the figures that tests measured; write the matrix."""
+        """Print the servers in use and the measured figures, and write the matrix."""
         if self._used:
             terminalreporter.section("servers")
             for name, count in self._used.items():

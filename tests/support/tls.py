@@ -1,7 +1,4 @@
-"""Servers that are reached by TLS, with certificates made for the occasion.
-
-Knows: certificates, which binaries speak TLS, how to stand in for those that do not.  Does not know: clients.
-"""
+"""Servers behind TLS, with new certificates."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ HOST = "localhost"
 
 @dataclass(frozen=True)
 class Certificates:
-    """Files, as PEM.
+    """Certificates as PEM files.
 
     Attributes:
-        authority: Who has signed the others.
-        server: Of the server, with its key.
-        client: Of a client, with its key.
-        stranger: Another authority, who has signed nothing here.
+        authority: Authority that signed the others.
+        server: Certificate of the server, with its key.
+        client: Certificate of a client, with its key.
+        stranger: Another authority, which signed none of them.
     """
 
     authority: Path
@@ -40,7 +37,7 @@ class Certificates:
 
 
 def certificates(folder: Path) -> Certificates:
-    """New ones."""
+    """Return new certificates."""
     authority = trustme.CA()
     made = Certificates(*(folder / f"{name}.pem" for name in ("authority", "server", "client", "stranger")))
     authority.cert_pem.write_to_path(made.authority)
@@ -55,10 +52,10 @@ class Secured:
     """A server with a TLS port.
 
     Attributes:
-        server: Has a unix socket for those who need no TLS.
-        port: Of TLS, at `HOST`.
-        certificates: Both sides have to show one.
-        is_native: Whether the server speaks TLS itself.
+        server: Server, which also has a unix socket without TLS.
+        port: TLS port at `HOST`.
+        certificates: Certificates, which both sides have to show.
+        is_native: Whether the server itself implements TLS.
     """
 
     server: PrivateServer
@@ -69,11 +66,11 @@ class Secured:
 
 @contextlib.contextmanager
 def secured(binary: str, folder: Path) -> Iterator[Secured]:
-    """A server behind TLS: its own, if it was built with it, or else that of Python in front of it."""
+    """Yield a server behind TLS, its own if it was built with TLS, and otherwise a terminator in Python."""
     made, port = certificates(folder), free_port()
     files = {"cert-file": made.server, "key-file": made.server, "ca-cert-file": made.authority}
     words = [word for name, path in files.items() for word in (f"--tls-{name}", str(path))]
-    if speaks_tls(binary, words):
+    if has_tls(binary, words):
         with PrivateServer(binary, args=["--tls-port", str(port), *words]) as server:
             yield Secured(server, port, made, is_native=True)
         return
@@ -81,8 +78,8 @@ def secured(binary: str, folder: Path) -> Iterator[Secured]:
         yield Secured(server, port, made, is_native=False)
 
 
-def speaks_tls(binary: str, words: list[str]) -> bool:
-    """Whether a binary starts with these arguments; those that were built without TLS end at once, and say so."""
+def has_tls(binary: str, words: list[str]) -> bool:
+    """Return whether a binary starts with these arguments.  Without TLS in its build it ends at once."""
     command = [binary, "--port", "0", "--tls-port", str(free_port()), *words, "--save", ""]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -92,20 +89,22 @@ def speaks_tls(binary: str, words: list[str]) -> bool:
 
 
 class Terminator:
-    """Passes on what arrives by TLS to a unix socket, and back.
+    """TLS terminator in front of a unix socket.
 
     Args:
-        unix_socket: Of the server.
-        made: What to show, and what to be shown.
-        port: Where to listen.
-        asks_who: Whether clients have to show a certificate, too.
+        unix_socket: Path of the server's unix socket.
+        made: Certificates to show and to demand.
+        port: Port of the terminator.
+        requires_client_certificate: Whether clients have to show a certificate, too.
     """
 
-    def __init__(self, unix_socket: str, made: Certificates, port: int, *, asks_who: bool = True) -> None:
+    def __init__(
+        self, unix_socket: str, made: Certificates, port: int, *, requires_client_certificate: bool = True
+    ) -> None:
         self._unix_socket = unix_socket
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(made.authority))
         self._context.load_cert_chain(made.server)
-        self._context.verify_mode = ssl.CERT_REQUIRED if asks_who else ssl.CERT_NONE
+        self._context.verify_mode = ssl.CERT_REQUIRED if requires_client_certificate else ssl.CERT_NONE
         self._listening = socket.create_server(("127.0.0.1", port))
         self._open: set[socket.socket] = set()
         self._ends = False
@@ -113,10 +112,10 @@ class Terminator:
         self._threads[0].start()
 
     def close(self) -> None:
-        """Hang up on everybody."""
+        """Close all connections and end all threads."""
         self._ends = True
         for item in (self._listening, *self._open):
-            # To close a socket does not wake who waits for it.
+            # Closing a socket does not wake a thread that waits for it.
             with contextlib.suppress(OSError):
                 item.shutdown(socket.SHUT_RDWR)
         self._listening.close()
@@ -136,7 +135,7 @@ class Terminator:
             far.connect(self._unix_socket)
             with self._context.wrap_socket(plain, server_side=True) as near:
                 self._open.add(near)
-                # One thread for both ways: two must not use a TLS socket at the same time.
+                # One thread for both directions, because two must not use a TLS socket at the same time.
                 while not self._ends:
                     ready = [near] if near.pending() else select.select([near, far], [], [], 0.1)[0]
                     for source in ready:

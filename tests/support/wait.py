@@ -1,4 +1,4 @@
-"""Conditions with deadlines."""
+"""Waits for conditions, with deadlines."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: Seconds after which a condition that has not come true never will.
+#: Seconds after which a condition counts as failed.
 DEADLINE = 10.0
 
 
 def wait_for(condition: Callable[[], Any], what: str, within: float = DEADLINE) -> float:
-    """Wait until a condition holds; how many seconds that took."""
+    """Wait until a condition holds, and return the seconds that took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() < began + within, f"not within {within} s: {what}"

@@ -17,7 +17,7 @@ from tests.support.history import (
     calm_windows,
     check,
     describe,
-    longest_spell,
+    longest_rejection,
     union,
 )
 
@@ -123,7 +123,7 @@ def test_rejection_long_after_the_last_fault_is_reported() -> None:
         faults=[(1.0, 2.0, "frozen")],
     )
     problems = check(bad)
-    assert [problem.rule for problem in problems] == ["long_spells"] * 2
+    assert [problem.rule for problem in problems] == ["slow_recoveries"] * 2
     assert "process 0, circuit c" in problems[0].text
     assert "process 1" in problems[1].text
 
@@ -131,13 +131,13 @@ def test_rejection_long_after_the_last_fault_is_reported() -> None:
 def test_failure_long_after_the_dependency_came_up_is_reported() -> None:
     """Long after the fault, only successes are expected."""
     fails = Call(0, 0, "c", 9.0, 9.001, "failed", reached=9.0, left=9.001)
-    assert rules_broken(history(*steady(), fails, down={"c": [(1.0, 1.1)]})) == {"long_spells"}
+    assert rules_broken(history(*steady(), fails, down={"c": [(1.0, 1.1)]})) == {"slow_recoveries"}
 
 
 def test_process_without_a_success_is_reported() -> None:
     """Without a success since the last fault, a process has not shown that it recovered."""
     bad = history(*steady(), rejected(2.1, 1), rejected(2.2, 1), faults=[(1.0, 2.0, "frozen")])
-    assert rules_broken(bad) == {"long_spells"}
+    assert rules_broken(bad) == {"slow_recoveries"}
 
 
 def test_rejections_within_the_bound_are_no_problem() -> None:
@@ -159,7 +159,7 @@ def test_stalls_after_the_last_fault_prolong_the_bound() -> None:
     """A machine that stood still for a second may take a second longer."""
     late = rejected(2.0 + LIMITS.recovery + 0.5)
     calls = [ok(2.5), late, *steady(6.5)]
-    assert rules_broken(history(*calls, faults=[(0.0, 2.0, "frozen")])) == {"long_spells"}
+    assert rules_broken(history(*calls, faults=[(0.0, 2.0, "frozen")])) == {"slow_recoveries"}
     assert check(history(*calls, faults=[(0.0, 2.0, "frozen")], stalls=[(3.0, 4.0)])) == []
 
 
@@ -287,7 +287,7 @@ def test_report_names_the_fault_before_each_problem() -> None:
     bad = history(*steady(), rejected(4.0), rejected(9.0), faults=[(1.0, 2.0, "frozen")])
     text = describe(bad, check(bad))
     assert "10 s, 1 faults, 0 losses" in text
-    assert "long_spells: 1 violations" in text
+    assert "slow_recoveries: 1 violations" in text
     assert "frozen: process 0" in text
-    assert longest_spell(bad) == pytest.approx(7.0)
+    assert longest_rejection(bad) == pytest.approx(7.0)
     assert {rule.__name__ for rule in checker.RULES} >= {problem.rule for problem in check(bad)}

@@ -1,9 +1,7 @@
-"""The application that every host runs: one breaker, made at import, and one dependency behind it.
+"""The application that every host runs: one breaker, created at import, and one dependency behind it.
 
-Everything is told by environment variables, so that any server can load it.  The dependency is a file that says how it
-does: ``up``, ``down``, or ``held``, which is to wait until it says something else.
-
-Knows: pybreaker, WSGI.  Does not know: which server it runs in.
+Environment variables carry all settings, so that any server can load the application.  The dependency is a file with
+its condition: ``up``, ``down``, or ``held``, which keeps calls waiting for another condition.
 """
 
 from __future__ import annotations
@@ -22,15 +20,15 @@ import redis
 
 from pybreaker_redis import CircuitRedisStorage
 
-#: Seconds between two looks at a dependency that is held.
-GLANCE = 0.01
+#: Seconds between two looks at a held dependency.
+LOOK_PAUSE_S = 0.01
 
-#: Seconds after which a held call fails, whatever became of the test.
-HELD_AT_MOST = 60.0
+#: Seconds after which a held call fails, even if the test process is gone.
+HELD_MAX_S = 60.0
 
 
 class DependencyDown(Exception):
-    """What the dependency raises when it is down."""
+    """Error of the dependency while it is down."""
 
 
 DEPENDENCY = Path(os.environ["SHOP_DEPENDENCY"])
@@ -45,18 +43,18 @@ BREAKER = pybreaker.CircuitBreaker(
 
 
 def dependency() -> None:
-    """What the circuit guards: note the visit, then do as the file says."""
+    """Record the visit, then succeed, fail or wait as the file says."""
     began = time.monotonic()
     with VISITS.open("a") as log:
         log.write(json.dumps([os.getpid(), began]) + "\n")
-    while (mood := DEPENDENCY.read_text()) == "held" and time.monotonic() < began + HELD_AT_MOST:
-        time.sleep(GLANCE)
-    if mood != "up":
-        raise DependencyDown(mood)
+    while (condition := DEPENDENCY.read_text()) == "held" and time.monotonic() < began + HELD_MAX_S:
+        time.sleep(LOOK_PAUSE_S)
+    if condition != "up":
+        raise DependencyDown(condition)
 
 
 def call(breaker: pybreaker.CircuitBreaker = BREAKER) -> dict[str, Any]:
-    """A guarded call."""
+    """Make a guarded call, and return its outcome."""
     reached = False
 
     def guarded() -> None:
@@ -72,7 +70,7 @@ def call(breaker: pybreaker.CircuitBreaker = BREAKER) -> dict[str, Any]:
 
 
 def look() -> dict[str, Any]:
-    """The process as it sees itself."""
+    """Return the circuit's state and the threads of this process."""
     monkey = sys.modules.get("gevent.monkey")
     return {
         "state": BREAKER.current_state,
@@ -82,21 +80,21 @@ def look() -> dict[str, Any]:
 
 
 def ready() -> dict[str, Any]:
-    """Nothing but that somebody is there; the circuit is left alone."""
+    """Return nothing, without a use of the circuit."""
     return {}
 
 
-#: What may be asked for.
+#: Functions that a request can name.
 ANSWERS: dict[str, Callable[[], dict[str, Any]]] = {"call": call, "look": look, "ready": ready}
 
 
 def answer(what: str) -> dict[str, Any]:
-    """The answer, and who gives it."""
+    """Return the answer to a request, with the id of this process."""
     return {**ANSWERS[what](), "pid": os.getpid()}
 
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """WSGI: the path is what is asked for; anything that goes wrong is the server's to report."""
+    """Answer a WSGI request by the function that its path names.  The server reports errors."""
     body = json.dumps(answer(environ["PATH_INFO"].strip("/"))).encode()
     start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
     return [body]

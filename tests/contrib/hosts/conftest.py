@@ -1,4 +1,4 @@
-"""Fixtures for tests with application servers: a shop of each kind, and its connections to the server."""
+"""Fixtures for tests with application servers: a shop of each kind, and its listeners' connections."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.contrib.hosts.kinds import Kind
 from tests.contrib.hosts.shop import Shop
 from tests.support.logs import ALARMS
 
-#: What Celery prints of a worker that a test has killed in the middle of a task.
+#: Output of Celery about a worker that a test has killed in the middle of a task.
 LOST_WORKER = re.compile(r'Task handler raised error: WorkerLostError.*?\n"""\n.*?\n"""\n', re.DOTALL)
 
 
 @pytest.fixture
 def open_shop(kind: Kind, server: PrivateServer, tmp_path: Path) -> Iterator[Callable[..., Shop]]:
-    """Start the host that the test is about; the words are those of `Shop`."""
+    """Function that starts the host of this test, with the arguments of `Shop`."""
     if sys.platform != "linux":
-        pytest.skip("looks for processes in /proc")
+        pytest.skip("needs /proc")
     if kind.missing():
         reason = f"not installed: {', '.join(kind.missing())}"
         if os.environ.get("CI"):
@@ -35,8 +35,8 @@ def open_shop(kind: Kind, server: PrivateServer, tmp_path: Path) -> Iterator[Cal
     shops: list[Shop] = []
     with contextlib.ExitStack() as stack:
 
-        def start(**words: Any) -> Shop:
-            shops.append(Shop(kind, server, tmp_path, **words))
+        def start(**settings: Any) -> Shop:
+            shops.append(Shop(kind, server, tmp_path, **settings))
             return stack.enter_context(shops[-1])
 
         yield start
@@ -48,5 +48,5 @@ def open_shop(kind: Kind, server: PrivateServer, tmp_path: Path) -> Iterator[Cal
 
 @pytest.fixture
 def listening(client: redis.Redis) -> Callable[[], int]:
-    """How many connections to the server listen for changes."""
+    """Function that returns the number of listeners' connections at the server."""
     return lambda: sum(connection["name"] == "pybreaker_redis" for connection in client.client_list())

@@ -1,7 +1,4 @@
-"""How does a request get into a host, and the answer out?
-
-Knows: HTTP on a unix socket, tasks on a broker.  Does not know: what is asked, processes.
-"""
+"""Entrances of hosts: HTTP on a unix socket, and tasks on a broker."""
 
 from __future__ import annotations
 
@@ -19,24 +16,24 @@ ANSWER_WITHIN = 30.0
 
 
 class NoAnswer(Exception):
-    """A request failed: an error of the server, a broken connection, or silence."""
+    """A request failed: an error of the server, a broken connection, or a timeout."""
 
 
 class Door(Protocol):
-    """Where requests go in; may be used by many threads at once."""
+    """Entrance for requests, which many threads may use at once."""
 
-    def ask(self, what: str) -> dict[str, Any]:
-        """The answer.
+    def request(self, what: str) -> dict[str, Any]:
+        """Send a request and return the answer.
 
         Raises:
-            NoAnswer: There is none.
+            NoAnswer: The request failed.
         """
 
     def idle(self) -> bool:
-        """Whether the host, too, knows that all is answered."""
+        """Return whether the host itself counts every request as answered."""
 
     def close(self) -> None:
-        """No more requests."""
+        """Close all connections."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -51,13 +48,13 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class HttpDoor:
-    """A web server's, on a unix socket; each request is a connection of its own."""
+    """Entrance of a web server on a unix socket, with one connection for each request."""
 
     def __init__(self, unix_socket: str) -> None:
         self._unix_socket = unix_socket
 
-    def ask(self, what: str) -> dict[str, Any]:
-        """The answer."""
+    def request(self, what: str) -> dict[str, Any]:
+        """Send a request and return the answer."""
         response, body = self.get(what)
         if response.status != http.HTTPStatus.OK:
             raise NoAnswer(f"{response.status} {response.reason}")
@@ -65,10 +62,10 @@ class HttpDoor:
         return answer
 
     def get(self, path: str) -> tuple[http.client.HTTPResponse, str]:
-        """A response, whatever its status, and its body.
+        """Return a response with any status, and its body.
 
         Raises:
-            NoAnswer: There is none.
+            NoAnswer: There was no response.
         """
         try:
             with closing(_UnixConnection(self._unix_socket)) as connection:
@@ -79,24 +76,24 @@ class HttpDoor:
             raise NoAnswer(f"{type(exc).__name__}: {exc}") from exc
 
     def idle(self) -> bool:
-        """When an answer has come, its worker may go."""
+        """Return True, because a web server's worker may end after its answer."""
         return True
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Do nothing, because no connection is kept open."""
 
 
-#: The database of Celery's broker; the circuit is in another one of the same server.
+#: Database of Celery's broker.  The circuit is in another one of the same server.
 BROKER_DB = 1
 
 
 def broker_of(server: PrivateServer) -> str:
-    """The address of Celery's broker."""
+    """Return the address of Celery's broker."""
     return f"redis+socket://{server.unix_socket}?virtual_host={BROKER_DB}"
 
 
 class BrokerDoor:
-    """Celery's: a request is a task, which leaves its answer in a list."""
+    """Entrance of Celery, where a request is a task that pushes its answer to a list."""
 
     def __init__(self, server: PrivateServer) -> None:
         from celery import Celery
@@ -105,25 +102,25 @@ class BrokerDoor:
         self._unacknowledged = server.client(db=BROKER_DB)
         self._client = server.client(socket_timeout=2 * ANSWER_WITHIN)
 
-    def ask(self, what: str) -> dict[str, Any]:
-        """The answer."""
+    def request(self, what: str) -> dict[str, Any]:
+        """Send a request and return the answer."""
         reply_to = f"reply:{uuid.uuid4()}"
         self._celery.send_task("tests.contrib.hosts.tasks.answer", (what, reply_to), ignore_result=True)
         reply = self._client.blpop([reply_to], ANSWER_WITHIN)
         if reply is None:
-            raise NoAnswer(f"{what}: nobody answered within {ANSWER_WITHIN:.0f} s")
+            raise NoAnswer(f"{what}: no answer within {ANSWER_WITHIN:.0f} s")
         answer: dict[str, Any] = json.loads(reply[1])
         return answer
 
     def idle(self) -> bool:
-        """A child may have answered before its master has heard that it took the task, and acknowledged that."""
+        """Return whether the broker has an acknowledgement for each task, which may follow the answer."""
         return not self._unacknowledged.hlen("unacked")
 
     def close(self) -> None:
-        """Give all connections back."""
+        """Close all connections."""
         from kombu import pools
 
         self._celery.close()
-        pools.reset()  # they are everybody's, and nobody else's here
+        pools.reset()  # global pools, which no other test uses here
         self._client.close()
         self._unacknowledged.close()

@@ -1,7 +1,4 @@
-"""How are the examples run, and what do they depend on?
-
-Knows: the examples' addresses, environment and answers.  Does not know: pytest, which promise is being tested.
-"""
+"""The examples under their servers, and the service that they depend on."""
 
 from __future__ import annotations
 
@@ -18,21 +15,21 @@ from tests.contrib.hosts.doors import Door, HttpDoor, NoAnswer
 from tests.contrib.hosts.kinds import Kind
 from tests.contrib.hosts.shop import Shop, Visit
 
-#: Seconds that the service needs to fail: long enough to be told from a rejection.
+#: Seconds that the service needs to fail: long compared with a rejection.
 SLOW = 0.25
 
-#: What an answer of a web example means.
+#: Outcomes by the status of a web example's answer.
 OUTCOMES = {HTTPStatus.OK: "ok", HTTPStatus.BAD_GATEWAY: "failed", HTTPStatus.SERVICE_UNAVAILABLE: "rejected"}
 
 
 class Payments(http.server.ThreadingHTTPServer):
-    """The service that the examples call: ``up``, ``down``, or ``held``, which is to wait for another mood."""
+    """Service that the examples call, with its condition: ``up``, ``down`` or ``held``, which keeps calls waiting."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
-        self.mood = "up"
+        self.condition = "up"
         self.visited: list[float] = []
         self.url = f"http://127.0.0.1:{self.server_port}/"
 
@@ -41,26 +38,26 @@ class Payments(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.mood = "down"
+        self.condition = "down"
         self.shutdown()
         self.server_close()
 
     def since(self, at: float) -> list[float]:
-        """When it was called since a monotonic time."""
+        """Return the monotonic times of the calls since such a time."""
         return [visited for visited in self.visited if visited >= at]
 
     def handle_error(self, *_: object) -> None:
-        """A caller that gives up, or is killed, is not this service's business."""
+        """Ignore errors of callers that give up or are killed."""
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        """Note the visit, then do as one is told."""
+        """Record the visit, then answer by the condition."""
         assert isinstance(self.server, Payments)
         self.server.visited.append(time.monotonic())
-        while self.server.mood == "held":
+        while self.server.condition == "held":
             time.sleep(0.01)
-        up = self.server.mood == "up"
+        up = self.server.condition == "up"
         if not up:
             time.sleep(SLOW)
         body = b"receipt" if up else b""
@@ -70,7 +67,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _gunicorn(example: str, application: str, worker_class: str, *arguments: str) -> Kind:
@@ -92,13 +89,13 @@ def _gunicorn(example: str, application: str, worker_class: str, *arguments: str
     )
 
 
-#: The examples that are asked by HTTP.
+#: Examples that are called by HTTP.
 WEB = (
     _gunicorn("django_shop", "wsgi", "sync"),
     _gunicorn("flask_api", "app:create_app()", "gthread", "--threads", "4"),
 )
 
-#: The one that is asked by a broker.
+#: Command of the example that is called through a broker.
 CELERY = (
     *(sys.executable, "-m", "celery", "--workdir", "examples/celery_tasks", "--app", "tasks", "worker"),
     *("--pool", "prefork", "--concurrency", "4", "--loglevel", "INFO"),
@@ -107,26 +104,26 @@ CELERY = (
 
 
 class _ExampleDoor(HttpDoor):
-    def ask(self, what: str) -> dict[str, Any]:
-        """Who has answered what; an error page is no answer."""
+    def request(self, what: str) -> dict[str, Any]:
+        """Return the worker and the outcome of a request, and raise an error for an error page."""
         response, body = self.get("pay" if what == "call" else "ready")
         outcome = OUTCOMES.get(HTTPStatus(response.status))
         if outcome is None:
             raise NoAnswer(f"{response.status}: {body}")
         if outcome == "rejected" and (int(response.headers["Retry-After"]) < 1 or "payments" in body):
-            raise NoAnswer(f"a rejection that is none: {response.headers.items()}, {body}")
+            raise NoAnswer(f"an incomplete rejection: {response.headers.items()}, {body}")
         return {"pid": int(response.headers["X-Worker"]), "outcome": outcome}
 
 
 class Example(Shop):
-    """An example under gunicorn.
+    """Example under gunicorn.
 
     Args:
-        kind: Which.
-        server: Where the circuit lies.
-        directory: For logs.
-        payments: What it depends on.
-        reset_timeout: Of the circuit, seconds.
+        kind: Kind of the host.
+        server: Server that holds the circuit.
+        directory: Directory for logs.
+        payments: Service that the example depends on.
+        reset_timeout: Reset timeout of the circuit, seconds.
     """
 
     def __init__(
@@ -141,16 +138,16 @@ class Example(Shop):
     def _environment(self) -> dict[str, str]:
         return environment(self._server, self._payments, self._reset_timeout)
 
-    def set_dependency(self, mood: str) -> float:
-        """From now on, which is returned in monotonic seconds, it is ``up``, ``down`` or ``held``."""
-        self._payments.mood = mood
+    def set_dependency(self, condition: str) -> float:
+        """Set the dependency to ``up``, ``down`` or ``held``, and return the monotonic time of the change."""
+        self._payments.condition = condition
         return time.monotonic()
 
     def visits(self, since: float) -> list[Visit]:
-        """The calls that have reached it since a monotonic time; whose they are is not known."""
+        """Return the calls that reached the dependency since a monotonic time, without their processes."""
         return [Visit(0, began) for began in self._payments.since(since)]
 
 
 def environment(server: PrivateServer, payments: Payments, reset_timeout: float) -> dict[str, str]:
-    """What tells the examples where everything is."""
+    """Return the environment variables of the examples."""
     return {"REDIS_URL": server.url, "PAYMENTS_URL": payments.url, "RESET_TIMEOUT": str(reset_timeout)}

@@ -1,4 +1,4 @@
-"""Configuration of gunicorn that has gevent replace the library in the master, before the application is loaded."""
+"""Configuration of gunicorn in which gevent patches the master before the application is loaded."""
 
 from gevent import monkey
 

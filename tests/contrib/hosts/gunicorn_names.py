@@ -1,4 +1,4 @@
-"""Configuration of gunicorn that has each answer say which worker it comes from."""
+"""Configuration of gunicorn in which each answer has the id of its worker in a header."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def post_worker_init(worker: Any) -> None:
-    """Gunicorn calls this in each worker, when it has loaded the application."""
+    """Wrap the loaded application of a worker, as a hook that gunicorn calls."""
     application = worker.wsgi
 
     def named(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -1,7 +1,4 @@
-"""Which hosts are there, how are they started, and what can be expected of them?
-
-Knows: the command lines of servers.  Does not know: processes, circuits, pytest.
-"""
+"""Kinds of hosts, with their commands and properties."""
 
 from __future__ import annotations
 
@@ -19,18 +16,18 @@ class Kind:
     """One way to run an application.
 
     Attributes:
-        name: Of this way, for test ids.
-        command: Program and arguments; ``{socket}`` is where to listen, ``{node}`` is unique, ``{directory}`` is
-            the test's own.
-        recycle: Further arguments, with which a worker ends after some requests.
-        needs: Modules that must be there, and paths of programs.
-        workers: Processes that answer, all nodes together.
-        nodes: How often the command is run.
-        preloads: Whether the application is loaded in the master, and then forked.
-        forks: Whether workers are children of a master; else the node itself answers.
-        hears: Whether threads in the background run while no request does.
+        name: Name for test ids.
+        command: Program and arguments.  ``{socket}`` is the address, ``{node}`` is unique, ``{directory}`` belongs to
+            the test.
+        recycle: Further arguments that end a worker after some requests.
+        needs: Required modules, and paths of programs.
+        workers: Number of answering processes of all nodes.
+        nodes: Number of times that the command runs.
+        preloads: Whether the application is loaded in the master, which then forks.
+        forks: Whether workers are children of a master.  Otherwise the node itself answers.
+        has_background_threads: Whether threads run between requests.
         reloads: Whether SIGHUP replaces the workers.
-        ends_within: Seconds after SIGTERM by which it must have ended.
+        ends_within: Seconds after SIGTERM by which the node must have ended.
     """
 
     name: str
@@ -41,17 +38,17 @@ class Kind:
     nodes: int = 1
     preloads: bool = True
     forks: bool = True
-    hears: bool = True
+    has_background_threads: bool = True
     reloads: bool = False
     ends_within: float = 5.0
 
     @property
     def by_broker(self) -> bool:
-        """Whether requests are tasks; else they are HTTP."""
+        """Whether requests are tasks instead of HTTP."""
         return "celery" in self.needs
 
     def missing(self) -> list[str]:
-        """What is not installed of what it needs."""
+        """Return the missing ones of the required modules and programs."""
         return [need for need in self.needs if not (_is_program(need) or importlib.util.find_spec(need))]
 
 
@@ -64,7 +61,7 @@ def _gunicorn(name: str, worker_class: str, *arguments: str) -> Kind:
         f"gunicorn-{name}",
         (
             *(sys.executable, "-m", "gunicorn", "tests.contrib.hosts.app:application", "--bind", "unix:{socket}"),
-            # A thread of the master serves that socket.
+            # A thread of the master would serve the control socket.
             *("--no-control-socket", "--workers", "3", "--worker-class", worker_class, *arguments),
         ),
         recycle=("--max-requests", "120"),
@@ -80,15 +77,15 @@ def _uwsgi(name: str, *arguments: str) -> Kind:
         (
             *(str(_UWSGI), "--master", "--processes", "3", "--http-socket", "{socket}", "--need-app"),
             *("--module", "tests.contrib.hosts.app:application", "--home", sys.prefix),
-            # To reload is to execute this anew; pyuwsgi would execute a Python outside of the virtual environment.
+            # A reload executes this path.  pyuwsgi would execute a Python outside of the virtual environment.
             *("--binary-path", str(_UWSGI)),
             *("--die-on-term", "--no-orphans", *arguments),
         ),
-        # Else a worker lives for a minute at least.
+        # By default a worker lives for at least a minute.
         recycle=("--max-requests", "120", "--min-worker-lifetime", "1"),
         needs=(str(_UWSGI),),
         preloads="--lazy-apps" not in arguments,
-        hears="--enable-threads" in arguments,
+        has_background_threads="--enable-threads" in arguments,
         reloads=True,
     )
 
@@ -119,7 +116,7 @@ def _celery(
     )
 
 
-#: Every one of them.
+#: Every kind of host.
 KINDS = (
     _gunicorn("sync", "sync"),
     _gunicorn("sync-preload", "sync", "--preload"),
@@ -130,13 +127,13 @@ KINDS = (
     _gunicorn("gevent-preload", "gevent", "--preload"),
     # ... and after.
     _gunicorn("gevent-first-preload", "gevent", "--preload", "--config", "python:tests.contrib.hosts.gevent_first"),
-    # uWSGI loads the application in the master unless it is told to be lazy.
+    # uWSGI loads the application in the master, except with ``--lazy-apps``.
     _uwsgi("uwsgi"),
     _uwsgi("uwsgi-threads", "--enable-threads"),
     _uwsgi("uwsgi-lazy", "--lazy-apps"),
     _uwsgi("uwsgi-lazy-threads", "--lazy-apps", "--enable-threads", "--threads", "2"),
-    # A child of billiard's pool may wait up to 30 s for its parent to take note of the last task, whatever it runs.
+    # A child of billiard's pool may wait up to 30 s until its parent has noted the last task.
     _celery("prefork", 4, workers=4, recycle=("--max-tasks-per-child", "40"), ends_within=45.0),
-    # Threads of one process share a breaker: it takes two to be a fleet.
+    # Threads of one process share a breaker, so a fleet needs two nodes.
     _celery("threads", 4, workers=2, nodes=2, preloads=False, forks=False),
 )

@@ -1,7 +1,4 @@
-"""How is a server with children of its own run, and what is left of it?
-
-Knows: processes, signals, /proc.  Does not know: which server it is, what it serves.
-"""
+"""A server with its child processes."""
 
 from __future__ import annotations
 
@@ -15,24 +12,24 @@ from pathlib import Path
 
 from pybreaker_redis.testing import servers
 
-#: The root of the project: where servers find the application.
+#: Root of the project, from which servers load the application.
 ROOT = Path(__file__).parents[3]
 
 
 class Node:
-    """One server and its children; they are its process group, and none of them outlives the test.
+    """One server and its children, a process group that ends with the test.
 
     Args:
         command: Program and arguments.
-        log: Where its output goes.
-        environment: On top of this process's.
+        log: File for the output.
+        environment: Environment variables in addition to those of this process.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                # The kernel kills it if the test process dies.
+                # The kernel kills the node if the test process dies.
                 [sys.executable, "-I", "-S", "-c", servers.PARENT_DEATH_LAUNCHER, str(os.getpid()), *command],
                 cwd=ROOT,
                 env={**os.environ, **environment, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
@@ -45,50 +42,50 @@ class Node:
 
     @property
     def log(self) -> str:
-        """What it and its children have printed."""
+        """Output of the node and its children."""
         return self._log.read_text(errors="replace")
 
     @property
     def runs(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the node has not ended."""
         return self._process.poll() is None
 
     def children(self) -> set[int]:
-        """Processes that it has started and that are alive."""
+        """Return the running child processes of the node."""
         return {pid for pid, parent, _ in _processes() if parent == self.pid}
 
     def group(self) -> set[int]:
-        """Every process of it that is alive, itself included."""
+        """Return the running processes of the group, with the node itself."""
         return {pid for pid, _, group in _processes() if group == self.pid}
 
     def threads(self) -> int:
-        """Threads of its own process, as the kernel counts them."""
+        """Return the number of the node's own threads, as the kernel counts them."""
         return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it, not its children, a signal."""
+        """Send a signal to the node, and not to its children."""
         self._process.send_signal(number)
 
     def wait(self, within: float) -> int:
-        """Its exit code.
+        """Wait for the end of the node, and return its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: It has not ended.
+            subprocess.TimeoutExpired: The node has not ended.
         """
         return self._process.wait(within)
 
     def close(self) -> None:
-        """End it and whatever is left of it, at once; whether it can end in good order is a test of its own."""
+        """Kill the node and its children at once.  An orderly end is a test of its own."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def _processes() -> list[tuple[int, int, int]]:
-    """Process, parent and group of all that are alive."""
+    """Return process, parent and group of each running process."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        # Processes come and go while we look.
+        # Processes start and end meanwhile.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state, parent, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
             if state != "Z":

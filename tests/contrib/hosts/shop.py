@@ -1,9 +1,7 @@
-"""A host that serves the application, the dependency behind it, and a crowd in front of it.
+"""A host that serves the application, the dependency behind it, and a crowd of callers.
 
-A test sets how the dependency does, and has the crowd ask until it has heard enough.  Everything has a deadline; who
-misses it is shown the host's log.
-
-Knows: nodes, doors, what the application answers.  Does not know: pytest, which promise is being tested.
+A test sets the condition of the dependency, and lets the crowd send requests until its answers suffice.  Everything has
+a deadline, and the error about a missed one contains the host's log.
 """
 
 from __future__ import annotations
@@ -32,33 +30,33 @@ DEADLINE = 30.0
 #: Failures that open the circuit.
 FAIL_MAX = 3
 
-#: How many of the crowd ask at the same time, as long as they are answered.
+#: Parallel requests of the crowd while answers arrive.
 AT_ONCE = 8
 
-#: The most that may be waiting for an answer.
-CROWD = 64
+#: Most requests that may wait for an answer.
+CROWD_MAX = 64
 
-#: Seconds without any answer after which somebody else asks: those who are held up do not hold up the others.
-IMPATIENCE = 0.05
+#: Seconds without any answer after which the crowd sends further requests beside the waiting ones.
+NO_ANSWER_S = 0.05
 
 
 class ShopFailed(Exception):
-    """The host did not start, or something did not come true in time; the message ends with its log."""
+    """The host did not start, or a condition missed its deadline.  The message ends with the host's log."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What somebody in the crowd was told.
+    """Answer to one request of the crowd.
 
     Attributes:
-        pid: The process that answered.
-        began: When it was asked, monotonic seconds.
-        ended: When it had answered.
-        outcome: Of a guarded call: ``ok``, ``failed`` or ``rejected``; the last did not reach the dependency.
-        state: Of the circuit, to one that looks.
-        threads: Names of the process's threads, to one that looks.
-        gevent: Whether they are greenlets.
-        page: Of metrics, to one that scrapes.
+        pid: Process that answered.
+        began: Monotonic seconds at the request.
+        ended: Monotonic seconds at the answer.
+        outcome: Outcome of a guarded call: ``ok``, ``failed`` or ``rejected``.
+        state: State of the circuit, for requests ``look``.
+        threads: Names of the process's threads, for requests ``look``.
+        gevent: Whether the threads are greenlets.
+        page: Page of metrics, for scrapes.
     """
 
     pid: int
@@ -76,7 +74,7 @@ class Visit:
     """A call that reached the dependency.
 
     Attributes:
-        pid: Whose.
+        pid: Process of the call.
         began: Monotonic seconds.
     """
 
@@ -85,16 +83,16 @@ class Visit:
 
 
 class Shop:
-    """One host, started and answering; a context manager that leaves nothing behind.
+    """One host, started and answering, as a context manager that ends every process.
 
     Args:
-        kind: Which.
-        server: Where the circuit lies.
-        directory: For logs, and for the file that is the dependency.
-        reset_timeout: Of the breaker, seconds.
-        recycle: Let workers end after some requests.
-        call_at_import: Let whoever loads the application make a guarded call.
-        storage: Further parameters of the storage.
+        kind: Kind of the host.
+        server: Server that holds the circuit.
+        directory: Directory for logs and the dependency's file.
+        reset_timeout: Reset timeout of the breaker, seconds.
+        recycle: Whether workers end after some requests.
+        call_at_import: Whether a process that loads the application makes a guarded call.
+        storage: Further arguments of the storage.
     """
 
     def __init__(
@@ -114,9 +112,9 @@ class Shop:
         self._reset_timeout = reset_timeout
         self._recycle = recycle
         self._call_at_import = call_at_import
-        # A busy machine is no outage.
+        # A slow answer of a busy machine is no outage.
         self._storage = {"timeout": 10.0, **storage}
-        self._mood = directory / "dependency"
+        self._condition_file = directory / "dependency"
         self._visits = directory / "visits"
         self._waiting: set[Future[Answer]] = set()
         self._closing = contextlib.ExitStack()
@@ -135,13 +133,13 @@ class Shop:
             unix_socket = str(scratch.path / "host.sock")
             self._door = self._make_door(unix_socket)
             stack.callback(self._door.close)
-            self._crowd = ThreadPoolExecutor(CROWD)
+            self._crowd = ThreadPoolExecutor(CROWD_MAX)
             stack.callback(self._crowd.shutdown, cancel_futures=True)
             self.set_dependency("up")
             for number in range(self.kind.nodes):
-                words = {"socket": unix_socket, "node": f"node{number}", "directory": self._directory}
+                values = {"socket": unix_socket, "node": f"node{number}", "directory": self._directory}
                 parts = self.kind.command + (self.kind.recycle if self._recycle else ())
-                command = [part.format_map(words) for part in parts]
+                command = [part.format_map(values) for part in parts]
                 node = Node(command, self._directory / f"node{number}.log", self._environment())
                 stack.callback(node.close)
                 self.nodes.append(node)
@@ -150,7 +148,7 @@ class Shop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Nobody waits any longer for a call that the test has left held.
+        # Release calls that the test has left waiting.
         self.set_dependency("down")
         self._closing.close()
 
@@ -161,7 +159,7 @@ class Shop:
         return {
             "SHOP_UNIX_SOCKET": self._server.unix_socket,
             "SHOP_BROKER": broker_of(self._server),
-            "SHOP_DEPENDENCY": str(self._mood),
+            "SHOP_DEPENDENCY": str(self._condition_file),
             "SHOP_VISITS": str(self._visits),
             "SHOP_FAIL_MAX": str(FAIL_MAX),
             "SHOP_RESET_TIMEOUT": str(self._reset_timeout),
@@ -176,7 +174,7 @@ class Shop:
             if time.monotonic() > until or not all(node.runs for node in self.nodes):
                 raise ShopFailed(f"{self.kind.name} did not start; its log:\n{self.log}")
             try:
-                self.ask("ready")
+                self.request("ready")
                 answered = True
             except NoAnswer:
                 time.sleep(0.02)
@@ -185,11 +183,11 @@ class Shop:
 
     @property
     def log(self) -> str:
-        """What the host has printed."""
+        """Output of the host."""
         return "\n".join(node.log for node in self.nodes)
 
     def workers(self) -> set[int]:
-        """The processes that answer."""
+        """Return the answering processes."""
         if not self.kind.forks:
             return {node.pid for node in self.nodes}
         return {child for node in self.nodes for child in node.children()}
@@ -204,45 +202,45 @@ class Shop:
 
     # The dependency -----------------------------------------------------------------------------------------------
 
-    def set_dependency(self, mood: str) -> float:
-        """From now on, which is returned in monotonic seconds, it is ``up``, ``down`` or ``held``."""
-        new = self._mood.with_suffix(".new")
-        new.write_text(mood)
-        new.replace(self._mood)
+    def set_dependency(self, condition: str) -> float:
+        """Set the dependency to ``up``, ``down`` or ``held``, and return the monotonic time of the change."""
+        new = self._condition_file.with_suffix(".new")
+        new.write_text(condition)
+        new.replace(self._condition_file)
         return time.monotonic()
 
     def visits(self, since: float) -> list[Visit]:
-        """The calls that have reached it since a monotonic time."""
+        """Return the calls that reached the dependency since a monotonic time."""
         lines = self._visits.read_text().splitlines() if self._visits.exists() else []
         return [visit for line in lines if (visit := Visit(*json.loads(line))).began >= since]
 
     def idle(self) -> bool:
-        """Whether the host knows that it has answered everybody."""
+        """Return whether the host itself counts every request as answered."""
         return self._door.idle()
 
     # The crowd ----------------------------------------------------------------------------------------------------
 
-    def ask(self, what: str) -> Answer:
-        """Ask once."""
+    def request(self, what: str) -> Answer:
+        """Send one request."""
         began = time.monotonic()
-        said = self._door.ask(what)
-        said["threads"] = tuple(said.get("threads", ()))
-        return Answer(began=began, ended=time.monotonic(), **said)
+        reply = self._door.request(what)
+        reply["threads"] = tuple(reply.get("threads", ()))
+        return Answer(began=began, ended=time.monotonic(), **reply)
 
-    def ask_until(self, what: str, enough: Callable[[list[Answer]], bool], *, leave: bool = False) -> list[Answer]:
-        """Have the crowd ask, several at once and without a pause, until it has heard enough.
+    def request_until(self, what: str, enough: Callable[[list[Answer]], bool], *, leave: bool = False) -> list[Answer]:
+        """Let the crowd send requests in parallel until the answers suffice.
 
         Args:
-            what: To ask for.
-            enough: Whether these answers are.
-            leave: Do not wait for the answers that are then still to come; the next crowd hears them first.
+            what: Name of the request.
+            enough: Function that decides whether these answers suffice.
+            leave: Whether to return without the answers that are still due.  The next crowd receives them first.
 
         Returns:
             All answers.
 
         Raises:
-            NoAnswer: One of them was none.
-            ShopFailed: It was never enough.
+            NoAnswer: A request failed.
+            ShopFailed: The answers never sufficed.
         """
         answers: list[Answer] = []
         until = time.monotonic() + DEADLINE
@@ -251,53 +249,53 @@ class Shop:
             if time.monotonic() > until:
                 raise ShopFailed(f"{what}: never enough; {_summary(answers)}; the host's log:\n{self.log}")
             for _ in range(at_once - len(self._waiting)):
-                self._waiting.add(self._crowd.submit(self.ask, what))
-            if not self._hear(answers, IMPATIENCE):
-                at_once = min(len(self._waiting) + AT_ONCE, CROWD)
+                self._waiting.add(self._crowd.submit(self.request, what))
+            if not self._receive(answers, NO_ANSWER_S):
+                at_once = min(len(self._waiting) + AT_ONCE, CROWD_MAX)
             time.sleep(self.rest)
         while self._waiting and not leave:
-            self._hear(answers, DEADLINE)
+            self._receive(answers, DEADLINE)
         return answers
 
-    def _hear(self, answers: list[Answer], within: float) -> int:
+    def _receive(self, answers: list[Answer], within: float) -> int:
         done, self._waiting = wait(self._waiting, within, FIRST_COMPLETED)
         answers += (future.result() for future in done)
         return len(done)
 
-    def hear_all(self, what: str, condition: Callable[[Answer], bool], *, leave: bool = False) -> list[Answer]:
-        """Have the crowd ask until each worker that is there has given an answer like this."""
+    def answers_of_all(self, what: str, condition: Callable[[Answer], bool], *, leave: bool = False) -> list[Answer]:
+        """Let the crowd send requests until each present worker has given such an answer."""
 
         def enough(answers: list[Answer]) -> bool:
             workers = self.workers()
-            heard = {answer.pid for answer in answers if condition(answer)}
-            return len(workers) == self.kind.workers and workers <= heard
+            answered = {answer.pid for answer in answers if condition(answer)}
+            return len(workers) == self.kind.workers and workers <= answered
 
-        return self.ask_until(what, enough, leave=leave)
+        return self.request_until(what, enough, leave=leave)
 
     def call_all(self, outcome: str) -> list[Answer]:
-        """Have the crowd call until each worker that is there has had this outcome."""
-        return self.hear_all("call", lambda answer: answer.outcome == outcome)
+        """Let the crowd make calls until each present worker has had this outcome."""
+        return self.answers_of_all("call", lambda answer: answer.outcome == outcome)
 
     def look_all(self) -> dict[int, Answer]:
-        """One look at each worker that is there."""
-        return {answer.pid: answer for answer in self.hear_all("look", lambda _: True)}
+        """Return one look at each present worker."""
+        return {answer.pid: answer for answer in self.answers_of_all("look", lambda _: True)}
 
     def hold_probe(self) -> tuple[float, Visit]:
-        """Let the dependency keep callers waiting, and call until one waits; since when it does, and the one."""
+        """Hold the dependency's callers, make calls until one waits, and return the time of the hold and that call."""
         held = self.set_dependency("held")
-        self.ask_until("call", lambda _: bool(self.visits(since=held)), leave=True)
+        self.request_until("call", lambda _: bool(self.visits(since=held)), leave=True)
         return held, self.visits(since=held)[0]
 
     def trip(self) -> float:
-        """Let the dependency die, and call until the circuit must be open; when that was, monotonic seconds."""
+        """Let the dependency die, make calls until the circuit must be open, and return that monotonic time."""
         self.set_dependency("down")
-        outcomes = [self.ask("call").outcome for _ in range(FAIL_MAX)]
+        outcomes = [self.request("call").outcome for _ in range(FAIL_MAX)]
         if outcomes != ["failed"] * FAIL_MAX:
             raise ShopFailed(f"calls of a closed circuit: {outcomes}; the host's log:\n{self.log}")
         return time.monotonic()
 
     def trip_elsewhere(self) -> float:
-        """Have a process that is not of this host open the circuit: this one; when that was, monotonic seconds."""
+        """Open the circuit from this process, which is none of the host's, and return the monotonic time."""
         with contextlib.closing(self._server.client()) as client:
             storage = CircuitRedisStorage("closed", client, namespace="shop", max_staleness=0, timeout=10)
             pybreaker.CircuitBreaker(state_storage=storage).open()

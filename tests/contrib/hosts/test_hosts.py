@@ -1,4 +1,4 @@
-"""The application servers that people run: each of their workers takes part, and none of them is disturbed."""
+"""Application servers: each worker takes part in the circuit, and the server works as without the package."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tests.contrib.hosts.shop import AT_ONCE, Answer, Shop
 
 pytestmark = pytest.mark.hosts
 
-#: What the storage is told if nothing else is said, seconds.
+#: Default staleness of the storage, seconds.
 MAX_STALENESS = 1.0
 
-#: Seconds, the most there can be: no view ends as long as a test waits; what a worker knows in time, it was told.
-LASTING = 60.0
+#: Longest staleness, seconds: no view expires during a test, so only a push explains a notice.
+PUSH_ONLY_STALENESS_S = 60.0
 
-#: Seconds after which a worker must have heard what was pushed, however busy the machine is.
-PUSHED_WITHIN = 5.0
+#: Seconds within which a push must have arrived, on a machine of any speed.
+PUSH_MAX_S = 5.0
 
-#: The name of the thread that listens.
+#: Name of the listener's thread.
 LISTENER = "pybreaker_redis listener"
 
 
 def on(condition: Callable[[Kind], bool]) -> pytest.MarkDecorator:
-    """Run a test on every host that is like this."""
+    """Run a test on every host with this property."""
     return pytest.mark.parametrize("kind", [*filter(condition, KINDS)], ids=operator.attrgetter("name"))
 
 
@@ -37,14 +37,16 @@ on_every_host = on(lambda kind: True)
 
 
 @pytest.fixture
-def lasting_shop(open_shop: Callable[..., Shop], kind: Kind) -> Callable[..., Shop]:
-    """As `open_shop`; where threads can run, workers know in time only what they were told."""
-    return functools.partial(open_shop, max_staleness=LASTING) if kind.hears else open_shop
+def push_only_shop(open_shop: Callable[..., Shop], kind: Kind) -> Callable[..., Shop]:
+    """As `open_shop`, but with pushes alone where background threads run."""
+    return (
+        functools.partial(open_shop, max_staleness=PUSH_ONLY_STALENESS_S) if kind.has_background_threads else open_shop
+    )
 
 
 def assert_all_reject(shop: Shop, tripped: float, within: float) -> None:
-    """All workers reject calls; none that begins so many seconds after the trip reaches the dependency."""
-    # A worker that does not know would go on with success, and so never find out by itself.
+    """Assert that all workers reject calls, and that no call after this time reaches the dependency."""
+    # A worker with an old view would continue with successes, and therefore not notice by itself.
     shop.set_dependency("up")
     answers = shop.call_all("rejected")
     assert {answer.outcome for answer in answers if answer.began > tripped + within} <= {"rejected"}
@@ -52,29 +54,29 @@ def assert_all_reject(shop: Shop, tripped: float, within: float) -> None:
 
 
 def listeners(shop: Shop) -> set[int]:
-    """How many threads listen in each worker: as one number, if that is the same in all."""
+    """Return the numbers of listener threads of the workers, as a set."""
     return {sum(LISTENER in name for name in answer.threads) for answer in shop.look_all().values()}
 
 
 @on_every_host
 def test_trip_in_one_worker_is_rejection_in_all(open_shop):
-    """When some calls have failed, whoever made them, every worker rejects calls within ``max_staleness``."""
+    """After some failed calls of any workers, every worker rejects calls within ``max_staleness``."""
     shop = open_shop()
     shop.call_all("ok")
     assert_all_reject(shop, shop.trip(), MAX_STALENESS)
 
 
-@on(lambda kind: kind.hears)
-def test_trip_is_told_to_workers_that_would_not_ask(lasting_shop):
-    """Workers hear of a trip in another process at once, long before what they know gets too old."""
-    shop = lasting_shop()
+@on(lambda kind: kind.has_background_threads)
+def test_trip_is_pushed_to_workers_that_do_not_poll(push_only_shop):
+    """Workers notice a trip in another process by a push, long before their views expire."""
+    shop = push_only_shop()
     shop.call_all("ok")
-    assert_all_reject(shop, shop.trip_elsewhere(), PUSHED_WITHIN)
+    assert_all_reject(shop, shop.trip_elsewhere(), PUSH_MAX_S)
 
 
 @on_every_host
 def test_recovery_is_one_probe_and_then_closed_in_all(open_shop):
-    """While one call tries the dependency no other reaches it, its own worker's included; then all may call."""
+    """While one call probes, all others are rejected, also in the same worker.  Then all are admitted."""
     shop = open_shop(reset_timeout=0.5)
     shop.call_all("ok")
     shop.trip()
@@ -85,7 +87,7 @@ def test_recovery_is_one_probe_and_then_closed_in_all(open_shop):
         rejected = [answer.pid for answer in answers if answer.began > probe.began and answer.outcome == "rejected"]
         return len(rejected) > 4 * AT_ONCE and shop.workers() - {probe.pid} <= set(rejected)
 
-    shop.ask_until("call", others_rejected, leave=True)
+    shop.request_until("call", others_rejected, leave=True)
     assert shop.visits(since=held) == [probe]
     shop.set_dependency("up")
     answers = shop.call_all("ok")
@@ -96,34 +98,36 @@ def test_recovery_is_one_probe_and_then_closed_in_all(open_shop):
 
 @on_every_host
 def test_each_worker_has_one_listener_and_its_master_none(open_shop, kind, listening):
-    """A worker starts one thread and one connection when it first calls, if threads can run; a master never does."""
+    """A worker starts one thread and one connection at its first call, if threads can run.  A master starts none."""
     shop = open_shop()
     assert listeners(shop) == {0}
     assert listening() == 0
-    for _ in range(2):  # however often it calls
+    for _ in range(2):  # also after further calls
         shop.call_all("ok")
-        shop.wait_for("a connection for each listener", lambda: listening() == kind.workers * kind.hears)
-        assert listeners(shop) == {int(kind.hears)}
+        shop.wait_for(
+            "a connection for each listener", lambda: listening() == kind.workers * kind.has_background_threads
+        )
+        assert listeners(shop) == {int(kind.has_background_threads)}
     if kind.forks:
         assert [node.threads() for node in shop.nodes] == [1]
 
 
 @on(lambda kind: kind.preloads)
-def test_call_in_master_before_it_forks_disturbs_no_worker(lasting_shop, kind):
-    """Its workers do not take a listener that is the master's for their own, nor believe what only the master hears."""
-    shop = lasting_shop(call_at_import=True)
+def test_call_in_a_master_before_its_fork_disturbs_no_worker(push_only_shop, kind):
+    """Workers neither use a listener of their master nor the view that the master had at the fork."""
+    shop = push_only_shop(call_at_import=True)
     shop.call_all("ok")
-    assert listeners(shop) == {int(kind.hears)}
-    assert_all_reject(shop, shop.trip_elsewhere(), PUSHED_WITHIN)
+    assert listeners(shop) == {int(kind.has_background_threads)}
+    assert_all_reject(shop, shop.trip_elsewhere(), PUSH_MAX_S)
 
 
 @on_every_host
 def test_sigterm_ends_host_and_its_connections(open_shop, kind, listening):
-    """A host whose workers listen ends when it is told to, in good order, and the server is rid of it."""
+    """A host with listeners ends in order after SIGTERM, and its connections are closed."""
     shop = open_shop()
     shop.call_all("ok")
-    # A Celery that is told to end a moment earlier may wait half a minute for a child that waits for it.
-    shop.wait_for("nothing left to do", shop.idle)
+    # Celery may wait half a minute for a child if SIGTERM arrives a moment earlier.
+    shop.wait_for("all requests are acknowledged", shop.idle)
     for node in shop.nodes:
         node.signal(signal.SIGTERM)
     assert {node.wait(kind.ends_within) for node in shop.nodes} == {0}
@@ -132,40 +136,40 @@ def test_sigterm_ends_host_and_its_connections(open_shop, kind, listening):
 
 
 @on(lambda kind: kind.reloads)
-def test_reload_under_traffic_fails_no_request(lasting_shop):
-    """SIGHUP replaces the workers while they are busy: nobody outside notices, and the new ones hear of a trip."""
-    shop = lasting_shop()
+def test_reload_under_traffic_fails_no_request(push_only_shop):
+    """SIGHUP replaces the workers during requests without an error, and the new ones notice a trip."""
+    shop = push_only_shop()
     shop.call_all("ok")
     before = shop.workers()
     (node,) = shop.nodes
     node.signal(signal.SIGHUP)
-    answers = shop.ask_until("call", lambda _: not before & shop.workers()) + shop.call_all("ok")
+    answers = shop.request_until("call", lambda _: not before & shop.workers()) + shop.call_all("ok")
     assert {answer.outcome for answer in answers} == {"ok"}
-    assert_all_reject(shop, shop.trip_elsewhere(), PUSHED_WITHIN)
+    assert_all_reject(shop, shop.trip_elsewhere(), PUSH_MAX_S)
 
 
 @on(lambda kind: kind.forks)
-def test_worker_that_replaces_a_killed_one_takes_part(lasting_shop, kind, listening):
-    """A worker's death disturbs nobody, and whoever comes in its place hears of a trip."""
-    shop = lasting_shop()
+def test_replacement_of_a_killed_worker_takes_part(push_only_shop, kind, listening):
+    """The death of a worker causes no error, and its replacement notices a trip."""
+    shop = push_only_shop()
     shop.call_all("ok")
     victim = min(shop.workers())
     os.kill(victim, signal.SIGKILL)
     shop.wait_for("a worker in its place", lambda: victim not in shop.workers() and len(shop.workers()) == kind.workers)
     shop.call_all("ok")
-    if kind.hears:
+    if kind.has_background_threads:
         shop.wait_for("one connection for each worker", lambda: listening() == kind.workers)
-    assert_all_reject(shop, shop.trip_elsewhere(), PUSHED_WITHIN)
+    assert_all_reject(shop, shop.trip_elsewhere(), PUSH_MAX_S)
 
 
 @on(lambda kind: bool(kind.recycle))
-def test_recycling_under_traffic_fails_no_request(lasting_shop):
-    """Workers that end after some requests do so unnoticed, and those after them hear of a trip."""
-    shop = lasting_shop(recycle=True)
+def test_recycling_under_traffic_fails_no_request(push_only_shop):
+    """Workers that end after some requests cause no error, and their replacements notice a trip."""
+    shop = push_only_shop(recycle=True)
     before = shop.workers()
-    answers = shop.ask_until("call", lambda _: not before & shop.workers())
-    # Else the first of the new ones end before the last have started.
+    answers = shop.request_until("call", lambda _: not before & shop.workers())
+    # Without a rest the first of the new workers end before the last have started.
     shop.rest = 0.1
     answers += shop.call_all("ok")
     assert {answer.outcome for answer in answers} == {"ok"}
-    assert_all_reject(shop, shop.trip_elsewhere(), PUSHED_WITHIN)
+    assert_all_reject(shop, shop.trip_elsewhere(), PUSH_MAX_S)

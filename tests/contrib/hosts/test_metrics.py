@@ -1,4 +1,4 @@
-"""What is scraped from four workers of gunicorn, wired as the README shows: whichever is asked, it is the truth."""
+"""Metrics of four workers of gunicorn, set up as the README shows: the page of any worker is right."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.support.pages import blocks
 
 pytestmark = [
     pytest.mark.hosts,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /proc"),
 ]
 
-#: What the README says belongs into files of these names.
+#: Names of the files that the README shows.
 FILES = ("shop.py", "gunicorn.conf.py")
 
-#: The circuit, in Redis.
+#: Prefix of the circuit's keys in Redis.
 CIRCUIT = "shop:orders:pybreaker:"
 
 
@@ -48,17 +48,17 @@ def _gunicorn(name: str, *arguments: str) -> Kind:
     )
 
 
-#: Workers that make their counters themselves, and such as inherit those of their master.
+#: Workers that create their own counters, and workers that inherit those of their master.
 WAYS = (_gunicorn("sync"), _gunicorn("gthread-preload", "--worker-class", "gthread", "--threads", "4", "--preload"))
 
 
 class MeteredDoor(HttpDoor):
-    """One behind which there are pages of metrics, too."""
+    """Entrance of a web server with pages of metrics."""
 
-    def ask(self, what: str) -> dict[str, Any]:
-        """The answer; a page comes with whose it is."""
+    def request(self, what: str) -> dict[str, Any]:
+        """Send a request and return the answer, for pages with the id of the worker."""
         if what != "metrics":
-            return super().ask(what)
+            return super().request(what)
         response, page = self.get(what)
         if response.status != HTTPStatus.OK:
             raise NoAnswer(f"{response.status}: {page}")
@@ -66,37 +66,37 @@ class MeteredDoor(HttpDoor):
 
 
 class Page:
-    """What is on a page of metrics.
+    """Samples on a page of metrics.
 
     Args:
-        text: The page.
+        text: Text of the page.
     """
 
     def __init__(self, text: str) -> None:
         self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
     def values(self, name: str, label: str) -> dict[str, float]:
-        """The values of one name, by what their label says; those of other circuits would be in the way."""
+        """Return the values of one name by a label, and assert that there are none of other circuits."""
         found = {sample.labels[label]: sample.value for sample in self._samples if sample.name == name}
         assert {sample.labels["breaker"] for sample in self._samples if sample.name == name} <= {"orders"}
         return found
 
     def value(self, name: str) -> float:
-        """The one value of that name."""
+        """Return the one value of a name."""
         (value,) = (sample.value for sample in self._samples if sample.name == name)
         return value
 
     @property
     def names(self) -> set[str]:
-        """All there are."""
+        """Names of all samples."""
         return {sample.name for sample in self._samples}
 
 
 class Metered(Shop):
-    """The README's shop; it remembers every answer that anybody got."""
+    """The README's shop, which records every answer."""
 
-    def __init__(self, *arguments: Any, **words: Any) -> None:
-        super().__init__(*arguments, **words)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._metrics = self._directory / "metrics"
         self._metrics.mkdir()
         self._answers: list[Answer] = []
@@ -108,29 +108,29 @@ class Metered(Shop):
         where = {"REDIS_URL": self._server.url, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)}
         return {**super()._environment(), **where}
 
-    def ask(self, what: str) -> Answer:
-        """Ask once."""
-        answer = super().ask(what)
+    def request(self, what: str) -> Answer:
+        """Send one request, and record the answer."""
+        answer = super().request(what)
         self._answers.append(answer)
         return answer
 
     def scrape(self) -> list[Page]:
-        """Pages of metrics, among them one of each worker at least, while nobody calls.
+        """Return pages of metrics without parallel calls, with at least one page of each worker.
 
-        Calls by result are on all of them what the clients were told, and what has reached the dependency.
+        The calls on every page are as many as the clients made, and as reached the dependency.
         """
-        pages = [Page(answer.page) for answer in self.hear_all("metrics", lambda _: True)]
-        told = collections.Counter(answer.outcome for answer in self._answers)
-        assert told["ok"] + told["failed"] == len(self.visits(since=0.0))
+        pages = [Page(answer.page) for answer in self.answers_of_all("metrics", lambda _: True)]
+        answered = collections.Counter(answer.outcome for answer in self._answers)
+        assert answered["ok"] + answered["failed"] == len(self.visits(since=0.0))
         for page in pages:
             counted = collections.Counter(page.values("pybreaker_calls_total", "result"))
-            assert (counted["success"], counted["failure"]) == (told["ok"], told["failed"])
+            assert (counted["success"], counted["failure"]) == (answered["ok"], answered["failed"])
         return pages
 
 
 @pytest.fixture(params=WAYS, ids=operator.attrgetter("name"))
 def metered(request: pytest.FixtureRequest, killable_server: PrivateServer, tmp_path: Path) -> Iterator[Metered]:
-    """The shop, as it stands in the README, under gunicorn; no worker may print a traceback."""
+    """The shop of the README under gunicorn.  The workers must print no traceback."""
     kind: Kind = request.param
     if kind.missing():
         if os.environ.get("CI"):
@@ -146,18 +146,18 @@ def metered(request: pytest.FixtureRequest, killable_server: PrivateServer, tmp_
 
 
 def transitions(pages: list[Page]) -> dict[str, float]:
-    """How many there were to each state; on all pages the same."""
+    """Return the number of transitions to each state, and assert that all pages agree."""
     first, *others = (page.values("pybreaker_transitions_total", "state") for page in pages)
     assert all(other == first for other in others)
     return first
 
 
-def assert_told_as_it_is(pages: list[Page], server: PrivateServer, state: str) -> None:
-    """All pages show the circuit as it lies in Redis, and each of its transitions once."""
+def assert_pages_are_right(pages: list[Page], server: PrivateServer, state: str) -> None:
+    """Assert that all pages show the circuit as it is in Redis, and each transition once."""
     with contextlib.closing(server.client(decode_responses=True)) as client:
         assert client.get(f"{CIRCUIT}state") == state
         failures = int(client.get(f"{CIRCUIT}fail_counter"))
-        # Every transition makes it one more.
+        # Every transition raises the generation by one.
         generation = int(client.hget(f"{CIRCUIT}circuit", "generation") or 0)
     assert sum(transitions(pages).values()) == generation
     for page in pages:
@@ -167,23 +167,23 @@ def assert_told_as_it_is(pages: list[Page], server: PrivateServer, state: str) -
         assert page.values("pybreaker_circuit_failures", "breaker") == {"orders": failures}
 
 
-def test_scraped_metrics_of_four_workers_are_the_truth(metered: Metered, killable_server: PrivateServer):
-    """Calls add up, transitions are counted once, the state is Redis's; no death of a worker or of Redis loses any."""
+def test_metrics_of_four_workers_are_right_on_every_page(metered: Metered, killable_server: PrivateServer):
+    """Calls add up, each transition counts once, and no death of a worker or of Redis loses a sample."""
     metered.call_all("ok")
-    assert_told_as_it_is(metered.scrape(), killable_server, "closed")
+    assert_pages_are_right(metered.scrape(), killable_server, "closed")
 
     metered.set_dependency("down")
     metered.call_all("rejected")
     pages = metered.scrape()
-    assert_told_as_it_is(pages, killable_server, "open")
+    assert_pages_are_right(pages, killable_server, "open")
     counted = transitions(pages)
-    # On a machine that is busy enough a probe may have failed meanwhile.
+    # On a very busy machine a probe may have failed meanwhile.
     assert counted["open"] == counted.get("half-open", 0) + 1
 
     metered.set_dependency("up")
     metered.call_all("ok")
     pages = metered.scrape()
-    assert_told_as_it_is(pages, killable_server, "closed")
+    assert_pages_are_right(pages, killable_server, "closed")
     counted = transitions(pages)
     assert counted == {"open": counted["open"], "half-open": counted["open"], "closed": 1}
 
@@ -192,7 +192,7 @@ def test_scraped_metrics_of_four_workers_are_the_truth(metered: Metered, killabl
     metered.wait_for("a worker in its place", lambda: victim not in metered.workers() and len(metered.workers()) == 4)
     metered.call_all("ok")
     pages = metered.scrape()
-    assert_told_as_it_is(pages, killable_server, "closed")
+    assert_pages_are_right(pages, killable_server, "closed")
     assert transitions(pages) == counted
     assert {page.value("shop_workers") for page in pages} == {4}
 
