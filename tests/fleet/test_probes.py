@@ -66,7 +66,7 @@ def test_killed_prober_is_succeeded_within_its_lease_one_at_a_time(promised, fle
         assert most_at_once(after) == 1
 
 
-def test_reset_timeout_0_lets_one_call_through_at_a_time(promised, fleet_of, visits):
+def test_reset_timeout_0_admits_one_call_at_a_time(promised, fleet_of, visits):
     """Without any reset timeout there is still one probe at a time, and no recursion."""
     with fleet_of(8, reset_timeout=0.0) as fleet:
         trip(fleet[0])
@@ -102,7 +102,7 @@ def test_one_cycle_announces_half_open_in_the_prober_only(promised, fleet_of):
         assert len(notified) == 33
 
 
-def test_raising_listener_loses_no_trip(promised, fleet_of, shared, visits):
+def test_error_of_a_listener_does_not_undo_a_trip(promised, fleet_of, shared, visits):
     """The trip is in the record before listeners run, so an error of a listener cannot undo it."""
     with fleet_of(2, listener="raise") as fleet:
         fleet[0].run(calls, 50, fail=True)

@@ -38,7 +38,7 @@ def site(killable_server: PrivateServer) -> Iterator[Site]:
 
 
 @pytest.mark.slow
-def test_processes_keep_all_rules_whatever_happens_to_redis(preferred, tmp_path, report):
+def test_processes_keep_all_rules_under_random_faults(preferred, tmp_path, report):
     """Processes and threads under random faults: no error in a call, timely recovery, one probe, no lost generation."""
     seed = int(os.environ.get(fault_run.SEED_VARIABLE) or random.SystemRandom().getrandbits(32))
     seconds = float(os.environ.get(fault_run.SECONDS_VARIABLE) or SECONDS)
@@ -192,7 +192,7 @@ def test_dependency_is_down_for_as_long_as_recorded(tmp_path):
     assert dependencies.down["once"]
 
 
-def test_faults_are_mended_when_they_return(site):
+def test_server_works_after_each_fault(site):
     """After each fault the server answers and accepts writes through the proxy."""
     with contextlib.closing(fault_run.Monitor(site.server)) as monitor:
         monitor.attach()

@@ -225,7 +225,7 @@ def test_retry_after_names_no_lease_of_an_orphaned_claim(engine: redis.Redis) ->
     wait_for(lambda: storage.retry_after(0) == 0, "a probe is permitted")
 
 
-def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: redis.Redis) -> None:
+def test_claim_of_another_process_keeps_its_lease(server: PrivateServer, engine: redis.Redis) -> None:
     """A process adopts only tokens of its own: the probe of another process keeps its lease."""
     breaker, storage = open_circuit(engine)
     with contextlib.closing(server.client()) as client:
@@ -261,7 +261,7 @@ def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis
     assert shared_state(storage, engine) == b"closed"
 
 
-def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engine: redis.Redis) -> None:
+def test_claim_during_the_return_by_another_thread_admits_no_call(engine: redis.Redis) -> None:
     """Without an outage the shared circuit has the only probe, so a call during the return is rejected."""
     breaker, storage = open_circuit(engine)
     core_of(storage).on_server_lost()
@@ -347,7 +347,7 @@ def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
     assert (late.circuit.probe_token, late.circuit.generation) == (probed.probe_token, probed.generation)
 
 
-def test_server_that_freezes_as_the_gate_opens_blocks_for_no_lease(killable_server: PrivateServer) -> None:
+def test_server_that_freezes_during_a_claim_blocks_for_no_lease(killable_server: PrivateServer) -> None:
     """A frozen server executes the claim when it resumes, after its caller has gone: the next call probes."""
     with contextlib.closing(killable_server.client()) as client:
         breaker, storage = open_circuit(client)

@@ -69,7 +69,7 @@ def value_of(place: Place, name: str) -> bytes | None:
         return found
 
 
-def test_contract(place: Place):
+def test_counters_trip_and_recovery_follow_pybreaker(place: Place):
     """Counters, trip, rejection, probes and recovery follow pybreaker's documentation."""
     breaker = breaker_on(
         client_at(place.address), NAMESPACE, fail_max=2, reset_timeout=60, success_threshold=2, timeout=10
@@ -93,7 +93,7 @@ def test_contract(place: Place):
     assert value_of(place, "state") == b"closed"
 
 
-def test_fleet(place: Place, tmp_path, visits):
+def test_three_processes_share_one_circuit(place: Place, tmp_path, visits):
     """In three processes the fifth failure trips, and one of the waiting calls probes the dependency."""
     spec = Spec("ours", place.address, str(tmp_path / "calls"), NAMESPACE, reset_timeout=0.5)
     with Fleet([spec] * 3) as fleet:
@@ -109,7 +109,7 @@ def test_fleet(place: Place, tmp_path, visits):
         assert fleet.run(read_state) == ["closed"] * 3
 
 
-def test_view(place: Place, matrix_push):
+def test_calls_without_round_trips_follow_changes(place: Place, matrix_push):
     """Successes and rejections send nothing, and changes by other processes and by foreign writers are noticed."""
     one, other = (
         settled(breaker_on(client_at(place.address), NAMESPACE, fail_max=1, max_staleness=0.5, timeout=10))
@@ -136,7 +136,7 @@ def test_view(place: Place, matrix_push):
     matrix_push(health.push)
 
 
-def test_outage(place: Place):
+def test_trip_in_an_outage_is_shared_on_return(place: Place):
     """In an outage calls raise no error, wait once, and use a local circuit, and a trip is shared on return."""
     breaker = settled(breaker_on(client_at(place.address), NAMESPACE, fail_max=3, reset_timeout=60))
     with place.killed(NAMESPACE):

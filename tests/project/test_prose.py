@@ -164,7 +164,7 @@ class Finding:
 
 
 def files(places: Iterable[str | Path]) -> Iterator[Path]:
-    """Every file with prose in some places, in a stable order."""
+    """Yield every file with prose in some places, in a stable order."""
     for place in places:
         path = ROOT / place
         if path.is_file():
@@ -179,7 +179,7 @@ def files(places: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def texts(path: Path) -> Iterator[Text]:
-    """Every text of a file."""
+    """Yield every text of a file."""
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         tree = ast.parse(source)
@@ -217,7 +217,7 @@ def _comments(path: Path, source: str) -> Iterator[Text]:
 
 
 def _blocks(path: Path, found: list[tuple[int, int, str, str]]) -> Iterator[Text]:
-    """Comments of lines that follow each other, at one indentation, are one text."""
+    """Yield comments.  Those of consecutive lines with one indentation are one text."""
     block: list[tuple[int, int, str, str]] = []
     for item in [*found, (-1, -1, "", "")]:
         goes_on = block and item[0] == block[-1][0] + 1 and item[1] == block[-1][1] and not item[2] and not block[-1][2]
@@ -234,7 +234,7 @@ def _blocks(path: Path, found: list[tuple[int, int, str, str]]) -> Iterator[Text
 
 
 def _messages(path: Path, tree: ast.Module) -> Iterator[Text]:
-    """String literals with at least three words: errors, log lines, what commands print."""
+    """Yield string literals with at least three words: errors, log lines, output of commands."""
     skipped = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -263,7 +263,7 @@ def _messages(path: Path, tree: ast.Module) -> Iterator[Text]:
 
 
 def _pages(path: Path, source: str) -> Iterator[Text]:
-    """Paragraphs and titles of a page of reStructuredText, without its code, directives and rules of tables."""
+    """Yield paragraphs and titles of a page of reStructuredText, without code, directives and rules of tables."""
     lines = with_cells(source).splitlines()
     block: list[str] = []
     begin, skipping = 0, -1
@@ -293,7 +293,7 @@ def _pages(path: Path, source: str) -> Iterator[Text]:
 
 
 def with_cells(text: str) -> str:
-    """The text with `CELL` before each cell of a table, so that no sentence goes on from one cell to the next."""
+    """Return the text with `CELL` before each cell of a table, so that no sentence continues into another cell."""
     lines, in_table = [], False
     source = text.splitlines()
     for number, line in enumerate(source):
@@ -313,13 +313,13 @@ def with_cells(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The text with a placeholder for each name in backquotes or code in a doctest.  Line breaks stay."""
+    """Return the text with a placeholder for each name in backquotes or code in a doctest.  Line breaks stay."""
     text = re.sub(r"^\s*(>>>|\.\.\.) .*$", "", text, flags=re.MULTILINE)
     return re.sub(r"(`+)(?:[^`]|\n)*?\1_?", lambda match: "X" + "\n" * match[0].count("\n"), text)
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text, line by line of lists and entries."""
+    """Yield the sentences of a text, line by line of lists and entries."""
     paragraph: list[str] = []
     lines = ["" if SECTION.match(line.strip()) else line for line in text.replace(CELL, "\n\n").splitlines()]
     for line in [*lines, ""]:
@@ -331,7 +331,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def check(text: Text) -> Iterator[Finding]:
-    """Every violation in a text."""
+    """Yield every violation in a text."""
     body = plain(text.text)
     for rule, word, at in (*_words(body), *_openings(text.kind, body), *_lengths(text.kind, body)):
         excerpt = " ".join(body[max(0, at - 20) : at + 60].split())
@@ -374,7 +374,7 @@ def _lengths(kind: Kind, body: str) -> Iterator[Found]:
 
 
 def findings(places: Iterable[str | Path] = PLACES) -> list[Finding]:
-    """Every violation in some places."""
+    """Return every violation in some places."""
     return [found for path in files(places) for text in texts(path) for found in check(text)]
 
 
@@ -424,7 +424,7 @@ EXAMPLES: tuple[tuple[str, str, Kind, str, str], ...] = (
 
 
 def found_in(kind: Kind, text: str) -> set[tuple[str, str]]:
-    """Rules that a text breaks, with the words."""
+    """Return the rules that a text breaks, with the words."""
     return {(found.rule, found.word) for found in check(Text(ROOT / "example", 1, kind, text))}
 
 

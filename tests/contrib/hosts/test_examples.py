@@ -69,7 +69,7 @@ def open_example(
 
 
 @on_every_web_example
-def test_trip_in_one_worker_is_a_fast_503_by_all(open_example):
+def test_trip_in_one_worker_is_a_fast_503_in_all(open_example):
     """Failures of any workers open the circuit, and then each worker rejects calls quickly."""
     example = open_example(reset_timeout=60.0)
     example.call_all("ok")
@@ -87,7 +87,7 @@ def test_trip_in_one_worker_is_a_fast_503_by_all(open_example):
 
 
 @on_every_web_example
-def test_recovery_is_one_probe(open_example):
+def test_recovery_takes_one_probe(open_example):
     """While one request probes the service all others are rejected, and after it all are admitted."""
     example = open_example(reset_timeout=0.5)
     example.call_all("ok")

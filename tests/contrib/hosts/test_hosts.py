@@ -59,7 +59,7 @@ def listeners(shop: Shop) -> set[int]:
 
 
 @on_every_host
-def test_trip_in_one_worker_is_rejection_in_all(open_shop):
+def test_trip_in_one_worker_rejects_calls_in_all(open_shop):
     """After some failed calls of any workers, every worker rejects calls within ``max_staleness``."""
     shop = open_shop()
     shop.call_all("ok")
@@ -75,7 +75,7 @@ def test_trip_is_pushed_to_workers_that_do_not_poll(push_only_shop):
 
 
 @on_every_host
-def test_recovery_is_one_probe_and_then_closed_in_all(open_shop):
+def test_recovery_takes_one_probe_and_closes_in_all(open_shop):
     """While one call probes, all others are rejected, also in the same worker.  Then all are admitted."""
     shop = open_shop(reset_timeout=0.5)
     shop.call_all("ok")
