@@ -100,7 +100,7 @@ def test_map_names_every_package():
 
 
 def test_contributing_names_files_that_exist():
-    """Who follows "to change X, look there, run that" finds each file."""
+    """Each file that "to change X, look there, run that" names is there."""
     page = (ROOT / "CONTRIBUTING.rst").read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w/])((?:pybreaker_redis|tests|docs|examples)/[\w./]*)", page))
     assert len(named) > 20
