@@ -1,4 +1,4 @@
-"""Answers that no server gives: each value is checked, and a wrong one is a fault of the server."""
+"""Answers that no server returns: each value is checked, and a wrong one is a fault of the server."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_sound_answer_is_the_circuit(answer: list[Any]) -> None:
 def test_answer_with_a_value_that_no_script_returns_is_a_fault(place: int, value: Any) -> None:
     """The circuit takes nothing from it, and the log says what came."""
     answer = [*SOUND[:place], value, *SOUND[place + 1 :]]
-    with pytest.raises(UnusableReplyError, match="no server gives") as error:
+    with pytest.raises(UnusableReplyError, match="no server returns") as error:
         parse_script_reply(answer)
     assert error_kind(error.value) is ErrorKind.UNUSABLE
 
