@@ -5,7 +5,6 @@ Knows: which circuits can be read together, how long that may take.  Does not kn
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,12 +13,12 @@ from typing import cast
 from pybreaker_redis import _log
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.reader import ReadRequest, read_circuits
-from pybreaker_redis._log import detail
 from pybreaker_redis._model.intents import Load, Reply
-from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_authentication_error
+from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_authentication_error, suppress_except
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._runtime.clock import instant, monotonic
 from pybreaker_redis._runtime.interruption import find_interruption
+from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import describe_error, mask_error
 from pybreaker_redis._servers.member import Member
 
@@ -80,7 +79,7 @@ def bring_back_each(members: Iterable[Member], outcomes: Counter[str]) -> tuple[
                 if error_kind(error) in (ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
                     return error, member, began
                 # The next caller logs what is wrong with this one.
-                _log.detail("not brought back: %s", describe_error(error))
+                emit(_log.detail("not brought back: %s", describe_error(error)))
     return None
 
 
@@ -157,17 +156,6 @@ def read_all_circuits(questions: Sequence[ReadRequest]) -> list[Reply]:
             raise cast("Exception", found.error)
         replies.append(found.believed)
     return replies
-
-
-@contextlib.contextmanager
-def suppress_except(*meanings: ErrorKind) -> Iterator[None]:
-    """Errors of these meanings are the server's; all others are a single circuit's, and no more than said here."""
-    try:
-        yield
-    except Exception as error:
-        if error_kind(error) in meanings:
-            raise
-        detail("not brought back: %s", describe_error(error))
 
 
 def read_for_operator(circuits: Iterable[SharedCircuit]) -> list[Reply]:

@@ -13,6 +13,7 @@ import logging
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 from pybreaker_redis import _log
 from pybreaker_redis._adapter.call_context import CallContexts
@@ -226,7 +227,8 @@ class Failover:
         if self._faults.outage:
             self._may_read = False
             if (seconds := self._faults.note_answer()) is not None:
-                self._bulletin.log_return(lambda more: _log.permitted(self.circuit_name, seconds, more))
+                build_line = partial(_log.circuit_permitted, self.circuit_name, seconds=seconds)
+                self._bulletin.log_return(lambda more: build_line(more_losses=more))
             self.shared.retry_subscription()
         if self.server and self.server.availability.outage:
             self.server.report_answer(outcome)
@@ -267,7 +269,9 @@ class Failover:
                 with suppress_errors(), self._callers.current().waits(self.timeout):
                     self.load()
                     self._may_read = True
-            self._bulletin.log_loss(lambda more: _log.in_trouble(self.circuit_name, outage, more))
+            pause_s = outage.next_attempt_at - outage.since
+            build_line = partial(_log.circuit_refused, self.circuit_name, error=outage.error, pause_s=pause_s)
+            self._bulletin.log_loss(lambda more: build_line(more_losses=more))
 
     @property
     def uses_local(self) -> bool:

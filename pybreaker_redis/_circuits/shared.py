@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pybreaker_redis import _log as log_module
-from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis import _log
+from pybreaker_redis._engines.base import EngineChoice
 from pybreaker_redis._engines.reader import ReadRequest
-from pybreaker_redis._engines.selector import Engine, EngineSelector
+from pybreaker_redis._engines.selector import EngineSelector
 from pybreaker_redis._model.circuit import CLOSED, NOISE_DURATION_MS, Circuit
 from pybreaker_redis._model.intents import (
     ClaimProbe,
@@ -26,6 +26,7 @@ from pybreaker_redis._model.intents import (
     SetOpenedAt,
     Trip,
 )
+from pybreaker_redis._redis.classify import MissingFeature
 from pybreaker_redis._redis.deadline import LostConnection, take_lost_connection
 from pybreaker_redis._redis.locator import Location
 from pybreaker_redis._redis.pool import close_idle_connections
@@ -35,6 +36,7 @@ from pybreaker_redis._replica.listener import Home
 from pybreaker_redis._replica.subscription import Subscription
 from pybreaker_redis._replica.view import ReadTicket, View
 from pybreaker_redis._runtime.clock import Instant, instant
+from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import mask_error
 
 #: What may be done twice without a difference.
@@ -72,10 +74,12 @@ class SharedCircuit:
         ttl_ms: int,
         clock: Callable[[], float],
         view: View,
-        note_missing_feature: NoteMissingFeature,
+        note_missing_feature: Callable[[MissingFeature, object], None],
         logger: logging.Logger,
     ) -> None:
-        self._selector = EngineSelector(location, note_missing_feature, ttl_ms=ttl_ms)
+        self._selector = EngineSelector(ttl_ms=ttl_ms)
+        self._location = location
+        self._note_missing_feature = note_missing_feature
         self._has_moved = has_moved
         self._name = name
         self._initial_state = initial_state
@@ -142,7 +146,14 @@ class SharedCircuit:
         Raises:
             Exception: Whatever the callable that returns it raises.
         """
-        self._selector.get()
+        self._choose_engine()
+
+    def _choose_engine(self) -> EngineChoice:
+        if (choice := self._selector.current) is not None:
+            return choice
+        with self._selector.lock:
+            # Another thread may have located the circuit meanwhile.
+            return self._selector.current or self._selector.choose(self._location())
 
     def retry_subscription(self) -> None:
         """What was refused is permitted again."""
@@ -151,7 +162,8 @@ class SharedCircuit:
     @property
     def mode(self) -> str:
         """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
-        return self._selector.mode
+        choice = self._selector.current
+        return choice.engine.mode if choice else ""
 
     @property
     def view_age(self) -> float | None:
@@ -182,6 +194,9 @@ class SharedCircuit:
         except Exception:
             offset.mark_unconfirmed()
             raise
+        if self._selector.missing:
+            for feature, reason in self._selector.take_missing_features():
+                self._note_missing_feature(feature, reason)
         if isinstance(intent, Trip) and reply.accepted:
             # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
             # one, `opened_at` is found there.
@@ -195,8 +210,8 @@ class SharedCircuit:
         Raises:
             Exception: Whatever the callable raises that returns the client.
         """
-        known, client = self._view.cached, self._selector.get().client
-        return ReadRequest(client, self._selector.keys, known, self._create)
+        known, choice = self._view.cached, self._choose_engine()
+        return ReadRequest(choice.engine.client, choice.keys, known, self._create)
 
     def ticket(self) -> ReadTicket:
         """To be taken before it is looked at together with others."""
@@ -239,8 +254,8 @@ class SharedCircuit:
         Raises:
             Exception: It does not.
         """
-        client = self._selector.get().client
-        client.set(self._selector.keys[0], self.last_known_state, nx=True)
+        choice = self._choose_engine()
+        choice.engine.client.set(choice.keys[0], self.last_known_state, nx=True)
 
     @property
     def last_known_state(self) -> str:
@@ -260,27 +275,27 @@ class SharedCircuit:
 
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known, state_if_missing = self._view.cached, self._create
-        carriers = self._selector
+        selector = self._selector
         moves, repeats = 0, 1
         while True:
-            engine = carriers.get()
-            if isinstance(intent, RecordFailure) and carriers.channel:
+            choice = selector.current or self._choose_engine()
+            if isinstance(intent, RecordFailure) and choice.channel:
                 intent = RecordFailure(intent.generation, intent.token, NOISE_DURATION_MS, intent.times)
             ticket, before = self._view.begin_read(), instant(self._clock)
             try:
-                reply = carriers.run_intent(engine, intent, known, state_if_missing)
+                reply = selector.run_intent(choice, intent, known, state_if_missing)
                 after = instant(self._clock)
             except Exception as error:
                 mask_error(error)
                 drop = take_lost_connection()
                 if repeats and (drop is LostConnection.UNSENT or (drop and isinstance(intent, _REPEATABLE))):
                     # Idle connections that a load balancer has forgotten; the others are no better.
-                    close_idle_connections(engine.client.connection_pool)
+                    close_idle_connections(choice.engine.client.connection_pool)
                     repeats -= 1
                     continue
-                if moves == RELOCATIONS_MAX or not self._has_moved(error, engine.client):
+                if moves == RELOCATIONS_MAX or not self._has_moved(error, choice.engine.client):
                     raise
-                self.forget_location(engine)
+                self.forget_location(choice)
                 moves += 1
             else:
                 break
@@ -295,19 +310,19 @@ class SharedCircuit:
             self._log(reply)
         return reply
 
-    def forget_location(self, engine: Engine | None = None) -> None:
+    def forget_location(self, choice: EngineChoice | None = None) -> None:
         """It lies elsewhere by now.
 
         Args:
-            engine: That has found it out; ``None``: whichever there is.
+            choice: Choice of the engine that is no longer valid; ``None``: the present one.
         """
-        if self._subscription.stop(lambda: self._selector.discard(engine)):
+        if self._subscription.discard_engine(choice):
             # There is another clock.
             self._view.clock_offset.mark_unconfirmed()
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state
         if reply.event.startswith("repaired"):
-            log_module.repaired(self._logger, self._name, reply.event, state)
+            emit(_log.record_repaired(self._name, repair=reply.event, state=state), logger=self._logger)
         elif reply.event == "restored":
-            log_module.restored(self._logger, self._name, state)
+            emit(_log.record_restored(self._name, state=state), logger=self._logger)

@@ -5,10 +5,11 @@ Knows: the scripts, their arguments and answers, EVALSHA and NOSCRIPT.  Does not
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import fields
 from typing import Any
 
-from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis._engines.base import LUA_MODE
 from pybreaker_redis._engines.scripts import compose_script
 from pybreaker_redis._model.answers import _unusable, checked_sequence
 from pybreaker_redis._model.circuit import COUNT_LIMIT, LEASE_MAX_MS, NOISE_MAX_MS, OPEN, STATES, TIME_MAX_MS, Circuit
@@ -33,10 +34,10 @@ class LuaEngine:
         keys: Of the circuit, in the order of the scripts.
         channel: On which those who listen are told when the circuit moves or gets noisy; empty: nobody is told.
         ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
-        note_missing_feature: Told what the server does not have, each time that it is missed.
+        missing: Receives each feature that the server does not have, with the server's refusal; ``None``: dropped.
     """
 
-    mode = "lua"
+    mode = LUA_MODE
 
     def __init__(
         self,
@@ -45,12 +46,12 @@ class LuaEngine:
         channel: str = "",
         ttl_ms: int = 0,
         *,
-        note_missing_feature: NoteMissingFeature = lambda lack, reason: None,
+        missing: deque[tuple[MissingFeature, str]] | None = None,
     ) -> None:
         self.client = client
         self._keys = keys
         self._publish_arguments = channel, ttl_ms
-        self._note_missing_feature = note_missing_feature
+        self._missing = missing
         #: Whether the server knows scripts by their names.
         self._can_use_evalsha = True
 
@@ -73,7 +74,7 @@ class LuaEngine:
                 raise ScriptingUnavailableError(str(error)) from error
             raise
         if unheard:
-            self._note_missing_feature(MissingFeature.PUBLISH, unheard)
+            self._note_missing(MissingFeature.PUBLISH, unheard)
         return reply
 
     def _run(self, source: bytes, digest: str, arguments: tuple[Any, ...]) -> object:
@@ -92,8 +93,12 @@ class LuaEngine:
         answer = self.client.eval(source, len(self._keys), *arguments)
         if missed is not None:
             self._can_use_evalsha = False
-            self._note_missing_feature(MissingFeature.EVALSHA, missed)
+            self._note_missing(MissingFeature.EVALSHA, missed)
         return answer
+
+    def _note_missing(self, feature: MissingFeature, reason: object) -> None:
+        if self._missing is not None:
+            self._missing.append((feature, str(reason)))
 
 
 def _known_arguments(circuit: Circuit | None) -> tuple[int | str, ...]:

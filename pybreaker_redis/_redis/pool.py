@@ -17,11 +17,15 @@ from typing import Any
 
 from pybreaker_redis import _log
 from pybreaker_redis._redis.deadline import keep_deadlines
-from pybreaker_redis._redis.endpoint import Endpoint, client_module_of, endpoint_of
+from pybreaker_redis._redis.endpoint import Endpoint, client_module_of, command_wait_limit, endpoint_of
 from pybreaker_redis._redis.keys import plain_copy
 from pybreaker_redis._runtime import redaction
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
+from pybreaker_redis._runtime.logger import emit
+
+#: Seconds of waiting that a client may cause without a warning.
+CLIENT_WAIT_WARNING_S = 1.0
 
 
 class ConnectionPools:
@@ -49,7 +53,7 @@ class ConnectionPools:
             if timeout not in self._pools:
                 own = bounded_client(client, timeout)
                 if own is None and not self._pools:
-                    _log.may_wait(client)
+                    self._log_if_blocking(client)
                 self._pools[timeout] = own and own.connection_pool
             pool = self._pools[timeout]
         return client if pool is None else client_on_pool(client, pool)
@@ -70,7 +74,13 @@ class ConnectionPools:
         ):
             return
         self._is_slow_client_logged = True
-        _log.waited(client, seconds, timeout)
+        emit(_log.client_blocked(type(client).__name__, seconds=seconds, timeout_s=timeout))
+
+    @staticmethod
+    def _log_if_blocking(client: Any) -> None:
+        wait_s = command_wait_limit(client)
+        if wait_s is None or wait_s > CLIENT_WAIT_WARNING_S:
+            emit(_log.client_may_block(type(client).__name__, wait_s=wait_s))
 
     def close_idle(self) -> None:
         """Close the connections that are not in use just now."""

@@ -30,8 +30,8 @@ from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime import logger
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import renew_in_children
-from pybreaker_redis._runtime.redaction import describe_error
-from pybreaker_redis._runtime.threads import ThreadRefusedError, start
+from pybreaker_redis._runtime.redaction import describe_error, refusal_text
+from pybreaker_redis._runtime.threads import ThreadRefusedError, start_daemon
 
 LISTENER_THREAD_NAME = "pybreaker_redis listener"
 
@@ -96,7 +96,7 @@ class Listener:
             self._server = server
             self.subscriber_table.add_subscriber(view, keys, channel)
             if self._thread is None or not self._thread.is_alive():
-                self._thread = start(self._run, LISTENER_THREAD_NAME)
+                self._thread = start_daemon(self._run, LISTENER_THREAD_NAME)
 
     def remove_view(self, view: View) -> None:
         """Listen no more for a view: its circuit lives elsewhere by now."""
@@ -160,7 +160,7 @@ class Listener:
                 # Whatever a client library raises: the way out is a new line.
                 reason = describe_error(error)
                 if (left_out := self._reconnect_log.admit_line()) is not None:
-                    _log.detail("no push from %s (%s)%s", self._endpoint, reason, left_out)
+                    logger.emit(_log.push_interrupted(str(self._endpoint), error=reason, left_out=left_out))
                 pause = random.uniform(0, min(RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S * 2**failures))
                 failures += 1
             else:
@@ -201,7 +201,7 @@ class Listener:
         if not self._is_refusal_logged:
             self._is_refusal_logged = True
             if (left_out := self._refusal_log.admit_line()) is not None:
-                _log.unheard(str(self._endpoint), reason, left_out)
+                logger.emit(_log.push_refused(str(self._endpoint), error=refusal_text(reason), left_out=left_out))
 
 
 class ListenerTable:

@@ -27,6 +27,8 @@ from pybreaker_redis._replica.connection import Push, PushConnection, refusal_of
 from pybreaker_redis._replica.subscribers import Subscriber, SubscriberTable
 from pybreaker_redis._replica.view import ReadTicket, View
 from pybreaker_redis._runtime.clock import instant, monotonic
+from pybreaker_redis._runtime.logger import emit
+from pybreaker_redis._runtime.redaction import refusal_text
 
 #: Beats in the time for which a record may be believed: so one of them may come late.
 BEATS_PER_STALENESS = 2
@@ -132,7 +134,7 @@ class Session:
             if not self._keys_by_channel and self._refused_channels.issuperset(channels):
                 raise
             for channel in sorted(self._refused_channels - self._logged_channels):
-                _log.unheard(f"channel {channel!r}", error)
+                emit(_log.push_refused(f"channel {channel!r}", error=refusal_text(error)))
             self._logged_channels |= self._refused_channels
         self._logged_channels -= set(channels) - self._refused_channels
 

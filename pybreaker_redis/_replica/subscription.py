@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 from pybreaker_redis import _log
-from pybreaker_redis._engines.lua import LuaEngine
-from pybreaker_redis._engines.selector import EngineSelector
+from pybreaker_redis._engines.base import LUA_MODE, EngineChoice, EngineSource
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._replica.connection import PushMode
 from pybreaker_redis._replica.listener import REFUSED_RETRY_DELAY_S, Home, Listener, listener_for
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.logger import emit
 
 
 class Subscription:
@@ -27,13 +26,13 @@ class Subscription:
     Args:
         name: Of the circuit, for log lines.
         view: To be kept true.
-        carriers: They know where the circuit lies.
+        engines: Holder of the circuit's engine.
     """
 
-    def __init__(self, name: str, view: View, carriers: EngineSelector) -> None:
+    def __init__(self, name: str, view: View, engines: EngineSource) -> None:
         self._name = name
         self._view = view
-        self._selector = carriers
+        self._engines = engines
         self._listener: Listener | None = None
         #: In which process that is, and when to try once more if there is none, monotonic seconds.
         self._pid = os.getpid()
@@ -60,28 +59,30 @@ class Subscription:
             return
         with self._lock:
             # Another thread may leave meanwhile, or have begun.
-            engine = self._selector.current
-            if engine is None or self._listener is not listener:
+            choice = self._engines.current
+            if choice is None or self._listener is not listener:
                 return
             # A thread that cannot be started now may be startable later.
             self._next_start_at = monotonic() + REFUSED_RETRY_DELAY_S
-            endpoint = self._selector.endpoint
+            endpoint = choice.endpoint
             if endpoint is not None:
-                endpoint = replace(endpoint, is_one_slot=self._selector.needs_one_slot)
-                keys, channel = self._selector.keys, self._selector.channel
-                self._listener = listener_for(endpoint, self._view, keys, channel, server)
-            elif self._selector.mode == LuaEngine.mode:
+                endpoint = replace(endpoint, is_one_slot=choice.is_one_slot)
+                self._listener = listener_for(endpoint, self._view, choice.keys, choice.channel, server)
+            elif choice.engine.mode == LUA_MODE:
                 self._next_start_at = float("inf")
-                _log.deaf(self._name, engine.client)
+                emit(_log.push_impossible(self._name, client_class=type(choice.engine.client).__name__))
 
-    def stop(self, is_left: Callable[[], bool]) -> bool:
-        """Cease to hear, if the circuit is left.
+    def discard_engine(self, choice: EngineChoice | None) -> bool:
+        """Discard the circuit's engine, and unsubscribe from the server that the engine used.
 
         Args:
-            is_left: Leaves it; returns whether that was news.
+            choice: Choice to discard; ``None``: the present one.
+
+        Returns:
+            Whether the choice was discarded; False if another one has replaced it.
         """
         with self._lock:
-            if not is_left():
+            if not self._engines.discard(choice):
                 return False
             listener, self._listener, self._next_start_at = self._listener, None, 0.0
             if listener is not None and self._pid == os.getpid():
@@ -95,8 +96,8 @@ class Subscription:
 
     def share_answer(self, circuit: Circuit, now_ms: float) -> None:
         """What this storage was answered, the others of the process need not wait for."""
-        if (listener := self._listener) is not None:
-            listener.share_answer_with_siblings(self._view, self._selector.channel, circuit, now_ms)
+        if (listener := self._listener) is not None and (choice := self._engines.current) is not None:
+            listener.share_answer_with_siblings(self._view, choice.channel, circuit, now_ms)
 
     @property
     def push_mode(self) -> PushMode | None:

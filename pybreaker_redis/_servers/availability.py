@@ -231,7 +231,11 @@ def report_availability(server: Availability | None, circuit: Availability) -> A
     condition: Condition = "unused" if server is None else "connected"
     if outage is not None:
         condition = (
-            "refused" if availability is circuit else "away" if outage.kind is ErrorKind.UNREACHABLE else "read-only"
+            "refused"
+            if availability is circuit
+            else "unreachable"
+            if outage.kind is ErrorKind.UNREACHABLE
+            else "read-only"
         )
     return AvailabilityReport(
         condition=condition,

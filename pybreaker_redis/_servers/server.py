@@ -19,19 +19,20 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable
+from functools import partial
 from typing import Any, TypeVar
 
 from pybreaker_redis import _log
-from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each, suppress_except
-from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind
+from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each
+from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind, suppress_except
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.endpoint import endpoint_of, plain_endpoint_of
 from pybreaker_redis._redis.pool import ConnectionPools
 from pybreaker_redis._runtime import threads
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import renew_in_children
-from pybreaker_redis._runtime.logger import LossThrottle
-from pybreaker_redis._runtime.redaction import describe_error
+from pybreaker_redis._runtime.logger import LossThrottle, emit
+from pybreaker_redis._runtime.redaction import describe_error, refusal_text
 from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability, Outage
 from pybreaker_redis._servers.member import Member
 
@@ -119,7 +120,8 @@ class Server:
         with self._lock:
             self._members.pop(member, None)
         if not self._members and (seconds := self.availability.note_answer()) is not None:
-            self._bulletin.log_return(lambda more: _log.left(str(self), seconds, more))
+            name = str(self)
+            self._bulletin.log_return(lambda more: _log.circuits_left(name, seconds=seconds, more_losses=more))
 
     def release_member(self, member: Member) -> None:
         """This circuit is not used for now; without any there is no need for connections."""
@@ -174,10 +176,18 @@ class Server:
             if outage.kind is ErrorKind.UNREACHABLE:
                 # They are as dead as the one that has failed; found out one by one, each would be an outage.
                 self.close_idle_pools()
-            timeout, circuit, besides = member.timeout, member.circuit_name, len(self._members) - 1
-            self._bulletin.log_loss(
-                lambda more: _log.away(str(self), outage, timeout=timeout, circuit=circuit, besides=besides, more=more)
+            build_line = partial(
+                _log.server_lost,
+                str(self),
+                is_unreachable=outage.kind is ErrorKind.UNREACHABLE,
+                error=outage.error,
+                timeout_s=member.timeout if outage.is_timeout else None,
+                circuit=member.circuit_name,
+                other_circuits=len(self._members) - 1,
+                pause_s=outage.next_attempt_at - outage.since,
+                wait_s=outage.answer_wait_s,
             )
+            self._bulletin.log_loss(lambda more: build_line(more_losses=more))
             self._ensure_retry_thread()
 
     def report_answer(self, outcome: str) -> None:
@@ -191,7 +201,8 @@ class Server:
     def _log_return(self, seconds: float | None, outcomes: Counter[str]) -> None:
         # Two first answers may have come together; then the other one has ended the outage.
         if seconds is not None:
-            self._bulletin.log_return(lambda more: _log.back(str(self), seconds, outcomes, more))
+            build_line = partial(_log.server_returned, str(self), seconds=seconds, outcomes=outcomes)
+            self._bulletin.log_return(lambda more: build_line(more_losses=more))
 
     def note_missing_feature(self, lack: MissingFeature, reason: object) -> None:
         """A circuit has missed something that this server does not have: say so, the first time."""
@@ -199,7 +210,7 @@ class Server:
             is_new = lack not in self._missing_features
             self._missing_features.add(lack)
         if is_new:
-            _log.lacking(str(self), lack, reason)
+            emit(_log.feature_missing(str(self), feature=lack.value, error=refusal_text(reason)))
 
     def log_if_slow(self, seconds: float, timeout: float | None) -> None:
         """An operation has taken so long, and should have taken that at most."""
@@ -232,7 +243,7 @@ class Server:
                 self._thread = None
                 with contextlib.suppress(threads.ThreadRefusedError):
                     # It looks at the attribute under the lock, so it cannot end before it is noted.
-                    self._thread = threads.start(self._run_retry_thread, RETRY_THREAD_NAME)
+                    self._thread = threads.start_daemon(self._run_retry_thread, RETRY_THREAD_NAME)
             kept = self._thread is not None
         if kept != self.availability.has_retry_thread:
             self.availability.set_retry_thread(kept)
@@ -277,7 +288,7 @@ class Server:
         except Exception as error:  # noqa: BLE001
             # Whatever a client raises: it is not well yet.
             self.availability.note_failure(error)
-            _log.detail("%s: attempt %d failed (%s)", self, outage.attempts + 1, describe_error(error))
+            emit(_log.detail("%s: attempt %d failed (%s)", str(self), outage.attempts + 1, describe_error(error)))
         else:
             self.outcomes = outcomes
             seconds = self.availability.note_answer()

@@ -15,6 +15,7 @@ from typing import Any
 from pybreaker_redis import _log
 from pybreaker_redis._redis.endpoint import plain_endpoint_of
 from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.logger import emit
 
 
 class SettingsCheck:
@@ -56,12 +57,12 @@ class SettingsCheck:
                 if theirs != self.settings[name] and self._circuit.claim_log_line(name)
             }
             if differences:
-                _log.differ(self._name, differences)
+                emit(_log.settings_differ(self._name, differences))
 
     def note_second_breaker(self) -> None:
         """Another breaker of this process uses the circuit; say so if nobody can have meant that."""
         if self._is_nameless and self._circuit.claim_log_line("namespace"):
-            _log.nameless(self._name)
+            emit(_log.namespace_missing(self._name))
 
     def join(self, circuit: _CircuitUsers) -> list[SettingsCheck]:
         """Be one of a circuit's storages; returns the others."""

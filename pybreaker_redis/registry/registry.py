@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pybreaker import CircuitBreaker, CircuitBreakerListener
+from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker, CircuitBreakerListener
 
 from pybreaker_redis._adapter.operated import OperatedStorage
 from pybreaker_redis._circuits.core import rejection_time_s
@@ -21,7 +21,7 @@ from pybreaker_redis._model.intents import Intent, Reply
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._runtime.clock import utc_from_ms
 from pybreaker_redis._runtime.fork import renew_in_children
-from pybreaker_redis._runtime.validation import check_state, checked_namespace, plain_text
+from pybreaker_redis._runtime.validation import check_choice, checked_namespace, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import COMMANDS_FOR_RESET, COMMANDS_FOR_STATE, retry_after, storage_of
 from pybreaker_redis.registry import settings as settings_module
@@ -205,7 +205,7 @@ class BreakerRegistry:
             ValueError: There is no such state.
             Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
         """
-        check_state("state", state)
+        check_choice("state", state, (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN))
         self._command(name, *COMMANDS_FOR_STATE[state])
 
     def reset(self, name: str, /) -> None:

@@ -45,13 +45,13 @@ def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], flo
     carriers = storage._core.shared._selector
     execute, sent = carriers.run_intent, []
 
-    def timed(engine: Any, intent: Intent, *arguments: Any) -> Reply:
+    def timed(choice: Any, intent: Intent, *arguments: Any) -> Reply:
         left = seconds_left()
         assert left is not None
         sent.append((type(intent), left))
         if isinstance(intent, ClaimProbe):
             time.sleep(SLOW)
-        return execute(engine, intent, *arguments)
+        return execute(choice, intent, *arguments)
 
     carriers.run_intent = timed  # type: ignore[method-assign]
     return sent
@@ -110,8 +110,9 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
     storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
     breaker.call(up)
-    engine = storage._core.shared._selector.get()
-    engine = TransactionEngine(engine.client, engine._keys)
+    choice = storage._core.shared._selector.current
+    assert choice is not None
+    engine = TransactionEngine(choice.engine.client, choice.keys)
     home = TransactionEngine if step == "_queue_writes" else transaction
     original = getattr(home, step)
 

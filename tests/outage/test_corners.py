@@ -11,10 +11,9 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._model.fast_path import FastPath
-from pybreaker_redis._redis.classify import ErrorKind
+from pybreaker_redis._redis.classify import ErrorKind, suppress_except
 from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._replica.connection import Push, PushConnection
 from pybreaker_redis._replica.session import Session
@@ -34,7 +33,7 @@ def test_client_as_it_is_goes_through_an_outage(site: Site):
     """`timeout=None`: its own connections, its own waits, and all the rest."""
     client = site.client()
     breaker = settled(breaker_on(client, timeout=None))
-    assert breaker._state_storage._core.shared._selector.current.client is client
+    assert breaker._state_storage._core.shared._selector.current.engine.client is client
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
     site.proxy.listen()
@@ -49,7 +48,7 @@ def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypat
         raise threads.ThreadRefusedError
 
     breaker = settled(breaker_on(site.client(), fail_max=2, reset_timeout=60))
-    monkeypatch.setattr(threads, "start", refuse)
+    monkeypatch.setattr(threads, "start_daemon", refuse)
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
     calls(breaker, 0.05, failing=1.0)
@@ -153,9 +152,9 @@ def test_nobody_asks_again_for_circuits_that_are_gone(site: Site, nobody_listens
 
 def test_trouble_of_one_circuit_keeps_no_other_away():
     """What is a circuit's own passes, what is the server's does not."""
-    with bulk.suppress_except(ErrorKind.UNREACHABLE):
+    with suppress_except(ErrorKind.UNREACHABLE):
         raise TypeError("its own")
-    with pytest.raises(redis.ConnectionError), bulk.suppress_except(ErrorKind.UNREACHABLE):
+    with pytest.raises(redis.ConnectionError), suppress_except(ErrorKind.UNREACHABLE):
         raise redis.ConnectionError("gone")
 
 

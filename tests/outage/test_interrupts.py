@@ -104,7 +104,7 @@ def test_error_of_an_earlier_handler_is_not_raised_again(site: Site) -> None:
         site.proxy.refuse()
         site.proxy.hang_up()
         assert breaker.call(up) == "answer"
-        assert health_of(breaker).condition == "away"
+        assert health_of(breaker).condition == "unreachable"
         site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
 

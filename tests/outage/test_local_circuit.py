@@ -132,7 +132,7 @@ def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer)
         generations = []
         for _ in range(2):
             killable_server.kill()
-            wait_for(lambda: storage.health().condition == "away", "it is gone")
+            wait_for(lambda: storage.health().condition == "unreachable", "it is gone")
             assert breaker.call(up) == "answer"
             generations.append(storage._admissions.ticket(breaker._state).admission.generation)
             with pytest.raises(Down):
@@ -153,7 +153,7 @@ def test_circuit_that_is_known_to_be_open_stays_open_without_redis(killable_serv
         breaker.open()
         opened_at = breaker._state_storage.opened_at
         killable_server.kill()
-        wait_for(lambda: breaker._state_storage.health().condition == "away", "it is gone")
+        wait_for(lambda: breaker._state_storage.health().condition == "unreachable", "it is gone")
         for _ in range(5):
             with pytest.raises(CircuitBreakerError):
                 breaker.call(up)
@@ -166,7 +166,7 @@ def test_closed_circuit_goes_on_in_the_fallback_state(killable_server: PrivateSe
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fallback_circuit_state=fallback))
         killable_server.kill()
-        wait_for(lambda: breaker._state_storage.health().condition == "away", "it is gone")
+        wait_for(lambda: breaker._state_storage.health().condition == "unreachable", "it is gone")
         assert breaker.current_state == state
 
 

@@ -92,13 +92,13 @@ class Line:
         """Lose the next answer to such an intent, or the intent itself."""
         self._loses, self._error = (kind, executed), error
 
-    def _carry(self, carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+    def _carry(self, choice: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         loses = self._loses
         if loses is None or not isinstance(intent, loses[0]):
-            return self._execute(carrier, intent, known, state_if_missing)
+            return self._execute(choice, intent, known, state_if_missing)
         self._loses = None
         if loses[1]:
-            self._execute(carrier, intent, known, state_if_missing)
+            self._execute(choice, intent, known, state_if_missing)
         self.lost.append(intent)
         msg = "Timeout reading from socket"
         raise self._error(msg)
@@ -242,13 +242,13 @@ def test_claim_that_is_lost_without_an_outage_admits_no_call(engine: redis.Redis
     assert server is not None
     line = Line(storage)
 
-    def returns(carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+    def returns(choice: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         if isinstance(intent, ClaimProbe) and not line.lost:
             line.lost.append(intent)
             server.availability.last_recovery_at = time.monotonic()
             msg = "Connection closed by server."
             raise redis.exceptions.ConnectionError(msg)
-        return line._execute(carrier, intent, known, state_if_missing)
+        return line._execute(choice, intent, known, state_if_missing)
 
     line._selector.run_intent = returns  # type: ignore[method-assign]
     with pytest.raises(CircuitBreakerError):
@@ -315,11 +315,11 @@ def test_thread_that_lost_its_report_does_not_join_while_another_thread_claims(e
     breaker, storage, line = after_lost_report(engine)
     claims, may_claim = threading.Event(), threading.Event()
 
-    def waits(carrier: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+    def waits(choice: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         if isinstance(intent, ClaimProbe) and not claims.is_set():
             claims.set()
             may_claim.wait(SOON)
-        return line._execute(carrier, intent, known, state_if_missing)
+        return line._execute(choice, intent, known, state_if_missing)
 
     line._selector.run_intent = waits  # type: ignore[method-assign]
     other = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)

@@ -231,7 +231,7 @@ def cut_off(site: Site) -> Iterator[tuple[pybreaker.CircuitBreaker, pybreaker.Ci
         theirs = settled(breaker_on(direct, fail_max=5, reset_timeout=60, timeout=10))
         ours = settled(breaker_on(site.client(), fail_max=5, reset_timeout=60, timeout=10))
         site.proxy.refuse()
-        wait_for(lambda: ours.call(up) and health_of(ours).condition == "away", "it is cut off")
+        wait_for(lambda: ours.call(up) and health_of(ours).condition == "unreachable", "it is cut off")
         yield theirs, ours
 
 
@@ -289,7 +289,7 @@ def test_counter_goes_on_where_it_was(site: Site, outcomes: str, counter: int):
         with pytest.raises(Down):
             breaker.call(down)
     site.proxy.refuse()
-    wait_for(lambda: health_of(breaker).condition == "away", "it is cut off")
+    wait_for(lambda: health_of(breaker).condition == "unreachable", "it is cut off")
     assert breaker._state_storage.counter == 2
     for outcome in outcomes:
         with contextlib.suppress(Down):
@@ -362,7 +362,7 @@ def test_question_from_before_the_return_says_nothing_when_it_is_given_up(site: 
     tenancy = breaker._state_storage._core
     began = time.monotonic()
     site.proxy.refuse()
-    wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
+    wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "unreachable", "it is away")
     site.proxy.listen()
     wait_for(lambda: len(lines_of(caplog, site)) == 2, "it is back, and that is said")
     tenancy.server.report_failure(redis.TimeoutError("Timeout reading from socket"), tenancy, began)
@@ -391,7 +391,7 @@ def test_100_outages_leave_no_connection_behind(site: Site):
     for _ in range(100):
         site.proxy.hang_up()
         site.proxy.refuse()
-        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "it is away")
+        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "unreachable", "it is away")
         site.proxy.listen()
         wait_for(lambda: is_back(breaker), "it is back")
     # A call and the thread that retries may have had a connection each at the same time; the pool keeps both.
@@ -451,7 +451,7 @@ def test_health_tells_the_whole_story_without_asking(site: Site, caplog):
     site.proxy.refuse()
     site.server.pause()
     try:
-        wait_for(lambda: health_of(breaker).condition == "away", "the listener or a call finds out")
+        wait_for(lambda: health_of(breaker).condition == "unreachable", "the listener or a call finds out")
         breaker.call(up)
         wait_for(lambda: health_of(breaker).attempts > 1, "attempts")
         gone = health_of(breaker)
@@ -474,7 +474,7 @@ def test_health_tells_the_whole_story_without_asking(site: Site, caplog):
 
 @pytest.mark.parametrize(
     ("fault", "condition"),
-    [("read-only replica", "read-only"), ("may do nothing", "refused"), ("refused", "away")],
+    [("read-only replica", "read-only"), ("may do nothing", "refused"), ("refused", "unreachable")],
 )
 def test_health_names_the_condition(site: Site, fault: str, condition: str):
     """An operator sees at once whose turn it is to do something."""

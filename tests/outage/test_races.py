@@ -51,7 +51,7 @@ def test_answer_that_was_under_way_does_not_end_the_outage(site: Site):
     calls(second, 0.05, failing=1.0)
     server = first._state_storage._core.server
     server.report_answer("")
-    assert health_of(first).condition == "away"
+    assert health_of(first).condition == "unreachable"
     site.proxy.listen()
     wait_for(lambda: is_back(first) and is_back(second), "both are back")
     assert site.administrator.get("b:pybreaker:state") == b"open"

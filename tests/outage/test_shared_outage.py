@@ -15,6 +15,7 @@ import pybreaker
 import pytest
 import redis
 
+from pybreaker_redis import _log
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each
 from pybreaker_redis._circuits.local import LocalCircuit
@@ -44,7 +45,7 @@ def away(site: Site, *breakers: pybreaker.CircuitBreaker) -> Iterator[None]:
     """Redis is away, which all of these notice without a call."""
     site.proxy.refuse()
     site.proxy.hang_up()
-    wait_for(lambda: all(health_of(breaker).condition == "away" for breaker in breakers), "it is away")
+    wait_for(lambda: all(health_of(breaker).condition == "unreachable" for breaker in breakers), "it is away")
     yield
     site.proxy.listen()
     wait_for(lambda: all(health_of(breaker).condition == "connected" for breaker in breakers), "it is back")
@@ -60,7 +61,7 @@ def test_circuits_with_different_timeouts_notice_a_dead_server_together(site: Si
     ]
     assert len({id(tenancy_of(breaker).server) for breaker in breakers}) == 1
     with away(site, *breakers):
-        assert {health_of(breaker).condition for breaker in breakers} == {"away"}
+        assert {health_of(breaker).condition for breaker in breakers} == {"unreachable"}
     for breaker in breakers:
         wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit")
 
@@ -76,7 +77,7 @@ def test_circuit_waits_no_longer_than_its_own_timeout_though_others_do(site: Sit
         began = time.monotonic()
         hasty.call(up)
         assert time.monotonic() - began < 5
-        assert health_of(patient).condition == "away"
+        assert health_of(patient).condition == "unreachable"
     finally:
         site.server.resume()
     wait_for(lambda: is_back(patient) and is_back(hasty), "both are back")
@@ -532,9 +533,11 @@ class TestBulletin:
         return Clock()
 
     @pytest.fixture
-    def lines(self) -> list[str]:
-        """What was logged."""
-        return []
+    def lines(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Messages that were emitted."""
+        messages: list[str] = []
+        monkeypatch.setattr(logger, "emit", lambda line: messages.append(line.message))
+        return messages
 
     @pytest.fixture
     def bulletin(self, clock: Clock, lines: list[str]) -> Any:
@@ -542,10 +545,10 @@ class TestBulletin:
 
         class Noted(LossThrottle):
             def goes(self) -> None:
-                self.log_loss(lambda more: lines.append(f"away {more}"))
+                self.log_loss(lambda more: _log.detail(f"away {more}"))
 
             def comes(self) -> None:
-                self.log_return(lambda more: lines.append(f"back {more}"))
+                self.log_return(lambda more: _log.detail(f"back {more}"))
 
         return Noted(clock)
 

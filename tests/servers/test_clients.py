@@ -87,7 +87,7 @@ def full_service(server: PrivateServer, client: Any, namespace: str, **another_w
         two.here.reset_timeout = 60
         server.kill()
         fails(two.here, 2)
-        wait_for(lambda: health_of(two.here).condition == "away", "the outage is noticed")
+        wait_for(lambda: health_of(two.here).condition == "unreachable", "the outage is noticed")
         began = time.monotonic()
         with contextlib.suppress(pybreaker.CircuitBreakerError):
             two.here.call(up)
@@ -192,7 +192,7 @@ def test_certificate_of_a_stranger_leaves_calls_guarded(tls: Secured, caplog: py
         fails(breaker, 2)
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(up)
-        assert health_of(breaker).condition == "away"
+        assert health_of(breaker).condition == "unreachable"
     (line,) = said
     assert "certificate verify failed" in line.lower()
 
@@ -212,7 +212,7 @@ def test_client_that_verifies_trusts_no_stranger_because_another_client_does(tls
         breakers = [breaker_on(client, timeout=10) for client in clients]
         for breaker in breakers:
             assert breaker.call(up) == "answer"
-        assert [health_of(breaker).condition for breaker in breakers] == ["connected", "away", "connected"]
+        assert [health_of(breaker).condition for breaker in breakers] == ["connected", "unreachable", "connected"]
         assert [health_of(breaker).circuits for breaker in breakers] == [2, 1, 2]
 
 
@@ -227,7 +227,7 @@ def test_handshake_that_nobody_answers_is_waited_for_no_longer_than_the_timeout(
         assert breaker.call(up) == "answer"
         # Besides, the system's authorities are read first, which takes a busy machine a while.
         assert TIMEOUT * 0.9 < time.monotonic() - began < TIMEOUT + 3
-        assert health_of(breaker).condition == "away"
+        assert health_of(breaker).condition == "unreachable"
 
 
 # -- with what makes libraries faster ----------------------------------------------------------------------------------

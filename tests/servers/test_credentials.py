@@ -110,7 +110,7 @@ class TestRotation:
         replace_password(locked)
         with pytest.raises(Down):
             breaker.call(down)
-        assert breaker._state_storage.health().condition == "away"  # type: ignore[attr-defined]
+        assert breaker._state_storage.health().condition == "unreachable"  # type: ignore[attr-defined]
         client.connection_pool.connection_kwargs["password"] = "new"
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
@@ -142,7 +142,7 @@ class TestRotation:
         replace_password(locked)
         with pytest.raises(Down):
             breaker.call(down)
-        assert breaker._state_storage.health().condition == "away"  # type: ignore[attr-defined]
+        assert breaker._state_storage.health().condition == "unreachable"  # type: ignore[attr-defined]
         password[0] = "new"
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
@@ -186,7 +186,7 @@ class TestRotation:
         replace_password(locked)
         with pytest.raises(Down):
             breaker.call(down)
-        assert breaker._state_storage.health().condition == "away"  # type: ignore[attr-defined]
+        assert breaker._state_storage.health().condition == "unreachable"  # type: ignore[attr-defined]
         answers.extend(["new"] * 10)
         with contextlib.closing(operator_of(locked, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the failure is brought back")
@@ -497,5 +497,5 @@ def test_wrong_password_is_printed_nowhere(server: PrivateServer, caplog: pytest
     wrong = redis.Redis(unix_socket_path=server.unix_socket, username="stranger", password=SECRET, **ONCE)
     storage = CircuitRedisStorage("closed", wrong, namespace="wrong", timeout=5)
     assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
-    assert storage.health().condition == "away"
+    assert storage.health().condition == "unreachable"
     assert SECRET not in caplog.text + storage.health().last_error

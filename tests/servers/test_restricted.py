@@ -232,7 +232,7 @@ def test_server_that_is_away_is_not_said_to_hang_up(
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client))
         killable_server.kill()
-        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage is noticed")
+        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "unreachable", "the outage is noticed")
         attempts = health_of(breaker).attempts
         wait_for(lambda: health_of(breaker).attempts > attempts + 5, "it is asked for")
         killable_server.start()

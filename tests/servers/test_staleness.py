@@ -225,7 +225,7 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, cl
     """The new one is subscribed to nothing: without a look at the socket all would seem well."""
     replaced: list[PushConnection] = []
     ask = PushConnection.query
-    endpoint = endpoint_of(breaker._state_storage._core.shared._selector.current.client)
+    endpoint = endpoint_of(breaker._state_storage._core.shared._selector.current.engine.client)
     listener = listener_module._listeners.of(endpoint)
 
     def replace_then_ask(line: PushConnection, commands: Any) -> Any:

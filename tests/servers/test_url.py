@@ -284,7 +284,7 @@ def test_nobody_who_answers_is_waited_for_no_longer_than_that() -> None:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}?socket_timeout=0.05"
         storage = CircuitRedisStorage.from_url(url, timeout=None)
         assert CircuitBreaker(state_storage=storage).call(up) == "answer"
-        assert storage.health().condition == "away"
+        assert storage.health().condition == "unreachable"
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

@@ -91,4 +91,4 @@ def is_unreachable_for(breaker: pybreaker.CircuitBreaker) -> bool:
     """Whether this process knows that Redis is away."""
     with contextlib.suppress(pybreaker.CircuitBreakerError):
         breaker.call(up)
-    return health_of(breaker).condition == "away"
+    return health_of(breaker).condition == "unreachable"

@@ -15,6 +15,7 @@ from pybreaker_redis import CircuitRedisStorage, _log
 from pybreaker_redis._redis.classify import MissingFeature
 from pybreaker_redis._redis.pool import Credentials
 from pybreaker_redis._runtime import redaction
+from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
 from pybreaker_redis._servers.availability import Availability
 from pybreaker_redis._servers.server import server_for
@@ -106,9 +107,9 @@ def test_guard_keeps_no_secret() -> None:
 def test_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     """What is missing, why nothing is heard, and what only those read who look for a cause."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
-    _log.lacking("there", MissingFeature.TRACKING, "no RESP3: password=hidden")
-    _log.unheard("there", redis.ConnectionError("password=hidden"))
-    _log.detail("%s: attempt %d failed (%s)", "there", 2, redis.ConnectionError("password=hidden"))
+    emit(_log.feature_missing("there", feature=MissingFeature.TRACKING.value, error="no RESP3: password=hidden"))
+    emit(_log.push_refused("there", error="password=hidden"))
+    emit(_log.detail("%s: attempt %d failed (%s)", "there", 2, redis.ConnectionError("password=hidden")))
     assert len(caplog.messages) == 3
     assert "hidden" not in caplog.text
     assert "hidden" not in str([getattr(record, "pybreaker_redis", "") for record in caplog.records])
@@ -121,7 +122,7 @@ def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture
     manager = redis.sentinel.Sentinel([("127.0.0.1", free_port())], sentinel_kwargs=words, password="another-" + SECRET)
     storage = CircuitRedisStorage("closed", manager.master_for("shop"), namespace="hidden")
     assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
-    assert storage.health().condition == "away"
+    assert storage.health().condition == "unreachable"
     registry = BreakerRegistry(manager.master_for("shop"))
     registry.configure("hidden")
     raised = []
