@@ -11,7 +11,6 @@ import inspect
 import math
 import queue
 import sys
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from pybreaker_redis._redis.endpoint import Endpoint, client_module_of, command_
 from pybreaker_redis._redis.keys import plain_copy
 from pybreaker_redis._runtime import redaction
 from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 from pybreaker_redis._runtime.logger import emit
 
@@ -28,17 +28,13 @@ from pybreaker_redis._runtime.logger import emit
 CLIENT_WAIT_WARNING_S = 1.0
 
 
-class ConnectionPools:
+class ConnectionPools(ForkSafe):
     """The pools of one server."""
 
     def __init__(self) -> None:
         self._pools: dict[float, Any] = {}
         self._is_slow_client_logged = False
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """In a child: renew the lock; a pool detects the fork by itself."""
-        self._lock = threading.RLock()
+        super().__init__()
 
     def client_for(self, client: Any, timeout: float | None) -> Any:
         """Return a client like another one, on connections of this package's own, where they can be had.

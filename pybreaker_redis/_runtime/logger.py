@@ -7,13 +7,12 @@ this package may fail by them.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from pybreaker_redis._runtime.clock import monotonic
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 from pybreaker_redis._runtime.redaction import mask_text
 
@@ -65,7 +64,7 @@ def emit(line: LogLine, *, logger: logging.Logger = LOGGER) -> None:
 BuildLine = Callable[[int], LogLine]
 
 
-class LossThrottle:
+class LossThrottle(ForkSafe):
     """Limit on the lines about one subject that is lost and returns.
 
     The throttle logs the first loss and its end at once.  For `LOSS_WINDOW_S` after a logged loss, it counts further
@@ -77,18 +76,16 @@ class LossThrottle:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.RLock()
         self._window_ends_at = float("-inf")
         self._unlogged = 0
         #: Whether the present loss was only counted: then its end is not logged at once either.
         self._is_silent = False
         #: Line about the present condition, not logged yet, and the number of losses that the line itself describes.
         self._held_line: tuple[BuildLine, int] | None = None
-        renew_in_children(self)
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """Replace the lock in a forked child, and drop what the parent logs."""
-        self._lock = threading.RLock()
+    def _reset_in_child(self) -> None:
+        # The parent logs what the parent has counted.
         self._unlogged, self._held_line = 0, None
 
     @property

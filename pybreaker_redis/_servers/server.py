@@ -83,7 +83,6 @@ class Server:
     def after_fork(self) -> None:
         """In a child: nobody holds the lock, nobody asks again."""
         self._lock = threading.RLock()
-        self._connections.after_fork()
         self._thread = self.outcomes = None
         self._pid = os.getpid()
 

@@ -6,7 +6,6 @@ Knows: names, settings, the client that all have in common.  Does not know: how 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +19,7 @@ from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis._model.intents import Intent, Reply
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._runtime.clock import utc_from_ms
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.validation import check_choice, checked_namespace, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import COMMANDS_FOR_RESET, COMMANDS_FOR_STATE, retry_after, storage_of
@@ -58,7 +57,7 @@ class CircuitStatus:
     reset_timeout: float
 
 
-class BreakerRegistry:
+class BreakerRegistry(ForkSafe):
     """The breakers of an application: one for each name, all with the same Redis.
 
     Each is a standard `pybreaker.CircuitBreaker`, made when it is first asked for.  Nothing is sent before a breaker
@@ -93,14 +92,9 @@ class BreakerRegistry:
         self._defaults = settings_module.validated(defaults, stacklevel=2)
         self._settings_by_name: dict[str, dict[str, Any]] = {}
         self._breaker_by_name: dict[str, CircuitBreaker] = {}
-        self._lock = threading.RLock()
-        renew_in_children(self)
+        super().__init__()
         # What cannot be a client, or a prefix, is refused now, not when there is a name.
         self._storage("any")
-
-    def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
-        self._lock = threading.RLock()
 
     # The breakers ---------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from pybreaker_redis.testing import in_memory
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import django_project
 from tests.support.breakers import Down, down
+from tests.support.inspect import reset_in_child
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -196,7 +197,7 @@ def test_child_does_not_wait_for_a_thread_of_its_parent(project):
     threads[0].start()
     held.wait()
     try:
-        breakers.after_fork()
+        reset_in_child(breakers)
         threads[1].start()
         threads[1].join(5)
         assert not threads[1].is_alive()

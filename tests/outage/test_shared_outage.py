@@ -30,6 +30,7 @@ from pybreaker_redis._servers.availability import Availability
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Clock
 from tests.support.faults import Site
+from tests.support.inspect import reset_in_child
 from tests.support.logs import lines_of
 from tests.support.outages import health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
@@ -609,7 +610,7 @@ class TestBulletin:
         bulletin.goes()
         bulletin.comes()
         bulletin.goes()
-        bulletin.after_fork()
+        reset_in_child(bulletin)
         clock.now += logger.LOSS_WINDOW_S
         bulletin.flush_held_line()
         assert len(lines) == 2

@@ -24,6 +24,7 @@ from pybreaker_redis._engines.memory import MemoryEngine
 from pybreaker_redis._model.circuit import CLOSED, Circuit, new_circuit
 from pybreaker_redis._model.intents import Load
 from pybreaker_redis._runtime import fork
+from tests.support.inspect import reset_in_child
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -1078,7 +1079,7 @@ def test_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_ho
     """There nobody would ever let go of it."""
     engine = MemoryEngine(Circuit())
     engine._lock.acquire()
-    engine.after_fork()
+    reset_in_child(engine)
     assert engine.execute(Load()).circuit.state == CLOSED
 
 
@@ -1096,21 +1097,24 @@ def test_staleness_that_is_no_number_is_refused_at_once(given: object) -> None:
         CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(), max_staleness=given)  # type: ignore[arg-type]
 
 
-def test_whatever_is_alive_is_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is kept alive for it."""
-    monkeypatch.setattr(fork, "_alive", weakref.WeakSet())
+def test_living_objects_are_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry of these objects keeps none of them alive."""
+    monkeypatch.setattr(fork, "_instances", weakref.WeakValueDictionary())
+    monkeypatch.setattr(fork, "process_id", -1)
     renewed: list[str] = []
 
-    class Inherited:
+    class Inherited(fork.ForkSafe):
         def __init__(self, name: str) -> None:
             self.name = name
+            super().__init__()
 
-        def after_fork(self) -> None:
+        def _reset_in_child(self) -> None:
             renewed.append(self.name)
 
-    kept, gone = Inherited("kept"), Inherited("gone")
-    fork.renew_in_children(kept)
-    fork.renew_in_children(gone)
-    del gone
-    fork._renew()
-    assert renewed == ["kept"]
+    living, collected = Inherited("living"), Inherited("collected")
+    lock = living._lock
+    del collected
+    fork.renew()
+    fork.renew()
+    assert renewed == ["living"], "once in each process"
+    assert living._lock is not lock

@@ -49,7 +49,7 @@ from tests.support.breakers import (
     up,
 )
 from tests.support.clients import PROTOCOLS
-from tests.support.inspect import lines, listeners, view_of
+from tests.support.inspect import lines, listeners, reset_in_child, view_of
 from tests.support.servers import ONCE, counted
 from tests.support.wait import wait_for
 
@@ -784,7 +784,7 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     guards = (storage._core._faults, storage._core.server.availability)
     for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), server_module._servers):
         with held_elsewhere(item._lock):
-            item.after_fork()
+            reset_in_child(item)
             assert item._lock.acquire(timeout=1)
             item._lock.release()
 

@@ -33,7 +33,7 @@ from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, Heard, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
-from tests.support.inspect import keepers, listeners
+from tests.support.inspect import keepers, listeners, reset_in_child
 from tests.support.places import cluster_client, has_clusters
 from tests.support.round_trips import Meter
 from tests.support.servers import ONCE, FoundServer
@@ -144,7 +144,7 @@ class TestBreakers:
             if pid == 0:
                 threading.Timer(10, os._exit, [1]).start()
                 os._exit(0 if breakers.get("payments").call(up) == "answer" else 2)
-            breakers.after_fork()
+            reset_in_child(breakers)
             assert breakers.get("payments").call(up) == "answer"
         assert os.waitpid(pid, 0)[1] == 0
 

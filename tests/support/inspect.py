@@ -10,6 +10,8 @@ import redis
 
 from pybreaker_redis._replica.connection import CONNECTION_NAME
 from pybreaker_redis._replica.listener import LISTENER_THREAD_NAME
+from pybreaker_redis._runtime import fork
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._servers.server import RETRY_THREAD_NAME as KEEPER_NAME
 
 
@@ -31,3 +33,13 @@ def keepers() -> list[threading.Thread]:
 def lines(client: redis.Redis) -> list[dict[str, str]]:
     """The connections of listeners, as the server lists them."""
     return [line for line in client.client_list() if line["name"] == CONNECTION_NAME]
+
+
+def reset_in_child(item: ForkSafe) -> None:
+    """Renew an object as a fork does in the child."""
+    (item._renew_in_child if isinstance(item, ForkSafe) else item.after_fork)()
+
+
+def pretend_fork() -> None:
+    """Make this process look like a child that was forked without Python's hooks."""
+    fork.process_id = -1

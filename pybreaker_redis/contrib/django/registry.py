@@ -5,7 +5,6 @@ Knows: ``PYBREAKER``, ``CACHES``.  Does not know: requests, commands.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from django.core.cache.backends.locmem import LocMemCache
 from django.core.cache.backends.redis import RedisCache
 from django.core.exceptions import ImproperlyConfigured
 
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis.contrib._config import CONFIG_KEYS, build_registry
 from pybreaker_redis.contrib._proxy import RegistryProxy
 from pybreaker_redis.registry import BreakerRegistry
@@ -29,18 +28,12 @@ ALL_CONFIG_KEYS = ("CACHE", "URL", *CONFIG_KEYS)
 PROCESS_LOCAL_CACHES = (LocMemCache, DummyCache)
 
 
-class DjangoBreakers(RegistryProxy):
+class DjangoBreakers(ForkSafe, RegistryProxy):
     """The breakers of ``settings.PYBREAKER``, made when they are first asked for and anew when the settings change."""
 
     def __init__(self) -> None:
         self._registry: BreakerRegistry | None = None
-        renew_in_children(self)
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
-        # Making a registry may import modules, by dotted names in the settings, that ask for a breaker.
-        self._lock = threading.RLock()
+        super().__init__()
 
     @property
     def registry(self) -> BreakerRegistry:
@@ -51,6 +44,7 @@ class DjangoBreakers(RegistryProxy):
                 which no check tries.
         """
         if (registry := self._registry) is None:
+            # The lock is reentrant: a registry may import modules, by dotted names in the settings, that get a breaker.
             with self._lock:
                 # One without breakers counts as false.
                 registry = self._registry = _create_registry() if self._registry is None else self._registry
