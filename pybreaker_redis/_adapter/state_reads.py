@@ -190,7 +190,7 @@ class StateReads(CircuitBreakerStorage):
         if not isinstance(intent, Load | None):
             caller.was_granted = reply.accepted
             caller.last_seen = Admission(circuit.generation, circuit.probe_token)
-        if circuit.state == HALF_OPEN and (reply.event == "created" or isinstance(intent, SetState)):
+        if circuit.state == HALF_OPEN and (reply.repair_note == "created" or isinstance(intent, SetState)):
             # The caller that asked for it is its first prober, until another one claims.
             caller.half_opened_generation = circuit.generation
         return reply

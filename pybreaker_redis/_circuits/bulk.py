@@ -137,7 +137,7 @@ def _read(batch: list[tuple[Member, ReadRequest]]) -> list[Member]:
                 raise answer.error
         found = []
         for (member, _), ticket, answer in zip(batch, tickets, answers, strict=True):
-            if answer.reply is not None:
+            if answer.reply is not None and answer.is_intact:
                 member.shared.accept_bulk_read(ticket, answer.reply, before, after)
                 found.append(member)
         return found
@@ -152,9 +152,9 @@ def read_all_circuits(questions: Sequence[ReadRequest]) -> list[Reply]:
     """
     replies = []
     for found in read_circuits(questions):
-        if found.believed is None:
+        if found.reply is None:
             raise cast("Exception", found.error)
-        replies.append(found.believed)
+        replies.append(found.reply)
     return replies
 
 

@@ -307,7 +307,7 @@ class Failover:
         Raises:
             Exception: No usable answer; whatever the client raises then.
         """
-        event = self.shared.execute(Load(), tell=tell).event
+        event = self.shared.execute(Load(), tell=tell).repair_note
         self._event = "" if tell or event == "created" else event
 
     def verify_writable(self) -> None:

@@ -229,4 +229,4 @@ class LocalCircuit(ForkSafe):
         self._begun = self._now = replace(circuit, generation=next_count(self._now.generation))
         self.fast_path.withdraw()
         self.fast_path = FastPath(0)
-        self._engine = MemoryEngine(self._begun, self._clock, self.fast_path, event="" if goes_on else "created")
+        self._engine = MemoryEngine(self._begun, self._clock, self.fast_path, repair_note="" if goes_on else "created")

@@ -130,7 +130,7 @@ class SharedCircuit:
         if circuit.opened_at_ms is not None or circuit.probe_token:
             opened_at_ms, until_ms = self._view.local_opened_at_ms(circuit), circuit.probe_until_ms - offset_ms
             circuit = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
-        return Reply(reply.accepted, circuit, reply.now_ms - offset_ms, reply.event)
+        return Reply(reply.accepted, circuit, reply.now_ms - offset_ms, reply.repair_note)
 
     def subscribe_to_changes(self, server: Home) -> None:
         """Have changes of the circuit heard in this process, so that they need not be asked for.
@@ -299,9 +299,9 @@ class SharedCircuit:
                 moves += 1
             else:
                 break
-        if self._expires and reply.event == "restored" and reply.circuit.state == CLOSED:
+        if self._expires and reply.repair_note == "restored" and reply.circuit.state == CLOSED:
             # It has expired, as it was to, and nobody can tell that from a loss.
-            reply = replace(reply, event="created")
+            reply = replace(reply, repair_note="created")
         # First the clock: it was this one when the record was read.
         self._learn(reply, before, after)
         self._view.store_answer(ticket, reply.circuit, reply.now_ms)
@@ -322,7 +322,7 @@ class SharedCircuit:
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state
-        if reply.event.startswith("repaired"):
-            emit(_log.record_repaired(self._name, repair=reply.event, state=state), logger=self._logger)
-        elif reply.event == "restored":
+        if reply.repair_note.startswith("repaired"):
+            emit(_log.record_repaired(self._name, repair=reply.repair_note, state=state), logger=self._logger)
+        elif reply.repair_note == "restored":
             emit(_log.record_restored(self._name, state=state), logger=self._logger)

@@ -29,11 +29,11 @@ class MemoryEngine(ForkSafe):
         circuit: Circuit,
         clock: Callable[[], float] = wall_clock_ms,
         fast_path: FastPath | None = None,
-        event: str = "created",
+        repair_note: str = "created",
     ) -> None:
         self._clock = clock
         self._circuit = circuit
-        self._event = event
+        self._repair_note = repair_note
         self._shortcut = fast_path or FastPath()
         super().__init__()
 
@@ -45,5 +45,5 @@ class MemoryEngine(ForkSafe):
             decision = intent.apply(self._circuit.with_bounded_lease(now), now)
             circuit = self._circuit = decision.circuit
             self._shortcut.follow(circuit, quiet=circuit.fail_counter == 0)
-            event, self._event = self._event, ""
-            return Reply(decision.accepted, circuit, now, event)
+            note, self._repair_note = self._repair_note, ""
+            return Reply(decision.accepted, circuit, now, note)

@@ -154,8 +154,8 @@ class TransactionEngine:
                 pipe.set(keys[name], value)
         if changes.is_hash_deleted:
             pipe.delete(keys["circuit"])
-        if changes.mark:
-            pipe.hset(keys["circuit"], mapping=changes.mark)
+        if changes.hash_fields:
+            pipe.hset(keys["circuit"], mapping=changes.hash_fields)
 
     def _queue_expiry(self, pipe: Any, reply: Reply) -> None:
         if self._ttl_ms:

@@ -301,11 +301,11 @@ class Reply:
         accepted: Whether the intent was accepted; a refused intent has changed nothing.
         circuit: Circuit after the decision.
         now_ms: Time of the decision by the engine's clock, milliseconds since the epoch.
-        event: Condition of the record before the decision: ``created``, ``restored`` (lost, and restored from what the
-            process knew), ``repaired NAME…`` (damaged values), or empty (sound).
+        repair_note: Condition of the record before the decision: ``created``, ``restored`` (lost, and restored
+            from what the process knew), ``repaired NAME…`` (damaged values), or empty (sound).
     """
 
     accepted: bool
     circuit: Circuit
     now_ms: float
-    event: str = ""
+    repair_note: str = ""

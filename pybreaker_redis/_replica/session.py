@@ -252,4 +252,4 @@ def _parse_poll(failures: Any, plain: Any, mark: Any) -> StoredRecord:
     is_hash = not isinstance(mark, Exception)
     # Successes count only while half-open, for the one who probes: he asks.
     values = (plain[0], failures, "0", plain[1])
-    return parse_record(values, mark if is_hash else (None,) * len(HASH_FIELDS), mark_is_hash=is_hash)
+    return parse_record(values, mark if is_hash else (None,) * len(HASH_FIELDS), is_hash=is_hash)

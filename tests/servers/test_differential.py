@@ -338,8 +338,8 @@ def repair(bench: Bench, content: dict[str, Any], known: Any, state_if_missing: 
         assert reply == paper.execute(intent, circuit, state_if_missing), name
         assert found(bench.plain, keys) == paper.values, name
         again = engine.execute(Load(), reply.circuit, state_if_missing)
-        assert (again.circuit, again.event) == (reply.circuit, ""), f"{name}: still damaged after the repair"
-        became.append(f"{reply.event.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
+        assert (again.circuit, again.repair_note) == (reply.circuit, ""), f"{name}: still damaged after the repair"
+        became.append(f"{reply.repair_note.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
     return became
 
 

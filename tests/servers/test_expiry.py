@@ -143,7 +143,7 @@ def test_counter_that_was_lost_gets_the_ttl_of_the_others(client: redis.Redis, m
     engine = make(client)
     known = engine.execute(Load(), None, CLOSED).circuit
     client.delete(KEYS[1])
-    assert engine.execute(Load(), known, CLOSED).event == "repaired fail_counter"
+    assert engine.execute(Load(), known, CLOSED).repair_note == "repaired fail_counter"
     assert len(left(client)) == 3
     assert min(left(client)) > 0
 

@@ -550,7 +550,7 @@ class TestRecord:
         for number, read in ((COUNT_LIMIT - 1, COUNT_LIMIT - 1), (COUNT_LIMIT, None), (COUNT_LIMIT + 1, None)):
             found = parse_record((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0", "0", "0"))
             assert found.fail_counter == read
-            assert (found.mark is None) == (read is None)
+            assert (found.hash_circuit is None) == (read is None)
 
     def test_opened_by_others_without_saying_when_is_open_from_now_on(self) -> None:
         """The time of an earlier spell would let a probe through at once."""
@@ -637,7 +637,7 @@ class TestRecord:
             probed, opened_at_ms=1000, generation=6, probe_until_ms=NOW + left_ms, probe_lease_ms=500, fail_counter=0
         )
         believed = resolve_record(found, known, CLOSED, NOW)
-        assert believed.event == "restored"
+        assert believed.repair_note == "restored"
         assert believed.circuit == replace(known, success_counter=0, probe_until_ms=NOW + min(left_ms, 500))
 
     @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
@@ -646,7 +646,7 @@ class TestRecord:
         found = parse_record((state, "2", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
         known = Circuit(OPEN, generation=6, opened_at_ms=NOW - 10)
         believed = resolve_record(found, known, CLOSED, NOW)
-        assert believed.event == "restored"
+        assert believed.repair_note == "restored"
         assert believed.circuit == replace(known, fail_counter=2, success_counter=1)
 
     @pytest.mark.parametrize("state", [CLOSED, OPEN, HALF_OPEN])
