@@ -153,7 +153,7 @@ _MISSING_FEATURES = {
         logging.WARNING,
         "runs no scripts (%s); using transactions, which take more round trips, also for every look at a circuit",
     ),
-    "names": (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 12 KiB"),
+    "names": (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 11 KiB"),
     "publishing": (
         logging.WARNING,
         "lets nobody publish changes of circuits (%s); processes that it does not tell itself notice them late",

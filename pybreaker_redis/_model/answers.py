@@ -28,7 +28,7 @@ def checked_sequence(asked: str, answer: object, length: int) -> Sequence[Any]:
         UnusableReplyError: The reply is anything else.
     """
     if not isinstance(answer, (list, tuple)) or len(answer) != length:
-        raise _unusable(asked, answer)
+        raise unusable_reply(asked, answer)
     return answer
 
 
@@ -36,7 +36,7 @@ def checked_strings(asked: str, answer: object, length: int) -> Sequence[RawValu
     """Return a reply that is a sequence of strings or ``None``; see `checked_sequence`."""
     values = checked_sequence(asked, answer, length)
     if not all(value is None or isinstance(value, (bytes, str)) for value in values):
-        raise _unusable(asked, answer)
+        raise unusable_reply(asked, answer)
     return values
 
 
@@ -51,10 +51,16 @@ def server_time_ms(answer: object) -> int:
     """
     parts = [str(to_text(part)) for part in checked_sequence("TIME", answer, 2)]
     if not all(part.isascii() and part.isdigit() and len(part) <= TIME_DIGITS_MAX for part in parts):
-        raise _unusable("TIME", answer)
+        raise unusable_reply("TIME", answer)
     seconds, microseconds = map(int, parts)
     return seconds * 1000 + microseconds // 1000
 
 
-def _unusable(asked: str, answer: object) -> UnusableReplyError:
+def unusable_reply(asked: str, answer: object) -> UnusableReplyError:
+    """Return the error for a reply that no server returns.
+
+    Args:
+        asked: Name of the command.
+        answer: Reply of the client.
+    """
     return UnusableReplyError(f"the reply to {asked} is {answer!r:.200}, which no server returns")

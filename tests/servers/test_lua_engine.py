@@ -1,14 +1,12 @@
-"""The scripts: what their headers say, how they reach the server, and what happens where none may run."""
+"""The Lua engine: how scripts reach the server, and what happens where none may run."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from pybreaker_redis._engines.lua import LuaEngine
 from pybreaker_redis._engines.scripts import compose_script
 from pybreaker_redis._engines.transaction import TransactionEngine
 from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
-from pybreaker_redis._model.codec import HASH_FIELDS, VALUE_NAMES
 from pybreaker_redis._model.intents import (
     INTENTS,
     ClaimProbe,
@@ -34,13 +31,12 @@ from pybreaker_redis._model.intents import (
     Load,
     RecordFailure,
     RecordSuccess,
-    Reply,
     SetOpenedAt,
     ShareTrip,
     Trip,
 )
 from pybreaker_redis._redis.classify import ScriptingUnavailableError
-from pybreaker_redis._redis.keys import KEY_SUFFIXES, circuit_keys
+from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
 from tests.support.round_trips import commands_sent
@@ -78,89 +74,6 @@ def fail(breaker: CircuitBreaker) -> None:
     """A call that fails."""
     with contextlib.suppress(ZeroDivisionError, CircuitBreakerError):
         breaker.call(lambda: 1 / 0)
-
-
-# -- headers -----------------------------------------------------------------------------------------------------------
-
-
-def header(name: str) -> dict[str, str]:
-    """What the comment at the top of a script says, by its words in capitals; the first line under ``""``."""
-    entries: dict[str, str] = {}
-    last = ""
-    for line in (LUA / f"{name}.lua").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("--"):
-            break
-        entry = re.match(r"-- ([A-Z]+(?:\[[\d.+]+\])?) +(\S.*)", line)
-        if entry:
-            last, text = entry.groups()
-        else:
-            text = line.removeprefix("--")
-        entries[last] = f"{entries.get(last, '')} {text.strip()}".strip()
-    return entries
-
-
-def body(name: str) -> str:
-    """A script without its comments."""
-    return re.sub(r"--.*", "", (LUA / f"{name}.lua").read_text(encoding="utf-8"))
-
-
-def test_every_script_has_an_intent_and_every_intent_a_script() -> None:
-    """No file lies there unused, and no intent works in memory only."""
-    assert {path.name for path in LUA.iterdir()} == {f"{intent.operation}.lua" for intent in INTENTS} | {"circuit.lua"}
-
-
-@every_intent
-def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent]) -> None:
-    """ARGV[10] and on are the intent's fields: who adds one, adds it in both places."""
-    arguments = {key: text.split()[0] for key, text in header(intent.operation).items() if key.startswith("ARGV")}
-    expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 10)}
-    assert arguments == expected
-    assert list(arguments) == list(expected)
-
-
-@every_intent
-def test_script_uses_the_arguments_that_its_header_names_under_their_names(intent: type[Intent]) -> None:
-    """`local generation, token = tonumber(ARGV[10]), ARGV[11]`: what is read first is called what it is."""
-    source = body(intent.operation)
-    named = [field.name for field in fields(intent)]
-    if not named:
-        assert "ARGV" not in source
-        return
-    declared, values = re.findall(r"local ([\w, ]+) = (.*ARGV.*)", source)[0]
-    assert declared.split(", ") == named
-    assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 10)]
-    assert source.count("ARGV") == len(named)
-
-
-@every_intent
-def test_header_says_what_everybody_wants_to_know(intent: type[Intent]) -> None:
-    """What it is for, which keys, what comes back, what is written."""
-    said = header(intent.operation)
-    assert said[""].startswith(f"{intent.operation}: ")
-    assert said["KEYS[1..5]"] == ", ".join(KEY_SUFFIXES)
-    assert said["RETURNS"].startswith("{")
-    assert said["WRITES"]
-
-
-@every_intent
-def test_header_mentions_the_clock_if_and_only_if_it_is_used(intent: type[Intent]) -> None:
-    """Whose time it is, is said wherever time matters."""
-    assert ("TIME" in header(intent.operation)) == bool(
-        re.search(r"\bnow\b|probe_is_free|hold_probe", body(intent.operation))
-    )
-
-
-def test_shared_beginning_names_keys_fields_and_arguments_as_python_does() -> None:
-    """`circuit.lua` is prepended to all others, so its header speaks for all of them."""
-    said = header("circuit")
-    assert [said[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(KEY_SUFFIXES)
-    assert re.findall(r"\w+", said["KEYS[5]"].partition("as of")[0])[2:] == list(HASH_FIELDS)
-    known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until", "known_lease"]
-    assert [said[f"ARGV[{number}]"].split()[0] for number in range(1, 10)] == ["create", *known, "channel", "ttl"]
-    assert {"RETURNS", "TIME", "WRITES"} <= said.keys()
-    returned = said["RETURNS"].strip("{}").split(",")
-    # The reply holds the circuit; why nobody could be told is for the carrier itself.
-    assert len(returned) == len(fields(Circuit)) + len(fields(Reply)) - 1 + 1
 
 
 # -- EVALSHA and EVAL --------------------------------------------------------------------------------------------------

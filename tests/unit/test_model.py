@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import FrozenInstanceError, fields, replace
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybreaker_redis._model import circuit as circuit_module
 from pybreaker_redis._model import intents
 from pybreaker_redis._model.circuit import (
     CLOSED,
@@ -519,16 +515,6 @@ def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
         with pytest.raises(FrozenInstanceError):
             setattr(value, field.name, None)
     assert not hasattr(value, "__dict__")
-
-
-@pytest.mark.parametrize("name", ["LEASE_MAX_MS", "COUNT_LIMIT", "NOISE_MAX_MS"])
-def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
-    """What one of them calls damage, the other does not count on from."""
-    scripts = Path(circuit_module.__file__).parents[1] / "_engines" / "lua" / "circuit.lua"
-    said = re.search(rf"^local {name} = ([\d *^]+)$", scripts.read_text(encoding="utf-8"), re.MULTILINE)
-    assert said
-    factors = [[int(number) for number in factor.split("^")] for factor in said[1].split("*")]
-    assert getattr(circuit_module, name) == prod(pow(*factor) if len(factor) == 2 else factor[0] for factor in factors)
 
 
 def test_largest_count_is_reached_and_is_its_own_successor() -> None:
