@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pybreaker_redis._redis.classify import PushUnavailableError, is_instance_of_named, is_unsupported_command
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.endpoint import CONNECT_HOOK_ARGUMENTS, Endpoint
+from pybreaker_redis._redis.sentinel import verify_master
 
 #: How the connections are called in ``CLIENT LIST``.
 CONNECTION_NAME = "pybreaker_redis"
@@ -154,9 +155,7 @@ class PushConnection:
             ConnectionResetError: Sentinels know another master.
         """
         with deadline(self._timeout):
-            if self._endpoint.verify_master(self._query_connection):
-                msg = "the master has moved"
-                raise ConnectionResetError(msg)
+            verify_master(self._endpoint, self._query_connection)
         if self._is_single:
             return False
         self._send(self._push_connection, [("PING",)])

@@ -15,6 +15,7 @@ from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._redis.classify import ErrorKind, suppress_except
 from pybreaker_redis._redis.endpoint import endpoint_of
+from pybreaker_redis._redis.sentinel import verify_master
 from pybreaker_redis._replica.connection import Push, PushConnection
 from pybreaker_redis._replica.session import Session
 from pybreaker_redis._replica.subscribers import Subscriber
@@ -207,10 +208,11 @@ def test_sentinels_that_know_another_master_end_the_line():
         )
         return made
 
-    assert not endpoint_of(redis.Redis()).verify_master(connection)
-    assert not endpoint(("10.0.0.1", 6379)).verify_master(connection)
-    assert not endpoint(None).verify_master(connection)
-    assert endpoint(("10.0.0.2", 6379)).verify_master(connection)
+    verify_master(endpoint_of(redis.Redis()), connection)
+    verify_master(endpoint(("10.0.0.1", 6379)), connection)
+    verify_master(endpoint(None), connection)
+    with pytest.raises(ConnectionResetError, match="the master has moved"):
+        verify_master(endpoint(("10.0.0.2", 6379)), connection)
     line = object.__new__(PushConnection)
     line._endpoint, line._query_connection, line._timeout = endpoint(("10.0.0.2", 6379)), connection, 1.0
     with pytest.raises(ConnectionResetError, match="the master has moved"):

@@ -658,7 +658,7 @@ def test_connection_without_a_word_for_credentials_is_given_none(server: Private
     class Present:
         """As they are now."""
 
-        def now(self) -> dict[str, Any]:
+        def read_credentials(self) -> dict[str, Any]:
             """The same each time."""
             return {"nickname": "shop", "username": None}
 

@@ -222,9 +222,9 @@ def test_time_limit_that_strikes_while_a_cluster_is_looked_for_reaches_the_calle
 
     monkeypatch.setattr(redis.Connection, "connect", lambda self: None)
     monkeypatch.setattr(redis.Connection, "send_command", send_command)
-    place = url_module._parse("redis+cluster://127.0.0.1:1,127.0.0.1:2")
+    parsed = url_module._parse("redis+cluster://127.0.0.1:1,127.0.0.1:2")
     with deadline(1.0), pytest.raises(TimeLimit):
-        url_module.answering_first(place)
+        url_module.answering_first(parsed.hosts, parsed.arguments, parsed.connection_class)
     assert tried == [1]
 
 
