@@ -40,14 +40,12 @@ class Endpoint:
         identity: Values that distinguish servers, databases, users and options.
         connection_arguments: Arguments of the class.
         db: Number of the database.
-        is_one_slot: Whether a command may not name keys of several circuits, because the server is a cluster's node.
     """
 
     connection_class: Any
     identity: EndpointIdentity
     connection_arguments: Mapping[str, Any] = field(compare=False)
     db: int
-    is_one_slot: bool = False
 
     @property
     def database_identity(self) -> EndpointIdentity:

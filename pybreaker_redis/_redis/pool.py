@@ -44,6 +44,8 @@ class ConnectionPools(ForkSafe):
 
     def __init__(self) -> None:
         self._pools: dict[float, Any] = {}
+        #: One for all pools and for push connections, so that each uses a password that any of them has taken.
+        self._credentials: Credentials | None = None
         self._is_slow_client_logged = False
         super().__init__()
 
@@ -61,12 +63,21 @@ class ConnectionPools(ForkSafe):
             return client
         with self._lock:
             if timeout not in self._pools:
-                bounded = bounded_client(client, timeout)
+                bounded = bounded_client(client, timeout, self._credentials)
                 if bounded is None and not self._pools:
                     self._log_if_blocking(client)
+                if bounded is not None:
+                    self._credentials = bounded.connection_pool.connection_kwargs["credentials"]
                 self._pools[timeout] = bounded and bounded.connection_pool
             pool = self._pools[timeout]
         return client if pool is None else client_on_pool(client, pool)
+
+    def any_client(self, client: Any) -> Any:
+        """Return a client on any of the pools; without a pool, the client itself."""
+        for pool in list(self._pools.values()):
+            if pool is not None:
+                return client_on_pool(client, pool)
+        return client
 
     def log_slow_client(self, client: Any, seconds: float, timeout: float | None) -> None:
         """Log once that a client that is used as it is has exceeded the timeout.
@@ -99,7 +110,7 @@ class ConnectionPools(ForkSafe):
                 close_idle_connections(pool)
 
 
-def bounded_client(client: Any, timeout: float) -> Any:
+def bounded_client(client: Any, timeout: float, credentials: Credentials | None = None) -> Any:
     """Return a plain client of the same library whose connections do not retry, and keep deadlines (`deadline.py`).
 
     Methods of subclasses and of single objects are left out, because they may wait and retry.  `keys.py` finds the
@@ -108,13 +119,14 @@ def bounded_client(client: Any, timeout: float) -> Any:
     Args:
         client: Client of a single server, or of a master that Sentinels watch.
         timeout: Seconds to wait for a connection while all connections are in use.
+        credentials: Credentials of another pool to the same server, to be shared; ``None``: those of the client.
 
     Returns:
         The copy; ``None`` if the client is a cluster's, or of no known library.
     """
     # Classes of the user may raise anything if they are not made like the library's.
     with suppress_errors():
-        return _copy_client(client, timeout)
+        return _copy_client(client, timeout, credentials=credentials)
     return None
 
 
@@ -159,25 +171,30 @@ def replace_credentials(client: Any, arguments: Mapping[str, Any]) -> bool:
     return isinstance(credentials, Credentials) and credentials.switch_arguments(arguments)
 
 
-def _copy_client(client: Any, timeout: float, longest: float | None = None) -> Any:
+def _copy_client(
+    client: Any, timeout: float, longest: float | None = None, credentials: Credentials | None = None
+) -> Any:
     endpoint = endpoint_of(client)
     library = client_module_of(client)
     if endpoint is None or library is None:
         msg = f"not of a known client library: {client!r}"
         raise TypeError(msg)
-    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest)
+    credentials = credentials or Credentials(client.connection_pool.connection_kwargs)
+    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest, credentials=credentials)
     # A connection class that needs other arguments raises here, and not in the middle of a call.
     pool.connection_class(**pool.connection_kwargs)
     return client_on_pool(client, pool)
 
 
-def _make_pool(pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None) -> Any:
+def _make_pool(
+    pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None, *, credentials: Credentials
+) -> Any:
     connection_class = keep_deadlines(endpoint.connection_class, longest)
     arguments = {
         **endpoint.connection_arguments,
         "decode_responses": False,
         "socket_timeout": timeout,
-        "credentials": Credentials(pool.connection_kwargs),
+        "credentials": credentials,
         "idle_limit": idle_limit(pool.connection_kwargs),
     }
     has_protocol = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
