@@ -252,7 +252,7 @@ def _nothing_lingers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nobody_has_twins() -> None:
     """Storages of earlier tests may still be there, with other settings: what is said of that is for tests of that."""
-    settings_check._twins._circuits.clear()
+    settings_check._table._users_by_place.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +273,7 @@ def nobody_listens() -> None:
         # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
         with server._lock:
             server._members.clear()
-    wait_for(lambda: not listeners() and not keepers(), "the threads of earlier tests end")
+    wait_for(lambda: gc.collect() >= 0 and not listeners() and not keepers(), "the threads of earlier tests end")
     listener_module._listeners._by_server.clear()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,7 @@ from pybreaker_redis._replica.clock_offset import OffsetBounds, OpeningTime
 from pybreaker_redis._replica.connection import PushMode
 from pybreaker_redis._replica.subscription import Subscription
 from pybreaker_redis._replica.view import ReadTicket, View
+from pybreaker_redis._runtime import fork
 from pybreaker_redis._runtime.clock import Instant, instant
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import mask_error
@@ -140,6 +142,8 @@ class SharedCircuit:
         """
         if not self._subscription.is_start_due:
             return
+        if os.getpid() != fork.process_id:
+            fork.renew()
         with self._subscription.lock:
             # Another thread may have subscribed the circuit, or left its location.
             choice = self._selector.current

@@ -23,9 +23,9 @@ from pybreaker_redis._replica.connection import Push, PushConnection, PushMode
 from pybreaker_redis._replica.session import LISTENER_WAIT_MAX_S, Session
 from pybreaker_redis._replica.subscribers import SubscriberTable
 from pybreaker_redis._replica.view import View
-from pybreaker_redis._runtime import logger
+from pybreaker_redis._runtime import fork, logger
 from pybreaker_redis._runtime.clock import monotonic
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.redaction import describe_error, refusal_text
 from pybreaker_redis._runtime.threads import ThreadRefusedError, start_daemon
 from pybreaker_redis._servers.server import Server
@@ -206,19 +206,16 @@ class Listener:
             item.view.mark_unsubscribed()
 
 
-class ListenerTable:
+class ListenerTable(ForkSafe):
     """Listeners of this process, one for each server."""
 
     def __init__(self) -> None:
         #: An entry lasts as long as a subscription uses the listener, or its thread runs.
         self._by_server: weakref.WeakValueDictionary[Server, Listener] = weakref.WeakValueDictionary()
-        self.after_fork()
-        renew_in_children(self)
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """Renew the lock in a child process, and close the connections of the parent there."""
-        self._lock = threading.RLock()
-        self._pid = os.getpid()
+    def _reset_in_child(self) -> None:
+        # The connections belong to the parent.  The child closes its copies.
         for listener in self._by_server.values():
             if listener.session is not None:
                 listener.session.connection.close()
@@ -226,9 +223,8 @@ class ListenerTable:
 
     def listener_of(self, server: Server) -> Listener:
         """Return the listener of a server.  Add it if it is new."""
-        if self._pid != os.getpid():
-            # uWSGI forks without the hooks of Python, from a master that runs no listener and holds no lock.
-            self.after_fork()
+        if os.getpid() != fork.process_id:
+            fork.renew()
         with self._lock:
             listener = self._by_server.get(server)
             if listener is None:

@@ -10,45 +10,45 @@ from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._replica.connection import PushMode
 from pybreaker_redis._replica.listener import REFUSED_RETRY_DELAY_S, Listener, listener_for
 from pybreaker_redis._replica.view import View
+from pybreaker_redis._runtime import fork
 from pybreaker_redis._runtime.clock import monotonic
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._servers.server import Server
 
 
-class Subscription:
+class Subscription(ForkSafe):
     """Link between one view and the listener that keeps the view current.
 
     Args:
         view: The view.
-
-    Attributes:
-        lock: Held by the owner while it decides about a start or a stop, so that both fit the location of the circuit.
     """
 
     def __init__(self, view: View) -> None:
         self._view = view
         self._listener: Listener | None = None
         self._channel = ""
-        #: Process of the listener, and when a start is tried again, monotonic seconds.
-        self._pid = os.getpid()
+        #: When a start is tried again, monotonic seconds.
         self._next_start_at = 0.0
-        self.lock = threading.RLock()
-        renew_in_children(self)
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """Renew the lock in a child process, and drop the listener, which has no thread there."""
-        self.lock = threading.RLock()
-        self._listener, self._next_start_at, self._pid = None, 0.0, os.getpid()
+    def _reset_in_child(self) -> None:
+        # The listener thread exists in the parent only.
+        self._listener, self._next_start_at = None, 0.0
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Lock that the owner holds from its look at the location of the circuit to a start or stop."""
+        return self._lock
 
     @property
     def is_start_due(self) -> bool:
         """Whether the circuit should be subscribed and is not.
 
-        A process that uWSGI forked without the hooks of Python has the listener of its parent.
+        A process that was forked without the hooks of Python still has the listener of its parent.
         """
         if not self._view.max_staleness:
             return False
-        if self._pid != os.getpid():
+        if os.getpid() != fork.process_id:
             return True
         listener = self._listener
         return not (listener and listener.is_running) and monotonic() >= self._next_start_at
@@ -62,9 +62,7 @@ class Subscription:
             channel: Channel of the circuit.
             is_one_slot: Whether no command may name keys of other circuits, too.
         """
-        if self._pid != os.getpid():
-            self.after_fork()
-        with self.lock:
+        with self._lock:
             # A thread that cannot be started now may be startable later.
             self._next_start_at = monotonic() + REFUSED_RETRY_DELAY_S
             self._channel = channel
@@ -73,14 +71,14 @@ class Subscription:
 
     def disable(self) -> None:
         """Make no start due until the next `stop`: there is no channel, or no way to connect."""
-        with self.lock:
+        with self._lock:
             self._next_start_at = math.inf
 
     def stop(self) -> None:
         """End the subscription; a new start is due at once."""
-        with self.lock:
+        with self._lock:
             listener, self._listener, self._next_start_at = self._listener, None, 0.0
-            if listener is not None and self._pid == os.getpid():
+            if listener is not None and os.getpid() == fork.process_id:
                 listener.remove_view(self._view)
 
     def expedite(self) -> None:

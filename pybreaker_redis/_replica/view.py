@@ -21,7 +21,6 @@ only an answered record can reach a script, which would restore the record on an
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._model.repair import is_same_but_counters
 from pybreaker_redis._replica.clock_offset import ClockOffset, OpeningTime
 from pybreaker_redis._replica.merge import Merge, merge
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 
 #: Largest difference between the time in another storage's answer and the estimated time of the server, milliseconds.
 #: A larger one means another clock.  In a busy process an answer is late.
@@ -58,7 +57,7 @@ class ReadTicket:
     push_count: int
 
 
-class View:
+class View(ForkSafe):
     """Record of one circuit, as this process has read it last.  Times in the record are the server's.
 
     Args:
@@ -80,7 +79,6 @@ class View:
         self.opening_time = OpeningTime()
         self.fast_path = FastPath(0, now)
         self._now = now
-        self._lock = threading.RLock()
         #: Time of the server in the last answer, milliseconds, and when that answer arrived, monotonic seconds.
         self._seen_ms = 0.0
         self._seen_at = 0.0
@@ -95,7 +93,7 @@ class View:
         self._push_count = 0
         self._suspended_at = -math.inf
         self._asked_at = -math.inf
-        renew_in_children(self)
+        super().__init__()
 
     # For readers --------------------------------------------------------------------------------------------------
 
@@ -287,12 +285,11 @@ class View:
             if ticket.change_count == self._change_count:
                 self._distrust()
 
-    def after_fork(self) -> None:
-        """Renew the lock in a child process, and end the subscription: its thread belongs to the parent."""
-        self._lock = threading.RLock()
-        self.mark_unsubscribed()
-
     # Internals ----------------------------------------------------------------------------------------------------
+
+    def _reset_in_child(self) -> None:
+        # The listener thread exists in the parent only.
+        self.mark_unsubscribed()
 
     def _store(self, circuit: Circuit, now_ms: float, *, is_quiet: bool, is_asked_later: bool) -> bool:
         """Store a record unless a later one is known.  Return whether the record is known now."""

@@ -16,7 +16,7 @@ from datetime import datetime
 
 from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_instance_of_named
 from pybreaker_redis._runtime.clock import utc_from_ms, wall_clock_ms
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.redaction import describe_error
 from pybreaker_redis.health import Condition
 
@@ -65,7 +65,7 @@ class Outage:
     answer_wait_s: float
 
 
-class Availability:
+class Availability(ForkSafe):
     """State machine of one server or one circuit: available, or in an outage with retries.
 
     A retry thread makes the retries, if there is one.  Otherwise callers take turns, one at a time.
@@ -98,14 +98,12 @@ class Availability:
         self._failed_turns = 0
         #: Whether an attempt is under way.
         self._is_attempt_claimed = False
-        self._lock = threading.RLock()
         #: Made by the first waiter.  This object may exist before gevent replaces the locks.
         self._change: threading.Condition | None = None
-        renew_in_children(self)
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """Renew the lock in a child process, which has neither a retry thread nor an attempt under way."""
-        self._lock = threading.RLock()
+    def _reset_in_child(self) -> None:
+        # The child has neither a retry thread nor an attempt under way.
         self._change = None
         self.has_retry_thread = self._is_attempt_claimed = False
         if self.outage is not None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pybreaker_redis._runtime import threads
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._servers.availability import Availability
 
 RETRY_THREAD_NAME = "pybreaker_redis retry"
@@ -53,7 +54,7 @@ class ReturnAttempt:
             self.outage_s = self._availability.note_answer()
 
 
-class RetryThread:
+class RetryThread(ForkSafe):
     """Background thread of one server that runs as long as attempts are needed.
 
     Args:
@@ -72,12 +73,10 @@ class RetryThread:
         self._seconds_until_due = seconds_until_due
         self._attempt = attempt
         self._wait = wait
-        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """Renew the lock, and drop the thread, which does not exist in a child process."""
-        self._lock = threading.RLock()
+    def _reset_in_child(self) -> None:
         self._thread = None
 
     @property

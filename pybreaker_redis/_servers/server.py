@@ -23,8 +23,9 @@ from pybreaker_redis import _log
 from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind
 from pybreaker_redis._redis.endpoint import Endpoint, endpoint_of, plain_endpoint_of
 from pybreaker_redis._redis.pool import ConnectionPools
+from pybreaker_redis._runtime import fork
 from pybreaker_redis._runtime.clock import monotonic
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.logger import LossThrottle, emit
 from pybreaker_redis._runtime.redaction import describe_error, refusal_text
 from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability, Outage
@@ -38,7 +39,7 @@ _Thing = TypeVar("_Thing")
 _REMOVED_MEMBER = Registration(-math.inf, 0, "(moved)", None)
 
 
-class Server:
+class Server(ForkSafe):
     """One Redis server, as this process reaches it.
 
     Args:
@@ -64,10 +65,8 @@ class Server:
         #: Members that were released, and that no caller has used since.
         self._released_members: weakref.WeakSet[Member] = weakref.WeakSet()
         self._missing_features: set[MissingFeature] = set()
-        self._lock = threading.RLock()
         self._retry_thread = RetryThread(self._seconds_until_retry, self._retry, self._wait_for_change)
-        self._pid = os.getpid()
-        renew_in_children(self)
+        super().__init__()
 
     def __str__(self) -> str:
         return self._name
@@ -76,12 +75,8 @@ class Server:
         condition = "unreachable" if self.is_unreachable else "available"
         return f"<Server {self._name} {condition}, {self.member_count} members>"
 
-    def after_fork(self) -> None:
-        """Renew the locks, and drop what a thread of the parent process was doing."""
-        self._lock = threading.RLock()
-        self._retry_thread.after_fork()
+    def _reset_in_child(self) -> None:
         self._attempt = None
-        self._pid = os.getpid()
 
     # Connections --------------------------------------------------------------------------------------------------
 
@@ -281,9 +276,8 @@ class Server:
 
     def _ensure_retry_thread(self) -> bool:
         """Start the retry thread unless it runs; return whether it runs."""
-        if self._pid != os.getpid():
-            # uWSGI forks without the hooks of Python.
-            self.after_fork()
+        if os.getpid() != fork.process_id:
+            fork.renew()
         is_running = self._retry_thread.ensure_running()
         if is_running != self.availability.has_retry_thread:
             self.availability.set_retry_thread(is_running)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Hashable
 from typing import Any
 
 from pybreaker_redis._redis.endpoint import plain_endpoint_of
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._servers.server import Server
 
 
-class ServerTable:
+class ServerTable(ForkSafe):
     """Servers by endpoint and user.  An entry lasts as long as circuits use the server."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         self._server_by_key: weakref.WeakValueDictionary[Hashable, Server] = weakref.WeakValueDictionary()
-        renew_in_children(self)
-
-    def after_fork(self) -> None:
-        """Renew the lock in a child process."""
-        self._lock = threading.RLock()
+        super().__init__()
 
     def server_of(self, client: Any) -> Server:
         """Return the server of a client.  Add it if it is new."""

@@ -25,7 +25,7 @@ from pybreaker_redis._runtime import threads
 from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.faults import Site
-from tests.support.inspect import keepers
+from tests.support.inspect import keepers, pretend_fork
 from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
@@ -63,7 +63,8 @@ def test_process_that_was_forked_behind_pythons_back_has_a_thread_of_its_own(sit
     """The process id tells."""
     breaker = settled(breaker_on(site.client()))
     server = breaker._state_storage._core.server
-    server._pid, lock = 0, server._lock
+    lock = server._lock
+    pretend_fork()
     assert server._ensure_retry_thread()
     assert server._lock is not lock
 

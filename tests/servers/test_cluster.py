@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import random
 import socket
 import threading
@@ -32,7 +31,7 @@ from tests.support import servers
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.cluster import Nodes
 from tests.support.fleet import DependencyDown, Fleet, Spec, Worker
-from tests.support.inspect import listeners, view_of
+from tests.support.inspect import listeners, pretend_fork, view_of
 from tests.support.logs import lines_of
 from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.places import cluster_client
@@ -411,7 +410,8 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
 def test_circuit_that_moves_in_a_child_waits_for_no_thread_of_the_parent(cluster: Nodes):
     """Its listener may have been forked in the middle of anything, its lock held for ever."""
     shared = settled(breaker_on(client_of(cluster), NAMESPACE))._state_storage._core.shared
-    listener, shared._subscription._pid = shared._subscription._listener, os.getppid()
+    listener = shared._subscription._listener
+    pretend_fork()
     with listener._lock:
         leaves = threading.Thread(target=shared.forget_location, daemon=True)
         leaves.start()

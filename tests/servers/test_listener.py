@@ -50,7 +50,7 @@ from tests.support.breakers import (
     up,
 )
 from tests.support.clients import PROTOCOLS
-from tests.support.inspect import lines, listeners, reset_in_child, view_of
+from tests.support.inspect import lines, listeners, pretend_fork, reset_in_child, view_of
 from tests.support.servers import ONCE, counted
 from tests.support.wait import wait_for
 
@@ -502,11 +502,11 @@ def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
     closed: list[bool] = []
     inherited.session = SimpleNamespace(connection=SimpleNamespace(close=lambda: closed.append(True)))
     assert mine.listener_of(server) is inherited
-    mine._pid = -1
+    pretend_fork()
     assert mine.listener_of(server) is not inherited
     assert closed == [True]
     again = mine.listener_of(server)
-    mine.after_fork()
+    reset_in_child(mine)
     assert closed == [True], "one that has not begun has nothing to close"
     assert mine.listener_of(server) is not again
 
@@ -516,9 +516,10 @@ def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
     breaker = settled(breaker_on(client))
     tenancy = breaker._state_storage._core
     ear = tenancy.shared._subscription
-    ear._pid = os.getppid()
+    inherited = ear._listener
+    pretend_fork()
     tenancy.ensure_subscribed()
-    assert ear._pid == os.getpid()
+    assert ear._listener is not inherited
     assert ear._listener.is_running
     settled(breaker)
 

@@ -17,6 +17,7 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._servers import settings_check
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import up
+from tests.support.inspect import reset_in_child
 
 SETTINGS = {
     "state": ("closed", "open"),
@@ -105,7 +106,7 @@ def test_storage_that_has_gone_does_not_count(client: redis.Redis, caplog: pytes
     assert kept.current_state == "closed"
     del kept
     gc.collect()
-    assert not settings_check._twins._circuits
+    assert not settings_check._table._users_by_place
 
 
 def test_storages_are_told_apart_when_they_are_used(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,12 +179,12 @@ def test_two_breakers_on_one_storage_with_a_namespace_are_meant(
 
 def test_child_that_was_forked_while_somebody_met_waits_for_nobody(client: redis.Redis) -> None:
     """The lock of the parent is held for ever there."""
-    with settings_check._twins._lock:
+    with settings_check._table._lock:
         pid = os.fork()
         if not pid:
-            os._exit(not settings_check._twins._lock.acquire(timeout=5))
+            os._exit(not settings_check._table._lock.acquire(timeout=5))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     # What the child did, where it can be seen.
-    lock = settings_check._twins._lock
-    settings_check._twins.after_fork()
-    assert settings_check._twins._lock is not lock
+    lock = settings_check._table._lock
+    reset_in_child(settings_check._table)
+    assert settings_check._table._lock is not lock

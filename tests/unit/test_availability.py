@@ -26,6 +26,7 @@ from pybreaker_redis._servers.availability import (
     Availability,
 )
 from tests.support.clock import Clock
+from tests.support.inspect import reset_in_child
 
 TIMEOUT = 0.25
 
@@ -443,7 +444,7 @@ class TestForks:
         held = kept._lock
         held.acquire()
         try:
-            kept.after_fork()
+            reset_in_child(kept)
             assert not kept.has_retry_thread
             assert kept.outage is not None, "the server has not come back by forking"
             clock.now += RETRY_DELAY_MAX_S

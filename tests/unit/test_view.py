@@ -10,6 +10,7 @@ from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._replica.view import SUSPENSION_INTERVAL_MIN_S, View
 from pybreaker_redis._runtime.clock import Instant
 from tests.support.clock import Clock
+from tests.support.inspect import reset_in_child
 
 STALENESS = 2.0
 
@@ -112,7 +113,7 @@ class TestStaleness:
     def test_child_believes_nothing(self, view: View) -> None:
         """Nobody listens there."""
         fill(view, closed)
-        view.after_fork()
+        reset_in_child(view)
         assert view.read_trusted() is None
         assert view.cached == closed
 
