@@ -1,281 +1,316 @@
-"""What is said in the log when a server goes and when it is back?
+"""Log lines of this package.
 
-Knows: words, what errors mean.  Does not know: when to say them.
-
-Whoever wants to do more about it than read attaches a `logging.Handler` to the logger ``pybreaker_redis``: the records
-carry what they say as a dictionary, too, in the attribute ``pybreaker_redis``.
+Each function returns one line as a value, made of plain values.  `_runtime/logger.py` emits lines and masks secrets.
+A `logging.Handler` of the logger ``pybreaker_redis`` finds the same facts as a dictionary in the attribute
+``pybreaker_redis`` of the record.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any
-
-from pybreaker_redis._redis.classify import ErrorKind, MissingFeature
-from pybreaker_redis._redis.endpoint import command_wait_limit
-from pybreaker_redis._runtime.logger import LOSS_WINDOW_S, _say
-from pybreaker_redis._runtime.redaction import mask_text
-from pybreaker_redis._servers.availability import Outage
-
-#: Seconds for which a client may make a guarded call wait without being told of.
-CLIENT_WAIT_WARNING_S = 1.0
+from typing import Any, NamedTuple
 
 
-_logger = logging.getLogger("pybreaker_redis")
+class Line(NamedTuple):
+    """One log line.
+
+    Attributes:
+        level: Level of the logging module.
+        message: Format string of the logging module.
+        arguments: Values for the format string.
+        extra: Facts for handlers; ``None``: none.
+    """
+
+    level: int
+    message: str
+    arguments: tuple[object, ...] = ()
+    extra: Mapping[str, Any] | None = None
 
 
-def away(server: str, outage: Outage, *, timeout: float | None, circuit: str, besides: int, more: int) -> None:
-    """A server has failed.
+def server_lost(
+    server: str,
+    *,
+    is_unreachable: bool,
+    error: str,
+    timeout_s: float | None,
+    circuit: str,
+    other_circuits: int,
+    pause_s: float,
+    wait_s: float,
+    more_losses: int,
+) -> Line:
+    """Return the line about a server that has failed.
 
     Args:
-        server: Which.
-        outage: What is the matter.
-        timeout: Seconds that were waited for an answer at most; ``None``: as long as the client takes.
-        circuit: That has met the error.
-        besides: How many more circuits of this process live there.
-        more: How many losses were not logged since the last line about the server.
+        server: Name of the server.
+        is_unreachable: Whether the server does not answer; otherwise, the server takes no writes.
+        error: Class and text of the error, masked.
+        timeout_s: Seconds that the call waited, if the error is a timeout; otherwise ``None``.
+        circuit: Name of the circuit that met the error.
+        other_circuits: Number of other circuits of this process on the server.
+        pause_s: Seconds until the next attempt.
+        wait_s: Seconds that the next attempt waits for an answer.
+        more_losses: Number of losses since the last line about the server that were not logged.
     """
-    pause = outage.next_attempt_at - outage.since
-    _say(
+    return Line(
         logging.WARNING,
         "circuit %r%s: Redis at %s %s (%s%s); using this process's own state, next attempt in %.2f s, waiting up to "
         "%.2f s%s",
-        circuit,
-        f" and {besides} more" if besides else "",
-        server,
-        "is away" if outage.kind is ErrorKind.UNREACHABLE else "takes no writes",
-        f"no answer within {timeout * 1000:.0f} ms, " if timeout and outage.is_timeout else "",
-        outage.error,
-        pause,
-        outage.answer_wait_s,
-        _and_more(more),
-        extra=_extra(event="away", server=server, error=outage.error, pause=pause, more_losses=more),
+        (
+            circuit,
+            f" and {other_circuits} more" if other_circuits else "",
+            server,
+            "is away" if is_unreachable else "takes no writes",
+            f"no answer within {timeout_s * 1000:.0f} ms, " if timeout_s else "",
+            error,
+            pause_s,
+            wait_s,
+            _and_more(more_losses),
+        ),
+        {"event": "away", "server": server, "error": error, "pause": pause_s, "more_losses": more_losses},
     )
-
-
-def _extra(**words: Any) -> dict[str, Any]:
-    return {"pybreaker_redis": words}
 
 
 def _and_more(losses: int) -> str:
-    return f"; and {losses} more losses in the last {LOSS_WINDOW_S:.0f} s" if losses else ""
+    return f"; and {losses} more losses in the last 60 s" if losses else ""
 
 
-def in_trouble(circuit: str, outage: Outage, more: int = 0) -> None:
-    """A circuit has met an error that is its own: it is refused something, or nothing makes sense.
+def circuit_refused(circuit: str, *, error: str, pause_s: float, more_losses: int) -> Line:
+    """Return the line about one circuit that the server refuses, or answers with no usable reply.
 
     Args:
-        circuit: Which.
-        outage: What is the matter.
-        more: How often it had such an error without a line since the last one about it.
+        circuit: Name of the circuit.
+        error: Class and text of the error, masked.
+        pause_s: Seconds until the next attempt.
+        more_losses: Number of such errors since the last line about them that were not logged.
     """
-    _say(
+    return Line(
         logging.WARNING,
         "circuit %r: Redis gave no usable answer (%s); using this process's own state, next attempt in %.1f s%s",
-        circuit,
-        outage.error,
-        outage.next_attempt_at - outage.since,
-        _and_more(more),
+        (circuit, error, pause_s, _and_more(more_losses)),
     )
 
 
-def permitted(circuit: str, seconds: float, more: int = 0) -> None:
-    """A circuit is served again.
+def circuit_permitted(circuit: str, *, seconds: float, more_losses: int) -> Line:
+    """Return the line about one circuit that the server accepts again.
 
     Args:
-        circuit: Which.
-        seconds: For how long it was not.
-        more: See `in_trouble`.
+        circuit: Name of the circuit.
+        seconds: Duration of the refusal.
+        more_losses: Number of refusals since the last line about them that were not logged.
     """
-    _say(logging.INFO, "circuit %r: Redis serves it again after %.1f s%s", circuit, seconds, _and_more(more))
+    return Line(
+        logging.INFO,
+        "circuit %r: Redis serves it again after %.1f s%s",
+        (circuit, seconds, _and_more(more_losses)),
+    )
 
 
-def back(server: str, seconds: float, outcomes: Counter[str], more: int = 0) -> None:
-    """A server answers again.
+def server_returned(server: str, *, seconds: float, outcomes: Mapping[str, int], more_losses: int) -> Line:
+    """Return the line about a server that answers again.
 
     Args:
-        server: Which.
-        seconds: For how long it did not.
-        outcomes: What has come of the circuits that live there, and of how many.
-        more: See `away`.
+        server: Name of the server.
+        seconds: Duration of the outage.
+        outcomes: Number of circuits for each outcome of the reconciliation; the empty key: nothing to reconcile.
+        more_losses: Number of losses since the last line about the server that were not logged.
     """
-    said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome)
-    _say(
+    text = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome)
+    return Line(
         logging.INFO,
         "Redis at %s is back after %.1f s; circuits: %s%s",
-        server,
-        seconds,
-        said or "nothing to bring back",
-        _and_more(more),
-        extra=_extra(event="back", server=server, seconds=seconds, outcomes=dict(outcomes), more_losses=more),
+        (server, seconds, text or "nothing to bring back", _and_more(more_losses)),
+        {
+            "event": "back",
+            "server": server,
+            "seconds": seconds,
+            "outcomes": dict(outcomes),
+            "more_losses": more_losses,
+        },
     )
 
 
-def left(server: str, seconds: float, more: int = 0) -> None:
-    """All circuits that lived on a server live elsewhere by now.
+def circuits_left(server: str, *, seconds: float, more_losses: int) -> Line:
+    """Return the line about a node of a cluster whose circuits have all moved to other nodes.
 
     Args:
-        server: Which.
-        seconds: For how long it had not answered.
-        more: See `away`.
+        server: Name of the node.
+        seconds: Duration of the outage of the node.
+        more_losses: Number of losses since the last line about the node that were not logged.
     """
-    _say(
+    return Line(
         logging.INFO,
         "Redis at %s: its circuits live on other nodes of the cluster after %.1f s%s",
-        server,
-        seconds,
-        _and_more(more),
-        extra=_extra(event="moved", server=server, seconds=seconds, more_losses=more),
+        (server, seconds, _and_more(more_losses)),
+        {"event": "moved", "server": server, "seconds": seconds, "more_losses": more_losses},
     )
 
 
-#: How much it matters that something is missing, and what becomes of it.
-_LACKS = {
-    MissingFeature.SCRIPTS: (
+#: Level and text of the line about each missing feature, by the value of `MissingFeature`.
+_MISSING_FEATURES = {
+    "scripts": (
         logging.WARNING,
         "runs no scripts (%s); using transactions, which take more round trips, also for every look at a circuit",
     ),
-    MissingFeature.EVALSHA: (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 12 KiB"),
-    MissingFeature.PUBLISH: (
+    "names": (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 11 KiB"),
+    "publishing": (
         logging.WARNING,
         "lets nobody publish changes of circuits (%s); processes that it does not tell itself notice them late",
     ),
-    MissingFeature.TRACKING: (
+    "tracking": (
         logging.INFO,
         "does not tell of changes itself (%s); what nobody publishes, as redis-cli, is noticed within max_staleness",
     ),
 }
 
 
-def lacking(server: str, lack: MissingFeature, reason: object) -> None:
-    """A server does not have something, and circuits do without.
+def feature_missing(server: str, *, feature: str, error: str) -> Line:
+    """Return the line about a feature that a server does not have, or forbids.
 
     Args:
-        server: Which.
-        lack: What is missing.
-        reason: What it has answered.
+        server: Name of the server.
+        feature: Value of `MissingFeature`.
+        error: Text of the server's refusal, masked.
     """
-    level, message = _LACKS[lack]
-    said = mask_text(reason).partition(", with args")[0]
-    words = _extra(event="lack", server=server, lack=lack.value, error=said)
-    _say(level, "Redis at %s " + message, server, said, extra=words)
+    level, message = _MISSING_FEATURES[feature]
+    extra = {"event": "lack", "server": server, "lack": feature, "error": error}
+    return Line(level, "Redis at %s " + message, (server, error), extra)
 
 
-def differ(circuit: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
-    """Two storages of this process are one circuit, and not alike.
+def settings_differ(circuit: str, settings: Mapping[str, tuple[object, object]]) -> Line:
+    """Return the line about two storages of this process that share a circuit and have different settings.
 
     Args:
-        circuit: Which.
-        settings: What each of them was given, by the name of the argument.
+        circuit: Name of the circuit.
+        settings: Values of both storages, by the name of the argument.
     """
-    _say(
+    return Line(
         logging.WARNING,
         "circuit %r: two storages of this process differ: %s; give both the same, or let their breakers use one",
-        circuit,
-        ", ".join(f"{name}={one!r} and {name}={other!r}" for name, (one, other) in settings.items()),
+        (circuit, ", ".join(f"{name}={one!r} and {name}={other!r}" for name, (one, other) in settings.items())),
     )
 
 
-def nameless(circuit: str) -> None:
-    """Several breakers of this process are one circuit because none of them was given a name.
+def namespace_missing(circuit: str) -> Line:
+    """Return the line about several breakers of this process that share a circuit for want of a namespace.
 
     Args:
-        circuit: Which.
+        circuit: Name of the circuit.
     """
-    _say(
+    return Line(
         logging.WARNING,
         "circuit %r: several breakers of this process use it, because their storages have no namespace: what opens one "
         "opens all; give each storage one of its own, as in CircuitRedisStorage(..., namespace='payments')",
-        circuit,
+        (circuit,),
     )
 
 
-def may_wait(client: Any) -> None:
-    """No connections with deadlines can be made like this client's: say so if it may wait for long."""
-    longest = command_wait_limit(client)
-    if longest is None or longest > CLIENT_WAIT_WARNING_S:
-        _say(
-            logging.WARNING,
-            "%s: no connections with deadlines can be made of its kind, so a guarded call may wait for Redis %s: give "
-            "the client a socket_timeout, a socket_connect_timeout, and few retries",
-            type(client).__name__,
-            "without end" if longest is None else f"for {longest:.0f} s",
-        )
-
-
-def waited(client: Any, seconds: float, timeout: float) -> None:
-    """A client of an unknown kind has waited by itself.
+def client_may_block(client_class: str, *, wait_s: float | None) -> Line:
+    """Return the line about a client that may block a guarded call, because no connections with deadlines can be made.
 
     Args:
-        client: That was used as it is.
-        seconds: That an operation has taken.
-        timeout: Seconds that it should have taken at most.
+        client_class: Name of the client's class.
+        wait_s: Seconds that a command of the client may take; ``None``: without end.
     """
-    _say(
+    return Line(
+        logging.WARNING,
+        "%s: no connections with deadlines can be made of its kind, so a guarded call may wait for Redis %s: give "
+        "the client a socket_timeout, a socket_connect_timeout, and few retries",
+        (client_class, "without end" if wait_s is None else f"for {wait_s:.0f} s"),
+    )
+
+
+def client_blocked(client_class: str, *, seconds: float, timeout_s: float) -> Line:
+    """Return the line about a client of an unknown kind that has exceeded the timeout.
+
+    Args:
+        client_class: Name of the client's class.
+        seconds: Duration of the command.
+        timeout_s: Seconds that a guarded call may wait for Redis.
+    """
+    return Line(
         logging.WARNING,
         "%s: a command took %.1f s, and a guarded call is to wait for %.2f s at most; the client waits by itself: give "
         "the storage a plain one",
-        type(client).__name__,
-        seconds,
-        timeout,
+        (client_class, seconds, timeout_s),
     )
 
 
-def deaf(circuit: str, client: Any) -> None:
-    """Changes of a circuit cannot be heard because no further connections can be made like its client's."""
-    _say(
+def push_impossible(circuit: str, *, client_class: str) -> Line:
+    """Return the line about a circuit without push, because no further connections like the client's can be made.
+
+    Args:
+        circuit: Name of the circuit.
+        client_class: Name of the client's class.
+    """
+    return Line(
         logging.INFO,
         "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
-        circuit,
-        type(client).__name__,
+        (circuit, client_class),
     )
 
 
-def repaired(logger: logging.Logger, circuit: str, what: str, state: str) -> None:
-    """What lay in Redis made no sense.
+def record_repaired(circuit: str, *, repair: str, state: str) -> Line:
+    """Return the line about a record in Redis that was damaged.
 
     Args:
-        logger: Of the storage.
-        circuit: Which.
-        what: Was made of it.
-        state: That it is in.
+        circuit: Name of the circuit.
+        repair: Note of the engine about the repair.
+        state: State of the circuit after the repair.
     """
-    _say(
+    return Line(
         logging.WARNING,
         "circuit %r: values in Redis were missing or made no sense; %s; it is %s",
-        circuit,
-        what,
-        state,
-        logger=logger,
+        (circuit, repair, state),
     )
 
 
-def restored(logger: logging.Logger, circuit: str, state: str) -> None:
-    """Redis had lost a circuit that this process knew."""
-    _say(logging.WARNING, "circuit %r: Redis has lost it; restored as %s", circuit, state, logger=logger)
-
-
-def unheard(what: str, reason: object, left_out: str = "") -> None:
-    """Changes of circuits are not told.
+def record_restored(circuit: str, *, state: str) -> Line:
+    """Return the line about a record that Redis had lost, and that this process has restored.
 
     Args:
-        what: Of a server, or of one circuit.
-        reason: What it has answered.
-        left_out: How many such lines were left out, as `RepeatThrottle` says it.
+        circuit: Name of the circuit.
+        state: State of the restored circuit.
     """
-    _say(
+    return Line(logging.WARNING, "circuit %r: Redis has lost it; restored as %s", (circuit, state))
+
+
+def push_refused(subject: str, *, error: str, left_out: int = 0) -> Line:
+    """Return the line about a server or a channel that sends no pushes.
+
+    Args:
+        subject: Name of the server or the channel.
+        error: Text of the refusal, masked.
+        left_out: Number of such lines since the last one that were not logged.
+    """
+    return Line(
         logging.WARNING,
         "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip%s",
-        what,
-        mask_text(reason).partition(", with args")[0],
-        left_out,
+        (subject, error, _left_out(left_out)),
     )
 
 
-def detail(message: str, *arguments: object) -> None:
-    """What helps whoever looks for a cause, and nobody else."""
-    # In the log of a level that few read, and of no less interest to those who should not.
-    said = (mask_text(item) if isinstance(item, BaseException | str) else item for item in arguments)
-    _say(logging.DEBUG, message, *said)
+def _left_out(lines: int) -> str:
+    return f"; {lines} more like this since the last such line" if lines else ""
+
+
+def push_interrupted(server: str, *, error: str, left_out: int = 0) -> Line:
+    """Return the line about a push connection that was lost.
+
+    Args:
+        server: Name of the server.
+        error: Class and text of the error, masked.
+        left_out: Number of such lines since the last one that were not logged.
+    """
+    return detail("no push from %s (%s)%s", server, error, _left_out(left_out))
+
+
+def detail(message: str, *arguments: object) -> Line:
+    """Return a line for the search for a cause, at level DEBUG.
+
+    Args:
+        message: Format string of the logging module.
+        arguments: Values for the format string.
+    """
+    return Line(logging.DEBUG, message, arguments)

@@ -1,14 +1,68 @@
-"""What can go wrong, by name.
+"""Exceptions of this package.
 
-Knows: names.  Does not know: who raises them.
+Guarded calls raise none of them, besides what pybreaker raises.  `StorageUnavailableError` is raised by the commands of
+operators, such as `BreakerRegistry.status` and `BreakerRegistry.set_state`.
 """
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
+from pybreaker_redis._runtime.redaction import describe_error
+
 
 class PybreakerRedisError(Exception):
-    """Root of this package's own errors."""
+    """Base class of this package's exceptions."""
 
 
 class UnusableReplyError(PybreakerRedisError):
-    """An answer that no server of ours gives: a client swallows errors, or something between changes answers."""
+    """Reply that no Redis command of this package returns.
+
+    The client suppresses errors, or a proxy between the client and the server changes replies.
+    """
+
+
+class StorageUnavailableError(PybreakerRedisError):
+    """Failure of an operator's command: Redis did not execute the command.
+
+    Args:
+        circuits: Names of the circuits that the command concerns, at least one.
+        server: Host and port or path of the server, and its database; empty if the server is not known yet.
+        timeout: Seconds that the command waited for Redis at most; ``None``: as long as the client waits.
+        cause: Error of the client, or of the function that returns the client.
+
+    Attributes:
+        circuit: Name of the first circuit.
+        circuits: Names of the circuits that the command concerns.
+        server: See above.
+        timeout: See above, seconds.
+        cause: See above.
+    """
+
+    def __init__(self, circuits: tuple[str, ...], server: str, timeout: float | None, cause: BaseException) -> None:
+        super().__init__(circuits, server, timeout, cause)
+        self.circuit = circuits[0]
+        self.circuits = circuits
+        self.server = server
+        self.timeout = timeout
+        self.cause = cause
+
+    def __str__(self) -> str:
+        others = len(self.circuits) - 1
+        more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
+        where = f" at {self.server}" if self.server else ""
+        limit = "" if self.timeout is None else f" within {self.timeout:g} s"
+        return (
+            f"circuit {self.circuit!r}{more}: Redis{where} did not execute the command{limit} "
+            f"({describe_error(self.cause)}); check storage.health()"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        cause = self.cause
+        try:
+            pickle.dumps(cause)
+        except Exception:  # noqa: BLE001
+            # The error may hold a connection, which cannot be pickled.
+            cause = Exception(describe_error(cause))
+        return type(self), (self.circuits, self.server, self.timeout, cause)

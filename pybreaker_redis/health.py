@@ -1,7 +1,4 @@
-"""How is a circuit's Redis?
-
-Knows: what there is to tell.  Does not know: how it is found out.
-"""
+"""Report on the Redis server of one circuit, as one process sees that server."""
 
 from __future__ import annotations
 
@@ -9,32 +6,42 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-#: ``unused``: no guarded call in this process yet.  ``connected``: all is well.  ``read-only``: Redis answers, and
-#: takes no writes.  ``away``: it does not answer.  ``refused``: it refuses what this circuit needs, or makes no sense.
-Condition = Literal["unused", "connected", "read-only", "away", "refused"]
+#: Condition of a circuit's Redis.
+#:
+#: * ``unused``: this process has made no guarded call yet.
+#: * ``connected``: Redis serves the circuit.
+#: * ``read-only``: Redis answers, and takes no writes.
+#: * ``unreachable``: Redis does not answer.
+#: * ``refused``: Redis refuses what this circuit needs, or gives no usable reply.
+Condition = Literal["unused", "connected", "read-only", "unreachable", "refused"]
 
+#: Way by which this process receives changes of the circuit.
+#:
+#: * ``tracking``: Redis pushes every change, whatever client made the change.
+#: * ``channel``: processes with this package publish their changes.
+#: * ``none``: no push; the process queries Redis.
 PushKind = Literal["tracking", "channel", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a process knows about a circuit's Redis, without asking.  Everything here may be printed and logged.
+    """Condition of a circuit's Redis, known without a query.  Every value may be printed and logged.
 
     Attributes:
-        circuit: The namespace.
-        server: Host and port or path, and database; empty while the circuit is unused.
-        server_version: As in ``valkey 8.1.0``; empty if nobody listens to it.
-        condition: See `Condition`.
-        since: When that began; ``None`` while the circuit is unused.
-        state: Of the circuit that this process goes by: ``closed``, ``open``, ``half-open``.
-        is_own: Whether that is its own circuit, not the shared one.
-        last_error: The last error of this or the last outage: class and message; empty if there was none.
-        next_attempt: Seconds until Redis is asked again; ``None`` unless something is the matter.
-        attempts: How often it was asked in vain since.
-        view_age: Seconds since the shared circuit was seen last; ``None`` if it never was.
-        push: How changes are heard: ``tracking`` (whoever makes them), ``channel`` (what is published), or ``none``.
-        mode: How the circuit is moved: ``lua``, ``optimistic`` (without scripts), or empty: it was not yet.
-        circuits: How many circuits of this process live on the server.
+        circuit: Namespace of the circuit.
+        server: Host and port or path of the server, and its database; empty while the circuit is unused.
+        server_version: Name and version of the server, as in ``valkey 8.1.0``; empty without a push connection.
+        condition: Condition of the server for this circuit; see `Condition`.
+        since: Time at which the condition began; ``None`` while the circuit is unused.
+        state: State of the circuit that this process uses: ``closed``, ``open``, ``half-open``.
+        is_own: Whether that circuit is local to this process, and not the shared one.
+        last_error: Class and text of the last error of this or the last outage; empty if there was none.
+        next_attempt: Seconds until the next attempt to reach Redis; ``None`` without an outage.
+        attempts: Number of failed attempts in this outage.
+        view_age: Seconds since this process last read the shared circuit; ``None``: never.
+        push: Way by which this process receives changes; see `PushKind`.
+        mode: Engine of the circuit: ``lua``, ``optimistic`` (transactions), or empty while the circuit is unused.
+        circuits: Number of circuits of this process on the server.
     """
 
     circuit: str

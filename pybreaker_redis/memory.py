@@ -11,11 +11,11 @@ from typing import Any
 from pybreaker_redis._adapter import callsite
 from pybreaker_redis._adapter.operated import OperatedStorage
 from pybreaker_redis._engines.memory import MemoryEngine
-from pybreaker_redis._model.circuit import Circuit, new_circuit
+from pybreaker_redis._model.circuit import STATES, Circuit, new_circuit
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._model.intents import Decision, Intent, Load, Reply
 from pybreaker_redis._runtime.clock import AssignedMs, wall_clock_ms
-from pybreaker_redis._runtime.validation import check_state
+from pybreaker_redis._runtime.validation import check_choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class CircuitMemoryStorage(OperatedStorage):
     """
 
     def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
-        check_state("state", state)
+        check_choice("state", state, STATES)
         super().__init__("memory", probe_lease, FastPath())
         self._begin(new_circuit(state, wall_clock_ms()))
 

@@ -18,7 +18,7 @@ from pybreaker_redis._circuits.bulk import read_for_operator
 from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._circuits.probes import PROBE_TOKENS
 from pybreaker_redis._circuits.source import client_source
-from pybreaker_redis._model.circuit import Circuit
+from pybreaker_redis._model.circuit import STATES, Circuit
 from pybreaker_redis._model.intents import Intent, Load, Reply, ResetProbes, SetOpenedAt, SetState
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.keys import KEY_BASE
@@ -28,8 +28,7 @@ from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime.interruption import suppress_errors
 from pybreaker_redis._runtime.validation import (
     check_bool,
-    check_fallback,
-    check_state,
+    check_choice,
     checked_base_namespace,
     checked_max_staleness,
     checked_namespace,
@@ -91,8 +90,8 @@ class CircuitRedisStorage(OperatedStorage):
         timeout: float | None = 0.25,
         ttl: float | None = None,
     ) -> None:
-        check_state("state", state)
-        check_fallback(fallback_circuit_state)
+        check_choice("state", state, STATES)
+        check_choice("fallback_circuit_state", fallback_circuit_state, (*STATES, "last"))
         check_bool("cluster_mode", cluster_mode)
         base = checked_base_namespace(type(self), self.BASE_NAMESPACE)
         namespace = checked_namespace(namespace)

@@ -18,10 +18,10 @@ from pybreaker_redis._adapter import callsite
 from pybreaker_redis._adapter.admissions import Admissions, breaker_lock_if_free
 from pybreaker_redis._adapter.call_context import CallContext, CallContexts
 from pybreaker_redis._circuits.probes import PROBE_TOKENS
-from pybreaker_redis._model.circuit import BY_HAND, CLOSED, HALF_OPEN, OPEN, Admission, Circuit
+from pybreaker_redis._model.circuit import BY_HAND, CLOSED, HALF_OPEN, LEASE_MAX_MS, OPEN, STATES, Admission, Circuit
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._model.intents import ClaimProbe, Intent, Load, Reply, SetState
-from pybreaker_redis._runtime.validation import check_state, checked_lease_ms
+from pybreaker_redis._runtime.validation import check_choice, checked_lease_ms
 
 PROBE_TAKEN_MESSAGE = "Another caller is testing the dependency, circuit breaker still open"
 
@@ -37,7 +37,7 @@ class StateReads(CircuitBreakerStorage):
 
     def __init__(self, name: str, probe_lease: float, fast_path: FastPath) -> None:
         super().__init__(name)
-        self._lease_ms = checked_lease_ms(probe_lease)
+        self._lease_ms = checked_lease_ms(probe_lease, LEASE_MAX_MS)
         self._callers = CallContexts()
         self._shortcut = fast_path
         self._admissions = Admissions()
@@ -75,7 +75,7 @@ class StateReads(CircuitBreakerStorage):
 
     @state.setter
     def state(self, state: str) -> None:
-        check_state("state", state)
+        check_choice("state", state, STATES)
         if callsite.caller_code() not in (callsite.OPENS, callsite.HALF_OPENS, callsite.CLOSES):
             self._execute_for(self._callers.current(), SetState(state))
 
@@ -190,7 +190,7 @@ class StateReads(CircuitBreakerStorage):
         if not isinstance(intent, Load | None):
             caller.was_granted = reply.accepted
             caller.last_seen = Admission(circuit.generation, circuit.probe_token)
-        if circuit.state == HALF_OPEN and (reply.event == "created" or isinstance(intent, SetState)):
+        if circuit.state == HALF_OPEN and (reply.repair_note == "created" or isinstance(intent, SetState)):
             # The caller that asked for it is its first prober, until another one claims.
             caller.half_opened_generation = circuit.generation
         return reply

@@ -22,7 +22,7 @@ from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._model.intents import FencedIntent, Intent, RecordFailure, RecordSuccess, Reply, ShareTrip
 from pybreaker_redis._redis.classify import may_have_executed
 from pybreaker_redis._runtime.clock import wall_clock_ms
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 
 #: Where the generations of circuits of one's own begin: below zero, where shared ones never are.
 LOCAL_GENERATION_MIN = -(10**12)
@@ -31,7 +31,7 @@ LOCAL_GENERATION_MIN = -(10**12)
 FALLBACK_LAST = "last"
 
 
-class LocalCircuit:
+class LocalCircuit(ForkSafe):
     """One circuit of this process's own, as often as it is needed.  Times are by the local clock.
 
     Args:
@@ -48,7 +48,7 @@ class LocalCircuit:
         self._fallback = fallback
         self._initial = initial
         self._clock = clock
-        self._lock, self._returning = threading.RLock(), threading.Lock()
+        self._returning = threading.Lock()
         self._engine: MemoryEngine | None = None
         #: The shared circuit that it went on from, how it began, and how it is.
         self._base: Circuit | None = None
@@ -57,11 +57,11 @@ class LocalCircuit:
         #: What others were told, and may have been told in vain.
         self._unanswered: LocalReport | None = None
         self._begun = self._now = Circuit(generation=LOCAL_GENERATION_MIN)
-        renew_in_children(self)
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """In a child: nobody holds the locks, and what the parent has counted is for the parent to report."""
-        self._lock, self._returning = threading.RLock(), threading.Lock()
+    def _reset_in_child(self) -> None:
+        # The parent reports what the parent has counted.
+        self._returning = threading.Lock()
         self._begun = replace(self._begun, fail_counter=self._now.fail_counter)
         self._missed = self._doubtful = 0
         self._unanswered = None
@@ -229,4 +229,4 @@ class LocalCircuit:
         self._begun = self._now = replace(circuit, generation=next_count(self._now.generation))
         self.fast_path.withdraw()
         self.fast_path = FastPath(0)
-        self._engine = MemoryEngine(self._begun, self._clock, self.fast_path, event="" if goes_on else "created")
+        self._engine = MemoryEngine(self._begun, self._clock, self.fast_path, repair_note="" if goes_on else "created")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pybreaker_redis import _log as log_module
-from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis import _log
+from pybreaker_redis._engines.base import LUA_MODE, EngineChoice
 from pybreaker_redis._engines.reader import ReadRequest
-from pybreaker_redis._engines.selector import Engine, EngineSelector
+from pybreaker_redis._engines.selector import EngineSelector
 from pybreaker_redis._model.circuit import CLOSED, NOISE_DURATION_MS, Circuit
 from pybreaker_redis._model.intents import (
     ClaimProbe,
@@ -26,16 +27,19 @@ from pybreaker_redis._model.intents import (
     SetOpenedAt,
     Trip,
 )
+from pybreaker_redis._redis.classify import MissingFeature
 from pybreaker_redis._redis.deadline import LostConnection, take_lost_connection
 from pybreaker_redis._redis.locator import Location
 from pybreaker_redis._redis.pool import close_idle_connections
 from pybreaker_redis._replica.clock_offset import OffsetBounds, OpeningTime
 from pybreaker_redis._replica.connection import PushMode
-from pybreaker_redis._replica.listener import Home
 from pybreaker_redis._replica.subscription import Subscription
 from pybreaker_redis._replica.view import ReadTicket, View
+from pybreaker_redis._runtime import fork
 from pybreaker_redis._runtime.clock import Instant, instant
+from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import mask_error
+from pybreaker_redis._servers.server import Server
 
 #: What may be done twice without a difference.
 _REPEATABLE = (Load, ClaimProbe, RecordSuccess)
@@ -72,10 +76,12 @@ class SharedCircuit:
         ttl_ms: int,
         clock: Callable[[], float],
         view: View,
-        note_missing_feature: NoteMissingFeature,
+        note_missing_feature: Callable[[MissingFeature, object], None],
         logger: logging.Logger,
     ) -> None:
-        self._selector = EngineSelector(location, note_missing_feature, ttl_ms=ttl_ms)
+        self._selector = EngineSelector(ttl_ms=ttl_ms)
+        self._location = location
+        self._note_missing_feature = note_missing_feature
         self._has_moved = has_moved
         self._name = name
         self._initial_state = initial_state
@@ -92,7 +98,7 @@ class SharedCircuit:
             None,
             Circuit(),
         )
-        self._subscription = Subscription(name, view, self._selector)
+        self._subscription = Subscription(view)
 
     def believed(self, intent: Intent) -> Reply | None:
         """The answer to an intent that changes nothing, as far as it is known without asking."""
@@ -126,15 +132,29 @@ class SharedCircuit:
         if circuit.opened_at_ms is not None or circuit.probe_token:
             opened_at_ms, until_ms = self._view.local_opened_at_ms(circuit), circuit.probe_until_ms - offset_ms
             circuit = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
-        return Reply(reply.accepted, circuit, reply.now_ms - offset_ms, reply.event)
+        return Reply(reply.accepted, circuit, reply.now_ms - offset_ms, reply.repair_note)
 
-    def subscribe_to_changes(self, server: Home) -> None:
-        """Have changes of the circuit heard in this process, so that they need not be asked for.
+    def subscribe_to_changes(self, server: Server) -> None:
+        """Subscribe the circuit to the listener of its server, unless that was done.
 
         Args:
-            server: Where the circuit lives.
+            server: Server of the circuit.
         """
-        self._subscription.start(server)
+        if not self._subscription.is_start_due:
+            return
+        if os.getpid() != fork.process_id:
+            fork.renew()
+        with self._subscription.lock:
+            # Another thread may have subscribed the circuit, or left its location.
+            choice = self._selector.current
+            if choice is None or not self._subscription.is_start_due:
+                return
+            if choice.channel:
+                self._subscription.start(server, choice.keys, choice.channel, is_one_slot=choice.is_one_slot)
+                return
+            self._subscription.disable()
+            if choice.engine.mode == LUA_MODE:
+                emit(_log.push_impossible(self._name, client_class=type(choice.engine.client).__name__))
 
     def connect(self) -> None:
         """Get the client, if it was not asked for yet.
@@ -142,7 +162,14 @@ class SharedCircuit:
         Raises:
             Exception: Whatever the callable that returns it raises.
         """
-        self._selector.get()
+        self._choose_engine()
+
+    def _choose_engine(self) -> EngineChoice:
+        if (choice := self._selector.current) is not None:
+            return choice
+        with self._selector.lock:
+            # Another thread may have located the circuit meanwhile.
+            return self._selector.current or self._selector.choose(self._location())
 
     def retry_subscription(self) -> None:
         """What was refused is permitted again."""
@@ -151,7 +178,8 @@ class SharedCircuit:
     @property
     def mode(self) -> str:
         """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
-        return self._selector.mode
+        choice = self._selector.current
+        return choice.engine.mode if choice else ""
 
     @property
     def view_age(self) -> float | None:
@@ -182,6 +210,9 @@ class SharedCircuit:
         except Exception:
             offset.mark_unconfirmed()
             raise
+        if self._selector.missing:
+            for feature, reason in self._selector.take_missing_features():
+                self._note_missing_feature(feature, reason)
         if isinstance(intent, Trip) and reply.accepted:
             # This process has opened the circuit just now by both clocks: wherever a test has moved or frozen the local
             # one, `opened_at` is found there.
@@ -195,8 +226,8 @@ class SharedCircuit:
         Raises:
             Exception: Whatever the callable raises that returns the client.
         """
-        known, client = self._view.cached, self._selector.get().client
-        return ReadRequest(client, self._selector.keys, known, self._create)
+        known, choice = self._view.cached, self._choose_engine()
+        return ReadRequest(choice.engine.client, choice.keys, known, self._create)
 
     def ticket(self) -> ReadTicket:
         """To be taken before it is looked at together with others."""
@@ -239,8 +270,8 @@ class SharedCircuit:
         Raises:
             Exception: It does not.
         """
-        client = self._selector.get().client
-        client.set(self._selector.keys[0], self.last_known_state, nx=True)
+        choice = self._choose_engine()
+        choice.engine.client.set(choice.keys[0], self.last_known_state, nx=True)
 
     @property
     def last_known_state(self) -> str:
@@ -260,33 +291,33 @@ class SharedCircuit:
 
     def _carry_out(self, intent: Intent, *, tell: bool) -> Reply:
         known, state_if_missing = self._view.cached, self._create
-        carriers = self._selector
+        selector = self._selector
         moves, repeats = 0, 1
         while True:
-            engine = carriers.get()
-            if isinstance(intent, RecordFailure) and carriers.channel:
+            choice = selector.current or self._choose_engine()
+            if isinstance(intent, RecordFailure) and choice.channel:
                 intent = RecordFailure(intent.generation, intent.token, NOISE_DURATION_MS, intent.times)
             ticket, before = self._view.begin_read(), instant(self._clock)
             try:
-                reply = carriers.run_intent(engine, intent, known, state_if_missing)
+                reply = selector.run_intent(choice, intent, known, state_if_missing)
                 after = instant(self._clock)
             except Exception as error:
                 mask_error(error)
                 drop = take_lost_connection()
                 if repeats and (drop is LostConnection.UNSENT or (drop and isinstance(intent, _REPEATABLE))):
                     # Idle connections that a load balancer has forgotten; the others are no better.
-                    close_idle_connections(engine.client.connection_pool)
+                    close_idle_connections(choice.engine.client.connection_pool)
                     repeats -= 1
                     continue
-                if moves == RELOCATIONS_MAX or not self._has_moved(error, engine.client):
+                if moves == RELOCATIONS_MAX or not self._has_moved(error, choice.engine.client):
                     raise
-                self.forget_location(engine)
+                self.forget_location(choice)
                 moves += 1
             else:
                 break
-        if self._expires and reply.event == "restored" and reply.circuit.state == CLOSED:
+        if self._expires and reply.repair_note == "restored" and reply.circuit.state == CLOSED:
             # It has expired, as it was to, and nobody can tell that from a loss.
-            reply = replace(reply, event="created")
+            reply = replace(reply, repair_note="created")
         # First the clock: it was this one when the record was read.
         self._learn(reply, before, after)
         self._view.store_answer(ticket, reply.circuit, reply.now_ms)
@@ -295,19 +326,22 @@ class SharedCircuit:
             self._log(reply)
         return reply
 
-    def forget_location(self, engine: Engine | None = None) -> None:
+    def forget_location(self, choice: EngineChoice | None = None) -> None:
         """It lies elsewhere by now.
 
         Args:
-            engine: That has found it out; ``None``: whichever there is.
+            choice: Choice of the engine that is no longer valid; ``None``: the present one.
         """
-        if self._subscription.stop(lambda: self._selector.discard(engine)):
-            # There is another clock.
-            self._view.clock_offset.mark_unconfirmed()
+        with self._subscription.lock:
+            if not self._selector.discard(choice):
+                return
+            self._subscription.stop()
+        # The next server has another clock.
+        self._view.clock_offset.mark_unconfirmed()
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state
-        if reply.event.startswith("repaired"):
-            log_module.repaired(self._logger, self._name, reply.event, state)
-        elif reply.event == "restored":
-            log_module.restored(self._logger, self._name, state)
+        if reply.repair_note.startswith("repaired"):
+            emit(_log.record_repaired(self._name, repair=reply.repair_note, state=state), logger=self._logger)
+        elif reply.repair_note == "restored":
+            emit(_log.record_restored(self._name, state=state), logger=self._logger)

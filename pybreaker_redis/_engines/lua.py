@@ -1,16 +1,14 @@
-"""How does an intent become one atomic step on a server that runs Lua?
-
-Knows: the scripts, their arguments and answers, EVALSHA and NOSCRIPT.  Does not know: what an intent is for.
-"""
+"""Engine that executes each intent by one Lua script, in one round trip."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import fields
 from typing import Any
 
-from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis._engines.base import LUA_MODE
 from pybreaker_redis._engines.scripts import compose_script
-from pybreaker_redis._model.answers import _unusable, checked_sequence
+from pybreaker_redis._model.answers import checked_sequence, unusable_reply
 from pybreaker_redis._model.circuit import COUNT_LIMIT, LEASE_MAX_MS, NOISE_MAX_MS, OPEN, STATES, TIME_MAX_MS, Circuit
 from pybreaker_redis._model.codec import PROBE_TOKEN_PATTERN, to_text
 from pybreaker_redis._model.intents import INTENTS, Intent, Reply
@@ -21,22 +19,38 @@ from pybreaker_redis._redis.classify import (
     is_unsupported_command,
 )
 
-#: The arguments of each script, in their order.
+#: Arguments that all scripts share, in the order of ARGV.
+SHARED_ARGUMENTS = (
+    "state_if_missing",
+    *("known_generation", "known_state", "known_opened_at_ms", "known_token", "known_until_ms", "known_lease_ms"),
+    *("channel", "ttl_ms"),
+)
+
+#: Values of a script's reply, in their order.
+REPLY_FIELDS = (
+    *("accepted", "now_ms", "state", "fail_counter", "success_counter", "opened_at_ms", "generation"),
+    *("probe_token", "probe_until_ms", "noisy_until_ms", "probe_lease_ms", "repair_note", "publish_error"),
+)
+
+#: Number that means "no generation" and "no time" in arguments and replies.
+NO_VALUE = -1
+
+#: Arguments of each operation, in the order of ARGV.
 _FIELDS_OF_INTENT = {intent: tuple(field.name for field in fields(intent)) for intent in INTENTS}
 
 
 class LuaEngine:
-    """A circuit in Redis, moved by one script per intent: one round trip each.
+    """Engine of a circuit in Redis that runs one script per intent.
 
     Args:
-        client: Of the server.
-        keys: Of the circuit, in the order of the scripts.
-        channel: On which those who listen are told when the circuit moves or gets noisy; empty: nobody is told.
-        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
-        note_missing_feature: Told what the server does not have, each time that it is missed.
+        client: Client of the server.
+        keys: Keys of the circuit, in the order of the scripts.
+        channel: Channel on which transitions and noise are published; empty: nothing is published.
+        ttl_ms: Shortest time to live of an unused circuit, milliseconds; 0: the circuit never expires.
+        missing: Receives each feature that the server does not have, with the server's refusal; ``None``: dropped.
     """
 
-    mode = "lua"
+    mode = LUA_MODE
 
     def __init__(
         self,
@@ -45,55 +59,65 @@ class LuaEngine:
         channel: str = "",
         ttl_ms: int = 0,
         *,
-        note_missing_feature: NoteMissingFeature = lambda lack, reason: None,
+        missing: deque[tuple[MissingFeature, str]] | None = None,
     ) -> None:
         self.client = client
         self._keys = keys
         self._publish_arguments = channel, ttl_ms
-        self._note_missing_feature = note_missing_feature
-        #: Whether the server knows scripts by their names.
+        self._missing = missing
+        #: Whether the server has EVALSHA; false after the server has refused EVALSHA and executed EVAL.
         self._can_use_evalsha = True
 
     def execute(self, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
         """Run the intent's script; see `Engine.execute`.
 
+        Args:
+            intent: See `Engine.execute`.
+            known: See `Engine.execute`.
+            state_if_missing: See `Engine.execute`.
+
         Raises:
-            ScriptingUnavailableError: The server has neither EVALSHA nor EVAL, or forbids them to this user.
-            redis.exceptions.RedisError: No usable answer.
-            UnusableReplyError: An answer that is none of the script's.
+            ScriptingUnavailableError: The server has no EVAL, or forbids EVAL to this user.
+            redis.RedisError: No reply, or an error reply; the class of that name of the client's library.
+            OSError: No connection.
+            UnusableReplyError: A reply that the script does not return.
         """
         source, digest = compose_script(intent.operation)
         own = [_script_argument(getattr(intent, name)) for name in _FIELDS_OF_INTENT[type(intent)]]
         arguments = (*self._keys, state_if_missing, *_known_arguments(known), *self._publish_arguments, *own)
         try:
-            reply, unheard = parse_script_reply(self._run(source, digest, arguments))
+            reply, publish_error = parse_script_reply(self._run(source, digest, arguments))
         except Exception as error:
-            # Older versions of fakeredis look for lupa only when a script is to run.
+            # Older versions of fakeredis import lupa only when a script is to run.
             if is_unsupported_command(error, "eval") or isinstance(error, ModuleNotFoundError):
                 raise ScriptingUnavailableError(str(error)) from error
             raise
-        if unheard:
-            self._note_missing_feature(MissingFeature.PUBLISH, unheard)
+        if publish_error:
+            self._note_missing(MissingFeature.PUBLISH, publish_error)
         return reply
 
     def _run(self, source: bytes, digest: str, arguments: tuple[Any, ...]) -> object:
-        missed = None
+        refusal = None
         if self._can_use_evalsha:
             try:
                 answer: object = self.client.evalsha(digest, len(self._keys), *arguments)
             except Exception as error:
                 if is_unsupported_command(error, "evalsha"):
-                    missed = error
+                    refusal = error
                 elif not is_instance_of_named(error, "NoScriptError"):
                     raise
-                # First use on this server, or SCRIPT FLUSH, or a failover: EVAL leaves the script in the cache.
+                # First use on this server, SCRIPT FLUSH, or a failover.  EVAL stores the script in the server's cache.
             else:
                 return answer
         answer = self.client.eval(source, len(self._keys), *arguments)
-        if missed is not None:
+        if refusal is not None:
             self._can_use_evalsha = False
-            self._note_missing_feature(MissingFeature.EVALSHA, missed)
+            self._note_missing(MissingFeature.EVALSHA, refusal)
         return answer
+
+    def _note_missing(self, feature: MissingFeature, reason: object) -> None:
+        if self._missing is not None:
+            self._missing.append((feature, str(reason)))
 
 
 def _known_arguments(circuit: Circuit | None) -> tuple[int | str, ...]:
@@ -115,39 +139,37 @@ def _script_argument(value: float | str | None) -> int | str:
     return value if isinstance(value, str) else int(value)
 
 
-#: How scripts and their arguments spell "by hand" and "never".
-NO_VALUE = -1
-
-
-#: How many values a script returns.
-_VALUES = 13
-
-
 def parse_script_reply(answer: object) -> tuple[Reply, str]:
-    """Return the answer of a script, and why PUBLISH was refused or an empty text.
+    """Parse the reply of a script.
+
+    Args:
+        answer: Reply of the client.
+
+    Returns:
+        The reply, and the error of PUBLISH or an empty text.
 
     Raises:
-        UnusableReplyError: An answer that no script returns.
+        UnusableReplyError: A reply that no script returns.
     """
     accepted, now_ms, state, fails, successes, opened_at_ms, generation, token, *rest = checked_sequence(
-        "a script", answer, _VALUES
+        "a script", answer, len(REPLY_FIELDS)
     )
-    until_ms, noisy_ms, lease_ms, event, unheard = rest
-    texts = state, token, event, unheard
+    until_ms, noisy_ms, lease_ms, repair_note, publish_error = rest
+    texts = state, token, repair_note, publish_error
     if bytes in set(map(type, texts)):
-        state, token, event, unheard = map(to_text, texts)
+        state, token, repair_note, publish_error = map(to_text, texts)
     numbers = accepted, now_ms, fails, successes, opened_at_ms, generation, until_ms, noisy_ms, lease_ms
-    # One look at all types costs a third of one at each value.
+    # One check of all types takes a third of the time of a check per value.
     is_sound = (
         set(map(type, numbers)) == {int}
-        and set(map(type, (state, token, event, unheard))) == {str}
+        and set(map(type, (state, token, repair_note, publish_error))) == {str}
         and 0 <= accepted <= 1
         and 0 <= now_ms <= TIME_MAX_MS
         and state in STATES
         and 0 <= fails < COUNT_LIMIT
         and 0 <= successes < COUNT_LIMIT
         and 0 <= generation < COUNT_LIMIT
-        # An open circuit has a time: without it a probe would pass at once.
+        # An open circuit has a time; without one, the next call would be admitted as a probe.
         and (0 if state == OPEN else NO_VALUE) <= opened_at_ms <= now_ms
         and PROBE_TOKEN_PATTERN.fullmatch(token)
         and 0 <= until_ms <= now_ms + LEASE_MAX_MS
@@ -155,7 +177,7 @@ def parse_script_reply(answer: object) -> tuple[Reply, str]:
         and 0 <= lease_ms <= LEASE_MAX_MS
     )
     if not is_sound:
-        raise _unusable("a script", answer)
+        raise unusable_reply("a script", answer)
     circuit = Circuit(
         state=state,
         fail_counter=fails,
@@ -167,4 +189,4 @@ def parse_script_reply(answer: object) -> tuple[Reply, str]:
         noisy_until_ms=noisy_ms,
         probe_lease_ms=lease_ms,
     )
-    return Reply(bool(accepted), circuit, now_ms, event), unheard
+    return Reply(bool(accepted), circuit, now_ms, repair_note), publish_error

@@ -5,17 +5,16 @@ Knows: intents and circuits.  Does not know: Redis, breakers.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._model.intents import Intent, Reply
 from pybreaker_redis._runtime.clock import wall_clock_ms
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 
 
-class MemoryEngine:
+class MemoryEngine(ForkSafe):
     """The model behind a lock.
 
     Args:
@@ -30,18 +29,13 @@ class MemoryEngine:
         circuit: Circuit,
         clock: Callable[[], float] = wall_clock_ms,
         fast_path: FastPath | None = None,
-        event: str = "created",
+        repair_note: str = "created",
     ) -> None:
-        self._lock = threading.RLock()
         self._clock = clock
         self._circuit = circuit
-        self._event = event
+        self._repair_note = repair_note
         self._shortcut = fast_path or FastPath()
-        renew_in_children(self)
-
-    def after_fork(self) -> None:
-        """In a child: nobody holds the lock there."""
-        self._lock = threading.RLock()
+        super().__init__()
 
     def execute(self, intent: Intent, known: Circuit | None = None, state_if_missing: str = "") -> Reply:
         """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
@@ -51,5 +45,5 @@ class MemoryEngine:
             decision = intent.apply(self._circuit.with_bounded_lease(now), now)
             circuit = self._circuit = decision.circuit
             self._shortcut.follow(circuit, quiet=circuit.fail_counter == 0)
-            event, self._event = self._event, ""
-            return Reply(decision.accepted, circuit, now, event)
+            note, self._repair_note = self._repair_note, ""
+            return Reply(decision.accepted, circuit, now, note)

@@ -1,6 +1,6 @@
-"""Reads of one or many circuits in one round trip.
+"""Reads of the records of one or many circuits, and decisions in Python.
 
-Knows: records and transactions.  Does not know: intents other than loads.
+`transaction.py` uses these functions under WATCH.  `read_circuits` reads many circuits in one round trip.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pybreaker_redis._model.repair import resolve_record
 from pybreaker_redis._redis.classify import is_instance_of_named
 from pybreaker_redis._redis.legacy import client_without_decoding
 
-#: How many commands read one circuit.
+#: Number of commands that read one circuit.
 READ_COMMAND_COUNT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """What has to be known to look at a circuit.
+    """Request to read one circuit together with others.
 
     Attributes:
-        client: Of its server.
-        keys: Of the circuit, in the order of the scripts.
-        known: The circuit as this process saw it last.
-        state_if_missing: The state of a circuit that nobody knows.
+        client: Client of the circuit's server.
+        keys: Keys of the circuit, in the order of the scripts.
+        known: Circuit as this process last read it; ``None``: never.
+        state_if_missing: Initial state of a circuit that exists neither in Redis nor in `known`.
     """
 
     client: Any
@@ -48,55 +48,64 @@ class ReadRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """What a look at one of several circuits has found.
+    """Result of reading one circuit together with others.
 
     Attributes:
-        reply: The circuit; ``None`` if Redis does not hold it like this, so that something has to be written.
-        believed: The circuit, whatever would have to be written; ``None`` if it could not be read.
-        error: Why it could not be read.
+        reply: The circuit; ``None`` if it could not be read.
+        is_intact: Whether the record holds exactly this circuit, so that no repair has to write.
+        error: Error of this circuit; ``None`` if the circuit was read.
     """
 
     reply: Reply | None = None
-    believed: Reply | None = None
+    is_intact: bool = False
     error: Exception | None = None
 
 
-def read_circuits(questions: Sequence[ReadRequest]) -> list[ReadResult]:
-    """Look at circuits of one server in one round trip, and change nothing; what is wrong with one concerns no other.
+def read_circuits(requests: Sequence[ReadRequest]) -> list[ReadResult]:
+    """Read circuits of one server in one round trip, without writes.
+
+    Args:
+        requests: One request for each circuit, at least one, all with clients of the same server.
+
+    Returns:
+        One result for each request.  The error of one circuit does not affect the others.
 
     Raises:
-        Exception: No answer at all; whatever the client raises then.
+        redis.RedisError: No reply at all; the class of that name of the client's library.
+        OSError: No connection.
+        UnusableReplyError: A reply that no pipeline returns.
     """
-    with client_without_decoding(questions[0].client).pipeline(transaction=False) as pipe:
-        # What is read after this is true then or later.
+    with client_without_decoding(requests[0].client).pipeline(transaction=False) as pipe:
+        # TIME comes first: the circuits are read at that time or later.
         _queue(pipe, _CLOCK)
-        for question in questions:
-            _queue(pipe, *read_commands(question.keys))
+        for request in requests:
+            _queue(pipe, *read_commands(request.keys))
         each = READ_COMMAND_COUNT - 1
-        clock, *answers = checked_sequence("a pipeline", pipe.execute(raise_on_error=False), 1 + each * len(questions))
+        clock, *answers = checked_sequence("a pipeline", pipe.execute(raise_on_error=False), 1 + each * len(requests))
     return [
-        _judge([*answers[each * index : each * (index + 1)], clock], question)
-        for index, question in enumerate(questions)
+        _read_result([*answers[each * index : each * (index + 1)], clock], request)
+        for index, request in enumerate(requests)
     ]
 
 
-def _judge(answers: list[Any], question: ReadRequest) -> ReadResult:
+def _read_result(answers: list[Any], request: ReadRequest) -> ReadResult:
     try:
-        reply, changes = decide(Load(), *parse_read_answers(answers), question.known, question.state_if_missing)
+        reply, changes = decide(Load(), *parse_read_answers(answers), request.known, request.state_if_missing)
     except Exception as error:  # noqa: BLE001
         return ReadResult(error=error)
-    return ReadResult(None if changes or reply.event else reply, reply)
+    return ReadResult(reply, is_intact=not (changes or reply.repair_note))
 
 
 _CLOCK = ("TIME",)
 
 
 def read_commands(keys: tuple[str, ...]) -> tuple[tuple[Any, ...], ...]:
+    """Return the commands that read the values of one circuit."""
     return ("MGET", *keys[:4]), ("EXISTS", keys[3]), ("HMGET", keys[4], *HASH_FIELDS)
 
 
 def queue_reads(pipe: Any, keys: tuple[str, ...]) -> list[Any]:
-    """Queue the reads of one circuit, or run them at once on a pipeline that watches."""
+    """Queue the reads of one circuit and of the server's time; a pipeline under WATCH executes them at once."""
     return _queue(pipe, *read_commands(keys), _CLOCK)
 
 
@@ -104,7 +113,7 @@ def _queue(pipe: Any, *commands: tuple[Any, ...]) -> list[Any]:
     answers = []
     for command in commands:
         try:
-            # Whatever bytes lie there are ours to judge: a client that decodes would fail on some of them.
+            # Any bytes may be stored there, and a client that decodes replies would fail on some of them.
             options = {"NEVER_DECODE": True} if command[0] in ("MGET", "HMGET") else {}
             answers.append(pipe.execute_command(*command, **options))
         except Exception as error:
@@ -115,24 +124,45 @@ def _queue(pipe: Any, *commands: tuple[Any, ...]) -> list[Any]:
 
 
 def parse_read_answers(answers: Sequence[Any]) -> tuple[StoredRecord, int]:
-    answered, opened_at_exists, mark, clock = answers
-    for answer in (answered, opened_at_exists, clock):
+    """Return the record of the replies to `queue_reads`, and the server's time, milliseconds since the epoch.
+
+    Args:
+        answers: One reply, or one error reply, for each command.
+
+    Raises:
+        redis.ResponseError: Error reply that is no damage of the record.
+        UnusableReplyError: A reply that no server returns.
+    """
+    values, opened_at_exists, hash_fields, clock = answers
+    for answer in (values, opened_at_exists, clock):
         if isinstance(answer, Exception):
             raise answer
-    plain = checked_strings("MGET", answered, len(VALUE_NAMES) - 1)
+    plain = checked_strings("MGET", values, len(VALUE_NAMES) - 1)
     if plain[3] is None and opened_at_exists:
         plain = [*plain[:3], WRONG_TYPE_VALUE]
-    wrong_type = isinstance(mark, Exception) and str(mark).startswith("WRONGTYPE")
-    if isinstance(mark, Exception) and not wrong_type:
-        raise mark
-    fields = (None,) * len(HASH_FIELDS) if wrong_type else checked_strings("HMGET", mark, len(HASH_FIELDS))
-    return parse_record(plain, fields, mark_is_hash=not wrong_type), server_time_ms(clock)
+    has_wrong_type = isinstance(hash_fields, Exception) and str(hash_fields).startswith("WRONGTYPE")
+    if isinstance(hash_fields, Exception) and not has_wrong_type:
+        raise hash_fields
+    fields = (None,) * len(HASH_FIELDS) if has_wrong_type else checked_strings("HMGET", hash_fields, len(HASH_FIELDS))
+    return parse_record(plain, fields, is_hash=not has_wrong_type), server_time_ms(clock)
 
 
 def decide(
     intent: Intent, found: StoredRecord, now_ms: int, known: Circuit | None, state_if_missing: str
 ) -> tuple[Reply, RecordChanges]:
-    believed = resolve_record(found, known, state_if_missing, now_ms)
-    decision = intent.apply(believed.circuit, now_ms)
-    reply = Reply(decision.accepted, decision.circuit, now_ms, believed.event)
+    """Decide an intent on a record.
+
+    Args:
+        intent: The intent.
+        found: Record as it was read.
+        now_ms: Time of the read by the server's clock, milliseconds since the epoch.
+        known: Circuit as this process last read it; ``None``: never.
+        state_if_missing: Initial state of a circuit that exists neither in Redis nor in `known`.
+
+    Returns:
+        The reply, and the writes that make the record hold the circuit of the reply.
+    """
+    resolved = resolve_record(found, known, state_if_missing, now_ms)
+    decision = intent.apply(resolved.circuit, now_ms)
+    reply = Reply(decision.accepted, decision.circuit, now_ms, resolved.repair_note)
     return reply, changes_for(decision.circuit, found)

@@ -1,6 +1,7 @@
 """Composition of the Lua scripts.
 
-Knows: the files in lua/.  Does not know: clients.
+Each script is the shared prelude, followed by the file of one operation, both without comments.  Line numbers in error
+messages of the server refer to this composition.  ``print(compose_script("trip").source.decode())`` shows one.
 """
 
 from __future__ import annotations
@@ -8,14 +9,40 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from importlib import resources
+from typing import NamedTuple
+
+#: File that precedes every operation.
+PRELUDE = "prelude"
+
+
+class Script(NamedTuple):
+    """Lua script as the server receives the script.
+
+    Attributes:
+        source: Source for EVAL.  Bytes, because a client may have an encoding that lacks some characters.
+        sha1: Digest for EVALSHA.
+    """
+
+    source: bytes
+    sha1: str
 
 
 @cache
-def compose_script(name: str) -> tuple[bytes, str]:
-    """Source and SHA-1 of a script: `circuit.lua`, which they all share, and the intent's own file behind it.
+def compose_script(operation: str) -> Script:
+    """Return the script of an operation.
 
-    Bytes: a client may have an encoding that does not have all of its characters.
+    Args:
+        operation: Name of the operation's file, without its ending.
     """
-    folder = resources.files(__package__) / "lua"
-    source = b"\n".join((folder / f"{part}.lua").read_bytes() for part in ("circuit", name))
-    return source, hashlib.sha1(source, usedforsecurity=False).hexdigest()
+    source = "\n".join(strip_comments(_read(part)) for part in (PRELUDE, operation)).encode("ascii")
+    return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())
+
+
+def strip_comments(lua: str) -> str:
+    """Return a Lua source without blank lines and without lines that are comments."""
+    lines = (line for line in lua.splitlines() if line.strip() and not line.lstrip().startswith("--"))
+    return "\n".join(lines)
+
+
+def _read(part: str) -> str:
+    return (resources.files(__package__) / "lua" / f"{part}.lua").read_text(encoding="utf-8")

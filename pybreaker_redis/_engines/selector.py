@@ -1,143 +1,131 @@
-"""Who carries out intents on the shared circuit: scripts, or transactions, and on which server?
+"""Choice of the engine for one circuit in Redis.
 
-Knows: both carriers, where the circuit lies.  Does not know: the view, the local clock, who listens.
+The selector chooses Lua first.  When a server refuses scripts, the selector replaces the Lua engine by transactions.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from pybreaker_redis._engines.base import NoteMissingFeature
+from pybreaker_redis._engines.base import EngineChoice
 from pybreaker_redis._engines.lua import LuaEngine
 from pybreaker_redis._engines.transaction import TransactionEngine
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._model.intents import Intent, Reply
 from pybreaker_redis._redis.classify import MissingFeature, ScriptingUnavailableError, is_instance_of_named
-from pybreaker_redis._redis.endpoint import Endpoint, plain_endpoint_of
+from pybreaker_redis._redis.endpoint import plain_endpoint_of
 from pybreaker_redis._redis.keys import channel_of
 from pybreaker_redis._redis.locator import Location
 
-Engine = LuaEngine | TransactionEngine
+#: Missing features that wait for `EngineSelector.take_missing_features`, at most.
+MISSING_FEATURES_MAX = 8
 
 
 class EngineSelector:
-    """The carrier of one circuit: scripts, until it turns out that the server runs none.
+    """Holder of one circuit's engine.
 
     Args:
-        location: Returns where the circuit lies; called when it is first used, and when it has moved.
-        note_missing_feature: Told what the server does not have.
-        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
+        ttl_ms: Shortest time to live of an unused circuit, milliseconds; 0: the circuit never expires.
 
     Attributes:
-        current: The carrier; ``None`` while nobody has asked.
-        keys: Of the circuit; empty while nobody has asked.
-        channel: Of the circuit; empty if nobody would hear of what this process does.
-        needs_one_slot: Whether keys of other circuits cannot be asked for together with these.
+        current: The present choice; ``None`` until the circuit is used.  Readers need no lock.
+        missing: Features that engines have missed, each with the server's refusal; emptied by
+            `take_missing_features`.
     """
 
-    def __init__(
-        self, location: Callable[[], Location], note_missing_feature: NoteMissingFeature, *, ttl_ms: int
-    ) -> None:
-        self.current: Engine | None = None
-        self.keys: tuple[str, ...] = ()
-        self.channel = ""
-        self.needs_one_slot = False
-        self._seat = location
-        self._note_missing_feature = note_missing_feature
+    def __init__(self, *, ttl_ms: int) -> None:
+        self.current: EngineChoice | None = None
+        self.missing: deque[tuple[MissingFeature, str]] = deque(maxlen=MISSING_FEATURES_MAX)
         self._ttl_ms = ttl_ms
         self._locks: dict[int, Any] = {}
 
     @property
-    def mode(self) -> str:
-        """How intents are carried out: ``lua``, ``optimistic``, or empty: none was yet."""
-        now = self.current
-        return now.mode if now else ""
+    def lock(self) -> Any:
+        """Reentrant lock that a caller holds while the caller locates the circuit and chooses its engine.
 
-    @property
-    def endpoint(self) -> Endpoint | None:
-        """Of the server, if changes are told there, and further connections to it can be made."""
-        now = self.current
-        return plain_endpoint_of(now.client) if now and self.channel else None
-
-    def get(self) -> Engine:
-        """The carrier; the first time, and when the circuit has moved, it has to be found out which.
-
-        Raises:
-            Exception: Whatever the callable raises that returns the client.
+        The user's client source runs under this lock and may wait.  So the lock is created at first use in each
+        process: gevent's worker for gunicorn replaces the kind of lock only after the fork.
         """
-        if self.current is not None:
-            return self.current
-        with self._lock():
-            if self.current is None:
-                location = self._seat()
-                endpoint = plain_endpoint_of(location.client)
-                self.keys, self.needs_one_slot = location.keys, location.needs_one_slot
-                self.channel = channel_of(self.keys, endpoint.db) if endpoint else ""
-                self.current = LuaEngine(
-                    location.client,
-                    self.keys,
-                    self.channel,
-                    self._ttl_ms,
-                    note_missing_feature=self._note_missing_feature,
-                )
-            return self.current
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
-    def discard(self, engine: Engine | None) -> bool:
-        """The circuit lies elsewhere by now.
+    def choose(self, location: Location) -> EngineChoice:
+        """Choose the Lua engine for a location; called with `lock` held.
 
         Args:
-            engine: That has found it out; ``None``: whichever there is.
+            location: Location of the circuit, with the client that the engine uses.
+        """
+        endpoint = plain_endpoint_of(location.client)
+        channel = channel_of(location.keys, endpoint.db) if endpoint else ""
+        engine = LuaEngine(location.client, location.keys, channel, self._ttl_ms, missing=self.missing)
+        choice = self.current = EngineChoice(engine, location.keys, channel, location.needs_one_slot)
+        return choice
+
+    def discard(self, choice: EngineChoice | None) -> bool:
+        """Discard a choice, so that the next use of the circuit chooses again.
+
+        Args:
+            choice: Choice to discard; ``None``: the present one.
 
         Returns:
-            Whether that was news: else another one has taken its place since.
+            Whether the choice was discarded; False if another one has replaced it.
         """
-        with self._lock():
-            if engine not in (None, self.current):
+        with self.lock:
+            if choice is not None and choice is not self.current:
                 return False
             self.current = None
             return True
 
-    def run_intent(self, engine: Engine, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
-        """Have an intent carried out, without scripts if need be; see `base.Engine.execute`.
+    def run_intent(self, choice: EngineChoice, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+        """Execute an intent on the chosen engine, or by a transaction if the server refuses scripts.
+
+        Args:
+            choice: Choice of the engine, `current` or an earlier one.
+            intent: See `Engine.execute`.
+            known: See `Engine.execute`.
+            state_if_missing: See `Engine.execute`.
 
         Raises:
-            Exception: No usable answer.
+            redis.RedisError: No usable reply; the class of that name of the client's library.
+            OSError: No connection.
+            UnusableReplyError: A reply that no Redis command of this package returns.
         """
         try:
-            return engine.execute(intent, known, state_if_missing)
+            return choice.engine.execute(intent, known, state_if_missing)
         except ScriptingUnavailableError as reason:
-            optimistic: Any = self.current
-            if not isinstance(optimistic, TransactionEngine):
-                optimistic = TransactionEngine(engine.client, self.keys, self._ttl_ms)
-            # If that is refused, too, it is not about scripts, and they may be permitted again.
+            transactions = TransactionEngine(choice.engine.client, choice.keys, self._ttl_ms)
+            # If the server refuses the transaction, too, the refusal is not about scripts: they may be permitted later.
             try:
-                reply: Reply = optimistic.execute(intent, known, state_if_missing)
+                reply = transactions.execute(intent, known, state_if_missing)
             except Exception as error:
                 if is_instance_of_named(error, "NoPermissionError") and is_instance_of_named(
                     reason.__cause__ or reason, "NoPermissionError"
                 ):
-                    # Rights to run scripts are what this user should have, and what the log should name.
+                    # The right to run scripts is what the user needs, so the log has to name that right.
                     raise (reason.__cause__ or reason) from error
                 raise
-            self._replace_lua(engine, optimistic, reason)
+            self._replace_lua(choice, transactions, reason)
             return reply
 
-    def _replace_lua(self, engine: Engine, optimistic: TransactionEngine, reason: Exception) -> None:
-        with self._lock():
-            if self.current is not engine:
-                # Another thread has found it out, or has left.
+    def _replace_lua(self, choice: EngineChoice, transactions: TransactionEngine, reason: Exception) -> None:
+        with self.lock:
+            if self.current is not choice:
+                # Another thread has replaced the engine, or has discarded the location.
                 return
-            # Nobody would hear of what is done without scripts, so nobody relies on hearing.
-            self.channel = ""
-            self.current = optimistic
-        self._note_missing_feature(MissingFeature.SCRIPTS, reason)
+            # Transactions publish nothing, so no process may rely on the channel.
+            self.current = replace(choice, engine=transactions, channel="")
+        self.missing.append((MissingFeature.SCRIPTS, str(reason)))
 
-    def _lock(self) -> Any:
-        """This process's, and of the kind that is in use when it is first needed: gevent replaces them.
-
-        It is held while a callable returns a client, and who knows what that waits for.
-        """
-        return self._locks.setdefault(os.getpid(), threading.RLock())
+    def take_missing_features(self) -> Iterator[tuple[MissingFeature, str]]:
+        """Yield and remove the features that engines have missed, each with the server's refusal."""
+        while self.missing:
+            try:
+                item = self.missing.popleft()
+            except IndexError:
+                # Another thread has taken the last one.
+                return
+            yield item

@@ -14,6 +14,7 @@ from typing import Any
 
 from redis.exceptions import WatchError
 
+from pybreaker_redis._engines.base import TRANSACTION_MODE
 from pybreaker_redis._engines.reader import READ_COMMAND_COUNT, decide, parse_read_answers, queue_reads
 from pybreaker_redis._model.answers import checked_sequence
 from pybreaker_redis._model.circuit import Circuit
@@ -54,7 +55,7 @@ class TransactionEngine:
         ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
     """
 
-    mode = "optimistic"
+    mode = TRANSACTION_MODE
 
     def __init__(self, client: Any, keys: tuple[str, ...], ttl_ms: int = 0) -> None:
         self.client = client_without_decoding(client)
@@ -153,8 +154,8 @@ class TransactionEngine:
                 pipe.set(keys[name], value)
         if changes.is_hash_deleted:
             pipe.delete(keys["circuit"])
-        if changes.mark:
-            pipe.hset(keys["circuit"], mapping=changes.mark)
+        if changes.hash_fields:
+            pipe.hset(keys["circuit"], mapping=changes.hash_fields)
 
     def _queue_expiry(self, pipe: Any, reply: Reply) -> None:
         if self._ttl_ms:

@@ -1,8 +1,7 @@
-"""What is a circuit?
+"""Circuit: the values that processes share.
 
-Knows: its values, time as a number that is passed in.  Does not know: clocks, threads, keys, Redis.
-
-With `_model/intents.py` this is the definition; everything else carries it.
+This module and `_model/intents.py` define all behaviour of a circuit, without clocks, threads and Redis.  The engines
+execute the definition.
 """
 
 from __future__ import annotations
@@ -15,33 +14,33 @@ OPEN = "open"
 HALF_OPEN = "half-open"
 STATES = (CLOSED, OPEN, HALF_OPEN)
 
-#: Longest believable lease, milliseconds.  A stored lease that ends later than this is damage, not a lease.
+#: Longest lease of a probe, milliseconds.  A stored lease that ends later is damage.
 LEASE_MAX_MS = 24 * 3600 * 1000
 
-#: Counts and generations from here on are damage: a thousand a second would take three decades.
+#: Exclusive limit of counts and generations.  At a thousand a second, a count reaches the limit after three decades.
 COUNT_LIMIT = 10**12
 
-#: Latest time that a record can hold, milliseconds since the epoch: 15 digits, which a Lua number holds exactly.
+#: Latest time in a record, milliseconds since the epoch: 15 digits, which a Lua number represents exactly.
 TIME_MAX_MS = 10**15 - 1
 
-#: Longest believable noise, milliseconds.
+#: Longest noise, milliseconds.  A stored noise that ends later is damage.
 NOISE_MAX_MS = 60 * 1000
 
-#: How long a closed circuit is noisy after a failure, milliseconds.
+#: Noise of a closed circuit after a failure, milliseconds: the time in which every success is reported.
 NOISE_DURATION_MS = 1000
 
 
 def next_count(count: int, times: int = 1) -> int:
-    """The next count or generation, so many times; the last is its own successor, so that it can be read again."""
+    """Return a count or generation after `times` steps, at most the largest one that a record may hold."""
     return min(count + times, COUNT_LIMIT - 1)
 
 
 class Admission(NamedTuple):
-    """What a call may speak for when it ends.
+    """Right of a call to report its outcome.
 
     Attributes:
-        generation: In which it was admitted; ``None``: nobody was, somebody acts by hand.
-        token: The probe that it is, or empty.
+        generation: Generation in which the circuit admitted the call; ``None``: a report without a call.
+        token: Token of the probe that the call is; empty: the call is no probe.
     """
 
     generation: int | None
@@ -50,19 +49,21 @@ class Admission(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """Everything that is shared about one circuit.
+    """Values of one circuit.
+
+    Times are milliseconds since the epoch, by the clock of the engine: for Redis, the server's clock.
 
     Attributes:
         state: ``closed``, ``open`` or ``half-open``.
-        fail_counter: Consecutive failures.
-        success_counter: Consecutive successes while half-open.
-        opened_at_ms: When it opened last, milliseconds since the epoch by the clock of the record's home.
-        generation: The fencing token: one more for every transition.  Zero for a circuit that never moved.
-        probe_token: Who holds the half-open probe; empty when nobody does.
-        probe_until_ms: When that hold ends, same clock as `opened_at_ms`.
-        noisy_until_ms: Until when a success may have failures to forget, so that it has to be reported, same clock.
-            Later, only one who has seen a counter at zero since may keep it to himself.
-        probe_lease_ms: Length of that hold, milliseconds; 0: unknown, as a foreign writer leaves it.
+        fail_counter: Number of consecutive failures.
+        success_counter: Number of consecutive successes while half-open.
+        opened_at_ms: Time of the last opening; ``None``: never.
+        generation: Fencing token, incremented by every transition; 0: no transition yet.
+        probe_token: Token of the call that holds the half-open probe; empty: the probe is free.
+        probe_until_ms: End of the probe's lease.
+        noisy_until_ms: End of the noise.  Until then, every success is reported, because failures may precede the
+            success.  Later, a process reports a success unless the process has read a zero counter since.
+        probe_lease_ms: Duration of the probe's lease, milliseconds; 0: unknown, as another client wrote the record.
     """
 
     state: str = CLOSED
@@ -76,9 +77,12 @@ class Circuit:
     probe_lease_ms: float = 0
 
     def can_report(self, generation: int | None, token: str) -> bool:
-        """Whether a call that was admitted in `generation`, holding `token`, may still speak for this circuit.
+        """Return whether a call may still report to this circuit.
 
-        ``generation=None`` is an operator, or somebody who uses the storage by hand: always heard.
+        Args:
+            generation: Generation in which the circuit admitted the call; ``None``: a command of an operator, or a
+                direct use of the storage, which is always accepted.
+            token: Token of the probe that the call is, or empty.
         """
         if generation is None:
             return True
@@ -87,25 +91,28 @@ class Circuit:
         return self.state == CLOSED or self.probe_token == token
 
     def is_probe_free(self, now_ms: float) -> bool:
-        """Whether an open gate would let somebody probe: half-open, and unclaimed or the lease has run out."""
+        """Return whether a caller may claim the probe: half-open, and unclaimed or with an expired lease."""
         return self.state == HALF_OPEN and (not self.probe_token or self.probe_until_ms <= now_ms)
 
     def is_probe_leased(self, now_ms: float) -> bool:
-        """Whether somebody holds the probe."""
+        """Return whether a call holds the probe."""
         return self.state == HALF_OPEN and not self.is_probe_free(now_ms)
 
     def with_bounded_lease(self, now_ms: float) -> Circuit:
-        """The circuit with a lease that ends no later than its own length after `now_ms`.
+        """Return the circuit with a lease that ends at most its own duration after `now_ms`.
 
-        A lease can have more time left only if the clock was set back, or if another server with a slower clock has
-        taken over.  A lease of unknown length that ends after the longest possible one is damage, and over.
+        More time is left only if the clock was set back, or if a server with a slower clock has taken over.  A lease of
+        unknown duration that ends after the longest possible one is damage, and counts as expired.
         """
         if self.probe_until_ms <= now_ms + (self.probe_lease_ms or LEASE_MAX_MS):
             return self
         return replace(self, probe_until_ms=now_ms + self.probe_lease_ms if self.probe_lease_ms else 0)
 
     def with_failures(self, fail_counter: int) -> Circuit:
-        """The circuit with another number of failures: `replace` in half its time, as each failing call needs it."""
+        """Return the circuit with another number of failures.
+
+        Each failing call needs this function, which takes half the time of `dataclasses.replace`.
+        """
         return Circuit(
             self.state,
             fail_counter,
@@ -119,11 +126,16 @@ class Circuit:
         )
 
     def with_free_probe(self) -> Circuit:
-        """The circuit with a probe that is free."""
+        """Return the circuit with a free probe."""
         return replace(self, probe_token="", probe_until_ms=0, probe_lease_ms=0)
 
     def after_transition(self, state: str, **changes: float | str | None) -> Circuit:
-        """The circuit after a transition to `state`: a new generation in which nobody holds the probe."""
+        """Return the circuit after a transition: a new generation with a free probe.
+
+        Args:
+            state: State after the transition.
+            changes: Further values after the transition, by the name of the attribute.
+        """
         return replace(
             self,
             state=state,
@@ -133,15 +145,19 @@ class Circuit:
 
 
 def new_circuit(state: str, now_ms: float) -> Circuit:
-    """A circuit that did not exist, in the state that its user asked for.
+    """Return a circuit that did not exist before.
 
-    "Never moved" means closed, so any other beginning counts as the first transition.  An open circuit always has an
-    `opened_at_ms`: without it the gate would stand open to a probe at once.
+    Generation 0 means closed, so any other initial state counts as the first transition.  An open circuit always has an
+    `opened_at_ms`.  Without that time, the first call would be admitted as a probe.
+
+    Args:
+        state: Initial state.
+        now_ms: Present time, milliseconds since the epoch.
     """
     if state == CLOSED:
         return Circuit()
     return Circuit().after_transition(state, opened_at_ms=now_ms if state == OPEN else None)
 
 
-#: Of operators, tests, and users of a storage without a breaker.
+#: Admission of operators, of tests, and of code that uses a storage without a breaker.
 BY_HAND = Admission(None)

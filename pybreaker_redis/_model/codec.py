@@ -1,9 +1,8 @@
-"""How a circuit lies in Redis, and what to believe when it lies there badly.
+"""Format of a circuit in Redis: four plain values and a hash.
 
-Knows: the five values and their formats, which of them stock pybreaker writes too.  Does not know: commands, clients.
-
-The same rules stand in ``_engines/lua/circuit.lua``; `tests/servers/test_differential.py` and
-`tests/servers/test_damaged_records.py` compare them.
+pybreaker's own storage writes the four plain values, too.  The hash holds the circuit as of this package's last
+transition.  ``_engines/lua/prelude.lua`` reads and writes the same format.  `tests/servers/test_differential.py` and
+`tests/servers/test_damaged_records.py` compare the two.
 """
 
 from __future__ import annotations
@@ -32,73 +31,73 @@ VALUE_NAMES = ("state", "fail_counter", "success_counter", "opened_at", "circuit
 
 RawValue = bytes | str | None
 
-#: Longest payload of a push that is parsed, bytes: a script's is half as long at most.
+#: Longest push that is parsed, bytes.  A script publishes at most half of that.
 PUSH_MAX_BYTES = 512
 
-#: Stands for a value of another type, which MGET reports as missing.
+#: Placeholder for a value of another type, which MGET returns as missing.
 WRONG_TYPE_VALUE = "?"
 
 _WHOLE = re.compile(r"0|[1-9][0-9]{0,14}", re.ASCII)
-#: As claims make them, or empty.
+#: Form of probe tokens; an empty one is accepted, too.
 PROBE_TOKEN_PATTERN = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """What was read, parsed but not yet believed.  ``None`` stands for missing and for unreadable alike.
+    """Values of a record as they were read.  ``None`` means missing or unreadable.
 
     Attributes:
-        state: One of the three states.
-        fail_counter: Consecutive failures.
-        success_counter: Consecutive successes.
-        opened_at: Whole seconds since the epoch: all that stock writes.
-        mark: The circuit as of our last transition, from the hash (its counters mean nothing).
-        is_present: Whether any of the five was there at all, readable or not.
-        is_hash_damaged: Whether the hash was there, but made no sense.
-        raw: The four plain values and the fields of the hash as read.
+        state: Plain value: one of the three states.
+        fail_counter: Plain value: number of consecutive failures.
+        success_counter: Plain value: number of consecutive successes.
+        opened_at: Plain value: time of the last opening, whole seconds since the epoch.
+        hash_circuit: Circuit in the hash; its counters are meaningless.
+        is_present: Whether any of the five values exists, readable or not.
+        is_hash_damaged: Whether the hash exists and is unreadable.
+        raw: Texts of the four plain values and of the fields of the hash.
     """
 
     state: str | None
     fail_counter: int | None
     success_counter: int | None
     opened_at: int | None
-    mark: Circuit | None
+    hash_circuit: Circuit | None
     is_present: bool
     is_hash_damaged: bool
     raw: tuple[str | None, ...]
 
 
 def to_text(value: RawValue) -> str | None:
-    """A value as text; bytes that are not text become text that nothing accepts."""
+    """Return a value as text; bytes that are no text become a text that no parser accepts."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
-def parse_record(plain: Sequence[RawValue], mark: Sequence[RawValue], *, mark_is_hash: bool = True) -> StoredRecord:
-    """Read the four plain values and the fields of the hash.
+def parse_record(plain: Sequence[RawValue], fields: Sequence[RawValue], *, is_hash: bool = True) -> StoredRecord:
+    """Return the record of the raw values.
 
     Args:
-        plain: State, fail counter, success counter, opened at.
-        mark: The hash, in the order of `HASH_FIELDS`.
-        mark_is_hash: False if that key holds something else.
+        plain: The four plain values, in the order of `VALUE_NAMES`.
+        fields: Fields of the hash, in the order of `HASH_FIELDS`.
+        is_hash: Whether the fifth key holds a hash, or nothing.
     """
-    raw = tuple(to_text(value) for value in (*plain, *mark))
+    raw = tuple(to_text(value) for value in (*plain, *fields))
     state, fail_counter, success_counter, opened_at = raw[:4]
-    marked = mark_is_hash and any(field is not None for field in raw[4:])
-    read = _mark(raw[4:])
+    has_fields = is_hash and any(field is not None for field in raw[4:])
+    hash_circuit = _parse_hash(raw[4:])
     return StoredRecord(
         state=state if state in STATES else None,
         fail_counter=_count(fail_counter),
         success_counter=_count(success_counter),
         opened_at=_whole(opened_at),
-        mark=read if marked else None,
-        is_present=not mark_is_hash or any(value is not None for value in raw),
-        is_hash_damaged=not mark_is_hash or (marked and read is None),
+        hash_circuit=hash_circuit if has_fields else None,
+        is_present=not is_hash or any(value is not None for value in raw),
+        is_hash_damaged=not is_hash or (has_fields and hash_circuit is None),
         raw=raw,
     )
 
 
-def _mark(fields: Sequence[str | None]) -> Circuit | None:
-    """The hash as a circuit, ``None`` if it makes no sense."""
+def _parse_hash(fields: Sequence[str | None]) -> Circuit | None:
+    """Return the circuit in the hash; ``None`` if the hash is damaged."""
     generation, state, opened_at_ms, token, probe_until_ms, noisy_until_ms, probe_lease_ms = fields
     number = _count(generation)
     if number is None or state is None or state not in STATES:
@@ -115,59 +114,63 @@ def _mark(fields: Sequence[str | None]) -> Circuit | None:
 
 
 def parse_published(payload: RawValue) -> Circuit | None:
-    """Read what a script published: the server's time and the fields of the hash, with blanks in between.
+    """Return the circuit in a published message: the server's time and the fields of the hash, separated by blanks.
 
-    Any user who may publish may have sent it, so it is something to compare with, and nothing to keep.
+    Every user with the right to publish may have sent the message.  So the circuit is only compared, and never stored.
 
     Returns:
-        The circuit without its counters; ``None`` if the payload makes no sense.
+        The circuit without its counters; ``None`` if the message is malformed.
     """
     if payload is None or len(payload) > PUSH_MAX_BYTES:
         return None
     now_ms, *fields = (to_text(payload) or "").split(" ")
     at_ms = _whole(now_ms)
-    circuit = _mark(fields) if len(fields) == len(HASH_FIELDS) else None
-    if circuit is None or at_ms is None or _lies_in_the_future(circuit, at_ms):
+    circuit = _parse_hash(fields) if len(fields) == len(HASH_FIELDS) else None
+    if circuit is None or at_ms is None or _is_in_future(circuit, at_ms):
         return None
     return circuit
 
 
-def _lies_in_the_future(circuit: Circuit, at_ms: int) -> bool:
+def _is_in_future(circuit: Circuit, at_ms: int) -> bool:
     is_too_long = circuit.with_bounded_lease(at_ms) is not circuit
     return is_too_long or max(circuit.opened_at_ms or 0, circuit.noisy_until_ms - NOISE_MAX_MS) > at_ms
 
 
 @dataclass(frozen=True, slots=True)
 class RecordChanges:
-    """What has to be written so that Redis holds a circuit.
+    """Writes that make a record hold a circuit.
 
     Attributes:
-        plain: New values by name; ``None`` deletes.
-        mark: The fields of the hash, all or none.
-        is_hash_deleted: Delete what lies in the place of the hash first.
+        plain: New plain values by name; ``None`` deletes the value.
+        hash_fields: Fields of the hash, all or none.
+        is_hash_deleted: Whether the fifth key is deleted first.
     """
 
     plain: dict[str, str | None]
-    mark: dict[str, str]
+    hash_fields: dict[str, str]
     is_hash_deleted: bool
 
     def __bool__(self) -> bool:
-        return bool(self.plain or self.mark or self.is_hash_deleted)
+        return bool(self.plain or self.hash_fields or self.is_hash_deleted)
 
 
 def changes_for(circuit: Circuit, found: StoredRecord) -> RecordChanges:
-    """What differs between `circuit` and what was found.
+    """Return the writes that make a record hold a circuit.
 
-    The hash is only created once there is something that stock's keys cannot say.
+    The hash is created when the four plain values are no longer sufficient.
+
+    Args:
+        circuit: Circuit to hold.
+        found: Record as it was read.
     """
-    seconds = _seconds(circuit.opened_at_ms)
+    seconds = whole_seconds(circuit.opened_at_ms)
     plain = (
         circuit.state,
         str(circuit.fail_counter),
         str(circuit.success_counter),
         None if seconds is None else str(seconds),
     )
-    mark = (
+    hash_fields = (
         str(circuit.generation),
         circuit.state,
         "" if circuit.opened_at_ms is None else f"{circuit.opened_at_ms:.0f}",
@@ -176,42 +179,44 @@ def changes_for(circuit: Circuit, found: StoredRecord) -> RecordChanges:
         f"{circuit.noisy_until_ms:.0f}",
         f"{circuit.probe_lease_ms:.0f}",
     )
-    moved = circuit.generation > 0 or circuit.noisy_until_ms > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
-    needed = found.mark is not None or moved
+    exceeds_plain = circuit.generation > 0 or circuit.noisy_until_ms > 0 or (circuit.opened_at_ms or 0) % 1000 > 0
+    is_hash_needed = found.hash_circuit is not None or exceeds_plain
+    has_changed = hash_fields != found.raw[4:]
     return RecordChanges(
         plain={name: new for name, new, old in zip(VALUE_NAMES, plain, found.raw, strict=False) if new != old},
-        mark=dict(zip(HASH_FIELDS, mark, strict=True)) if needed and mark != found.raw[4:] else {},
+        hash_fields=dict(zip(HASH_FIELDS, hash_fields, strict=True)) if is_hash_needed and has_changed else {},
         is_hash_deleted=found.is_hash_damaged,
     )
 
 
 def _whole(value: str | None) -> int | None:
-    """A plain decimal of at most 15 digits: what a Lua number holds exactly."""
+    """Return the number of a plain decimal with at most 15 digits, which a Lua number represents exactly."""
     return int(value) if value is not None and _WHOLE.fullmatch(value) else None
 
 
 def _count(value: str | None, most: int = COUNT_LIMIT - 1) -> int | None:
-    """A number that can still be counted on from, or another one with a limit."""
+    """Return the number of a plain decimal up to a limit."""
     number = _whole(value)
     return number if number is not None and number <= most else None
 
 
-def _seconds(at_ms: float | None) -> int | None:
+def whole_seconds(at_ms: float | None) -> int | None:
+    """Return a time in milliseconds as whole seconds, as the plain value holds the time."""
     return None if at_ms is None else int(at_ms // 1000)
 
 
-#: How much longer than that they live at most, milliseconds: counts renew what is left only when this is used up.
+#: Time by which keys may outlive their TTL, milliseconds.  Counts renew the TTL only after this margin is used up.
 TTL_RENEWAL_MARGIN_MS = 1000
 
 
 def lifetime_ms(state: str, ttl_ms: int) -> int:
-    """Milliseconds from the last write until the keys may expire.
+    """Return the milliseconds from the last write until the keys may expire.
 
-    Of a closed circuit nothing is lost but failures that are not to count any more.  One that is not closed lives for a
-    day at least: so long a probe's lease can be, and a reset timeout, which only the breaker knows, hardly is.
+    A closed circuit that expires loses only failures that no longer count.  Another circuit lives for a day at least: a
+    probe's lease may last that long, and a reset timeout, which only the breaker has, rarely lasts longer.
 
     Args:
-        state: Of the circuit.
-        ttl_ms: What its user wishes, milliseconds.
+        state: State of the circuit.
+        ttl_ms: Time to live that the user has set, milliseconds.
     """
     return ttl_ms if state == CLOSED else max(ttl_ms, LEASE_MAX_MS)

@@ -1,14 +1,12 @@
-"""May this call pass unasked?
+"""Fast path: decide a call from memory, without locks or Redis.
 
-Knows: what holds for every call, and until when.  Does not know: who keeps it true.
+A closed circuit admits every call, and an open one rejects every call.  A success without failures before it need not
+be reported.  While the process knows that, the fast path decides a guarded success by two comparisons.  Every other
+call takes the slow path, which decides alike.
 
-A closed circuit admits every call, an open one rejects it, and a success that has no failures to forget need not be
-reported.  As long as that is known, a guarded success is two comparisons.  Everything else takes the long way, which
-comes to the same answers.
-
-The admission is an object, not a number: it is replaced whenever a breaker is put into another state than closed.  So
-whoever still holds it got it from a breaker that has been closed ever since, and has nothing to notice.  The same goes
-for the rejection and open breakers.
+An admission is an object, and not only a number.  `FastPath.keep_only` drops the object when a breaker leaves the
+closed state.  So a breaker that still carries the object has been closed since, and has no transition to notice.  The
+same holds for the rejection and open breakers.
 """
 
 from __future__ import annotations
@@ -21,15 +19,16 @@ from pybreaker_redis._model.circuit import CLOSED, OPEN, Admission, Circuit
 
 
 class FastPath:
-    """What is known of one circuit, in the form that costs least to look at.
+    """Decisions about the calls of one circuit, in the form that is cheapest to read.
 
     Attributes:
-        admission: To any call, as long as the circuit is closed; ``None`` while it is not, or not known to be.
-        quiet_admission: The same, if besides there are no failures to forget.
-        rejection: Of any call, as long as the circuit is open: what is reported in its name is refused.
-        trusted_until: When all this ends, seconds on `now`.
-        now: Seconds, monotonic.  An attribute, because freezegun replaces what it finds in modules.
-        was_used: Whether anybody has relied on it since this was last set to ``False``.
+        admission: Admission of every call; ``None``: the circuit is not known to be closed.
+        quiet_admission: Same as `admission` while there are no failures to reset; otherwise ``None``.
+        rejection: Rejection of every call; ``None``: the circuit is not known to be open.  Reports of its
+            generation are refused.
+        trusted_until: End of the validity of all decisions, seconds on `now`.
+        now: Monotonic clock, seconds.  An attribute, because freezegun replaces functions that it finds in modules.
+        was_used: Whether a call has used a decision since the last reset of this attribute to ``False``.
     """
 
     __slots__ = ("admission", "now", "quiet_admission", "rejection", "trusted_until", "was_used")
@@ -43,7 +42,12 @@ class FastPath:
         self.was_used = False
 
     def follow(self, circuit: Circuit, *, quiet: bool) -> None:
-        """The circuit is like this; `quiet`: and it has no failures to forget."""
+        """Derive the decisions from the circuit.
+
+        Args:
+            circuit: Present circuit.
+            quiet: Whether the circuit has no failures to reset.
+        """
         self.keep_only(circuit.state)
         if circuit.state == CLOSED:
             if self.admission is None or self.admission.generation != circuit.generation:
@@ -53,12 +57,12 @@ class FastPath:
             self.rejection = Admission(circuit.generation)
 
     def keep_only(self, state: str) -> None:
-        """The circuit, or a breaker, is in this state: whoever goes by another has to look again."""
+        """Drop the decisions that belong to other states than this one."""
         if state != CLOSED:
             self.admission = self.quiet_admission = None
         if state != OPEN:
             self.rejection = None
 
     def withdraw(self) -> None:
-        """From here on everybody has to ask."""
+        """Drop all decisions, so that every call takes the slow path."""
         self.admission = self.quiet_admission = self.rejection = None

@@ -1,13 +1,15 @@
-"""What may be wanted of a circuit, and what becomes of it?
+"""Intents: the operations on a circuit, and their decisions.
 
-Knows: the intents, time as a number that is passed in.  Does not know: clocks, threads, keys, Redis.
+This module and `_model/circuit.py` define all behaviour of a circuit.  Three engines execute the definition:
 
-With `_model/circuit.py` this is the definition.  `_engines/lua/` says the same to a server that runs scripts,
-`_engines/transaction.py` applies these very functions between WATCH and EXEC, `_engines/memory.py` behind a lock;
-`tests/servers/test_differential.py` holds the three together.
+* `_engines/lua/` contains the same decisions as scripts.
+* `_engines/transaction.py` calls these functions between WATCH and EXEC.
+* `_engines/memory.py` calls these functions under a lock.
 
-An intent is a value: what a caller wants, with the generation in which that caller was admitted.  `apply` decides.  A
-refused intent leaves the circuit as it is.
+`tests/servers/test_differential.py` compares the three.
+
+An intent is a value, with the generation in which its caller was admitted.  `Intent.apply` decides.  A refused intent
+leaves the circuit unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit, nex
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What came of an intent: was it granted, and the circuit as it is now either way."""
+    """Decision about an intent.
+
+    Attributes:
+        accepted: Whether the intent was accepted.
+        circuit: Circuit after the decision; unchanged if the intent was refused.
+    """
 
     accepted: bool
     circuit: Circuit
@@ -28,19 +35,24 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """Something that a caller wants of a circuit.  Subclasses are values: their fields are the script's arguments."""
+    """Operation on a circuit.  The fields of a subclass are the arguments of its script."""
 
-    #: File name under ``lua/`` without its ending.
+    #: Name of the operation's file in ``_engines/lua/``, without its ending.
     operation: ClassVar[str]
 
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
-        """Decide, at the instant `now_ms` of the clock of the record's home."""
+        """Decide the intent.
+
+        Args:
+            circuit: Circuit before the decision.
+            now_ms: Present time by the engine's clock, milliseconds since the epoch.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Load(Intent):
-    """Tell me what is true."""
+    """Read of the circuit."""
 
     operation: ClassVar[str] = "load"
 
@@ -50,11 +62,11 @@ class Load(Intent):
 
 @dataclass(frozen=True, slots=True)
 class FencedIntent(Intent):
-    """Something that only counts if it comes from the circuit's present generation.
+    """Operation that is refused unless the caller was admitted in the circuit's present generation.
 
     Attributes:
-        generation: In which the caller was admitted; ``None``: by hand, or an operator.
-        token: The probe that the caller holds, or empty.
+        generation: Generation in which the caller was admitted; ``None``: an operator, or direct use of the storage.
+        token: Token of the probe that the caller holds, or empty.
     """
 
     generation: int | None
@@ -66,19 +78,24 @@ class FencedIntent(Intent):
         return Decision(True, self.apply_admitted(circuit, now_ms))
 
     def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
-        """The circuit that follows once the caller is admitted."""
+        """Return the circuit after the operation of an admitted caller.
+
+        Args:
+            circuit: Circuit before the operation.
+            now_ms: Present time by the engine's clock, milliseconds since the epoch.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class RecordFailure(FencedIntent):
-    """A guarded call failed: one more consecutive failure.  Or several: those that a process has counted by itself.
+    """Report of one or more failed calls.
 
-    However fast calls fail, the noise moves on twice in its time: each move is told to everybody.
+    Failures renew the noise at most twice during its duration, because every renewal is published to all processes.
 
     Attributes:
-        noise_ms: For how long successes are to be reported to somebody who listens, milliseconds; 0: nobody listens.
-        times: How many there were.
+        noise_ms: Duration of the noise after this failure, milliseconds; 0: no process receives pushes.
+        times: Number of failures.  A local circuit reports all of its failures together.
     """
 
     noise_ms: int = 0
@@ -94,7 +111,7 @@ class RecordFailure(FencedIntent):
 
 @dataclass(frozen=True, slots=True)
 class RecordSuccess(FencedIntent):
-    """A guarded call succeeded: the failures before it were not consecutive."""
+    """Report of a successful call, which resets the consecutive failures."""
 
     operation: ClassVar[str] = "record_success"
 
@@ -104,14 +121,14 @@ class RecordSuccess(FencedIntent):
 
 @dataclass(frozen=True, slots=True)
 class CountProbe(FencedIntent):
-    """A probe succeeded: one more towards the success threshold.
+    """Report of a successful probe.
 
-    Below the threshold the probe is given back, so that the next call of any process may claim the next one.  At the
-    threshold the holder keeps it, to close the circuit.  By hand it counts, and leaves the probe alone.
+    Below the threshold, the probe becomes free, and the next call of any process may claim the next probe.  At the
+    threshold, the caller keeps the probe to close the circuit.  Without a generation, the probe stays as it is.
 
     Attributes:
-        lease_ms: How long the holder may take to close the circuit, milliseconds.
-        threshold: Successes that close the circuit.
+        lease_ms: Time in which the caller must close the circuit, milliseconds.
+        threshold: Number of successes that close the circuit.
     """
 
     lease_ms: int
@@ -129,7 +146,7 @@ class CountProbe(FencedIntent):
 
 @dataclass(frozen=True, slots=True)
 class Trip(FencedIntent):
-    """Open the circuit, from now on."""
+    """Opening of the circuit, now."""
 
     operation: ClassVar[str] = "trip"
 
@@ -139,14 +156,15 @@ class Trip(FencedIntent):
 
 @dataclass(frozen=True, slots=True)
 class ShareTrip(Intent):
-    """A process that was cut off has opened the circuit meanwhile: so it is open for all, for the rest of its time.
+    """Opening of the circuit by a process whose local circuit has opened while Redis was unreachable.
 
-    Refused if anybody has moved the circuit since the process was cut off, or if it is open anyway and opened later.
-    So of many that return only one trips.
+    The circuit opens for the rest of the local circuit's time.  The intent is refused if the circuit has another
+    generation than before the outage, or is open since the same time or later.  So only one of many processes that
+    return trips the circuit.
 
     Attributes:
-        generation: The circuit's when the process was cut off.
-        open_ms: For how long it has been open there, milliseconds; a length of time, so that clocks do not matter.
+        generation: Generation of the circuit before the outage.
+        open_ms: Time since the local circuit opened, milliseconds.  A duration is the same by all clocks.
     """
 
     generation: int
@@ -163,26 +181,26 @@ class ShareTrip(Intent):
 
 @dataclass(frozen=True, slots=True)
 class Close(FencedIntent):
-    """Close the circuit and forget all counts."""
+    """Closing of the circuit, with counters at zero."""
 
     operation: ClassVar[str] = "close"
 
     def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
-        moved = circuit if circuit.state == CLOSED else circuit.after_transition(CLOSED)
-        return replace(moved, fail_counter=0, success_counter=0)
+        changed = circuit if circuit.state == CLOSED else circuit.after_transition(CLOSED)
+        return replace(changed, fail_counter=0, success_counter=0)
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimProbe(Intent):
-    """Ask to be the one caller that tests a recovering dependency.
+    """Claim of the one half-open probe.
 
-    Whether the reset timeout has passed is for the caller to know; the circuit knows that nobody else is probing.
-    A claim with the token that holds the probe is granted again and renews the lease: clients repeat themselves.
+    The caller checks whether the reset timeout has passed.  The circuit checks that no other call holds the probe.  A
+    claim with the token that holds the probe is granted again and renews the lease, because clients retry commands.
 
     Attributes:
-        generation: The generation that the caller saw open.
-        token: Unique for this claim.
-        lease_ms: How long an unreported probe is waited for before it is offered again, milliseconds.
+        generation: Generation in which the caller saw the circuit open.
+        token: Token that is unique for this claim.
+        lease_ms: Time until another caller may claim an unreported probe, milliseconds.
         lost_token: Token of a probe that no call holds any more, and that counts as free; empty: none.
     """
 
@@ -199,7 +217,7 @@ class ClaimProbe(Intent):
         is_free = circuit.is_probe_free(now_ms) or (circuit.probe_token == self.lost_token != "")
         if circuit.generation != self.generation or not (circuit.state == OPEN or is_free):
             return Decision(False, circuit)
-        # Successes collected by a prober that died still count; those from before the circuit opened do not.
+        # Successes of a caller that never reported count.  Successes from before the circuit opened do not.
         successes = 0 if circuit.state == OPEN else circuit.success_counter
         return Decision(
             True, circuit.after_transition(HALF_OPEN, success_counter=successes, probe_token=self.token, **lease)
@@ -208,9 +226,12 @@ class ClaimProbe(Intent):
 
 @dataclass(frozen=True, slots=True)
 class SetState(Intent):
-    """By hand: put the circuit into a state, counters as they are.
+    """Change of the state by an operator; the counters stay.
 
-    Half-open by hand takes the trial from whoever has it, be it claimed or made by hand too.
+    Half-open frees the probe, also while a call holds the probe.
+
+    Attributes:
+        state: State after the change.
     """
 
     state: str
@@ -219,21 +240,21 @@ class SetState(Intent):
     def apply(self, circuit: Circuit, now_ms: float) -> Decision:
         if circuit.state == self.state != HALF_OPEN:
             return Decision(True, circuit)
-        moved = circuit.after_transition(self.state)
-        if self.state == OPEN and moved.opened_at_ms is None:
-            moved = replace(moved, opened_at_ms=now_ms)
-        return Decision(True, moved)
+        changed = circuit.after_transition(self.state)
+        if self.state == OPEN and changed.opened_at_ms is None:
+            changed = replace(changed, opened_at_ms=now_ms)
+        return Decision(True, changed)
 
 
 @dataclass(frozen=True, slots=True)
 class SetOpenedAt(Intent):
-    """By hand: say when the circuit opened.
+    """Change of the time at which the circuit opened.
 
-    Never in the future, so that a host whose clock is ahead cannot hold the fleet open; and while the circuit is open
-    only forward, so that a straggler cannot open the gate early.
+    A time in the future counts as now, so that a host whose clock is ahead cannot keep the circuit open.  While the
+    circuit is open, an earlier time is refused, so that a late caller cannot admit a probe early.
 
     Attributes:
-        at_ms: Milliseconds since the epoch, by the clock of the record's home; the epoch itself if before it.
+        at_ms: Time of the opening by the engine's clock, milliseconds since the epoch; a negative one counts as 0.
     """
 
     at_ms: float
@@ -248,7 +269,7 @@ class SetOpenedAt(Intent):
 
 @dataclass(frozen=True, slots=True)
 class ResetProbes(Intent):
-    """By hand: forget the successes that were collected while half-open."""
+    """Reset of the successes that were counted while half-open."""
 
     operation: ClassVar[str] = "reset_probes"
 
@@ -256,7 +277,7 @@ class ResetProbes(Intent):
         return Decision(True, replace(circuit, success_counter=0))
 
 
-#: Every intent; each has a script of its own.
+#: All intents.  Each has a script.
 INTENTS: tuple[type[Intent], ...] = (
     Load,
     RecordFailure,
@@ -274,16 +295,17 @@ INTENTS: tuple[type[Intent], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to an intent.
+    """Answer to an intent.
 
     Attributes:
-        accepted: Whether it was granted; a refused intent has changed nothing.
-        circuit: What is true now.
-        now_ms: When that was, milliseconds since the epoch by the clock of the record's home.
-        event: ``created``, ``restored``, ``repaired NAME…`` if this answer found the record so, else empty.
+        accepted: Whether the intent was accepted; a refused intent has changed nothing.
+        circuit: Circuit after the decision.
+        now_ms: Time of the decision by the engine's clock, milliseconds since the epoch.
+        repair_note: Condition of the record before the decision: ``created``, ``restored`` (lost, and restored
+            from what the process knew), ``repaired NAME…`` (damaged values), or empty (sound).
     """
 
     accepted: bool
     circuit: Circuit
     now_ms: float
-    event: str = ""
+    repair_note: str = ""

@@ -1,68 +1,64 @@
-"""Kinds of errors of clients and servers.
+"""Classification of errors: kinds of errors, of any client library, and features that a server may not have.
 
-Knows: classes and texts of errors.  Does not know: what to do about them.
+Classes are compared by name, because valkey's client and redis-py-cluster have their own classes with redis-py's names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import re
+from collections.abc import Iterator
 
+from pybreaker_redis import _log
+from pybreaker_redis._runtime.logger import emit
+from pybreaker_redis._runtime.redaction import describe_error
 from pybreaker_redis.errors import PybreakerRedisError
 
 
 class MissingFeature(enum.Enum):
-    """What a server may not have, or not for this user, and circuits can do without."""
+    """Feature that a server does not have, or forbids to this user, and that circuits can do without.
+
+    The values appear in the log records of the missing feature.
+    """
 
     SCRIPTS = "scripts"
-    """Circuits are moved by transactions."""
+    """EVAL: circuits use transactions."""
     EVALSHA = "names"
-    """Of scripts: each is sent as a whole."""
+    """EVALSHA: each call sends the source of its script."""
     PUBLISH = "publishing"
-    """Nobody is told when a circuit moves."""
+    """PUBLISH: other processes notice transitions at their next poll."""
     TRACKING = "tracking"
-    """Nobody is told of what others than these scripts do."""
-
-
-def is_moved_error(error: BaseException) -> bool:
-    """Whether a node says that it does not serve the slot, and who does."""
-    # Of redis-py's classes `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
-    return is_instance_of_named(error, "MovedError") or str(error).startswith("MOVED ")
-
-
-def is_slot_unserved(error: BaseException) -> bool:
-    """Whether a node says that it knows of nobody who serves the slot: there is none, or it was taken out itself."""
-    return "Hash slot not served" in str(error)
+    """CLIENT TRACKING: the server does not push what other clients than this package write."""
 
 
 class ErrorKind(enum.Enum):
-    """What an error says."""
+    """Kind of an error, and whether the error concerns the server, the circuit or a single report."""
 
-    UNREACHABLE = "away"
-    """Nobody answers, or not yet: of the server."""
+    UNREACHABLE = "unreachable"
+    """The server does not answer, or not yet.  Concerns the server."""
     READ_ONLY = "read-only"
-    """It answers, and takes no writes at present: of the server."""
+    """The server answers, and takes no writes at present.  Concerns the server."""
     FORBIDDEN = "forbidden"
-    """This user may not do this: of the circuit."""
+    """The user has no right to a command or a key.  Concerns the circuit."""
     CONTENDED = "contended"
-    """The server answers, and other writers were faster: of a single report."""
+    """The server answers, and other writers were faster.  Concerns a single report."""
     MIGRATING = "migrating"
-    """Its slot of a cluster is under way from one node to another: of the circuit."""
-    UNUSABLE = "fault"
-    """What was sent or what came back makes no sense, or what was to give a client failed: of the circuit."""
+    """The circuit's slot of a cluster migrates from one node to another.  Concerns the circuit."""
+    UNUSABLE = "unusable"
+    """The request or the reply is unusable, or the client source failed.  Concerns the circuit."""
 
 
-#: Names of error classes, and what they mean; of a class's own and its ancestors' names the first that stands here
-#: decides.  By name, because valkey's client and redis-py-cluster have classes of their own, called alike.
+#: Kind by the name of an error class.  The first known name among a class and its ancestors decides.
 _KIND_BY_CLASS = {
     "ReadOnlyError": ErrorKind.READ_ONLY,
     "OutOfMemoryError": ErrorKind.READ_ONLY,
     "NoPermissionError": ErrorKind.FORBIDDEN,
-    # A server that is loading, a pool without a connection to spare, a wrong password: all of these are this, too.
+    # Subclasses: a server that is loading, a pool without a free connection, a wrong password.
     "ConnectionError": ErrorKind.UNREACHABLE,
     "TimeoutError": ErrorKind.UNREACHABLE,
     "ClusterError": ErrorKind.UNREACHABLE,
-    # redis-py's class for MOVED is one of this kind, too.
+    # redis-py's class for MOVED is a subclass of the one for ASK.
     "AskError": ErrorKind.MIGRATING,
     "TryAgainError": ErrorKind.MIGRATING,
     "RedisClusterException": ErrorKind.UNREACHABLE,
@@ -72,7 +68,7 @@ _KIND_BY_CLASS = {
 }
 
 
-#: First words of the server's own errors, and what they mean, where the client has no class for them.
+#: Kind by the first word of a server's error, where the client has no class for the error.
 _KIND_BY_CODE = {
     "READONLY": ErrorKind.READ_ONLY,
     "OOM": ErrorKind.READ_ONLY,
@@ -91,7 +87,7 @@ _KIND_BY_CODE = {
 }
 
 
-#: Parts of what servers say in their own words, and what they mean: of commands in scripts, and before any password.
+#: Kind by a part of the text of errors that have no code: errors of commands in scripts, and errors before AUTH.
 _KIND_BY_PHRASE = {
     "permission": ErrorKind.FORBIDDEN,
     "can't access": ErrorKind.FORBIDDEN,
@@ -100,32 +96,68 @@ _KIND_BY_PHRASE = {
 }
 
 
-#: A code begins an error, or, inside that of a script, the error of a command.
+#: Code of an error: its first word, or the first word of the command's error inside the error of a script.
 _ERROR_CODE = re.compile(r"(?:^|[-@])([A-Z]+)\b")
 
 
-#: What redis-py puts before the error of a command in a pipeline, with the command, ends like this.
+#: End of the text that redis-py puts before the error of a command in a pipeline.
 _PIPELINE_PREFIX = "of pipeline caused error: "
 
 
+#: Parts of the errors with which servers and proxies refuse a command that they do not have.
+_UNKNOWN = ("unknown command", "unsupported", "not supported")
+
+
+#: Parts of the errors about a command that a script has called.
+_IN_SCRIPT = ("from script", "user_script", "executing the script")
+
+
+class ScriptingUnavailableError(PybreakerRedisError):
+    """Refusal of scripts, by the server or for this user."""
+
+
+class PushUnavailableError(PybreakerRedisError):
+    """Refusal of a push connection: the server has no channels, or this user has no right to them."""
+
+
 def error_kind(error: BaseException) -> ErrorKind:
-    """What an error means, of whatever client library."""
+    """Return the kind of an error of any client library."""
     for cls in type(error).__mro__:
         if cls.__name__ in _KIND_BY_CLASS:
             return _KIND_BY_CLASS[cls.__name__]
     if is_instance_of_named(error, "ResponseError"):
-        said = str(error).rpartition(_PIPELINE_PREFIX)[2]
-        for code in _ERROR_CODE.findall(said):
+        text = str(error).rpartition(_PIPELINE_PREFIX)[2]
+        for code in _ERROR_CODE.findall(text):
             if code in _KIND_BY_CODE:
                 return _KIND_BY_CODE[code]
-        for phrase, meaning in _KIND_BY_PHRASE.items():
-            if phrase in said:
-                return meaning
+        for phrase, kind in _KIND_BY_PHRASE.items():
+            if phrase in text:
+                return kind
     return ErrorKind.UNUSABLE
 
 
+@contextlib.contextmanager
+def suppress_except(*kinds: ErrorKind) -> Iterator[None]:
+    """Suppress and log an error, unless the error is of one of these kinds.
+
+    Args:
+        kinds: Kinds of errors that are raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if error_kind(error) in kinds:
+            raise
+        emit(_log.detail("not brought back: %s", describe_error(error)))
+
+
+def is_instance_of_named(error: BaseException, name: str) -> bool:
+    """Return whether an error's class, or one of its ancestors, has this name."""
+    return any(cls.__name__ == name for cls in type(error).__mro__)
+
+
 def is_authentication_error(error: BaseException) -> bool:
-    """Whether a server does not accept the credentials of a connection, or misses them."""
+    """Return whether a server rejects the credentials of a connection, or misses them."""
     if is_instance_of_named(error, "AuthenticationError") or is_instance_of_named(
         error, "AuthenticationWrongNumberOfArgsError"
     ):
@@ -133,43 +165,34 @@ def is_authentication_error(error: BaseException) -> bool:
     return is_instance_of_named(error, "ResponseError") and any(code in str(error) for code in ("NOAUTH", "WRONGPASS"))
 
 
-class ScriptingUnavailableError(PybreakerRedisError):
-    """The server does not run scripts, or not for this user."""
+def is_moved_error(error: BaseException) -> bool:
+    """Return whether a node of a cluster redirects to the node that serves the slot."""
+    # In redis-py, `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
+    return is_instance_of_named(error, "MovedError") or str(error).startswith("MOVED ")
 
 
-class PushUnavailableError(PybreakerRedisError):
-    """The server has no channels, or this user may not hear them."""
-
-
-#: What servers say, and proxies before them, to a command that they do not have.
-_UNKNOWN = ("unknown command", "unsupported", "not supported")
-
-
-#: The same, of a command that a script has called.
-_IN_SCRIPT = ("from script", "user_script", "executing the script")
-
-
-def is_instance_of_named(error: BaseException, name: str) -> bool:
-    """Whether an error is of a class of that name: valkey's client has classes of its own, called like redis-py's."""
-    return any(cls.__name__ == name for cls in type(error).__mro__)
+def is_slot_unserved(error: BaseException) -> bool:
+    """Return whether a node of a cluster finds no node for the slot: none serves the slot, or this node was removed."""
+    return "Hash slot not served" in str(error)
 
 
 def may_have_executed(error: BaseException) -> bool:
-    """Whether the server may have executed what got this error instead of an answer."""
+    """Return whether the server may have executed the command that ended with this error."""
     cause = error.__cause__ if is_instance_of_named(error, "WatchError") else error
     return cause is not None and is_instance_of_named(cause, "TimeoutError")
 
 
 def is_unsupported_command(error: BaseException, *commands: str) -> bool:
-    """Whether a server says that it does not have a command, or not for this user.
+    """Return whether a server does not have a command, or forbids the command to this user.
 
     Args:
-        error: What it has answered.
-        commands: What was asked for; who may not use it is told its name, and not only that of a key.
+        error: Error reply of the server.
+        commands: Names of the commands that were sent.  A refusal for want of rights counts if it names one of them,
+            and not only a key.
     """
     if not is_instance_of_named(error, "ResponseError"):
         return False
-    said = str(error).lower()
+    text = str(error).lower()
     if is_instance_of_named(error, "NoPermissionError"):
-        return any(f"{quote}{command}{quote}" in said for command in commands for quote in "'`")
-    return any(words in said for words in _UNKNOWN) and not any(words in said for words in _IN_SCRIPT)
+        return any(f"{quote}{command}{quote}" in text for command in commands for quote in "'`")
+    return any(words in text for words in _UNKNOWN) and not any(words in text for words in _IN_SCRIPT)

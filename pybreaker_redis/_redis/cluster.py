@@ -1,12 +1,11 @@
-"""Which node of a cluster serves a slot, and how does one get there?
+"""Topology of a cluster: the node that serves a slot, and clients of nodes.
 
-Knows: cluster clients of redis-py and its kin and of redis-py-cluster, CLUSTER SLOTS, redirections.  Does not know:
-what is asked of a node.
+All keys of a circuit are in one slot, so one node at a time serves a circuit on a cluster.  That node is a server like
+any other, with this package's connections, deadlines, availability and listener.  In addition, the slot may move.  The
+node then replies MOVED, and the other nodes report the successor of a node that is gone.
 
-All keys of a circuit lie in one slot, so on a cluster a circuit lives on one node at a time, and that is a server like
-any other: with connections of our own, deadlines, a guard, somebody who listens.  What a cluster adds is that the
-circuit may move: a node says so when it is asked (MOVED), and of one that is gone the others know who has taken over.
-The user's cluster client is looked at, and never asked: it would wait and try again as it likes.
+The user's cluster client is only a source of addresses and settings.  No command is sent by way of that client, because
+it waits and retries by its own rules.
 """
 
 from __future__ import annotations
@@ -20,48 +19,47 @@ from typing import Any
 
 from pybreaker_redis._redis.classify import is_moved_error
 from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
-from pybreaker_redis._redis.endpoint import client_module_of, endpoint_of
+from pybreaker_redis._redis.endpoint import Address, client_module_of, endpoint_of
+from pybreaker_redis._redis.legacy import nodes_of_redis_py_cluster, topology_of_redis_py_cluster
 from pybreaker_redis._redis.pool import client_on_pool, credentials_of
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import suppress_errors
 
-#: Host and port.
-Address = tuple[str, int]
-
-#: Seconds to wait for a single node that is asked about the others, at most.
+#: Seconds to wait for CLUSTER SLOTS of one node, at most.
 SURVEY_TIMEOUT_S = 1.0
 
-#: Seconds until they are asked again: all circuits of a process that are looked for then are looked for at once.
+#: Seconds between two surveys of a cluster.  One survey serves all circuits of a process that look for their node.
 SURVEY_PAUSE_S = 0.05
 
-#: What a node says of a slot that it does not serve: its number, and where it is served.  In a pipeline redis-py puts
-#: the command before it, with keys that may look alike.
+#: End of a MOVED error: the slot, and the address of its node.  In a pipeline, redis-py puts the command before the
+#: error, and the command has keys that may look alike.
 _REDIRECTION = re.compile(r"(\d+) (\S*):(\d+)$")
 
 
 class ClusterTopology:
-    """A cluster, as this process knows it.
+    """Nodes and slots of a cluster, as far as this process has read them.
 
     Args:
-        client: Of the cluster, or of one node of it and its pool: kept, because it is known by their ids.
-        node: Returns a client of a node; connects to nobody.
+        client: Client of the cluster, or a client of one node with its pool.  The object keeps them alive, because
+            their ids identify the topology.
+        make: Function that returns a client of a node, without a connection.
         seeds: Nodes to begin with.
-        found: Returns the node that serves a slot, as far as the client knows, or ``None``.
-        remap: What an address is called from here.
+        find: Function that returns the node of a slot by the client's own table; ``None``: unknown.
+        remap: Function that translates an address that a node reports.
     """
 
     def __init__(
         self,
         client: Any,
-        node: Callable[[Address], Any],
+        make: Callable[[Address], Any],
         seeds: list[Address],
-        found: Callable[[int], Address | None],
+        find: Callable[[int], Address | None],
         remap: Callable[[Address], Address],
     ) -> None:
-        #: As long as it lives nobody else has its id.
+        #: No other object gets the id while the client is alive.
         self._client = client
-        self._make = node
-        self._found = found
+        self._make = make
+        self._find = find
         self._remap = remap
         self._seed_nodes = set(seeds)
         self._known_nodes = set(seeds)
@@ -71,31 +69,34 @@ class ClusterTopology:
         self._refreshed_at = -SURVEY_PAUSE_S
 
     def client_of_node(self, address: Address) -> Any:
-        """A client of one node; always the same."""
+        """Return the client of one node, the same one each time."""
         return self._nodes.get(address) or self._nodes.setdefault(address, self._make(address))
 
-    def update_node_credentials(self, words: Mapping[str, Any]) -> None:
-        """Have the clients of its nodes authenticate by other words from now on.
+    def update_node_credentials(self, arguments: Mapping[str, Any]) -> None:
+        """Replace the credentials of the clients of all nodes.
 
         Args:
-            words: Of the cluster's client; credentials among them.
+            arguments: Arguments of the connections of the cluster's client.
         """
         for node in tuple(self._nodes.values()):
-            node.connection_pool.connection_kwargs.update(credentials_of(words))
+            node.connection_pool.connection_kwargs.update(credentials_of(arguments))
 
     def primary_of(self, slot: int) -> Address:
-        """The node that serves a slot; asks others only if nothing is known of it.
+        """Return the address of the node that serves a slot; query the nodes only if the node is unknown.
+
+        Args:
+            slot: Number of the slot.
 
         Raises:
-            ConnectionError: Nobody knows.
-            LookupError: Nobody serves it, though others are served.
+            ConnectionError: No node reports any slots.
+            LookupError: No node serves the slot, though other slots are served.
         """
         address = self._known_primary_of(slot)
         if address is None:
             self.refresh()
             address = self._known_primary_of(slot)
         if address is None:
-            msg = f"no node of the cluster says who serves slot {slot}"
+            msg = f"no node of the cluster reports the node of slot {slot}"
             raise LookupError(msg) if self._slot_ranges else ConnectionError(msg)
         return address
 
@@ -105,30 +106,30 @@ class ClusterTopology:
         for slots, address in self._slot_ranges:
             if slot in slots:
                 return address
-        return None if self._slot_ranges else self._found(slot)
+        return None if self._slot_ranges else self._find(slot)
 
     def record_redirection(self, slot: int, address: Address) -> None:
-        """A node has said that another one serves a slot."""
+        """Note the node of a slot, as another node has reported it."""
         self._redirections[slot] = address
         self._known_nodes.add(address)
 
     def refresh(self, avoid: Address | None = None) -> None:
-        """Ask the nodes who serves which slot, until one answers.
+        """Query the nodes for the slots until one answers; do nothing within `SURVEY_PAUSE_S` after the last survey.
 
         Args:
-            avoid: The one that is asked last: it has failed, or may be cut off from the others.
+            avoid: Node that is queried last, because the node has failed or may be cut off from the others.
         """
         if monotonic() < self._refreshed_at + SURVEY_PAUSE_S:
             return
         self._refreshed_at = monotonic()
         known = self._known_nodes - {avoid}
-        # Not all processes the same one; and those last that had to begin with, but have been replaced since.
+        # In random order, so that processes query different nodes; seed nodes that were replaced come last.
         others = [*_shuffled(known), *_shuffled(self._seed_nodes - known - {avoid})]
         left = seconds_left()
-        # The other half of the time is for the node that is found.
+        # The other half of the time is for the command on the node that the survey finds.
         with deadline(None if left is None else left / 2):
             self._query_in_turn(others if avoid is None else [*others, avoid])
-        # However long that took: the next circuit need not wait for the same.
+        # The pause begins after the survey, however long that took: the next circuit uses its result.
         self._refreshed_at = monotonic()
 
     def _query_in_turn(self, asked: list[Address]) -> None:
@@ -137,7 +138,7 @@ class ClusterTopology:
             if left == 0:
                 return
             slots = None
-            # Whatever a library raises: the next one may know.  Who does not answer leaves time for that one.
+            # After any error, the next node may answer.  A node that does not answer leaves half of the time.
             with suppress_errors(), deadline(SURVEY_TIMEOUT_S if left is None else left / min(len(asked), 2)):
                 slots = self._query_slots(address)
             if slots:
@@ -160,23 +161,23 @@ class ClusterTopology:
             known.update(addresses)
             slots.append((range(int(first), int(last) + 1), addresses[0]))
         if slots:
-            # Those that have been replaced by others, with new addresses, would be waited for in vain.
+            # Drop nodes that were replaced: a query to their addresses would wait in vain.
             self._known_nodes = known
-            self._nodes = {there: node for there, node in self._nodes.items() if there in known | self._seed_nodes}
+            self._nodes = {each: node for each, node in self._nodes.items() if each in known | self._seed_nodes}
         return slots
 
     def _address(self, node: Any, asked: Address) -> Address:
         host, port = node[:2]
         host = host.decode() if isinstance(host, bytes) else host
-        # A node that has not been told its own name says nothing.
+        # A node without a configured name reports no host.
         return self._remap((host if host and host != "?" else asked[0], int(port)))
 
     def redirection_target(self, error: BaseException, asked: Address) -> Address | None:
-        """Where a node has sent whoever asked it for a slot; ``None`` if it has not.
+        """Return the address in a redirection; ``None`` if the error is no redirection.
 
         Args:
-            error: What it answered.
-            asked: The node.
+            error: Error reply of a node.
+            asked: Address of that node.
         """
         if not is_moved_error(error):
             return None
@@ -189,58 +190,60 @@ def _shuffled(addresses: set[Address]) -> list[Address]:
 
 
 def topology_of(client: Any) -> ClusterTopology | None:
-    """The cluster behind a cluster's client; the same each time.  ``None`` for any other client."""
+    """Return the topology of a cluster's client, the same one each time; ``None`` for any other client."""
     for manager, adapter in (
-        (getattr(client, "nodes_manager", None), _redis_py),
-        (_nodes_of(client), _redis_py_cluster),
+        (getattr(client, "nodes_manager", None), _topology_of_redis_py),
+        (nodes_of_redis_py_cluster(client), topology_of_redis_py_cluster),
     ):
         if manager is not None:
-            known = _clusters.get(id(manager))
+            known = _topologies.get(id(manager))
             if known is None:
-                known = _clusters[id(manager)] = adapter(client, manager)
+                known = _topologies[id(manager)] = ClusterTopology(client, *adapter(client, manager))
             return known
     return None
 
 
 def topology_behind_node(client: Any) -> ClusterTopology | None:
-    """The cluster that a client of one node, or of an endpoint, leads to; the same each time.
+    """Return the topology of the cluster behind a client of one node or of a cluster's endpoint.
 
-    ``None`` if it is no such client.
+    Args:
+        client: Client of a single server.
+
+    Returns:
+        The topology, the same one each time; ``None`` if the client has no single address.
     """
     endpoint, library = endpoint_of(client), client_module_of(client)
     if endpoint is None or library is None or endpoint.address is None:
         return None
     pool = client.connection_pool
-    connection_class, words = endpoint.connection_class, pool.connection_kwargs
+    connection_class, arguments = endpoint.connection_class, pool.connection_kwargs
 
-    def node(address: Address) -> Any:
-        there = {**words, "host": address[0], "port": address[1]}
-        return client_on_pool(client, library.ConnectionPool(connection_class=connection_class, **there))
+    def make(address: Address) -> Any:
+        of_node = {**arguments, "host": address[0], "port": address[1]}
+        return client_on_pool(client, library.ConnectionPool(connection_class=connection_class, **of_node))
 
-    known = _clusters.get(id(pool))
+    known = _topologies.get(id(pool))
     if known is None:
-        cluster = ClusterTopology((client, pool), node, [endpoint.address], lambda _: None, lambda address: address)
-        known = _clusters[id(pool)] = cluster
+        seeds = [endpoint.address]
+        topology = ClusterTopology((client, pool), make, seeds, lambda _: None, lambda address: address)
+        known = _topologies[id(pool)] = topology
     return known
 
 
-_clusters: weakref.WeakValueDictionary[int, ClusterTopology] = weakref.WeakValueDictionary()
+#: Topologies of this process, by the id of the client's node manager or pool.
+_topologies: weakref.WeakValueDictionary[int, ClusterTopology] = weakref.WeakValueDictionary()
 
 
-def _nodes_of(client: Any) -> Any:
-    """What redis-py-cluster's pool knows of its nodes."""
-    pool = getattr(client, "connection_pool", None)
-    return getattr(pool, "nodes", None) if type(pool).__module__.startswith("rediscluster") else None
-
-
-def _redis_py(client: Any, manager: Any) -> ClusterTopology:
-    # valkey-py has renamed what is called after Redis.
+def _topology_of_redis_py(
+    client: Any, manager: Any
+) -> tuple[Callable[[Address], Any], list[Address], Callable[[int], Address | None], Callable[[Address], Address]]:
+    # valkey-py has renamed the method.
     create = getattr(manager, "create_redis_node", None) or manager.create_valkey_node
 
-    def node(address: Address) -> Any:
+    def make(address: Address) -> Any:
         return create(*address, **manager.connection_kwargs)
 
-    def found(slot: int) -> Address | None:
+    def find(slot: int) -> Address | None:
         nodes = manager.slots_cache.get(slot)
         return (nodes[0].host, nodes[0].port) if nodes else None
 
@@ -248,20 +251,4 @@ def _redis_py(client: Any, manager: Any) -> ClusterTopology:
         return manager.remap_host_port(*address) if hasattr(manager, "remap_host_port") else address
 
     seeds = [*manager.startup_nodes.values(), *manager.nodes_cache.values()]
-    return ClusterTopology(client, node, [(node.host, node.port) for node in seeds], found, remap)
-
-
-def _redis_py_cluster(client: Any, manager: Any) -> ClusterTopology:
-    def node(address: Address) -> Any:
-        return manager.get_redis_link(*address)
-
-    def found(slot: int) -> Address | None:
-        nodes = manager.slots.get(slot)
-        return (nodes[0]["host"], int(nodes[0]["port"])) if nodes else None
-
-    def remap(address: Address) -> Address:
-        host, port = manager.remap_internal_node_object(list(address))
-        return host, int(port)
-
-    seeds = [*manager.startup_nodes, *manager.nodes.values()]
-    return ClusterTopology(client, node, [(node["host"], int(node["port"])) for node in seeds], found, remap)
+    return make, [(node.host, node.port) for node in seeds], find, remap

@@ -1,13 +1,10 @@
-"""How long may this still take?
+"""Deadlines of whole operations on connections of redis-py and similar libraries.
 
-Knows: the running operation's deadline, sockets, connection classes of redis-py and its kin.  Does not know: what the
-operation is.
+A socket's timeout begins again with every piece that arrives, and with every reply of a handshake.  A server that sends
+a byte now and then can therefore exceed the timeout many times.  The sockets of this module keep one deadline for a
+whole operation: connecting, authenticating, sending and receiving.
 
-A socket's timeout begins anew with every piece that arrives, and with every answer of a handshake: a server that sends
-a byte now and then, or answers each of five questions slowly, is waited for many times as long as was meant.  So the
-sockets made here look at one deadline for all of an operation: connecting, authenticating, sending, receiving.
-
-Looking up the host's name is the one thing that has no deadline: the system's resolver takes none.
+The lookup of the host's name has no deadline, because the system's resolver accepts none.
 """
 
 from __future__ import annotations
@@ -29,18 +26,18 @@ _Result = TypeVar("_Result")
 
 _DEADLINE_PASSED = "the deadline has passed"
 
-#: Seconds that an operation gets once more, if its time is over when something is to be sent: whoever has answered all
-#: that was asked was not slow, this process was, as with many busy threads; no reason to take the server for away.
+#: Extra seconds of an operation, once, if the deadline has passed before a command is sent.  The server has answered
+#: all commands so far, so this process is slow, as with many busy threads, and the server is not unreachable.
 SEND_GRACE_S = 0.05
 
 
 class LostConnection(enum.Enum):
-    """How a connection that had been used before turned out to be gone, without a byte of an answer."""
+    """Way in which a reused connection turned out to be lost, before a byte of a reply."""
 
     UNSENT = "unsent"
-    """The command could not be sent: nothing was done."""
+    """The command could not be sent: the server has executed nothing."""
     UNANSWERED = "unanswered"
-    """It was sent, and the connection reset: most likely nothing was done."""
+    """The command was sent, and the connection was reset: most likely the server has executed nothing."""
 
 
 @dataclass(slots=True)
@@ -48,7 +45,7 @@ class _Deadline:
     until: float
     has_used_grace: bool = False
     lost: LostConnection | None = None
-    #: What was raised into a wait of this operation from outside; a client library may have swallowed it.
+    #: Interruption of a wait of this operation; a client library may have suppressed it.
     interruption: Exception | None = None
 
 
@@ -57,13 +54,12 @@ _current: ContextVar[_Deadline | None] = ContextVar("deadline of an operation", 
 
 @contextlib.contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
-    """Whatever is done on deadlined connections meanwhile ends within so many seconds.
+    """Limit the time of all operations in the block on connections that keep deadlines.
+
+    An interruption of a wait in the block is raised in place of the error that the client library made of it.
 
     Args:
-        seconds: From now on; ``None``: no deadline but the connection's own timeouts.
-
-    Raises:
-        Exception: What was raised into a wait from outside meanwhile, whatever the client library has made of it.
+        seconds: Seconds from now on; ``None``: no deadline, only the timeouts of the connections.
     """
     current = None if seconds is None else _Deadline(monotonic() + seconds)
     token = _current.set(current)
@@ -81,31 +77,31 @@ def deadline(seconds: float | None) -> Iterator[None]:
 
 
 def seconds_left() -> float | None:
-    """Until the deadline, zero if it has passed; ``None`` if there is none."""
+    """Return the seconds until the deadline, 0 if the deadline has passed; ``None``: no deadline."""
     current = _current.get()
     return None if current is None else max(0.0, current.until - monotonic())
 
 
 def take_lost_connection() -> LostConnection | None:
-    """Return how a reused connection was lost in the operation that runs, once; ``None``: none was."""
+    """Return how a reused connection was lost in the present operation, and forget that; ``None``: none was lost."""
     current = _current.get()
     if current is None:
         return None
-    drop, current.lost = current.lost, None
-    return drop
+    lost, current.lost = current.lost, None
+    return lost
 
 
 class DeadlineSocket:
-    """A connected socket that keeps the deadline of whatever is done with it; all else is the socket's own.
+    """Connected socket that keeps the deadline of the present operation, and delegates everything else.
 
     Args:
         wrapped: The socket, plain or TLS.
-        given: Seconds to wait where there is no deadline; ``None``: without end.
-        longest: Seconds to wait for a single piece, deadline or not.
+        given: Seconds to wait without a deadline; ``None``: without end.
+        longest: Seconds to wait for a single piece, with or without a deadline; ``None``: no such limit.
 
     Attributes:
-        used_at: When something was sent last, or when it was connected, monotonic seconds.
-        is_reused: Whether it was used before, and nothing has been received since it was taken again.
+        used_at: Time of the last sending, or of the connection, monotonic seconds.
+        is_reused: Whether the pool has handed out the connection again, and nothing was received since.
     """
 
     def __init__(self, wrapped: socket.socket, given: float | None, longest: float | None) -> None:
@@ -132,30 +128,31 @@ class DeadlineSocket:
         self._note_received(bool(received))
         return received
 
-    def _note_received(self, anything: bool) -> None:
+    def _note_received(self, is_data: bool) -> None:
         if self.is_reused:
-            if not anything:
+            if not is_data:
                 self._note_lost(LostConnection.UNANSWERED)
             self.is_reused = False
 
-    def _note_lost(self, drop: LostConnection) -> None:
+    def _note_lost(self, lost: LostConnection) -> None:
         if self.is_reused and (current := _current.get()) is not None:
-            current.lost = drop
+            current.lost = lost
 
     def sendall(self, *arguments: Any) -> None:
         current = _current.get()
         if current is not None and not seconds_left():
             if current.has_used_grace:
-                # Whoever asked has given up: what is not sent is not done either.
+                # The caller has given up, and an unsent command is not executed.
                 raise TimeoutError(_DEADLINE_PASSED)
             current.until, current.has_used_grace = monotonic() + SEND_GRACE_S, True
         self.used_at = monotonic()
         self._run_in_time(LostConnection.UNSENT, self._wrapped.sendall, *arguments)
 
-    def _run_in_time(self, drop: LostConnection, operation: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Do something with the socket by the deadline, without a context manager: each call does it three times.
+    def _run_in_time(self, lost: LostConnection, operation: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Run an operation of the socket by the deadline.
 
-        What is there already is taken even when the time is over: then it was not the peer who was slow.
+        Data that have arrived are received even after the deadline, because then this process was slow.  A context
+        manager would cost too much, because each guarded call runs three operations.
         """
         left = seconds_left()
         if left is None or self._given == 0:
@@ -170,36 +167,38 @@ class DeadlineSocket:
         except Exception as error:
             _note_interruption(error)
             if isinstance(error, ConnectionError | ssl.SSLError):
-                self._note_lost(drop)
+                self._note_lost(lost)
             raise
 
 
 class _ReusableConnection:
-    """What a connection does before it is connected, and when its pool hands it out again.
+    """Part of a connection class that reads credentials anew, and replaces connections that were idle.
 
     Args:
-        credentials: Its method ``now`` returns those to connect with, by their words; ``None``: those that were given.
-        idle_limit: Seconds of silence after which a connection is replaced by a new one; ``None``: never.
+        credentials: Source of the credentials, see `pool.Credentials`; ``None``: use the given arguments.
+        idle_limit: Seconds of silence after which the connection is replaced; ``None``: never.
     """
 
-    def __init__(self, *arguments: Any, credentials: Any = None, idle_limit: float | None = None, **words: Any) -> None:
-        super().__init__(*arguments, **words)
+    def __init__(
+        self, *arguments: Any, credentials: Any = None, idle_limit: float | None = None, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
         self._credentials = credentials
         self._longest_idle = idle_limit
 
-    def connect(self, *arguments: Any, **words: Any) -> None:
-        """Connect if need be; pools call this whenever they hand out a connection."""
+    def connect(self, *arguments: Any, **options: Any) -> None:
+        """Connect, unless the connection is usable; pools call this method whenever they hand out a connection."""
         made = getattr(self, "_sock", None)
         if isinstance(made, DeadlineSocket):
             if self._longest_idle is not None and monotonic() - made.used_at > self._longest_idle:
                 cast("Any", self).disconnect()
             else:
                 made.is_reused = True
-        cast("Any", super()).connect(*arguments, **words)
+        cast("Any", super()).connect(*arguments, **options)
 
     def _connect(self) -> Any:
         for name, value in (self._credentials.read_credentials() if self._credentials else {}).items():
-            # redis-py before 4.3 has no providers.
+            # redis-py before 4.3 has no credential providers.
             if hasattr(self, name):
                 setattr(self, name, value)
         take_lost_connection()
@@ -207,7 +206,7 @@ class _ReusableConnection:
 
 
 def _note_interruption(error: Exception) -> None:
-    """Note what is raised into a wait from outside: Sentinels' clients go on with the next one after an `OSError`."""
+    """Note an interruption, because a client of Sentinels suppresses every `OSError` and queries the next one."""
     current = _current.get()
     if current is not None and is_interruption(error):
         current.interruption = error
@@ -215,25 +214,25 @@ def _note_interruption(error: Exception) -> None:
 
 @cache
 def keep_deadlines(connection_class: type[Any], longest: float | None = None) -> type[Any]:
-    """The same kind of connection, keeping deadlines.
+    """Return a subclass of a connection class that keeps deadlines.
 
     Args:
-        connection_class: Of redis-py or its kin.
-        longest: Seconds to wait for a single piece, deadline or not: where others are asked if one does not answer.
+        connection_class: Class of redis-py or a similar library.
+        longest: Seconds to wait for a single piece, with or without a deadline, where another server is queried next;
+            ``None``: no such limit.
 
     Returns:
-        A class that takes two words more: ``credentials``, which has the method ``now`` that returns those to connect
-        with by their words, and ``idle_limit``, seconds after which a connection is not used again.
+        The class; see `_ReusableConnection` for its additional arguments.
     """
 
     def left_or(given: float | None) -> float | None:
         left = seconds_left()
-        # A timeout of zero would mean not to wait at all.
+        # A timeout of zero would make the socket non-blocking.
         return given if left is None else max(0.001, _wait_limit(left, longest))
 
     class Deadlined(_ReusableConnection, connection_class):  # type: ignore[misc]
-        # One name has many addresses, and TLS begins when TCP is done: what is left is looked up each time.  The names
-        # that the values are kept under are redis-py's own, from 8 on.
+        # A connection may try several addresses and then start TLS, so each step reads the remaining time.  The
+        # names of the attributes are those of redis-py 8.
         _socket_timeout: float | None = None
         _socket_connect_timeout: float | None = None
 
@@ -253,11 +252,11 @@ def keep_deadlines(connection_class: type[Any], longest: float | None = None) ->
         def socket_connect_timeout(self, seconds: float | None) -> None:
             self._socket_connect_timeout = seconds
 
-        def connect(self, *arguments: Any, **words: Any) -> None:
+        def connect(self, *arguments: Any, **options: Any) -> None:
             try:
-                super().connect(*arguments, **words)
+                super().connect(*arguments, **options)
             except BaseException:
-                # A handshake that was not finished, by whatever ended it: the next one begins on a new connection.
+                # The handshake is incomplete, so the next operation needs a new connection.
                 self.disconnect()
                 raise
 

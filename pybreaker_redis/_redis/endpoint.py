@@ -1,6 +1,6 @@
-"""Where does a client's server listen, and how does one get there on connections of one's own?
+"""Endpoints: the server of a client, and the arguments that connect to it.
 
-Knows: clients and connection pools of redis-py and its kin.  Does not know: what is said on a connection.
+The functions read the connection pools of clients of redis-py, valkey-py and redis-py-cluster.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from functools import lru_cache
 from typing import Any
 
 from pybreaker_redis._redis.keys import has_plain_copy
+from pybreaker_redis._redis.legacy import connect_timeout_arguments
 from pybreaker_redis._runtime import redaction
 
-#: Words that say which server, which database and which user; behind Sentinels the pool knows the master's name.
+#: Host and port.
+Address = tuple[str, int]
+
+#: Arguments that identify server, database and user.  Behind Sentinels, the pool has the name of the master.
 _DATABASE_ARGUMENTS = frozenset(
     (
         *("host", "port", "path", "db", "connection_pool", "service_name"),
@@ -27,105 +31,93 @@ _DATABASE_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and a way to reach it; equal for clients that reach the same database of it by the same right and means.
+    """Server with the arguments that connect to it.
+
+    Endpoints are equal if their connections reach the same database as the same user, with the same options.
 
     Attributes:
-        connection_class: Of the client's pool.
-        identity: What tells servers, databases, users and ways to connect apart.
-        connection_arguments: What the connection's constructor takes.
-        db: The database.
-        is_one_slot: Whether keys of different circuits may not be asked for in one command: there, or somewhere behind
-            it, is a cluster.
+        connection_class: Class of the pool's connections.
+        identity: Values that distinguish servers, databases, users and options.
+        connection_arguments: Arguments of the class.
+        db: Number of the database.
     """
 
     connection_class: Any
     identity: EndpointIdentity
     connection_arguments: Mapping[str, Any] = field(compare=False)
     db: int
-    is_one_slot: bool = False
 
     @property
     def database_identity(self) -> EndpointIdentity:
-        """What tells databases and users apart, by whatever means they are reached."""
+        """Values that distinguish databases and users, with any options."""
         return tuple(item for item in self.identity if item[0] in _DATABASE_ARGUMENTS)
 
     @property
-    def address(self) -> tuple[str, int] | None:
-        """Host and port; ``None`` for a unix socket, and for a master that Sentinels know."""
+    def address(self) -> Address | None:
+        """Host and port; ``None`` for a unix socket, and for a master that Sentinels watch."""
         if "path" in self.connection_arguments or "connection_pool" in self.connection_arguments:
             return None
         return self.connection_arguments.get("host") or "localhost", int(self.connection_arguments.get("port") or 6379)
 
-    def connect(self, *, timeout: float, **words: Any) -> Any:
-        """A new connection, connected.
+    def connect(self, *, timeout: float, **arguments: Any) -> Any:
+        """Open and return a new connection.
 
         Args:
             timeout: Seconds for each wait.
-            words: Further words for the constructor.
+            arguments: Further arguments of the connection.
 
         Raises:
-            Exception: Whatever the library raises when there is nobody.
+            redis.ConnectionError: No connection; the class of that name of the client's library.
+            redis.TimeoutError: No connection within the timeout; the class of that name of the client's library.
+            OSError: No connection.
         """
-        own = dict(self.connection_arguments)
-        connect_timeout = min(own.pop("socket_connect_timeout", None) or timeout, timeout)
-        if "path" not in own:
-            # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
-            own["socket_connect_timeout"] = connect_timeout
+        kept = dict(self.connection_arguments)
+        connect_timeout = min(kept.pop("socket_connect_timeout", None) or timeout, timeout)
+        kept.update(connect_timeout_arguments(kept, connect_timeout))
         connection = self.connection_class(
-            **{**own, "decode_responses": False, **words},
+            **{**kept, "decode_responses": False, **arguments},
             socket_timeout=timeout,
         )
         connection.connect()
         return connection
 
-    def verify_master(self, connection: Any) -> bool:
-        """Whether Sentinels know another master than the one that a connection leads to.
-
-        To ask them also has the pool's idle connections closed if they do.  Who cannot be asked knows nothing else.
-        """
-        pool = self.connection_arguments.get("connection_pool")
-        if not getattr(pool, "is_master", False):
-            return False
-        try:
-            address = tuple(pool.get_master_address())  # type: ignore[union-attr]
-        except Exception:  # noqa: BLE001
-            return False
-        return address != (connection.host, connection.port)
-
     def __str__(self) -> str:
-        words = self.connection_arguments
-        service = getattr(words.get("connection_pool"), "service_name", None)
-        where = words.get("path") or f"{words.get('host', 'localhost')}:{words.get('port', 6379)}"
+        arguments = self.connection_arguments
+        service = getattr(arguments.get("connection_pool"), "service_name", None)
+        where = arguments.get("path") or f"{arguments.get('host', 'localhost')}:{arguments.get('port', 6379)}"
         return f"{f'the master {service!r}' if service else where}/{self.db}"
 
 
 def endpoint_of(client: Any) -> Endpoint | None:
-    """Where a client's commands go; ``None`` if there is no single such place that further connections can be made to.
+    """Return the endpoint of a client; ``None`` if no further connection like the client's can be made.
 
-    Clusters are many places, and fakeredis is none.
+    A cluster's client has many servers, and a client of fakeredis has none.
     """
     pool = getattr(client, "connection_pool", None)
-    words = getattr(pool, "connection_kwargs", None)
+    arguments = getattr(pool, "connection_kwargs", None)
     connection_class = getattr(pool, "connection_class", None)
-    if not isinstance(words, Mapping) or connection_class is None:
+    if not isinstance(arguments, Mapping) or connection_class is None:
         return None
     if _client_packages_of(client) & {"fakeredis", "rediscluster"}:
         return None
-    kept = kept_arguments(words)
+    kept = kept_arguments(arguments)
     for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
-        # Their secrets are masked, too.
+        # Register the secrets of the Sentinels, too.
         kept_arguments(sentinel.connection_pool.connection_kwargs)
-    return Endpoint(connection_class, identity_of(connection_class, kept), kept, int(words.get("db") or 0))
+    return Endpoint(connection_class, identity_of(connection_class, kept), kept, int(arguments.get("db") or 0))
 
 
 def plain_endpoint_of(client: Any) -> Endpoint | None:
-    """As `endpoint_of`; ``None`` also for a client that no plain one can stand for: it may rename keys as it likes."""
+    """Return the endpoint of a client; ``None`` also if no plain client can replace the client.
+
+    Such a client may rename keys in an unknown way.
+    """
     endpoint = endpoint_of(client)
     return endpoint if endpoint is not None and has_plain_copy(client) else None
 
 
 def _client_packages_of(client: Any) -> set[str]:
-    """The packages that the client's connections come from."""
+    """Return the packages of the client's connection classes."""
     pool = getattr(client, "connection_pool", None)
     connection_class = getattr(pool, "connection_class", None)
     classes = (*type(pool).__mro__, *getattr(connection_class, "__mro__", ()))
@@ -133,32 +125,32 @@ def _client_packages_of(client: Any) -> set[str]:
 
 
 def connection_arguments_of(client: Any) -> Mapping[str, Any]:
-    """Return what a client's connections are given; nothing if it has none."""
-    words = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
-    if not isinstance(words, Mapping):
-        # redis-py's cluster.
-        words = getattr(getattr(client, "nodes_manager", None), "connection_kwargs", None)
-    return words if isinstance(words, Mapping) else {}
+    """Return the arguments of a client's connections; an empty mapping if there are none."""
+    arguments = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
+    if not isinstance(arguments, Mapping):
+        # A cluster's client of redis-py.
+        arguments = getattr(getattr(client, "nodes_manager", None), "connection_kwargs", None)
+    return arguments if isinstance(arguments, Mapping) else {}
 
 
 def command_wait_limit(client: Any) -> float | None:
-    """How many seconds a command may take at most, as far as the client's settings tell; ``None``: without end.
+    """Return the seconds that a command may take by the client's settings; ``None``: without end.
 
-    Zero for what never waits, as fakeredis, and for what cannot be judged.
+    The result is 0 for a client that never waits, as one of fakeredis, and for a client with unknown settings.
     """
-    words = connection_arguments_of(client)
-    if not words or "fakeredis" in _client_packages_of(client):
+    arguments = connection_arguments_of(client)
+    if not arguments or "fakeredis" in _client_packages_of(client):
         return 0.0
-    if words.get("socket_timeout") is None:
+    if arguments.get("socket_timeout") is None:
         return None
-    retries = getattr(words.get("retry"), "_retries", 0)
+    retries = getattr(arguments.get("retry"), "_retries", 0)
     if not isinstance(retries, int) or retries < 0:
         return None
-    return float(words["socket_timeout"]) * (1 + retries)
+    return float(arguments["socket_timeout"]) * (1 + retries)
 
 
 def client_module_of(client: Any) -> Any:
-    """The module that the kind of the client's pool comes from, which has the other kinds, too; or ``None``."""
+    """Return the module of the client's pool class, which has the other classes of pools, too; ``None``: unknown."""
     for cls in type(client.connection_pool).__mro__:
         module = sys.modules.get(cls.__module__)
         if cls.__name__ == "ConnectionPool" and hasattr(module, "BlockingConnectionPool"):
@@ -166,8 +158,8 @@ def client_module_of(client: Any) -> Any:
     return None
 
 
-#: Words that this package's own connections leave out: waiting and retries are decided elsewhere, and caches, names and
-#: notifications of maintenance belong to the client's own connections.
+#: Arguments that this package's connections do not take over.  This package controls timeouts and retries.  Caches,
+#: names and maintenance notifications belong to the client's connections.
 _DROPPED_ARGUMENTS = frozenset(
     (
         "cache",
@@ -185,25 +177,25 @@ _DROPPED_ARGUMENTS = frozenset(
 )
 
 
-#: Words that change neither what a connection reaches nor by what right: timing, spelling of answers, greetings.
+#: Arguments that change neither the server nor the user: timing, encoding of replies, names of the client.
 _IRRELEVANT_ARGUMENTS = frozenset(
     (
         *("decode_responses", "encoding", "encoding_errors", "legacy_responses", "protocol"),
         *("driver_info", "lib_name", "lib_version"),
         *("max_connections", "timeout", "socket_connect_timeout", "socket_read_size"),
         *("socket_keepalive", "socket_keepalive_options"),
-        # Those of connections of our own (`_redis/deadline.py`).
+        # Arguments of this package's connections, see `_redis/deadline.py`.
         *("credentials", "idle_limit"),
     )
 )
 
 
-#: What a function is called that connects in place of the library's own handshake.
+#: Arguments for a function that replaces the library's handshake.
 CONNECT_HOOK_ARGUMENTS = frozenset(("redis_connect_func", "valkey_connect_func"))
 
 
 class ArgumentValue:
-    """A value that compares and hashes as what it is, or as itself where that is impossible."""
+    """Argument that compares and hashes by value, or by identity where its class cannot do that."""
 
     def __init__(self, value: Any) -> None:
         self._key: Any = _hashable(value)
@@ -227,13 +219,14 @@ def _hashable(value: Any) -> Any:
     return value
 
 
+#: Arguments that distinguish endpoints, by name.
 EndpointIdentity = tuple[tuple[str, ArgumentValue], ...]
 
 
-def kept_arguments(words: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the words of a client's connections that those of our own have, too; secrets among them are remembered."""
-    left_out = {*_DROPPED_ARGUMENTS, *(name for name in words if "maint_" in name or name.startswith("orig_"))}
-    kept = {name: value for name, value in words.items() if name not in left_out}
+def kept_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that this package's connections take over from a client's; register their secrets."""
+    left_out = {*_DROPPED_ARGUMENTS, *(name for name in arguments if "maint_" in name or name.startswith("orig_"))}
+    kept = {name: value for name, value in arguments.items() if name not in left_out}
     for name in CONNECT_HOOK_ARGUMENTS & kept.keys():
         if (function := _user_connect_hook(kept.pop(name))) is not None:
             kept[name] = function
@@ -243,40 +236,40 @@ def kept_arguments(words: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def identity_of(connection_class: Any, words: Mapping[str, Any]) -> EndpointIdentity:
-    """Return what tells connections apart that must not be shared: all words that change what they reach, and how.
+def identity_of(connection_class: Any, arguments: Mapping[str, Any]) -> EndpointIdentity:
+    """Return the arguments that distinguish connections: all that change their server, user or options.
 
-    What a word says that is not given is what its constructor says: however the same is said, it is the same.
+    An argument with its default value is left out, so that the result is the same whether the argument is given or not.
     """
-    usual = {**_default_arguments(connection_class), "db": 0}
-    said = {name: value for name, value in words.items() if name not in _IRRELEVANT_ARGUMENTS}
-    said["db"] = int(words.get("db") or 0)
+    defaults = {**_default_arguments(connection_class), "db": 0}
+    relevant = {name: value for name, value in arguments.items() if name not in _IRRELEVANT_ARGUMENTS}
+    relevant["db"] = int(arguments.get("db") or 0)
     return tuple(
         (name, ArgumentValue(value))
-        for name, value in sorted(said.items())
-        if ArgumentValue(value) != ArgumentValue(usual.get(name))
+        for name, value in sorted(relevant.items())
+        if ArgumentValue(value) != ArgumentValue(defaults.get(name))
     )
 
 
 @lru_cache(maxsize=64)
 def _default_arguments(connection_class: Any) -> dict[str, Any]:
-    """What the constructors of a class take for words that are not given."""
-    usual: dict[str, Any] = {}
+    """Return the defaults of the arguments of a class and its ancestors."""
+    defaults: dict[str, Any] = {}
     for cls in reversed(getattr(connection_class, "__mro__", ())):
         if "__init__" in vars(cls) and cls is not object:
-            # Some that are not written in Python have none.
+            # Constructors of compiled classes have no signature.
             with contextlib.suppress(TypeError, ValueError):
                 parameters = inspect.signature(cls.__init__).parameters.values()
-                usual.update((item.name, item.default) for item in parameters if item.default is not item.empty)
-    return usual
+                defaults.update((item.name, item.default) for item in parameters if item.default is not item.empty)
+    return defaults
 
 
 @dataclass(frozen=True)
 class _HookAfterHandshake:
-    """What a connection does in place of its handshake: the handshake, and then a function of the user's.
+    """Replacement of a connection's handshake: the handshake, and then the user's function.
 
     Attributes:
-        function: Of the user's, called with the connection.
+        function: The user's function, called with the connection.
     """
 
     function: Callable[[Any], Any]
@@ -287,7 +280,7 @@ class _HookAfterHandshake:
 
 
 def _user_connect_hook(function: Any) -> Any:
-    """What there is to do when connected; of a cluster client's own function only what its user has asked for."""
+    """Return the user's hook of a connection; of a cluster client's hook, only the part that the user has passed."""
     owner = getattr(function, "__self__", None)
     if not hasattr(owner, "nodes_manager"):
         return function

@@ -1,7 +1,7 @@
-"""Where does a circuit lie, and where else if it has moved?
+"""Location of a circuit: its server or node, and its keys there.
 
-Knows: clusters, masters that Sentinels watch, which errors say that something has moved.  Does not know: what is asked
-there, what to do while nobody answers.
+A circuit moves when a cluster migrates its slot, when Sentinels promote another master, and when a client source
+returns other credentials.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pybreaker_redis._redis.classify import (
     is_moved_error,
     is_slot_unserved,
 )
-from pybreaker_redis._redis.cluster import Address, ClusterTopology, topology_behind_node, topology_of
-from pybreaker_redis._redis.endpoint import connection_arguments_of, endpoint_of
+from pybreaker_redis._redis.cluster import ClusterTopology, topology_behind_node, topology_of
+from pybreaker_redis._redis.endpoint import Address, connection_arguments_of, endpoint_of
 from pybreaker_redis._redis.keys import KEY_BASE, circuit_keys, plain_copy, server_key_names, slot_of, unwrap_client
 from pybreaker_redis._redis.pool import replace_credentials
 from pybreaker_redis._redis.sentinel import is_demoted_master, sentinel_pool_of
@@ -26,12 +26,13 @@ from pybreaker_redis._runtime.interruption import calls_user_code, suppress_erro
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a circuit lies.
+    """Location of a circuit.
 
     Attributes:
-        client: Of that server or node.
-        keys: Of the circuit, in the order of the scripts.
-        needs_one_slot: Whether the server is, or may be, a cluster: then no command may name keys of several circuits.
+        client: Client of the server or node.
+        keys: Keys of the circuit, in the order of the scripts.
+        needs_one_slot: Whether the server is, or may be, a cluster's node.  A command may not name keys of several
+            circuits there.
     """
 
     client: Any
@@ -40,26 +41,26 @@ class Location:
 
 
 class CircuitLocator:
-    """Where one circuit lies.
+    """Locator of one circuit.
 
     Args:
-        given: Returns the user's client; called at first use, and again whenever credentials are rejected.
-        namespace: Of the circuit.
-        needs_one_slot: Whether to put its keys into one slot in any case; for a cluster's client they are.
-        base: Between the namespace and the names of its keys.
-        settles: Called once, with the client and the keys, when it is known where it lies.
+        client_source: Function that returns the user's client; called at first use, and when credentials are rejected.
+        namespace: Namespace of the circuit; ``None``: none.
+        needs_one_slot: Whether a hash tag puts the keys into one slot for any client; for a cluster's client, always.
+        base: Part of the keys between the namespace and the names of the values.
+        settles: Called once with client and keys after the first location.
     """
 
     def __init__(
         self,
-        given: Callable[[], Any],
+        client_source: Callable[[], Any],
         namespace: str | None,
         *,
         needs_one_slot: bool,
         settles: Callable[[Any, tuple[str, ...]], None],
         base: str = KEY_BASE,
     ) -> None:
-        self._client_source = given
+        self._client_source = client_source
         self._namespace = namespace
         self._base = base
         self._names: dict[bool, tuple[str, ...]] = {}
@@ -68,12 +69,12 @@ class CircuitLocator:
         self._client: Any = None
         self._cluster: ClusterTopology | None = None
         self._address: Address | None = None
-        #: Whether the client that was given has other names for the keys.
+        #: Whether the user's client renames keys.
         self._is_renaming = False
 
     @property
     def _keys(self) -> tuple[str, ...]:
-        """The names that its keys have on the server, whatever the user's client makes of what it is given."""
+        """Names of the keys on the server, after the renaming by the user's client."""
         names = self._names.get(self._needs_one_slot)
         if names is None:
             asked = circuit_keys(self._namespace, needs_one_slot=self._needs_one_slot, base=self._base)
@@ -86,10 +87,13 @@ class CircuitLocator:
         return slot_of(self._keys[0])
 
     def locate(self) -> Location:
-        """Where it lies, as far as is known.
+        """Return the location of the circuit, as far as this process has found it.
+
+        Errors of the client source are raised unchanged, and `error_kind` classifies them.
 
         Raises:
-            Exception: Whatever the callable raises that returns the client.
+            ConnectionError: No node of the cluster reports any slots.
+            LookupError: No node of the cluster serves the circuit's slot.
         """
         if self._client is None:
             client = unwrap_client(self._call_client_source())
@@ -102,7 +106,7 @@ class CircuitLocator:
             client = self._cluster.client_of_node(self._address)
         keys = self._keys
         if self._cluster is None and self._is_renaming:
-            # It would rename them once more.
+            # The user's client would rename the names once more.
             client = plain_copy(client)
         if self._settles:
             settles, self._settles = self._settles, None
@@ -113,76 +117,82 @@ class CircuitLocator:
     def _call_client_source(self) -> Any:
         return self._client_source()
 
-    def relocate(self, error: Exception, asked: Any) -> bool:
-        """Whether an error says that the circuit lies elsewhere, so that nothing was done and `seat` says where.
+    def relocate(self, error: Exception, client: Any) -> bool:
+        """Follow an error that reports another location or other credentials.
 
         Args:
-            error: What came instead of an answer.
-            asked: The client that was asked with.
+            error: Error of a command on the circuit.
+            client: Client that sent the command.
+
+        Returns:
+            Whether the server executed nothing and `locate` returns another location, so that a retry is worthwhile.
 
         Raises:
-            ConnectionError: The node does not know, nor does anybody else.
-            LookupError: Nobody serves its slot: that is its own trouble, not that of all who live there.
+            ConnectionError: No node of the cluster reports any slots.
+            LookupError: No node serves the circuit's slot, which concerns only the circuits of that slot.
         """
         if not self._needs_one_slot and (
             is_instance_of_named(error, "ClusterCrossSlotError") or str(error).startswith("CROSSSLOT")
         ):
-            # A plain client, and a cluster behind it.
+            # The client is a plain one, and its server is a cluster.
             self._needs_one_slot = True
             return True
         if is_moved_error(error):
             return self._follow_redirection(error)
         if is_authentication_error(error):
-            return self._reload_credentials(asked)
+            return self._reload_credentials(client)
         if is_slot_unserved(error) and self._cluster is not None:
             if self.refresh_location():
                 return True
-            # Even if others still name this node: it knows best.
+            # The other nodes still report this node, but the node itself does not serve the slot.
             raise LookupError(str(error)) from error
-        pool = sentinel_pool_of(asked)
+        pool = sentinel_pool_of(client)
         if pool is None or not is_demoted_master(error):
             return False
-        # The next connection asks the Sentinels; those that wait to be used lead to the old master.
+        # New connections query the Sentinels.  Idle connections lead to the old master.
         pool.disconnect(inuse_connections=False)
         return True
 
     def refresh_location(self) -> bool:
-        """Ask the other nodes of a cluster; whether the circuit lies elsewhere by now, so that `seat` says where.
+        """Query the nodes of a cluster for the circuit's slot.
+
+        Returns:
+            Whether another node serves the slot, so that `locate` returns another location.
 
         Raises:
-            ConnectionError: Nobody knows.
-            LookupError: Nobody serves its slot, though others are served.
+            ConnectionError: No node reports any slots.
+            LookupError: No node serves the circuit's slot, though other slots are served.
         """
         if self._cluster is None:
             return False
         self._cluster.refresh(avoid=self._address)
         return self._cluster.primary_of(self._slot) != self._address
 
-    def _reload_credentials(self, asked: Any) -> bool:
-        """Read the client's present credentials; return whether they differ, so that another attempt is worth it."""
-        given = None
-        # Whatever a callable raises: the next attempt calls it again.
+    def _reload_credentials(self, client: Any) -> bool:
+        """Read the present credentials of the client source; return whether a retry is worthwhile."""
+        present = None
+        # The client source may raise anything.  The next attempt calls it again.
         with suppress_errors():
-            given = unwrap_client(self._call_client_source())
-        if given is None:
+            present = unwrap_client(self._call_client_source())
+        if present is None:
             return False
-        words = connection_arguments_of(given)
+        arguments = connection_arguments_of(present)
         if self._cluster is not None:
-            self._cluster.update_node_credentials(words)
-        return replace_credentials(asked, words)
+            self._cluster.update_node_credentials(arguments)
+        return replace_credentials(client, arguments)
 
     def _follow_redirection(self, error: Exception) -> bool:
         cluster, address = self._cluster, self._address
         if cluster is None:
-            # The address that was given is one node's, or stands for all of them.
+            # The client's address is one node's, or an endpoint of the whole cluster.
             cluster = topology_behind_node(self._client)
             endpoint = endpoint_of(self._client)
             address = endpoint.address if endpoint else None
         if cluster is None or address is None:
             return False
-        there = cluster.redirection_target(error, address)
-        if there is None:
+        target = cluster.redirection_target(error, address)
+        if target is None:
             return False
-        cluster.record_redirection(self._slot, there)
+        cluster.record_redirection(self._slot, target)
         self._cluster, self._needs_one_slot = cluster, True
         return True

@@ -1,66 +1,91 @@
-"""This package's own connections to one server: pools made like the user's, one for each timeout.
-
-Knows: pools, timeouts.  Does not know: circuits, outages.
-"""
+"""Connection pools of this package: copies of the user's pool with connections that keep deadlines."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import math
 import queue
 import sys
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from pybreaker_redis import _log
 from pybreaker_redis._redis.deadline import keep_deadlines
-from pybreaker_redis._redis.endpoint import Endpoint, client_module_of, endpoint_of
+from pybreaker_redis._redis.endpoint import Endpoint, client_module_of, command_wait_limit, endpoint_of
 from pybreaker_redis._redis.keys import plain_copy
+from pybreaker_redis._redis.legacy import connect_timeout_arguments
+from pybreaker_redis._redis.sentinel import copy_manager
 from pybreaker_redis._runtime import redaction
 from pybreaker_redis._runtime.clock import monotonic
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
+from pybreaker_redis._runtime.logger import emit
+
+#: Longest wait of a client, seconds, that causes no warning.
+CLIENT_WAIT_WARNING_S = 1.0
+
+#: Connections of one pool, at most.  One connection is enough unless threads use Redis at the same time.
+POOL_CONNECTIONS_MAX = 50
+
+#: Seconds of silence after which a connection is replaced.  Load balancers drop silent connections after a minute or
+#: more, and commands on such a connection get no reply.
+IDLE_MAX_S = 30.0
+
+#: Seconds for which credentials count as new.  A command that was rejected before the change is worth a retry.
+NEW_CREDENTIALS_S = 1.0
+
+#: Arguments of a connection that are credentials.
+_CREDENTIALS = ("username", "password", "credential_provider")
 
 
-class ConnectionPools:
-    """The pools of one server."""
+class ConnectionPools(ForkSafe):
+    """Pools of one server, one for each timeout."""
 
     def __init__(self) -> None:
         self._pools: dict[float, Any] = {}
+        #: One for all pools and for push connections, so that each uses a password that any of them has taken.
+        self._credentials: Credentials | None = None
         self._is_slow_client_logged = False
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """In a child: renew the lock; a pool detects the fork by itself."""
-        self._lock = threading.RLock()
+        super().__init__()
 
     def client_for(self, client: Any, timeout: float | None) -> Any:
-        """Return a client like another one, on connections of this package's own, where they can be had.
+        """Return a copy of a client that uses this package's connections.
 
         Args:
-            client: Of the server.
-            timeout: Seconds for all of an operation; ``None``: on the client's connections, as long as those take.
+            client: Client of the server.
+            timeout: Seconds for a whole operation; ``None``: use the client as it is.
+
+        Returns:
+            The copy, or the client itself if no connections like the client's can be made.
         """
         if timeout is None:
             return client
         with self._lock:
             if timeout not in self._pools:
-                own = bounded_client(client, timeout)
-                if own is None and not self._pools:
-                    _log.may_wait(client)
-                self._pools[timeout] = own and own.connection_pool
+                bounded = bounded_client(client, timeout, self._credentials)
+                if bounded is None and not self._pools:
+                    self._log_if_blocking(client)
+                if bounded is not None:
+                    self._credentials = bounded.connection_pool.connection_kwargs["credentials"]
+                self._pools[timeout] = bounded and bounded.connection_pool
             pool = self._pools[timeout]
         return client if pool is None else client_on_pool(client, pool)
 
+    def any_client(self, client: Any) -> Any:
+        """Return a client on any of the pools; without a pool, the client itself."""
+        for pool in list(self._pools.values()):
+            if pool is not None:
+                return client_on_pool(client, pool)
+        return client
+
     def log_slow_client(self, client: Any, seconds: float, timeout: float | None) -> None:
-        """Log once that a client that is used as it is has waited by itself.
+        """Log once that a client that is used as it is has exceeded the timeout.
 
         Args:
-            client: Of the server.
-            seconds: That an operation has taken.
-            timeout: Seconds that it should have taken at most; ``None``: it may take as long as it does.
+            client: Client of the server.
+            seconds: Duration of an operation.
+            timeout: Seconds that the operation may take; ``None``: no limit.
         """
         if (
             timeout is None
@@ -70,53 +95,56 @@ class ConnectionPools:
         ):
             return
         self._is_slow_client_logged = True
-        _log.waited(client, seconds, timeout)
+        emit(_log.client_blocked(type(client).__name__, seconds=seconds, timeout_s=timeout))
+
+    @staticmethod
+    def _log_if_blocking(client: Any) -> None:
+        wait_s = command_wait_limit(client)
+        if wait_s is None or wait_s > CLIENT_WAIT_WARNING_S:
+            emit(_log.client_may_block(type(client).__name__, wait_s=wait_s))
 
     def close_idle(self) -> None:
-        """Close the connections that are not in use just now."""
+        """Close the connections that no thread uses at present."""
         for pool in list(self._pools.values()):
             if pool is not None:
                 close_idle_connections(pool)
 
 
-#: Most connections of one's own to a server.  One is enough unless threads ask at the same time.
-POOL_CONNECTIONS_MAX = 50
+def bounded_client(client: Any, timeout: float, credentials: Credentials | None = None) -> Any:
+    """Return a plain client of the same library whose connections do not retry, and keep deadlines (`deadline.py`).
 
-
-def bounded_client(client: Any, timeout: float) -> Any:
-    """A plain client of the same library on connections of its own, which try once and keep deadlines (`deadline.py`).
-
-    Methods of subclasses and of single objects are left out: they may wait, and retry.  What subclasses call the keys
-    is found out before (`keys.py`).  Sentinels are asked on such connections, too, each for its share of the time.
+    Methods of subclasses and of single objects are left out, because they may wait and retry.  `keys.py` finds the
+    names that such methods give to keys.  Sentinels are queried on such connections, too, each for a share of the time.
 
     Args:
-        client: Of a single server, or of a master that Sentinels know.
-        timeout: Seconds to wait for a connection while all of them are in use.
+        client: Client of a single server, or of a master that Sentinels watch.
+        timeout: Seconds to wait for a connection while all connections are in use.
+        credentials: Credentials of another pool to the same server, to be shared; ``None``: those of the client.
 
     Returns:
-        The copy, or ``None`` if there is no making one: it is a cluster's, not redis-py's kin, or no client at all.
+        The copy; ``None`` if the client is a cluster's, or of no known library.
     """
-    # Whatever pools, connections and clients of somebody's own raise that are not made like the library's.
+    # Classes of the user may raise anything if they are not made like the library's.
     with suppress_errors():
-        return _copy_client(client, timeout)
+        return _copy_client(client, timeout, credentials=credentials)
     return None
 
 
 def client_on_pool(client: Any, pool: Any) -> Any:
     """Return a plain client of the same library that uses another pool."""
-    own = plain_copy(client)
-    own.connection_pool = pool
-    return own
+    plain = plain_copy(client)
+    plain.connection_pool = pool
+    return plain
 
 
 def close_idle_connections(pool: Any) -> None:
-    """Close the connections of a pool that nobody uses just now; whoever takes one of them connects anew."""
+    """Close the connections of a pool that no thread uses at present; the next use of each connects again."""
     idle = getattr(pool, "pool", None)
     if idle is None:
         with suppress_errors():
             pool.disconnect(inuse_connections=False)
         return
-    # What is taken out of a blocking pool is in nobody else's hands.
+    # No other thread can get a connection while it is taken out of a blocking pool.
     taken = []
     with contextlib.suppress(queue.Empty):
         while True:
@@ -129,112 +157,118 @@ def close_idle_connections(pool: Any) -> None:
             idle.put_nowait(connection)
 
 
-def replace_credentials(client: Any, words: Mapping[str, Any]) -> bool:
-    """Have a client on connections of our own authenticate by other words from now on; whether they differ."""
-    own = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {}).get("credentials")
-    return isinstance(own, Credentials) and own.switch_arguments(words)
+def replace_credentials(client: Any, arguments: Mapping[str, Any]) -> bool:
+    """Replace the credentials of a client on this package's connections.
+
+    Args:
+        client: Copy of a client, see `bounded_client`.
+        arguments: Arguments of the user's connections that contain the new credentials.
+
+    Returns:
+        Whether a retry is worthwhile, because the credentials differ or have changed a moment ago.
+    """
+    credentials = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {}).get("credentials")
+    return isinstance(credentials, Credentials) and credentials.switch_arguments(arguments)
 
 
-def _copy_client(client: Any, timeout: float, longest: float | None = None) -> Any:
+def _copy_client(
+    client: Any, timeout: float, longest: float | None = None, credentials: Credentials | None = None
+) -> Any:
     endpoint = endpoint_of(client)
     library = client_module_of(client)
     if endpoint is None or library is None:
-        msg = f"not redis-py's kin: {client!r}"
+        msg = f"not of a known client library: {client!r}"
         raise TypeError(msg)
-    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest)
-    # Now rather than in the middle of a call: the kinds of connection that need something else raise here.
+    credentials = credentials or Credentials(client.connection_pool.connection_kwargs)
+    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest, credentials=credentials)
+    # A connection class that needs other arguments raises here, and not in the middle of a call.
     pool.connection_class(**pool.connection_kwargs)
     return client_on_pool(client, pool)
 
 
-def _make_pool(pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None) -> Any:
+def _make_pool(
+    pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None, *, credentials: Credentials
+) -> Any:
     connection_class = keep_deadlines(endpoint.connection_class, longest)
-    words = {
+    arguments = {
         **endpoint.connection_arguments,
         "decode_responses": False,
         "socket_timeout": timeout,
-        "credentials": Credentials(pool.connection_kwargs),
+        "credentials": credentials,
         "idle_limit": idle_limit(pool.connection_kwargs),
     }
-    knows_protocols = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
-    if knows_protocols and longest is None:
-        # Nothing is pushed here, and RESP2 every server speaks; redis-py 8 asks for more unless told not to.  What
-        # Sentinels answer is understood in the protocol alone that their client was made for.
-        words["protocol"] = 2
-    if "path" not in words:
-        # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
-        words["socket_connect_timeout"] = timeout
+    has_protocol = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
+    if has_protocol and longest is None:
+        # These connections receive no pushes, and every server supports RESP2.  redis-py 8 sends HELLO 3 by default.
+        # redis-py parses replies of Sentinels only in the protocol of the Sentinels' client.
+        arguments["protocol"] = 2
+    arguments.update(connect_timeout_arguments(arguments, timeout))
     notifications = sys.modules.get(f"{library.__name__.partition('.')[0]}.maint_notifications")
     if notifications:
-        # They would ask every new connection for one answer more, and lengthen its timeouts at will.
-        words["maint_notifications_config"] = notifications.MaintNotificationsConfig(enabled=False)
+        # Notifications would cost a round trip per connection, and would change its timeouts.
+        arguments["maint_notifications_config"] = notifications.MaintNotificationsConfig(enabled=False)
     if not hasattr(pool, "sentinel_manager"):
-        words.update(max_connections=POOL_CONNECTIONS_MAX, timeout=timeout, connection_class=connection_class)
-        return library.BlockingConnectionPool(**words)
-    manager = copy.copy(pool.sentinel_manager)
-    # Some time has to be left for the next Sentinel, and for the master.
-    share = timeout / (len(manager.sentinels) + 1)
-    manager.sentinels = [_copy_client(sentinel, timeout, share) for sentinel in manager.sentinels]
-    del words["connection_pool"]
-    words.update(connection_class=connection_class, is_master=pool.is_master, check_connection=pool.check_connection)
-    return type(pool)(pool.service_name, manager, **words)
+        arguments.update(max_connections=POOL_CONNECTIONS_MAX, timeout=timeout, connection_class=connection_class)
+        return library.BlockingConnectionPool(**arguments)
+    manager = copy_manager(
+        pool.sentinel_manager, lambda sentinel, share: _copy_client(sentinel, timeout, share), timeout
+    )
+    del arguments["connection_pool"]
+    arguments.update(
+        connection_class=connection_class, is_master=pool.is_master, check_connection=pool.check_connection
+    )
+    return type(pool)(pool.service_name, manager, **arguments)
 
 
-#: Seconds that a connection may be idle and is used again: load balancers forget silent ones after a minute or more,
-#: and what is sent on these is never answered.
-IDLE_MAX_S = 30.0
-
-
-#: Seconds for which credentials are new: what was rejected before they were taken is worth another attempt.
-NEW_CREDENTIALS_S = 1.0
-
-
-_CREDENTIALS = ("username", "password", "credential_provider")
-
-
-def idle_limit(words: Mapping[str, Any]) -> float:
-    """Return for how many seconds a connection may be idle and is used again, as far as the client's words say."""
-    interval = words.get("health_check_interval")
+def idle_limit(arguments: Mapping[str, Any]) -> float:
+    """Return the seconds of silence after which a connection is replaced."""
+    interval = arguments.get("health_check_interval")
     return min(float(interval), IDLE_MAX_S) if isinstance(interval, int | float) and interval > 0 else IDLE_MAX_S
 
 
 class Credentials:
-    """The credentials of a client, as they are when a connection is made.
+    """Credentials of a client, read anew for each connection.
 
     Args:
-        words: Of the client's connections: the mapping itself, which its owner changes when a password is replaced.
+        arguments: Arguments of the client's connections: the mapping itself, which the application may change.
     """
 
-    def __init__(self, words: Mapping[str, Any]) -> None:
-        self._words = words
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._words = arguments
         self._switched_at = -math.inf
 
     def read_credentials(self) -> dict[str, Any]:
-        """Return the credentials, by the word for each."""
+        """Return the present credentials, by the name of the argument."""
         found = credentials_of(self._words)
         if found["credential_provider"] is not None:
             found["credential_provider"] = _RegisteringProvider(found["credential_provider"])
         redaction.register_secret(found["password"])
         return found
 
-    def switch_arguments(self, words: Mapping[str, Any]) -> bool:
-        """Use other words from now on; returns whether their credentials differ, or those of a moment ago did.
+    def switch_arguments(self, arguments: Mapping[str, Any]) -> bool:
+        """Use other arguments from now on.
 
-        Several threads are rejected at the same time, and one of them takes the new ones.
+        Several threads are rejected at the same time, and one of them finds the new credentials.
+
+        Args:
+            arguments: Arguments of the user's connections.
+
+        Returns:
+            Whether the credentials differ, or have changed within `NEW_CREDENTIALS_S`.
         """
-        before, self._words = credentials_of(self._words), words
-        if credentials_of(words) != before:
+        before, self._words = credentials_of(self._words), arguments
+        if credentials_of(arguments) != before:
             self._switched_at = monotonic()
         return monotonic() - self._switched_at < NEW_CREDENTIALS_S
 
 
-def credentials_of(words: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the credentials among words, ``None`` for each that is missing."""
-    return {name: words.get(name) for name in _CREDENTIALS}
+def credentials_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the credentials among the arguments of a connection; ``None`` for each that is missing."""
+    return {name: arguments.get(name) for name in _CREDENTIALS}
 
 
 class _RegisteringProvider:
-    """A credential provider whose secrets are masked from then on; everything else is the provider's own."""
+    """Credential provider that registers secrets, and delegates everything to the user's provider."""
 
     def __init__(self, provider: Any) -> None:
         self._provider = provider
@@ -244,7 +278,7 @@ class _RegisteringProvider:
 
     @calls_user_code
     def get_credentials(self) -> Any:
-        """Return what the provider returns."""
+        """Return the credentials of the user's provider."""
         credentials = self._provider.get_credentials()
         redaction.register_secret(credentials[-1])
         return credentials

@@ -1,7 +1,4 @@
-"""Which client does a URL name?
-
-Knows: schemes, what stands where in each, redis-py's clients and redis-py-cluster's.  Does not know: circuits, what is
-asked.
+"""Clients of URLs.
 
 ::
 
@@ -11,8 +8,8 @@ asked.
                      [?sentinel_username=…&sentinel_password=…]  valkey+sentinel://
     redis+cluster://[[user]:[password]@]host[:port],…           valkey+cluster://
 
-With TLS: ``rediss`` and ``valkeys``; then Sentinels are talked to by TLS, too.  Further words of a connection stand in
-the query, as redis-py has them: ``?socket_timeout=0.5&ssl_ca_certs=/path``.
+The schemes ``rediss`` and ``valkeys`` mean TLS, for the connections to Sentinels, too.  The query has further arguments
+of the connections, with redis-py's names: ``?socket_timeout=0.5&ssl_ca_certs=/path``.
 """
 
 from __future__ import annotations
@@ -23,20 +20,23 @@ import math
 import re
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import redis
 
 from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._redis.endpoint import Address
+from pybreaker_redis._redis.legacy import client_of_redis_py_cluster
+from pybreaker_redis._redis.sentinel import client_of_service
 from pybreaker_redis._runtime.interruption import find_interruption
 
-#: Seconds for each wait, unless the URL says something else: without, redis-py waits for ever, or for a minute.
+#: Seconds for each wait, unless the URL has another value.  redis-py's default is no timeout, or a long one.
 URL_TIMEOUT_S = 1.0
 
-#: Where each kind of server listens that does not say.
+#: Default ports, by kind.
 _DEFAULT_PORTS = {"": 6379, "sentinel": 26379, "cluster": 6379}
 
 _LIBRARIES = ("redis", "rediss", "valkey", "valkeys")
@@ -45,7 +45,7 @@ URL_SCHEMES = ("unix", *(f"{library}{kind and '+' + kind}" for kind in _DEFAULT_
 _URL = re.compile(r"([^:/?]+)://(?:([^/?]*)@)?([^/?@]*)([^?]*)(?:\?(.*))?", re.DOTALL)
 _HOST = re.compile(r"(\[[^\[\]]+\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
 
-#: Secrets in a URL, wherever they stand; as much as may be one, if somebody forgot to quote it.
+#: Secrets in a URL, including everything that may be part of an unquoted one.
 _SECRETS = re.compile(r"((?<=://)|^(?!.*://)).*(?=@)|(?<=password=)[^&#]*", re.DOTALL)
 
 _YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")
@@ -54,91 +54,93 @@ _clients: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def client_source_from_url(url: str) -> Callable[[], Any]:
-    """Validate a URL; something to be called for the client that it names, the same one each time.
+    """Validate a URL, and return a function that returns its client.
 
-    Nothing is connected, and nothing imported for it, before that.
+    The function returns the same client each time.  The first call imports the client's library, and connects a
+    cluster's client.
+
+    Args:
+        url: The URL; see the module for the forms.
 
     Raises:
-        ValueError: It names no client; the error says what was given, without secrets, and what is accepted.
-        TypeError: It is no text.
-        ModuleNotFoundError: No library is installed that makes such a client.
+        ValueError: The URL has no known form.  The error contains the URL without secrets, and the accepted form.
+        TypeError: The value is no text.
+        ModuleNotFoundError: No library for such a client is installed.
     """
     if not isinstance(url, str):
         msg = f"url must be a str, not of type {type(url).__name__}"
         raise TypeError(msg)
-    place = _parse(url)
-    make = {"": _single_client, "sentinel": client_of_service, "cluster": client_of_cluster}[place.kind]
-    if place.kind == "cluster" and cluster_library() is None:
+    parsed = _parse(url)
+    if parsed.kind == "cluster" and cluster_library() is None:
         msg = (
-            f"url {mask_url(url)!r}: this version of redis-py knows no clusters: upgrade it to 4.1 or later, "
+            f"url {mask_url(url)!r}: this version of redis-py does not support clusters: upgrade it to 4.1 or later, "
             "or install pybreaker_redis[redis-py-cluster]"
         )
         raise ModuleNotFoundError(msg)
 
     def client() -> Any:
         made = _clients.get(url)
-        # Circuits that name the same place share its connections, and what is known of its Sentinels and nodes.
-        return _clients.setdefault(url, make(place)) if made is None else made
+        # Circuits with the same URL share its connections, and the state of its Sentinels and nodes.
+        return _clients.setdefault(url, _make_client(parsed)) if made is None else made
 
     return client
 
 
 def mask_url(url: str) -> str:
-    """A URL as it may be printed."""
+    """Return a URL without its secrets."""
     return _SECRETS.sub("***", url)
 
 
 @dataclass(frozen=True)
 class _ParsedUrl:
-    """What a URL says.
+    """Parts of a URL.
 
     Attributes:
-        kind: ``sentinel``, ``cluster``, or empty: a single server.
-        connection_class: Of redis-py.
-        hosts: With ports; none for a unix socket.
-        service: The master's name, as its Sentinels have it.
-        words: For the client: database, user, timeouts, and what else the query says.
-        of_sentinels: For the clients of the Sentinels.
+        kind: ``sentinel``, ``cluster``, or empty for a single server.
+        connection_class: Class of redis-py's connections.
+        hosts: Hosts with ports; empty for a unix socket.
+        service: Name of the master that the Sentinels watch.
+        arguments: Arguments of the client's connections: database, user, timeouts, and the rest of the query.
+        sentinel_arguments: Arguments of the connections to Sentinels.
     """
 
     kind: str
     connection_class: type[Any]
-    hosts: tuple[tuple[str, int], ...]
+    hosts: tuple[Address, ...]
     service: str
-    words: Mapping[str, Any]
-    of_sentinels: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    sentinel_arguments: Mapping[str, Any]
 
     @property
     def tls(self) -> dict[str, bool]:
-        """The word for TLS, where a client makes its connections itself."""
+        """Argument that enables TLS where a client chooses its connection class; empty: no TLS."""
         return {"ssl": True} if self.connection_class is redis.SSLConnection else {}
 
 
 def _parse(url: str) -> _ParsedUrl:
     if "#" in url or "@" in url.partition("?")[2]:
-        # Most likely of a password that was not quoted, so that parts of it would be taken for something else.
+        # Most likely, a password was not quoted.  Parts of such a password would be taken for another part of the URL.
         raise _url_error(url, "must have every # and, behind a question mark, every @ quoted, as %23 and %40")
     match = _URL.fullmatch(url)
     if match is None or match[1].lower() not in URL_SCHEMES:
         raise _url_error(url, f"must begin with one of {', '.join(f'{scheme}://' for scheme in URL_SCHEMES)}")
     scheme, user, netloc, path, query = match.groups()
     library, _, kind = scheme.lower().partition("+")
-    words = _parse_query(url, query or "")
+    arguments = _parse_query(url, query or "")
     if user is not None:
         name, _, password = user.partition(":")
-        words.update({key: unquote(value) for key, value in (("username", name), ("password", password)) if value})
-    of_sentinels = {name: words.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+        arguments.update({key: unquote(value) for key, value in (("username", name), ("password", password)) if value})
+    sentinel_arguments = {name: arguments.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     connection_class: type[Any] = redis.UnixDomainSocketConnection
-    hosts: tuple[tuple[str, int], ...] = ()
+    hosts: tuple[Address, ...] = ()
     service = ""
     if library == "unix":
         if netloc or not path:
             raise _url_error(url, "must have the path of a socket after unix://, as in unix:///run/redis.sock")
-        words["path"] = unquote(path)
+        arguments["path"] = unquote(path)
     else:
         connection_class = redis.SSLConnection if library in ("rediss", "valkeys") else redis.Connection
-        # redis-py 3 does not know the word for unix sockets, where connecting takes no time.
-        words.setdefault("socket_connect_timeout", URL_TIMEOUT_S)
+        arguments.setdefault("socket_connect_timeout", URL_TIMEOUT_S)
         hosts = _parse_hosts(url, netloc, kind)
         first, _, rest = path.removeprefix("/").partition("/")
         service, db = (unquote(first), rest) if kind == "sentinel" else ("", f"{first}/{rest}" if rest else first)
@@ -148,15 +150,17 @@ def _parse(url: str) -> _ParsedUrl:
             )
         if db and not re.fullmatch("[0-9]{1,9}", db):
             raise _url_error(url, "must have the number of a database at the end of the path, or nothing")
-        words.setdefault("db", int(db or 0))
-    if kind == "cluster" and words.pop("db"):
+        arguments.setdefault("db", int(db or 0))
+    if kind == "cluster" and arguments.pop("db"):
         raise _url_error(url, "must not name a database: a cluster has number 0 only")
-    _check_connection_arguments(url, connection_class, words)
-    chosen = {name: value for name, value in words.items() if name.startswith(("socket_", "ssl_")) or name == "retry"}
-    return _ParsedUrl(kind, connection_class, hosts, service, words, {**of_sentinels, **chosen})
+    _check_connection_arguments(url, connection_class, arguments)
+    chosen = {
+        name: value for name, value in arguments.items() if name.startswith(("socket_", "ssl_")) or name == "retry"
+    }
+    return _ParsedUrl(kind, connection_class, hosts, service, arguments, {**sentinel_arguments, **chosen})
 
 
-def _parse_hosts(url: str, netloc: str, kind: str) -> tuple[tuple[str, int], ...]:
+def _parse_hosts(url: str, netloc: str, kind: str) -> tuple[Address, ...]:
     hosts = []
     for part in netloc.split(","):
         match = _HOST.fullmatch(part)
@@ -174,23 +178,23 @@ def _parse_hosts(url: str, netloc: str, kind: str) -> tuple[tuple[str, int], ...
 
 
 def _parse_query(url: str, query: str) -> dict[str, Any]:
-    words: dict[str, Any] = {"socket_timeout": URL_TIMEOUT_S}
+    arguments: dict[str, Any] = {"socket_timeout": URL_TIMEOUT_S}
     if importlib.util.find_spec("redis.retry"):
-        # Later ones try three times, or ten, with pauses.
+        # Later versions of redis-py retry three or ten times by default, with pauses.
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        words["retry"] = Retry(NoBackoff(), 0)
+        arguments["retry"] = Retry(NoBackoff(), 0)
     readers: dict[str, Any] = {**redis.connection.URL_QUERY_ARGUMENT_PARSERS, **_QUERY_READERS}
     for name, (text, *_) in parse_qs(query, keep_blank_values=True).items():
         if name in ("host", "port", "path"):
             raise _url_error(url, f"must have its {name} before the question mark")
         try:
-            words[name] = readers.get(name, str)(text)
+            arguments[name] = readers.get(name, str)(text)
         except (TypeError, ValueError):
             shown = "***" if "password" in name else repr(text)
             raise _url_error(url, f"must have a usable value of {name}, not {shown}") from None
-    return words
+    return arguments
 
 
 def _seconds(text: str) -> float:
@@ -212,7 +216,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-#: How to read a value; all others as redis-py reads them.
+#: Parsers of arguments; redis-py's own for all others.
 _QUERY_READERS: Mapping[str, Callable[[str], Any]] = {
     **dict.fromkeys(("socket_timeout", "socket_connect_timeout"), _seconds),
     **dict.fromkeys(("db", "max_connections", "health_check_interval", "protocol"), _number),
@@ -220,12 +224,12 @@ _QUERY_READERS: Mapping[str, Callable[[str], Any]] = {
 }
 
 
-def _check_connection_arguments(url: str, connection_class: type[Any], words: Mapping[str, Any]) -> None:
-    """See whether there are such connections now, rather than in the middle of a call; nothing is connected."""
+def _check_connection_arguments(url: str, connection_class: type[Any], arguments: Mapping[str, Any]) -> None:
+    """Raise an error now, and not in the middle of a call, if redis-py accepts no such connection."""
     try:
-        connection_class(**{name: value for name, value in words.items() if name != "max_connections"})
+        connection_class(**{name: value for name, value in arguments.items() if name != "max_connections"})
     except Exception as error:  # noqa: BLE001
-        # Whatever the library raises for words that it does not know or that contradict each other.
+        # The library raises various errors for unknown and for contradictory arguments.
         raise _url_error(url, f"must have a query that this version of redis-py takes ({error})") from None
 
 
@@ -233,66 +237,73 @@ def _url_error(url: str, accepted: str) -> ValueError:
     return ValueError(f"url {accepted}, not {mask_url(url)!r}")
 
 
-def _single_client(place: _ParsedUrl) -> Any:
-    where: dict[str, Any] = {"connection_class": place.connection_class}
-    for host, port in place.hosts:
+def _make_client(parsed: _ParsedUrl) -> Any:
+    if parsed.kind == "sentinel":
+        return client_of_service(
+            parsed.hosts, parsed.service, parsed.arguments, parsed.sentinel_arguments, tls=parsed.tls
+        )
+    if parsed.kind == "cluster":
+        return _client_of_cluster(parsed.hosts, parsed.arguments, parsed.connection_class, tls=parsed.tls)
+    where: dict[str, Any] = {"connection_class": parsed.connection_class}
+    for host, port in parsed.hosts:
         where.update(host=host, port=port)
-    return redis.Redis(connection_pool=redis.ConnectionPool(**where, **place.words))
-
-
-def client_of_service(place: _ParsedUrl) -> Any:
-    library = importlib.import_module("redis.sentinel")
-    words = dict(place.words)
-    if place.tls:
-        # As later versions have it; redis-py 3 knows no TLS behind Sentinels.
-        kinds = (library.SentinelManagedConnection, redis.SSLConnection)
-        words["connection_class"] = type("SentinelManagedSSLConnection", kinds, {})
-    sentinels = library.Sentinel(list(place.hosts), sentinel_kwargs={**place.of_sentinels, **place.tls}, **words)
-    return sentinels.master_for(place.service)
+    return redis.Redis(connection_pool=redis.ConnectionPool(**where, **parsed.arguments))
 
 
 def cluster_library() -> str | None:
+    """Return the module of the library for clusters that is installed; ``None``: none."""
     return next((name for name in ("redis.cluster", "rediscluster") if importlib.util.find_spec(name)), None)
 
 
-def client_of_cluster(place: _ParsedUrl) -> Any:
+def _client_of_cluster(
+    hosts: Sequence[Address], arguments: Mapping[str, Any], connection_class: Any, *, tls: Mapping[str, bool]
+) -> Any:
+    """Return a client of a cluster, which connects at once.
+
+    Args:
+        hosts: Nodes to begin with.
+        arguments: Arguments of the connections.
+        connection_class: Class of the connections.
+        tls: Argument that enables TLS; empty: no TLS.
+    """
     name = cluster_library() or ""
-    library = importlib.import_module(name)
-    words: dict[str, Any] = {**place.words, **place.tls}
-    hosts = answering_first(place)
+    seeds = answering_first(hosts, arguments, connection_class)
+    arguments = {**arguments, **tls}
     if name == "rediscluster":
-        # Else it would ask with a command that managed servers do not have.
-        words["skip_full_coverage_check"] = True
-        words["startup_nodes"] = [{"host": host, "port": port} for host, port in hosts]
-    else:
-        # Of nodes, not of the cluster: that has to try again while its nodes move.
-        del words["retry"]
-        nodes = [library.ClusterNode(host, port) for host, port in hosts]
-        if seconds_left() is not None:
-            # From 8 on it begins with any of them.
-            client = library.RedisCluster(**words, startup_nodes=nodes[:1])
-            client.nodes_manager.startup_nodes.update((node.name, node) for node in nodes[1:])
-            return client
-        words["startup_nodes"] = nodes
-    return library.RedisCluster(**words)
+        return client_of_redis_py_cluster(seeds, arguments)
+    library = importlib.import_module(name)
+    # The retry is for connections to nodes.  The client itself has to retry while slots move.
+    del arguments["retry"]
+    nodes = [library.ClusterNode(host, port) for host, port in seeds]
+    if seconds_left() is None:
+        return library.RedisCluster(**arguments, startup_nodes=nodes)
+    # redis-py 8 begins with any of the nodes, so only the one that answered is passed.
+    client = library.RedisCluster(**arguments, startup_nodes=nodes[:1])
+    client.nodes_manager.startup_nodes.update((node.name, node) for node in nodes[1:])
+    return client
 
 
-def answering_first(place: _ParsedUrl) -> list[tuple[str, int]]:
-    """The hosts, first one that answers: a cluster's client connects when it is made, and keeps no deadline.
+def answering_first(hosts: Sequence[Address], arguments: Mapping[str, Any], connection_class: Any) -> list[Address]:
+    """Return the nodes with one that answers first, because a cluster's client connects without a deadline.
+
+    Args:
+        hosts: Nodes to begin with.
+        arguments: Arguments of the connections.
+        connection_class: Class of the connections.
 
     Raises:
-        Exception: None does in time.
+        ConnectionError: No node answers in time.  The last error of the client's library is raised, if there is one.
     """
-    error, kind = Exception("no host"), cast("Any", place.connection_class)
+    error: Exception = ConnectionError("no host")
     handled = sys.exc_info()[1]
-    words = {name: value for name, value in place.words.items() if name != "max_connections"}
-    for number, (host, port) in enumerate(place.hosts):
+    arguments = {name: value for name, value in arguments.items() if name != "max_connections"}
+    for number, (host, port) in enumerate(hosts):
         left = seconds_left()
         if left is None:
-            return list(place.hosts)
-        # Whoever does not answer leaves time for the next one.
-        with deadline(left / min(len(place.hosts) - number, 2)):
-            connection = keep_deadlines(kind)(host=host, port=port, **words)
+            return list(hosts)
+        # A node that does not answer leaves half of the time for the others.
+        with deadline(left / min(len(hosts) - number, 2)):
+            connection = keep_deadlines(connection_class)(host=host, port=port, **arguments)
             try:
                 connection.connect()
                 connection.send_command("PING")
@@ -300,10 +311,10 @@ def answering_first(place: _ParsedUrl) -> list[tuple[str, int]]:
             except Exception as failure:
                 if find_interruption(failure, handled):
                     raise
-                # Whatever the library raises: the next one may answer.
+                # After any error of the library, the next node may answer.
                 error = failure
             else:
-                return [(host, port), *(other for other in place.hosts if other != (host, port))]
+                return [(host, port), *(other for other in hosts if other != (host, port))]
             finally:
                 connection.disconnect()
     raise error

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pybreaker_redis._redis.classify import PushUnavailableError, is_instance_of_named, is_unsupported_command
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.endpoint import CONNECT_HOOK_ARGUMENTS, Endpoint
+from pybreaker_redis._redis.sentinel import verify_master
 
 #: How the connections are called in ``CLIENT LIST``.
 CONNECTION_NAME = "pybreaker_redis"
@@ -58,7 +59,6 @@ class PushConnection:
     Attributes:
         is_tracking: Whether changes of keys that `ask` has read are heard, besides what is published.
         tracking_refusal: Why they are not.
-        is_one_slot: Whether keys of different circuits may not be asked for in one command.
         server: What the server calls itself, and its version; empty if it does not say.
 
     Raises:
@@ -73,7 +73,6 @@ class PushConnection:
         self._query_connection: Any = None
         self.is_tracking = False
         self.tracking_refusal = ""
-        self.is_one_slot = endpoint.is_one_slot
         self.server = ""
         try:
             one = self._connect_resp3(endpoint)
@@ -154,9 +153,7 @@ class PushConnection:
             ConnectionResetError: Sentinels know another master.
         """
         with deadline(self._timeout):
-            if self._endpoint.verify_master(self._query_connection):
-                msg = "the master has moved"
-                raise ConnectionResetError(msg)
+            verify_master(self._endpoint, self._query_connection)
         if self._is_single:
             return False
         self._send(self._push_connection, [("PING",)])

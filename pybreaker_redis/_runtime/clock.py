@@ -1,8 +1,6 @@
-"""What time is it here, and how far is another clock ahead?
+"""Clocks of this host, and conversion between times.
 
-Knows: the local wall clock, what a server said about its own.  Does not know: who asked the server, and for what.
-
-The local wall clock is looked up at every call, so that freezegun and time-machine are heard.
+Each call reads the clock anew, so that freezegun and time-machine have an effect.
 """
 
 from __future__ import annotations
@@ -13,26 +11,28 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import NamedTuple
 
-#: Seconds, monotonic, for what must go on while a test has stopped the time: freezegun replaces the function where it
-#: finds it in a module.
+#: Monotonic clock, seconds, for what must go on while a test has frozen the time.  freezegun replaces the function
+#: `time.monotonic` in the modules that import it, but not inside a `partial`.
 monotonic = partial(time.monotonic)
 
-#: Years 1 and 5000: what lies beyond is damage.  A timeout of centuries may be added to the later one.
+#: Earliest and latest time of a sound record, milliseconds since the epoch: years 1 and 5000.  A later time is damage.
+#: The latest one leaves room for a timeout of centuries.
 EARLIEST_TIME_MS = datetime(1, 1, 2, tzinfo=timezone.utc).timestamp() * 1000
 LATEST_TIME_MS = datetime(5000, 1, 1, tzinfo=timezone.utc).timestamp() * 1000
 
 
 def wall_clock_ms() -> float:
-    """Milliseconds since the epoch by the local clock."""
+    """Return the time of the local wall clock, milliseconds since the epoch."""
     return time.time() * 1000
 
 
 class Instant(NamedTuple):
-    """A moment by both clocks of this host, milliseconds.
+    """One instant by both clocks of this host.
 
     Attributes:
-        wall_ms: Since the epoch, by the local wall clock, which tests and administrators move.
-        monotonic_ms: By the monotonic clock, which is never set.
+        wall_ms: Time of the local wall clock, milliseconds since the epoch.  Tests and
+            administrators set this clock.
+        monotonic_ms: Time of the monotonic clock, milliseconds.  This clock is never set.
     """
 
     wall_ms: float
@@ -40,38 +40,42 @@ class Instant(NamedTuple):
 
 
 def instant(wall: Callable[[], float] = wall_clock_ms) -> Instant:
-    """The present moment.
+    """Return the present instant.
 
     Args:
-        wall: The local wall clock, milliseconds since the epoch.
+        wall: Function that returns the local time, milliseconds since the epoch.
     """
     return Instant(wall(), monotonic() * 1000)
 
 
 def utc_from_ms(at_ms: float) -> datetime:
-    """Return an aware UTC datetime, bounded so that neither this nor an addition to the result raises."""
+    """Return an aware UTC datetime, limited so that neither this function nor an addition to the result raises.
+
+    Args:
+        at_ms: Milliseconds since the epoch.
+    """
     if not EARLIEST_TIME_MS <= at_ms <= LATEST_TIME_MS:
         at_ms = EARLIEST_TIME_MS if at_ms < EARLIEST_TIME_MS else LATEST_TIME_MS
     return datetime.fromtimestamp(at_ms / 1000, timezone.utc)
 
 
 def ms_from_utc(at: datetime) -> float:
-    """Milliseconds since the epoch; a naive datetime is taken as UTC."""
+    """Return milliseconds since the epoch; a naive datetime counts as UTC."""
     return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp() * 1000
 
 
 class AssignedMs(float):
-    """Milliseconds since the epoch that a caller has set, to be read as they were set.
+    """Milliseconds since the epoch that keep the datetime from which they were made.
 
     Attributes:
-        assigned: The datetime that was given; naive, or aware and in UTC.
+        assigned: The given datetime: naive, or aware and in UTC.
     """
 
     assigned: datetime
 
     @classmethod
     def of(cls, at: datetime) -> AssignedMs:
-        """Return the milliseconds of a datetime, and remember it."""
+        """Return the milliseconds of a datetime."""
         result = cls(ms_from_utc(at))
         result.assigned = at.astimezone(timezone.utc) if at.tzinfo else at
         return result

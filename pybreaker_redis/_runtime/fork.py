@@ -1,36 +1,80 @@
-"""What has to be made anew in a forked child?
+"""State that a forked child must not inherit.
 
-Knows: live objects, forks.  Does not know: what they are.
+A lock that another thread holds during the fork stays held in the child, because that thread does not exist there.  A
+thread that keeps data fresh does not exist there either.  So each class with a lock or with such data derives from
+`ForkSafe`.
 
-A lock that another thread holds while the process forks is held for ever in the child, and so is a belief that nobody
-there keeps fresh.  uWSGI forks without telling Python: there, whoever starts threads compares the process id as well.
+uWSGI forks without Python's hooks.  Code that depends on the process therefore compares ``os.getpid()`` with
+`process_id`, and calls `renew` if they differ.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Protocol
+
+#: Process for which the objects were made or renewed; only `renew` changes the value.
+process_id = os.getpid()
+
+
+class ForkSafe:
+    """Base of objects that are renewed in a forked child.
+
+    A subclass calls this constructor last, or as soon as the subclass needs the lock.  A fork by another thread must
+    not renew an object that is only half made.
+    """
+
+    _lock: threading.RLock
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _instances[id(self)] = self
+
+    def _reset_in_child(self) -> None:
+        """Drop the state of the parent process, without waiting; the lock is new already."""
+
+    def _renew_in_child(self) -> None:
+        self._lock = threading.RLock()
+        self._reset_in_child()
+
+
+#: All living objects.  A weak dictionary, and no weak set: `valuerefs` copies the references in one step.
+_instances: weakref.WeakValueDictionary[int, ForkSafe] = weakref.WeakValueDictionary()
+
+#: Lock of `renew` in each process.  Several threads may notice the same fork at the same time.
+_renewal_locks: dict[int, threading.RLock] = {}
 
 
 class Inherited(Protocol):
     """Something that a child cannot use as it inherits it."""
 
     def after_fork(self) -> None:
-        """Begin anew, without waiting for anybody or anything: only the forking thread is left."""
+        """Begin anew."""
 
 
 _alive: weakref.WeakSet[Inherited] = weakref.WeakSet()
 
 
 def renew_in_children(item: Inherited) -> None:
-    """Have `item.after_fork()` called in every forked child, as long as the item lives."""
+    """Have `item.after_fork()` called in every forked child."""
     _alive.add(item)
 
 
-def _renew() -> None:
-    for item in list(_alive):
-        item.after_fork()
+def renew() -> None:
+    """Renew all living objects, once in each process; called in a forked child."""
+    global process_id  # noqa: PLW0603
+    pid = os.getpid()
+    with _renewal_locks.setdefault(pid, threading.RLock()):
+        if process_id == pid:
+            return
+        for reference in _instances.valuerefs():
+            if (instance := reference()) is not None:
+                instance._renew_in_child()  # noqa: SLF001
+        for item in list(_alive):
+            item.after_fork()
+        process_id = pid
 
 
-os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=renew)

@@ -1,17 +1,21 @@
-"""Exceptions that were raised into a wait for Redis from outside, and are none of Redis's.
+"""Recognition of interruptions: exceptions that were raised into a wait for Redis, and that no error of Redis caused.
 
-Knows: classes by the module that defines them, tracebacks, causes and contexts.  Does not know: Redis, what was waited
-for.
+Time limits end a call in several ways:
 
-Time limits end a call in several ways: a signal handler raises (Celery), another thread has the interpreter raise (RQ,
-stopit, by ``PyThreadState_SetAsyncExc``), a hub resumes a greenlet with an exception (gevent, eventlet).  Such an
-exception surfaces wherever the call is, often in the middle of a client library, which may wrap it or replace it.
+* a signal handler raises, as for Celery;
+* another thread raises by ``PyThreadState_SetAsyncExc``, as for RQ and stopit;
+* a hub resumes a greenlet with an exception, as for gevent and eventlet.
 
-* What a signal handler's frame raised is from outside, however often it was wrapped.
-* An error is from outside if its class is neither a client library's, nor the standard library's, nor this package's.
-  There are three exceptions.  An error that a ``raise`` makes of a client's error is a translation of that.  A callable
-  that returns a client, a source of credentials and a log handler may raise any class.  There, and where an error was
-  wrapped, only what no ``raise`` statement has raised, in the middle of a library's wait, is from outside.
+The exception appears wherever the call is, often in the middle of a client library, which may wrap or replace it.
+
+An exception is foreign if its class comes neither from a client library, nor from the standard library, nor from this
+package.  These rules decide:
+
+* An exception that a frame of a signal handler raised is an interruption, however often it was wrapped.
+* A foreign exception is an interruption, unless one of the following rules applies.
+* An exception that a ``raise`` statement made of a client's error is a translation of that error.
+* Client sources, sources of credentials and log handlers may raise any class.  In their code, and behind a wrapper, an
+  interruption is an exception that no ``raise`` statement raised, in the middle of a library's wait.
 """
 
 from __future__ import annotations
@@ -27,32 +31,35 @@ from pybreaker_redis._runtime.signals import is_raised_by_signal_handler, traceb
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
-#: Packages that talk to Redis, and parse what it says.
+#: Packages that send commands to Redis and parse replies.
 _CLIENT_PACKAGES = frozenset(
     ("redis", "valkey", "rediscluster", "fakeredis", "hiredis", "libvalkey", "lupa", __name__.partition(".")[0])
 )
 #: Packages in which a greenlet waits.
 _HUB_PACKAGES = frozenset(("gevent", "greenlet", "eventlet"))
 
-#: The functions of a client's connection that call what its user has given to authenticate.
+#: Functions of a client's connection that call the user's source of credentials.
 _CREDENTIAL_CALLERS = ("connect", "on_connect", "connect_check_health", "on_connect_check_health")
 
-#: The codes of this package's functions that call what a user has given: it may raise errors of any class.
+#: Code objects of this package's functions that call the user's code, which may raise any class.
 _user_code_callers: set[CodeType] = set()
 
 
 def calls_user_code(function: _Function) -> _Function:
-    """Note that a function calls what a user has given, so that errors of any class are no news from outside."""
+    """Register a function that calls the user's code, so that no exception of that code counts as an interruption."""
     _user_code_callers.add(function.__code__)
     return function
 
 
 def find_interruption(error: BaseException, handled: BaseException | None = None) -> BaseException | None:
-    """Return the exception that was raised from outside, if there is one behind an error.
+    """Return the interruption behind an error.
 
     Args:
-        error: What came out of a wait for Redis.
-        handled: What the caller was handling before; it and what lies behind it have been raised earlier.
+        error: Error that ended a wait for Redis.
+        handled: Exception that the caller was handling before the wait; it and its causes were raised earlier.
+
+    Returns:
+        The interruption; ``None`` if there is none.
     """
     causes = list(_causes(error, handled))
     for item in causes:
@@ -64,25 +71,25 @@ def find_interruption(error: BaseException, handled: BaseException | None = None
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Return whether an error that came straight out of a socket was raised from outside."""
+    """Return whether an error that a socket's method raised is an interruption."""
     return is_raised_by_signal_handler(error) or (_is_foreign(error) and not _comes_from_user_code(error))
 
 
 @contextlib.contextmanager
 def suppress_errors() -> Iterator[None]:
-    """Suppress errors, but for an exception that was raised from outside: that is raised instead of them."""
+    """Suppress errors, and raise the interruption if there is one behind the error."""
     handled = sys.exc_info()[1]
-    outside = None
+    interruption = None
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        outside = find_interruption(error, handled)
-    if outside is not None:
-        raise outside
+        interruption = find_interruption(error, handled)
+    if interruption is not None:
+        raise interruption
 
 
 def _causes(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and all that it was raised from, or while which was handled, the error first."""
+    """Yield an error, its causes and its contexts, the error first."""
     seen = {id(handled)}
     pending: list[BaseException | None] = [error]
     while pending:
@@ -108,7 +115,7 @@ def _package_of_entry(entry: TracebackType) -> str:
 
 
 def _comes_from_user_code(error: BaseException) -> bool:
-    """Whether a traceback leads into what a user has given: a callable, a log handler, a source of credentials."""
+    """Return whether the traceback leads into the user's code: client source, log handler, source of credentials."""
     before = None
     for entry in traceback_entries(error.__traceback__):
         code = entry.tb_frame.f_code
@@ -126,7 +133,7 @@ def _comes_from_user_code(error: BaseException) -> bool:
 
 
 def _is_translated_client_error(error: BaseException, causes: list[BaseException]) -> bool:
-    """Whether a client's error became this one, as wrappers do that have errors of their own."""
+    """Return whether a ``raise`` statement made this error of a client's error, as wrappers of clients do."""
     return _ends_in_raise_statement(error) and any(not _is_foreign(item) for item in causes)
 
 
@@ -150,6 +157,6 @@ def _ends_in_raise_statement(error: BaseException) -> bool:
 
 
 def _is_raise_statement(entry: TracebackType) -> bool:
-    """Whether the instruction of an entry is a ``raise``; compiled modules show none."""
+    """Return whether the instruction of an entry is a ``raise``; compiled modules have no instructions."""
     code, at = entry.tb_frame.f_code.co_code, entry.tb_lasti
     return 0 <= at < len(code) and dis.opname[code[at]] in ("RAISE_VARARGS", "RERAISE")

@@ -1,54 +1,102 @@
-"""Log lines about something that comes and goes: the first pair at once, repetitions once a minute with a count.
+"""Emission of log lines, and limits on repeated ones.
 
-Knows: when a line was logged last, how many losses were not.  Does not know: words, what comes and goes.
+A handler of the application may raise.  `emit` suppresses its errors, because neither a guarded call nor a thread of
+this package may fail by them.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from pybreaker_redis._runtime.clock import monotonic
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
+from pybreaker_redis._runtime.redaction import mask_text
 
-#: Seconds after a logged loss in which further ones are counted only.
+#: Logger of all lines that no storage's own logger receives.
+LOGGER = logging.getLogger("pybreaker_redis")
+
+#: Seconds after a logged loss in which further losses are only counted.
 LOSS_WINDOW_S = 60.0
 
-#: Logs a line; given how many losses were counted only since the last line.
-BuildLine = Callable[[int], None]
+#: Seconds between two log lines of one kind about one server.
+REPEAT_WINDOW_S = 60.0
 
 
-class LossThrottle:
-    """The lines about one subject.
+class LogLine(Protocol):
+    """One log line; see `_log.Line`."""
+
+    @property
+    def level(self) -> int:
+        """Level of the logging module."""
+
+    @property
+    def message(self) -> str:
+        """Format string of the logging module."""
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """Values for the format string."""
+
+    @property
+    def extra(self) -> Mapping[str, Any] | None:
+        """Facts for handlers; ``None``: none."""
+
+
+@calls_user_code
+def emit(line: LogLine, *, logger: logging.Logger = LOGGER) -> None:
+    """Log a line with its secrets masked; suppress errors of handlers, but no interruption.
 
     Args:
-        clock: Seconds, monotonic.
+        line: The line.
+        logger: Logger that receives the line.
+    """
+    with suppress_errors():
+        arguments = (mask_text(item) if isinstance(item, BaseException | str) else item for item in line.arguments)
+        facts = {name: mask_text(item) if isinstance(item, str) else item for name, item in (line.extra or {}).items()}
+        logger.log(line.level, line.message, *arguments, extra={"pybreaker_redis": facts} if facts else None)
+
+
+#: Function that makes a line from the number of losses that were not logged before the line.
+BuildLine = Callable[[int], LogLine]
+
+
+class LossThrottle(ForkSafe):
+    """Limit on the lines about one subject that is lost and returns.
+
+    The throttle logs the first loss and its end at once.  For `LOSS_WINDOW_S` after a logged loss, it counts further
+    losses, and holds the line about the present condition until the window ends.
+
+    Args:
+        clock: Clock of the throttle, monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.RLock()
         self._window_ends_at = float("-inf")
         self._unlogged = 0
-        #: Whether the present loss was counted only, so that its end is no news either.
+        #: Whether the present loss was only counted: then its end is not logged at once either.
         self._is_silent = False
-        #: The line that describes how it is now, not logged yet, and how many losses that one names itself.
+        #: Line about the present condition, not logged yet, and the number of losses that the line itself describes.
         self._held_line: tuple[BuildLine, int] | None = None
-        renew_in_children(self)
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """In a child: the parent logs what it has counted."""
-        self._lock = threading.RLock()
+    def _reset_in_child(self) -> None:
+        # The parent logs what the parent has counted.
         self._unlogged, self._held_line = 0, None
 
     @property
     def has_held_line(self) -> bool:
-        """Whether a line has to be logged later."""
+        """Whether a line waits for the end of the window."""
         return self._held_line is not None
+
+    @property
+    def seconds_until_due(self) -> float | None:
+        """Seconds until the held line is logged, `None` if no line is held."""
+        return None if self._held_line is None else max(0.0, self._window_ends_at - self._clock())
 
     def log_loss(self, build_line: BuildLine) -> None:
         """Log a loss, or count it."""
@@ -59,55 +107,42 @@ class LossThrottle:
         self.flush_held_line()
 
     def log_return(self, build_line: BuildLine) -> None:
-        """Log the end of a loss; if that was counted only, the end is logged later."""
+        """Log the end of a loss; hold the line if the loss was only counted."""
         with self._lock:
-            if self._is_silent:
+            if is_silent := self._is_silent:
                 self._held_line = build_line, 0
-                said = None
-            else:
-                said = build_line
-        if said is None:
+        if is_silent:
             self.flush_held_line()
         else:
-            said(0)
+            emit(build_line(0))
 
     def flush_held_line(self) -> None:
-        """Log the line that is held, if it is time."""
+        """Log the held line, if the window has ended."""
         with self._lock:
             if self._held_line is None or self._clock() < self._window_ends_at:
                 return
-            (build_line, named), self._held_line = self._held_line, None
-            more, self._unlogged = self._unlogged - named, 0
+            (build_line, described), self._held_line = self._held_line, None
+            more, self._unlogged = self._unlogged - described, 0
             self._window_ends_at = self._clock() + LOSS_WINDOW_S
             self._is_silent = False
-        build_line(more)
-
-
-#: Seconds between two log lines of one kind about one server.
-REPEAT_WINDOW_S = 60.0
-
-
-_logger = logging.getLogger("pybreaker_redis")
+        emit(build_line(more))
 
 
 class RepeatThrottle:
-    """Limit on log lines of one kind about one server: one within `REPEAT_WINDOW_S`; the others are counted."""
+    """Limit on log lines of one kind about one server: one within `REPEAT_WINDOW_S`, and a count of the others."""
 
     def __init__(self) -> None:
         self._next_at = 0.0
         self._left_out = 0
 
-    def admit_line(self) -> str | None:
-        """Return what the line has to add, the number of lines left out before it; ``None``: leave this one out."""
+    def admit_line(self) -> int | None:
+        """Admit a line, or count it.
+
+        Returns:
+            Number of lines that were left out before this one; ``None``: this line is left out.
+        """
         if monotonic() < self._next_at:
             self._left_out += 1
             return None
         left_out, self._left_out, self._next_at = self._left_out, 0, monotonic() + REPEAT_WINDOW_S
-        return f"; {left_out} more like this since the last such line" if left_out else ""
-
-
-@calls_user_code
-def _say(level: int, message: str, *arguments: object, logger: logging.Logger = _logger, **words: Any) -> None:
-    # What a handler raises is for nobody who makes a call, nor for those who keep circuits going.
-    with suppress_errors():
-        logger.log(level, message, *arguments, **words)
+        return left_out

@@ -1,7 +1,4 @@
-"""What is said if something is missing that an extra brings?
-
-Knows: names of modules, libraries and extras.  Does not know: what they are for.
-"""
+"""Imports of optional libraries."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def require_extra(library: str, *, extra: str = "") -> Iterator[None]:
-    """Import a library, or tell how to install it.
+    """Import a library in the block; if the library is missing, name the extra that installs it.
 
     Args:
-        library: Its module.
-        extra: Of this package; if not given, it is called like the library.
+        library: Module of the library.
+        extra: Extra of this package; empty: the extra has the name of the module.
 
     Raises:
-        ImportError: The library is missing.  What goes wrong inside of it is raised as it is.
+        ImportError: The library is missing.  An error inside the library is raised unchanged.
     """
     try:
         yield

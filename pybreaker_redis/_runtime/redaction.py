@@ -1,6 +1,6 @@
-"""How is a text printed that may contain a password?
+"""Masking of secrets in texts that are logged, raised or shown.
 
-Knows: passwords that were used, the forms in which texts contain them.  Does not know: connections, who prints.
+Masked are registered secrets, and what looks like a secret: passwords in URLs, keyword arguments and AUTH commands.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from urllib.parse import quote
 
 SECRET_MASK = "***"
 
-#: Secrets that are remembered at most: a token that is replaced every quarter of an hour is forgotten after a day.
+#: Number of registered secrets, at most.  A token that is replaced every 15 minutes is dropped after a day.
 SECRETS_MAX = 100
 
-#: A secret of so many characters is masked wherever it stands, a shorter one only where no letter or digit touches it.
+#: Length from which a secret is masked everywhere.  A shorter one is masked where no letter or digit touches it.
 LONG_SECRET_MIN_CHARS = 8
 
-#: What follows in an error is what a command was given; AUTH is given a password.
+#: Arguments of a command at the end of an error's text.  Those of AUTH are a password.
 _COMMAND_ARGUMENTS = re.compile(r"(, with args beginning with: ?).*()", re.DOTALL)
 
-#: The forms in which texts carry a secret: what stands before it is left, and what stands behind it.
+#: Forms of secrets in texts, as groups: the text before the secret, and the text behind it.
 _SECRET_FORMS = (
     _COMMAND_ARGUMENTS,
     re.compile(r"(://)[^\s'\"<>]*(@)"),
@@ -29,38 +29,38 @@ _SECRET_FORMS = (
     re.compile(r"\b(AUTH )(?![<(]|called\b|failed\b|is\b|must\b)[^\s)\]]+(?: [^\s)\]]+)?(?=[)\]]|$)()"),
 )
 
-#: Packages whose errors have texts that may be changed.
+#: Packages whose errors may be changed.
 _LIBRARIES = frozenset(("redis", "rediscluster", "valkey"))
 
-#: Each secret, and what finds it: nothing is compiled while a text is printed, as that may be when Python shuts down.
+#: Pattern of each registered secret.  `mask_text` compiles nothing, because Python may shut down meanwhile.
 _patterns_of_secrets: dict[str, re.Pattern[str]] = {}
 
 
 def register_secret(secret: Any) -> None:
-    """Mask this value from now on wherever it stands; anything but text and bytes is ignored."""
+    """Register a secret, which `mask_text` masks from now on; ignore values that are neither text nor bytes."""
     if isinstance(secret, bytes):
         secret = secret.decode("utf-8", "replace")
     if not isinstance(secret, str) or not secret or secret in _patterns_of_secrets:
         return
-    spelled = "|".join(sorted(map(re.escape, {secret, quote(secret, safe=""), repr(secret)[1:-1]}), key=len)[::-1])
+    spellings = "|".join(sorted(map(re.escape, {secret, quote(secret, safe=""), repr(secret)[1:-1]}), key=len)[::-1])
     pattern = (
-        f"()(?:{spelled})()" if len(secret) >= LONG_SECRET_MIN_CHARS else rf"(?<![^\W_])()(?:{spelled})()(?![^\W_])"
+        f"()(?:{spellings})()" if len(secret) >= LONG_SECRET_MIN_CHARS else rf"(?<![^\W_])()(?:{spellings})()(?![^\W_])"
     )
-    # One step each: threads remember at the same time.
+    # One step each, because threads register secrets at the same time.
     _patterns_of_secrets.setdefault(secret, re.compile(pattern))
     while len(_patterns_of_secrets) > SECRETS_MAX:
         _patterns_of_secrets.pop(next(iter(tuple(_patterns_of_secrets))), None)
 
 
 def mask_text(text: object) -> str:
-    """Return a text without the secrets that were remembered, and without what looks like one."""
-    said = str(text)
-    known = [
+    """Return a text with the registered secrets masked, and with everything masked that looks like a secret."""
+    masked = str(text)
+    patterns = [
         form for _, form in sorted(_patterns_of_secrets.copy().items(), key=lambda item: len(item[0]), reverse=True)
     ]
-    for form in (*_SECRET_FORMS[:1], *known, *_SECRET_FORMS[1:]):
-        said = form.sub(_masked_match, said)
-    return said
+    for form in (*_SECRET_FORMS[:1], *patterns, *_SECRET_FORMS[1:]):
+        masked = form.sub(_masked_match, masked)
+    return masked
 
 
 def _masked_match(match: re.Match[str]) -> str:
@@ -68,9 +68,9 @@ def _masked_match(match: re.Match[str]) -> str:
 
 
 def mask_error(error: BaseException) -> None:
-    """Mask the text of a client library's error: it may be raised, or logged with its traceback.
+    """Mask the text of a client library's error in place, before the error is raised or logged with its traceback.
 
-    Errors of other classes are left as they are: they may be the application's own.
+    Errors of other classes may be the application's, and stay unchanged.
     """
     if not any(cls.__module__.partition(".")[0] in _LIBRARIES for cls in type(error).__mro__):
         return
@@ -80,7 +80,12 @@ def mask_error(error: BaseException) -> None:
             error.args = given
 
 
+def refusal_text(reason: object) -> str:
+    """Return the text of a refusal, masked, without the arguments of the refused command."""
+    return mask_text(reason).partition(", with args")[0]
+
+
 def describe_error(error: BaseException) -> str:
-    """Return the class of an error and what it says, masked, or the class alone if it says nothing."""
-    said = mask_text(error)
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Return the class of an error and its masked text, or only the class if there is no text."""
+    masked = mask_text(error)
+    return f"{type(error).__name__}: {masked}" if masked else type(error).__name__

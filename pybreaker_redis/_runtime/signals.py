@@ -1,9 +1,7 @@
-"""Which exceptions a signal handler, or a trace function, has raised.
+"""Recognition of exceptions that a signal handler or a trace function has raised.
 
-Knows: signal handlers, tracebacks.  Does not know: who was interrupted.
-
-A handler runs between any two instructions of the main thread, and what it raises comes out of the interrupted code:
-Celery's soft time limit, for one, in the middle of a wait for Redis.
+A handler runs between any two instructions of the main thread, and its exception leaves the interrupted code.  For
+example, Celery's soft time limit is raised in the middle of a wait for Redis.
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ from types import CodeType, FrameType, TracebackType
 
 
 def is_raised_by_signal_handler(error: BaseException) -> bool:
-    """Return whether a traceback leads through the present handler of a signal, or through a function like one.
+    """Return whether the traceback leads through a present signal handler, or through a function like one.
 
-    A handler may restore its predecessor before it raises.  Its frame still shows what it is: it was given the frame
-    that it has interrupted.
+    A handler may restore its predecessor before the handler raises.  A function that was called with its caller's frame
+    as an argument therefore counts as a handler, too.
     """
     handlers = {code for number in signal.valid_signals() if (code := _code_of_handler(signal.getsignal(number)))}
     return any(

@@ -1,7 +1,4 @@
-"""May a thread be started here?
-
-Knows: daemon threads, shutdown, uWSGI.  Does not know: what a thread is for.
-"""
+"""Start of daemon threads, where a thread can be started without harm."""
 
 from __future__ import annotations
 
@@ -11,21 +8,25 @@ from collections.abc import Callable
 
 
 class ThreadRefusedError(Exception):
-    """No thread can be started; the message says why, if that is worth a word."""
+    """Refusal to start a thread.  The message is the reason, and empty if the reason is of no interest to a user."""
 
 
-def start(target: Callable[[], None], name: str) -> threading.Thread:
+def start_daemon(target: Callable[[], None], name: str) -> threading.Thread:
     """Start a daemon thread.
 
+    Args:
+        target: Function that the thread runs.
+        name: Name of the thread.
+
     Raises:
-        ThreadRefusedError: It would do harm here, or cannot be.
+        ThreadRefusedError: A thread would do harm here, or cannot be started.
     """
     if sys.is_finalizing():
-        # Before Python 3.12 a thread that is started now would be waited for forever.
+        # Before Python 3.12, the interpreter would wait forever for a thread that starts now.
         raise ThreadRefusedError
     uwsgi = sys.modules.get("uwsgi")
     if uwsgi and uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0:
-        # In the master: a thread here would deadlock the workers that are forked from it.
+        # A thread in the master would deadlock the workers that the master forks.
         raise ThreadRefusedError
     if uwsgi and not {"enable-threads", "threads"} & uwsgi.opt.keys():
         msg = "uWSGI runs without --enable-threads"
@@ -34,6 +35,6 @@ def start(target: Callable[[], None], name: str) -> threading.Thread:
     try:
         thread.start()
     except RuntimeError as error:
-        # The interpreter is about to shut down, or the process may have no more threads.
+        # The interpreter shuts down, or the process has reached its limit of threads.
         raise ThreadRefusedError(str(error)) from error
     return thread

@@ -1,29 +1,27 @@
-"""Which storages of this process are the same circuit, and do they agree about it?
+"""Check that the storages of one circuit in this process have the same settings.
 
-Knows: where each of them leads, its settings, when one is gone.  Does not know: what the settings are for, breakers.
-
-Storages are told apart when they are first used: nobody knows before where they lead.
+Storages are compared at their first use: before that, the location of the circuit is unknown.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 from pybreaker_redis import _log
 from pybreaker_redis._redis.endpoint import plain_endpoint_of
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
+from pybreaker_redis._runtime.logger import emit
 
 
 class SettingsCheck:
-    """One storage, among those of the same circuit.
+    """Settings of one storage, to be compared with those of the other storages of its circuit.
 
     Args:
-        name: Of the circuit, for people.
-        settings: By the name of the argument.  Of one circuit they should be the same.
-        is_nameless: Whether its user gave it no namespace.
+        name: Name of the circuit, for log lines.
+        settings: Values by the name of the argument.  All storages of one circuit should have the same.
+        is_nameless: Whether the user gave the storage no namespace.
 
     Attributes:
         settings: See above.
@@ -33,18 +31,19 @@ class SettingsCheck:
         self._name = name
         self.settings = settings
         self._is_nameless = is_nameless
-        self._circuit = _CircuitUsers()
+        self._users = CircuitUsers()
 
     def register(self, client: Any, keys: tuple[str, ...]) -> None:
-        """The storage is used; say so if others that are alive should be like it, and are not.
+        """Note that the storage is used, and log settings that differ from those of other living storages.
 
         Args:
-            client: Of its server.
-            keys: Of its circuit.
+            client: Client of the server that stores the circuit.
+            keys: Keys of the circuit.
         """
         shared = getattr(client, "connection_pool", client)
         endpoint = plain_endpoint_of(client)
-        others = _twins.join(self, (endpoint.database_identity if endpoint else id(shared), keys))
+        place = endpoint.database_identity if endpoint else id(shared), keys
+        self._users, others = _table.add_check(self, place)
         if others:
             self.note_second_breaker()
         if self._is_nameless:
@@ -53,61 +52,66 @@ class SettingsCheck:
             differences = {
                 name: (theirs, self.settings[name])
                 for name, theirs in other.settings.items()
-                if theirs != self.settings[name] and self._circuit.claim_log_line(name)
+                if theirs != self.settings[name] and self._users.claim_log_line(name)
             }
             if differences:
-                _log.differ(self._name, differences)
+                emit(_log.settings_differ(self._name, differences))
 
     def note_second_breaker(self) -> None:
-        """Another breaker of this process uses the circuit; say so if nobody can have meant that."""
-        if self._is_nameless and self._circuit.claim_log_line("namespace"):
-            _log.nameless(self._name)
-
-    def join(self, circuit: _CircuitUsers) -> list[SettingsCheck]:
-        """Be one of a circuit's storages; returns the others."""
-        self._circuit = circuit
-        others = [twin for twin in circuit.twins if twin is not self]
-        circuit.twins.add(self)
-        return others
+        """Log, once, that several breakers of this process use a circuit without a namespace."""
+        if self._is_nameless and self._users.claim_log_line("namespace"):
+            emit(_log.namespace_missing(self._name))
 
 
-class _CircuitUsers:
-    """A circuit, as long as it has storages here.
+class CircuitUsers:
+    """Storages of one circuit in this process, and the lines that were logged about them.
 
     Attributes:
-        twins: Those that were used.
+        checks: One for each storage that was used.
     """
 
     def __init__(self) -> None:
-        self.twins: weakref.WeakSet[SettingsCheck] = weakref.WeakSet()
+        self.checks: weakref.WeakSet[SettingsCheck] = weakref.WeakSet()
         self._logged: set[str] = set()
 
-    def claim_log_line(self, what: str) -> bool:
-        """Whether this was not said yet; from now on it was."""
-        is_new = what not in self._logged
-        self._logged.add(what)
+    def claim_log_line(self, subject: str) -> bool:
+        """Claim the one log line about a setting.
+
+        Args:
+            subject: Name of the setting.
+
+        Returns:
+            Whether the line was not logged yet.
+        """
+        is_new = subject not in self._logged
+        self._logged.add(subject)
         return is_new
 
 
-class _CircuitTable:
-    """The circuits of this process."""
+class CircuitTable(ForkSafe):
+    """Circuits of this process, as long as storages use them."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._circuits: weakref.WeakValueDictionary[Hashable, _CircuitUsers] = weakref.WeakValueDictionary()
-        renew_in_children(self)
+        self._users_by_place: weakref.WeakValueDictionary[Hashable, CircuitUsers] = weakref.WeakValueDictionary()
+        super().__init__()
 
-    def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
-        self._lock = threading.RLock()
+    def add_check(self, check: SettingsCheck, place: Hashable) -> tuple[CircuitUsers, list[SettingsCheck]]:
+        """Add a storage to those of its circuit.
 
-    def join(self, twin: SettingsCheck, place: Hashable) -> list[SettingsCheck]:
-        """Put a storage to those of the same place; returns the others."""
+        Args:
+            check: Settings of the storage.
+            place: Server, database and keys of the circuit.
+
+        Returns:
+            All storages of the circuit, and the others.
+        """
         with self._lock:
-            circuit = self._circuits.get(place)
-            if circuit is None:
-                circuit = self._circuits[place] = _CircuitUsers()
-            return twin.join(circuit)
+            users = self._users_by_place.get(place)
+            if users is None:
+                users = self._users_by_place[place] = CircuitUsers()
+            others = [other for other in users.checks if other is not check]
+            users.checks.add(check)
+            return users, others
 
 
-_twins = _CircuitTable()
+_table = CircuitTable()

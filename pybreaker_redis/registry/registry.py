@@ -6,13 +6,12 @@ Knows: names, settings, the client that all have in common.  Does not know: how 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pybreaker import CircuitBreaker, CircuitBreakerListener
+from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker, CircuitBreakerListener
 
 from pybreaker_redis._adapter.operated import OperatedStorage
 from pybreaker_redis._circuits.core import rejection_time_s
@@ -20,8 +19,8 @@ from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis._model.intents import Intent, Reply
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._runtime.clock import utc_from_ms
-from pybreaker_redis._runtime.fork import renew_in_children
-from pybreaker_redis._runtime.validation import check_state, checked_namespace, plain_text
+from pybreaker_redis._runtime.fork import ForkSafe
+from pybreaker_redis._runtime.validation import check_choice, checked_namespace, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import COMMANDS_FOR_RESET, COMMANDS_FOR_STATE, retry_after, storage_of
 from pybreaker_redis.registry import settings as settings_module
@@ -58,7 +57,7 @@ class CircuitStatus:
     reset_timeout: float
 
 
-class BreakerRegistry:
+class BreakerRegistry(ForkSafe):
     """The breakers of an application: one for each name, all with the same Redis.
 
     Each is a standard `pybreaker.CircuitBreaker`, made when it is first asked for.  Nothing is sent before a breaker
@@ -93,14 +92,9 @@ class BreakerRegistry:
         self._defaults = settings_module.validated(defaults, stacklevel=2)
         self._settings_by_name: dict[str, dict[str, Any]] = {}
         self._breaker_by_name: dict[str, CircuitBreaker] = {}
-        self._lock = threading.RLock()
-        renew_in_children(self)
+        super().__init__()
         # What cannot be a client, or a prefix, is refused now, not when there is a name.
         self._storage("any")
-
-    def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
-        self._lock = threading.RLock()
 
     # The breakers ---------------------------------------------------------------------------------------------------
 
@@ -205,7 +199,7 @@ class BreakerRegistry:
             ValueError: There is no such state.
             Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
         """
-        check_state("state", state)
+        check_choice("state", state, (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN))
         self._command(name, *COMMANDS_FOR_STATE[state])
 
     def reset(self, name: str, /) -> None:

@@ -362,7 +362,7 @@ from pybreaker_redis import CircuitRedisStorage
 count = CircuitRedisStorage.increment_counter
 
 def increment_counter(self):
-    if self.health().condition == "away":
+    if self.health().condition == "unreachable":
         raise ConnectionError("no Redis")
     count(self)
 

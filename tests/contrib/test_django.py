@@ -27,7 +27,7 @@ from pybreaker_redis.testing import in_memory
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import django_project
 from tests.support.breakers import Down, down
-from tests.support.inspect import breakers_made_by, lock_of, storage_of
+from tests.support.inspect import breakers_made_by, lock_of, reset_in_child, storage_of
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -197,7 +197,7 @@ def test_forked_child_does_not_wait_for_a_lock_of_its_parent(project):
     threads[0].start()
     is_held.wait()
     try:
-        breakers.after_fork()
+        reset_in_child(breakers)
         threads[1].start()
         threads[1].join(5)
         assert not threads[1].is_alive()

@@ -19,7 +19,7 @@ from pybreaker_redis._redis.deadline import deadline, seconds_left
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.clock import Stopwatch
-from tests.support.inspect import before_transaction_step, keys_of, selector_of
+from tests.support.inspect import before_transaction_step, engine_of, keys_of, selector_of
 from tests.support.servers import without_scripts
 
 #: Seconds that a call may wait in these tests: long compared with the delays of a busy machine.
@@ -45,13 +45,13 @@ def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], flo
     selector = selector_of(storage)
     execute, sent = selector.run_intent, []
 
-    def timed(engine: Any, intent: Intent, *arguments: Any) -> Reply:
+    def timed(choice: Any, intent: Intent, *arguments: Any) -> Reply:
         left = seconds_left()
         assert left is not None
         sent.append((type(intent), left))
         if isinstance(intent, ClaimProbe):
             time.sleep(SLOW)
-        return execute(engine, intent, *arguments)
+        return execute(choice, intent, *arguments)
 
     selector.run_intent = timed  # type: ignore[method-assign]
     return sent
@@ -110,8 +110,7 @@ def test_freeze_under_watch_delays_a_call_for_its_timeout_only(
     storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
     breaker.call(up)
-    engine = selector_of(storage).get()
-    engine = TransactionEngine(engine.client, keys_of(engine))
+    engine = TransactionEngine(engine_of(storage).client, keys_of(storage))
     before_transaction_step(monkeypatch, step, killable_server.pause)
     gc.collect()
     # Garbage of other tests and their servers must not be collected in the measured time.

@@ -14,14 +14,14 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._model.fast_path import FastPath
-from pybreaker_redis._redis.classify import ErrorKind
+from pybreaker_redis._redis.classify import ErrorKind, suppress_except
 from pybreaker_redis._redis.endpoint import endpoint_of
+from pybreaker_redis._redis.sentinel import verify_master
 from pybreaker_redis._replica.connection import Push
 from pybreaker_redis._replica.subscribers import Subscriber
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime import threads
-from pybreaker_redis._servers import server as server_module
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.faults import Site
 from tests.support.inspect import (
@@ -34,9 +34,9 @@ from tests.support.inspect import (
     fast_path_of,
     local_of,
     lock_of,
-    mark_inherited,
     may_read,
     poll_once,
+    pretend_fork,
     receive_push,
     retry_threads,
     send_beat,
@@ -71,7 +71,7 @@ def test_callers_make_the_attempts_where_threads_cannot_be_started(site: Site, m
         raise threads.ThreadRefusedError
 
     breaker = settled(breaker_on(site.client(), fail_max=2, reset_timeout=60))
-    monkeypatch.setattr(threads, "start", refuse)
+    monkeypatch.setattr(threads, "start_daemon", refuse)
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     calls(breaker, 0.05, failing=1.0)
@@ -86,7 +86,7 @@ def test_process_forked_without_fork_hooks_starts_its_own_retry_thread(site: Sit
     breaker = settled(breaker_on(site.client()))
     server = server_of(breaker)
     lock = lock_of(server)
-    mark_inherited(server)
+    pretend_fork()
     assert start_retry_thread(server)
     assert lock_of(server) is not lock
 
@@ -136,7 +136,7 @@ def test_circuit_that_fails_during_the_return_is_left_to_its_next_caller(site: S
     breaker.call(up)
     outage = server_of(storage).availability.outage
     with monkeypatch.context() as patched:
-        patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
+        patched.setattr(bulk, "bring_back_first", lambda tenants, answer_wait_s, outcomes: None)
         patched.setattr(Failover, "bring_back", lambda self: 1 / 0)
         attempt_return(server_of(storage), outage)
     site.proxy.listen()
@@ -153,7 +153,7 @@ def test_trip_of_a_circuit_first_used_during_the_return_is_shared(site: Site, mo
     newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
     fails(newcomer)
     with monkeypatch.context() as patched:
-        patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
+        patched.setattr(bulk, "bring_back_first", lambda tenants, answer_wait_s, outcomes: None)
         site.proxy.listen()
         attempt_return(server, outage)
     # The retry thread may attempt the return at the same time, and then restores the circuit.
@@ -176,9 +176,9 @@ def test_retry_thread_ends_with_the_last_circuit(site: Site, no_listeners):
 
 def test_error_of_one_circuit_is_suppressed_and_error_of_the_server_raised():
     """An error of one circuit is suppressed, an error of the server is raised."""
-    with bulk.suppress_except(ErrorKind.UNREACHABLE):
+    with suppress_except(ErrorKind.UNREACHABLE):
         raise TypeError("of one circuit")
-    with pytest.raises(redis.ConnectionError), bulk.suppress_except(ErrorKind.UNREACHABLE):
+    with pytest.raises(redis.ConnectionError), suppress_except(ErrorKind.UNREACHABLE):
         raise redis.ConnectionError("gone")
 
 
@@ -231,10 +231,11 @@ def test_connection_ends_if_sentinels_name_another_master():
         )
         return made
 
-    assert not endpoint_of(redis.Redis()).verify_master(connection)
-    assert not endpoint(("10.0.0.1", 6379)).verify_master(connection)
-    assert not endpoint(None).verify_master(connection)
-    assert endpoint(("10.0.0.2", 6379)).verify_master(connection)
+    verify_master(endpoint_of(redis.Redis()), connection)
+    verify_master(endpoint(("10.0.0.1", 6379)), connection)
+    verify_master(endpoint(None), connection)
+    with pytest.raises(ConnectionResetError, match="the master has moved"):
+        verify_master(endpoint(("10.0.0.2", 6379)), connection)
     push = bare_connection(endpoint=endpoint(("10.0.0.2", 6379)), query_connection=connection, timeout=1.0)
     with pytest.raises(ConnectionResetError, match="the master has moved"):
         push.send_beat()
@@ -243,7 +244,11 @@ def test_connection_ends_if_sentinels_name_another_master():
 def test_session_without_a_pong_ends_and_a_poll_confirms_no_unknown_state():
     """A session without a PONG is over, and a poll without a known state confirms no view."""
     session = bare_session(
-        is_pong_due=True, matched_reads=weakref.WeakKeyDictionary(), changed=set(), maybe_changed=set()
+        is_pong_due=True,
+        matched_reads=weakref.WeakKeyDictionary(),
+        reads_counters_singly=False,
+        changed=set(),
+        maybe_changed=set(),
     )
     session.has_polled = False
     # A message on an unknown channel is no sign of life.
@@ -251,8 +256,8 @@ def test_session_without_a_pong_ends_and_a_poll_confirms_no_unknown_state():
     with pytest.raises(TimeoutError, match="PING"):
         send_beat(session)
     view = View(1.0)
-    view.is_heard(True)
+    view.mark_subscribed()
     answers = [(1, 0), [b"0"], [b"closed", None], [None] * 6]
-    session.connection = SimpleNamespace(is_tracking=False, is_one_slot=False, query=lambda commands: answers)
+    session.connection = SimpleNamespace(is_tracking=False, query=lambda commands: answers)
     poll_once(session, [Subscriber(view, ("s", "f", "p", "o", "c"), "channel")])
     assert not view.is_trusted

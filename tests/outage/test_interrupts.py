@@ -26,7 +26,7 @@ from pybreaker_redis._redis.cluster import ClusterTopology
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import Down, breaker_on, up
 from tests.support.faults import Site
 from tests.support.inspect import (
@@ -114,7 +114,7 @@ def test_outage_during_the_handling_of_an_earlier_interruption_counts(site: Site
         site.proxy.refuse()
         site.proxy.close_connections()
         assert breaker.call(up) == "answer"
-        assert health_of(breaker).condition == "away"
+        assert health_of(breaker).condition == "unreachable"
         site.proxy.listen()
     wait_for(lambda: is_back(breaker), "the return is noticed")
 

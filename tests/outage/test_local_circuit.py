@@ -134,7 +134,7 @@ def test_second_outage_begins_with_a_new_local_circuit(killable_server: PrivateS
         generations = []
         for _ in range(2):
             killable_server.kill()
-            wait_for(lambda: storage.health().condition == "away", "the outage is noticed")
+            wait_for(lambda: storage.health().condition == "unreachable", "the outage is noticed")
             assert breaker.call(up) == "answer"
             generations.append(admission_of(breaker).generation)
             with pytest.raises(Down):
@@ -155,7 +155,7 @@ def test_open_circuit_stays_open_without_redis(killable_server: PrivateServer, f
         breaker.open()
         opened_at = storage_of(breaker).opened_at
         killable_server.kill()
-        wait_for(lambda: storage_of(breaker).health().condition == "away", "the outage is noticed")
+        wait_for(lambda: storage_of(breaker).health().condition == "unreachable", "the outage is noticed")
         for _ in range(5):
             with pytest.raises(CircuitBreakerError):
                 breaker.call(up)
@@ -168,7 +168,7 @@ def test_closed_circuit_continues_in_the_fallback_state(killable_server: Private
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client, fallback_circuit_state=fallback))
         killable_server.kill()
-        wait_for(lambda: storage_of(breaker).health().condition == "away", "the outage is noticed")
+        wait_for(lambda: storage_of(breaker).health().condition == "unreachable", "the outage is noticed")
         assert breaker.current_state == state
 
 

@@ -249,7 +249,7 @@ def cut_off(site: Site) -> Iterator[tuple[pybreaker.CircuitBreaker, pybreaker.Ci
         other = settled(breaker_on(direct, fail_max=5, reset_timeout=60, timeout=10))
         ours = settled(breaker_on(site.client(), fail_max=5, reset_timeout=60, timeout=10))
         site.proxy.refuse()
-        wait_for(lambda: ours.call(up) and health_of(ours).condition == "away", "the outage is noticed")
+        wait_for(lambda: ours.call(up) and health_of(ours).condition == "unreachable", "the outage is noticed")
         yield other, ours
 
 
@@ -307,7 +307,7 @@ def test_failure_counter_continues_across_an_outage(site: Site, outcomes: str, c
         with pytest.raises(Down):
             breaker.call(down)
     site.proxy.refuse()
-    wait_for(lambda: health_of(breaker).condition == "away", "the outage is noticed")
+    wait_for(lambda: health_of(breaker).condition == "unreachable", "the outage is noticed")
     assert storage_of(breaker).counter == 2
     for outcome in outcomes:
         with contextlib.suppress(Down):
@@ -383,7 +383,7 @@ def test_timeout_of_a_request_from_before_the_return_starts_no_outage(site: Site
     failover = core_of(breaker)
     began = time.monotonic()
     site.proxy.refuse()
-    wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage is noticed")
+    wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "unreachable", "the outage is noticed")
     site.proxy.listen()
     wait_for(lambda: len(lines_of(caplog, site)) == 2, "the return is logged")
     failover.server.report_failure(redis.TimeoutError("Timeout reading from socket"), failover, began)
@@ -413,7 +413,7 @@ def test_100_outages_leave_no_connection_behind(site: Site):
     for _ in range(100):
         site.proxy.close_connections()
         site.proxy.refuse()
-        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage is noticed")
+        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "unreachable", "the outage is noticed")
         site.proxy.listen()
         wait_for(lambda: is_back(breaker), "the return is noticed")
     # A call and the retry thread may have had a connection each at the same time, and the pool keeps both.
@@ -473,7 +473,7 @@ def test_health_reports_each_phase_of_an_outage_without_a_query(site: Site, capl
     site.proxy.refuse()
     site.server.pause()
     try:
-        wait_for(lambda: health_of(breaker).condition == "away", "the listener or a call notices the outage")
+        wait_for(lambda: health_of(breaker).condition == "unreachable", "the listener or a call notices the outage")
         breaker.call(up)
         wait_for(lambda: health_of(breaker).attempts > 1, "attempts")
         outage = health_of(breaker)
@@ -496,7 +496,7 @@ def test_health_reports_each_phase_of_an_outage_without_a_query(site: Site, capl
 
 @pytest.mark.parametrize(
     ("fault", "condition"),
-    [("read-only replica", "read-only"), ("may do nothing", "refused"), ("refused", "away")],
+    [("read-only replica", "read-only"), ("may do nothing", "refused"), ("refused", "unreachable")],
 )
 def test_health_names_the_condition(site: Site, fault: str, condition: str):
     """The condition tells an operator which cause to remove."""

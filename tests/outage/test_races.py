@@ -24,7 +24,7 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._servers.server import RETRY_THREAD_NAME
+from pybreaker_redis._servers.retry import RETRY_THREAD_NAME
 from pybreaker_redis.registry import retry_after
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Stopwatch
@@ -51,7 +51,7 @@ def test_late_answer_to_a_caller_does_not_end_the_outage(site: Site):
     calls(second, 0.05, failing=1.0)
     server = server_of(first)
     server.report_answer("")
-    assert health_of(first).condition == "away"
+    assert health_of(first).condition == "unreachable"
     site.proxy.listen()
     wait_for(lambda: is_back(first) and is_back(second), "both have returned")
     assert site.administrator.get("b:pybreaker:state") == b"open"
@@ -327,7 +327,7 @@ def test_storages_added_during_an_outage_do_not_disturb_it(site: Site, frequent_
         for _ in range(100):
             storages = [CircuitRedisStorage("closed", client, f"brief {number}") for number in range(5)]
             for storage in storages:
-                server.add_member(core_of(storage))
+                server.add_member(core_of(storage), circuit="brief", timeout_s=1.0, max_staleness_s=1.0)
 
     def fail() -> None:
         for _ in range(100):

@@ -154,7 +154,7 @@ def test_interrupted_attempt_is_repeated_soon(
     breaker = settled(breaker_on(site.client()))
     failover = core_of(breaker)
     fail_circuit(failover, ValueError("of one circuit"))
-    wait_for(faults_of(failover).is_attempt_due, "the next attempt")
+    wait_for(lambda: faults_of(failover).is_attempt_due, "the next attempt")
 
     def interrupted(_: Any) -> Any:
         raise error

@@ -15,8 +15,9 @@ import pybreaker
 import pytest
 import redis
 
+from pybreaker_redis import _log
 from pybreaker_redis._circuits import bulk
-from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each
+from pybreaker_redis._circuits.bulk import bring_back_each, bring_back_first
 from pybreaker_redis._circuits.local import LocalCircuit
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.reader import ReadResult
@@ -24,8 +25,10 @@ from pybreaker_redis._model.intents import RecordFailure, Reply
 from pybreaker_redis._runtime import logger
 from pybreaker_redis._runtime.logger import LossThrottle
 from pybreaker_redis._runtime.redaction import describe_error
-from pybreaker_redis._servers import server as server_module
 from pybreaker_redis._servers.availability import Availability
+from pybreaker_redis._servers.member import MemberFailure
+from pybreaker_redis._servers.retry import ReturnAttempt
+from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Clock
 from tests.support.faults import Site
@@ -38,6 +41,7 @@ from tests.support.inspect import (
     faults_of,
     outage_log_of,
     replace_retry_thread,
+    reset_in_child,
 )
 from tests.support.logs import lines_of, records_of
 from tests.support.outages import health_of, is_back, is_unreachable_for
@@ -54,7 +58,9 @@ def unreachable(site: Site, *breakers: pybreaker.CircuitBreaker) -> Iterator[Non
     """Make Redis unreachable for the block, noticed by all these breakers without a call."""
     site.proxy.refuse()
     site.proxy.close_connections()
-    wait_for(lambda: all(health_of(breaker).condition == "away" for breaker in breakers), "the outage is noticed")
+    wait_for(
+        lambda: all(health_of(breaker).condition == "unreachable" for breaker in breakers), "the outage is noticed"
+    )
     yield
     site.proxy.listen()
     wait_for(lambda: all(health_of(breaker).condition == "connected" for breaker in breakers), "the return is noticed")
@@ -70,7 +76,7 @@ def test_circuits_with_different_timeouts_notice_a_dead_server_together(site: Si
     ]
     assert len({id(failover_of(breaker).server) for breaker in breakers}) == 1
     with unreachable(site, *breakers):
-        assert {health_of(breaker).condition for breaker in breakers} == {"away"}
+        assert {health_of(breaker).condition for breaker in breakers} == {"unreachable"}
     for breaker in breakers:
         wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit is in use again")
 
@@ -86,7 +92,7 @@ def test_circuit_waits_no_longer_than_its_own_timeout_beside_a_longer_one(site: 
         began = time.monotonic()
         hasty.call(up)
         assert time.monotonic() - began < 5
-        assert health_of(patient).condition == "away"
+        assert health_of(patient).condition == "unreachable"
     finally:
         site.server.resume()
     wait_for(lambda: is_back(patient) and is_back(hasty), "both have returned")
@@ -299,13 +305,13 @@ def test_circuit_restored_by_a_caller_is_counted_in_the_line_of_the_return(
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=5.0))
 
-    def callers_come(members: Any, outcomes: Any) -> None:
+    def callers_come(attempt: ReturnAttempt) -> None:
         if not health_of(breaker).next_attempt:
             with pytest.raises(pybreaker.CircuitBreakerError):
                 breaker.call(up)
 
     monkeypatch.setattr(bulk, "RETURN_FIRST_CIRCUITS_MAX", 0)
-    monkeypatch.setattr(server_module, "bring_back_each", callers_come)
+    monkeypatch.setattr(bulk, "bring_back_rest", callers_come)
     with unreachable(site, breaker):
         fails(breaker)
     wait_for(lambda: any("is back" in line for line in lines_of(caplog, site)), "the return is logged")
@@ -316,8 +322,8 @@ def test_error_during_the_return_starts_another_outage(site: Site, monkeypatch: 
     """An error during the return starts another outage, so the retry thread continues."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     failover, gone = failover_of(breaker), redis.ConnectionError("gone again")
-    ended = [(gone, failover, time.monotonic() + 60)]
-    monkeypatch.setattr(server_module, "bring_back_each", lambda members, outcomes: ended.pop() if ended else None)
+    ended = [MemberFailure(gone, failover, time.monotonic() + 60)]
+    monkeypatch.setattr(bulk, "bring_back_rest", lambda attempt: ended.pop() if ended else None)
     with unreachable(site, breaker):
         breaker.call(up)
     wait_for(lambda: not ended, "the second outage begins")
@@ -328,12 +334,12 @@ def test_error_during_the_return_starts_another_outage(site: Site, monkeypatch: 
 def test_outage_of_a_node_without_circuits_ends_with_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     """If no circuit of a cluster node answered before all moved away, one line ends the outage of this node."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = server_module.server_for(redis.Redis(port=1))
+    server = server_for(redis.Redis(port=1))
     lone: Any = Lone()
-    server.add_member(lone)
+    server.add_member(lone, circuit="lone", timeout_s=1.0, max_staleness_s=1.0)
     server.remove_member(lone)
     assert lines_of(caplog, str(server)) == []
-    server.add_member(lone)
+    server.add_member(lone, circuit="lone", timeout_s=1.0, max_staleness_s=1.0)
     server.availability.note_failure(redis.ConnectionError("gone"))
     server.remove_member(lone)
     assert "its circuits live on other nodes of the cluster" in lines_of(caplog, str(server))[0]
@@ -364,7 +370,7 @@ class Lone:
         read_request: Request that a batch would send for this circuit, or `None` if its location is unknown.
     """
 
-    max_staleness, timeout, circuit_name, uses_local = 1.0, 1.0, "lone", True
+    timeout, uses_local = 1.0, True
 
     def __init__(self, error: Exception | None = None, read_request: Any = None) -> None:
         self.loaded = 0
@@ -384,6 +390,10 @@ class Lone:
 
     def on_server_lost(self) -> None:
         """Do nothing: the circuit is local already."""
+
+    def move_if_relocated(self) -> bool:
+        """The circuit has not moved."""
+        return False
 
     def load(self) -> None:
         """Count the query."""
@@ -408,16 +418,19 @@ def test_loss_during_the_return_is_logged_last(
 ) -> None:
     """A return that a new loss has overtaken is not logged."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = server_module.server_for(redis.Redis(port=1))
+    server = server_for(redis.Redis(port=1))
     lone: Any = Lone()
-    server.add_member(lone)
+    server.add_member(lone, circuit="lone", timeout_s=1.0, max_staleness_s=1.0)
 
     def lose(text: str) -> None:
         server.report_failure(redis.ConnectionError(text), lone, time.monotonic())
 
+    def returns(members: Any, attempt: ReturnAttempt) -> None:
+        attempt.let_callers_in()
+        lose("again")
+
     replace_retry_thread(monkeypatch, server, runs=True)
-    monkeypatch.setattr(server_module, "bring_back_all", lambda *options: None)
-    monkeypatch.setattr(server_module, "bring_back_each", lambda members, outcomes: lose("again"))
+    lone.on_server_returned = returns
     lose("at first")
     assert server.availability.outage is not None
     attempt_return(server, server.availability.outage)
@@ -432,14 +445,14 @@ def test_server_that_fails_during_the_return_is_not_queried_for_each_circuit() -
     outcomes: Counter[str] = Counter()
     ended_by = bring_back_each(members, outcomes)
     assert ended_by is not None
-    assert ended_by[1] is members[2]
+    assert ended_by.member is members[2]
     assert [member.loaded for member in members] == [1, 1, 1, 0]
     assert outcomes == {"restored": 1}
 
 
 def test_circuit_with_an_unknown_location_is_left_out_of_the_batch() -> None:
     """A circuit with an unknown location is not in the batch, but is loaded individually."""
-    bring_back_all([Lone()], 1.0, Counter())  # type: ignore[list-item]
+    bring_back_first([Lone()], 1.0, Counter())  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("why", ["the pipeline fails", "the circuit may not be read", "the server is loading"])
@@ -459,9 +472,9 @@ def test_error_of_a_batch_is_left_for_later_or_raised(why: str, monkeypatch: pyt
     lone: Any = Lone(read_request=type("ReadRequest", (), {"client": object()}))
     if why == "the server is loading":
         with pytest.raises(redis.ConnectionError):
-            bring_back_all([lone], 1.0, Counter())
+            bring_back_first([lone], 1.0, Counter())
     else:
-        bring_back_all([lone], 1.0, Counter())
+        bring_back_first([lone], 1.0, Counter())
 
 
 @pytest.mark.slow
@@ -545,9 +558,11 @@ class TestLossThrottle:
         return Clock()
 
     @pytest.fixture
-    def lines(self) -> list[str]:
-        """The lines that were logged."""
-        return []
+    def lines(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Return the messages that were emitted."""
+        messages: list[str] = []
+        monkeypatch.setattr(logger, "emit", lambda line: messages.append(line.message))
+        return messages
 
     @pytest.fixture
     def throttle(self, clock: Clock, lines: list[str]) -> Any:
@@ -555,10 +570,10 @@ class TestLossThrottle:
 
         class ExampleThrottle(LossThrottle):
             def lose(self) -> None:
-                self.log_loss(lambda more: lines.append(f"lost {more}"))
+                self.log_loss(lambda more: _log.detail(f"lost {more}"))
 
             def recover(self) -> None:
-                self.log_return(lambda more: lines.append(f"back {more}"))
+                self.log_return(lambda more: _log.detail(f"back {more}"))
 
         return ExampleThrottle(clock)
 
@@ -619,7 +634,7 @@ class TestLossThrottle:
         throttle.lose()
         throttle.recover()
         throttle.lose()
-        throttle.after_fork()
+        reset_in_child(throttle)
         clock.now += logger.LOSS_WINDOW_S
         throttle.flush_held_line()
         assert len(lines) == 2

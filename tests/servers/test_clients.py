@@ -91,7 +91,7 @@ def assert_full_service(server: PrivateServer, client: Any, namespace: str, **ot
         two.here.reset_timeout = 60
         server.kill()
         fails(two.here, 2)
-        wait_for(lambda: health_of(two.here).condition == "away", "the outage")
+        wait_for(lambda: health_of(two.here).condition == "unreachable", "the outage")
         began = time.monotonic()
         with contextlib.suppress(pybreaker.CircuitBreakerError):
             two.here.call(up)
@@ -199,7 +199,7 @@ def test_unknown_certificate_leaves_calls_guarded_locally(tls: Secured, caplog: 
         fails(breaker, 2)
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(up)
-        assert health_of(breaker).condition == "away"
+        assert health_of(breaker).condition == "unreachable"
     (line,) = lines
     assert "certificate verify failed" in line.lower()
 
@@ -221,7 +221,7 @@ def test_verifying_client_shares_no_connection_with_a_lenient_one(tls: Secured) 
         breakers = [breaker_on(client, timeout=10) for client in clients]
         for breaker in breakers:
             assert breaker.call(up) == "answer"
-        assert [health_of(breaker).condition for breaker in breakers] == ["connected", "away", "connected"]
+        assert [health_of(breaker).condition for breaker in breakers] == ["connected", "unreachable", "connected"]
         assert [health_of(breaker).circuits for breaker in breakers] == [2, 1, 2]
 
 
@@ -236,7 +236,7 @@ def test_tls_handshake_without_an_answer_ends_with_the_timeout(tmp_path: Path) -
         assert breaker.call(up) == "answer"
         # The authorities of the system are read first, which takes a busy machine a while.
         assert TIMEOUT_S * 0.9 < time.monotonic() - began < TIMEOUT_S + 3
-        assert health_of(breaker).condition == "away"
+        assert health_of(breaker).condition == "unreachable"
 
 
 @pytest.mark.skipif(HAS_EXTENSIONS, reason="this is the process with them")

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +19,14 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._engines.lua import LuaEngine
 from pybreaker_redis._redis import cluster as cluster_module
 from pybreaker_redis._redis.cluster import ClusterTopology, topology_behind_node, topology_of
 from pybreaker_redis._redis.deadline import deadline, seconds_left
 from pybreaker_redis._redis.keys import circuit_keys, slot_of
 from pybreaker_redis._replica import subscription
 from pybreaker_redis._replica.listener import Listener, listener_for
-from pybreaker_redis._servers.server import Server, server_for
+from pybreaker_redis._servers.server import Server
+from pybreaker_redis._servers.table import server_for
 from tests.support import servers
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.cluster import Nodes
@@ -40,15 +40,14 @@ from tests.support.inspect import (
     listeners,
     locator_of,
     lock_of,
-    mark_inherited,
     nodes_with_clients,
+    pretend_fork,
     replace_retry_start,
     replace_slot_query,
     selector_of,
     set_located_client,
     set_seed_nodes,
     shared_of,
-    subscription_of,
     topology_of_locator,
     view_of,
 )
@@ -169,7 +168,7 @@ def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
     """A node forwards messages that were published at any other node, whatever the rights of the publisher."""
     nodes = reset(every_cluster)
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=60)) for _ in range(2))
-    channel = selector_of(one).channel
+    channel = selector_of(one).current.channel
     topology = view_of(one).cached
     now_ms = int(time.time() * 1000)
     for _ in range(20):
@@ -455,7 +454,7 @@ def test_move_in_a_child_of_a_fork_ignores_the_listener_of_the_parent(cluster: N
     """The parent's listener may hold its lock at the fork, and would never release the lock in the child."""
     breaker = settled(breaker_on(client_of(cluster), NAMESPACE))
     shared, listener = shared_of(breaker), listener_of(breaker)
-    mark_inherited(subscription_of(breaker))
+    pretend_fork()
     with lock_of(listener):
         leaves = threading.Thread(target=shared.forget_location, daemon=True)
         leaves.start()
@@ -478,7 +477,7 @@ def test_node_that_took_over_and_does_not_answer_is_unreachable(cluster: Nodes, 
     try:
         # As the retry thread of the old node does. Not every node lists the new one at once.
         wait_for(lambda: moves(failover), "the move to the new node")
-        assert health_of(breaker).condition == "away"
+        assert health_of(breaker).condition == "unreachable"
         assert not moves(failover)
     finally:
         there.resume()
@@ -669,7 +668,7 @@ def test_circuit_moved_to_an_unreachable_server_is_not_loaded(client: redis.Redi
     breaker.call(up)
     failover = core_of(breaker)
     assert failover.server
-    monkeypatch.setattr(locator_of(failover), "refresh", lambda: True)
+    monkeypatch.setattr(locator_of(failover), "refresh_location", lambda: True)
     monkeypatch.setattr(failover, "load", lambda: pytest.fail("the circuit was loaded from an unreachable server"))
     with monkeypatch.context() as patched:
         patched.setattr(failover.server.availability, "outage", "there is one")
@@ -681,9 +680,9 @@ def test_second_thread_that_finds_a_move_changes_nothing(client: redis.Redis):
     breaker = breaker_on(client, NAMESPACE)
     breaker.call(up)
     selector = selector_of(breaker)
-    now = selector.current
-    shared_of(breaker).forget_location(LuaEngine(client, selector.keys))
-    assert selector.current is now
+    present = selector.current
+    shared_of(breaker).forget_location(replace(present))
+    assert selector.current is present
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class TestRotation:
         replace_password(protected_server)
         with pytest.raises(Down):
             breaker.call(down)
-        assert storage_of(breaker).health().condition == "away"
+        assert storage_of(breaker).health().condition == "unreachable"
         client.connection_pool.connection_kwargs["password"] = "new"
         with contextlib.closing(operator_of(protected_server, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the reported failure")
@@ -143,7 +143,7 @@ class TestRotation:
         replace_password(protected_server)
         with pytest.raises(Down):
             breaker.call(down)
-        assert storage_of(breaker).health().condition == "away"
+        assert storage_of(breaker).health().condition == "unreachable"
         password[0] = "new"
         with contextlib.closing(operator_of(protected_server, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the reported failure")
@@ -191,7 +191,7 @@ class TestRotation:
         replace_password(protected_server)
         with pytest.raises(Down):
             breaker.call(down)
-        assert storage_of(breaker).health().condition == "away"
+        assert storage_of(breaker).health().condition == "unreachable"
         answers.extend(["new"] * 10)
         with contextlib.closing(operator_of(protected_server, "new")) as operator:
             wait_for(lambda: operator.get("iam:pybreaker:fail_counter") == b"1", "the reported failure")
@@ -498,5 +498,5 @@ def test_wrong_password_is_never_logged(server: PrivateServer, caplog: pytest.Lo
     wrong = redis.Redis(unix_socket_path=server.unix_socket, username="stranger", password=SECRET, **ONCE)
     storage = CircuitRedisStorage("closed", wrong, namespace="wrong", timeout=5)
     assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
-    assert storage.health().condition == "away"
+    assert storage.health().condition == "unreachable"
     assert SECRET not in whole_log(caplog) + storage.health().last_error

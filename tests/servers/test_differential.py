@@ -342,8 +342,8 @@ def repair(engine_set: EngineSet, content: dict[str, Any], known: Any, state_if_
         assert reply == paper.execute(intent, circuit, state_if_missing), name
         assert found(engine_set.plain, keys) == paper.values, name
         again = engine.execute(Load(), reply.circuit, state_if_missing)
-        assert (again.circuit, again.event) == (reply.circuit, ""), f"{name}: still damaged after the repair"
-        results.append(f"{reply.event.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
+        assert (again.circuit, again.repair_note) == (reply.circuit, ""), f"{name}: still damaged after the repair"
+        results.append(f"{reply.repair_note.partition(' ')[0] or 'sound'}, {reply.circuit.state}")
     return results
 
 

@@ -140,7 +140,7 @@ def test_repaired_counter_gets_the_ttl_of_the_other_keys(client: redis.Redis, ma
     engine = make(client)
     known = engine.execute(Load(), None, CLOSED).circuit
     client.delete(KEYS[1])
-    assert engine.execute(Load(), known, CLOSED).event == "repaired fail_counter"
+    assert engine.execute(Load(), known, CLOSED).repair_note == "repaired fail_counter"
     assert len(remaining_ms(client)) == 3
     assert min(remaining_ms(client)) > 0
 

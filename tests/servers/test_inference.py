@@ -29,7 +29,7 @@ from tests.support.inspect import (
     lock_of,
     record_replies,
     replace_fork_registry,
-    run_fork_hooks,
+    reset_in_child,
     set_memory_engine,
 )
 
@@ -1053,7 +1053,7 @@ def test_child_of_a_fork_does_not_wait_for_a_lock_of_its_parent() -> None:
     """In the child, no thread would ever release the lock."""
     engine = MemoryEngine(Circuit())
     lock_of(engine).acquire()
-    engine.after_fork()
+    reset_in_child(engine)
     assert engine.execute(Load()).circuit.state == CLOSED
 
 
@@ -1071,21 +1071,23 @@ def test_staleness_that_is_no_number_is_refused_at_once(given: object) -> None:
         CircuitRedisStorage("closed", fakeredis.FakeStrictRedis(), max_staleness=given)  # type: ignore[arg-type]
 
 
-def test_registered_objects_are_reset_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registration for forks keeps no object alive."""
+def test_living_objects_are_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry of these objects keeps none of them alive."""
     replace_fork_registry(monkeypatch)
     renewed: list[str] = []
 
-    class Inherited:
+    class Inherited(fork.ForkSafe):
         def __init__(self, name: str) -> None:
             self.name = name
+            super().__init__()
 
-        def after_fork(self) -> None:
+        def _reset_in_child(self) -> None:
             renewed.append(self.name)
 
-    used, dropped = Inherited("used"), Inherited("dropped")
-    fork.renew_in_children(used)
-    fork.renew_in_children(dropped)
-    del dropped
-    run_fork_hooks()
-    assert renewed == ["used"]
+    living, collected = Inherited("living"), Inherited("collected")
+    lock = lock_of(living)
+    del collected
+    fork.renew()
+    fork.renew()
+    assert renewed == ["living"], "once in each process"
+    assert lock_of(living) is not lock

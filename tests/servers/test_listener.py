@@ -34,6 +34,7 @@ from pybreaker_redis._replica import listener as listener_module
 from pybreaker_redis._replica import subscription
 from pybreaker_redis._replica.listener import listener_for
 from pybreaker_redis._replica.view import View
+from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import (
     NAMESPACE,
@@ -61,8 +62,8 @@ from tests.support.inspect import (
     listeners,
     local_of,
     lock_of,
-    mark_inherited,
-    owner_pid,
+    pretend_fork,
+    reset_in_child,
     server_of,
     server_table,
     set_lock,
@@ -515,28 +516,28 @@ class UWSGI:
 def test_child_of_a_fork_without_hooks_gets_its_own_listener(client):
     """Forks of uWSGI run no hooks, so the process id shows that a process is a child."""
     mine = listener_module.ListenerTable()
-    endpoint = endpoint_of(client)
-    inherited = mine.of(endpoint)
+    server = server_for(client)
+    inherited = mine.listener_of(server)
     closed: list[bool] = []
     inherited.session = SimpleNamespace(connection=SimpleNamespace(close=lambda: closed.append(True)))
-    assert mine.of(endpoint) is inherited
-    mark_inherited(mine)
-    assert mine.of(endpoint) is not inherited
+    assert mine.listener_of(server) is inherited
+    pretend_fork()
+    assert mine.listener_of(server) is not inherited
     assert closed == [True]
-    again = mine.of(endpoint)
-    mine.after_fork()
+    again = mine.listener_of(server)
+    reset_in_child(mine)
     assert closed == [True], "a listener that has not started has no connection to close"
-    assert mine.of(endpoint) is not again
+    assert mine.listener_of(server) is not again
 
 
 def test_child_of_a_fork_without_hooks_subscribes_again(client):
     """In the child, no thread listens for the circuit, so the subscription starts again."""
     breaker = settled(breaker_on(client))
     failover = core_of(breaker)
-    circuit_subscription = subscription_of(failover)
-    mark_inherited(circuit_subscription)
-    failover.listen()
-    assert owner_pid(circuit_subscription) == os.getpid()
+    inherited = listener_of(breaker)
+    pretend_fork()
+    failover.ensure_subscribed()
+    assert listener_of(breaker) is not inherited
     assert listener_of(breaker).is_running
     settled(breaker)
 
@@ -545,7 +546,7 @@ def test_unknown_location_starts_no_listener(client):
     """The location of the circuit is not known before the first command."""
     breaker = breaker_on(client)
     shared = shared_of(breaker)
-    shared.listen(None)
+    shared.subscribe_to_changes(None)
     assert listeners() == []
     assert shared.push is None
 
@@ -628,7 +629,7 @@ def test_dropped_circuits_leave_no_memory(client):
     wait_for(most_are_removed, "removed subscribers")
     for number in range(5):
         user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
-        listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", server_of(used))
+        listener_for(server_for(user)).add_view(View(1.0), ("",) * 5, "channel")
     gc.collect()
     wait_for(lambda: gc.collect() is not None and len(all_listeners()) == 1, "removed listeners of other servers")
 
@@ -792,7 +793,7 @@ def test_child_of_a_fork_does_not_wait_for_locks_of_its_parent(client):
     guards = (faults_of(storage), server_of(storage).availability)
     for item in (local_of(storage), server_of(storage), *guards, view_of(breaker), server_table()):
         with held_elsewhere(lock_of(item)):
-            item.after_fork()
+            reset_in_child(item)
             assert lock_of(item).acquire(timeout=1)
             lock_of(item).release()
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from pybreaker_redis._engines.lua import LuaEngine
 from pybreaker_redis._engines.scripts import compose_script
 from pybreaker_redis._engines.transaction import TransactionEngine
 from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
-from pybreaker_redis._model.codec import HASH_FIELDS, VALUE_NAMES
 from pybreaker_redis._model.intents import (
     INTENTS,
     ClaimProbe,
@@ -34,13 +31,12 @@ from pybreaker_redis._model.intents import (
     Load,
     RecordFailure,
     RecordSuccess,
-    Reply,
     SetOpenedAt,
     ShareTrip,
     Trip,
 )
 from pybreaker_redis._redis.classify import ScriptingUnavailableError
-from pybreaker_redis._redis.keys import KEY_SUFFIXES, circuit_keys
+from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
 from tests.support.logs import messages_of, records_of
@@ -81,84 +77,7 @@ def fail(breaker: CircuitBreaker) -> None:
         breaker.call(lambda: 1 / 0)
 
 
-def header(name: str) -> dict[str, str]:
-    """Return the entries of a script's header by their word in capitals, with the description under ``""``."""
-    entries: dict[str, str] = {}
-    last = ""
-    for line in (LUA / f"{name}.lua").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("--"):
-            break
-        entry = re.match(r"-- ([A-Z]+(?:\[[\d.+]+\])?) +(\S.*)", line)
-        if entry:
-            last, text = entry.groups()
-        else:
-            text = line.removeprefix("--")
-        entries[last] = f"{entries.get(last, '')} {text.strip()}".strip()
-    return entries
-
-
-def body(name: str) -> str:
-    """Return a script without its comments."""
-    return re.sub(r"--.*", "", (LUA / f"{name}.lua").read_text(encoding="utf-8"))
-
-
-def test_scripts_and_intents_correspond() -> None:
-    """Each file is used, and no intent works in memory only."""
-    assert {path.name for path in LUA.iterdir()} == {f"{intent.operation}.lua" for intent in INTENTS} | {"circuit.lua"}
-
-
-@every_intent
-def test_header_names_the_arguments_of_the_intent_in_order(intent: type[Intent]) -> None:
-    """From ARGV[10] on, the arguments are the fields of the intent. A new field needs a line in the header."""
-    arguments = {key: text.split()[0] for key, text in header(intent.operation).items() if key.startswith("ARGV")}
-    expected = {f"ARGV[{number}]": field.name for number, field in enumerate(fields(intent), 10)}
-    assert arguments == expected
-    assert list(arguments) == list(expected)
-
-
-@every_intent
-def test_script_uses_the_arguments_that_its_header_names_under_their_names(intent: type[Intent]) -> None:
-    """In `local generation, token = tonumber(ARGV[10]), ARGV[11]`, each variable has the name of its field."""
-    source = body(intent.operation)
-    named = [field.name for field in fields(intent)]
-    if not named:
-        assert "ARGV" not in source
-        return
-    declared, values = re.findall(r"local ([\w, ]+) = (.*ARGV.*)", source)[0]
-    assert declared.split(", ") == named
-    assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 10)]
-    assert source.count("ARGV") == len(named)
-
-
-@every_intent
-def test_header_states_purpose_keys_result_and_writes(intent: type[Intent]) -> None:
-    """Each header states purpose, keys, result and writes."""
-    entries = header(intent.operation)
-    assert entries[""].startswith(f"{intent.operation}: ")
-    assert entries["KEYS[1..5]"] == ", ".join(KEY_SUFFIXES)
-    assert entries["RETURNS"].startswith("{")
-    assert entries["WRITES"]
-
-
-@every_intent
-def test_header_mentions_the_clock_if_and_only_if_it_is_used(intent: type[Intent]) -> None:
-    """The header states the source of the time wherever time matters."""
-    assert ("TIME" in header(intent.operation)) == bool(
-        re.search(r"\bnow\b|probe_is_free|hold_probe", body(intent.operation))
-    )
-
-
-def test_header_of_the_prelude_agrees_with_python() -> None:
-    """The file `circuit.lua` is prepended to all scripts, so its header holds for all of them."""
-    entries = header("circuit")
-    assert [entries[f"KEYS[{number}]"].split()[0] for number in range(1, 6)] == list(VALUE_NAMES) == list(KEY_SUFFIXES)
-    assert re.findall(r"\w+", entries["KEYS[5]"].partition("as of")[0])[2:] == list(HASH_FIELDS)
-    known = ["known_generation", "known_state", "known_opened_at", "known_token", "known_until", "known_lease"]
-    assert [entries[f"ARGV[{number}]"].split()[0] for number in range(1, 10)] == ["create", *known, "channel", "ttl"]
-    assert {"RETURNS", "TIME", "WRITES"} <= entries.keys()
-    returned = entries["RETURNS"].strip("{}").split(",")
-    # The reply holds the circuit. The reason for a missing push is for the engine only.
-    assert len(returned) == len(fields(Circuit)) + len(fields(Reply)) - 1 + 1
+# -- EVALSHA and EVAL --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoded", [False, True])

@@ -236,7 +236,7 @@ def test_record_that_the_listener_has_read_is_restored(client, protocol, other):
 class ScriptedConnection:
     """Connection with answers that a test writes."""
 
-    is_tracking = is_one_slot = False
+    is_tracking = False
 
     def __init__(self, receive: Callable[[Push], None]) -> None:
         self.receive = receive
@@ -257,7 +257,7 @@ def view_after_poll(*pushes: Push) -> tuple[View, Session]:
     session = Session(ScriptedConnection, subscriber_table, set())  # type: ignore[arg-type]
     subscribe_session(session, KEYS, CHANNEL)
     line: Any = session.connection
-    view.is_heard(True)
+    view.mark_subscribed()
     view.store_answer(view.begin_read(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
     assert view.is_trusted
     line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0", b"2000"]]

@@ -27,13 +27,12 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.bulk import read_all_circuits
-from pybreaker_redis._servers import server as server_module
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, TransitionRecorder, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
-from tests.support.inspect import core_of, listeners, lock_of, retry_threads, storage_of, timeout_of
+from tests.support.inspect import core_of, listeners, lock_of, reset_in_child, retry_threads, storage_of, timeout_of
 from tests.support.logs import messages_of, records_of
 from tests.support.places import cluster_client, has_clusters
 from tests.support.round_trips import Meter
@@ -145,7 +144,7 @@ class TestBreakers:
             if pid == 0:
                 threading.Timer(10, os._exit, [1]).start()
                 os._exit(0 if breakers.get("payments").call(up) == "answer" else 2)
-            breakers.after_fork()
+            reset_in_child(breakers)
             assert breakers.get("payments").call(up) == "answer"
         assert os.waitpid(pid, 0)[1] == 0
 
@@ -221,7 +220,7 @@ class TestBreakers:
         if when == "between two attempts":
             breakers.close()
         else:
-            owner, name = (server_module, "rejoin") if when == "before one" else (bulk, "read")
+            owner, name = (bulk, "return_members") if when == "before one" else (bulk, "read_circuits")
             asks, closed = getattr(owner, name), threading.Event()
 
             def closes(*arguments: Any) -> object:

@@ -13,7 +13,7 @@ import redis
 
 from pybreaker_redis._redis.classify import MissingFeature, is_unsupported_command
 from pybreaker_redis._replica import listener
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support import servers
 from tests.support.agreement import CircuitPair, health_of, log_lines_about
@@ -241,7 +241,7 @@ def test_outage_logs_no_lost_connection(
     with contextlib.closing(killable_server.client(**ONCE)) as client:
         breaker = settled(breaker_on(client))
         killable_server.kill()
-        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "away", "the outage")
+        wait_for(lambda: breaker.call(up) and health_of(breaker).condition == "unreachable", "the outage")
         attempts = health_of(breaker).attempts
         wait_for(lambda: health_of(breaker).attempts > attempts + 5, "further attempts")
         killable_server.start()

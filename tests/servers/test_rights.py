@@ -245,7 +245,7 @@ def test_rights_of_the_readme_are_sufficient(
         every_server.pause()
         try:
             service.breaker.call(up)
-            wait_for(lambda: service.breaker.call(up) and health().condition == "away", "the outage")
+            wait_for(lambda: service.breaker.call(up) and health().condition == "unreachable", "the outage")
             fails(service.breaker)
             assert health().is_own
             assert health().state == "open"

@@ -16,7 +16,7 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import up
-from tests.support.inspect import compared_circuits, lock_of, settings_table
+from tests.support.inspect import compared_circuits, lock_of, reset_in_child, settings_table
 from tests.support.logs import messages_of
 
 SETTINGS = {
@@ -177,5 +177,5 @@ def test_child_of_a_fork_does_not_wait_for_the_lock_of_its_parent(client: redis.
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     # The reset of the child, made visible in this process.
     lock = lock_of(settings_table())
-    settings_table().after_fork()
+    reset_in_child(settings_table())
     assert lock_of(settings_table()) is not lock

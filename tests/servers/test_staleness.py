@@ -18,9 +18,9 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._redis.keys import channel_of, circuit_keys
 from pybreaker_redis._replica.connection import PushConnection
+from pybreaker_redis._replica.listener import listener_for
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import (
     NAMESPACE,
@@ -35,12 +35,11 @@ from tests.support.breakers import (
     up,
 )
 from tests.support.inspect import (
-    engine_of,
     hang_sessions,
     hold_listener_pauses,
     listener_connections,
-    listener_for_endpoint,
     reconnect_quietly,
+    server_of,
     storage_of,
     view_of,
 )
@@ -229,8 +228,7 @@ def test_connection_replaced_by_redis_py_is_noticed(breaker, other, client, monk
     """A replaced connection has no subscription. Only a check of the socket shows the loss."""
     replaced: list[PushConnection] = []
     query = PushConnection.query
-    endpoint = endpoint_of(engine_of(breaker).client)
-    listener = listener_for_endpoint(endpoint)
+    listener = listener_for(server_of(breaker))
 
     def replace_then_query(line: PushConnection, commands: Any) -> Any:
         # Listeners of earlier tests may still run.

@@ -305,7 +305,7 @@ def test_load_that_must_repair_decides_again_under_watch(client: redis.Redis, no
     client.set(KEYS[0], "ajar")
     overtaker = Overtaker(client, 1, lambda client: client.set(KEYS[0], "open"))
     reply = TransactionEngine(overtaker, KEYS).execute(Load(), None, CLOSED)
-    assert (reply.circuit.state, reply.event) == (OPEN, "repaired fail_counter success_counter opened_at")
+    assert (reply.circuit.state, reply.repair_note) == (OPEN, "repaired fail_counter success_counter opened_at")
     assert client.get(KEYS[0]) == b"open"
     assert len(no_pauses) == 1
 

@@ -25,9 +25,10 @@ from pybreaker_redis._replica.connection import CONNECTION_NAME, PushConnection
 from pybreaker_redis._replica.listener import LISTENER_THREAD_NAME, Listener
 from pybreaker_redis._replica.session import Session
 from pybreaker_redis._runtime import fork, redaction
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._servers import server as server_module
-from pybreaker_redis._servers import settings_check
-from pybreaker_redis._servers.server import RETRY_THREAD_NAME
+from pybreaker_redis._servers import settings_check, table
+from pybreaker_redis._servers.retry import RETRY_THREAD_NAME
 
 # -- objects of a circuit ----------------------------------------------------------------------------------------------
 
@@ -90,12 +91,12 @@ def selector_of(owner: Any) -> Any:
 
 def engine_of(owner: Any) -> Any:
     """Return the engine in use."""
-    return selector_of(owner).current
+    return selector_of(owner).current.engine
 
 
-def keys_of(engine: Any) -> Any:
-    """Return the keys of an engine's circuit."""
-    return engine._keys
+def keys_of(owner: Any) -> Any:
+    """Return the keys of the circuit."""
+    return selector_of(owner).current.keys
 
 
 def subscription_of(owner: Any) -> Any:
@@ -261,7 +262,7 @@ def retry_threads() -> list[threading.Thread]:
 
 def server_table() -> Any:
     """Return the table of all servers of this process."""
-    return server_module._servers
+    return table._servers
 
 
 def members_of(server: Any) -> Collection[Any]:
@@ -276,7 +277,7 @@ def first_client_of(server: Any) -> Any:
 
 def release_members() -> None:
     """Release the members of all servers, so that no thread retries for an earlier test."""
-    for server in [*server_module._servers._of_key.values()]:
+    for server in [*table._servers._server_by_key.values()]:
         with server._lock:
             server._members.clear()
 
@@ -296,19 +297,20 @@ def replace_retry_thread(monkeypatch: pytest.MonkeyPatch, server: Any, *, runs: 
     monkeypatch.setattr(server, "_ensure_retry_thread", lambda: runs)
 
 
-def mark_inherited(item: Any) -> None:
-    """Have an object belong to another process, as after a fork that called no hooks."""
-    item._pid = -1
+def reset_in_child(item: Any) -> None:
+    """Renew an object as a fork does in the child."""
+    (item._renew_in_child if isinstance(item, ForkSafe) else item.after_fork)()
 
 
-def owner_pid(item: Any) -> int:
-    """Return the id of the process that an object belongs to."""
-    return item._pid
+def pretend_fork() -> None:
+    """Make this process look like a child that was forked without Python's hooks."""
+    fork.process_id = -1
 
 
 def outage_log_of(owner: Any) -> Any:
     """Return what limits the log lines about outages of a server or a circuit."""
-    return core_of(owner)._bulletin
+    core = core_of(owner)
+    return core._loss_log if hasattr(core, "_loss_log") else core._bulletin
 
 
 def end_log_window(owner: Any) -> None:
@@ -328,17 +330,17 @@ def replace_client_copy(monkeypatch: pytest.MonkeyPatch, copy: Callable[..., Any
 
 def settings_table() -> Any:
     """Return the table of settings that the storages of each circuit have."""
-    return settings_check._twins
+    return settings_check._table
 
 
 def reset_settings_check() -> None:
     """Drop the settings of storages of earlier tests."""
-    settings_check._twins._circuits.clear()
+    settings_check._table._users_by_place.clear()
 
 
 def compared_circuits() -> Collection[Any]:
     """Return the circuits with settings to compare."""
-    return settings_check._twins._circuits
+    return settings_check._table._users_by_place
 
 
 def connections_of(pool: Any) -> Collection[Any]:
@@ -421,11 +423,6 @@ def listener_connections(client: redis.Redis) -> list[dict[str, str]]:
 def all_listeners() -> list[Any]:
     """Return the listeners of this process, running or not."""
     return [*listener_module._listeners._by_server.values()]
-
-
-def listener_for_endpoint(endpoint: Any) -> Any:
-    """Return the listener of an endpoint."""
-    return listener_module._listeners.of(endpoint)
 
 
 def release_subscribers() -> None:
@@ -579,12 +576,8 @@ def count_secrets() -> int:
 
 def replace_fork_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin with no object that is renewed in child processes."""
-    monkeypatch.setattr(fork, "_alive", weakref.WeakSet())
-
-
-def run_fork_hooks() -> None:
-    """Renew what a child process inherits."""
-    fork._renew()
+    monkeypatch.setattr(fork, "_instances", weakref.WeakValueDictionary())
+    monkeypatch.setattr(fork, "process_id", -1)
 
 
 def breakers_made_by(registry: Any) -> Collection[Any]:

@@ -92,4 +92,4 @@ def is_unreachable_for(breaker: pybreaker.CircuitBreaker) -> bool:
     """Make a call, and return whether this process has noticed the outage."""
     with contextlib.suppress(pybreaker.CircuitBreakerError):
         breaker.call(up)
-    return health_of(breaker).condition == "away"
+    return health_of(breaker).condition == "unreachable"

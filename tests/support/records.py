@@ -336,7 +336,7 @@ class Paper:
         circuit = self.values.get("circuit", {})
         is_hash = isinstance(circuit, dict)
         mark = [circuit.get(field) if isinstance(circuit, dict) else None for field in HASH_FIELDS]
-        record = parse_record(plain, mark, mark_is_hash=is_hash)
+        record = parse_record(plain, mark, is_hash=is_hash)
         resolved = resolve_record(record, known, state_if_missing, int(self.now_ms))
         decision = intent.apply(resolved.circuit, self.now_ms)
         changes = changes_for(decision.circuit, record)
@@ -347,11 +347,11 @@ class Paper:
                 self.values[name] = text.encode()
         if changes.is_hash_deleted:
             self.values.pop("circuit", None)
-        if changes.mark:
+        if changes.hash_fields:
             fields = self.values.setdefault("circuit", {})
             assert isinstance(fields, dict)
-            fields.update({field: text.encode() for field, text in changes.mark.items()})
-        return Reply(decision.accepted, decision.circuit, self.now_ms, resolved.event)
+            fields.update({field: text.encode() for field, text in changes.hash_fields.items()})
+        return Reply(decision.accepted, decision.circuit, self.now_ms, resolved.repair_note)
 
     def _string(self, name: str) -> bytes | None:
         value = self.values.get(name)

@@ -55,7 +55,7 @@ def test_valid_reply_is_parsed_to_the_circuit(answer: list[Any]) -> None:
 def test_reply_with_an_invalid_value_is_a_fault(place: int, value: Any) -> None:
     """The circuit does not change, and the error contains the reply."""
     answer = [*VALID[:place], value, *VALID[place + 1 :]]
-    with pytest.raises(UnusableReplyError, match="no server gives") as error:
+    with pytest.raises(UnusableReplyError, match="no server returns") as error:
         parse_script_reply(answer)
     assert error_kind(error.value) is ErrorKind.UNUSABLE
 

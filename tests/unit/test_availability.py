@@ -26,7 +26,7 @@ from pybreaker_redis._servers.availability import (
     Availability,
 )
 from tests.support.clock import Clock
-from tests.support.inspect import lock_of
+from tests.support.inspect import lock_of, reset_in_child
 
 TIMEOUT = 0.25
 
@@ -440,7 +440,7 @@ class TestForks:
         held = lock_of(threaded)
         held.acquire()
         try:
-            threaded.after_fork()
+            reset_in_child(threaded)
             assert not threaded.has_retry_thread
             assert threaded.outage is not None, "a fork does not end the outage"
             clock.now += RETRY_DELAY_MAX_S

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import FrozenInstanceError, fields, replace
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybreaker_redis._model import circuit as circuit_module
 from pybreaker_redis._model import intents
 from pybreaker_redis._model.circuit import (
     CLOSED,
@@ -527,16 +523,6 @@ def test_value_can_neither_be_changed_nor_extended(value: Any) -> None:
     assert not hasattr(value, "__dict__")
 
 
-@pytest.mark.parametrize("name", ["LEASE_MAX_MS", "COUNT_LIMIT", "NOISE_MAX_MS"])
-def test_limit_of_the_model_is_that_of_the_scripts(name: str) -> None:
-    """A number that the scripts treat as damage is one that the model never reaches, and vice versa."""
-    scripts = Path(circuit_module.__file__).parents[1] / "_engines" / "lua" / "circuit.lua"
-    said = re.search(rf"^local {name} = ([\d *^]+)$", scripts.read_text(encoding="utf-8"), re.MULTILINE)
-    assert said
-    factors = [[int(number) for number in factor.split("^")] for factor in said[1].split("*")]
-    assert getattr(circuit_module, name) == prod(pow(*factor) if len(factor) == 2 else factor[0] for factor in factors)
-
-
 def test_largest_count_is_reached_and_is_its_own_successor() -> None:
     """A larger number could not be read again, and would be repaired for ever."""
     last = COUNT_LIMIT - 1
@@ -556,7 +542,7 @@ class TestRecord:
         for number, read in ((COUNT_LIMIT - 1, COUNT_LIMIT - 1), (COUNT_LIMIT, None), (COUNT_LIMIT + 1, None)):
             found = parse_record((CLOSED, str(number), "0", None), (str(number), CLOSED, "", "", "0", "0", "0"))
             assert found.fail_counter == read
-            assert (found.mark is None) == (read is None)
+            assert (found.hash_circuit is None) == (read is None)
 
     def test_circuit_opened_by_stock_without_a_time_is_open_from_now_on(self) -> None:
         """The time of an earlier opening would let a probe through at once."""
@@ -646,7 +632,7 @@ class TestRecord:
             probed, opened_at_ms=1000, generation=6, probe_until_ms=NOW + left_ms, probe_lease_ms=500, fail_counter=0
         )
         resolved = resolve_record(found, known, CLOSED, NOW)
-        assert resolved.event == "restored"
+        assert resolved.repair_note == "restored"
         assert resolved.circuit == replace(known, success_counter=0, probe_until_ms=NOW + min(left_ms, 500))
 
     @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
@@ -655,7 +641,7 @@ class TestRecord:
         found = parse_record((state, "2", "1", "1"), ("5", state, "1000", "a0", str(NOW + 500), "0", "500"))
         known = Circuit(OPEN, generation=6, opened_at_ms=NOW - 10)
         resolved = resolve_record(found, known, CLOSED, NOW)
-        assert resolved.event == "restored"
+        assert resolved.repair_note == "restored"
         assert resolved.circuit == replace(known, fail_counter=2, success_counter=1)
 
     @pytest.mark.parametrize("state", [CLOSED, OPEN, HALF_OPEN])

@@ -14,9 +14,10 @@ import redis.sentinel
 from pybreaker_redis import CircuitRedisStorage, _log
 from pybreaker_redis._redis.classify import MissingFeature
 from pybreaker_redis._redis.pool import Credentials
+from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
 from pybreaker_redis._servers.availability import Availability
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import free_port
 from tests.support.breakers import up
@@ -105,9 +106,9 @@ def test_availability_stores_no_secret() -> None:
 def test_log_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     """Warnings about missing features, about missing push, and debug lines are masked."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
-    _log.lacking("there", MissingFeature.TRACKING, "no RESP3: password=hidden")
-    _log.unheard("there", redis.ConnectionError("password=hidden"))
-    _log.detail("%s: attempt %d failed (%s)", "there", 2, redis.ConnectionError("password=hidden"))
+    emit(_log.feature_missing("there", feature=MissingFeature.TRACKING.value, error="no RESP3: password=hidden"))
+    emit(_log.push_refused("there", error="password=hidden"))
+    emit(_log.detail("%s: attempt %d failed (%s)", "there", 2, redis.ConnectionError("password=hidden")))
     assert len(caplog.messages) == 3
     assert "hidden" not in caplog.text
     assert "hidden" not in str([getattr(record, "pybreaker_redis", "") for record in caplog.records])
@@ -122,7 +123,7 @@ def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture
     )
     storage = CircuitRedisStorage("closed", manager.master_for("shop"), namespace="hidden")
     assert pybreaker.CircuitBreaker(state_storage=storage).call(up) == "answer"
-    assert storage.health().condition == "away"
+    assert storage.health().condition == "unreachable"
     registry = BreakerRegistry(manager.master_for("shop"))
     registry.configure("hidden")
     raised = []

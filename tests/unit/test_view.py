@@ -10,6 +10,7 @@ from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._replica.view import SUSPENSION_INTERVAL_MIN_S, View
 from pybreaker_redis._runtime.clock import Instant
 from tests.support.clock import Clock
+from tests.support.inspect import reset_in_child
 
 STALENESS = 2.0
 
@@ -27,7 +28,7 @@ def clock() -> Clock:
 def view(clock: Clock) -> View:
     """Return a view with a subscription to changes."""
     view = View(STALENESS, clock)
-    view.is_heard(True)
+    view.mark_subscribed()
     return view
 
 
@@ -60,7 +61,7 @@ class TestStaleness:
         """Changes between the answer and the subscription were published before this process subscribed."""
         view = View(STALENESS, clock)
         ticket = view.begin_read()
-        view.is_heard(True)
+        view.mark_subscribed()
         view.store_answer(ticket, closed, 1000)
         assert view.read_trusted() is None
 
@@ -88,7 +89,7 @@ class TestStaleness:
     def test_lost_connection_ends_trust_at_once(self, view: View) -> None:
         """After the connection is lost, the view receives no changes."""
         fill(view, closed)
-        view.is_heard(False)
+        view.mark_unsubscribed()
         assert view.read_trusted() is None
         fill(view, closed, 1001)
         assert view.read_trusted() is None
@@ -112,7 +113,7 @@ class TestStaleness:
     def test_child_of_a_fork_trusts_no_record(self, view: View) -> None:
         """A child of a fork has no listener."""
         fill(view, closed)
-        view.after_fork()
+        reset_in_child(view)
         assert view.read_trusted() is None
         assert view.cached == closed
 
@@ -235,7 +236,7 @@ class TestWithoutSubscription:
     def test_late_push_of_a_closed_connection_needs_no_read(self, view: View) -> None:
         """There is no connection to read on."""
         fill(view, closed)
-        view.is_heard(False)
+        view.mark_unsubscribed()
         assert not view.compare_push(opened)
         assert not view.compare_push(None)
 
@@ -374,7 +375,7 @@ class TestOrder:
     def test_reconnect_takes_the_clock_of_the_new_server(self, view: View) -> None:
         """After a failover, the clock of the new server may be behind that of the last one."""
         fill(view, closed, 9000)
-        view.is_heard(True)
+        view.mark_subscribed()
         fill(view, replace(closed, opened_at_ms=1), 10)
         assert view.read_trusted() == replace(closed, opened_at_ms=1)
 

@@ -1,25 +1,26 @@
--- claim_probe: hand the one half-open probe to one caller.
+-- claim_probe: Give the one half-open probe to one call.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[10]    generation  that the caller saw open
--- ARGV[11]    token       unique per claim; a repeated claim is granted again and renews the lease
--- ARGV[12]    lease_ms    until an unreported probe is offered again, > 0
--- ARGV[13]    instead     token of a probe that no call holds any more, which counts as free; empty: none
--- RETURNS     {accepted 0|1, record…}
--- TIME        the server's; clocks of callers are never compared
--- WRITES      only if accepted
--- A refusal touches nothing, TTLs included: it would keep a dead prober's lease alive.
-local generation, token, lease_ms, instead = tonumber(ARGV[10]), ARGV[11], tonumber(ARGV[12]), ARGV[13]
+-- ARGV[1..9]  shared arguments, see prelude.lua
+-- ARGV[10]    generation  generation in which the caller saw the circuit open
+-- ARGV[11]    token       token that is unique for this claim; a repeated claim is granted again and renews the lease
+-- ARGV[12]    lease_ms    time until another call may claim an unreported probe, milliseconds, > 0
+-- ARGV[13]    lost_token  token of a probe that no call holds any more, and that counts as free; empty: none
+-- RETURNS     {accepted 0|1, record…}, see prelude.lua
+-- TIME        server time: start and end of a lease
+-- WRITES      only if accepted; a refusal renews no TTL, or the lease of a lost call would outlive its time
+-- USES        circuit, is_probe_free, lease_probe, run, transition
+local generation, token, lease_ms, lost_token = tonumber(ARGV[10]), ARGV[11], tonumber(ARGV[12]), ARGV[13]
 
 return run(function()
   if circuit.probe_token == token then
-    hold_probe(token, lease_ms)
+    lease_probe(token, lease_ms)
     return true
   end
-  local is_free = probe_is_free() or (instead ~= '' and circuit.probe_token == instead)
+  local is_free = is_probe_free() or (lost_token ~= '' and circuit.probe_token == lost_token)
   if circuit.generation ~= generation or not (circuit.state == 'open' or is_free) then return false end
-  -- Successes collected by a prober that died still count; those from before the circuit opened do not.
+  -- Successes of a call that never reported count.  Successes from before the circuit opened do not.
   if circuit.state == 'open' then circuit.success_counter = 0 end
-  move('half-open')
-  hold_probe(token, lease_ms)
+  transition('half-open')
+  lease_probe(token, lease_ms)
   return true
 end)

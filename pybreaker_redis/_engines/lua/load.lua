@@ -1,7 +1,10 @@
--- load: what is true of the circuit?
+-- load: Read the circuit.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- RETURNS     {1, record…}
--- WRITES      only to create, repair or adopt; with a ttl it gives one to keys that have none
+-- ARGV[1..9]  shared arguments, see prelude.lua
+-- RETURNS     {1, record…}, see prelude.lua
+-- TIME        not used by the operation
+-- WRITES      only to create, repair or adopt the record; with ttl_ms, a TTL for keys without one
+-- USES        run
 return run(function()
   return true
 end, true)

@@ -1,18 +1,19 @@
--- record_failure: a guarded call failed; one more consecutive failure.  Or several, that a process has counted by itself.
+-- record_failure: Count one or more failed calls.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[10]    generation  in which the caller was admitted; -1: by hand
--- ARGV[11]    token       of the probe that the caller holds, or empty
--- ARGV[12]    noise_ms    for how long successes are to be reported to somebody who listens, ms; 0: nobody listens
--- ARGV[13]    times       how many there were
--- RETURNS     {accepted 0|1, record…}
--- TIME        the server's, for the end of the noise
--- WRITES      only if accepted
--- However fast calls fail, the noise moves on twice in its time: each move is heard by every process.
+-- ARGV[1..9]  shared arguments, see prelude.lua
+-- ARGV[10]    generation  generation in which the circuit admitted the call; -1: an operator, or direct use
+-- ARGV[11]    token       token of the probe that the call is; empty: the call is no probe
+-- ARGV[12]    noise_ms    duration of the noise after this failure, milliseconds; 0: no process receives pushes
+-- ARGV[13]    times       number of failures
+-- RETURNS     {accepted 0|1, record…}, see prelude.lua
+-- TIME        server time: end of the noise
+-- WRITES      only if accepted; the noise at most twice in its duration, because each renewal is published
+-- USES        can_report, circuit, next_count, now, run
 local generation, token, noise_ms, times = tonumber(ARGV[10]), ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13])
 
 return run(function()
-  if not admits(generation, token) then return false end
-  circuit.fail_counter = after(circuit.fail_counter, times)
+  if not can_report(generation, token) then return false end
+  circuit.fail_counter = next_count(circuit.fail_counter, times)
   if noise_ms > 0 and circuit.state == 'closed' and circuit.noisy_until_ms < now + noise_ms / 2 then
     circuit.noisy_until_ms = now + noise_ms
   end

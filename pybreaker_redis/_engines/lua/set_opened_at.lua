@@ -1,9 +1,11 @@
--- set_opened_at: by hand, say when the circuit opened.
+-- set_opened_at: Set the time at which the circuit opened.
 -- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[10]    at_ms  since the epoch, by the server's clock
--- RETURNS     {accepted 0|1, record…}
--- TIME        the server's: nothing opened in the future
--- WRITES      only if accepted: while the circuit is open, the time only moves forward
+-- ARGV[1..9]  shared arguments, see prelude.lua
+-- ARGV[10]    at_ms  time of the opening by the server's clock, milliseconds since the epoch
+-- RETURNS     {accepted 0|1, record…}, see prelude.lua
+-- TIME        server time: a later time counts as now
+-- WRITES      only if accepted; an open circuit accepts only a later time
+-- USES        circuit, now, run
 local at_ms = tonumber(ARGV[10])
 
 return run(function()

@@ -5,7 +5,6 @@ The setting ``PYBREAKER`` names the circuits, and their Redis by a cache of ``CA
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from django.core.cache.backends.locmem import LocMemCache
 from django.core.cache.backends.redis import RedisCache
 from django.core.exceptions import ImproperlyConfigured
 
-from pybreaker_redis._runtime.fork import renew_in_children
+from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis.contrib._config import CONFIG_KEYS, build_registry
 from pybreaker_redis.contrib._proxy import RegistryProxy
 from pybreaker_redis.registry import BreakerRegistry
@@ -32,18 +31,13 @@ PROCESS_LOCAL_CACHES = (LocMemCache, DummyCache)
 DJANGO_CACHES = (RedisCache, *PROCESS_LOCAL_CACHES)
 
 
-class DjangoBreakers(RegistryProxy):
+class DjangoBreakers(ForkSafe, RegistryProxy):
     """Breakers of ``settings.PYBREAKER``, created at their first use, and again after a change of the settings."""
 
     def __init__(self) -> None:
         self._registry: BreakerRegistry | None = None
-        renew_in_children(self)
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """Replace the lock, which a thread of the parent may have held."""
-        # Re-entrant: the creation of a registry imports modules by dotted names, and these may use a breaker.
-        self._lock = threading.RLock()
+        # The lock is re-entrant: a registry imports modules by dotted names, and these may use a breaker.
+        super().__init__()
 
     @property
     def registry(self) -> BreakerRegistry:
@@ -54,6 +48,7 @@ class DjangoBreakers(RegistryProxy):
                 listener failed, which no check calls.
         """
         if (registry := self._registry) is None:
+            # The lock is reentrant: a registry may import modules, by dotted names in the settings, that get a breaker.
             with self._lock:
                 # Compared with None, because a registry without breakers is false.
                 registry = self._registry = _create_registry() if self._registry is None else self._registry
