@@ -398,14 +398,20 @@ def test_page_of_any_process_shows_the_sum_over_all(workers: list[Worker], clien
 
 @pytest.mark.parametrize(
     ("module", "missing", "extra"),
-    [("instrument.prometheus", "prometheus_client", "prometheus"), ("testing.fixtures", "pytest", "testing")],
+    [
+        ("instrument.prometheus", "prometheus_client", "prometheus"),
+        ("prometheus", "prometheus_client", "prometheus"),
+        ("testing.fixtures", "pytest", "testing"),
+        ("fixtures", "pytest", "testing"),
+    ],
 )
 def test_module_without_its_extra_names_the_extra(
     module: str, missing: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its extra a module names the extra to install."""
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"pybreaker_redis.{module}", raising=False)
+    for name in (module, f"instrument.{module}", f"testing.{module}"):
+        monkeypatch.delitem(sys.modules, f"pybreaker_redis.{name}", raising=False)
     with pytest.raises(ImportError, match=rf"pip install 'pybreaker_redis\[{extra}\]'"):
         importlib.import_module(f"pybreaker_redis.{module}")
 
