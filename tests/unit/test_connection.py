@@ -147,7 +147,7 @@ def test_error_that_nobody_asked_for_ends_the_line():
     line = Client(resp3=[*OK, ResponseError("ERR max clients"), b"OK"]).line([])
     with pytest.raises(ResponseError, match="max clients"):
         line.receive(0)
-    with pytest.raises(ConnectionError, match="unasked"):
+    with pytest.raises(ConnectionError, match="unexpected answer"):
         line.receive(0)
 
 
