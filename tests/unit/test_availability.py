@@ -435,6 +435,53 @@ class TestThreads:
             assert sum(pool.map(fail, range(threads))) == 1
 
 
+class TestWaiters:
+    """Threads that wait for the end or the beginning of an outage."""
+
+    @pytest.mark.parametrize("change", ["an outage begins", "an outage ends", "its kind changes", "a call"])
+    def test_change_wakes_a_waiter(self, kept: Availability, change: str) -> None:
+        """A change between the look and the wait is not missed either."""
+        if change in ("an outage ends", "its kind changes"):
+            kept.note_failure(gone())
+        seen = kept.change_number
+        threads = [threading.Thread(target=kept.wait_for_change, args=(seen, 60), daemon=True) for _ in range(2)]
+        threads[0].start()
+        {
+            "an outage begins": lambda: kept.note_failure(gone()),
+            "an outage ends": kept.note_answer,
+            "its kind changes": lambda: kept.note_failure(redis.exceptions.ReadOnlyError()),
+            "a call": kept.wake_waiters,
+        }[change]()
+        threads[1].start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def test_further_failure_of_the_same_kind_wakes_no_waiter(self, kept: Availability, clock: Clock) -> None:
+        """A waiter would look every time that a retry fails."""
+        kept.note_failure(gone())
+        seen = kept.change_number
+        kept.note_failure(gone())
+        tried_in_vain(kept, clock)
+        assert kept.change_number == seen
+
+    def test_wait_ends_after_its_time(self, kept: Availability) -> None:
+        """Whatever the waiter waits for may vanish without a notice."""
+        kept.wait_for_change(kept.change_number, 0.01)
+
+    def test_child_waits_on_a_condition_of_its_own(self, kept: Availability) -> None:
+        """A thread of the parent may hold the lock of the parent's condition."""
+        kept.wait_for_change(kept.change_number, 0)
+        condition = kept._change
+        assert condition is not None
+        with condition:
+            reset_in_child(kept)
+            waiter = threading.Thread(target=kept.wait_for_change, args=(kept.change_number, 0.01), daemon=True)
+            waiter.start()
+            waiter.join(10)
+            assert not waiter.is_alive()
+
+
 class TestForks:
     """In a child."""
 
