@@ -1,9 +1,7 @@
-"""When did the circuit open last, by a clock that is never set?
+"""Clock of a server minus the local clock, and the opening time of a circuit by a clock that is never set.
 
-Knows: records, how far a server's clock is ahead.  Does not know: views, who asks the server.
-
-A record has the time at which the circuit opened, by the server's clock.  A step of that clock moves the difference to
-the local clock, and not the time at which the circuit opened here: a timeout is a length of time.
+A record holds the time at which the circuit opened, by the clock of the server.  A step of that clock moves the offset,
+and not the opening: a timeout is a length of time.
 """
 
 from __future__ import annotations
@@ -16,13 +14,13 @@ from pybreaker_redis._runtime.clock import Instant
 
 
 class OpeningTime(NamedTuple):
-    """The last opening of a circuit.
+    """Last opening of a circuit.
 
     Attributes:
-        generation: Of the circuit.
-        opened_at_ms: As the record has it.
-        step_count: How often the server's clock had stepped when that was read.
-        monotonic_ms: The server's clock minus the monotonic clock at that time, as well as it was learned.
+        generation: Generation of the circuit.
+        opened_at_ms: Opening time in the record, milliseconds by the clock of the server.
+        step_count: Number of steps of that clock before the record was read.
+        monotonic_ms: Clock of the server minus the monotonic clock at that time, milliseconds, a lower bound.
     """
 
     generation: int = 0
@@ -31,7 +29,7 @@ class OpeningTime(NamedTuple):
     monotonic_ms: float = 0
 
     def to_local_ms(self, circuit: Circuit, offset: ClockOffset) -> float | None:
-        """Return when a circuit opened, by the local clock, milliseconds; ``None`` if it never did."""
+        """Return when a circuit opened, by the local clock, milliseconds, ``None`` if it never did."""
         if circuit.opened_at_ms is None:
             return None
         ahead_ms = offset.ms
@@ -40,13 +38,18 @@ class OpeningTime(NamedTuple):
         return circuit.opened_at_ms - ahead_ms
 
     def updated(self, circuit: Circuit, offset: ClockOffset) -> OpeningTime:
-        """Return the spell after a record was read together with a time of the server's clock, which is learned."""
+        """Return the opening after a record was read.
+
+        Args:
+            circuit: The record.
+            offset: Offset that includes the time in the same answer.
+        """
         before_ms, opened_at_ms = self.opened_at_ms, circuit.opened_at_ms
         step_count, monotonic_ms = offset.step_count, offset.monotonic_ms
         if before_ms is not None and opened_at_ms is not None:
-            is_same_spell = circuit.state == OPEN and circuit.generation == self.generation
-            # Within a spell the time is moved back only where the server's clock was set back, so that it was to come.
-            if (opened_at_ms < before_ms and is_same_spell) or (
+            is_same_opening = circuit.state == OPEN and circuit.generation == self.generation
+            # Within one opening the time moves back only when the clock of the server was set back past it.
+            if (opened_at_ms < before_ms and is_same_opening) or (
                 opened_at_ms == before_ms and step_count != self.step_count
             ):
                 step_count, monotonic_ms = self.step_count, self.monotonic_ms + opened_at_ms - before_ms
@@ -54,12 +57,12 @@ class OpeningTime(NamedTuple):
 
 
 class OffsetBounds(NamedTuple):
-    """What is known of a server's clock.
+    """Bounds of the offset of a server's clock.
 
     Attributes:
         wall: Bounds of the server's clock minus the local wall clock, milliseconds.
         steady: Bounds of the server's clock minus the monotonic clock, milliseconds.
-        step_count: How often the server's clock was set, or another server with another clock has answered.
+        step_count: Number of times that the server's clock was set, or that a server with another clock answered.
         is_unconfirmed: Whether another server may answer next.
     """
 
@@ -70,93 +73,100 @@ class OffsetBounds(NamedTuple):
 
 
 class ClockOffset:
-    """A server's clock minus the local clock, milliseconds; never more than it is, so that no gate opens early.
+    """Clock of a server minus the local clock, milliseconds, a lower bound: no gate opens early.
 
     Every answer that carries the server's time bounds the offset by the local times around it (F. Cristian,
     "Probabilistic clock synchronization", 1989).  Bounds that agree narrow each other, so a slow first contact does not
-    matter for long.  Bounds that contradict mean that a clock was moved.
+    matter for long.  Bounds that contradict each other mean that a clock was moved.
 
-    The monotonic clock tells whose.  If the server's clock agrees with it no longer, the server's clock was set, or
-    another server answers: the new bounds hold at once.  Else the local clock was moved, by a test or an administrator.
-    Then new bounds are not used while a caller waits for a time to pass: who moved the clock must see it pass.  If the
-    clock was set back, they are: the time would never pass.
+    The monotonic clock shows which clock was moved:
 
-    Bounds that contradict by little change nothing that matters.
+    * If the server's clock no longer agrees with it, the server's clock was set, or another server answers.  The new
+      bounds hold at once.
+    * Otherwise a test or an administrator moved the local clock.  New bounds are then not used while a caller waits for
+      a time to pass, so that the move makes that time pass.  If the clock was set back, they are used: the time would
+      never pass.
+
+    Contradictions below `CLOCK_STEP_MIN_MS` change nothing.
 
     Attributes:
-        ms: The lower bound; zero as long as nothing is known.
-        known_bounds: All that is known; ``None`` before the first answer.
+        ms: Lower bound of the offset, zero before the first answer.
+        known_bounds: All bounds, ``None`` before the first answer.
     """
 
-    #: Difference that matters, milliseconds.
+    #: Smallest contradiction that counts as a step, milliseconds.
     CLOCK_STEP_MIN_MS = 100
 
-    #: The local clock was set back if it shows that much less than before, milliseconds: no answer takes as long.
+    #: Smallest difference by which the local clock was set back, milliseconds.  No answer takes as long.
     CLOCK_SET_BACK_MIN_MS = 10_000
 
     def __init__(self) -> None:
-        # Replaced as a whole: threads that learn at the same time lose an answer at most.
+        # The bounds are replaced as a whole.  Threads that store answers at the same time lose one at most.
         self.known_bounds: OffsetBounds | None = None
         self.ms = 0.0
         self._latest_ms = 0.0
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether there was any answer yet, from the server that answers now."""
+        """Whether the present server has answered."""
         return self.known_bounds is not None and not self.known_bounds.is_unconfirmed
 
     @property
     def monotonic_ms(self) -> float:
-        """The same for the monotonic clock in the place of the local one: only the server's clock changes it."""
+        """Lower bound of the server's clock minus the monotonic clock, milliseconds, which only the server changes."""
         return self.known_bounds.steady[0] if self.known_bounds else 0
 
     @property
     def step_count(self) -> int:
-        """How often the server's clock has stepped: a time that was read earlier is one of another clock."""
+        """Number of steps of the server's clock.  A time that was read before a step is one of another clock."""
         return self.known_bounds.step_count if self.known_bounds else 0
 
     def note_answer_time(self, server_ms: float, before: Instant, after: Instant, *, is_waiting: bool) -> None:
-        """Take in an answer.
+        """Narrow or replace the bounds by an answer.
 
         Args:
-            server_ms: The server's time in it.
-            before: When it was asked for.
-            after: When it had come.
+            server_ms: Time of the server in the answer, milliseconds.
+            before: Local times when the query was sent.
+            after: Local times when the answer had arrived.
             is_waiting: Whether callers wait for a time to pass.
         """
         is_set_back = before.wall_ms < self._latest_ms - self.CLOCK_SET_BACK_MIN_MS
         self._latest_ms = before.wall_ms if is_set_back else max(before.wall_ms, self._latest_ms)
-        # The server's time has been cut to whole milliseconds.
+        # The time of the server is truncated to whole milliseconds.
         wall = server_ms - after.wall_ms, server_ms + 1 - before.wall_ms
         steady = server_ms - after.monotonic_ms, server_ms + 1 - before.monotonic_ms
-        learned = self.known_bounds
-        if learned is None:
+        known = self.known_bounds
+        if known is None:
             self._store(OffsetBounds(wall, steady, 0, is_unconfirmed=False))
             return
-        is_small = not _differ(wall, learned.wall, self.CLOCK_STEP_MIN_MS)
-        # A host that was suspended has both: its monotonic clock stood still, and its wall clock agrees.
-        has_stepped = not is_small and _differ(steady, learned.steady, self.CLOCK_STEP_MIN_MS)
-        if not (learned.is_unconfirmed or has_stepped):
-            if not _differ(wall, learned.wall):
-                wall = _narrowed(wall, learned.wall)
+        is_small = not _differ(wall, known.wall, self.CLOCK_STEP_MIN_MS)
+        # On a host that was suspended the monotonic clock stood still, and the wall clock agrees.
+        has_stepped = not is_small and _differ(steady, known.steady, self.CLOCK_STEP_MIN_MS)
+        if not (known.is_unconfirmed or has_stepped):
+            if not _differ(wall, known.wall):
+                wall = _narrowed(wall, known.wall)
             elif is_small or (is_waiting and not is_set_back):
-                wall = learned.wall
-        if not _differ(steady, learned.steady):
-            steady = _narrowed(steady, learned.steady)
-        self._store(OffsetBounds(wall, steady, learned.step_count + has_stepped, is_unconfirmed=False))
+                wall = known.wall
+        if not _differ(steady, known.steady):
+            steady = _narrowed(steady, known.steady)
+        self._store(OffsetBounds(wall, steady, known.step_count + has_stepped, is_unconfirmed=False))
 
-    def _store(self, learned: OffsetBounds) -> None:
-        # In this order: what is computed from the one is kept for as long as the other is the same.
-        self.ms = learned.wall[0]
-        self.known_bounds = learned
+    def _store(self, known: OffsetBounds) -> None:
+        # In this order: readers cache what they compute from `ms` until `known_bounds` changes.
+        self.ms = known.wall[0]
+        self.known_bounds = known
 
     def mark_unconfirmed(self) -> None:
-        """It may be another server that answers next; until then it is what it was."""
+        """Note that another server may answer next.  Until it does, the bounds stay."""
         if self.known_bounds is not None:
             self.known_bounds = self.known_bounds._replace(is_unconfirmed=True)
 
     def pin(self, ms: float) -> None:
-        """Forget what was learned of the local clock: it is this, as of now."""
+        """Replace the bounds for the local clock by one value.
+
+        Args:
+            ms: Clock of the server minus the local clock, milliseconds.
+        """
         steady, step_count = (
             (self.known_bounds.steady, self.known_bounds.step_count)
             if self.known_bounds
@@ -166,7 +176,7 @@ class ClockOffset:
 
 
 def _differ(some: tuple[float, float], other: tuple[float, float], by: float = 0) -> bool:
-    """Whether two bounds contradict each other by more than that."""
+    """Return whether two bounds contradict each other, by more than some milliseconds."""
     return some[0] > other[1] + by or some[1] < other[0] - by
 
 

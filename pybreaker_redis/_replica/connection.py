@@ -1,13 +1,11 @@
-"""One process's line to one server: what is heard on it, and what is asked in between.
+"""Push connection of one process to one server: subscriptions, pushes and queries.
 
-Knows: connections of redis-py from 3 to 8, RESP2 and RESP3, SUBSCRIBE, CLIENT TRACKING.  Does not know: circuits.
+With RESP3 there is one connection for everything.  ``CLIENT TRACKING`` without prefixes has the server push every
+change of the keys that were read on the connection, which costs other clients nothing.  With RESP2, a connection that
+subscribes can do nothing more.  So there are two connections, and only published changes arrive.
 
-With RESP3 it is one connection for everything, and the server tells of every change to the keys that were read on it,
-whoever makes it: ``CLIENT TRACKING`` without prefixes, which costs other clients of the server nothing.  With RESP2 a
-connection that subscribes can do nothing else, so there are two, and only published changes are heard.
-
-The connections are made here and used by one thread only.  One that failed is never used again: redis-py would quietly
-connect anew, and nobody would be subscribed.
+The connections are used by one thread only, and never again after a failure.  redis-py would silently connect again,
+without the subscriptions.  The code supports redis-py 3 to 8.
 """
 
 from __future__ import annotations
@@ -22,21 +20,21 @@ from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.endpoint import CONNECT_HOOK_ARGUMENTS, Endpoint
 from pybreaker_redis._redis.sentinel import verify_master
 
-#: How the connections are called in ``CLIENT LIST``.
+#: Name of the connections in ``CLIENT LIST``.
 CONNECTION_NAME = "pybreaker_redis"
 
-#: Most pushes that are taken before other things have their turn.
+#: Most pushes that are received before the session continues with its other work.
 PUSHES_PER_TURN_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class PushMode:
-    """How changes are heard, and of what server.
+    """How changes arrive.
 
     Attributes:
-        how: ``tracking`` (whoever makes them) or ``channel`` (what is published).
-        protocol: 2 or 3.
-        server: What the server calls itself, and its version, as in ``valkey 8.1.0``; empty if it did not say.
+        how: ``tracking``: all changes, by any client.  ``channel``: published changes only.
+        protocol: Version of RESP, 2 or 3.
+        server: Name and version of the server, as in ``valkey 8.1.0``, empty if unknown.
     """
 
     how: Literal["tracking", "channel"]
@@ -45,30 +43,32 @@ class PushMode:
 
 
 class Push(list[Any]):
-    """What the server said without being asked: its kind, and what belongs to it."""
+    """Message that the server sent without a query: its kind, and the values."""
 
 
 class PushConnection:
-    """Connected, subscribed to nothing yet.
+    """Connection to one server, for pushes and queries.
+
+    The constructor connects.  Every method passes errors of the client library unchanged, for `error_kind`.
 
     Args:
-        endpoint: Where to.
+        endpoint: Endpoint of the server.
         timeout: Seconds to wait for each answer.
-        hear: Told of every push, in the middle of anything.
+        on_push: Receives every push, also those that arrive before the answer to a query.
 
     Attributes:
-        is_tracking: Whether changes of keys that `ask` has read are heard, besides what is published.
-        tracking_refusal: Why they are not.
-        server: What the server calls itself, and its version; empty if it does not say.
+        is_tracking: Whether the server also pushes changes of the keys that `query` has read.
+        tracking_refusal: Reason why the server does not.
+        server: Name and version of the server, empty if unknown.
 
     Raises:
-        Exception: Whatever the library raises when nobody answers.
+        PushUnavailableError: The class of the client's connections cannot be used here.
     """
 
-    def __init__(self, endpoint: Endpoint, timeout: float, hear: Callable[[Push], None]) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: float, on_push: Callable[[Push], None]) -> None:
         self._endpoint = endpoint
         self._timeout = timeout
-        self._on_push = hear
+        self._on_push = on_push
         self._connections: list[Any] = []
         self._query_connection: Any = None
         self.is_tracking = False
@@ -87,30 +87,25 @@ class PushConnection:
 
     @property
     def push_mode(self) -> PushMode:
-        """How changes are heard here."""
+        """How changes arrive on the connection."""
         return PushMode("tracking" if self.is_tracking else "channel", 3 if self._is_single else 2, self.server)
 
     def subscribe(self, channels: Sequence[str]) -> None:
-        """Hear what is published on these channels; returns when the server has said that it will be heard.
+        """Subscribe channels, and wait until the server has confirmed each.
 
         Raises:
-            PushUnavailableError: The server refuses, or knows no channels.
-            Exception: It does not answer.
+            PushUnavailableError: The server refuses, or has no channels.
         """
         refused = self._confirm("SUBSCRIBE", channels)
         if refused is not None:
             raise refusal_of(refused)
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
-        """Hear no more of these channels; who may not even say so goes on hearing of what nobody needs.
-
-        Raises:
-            Exception: The server does not answer.
-        """
+        """Unsubscribe channels.  If the server refuses, their pushes continue to arrive, and are ignored."""
         self._confirm("UNSUBSCRIBE", channels)
 
     def _confirm(self, command: str, channels: Sequence[str]) -> Exception | None:
-        """The error, if that was the answer; else each channel is confirmed by one."""
+        """Wait until the server has confirmed each channel, or return the error that it has answered."""
         self._send(self._push_connection, [(command, *channels)])
         missing = len(channels)
         while missing:
@@ -124,11 +119,7 @@ class PushConnection:
         return None
 
     def query(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
-        """Send commands in one batch; their answers, errors among them as values.
-
-        Raises:
-            Exception: The server does not answer.
-        """
+        """Send commands in one batch, and return their answers.  An error that the server answers is a value."""
         commands = list(commands)
         self._send(self._query_connection, commands)
         answers: list[Any] = []
@@ -141,16 +132,16 @@ class PushConnection:
         return answers
 
     def send_beat(self) -> bool:
-        """Ask for a sign of life where nothing else is asked, and Sentinels whether this is still the place.
+        """Verify with the Sentinels that the server is the master, and send a PING where no query is sent.
 
-        A master that was demoted keeps its connections for seconds, and hears what is published on the new one, but
-        not when it is cut off from it.
+        A demoted master keeps its connections for seconds.  During that time it forwards what is published on the new
+        master, unless it is cut off from the new one.
 
         Returns:
-            Whether there is such a place; then the answer is heard as a push of the kind ``pong``.
+            Whether a PING was sent.  Its answer arrives as a push of the kind ``pong``.
 
         Raises:
-            ConnectionResetError: Sentinels know another master.
+            ConnectionResetError: The Sentinels name another master.
         """
         with deadline(self._timeout):
             verify_master(self._endpoint, self._query_connection)
@@ -160,10 +151,10 @@ class PushConnection:
         return True
 
     def receive(self, seconds: float) -> None:
-        """Wait so long for something to be heard, and then for nothing more: one change is told in several ways.
+        """Wait for a push, then receive all that have arrived: one change may cause several.
 
-        Raises:
-            Exception: The line is dead.
+        Args:
+            seconds: Longest wait for the first push, seconds.
         """
         for _ in range(PUSHES_PER_TURN_MAX):
             self._check()
@@ -171,19 +162,19 @@ class PushConnection:
                 break
             push = self._read(self._push_connection)
             if not isinstance(push, list):
-                # Nothing was asked.  An error is what the server says before it hangs up.
+                # No query was sent.  A server sends an error before it closes a connection.
                 raise refusal_of(push)
             self._on_push(Push(push))
             seconds = 0
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         for connection in self._connections:
             with contextlib.suppress(Exception):
                 connection.disconnect()
 
-    def _connect(self, endpoint: Endpoint, **words: Any) -> Any:
-        connection = endpoint.connect(timeout=self._timeout, **words)
+    def _connect(self, endpoint: Endpoint, **arguments: Any) -> Any:
+        connection = endpoint.connect(timeout=self._timeout, **arguments)
         self._connections.append(connection)
         return connection
 
@@ -191,7 +182,7 @@ class PushConnection:
         try:
             return self._connect(endpoint, protocol=2)
         except TypeError:
-            pass  # redis-py before 5 knows nothing else.
+            pass  # redis-py before 5 speaks RESP2 only, and does not accept the argument.
         try:
             return self._connect(endpoint)
         except TypeError as error:
@@ -199,38 +190,39 @@ class PushConnection:
             raise PushUnavailableError(msg) from error
 
     def _connect_resp3(self, endpoint: Endpoint) -> Any:
-        """A connection that can do everything; ``None`` if the library or the server has none.
+        """Connect with RESP3, whatever protocol the client uses.
 
-        Whatever the client speaks: up to redis-py 7 that is RESP2, unless somebody asked for more.
+        Returns:
+            The connection, ``None`` if the library or the server does not support RESP3.
         """
         try:
             connection = self._connect(endpoint, protocol=3)
         except Exception as error:  # noqa: BLE001
-            # redis-py before 5, or a server or a proxy without HELLO, each with an error of its own.  Or nobody is
-            # there: then the next attempt says so.
+            # redis-py before 5, a server without HELLO and a proxy without HELLO each raise another error.  A server
+            # that is unreachable fails again when RESP2 is tried.
             self.tracking_refusal = f"no RESP3: {error}"
             return None
         if CONNECT_HOOK_ARGUMENTS & endpoint.connection_arguments.keys() and not self._speaks_resp3(connection):
-            self.tracking_refusal = "no RESP3: the function that connects has not asked for it"
+            self.tracking_refusal = "no RESP3: the client's connect function has not requested it"
             self._connections.remove(connection)
             connection.disconnect()
             return None
         if _enable_push_marks(connection):
             return connection
-        self.tracking_refusal = "no RESP3: this client library takes pushes for answers"
-        # redis-py 5 with hiredis: pushes would be taken for answers.
+        self.tracking_refusal = "no RESP3: the client library cannot tell pushes from answers"
+        # redis-py 5 with hiredis would return pushes as answers.
         self._connections.remove(connection)
         connection.disconnect()
         return None
 
     def _speaks_resp3(self, connection: Any) -> bool:
-        """Whether a connection does that was made by a function of the user's: a dictionary is no type of RESP2."""
+        """Return whether a connection made by a user's function uses RESP3: RESP2 has no dictionaries."""
         self._send(connection, [("HELLO",)])
         return isinstance(self._read(connection), dict)
 
     def _set_up(self) -> None:
         for connection in self._connections:
-            # Whoever may not say who he is, or be told of keys, can do without.
+            # A user of the server may lack the right to CLIENT.  The connection works without its name and tracking.
             self._send(connection, [("CLIENT", "SETNAME", CONNECTION_NAME)])
             self._read(connection)
         if self._is_single:
@@ -252,7 +244,7 @@ class PushConnection:
         connection.send_packed_command(connection.pack_commands(commands), check_health=False)
 
     def _read(self, connection: Any) -> Any:
-        """The next answer or push; an error that the server has answered is a value."""
+        """Return the next answer or push.  An error that the server answers is a value."""
         try:
             if connection is self._query_connection and self._is_single:
                 return connection.read_response(push_request=True)
@@ -264,7 +256,7 @@ class PushConnection:
 
 
 def _enable_push_marks(connection: Any) -> bool:
-    """Have the parser return pushes as `Push`, so that no answer is mistaken for one; whether it can."""
+    """Have the parser return pushes as `Push`, and return whether it can.  Otherwise pushes look like answers."""
     parser: Any = getattr(connection, "_parser", None)
     if hasattr(parser, "set_invalidation_push_handler"):
         parser.set_pubsub_push_handler(Push)
@@ -277,21 +269,21 @@ def _enable_push_marks(connection: Any) -> bool:
 
 
 def refusal_of(answer: Any) -> Exception:
-    """What to raise for an answer that is not what it should be: who is refused for good need not ask again soon."""
+    """Return the error to raise for an unexpected answer: `PushUnavailableError` for a lasting refusal."""
     if any(
         is_instance_of_named(answer, name) for name in ("NoPermissionError", "ClusterCrossSlotError")
     ) or is_unsupported_command(answer):
         return PushUnavailableError(str(answer))
-    return answer if isinstance(answer, Exception) else ConnectionError(f"unasked: {answer!r}")
+    return answer if isinstance(answer, Exception) else ConnectionError(f"unexpected answer: {answer!r}")
 
 
 def _server_version(hello: Any) -> str:
-    """What a server says of itself: a dictionary, with RESP2 a list; an error where it does not say."""
+    """Return name and version of a server from its answer to HELLO: a dictionary, with RESP2 a list, or an error."""
     if isinstance(hello, list):
         hello = dict(zip(hello[::2], hello[1::2], strict=False))
     items = hello.items() if isinstance(hello, dict) else ()
-    said = {_text(name): _text(value) for name, value in items}
-    return f"{said.get('server', '')} {said.get('version', '')}".strip()
+    values = {_text(name): _text(value) for name, value in items}
+    return f"{values.get('server', '')} {values.get('version', '')}".strip()
 
 
 def _text(value: Any) -> str:

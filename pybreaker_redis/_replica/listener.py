@@ -167,7 +167,7 @@ class Listener:
             self._pause(delay_s)
 
     def _end_if_unused(self) -> bool:
-        """End the thread if no view is left; return whether it ends."""
+        """End the thread if no view is left, and return whether it ends."""
         with self._lock:
             if self.subscriber_table:
                 return False

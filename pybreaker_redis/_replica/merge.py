@@ -42,7 +42,7 @@ def merge(known: Circuit, known_ms: float, circuit: Circuit, now_ms: float, *, i
         known.noisy_until_ms,
         known.fail_counter,
     ):
-        # A poll and a failure within one millisecond, whose answers arrive in the wrong order.  Without the failure,
+        # The answers to a poll and to a failure within one millisecond arrive in the wrong order.  Without the failure,
         # the next one would be taken for it in an outage.
         return Merge.OLDER
     return Merge.SAME if is_same_but_counters(circuit, known) else Merge.CONFLICT

@@ -45,7 +45,7 @@ class Session:
     """Work of a listener on one push connection.
 
     Args:
-        connect: Makes the connection; takes the function that receives pushes.
+        connect: Makes the connection, and takes the function that receives pushes.
         subscriber_table: Views to keep current.  The session keeps no view alive.
         logged_channels: Channels of which a refusal was logged, on earlier connections, too.  The session updates it.
 

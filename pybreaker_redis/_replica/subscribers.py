@@ -52,7 +52,7 @@ class SubscriberTable:
         return len(self._of_view)
 
     def add_subscriber(self, view: View, keys: tuple[str, ...], channel: str, *, is_one_slot: bool = False) -> None:
-        """Add a view; see `Subscriber` for the arguments."""
+        """Add a view with the attributes of its `Subscriber`."""
         dropped = self._dropped
         with self._lock:
             self.remove_subscriber(view)

@@ -75,7 +75,7 @@ class Subscription(ForkSafe):
             self._next_start_at = math.inf
 
     def stop(self) -> None:
-        """End the subscription; a new start is due at once."""
+        """End the subscription.  A new start is due at once."""
         with self._lock:
             listener, self._listener, self._next_start_at = self._listener, None, 0.0
             if listener is not None and os.getpid() == fork.process_id:

@@ -61,7 +61,7 @@ class View(ForkSafe):
     """Record of one circuit, as this process has read it last.  Times in the record are the server's.
 
     Args:
-        max_staleness: Seconds for which a record may be trusted; 0: never.
+        max_staleness: Seconds for which a record may be trusted, 0 for never.
         now: Returns monotonic seconds.
 
     Attributes:
@@ -209,7 +209,7 @@ class View(ForkSafe):
         from here on.  Any other difference has to be read.
 
         Args:
-            circuit: The pushed record; ``None`` if it could not be parsed.
+            circuit: The pushed record, ``None`` if it could not be parsed.
 
         Returns:
             Whether the circuit has to be read again.

@@ -79,7 +79,7 @@ class Availability(ForkSafe):
         outage: The present outage, ``None`` while there is none.
         has_retry_thread: See above.
         retry_delay_max_s: Longest delay of the retry thread, seconds.
-        last_recovery_at: When the last outage ended, seconds on `clock`; minus infinity if there was none.
+        last_recovery_at: When the last outage ended, seconds on `clock`, minus infinity if there was none.
         since: When the present condition began, seconds on `clock`.
         last_error: Class and text of the last error, empty if there was none.
         change_number: Number of outages that began, ended or changed their kind, and of calls of `wake_waiters`.
@@ -113,7 +113,7 @@ class Availability(ForkSafe):
         """Shorten the longest delay of the retry thread.
 
         Args:
-            max_staleness: Seconds within which a circuit must notice that the server is back; 0: no limit.
+            max_staleness: Seconds within which a circuit must notice that the server is back, 0 for no limit.
         """
         if max_staleness:
             self.retry_delay_max_s = min(self.retry_delay_max_s, max(max_staleness, RETRY_DELAY_MAX_FLOOR_S))
@@ -207,7 +207,7 @@ class Availability(ForkSafe):
         """Note a usable answer, which ends an outage.
 
         Returns:
-            Length of the outage, seconds; ``None`` if there was none.
+            Length of the outage, seconds, ``None`` if there was none.
         """
         with self._lock:
             outage, self.outage, self._is_attempt_claimed = self.outage, None, False
@@ -281,8 +281,8 @@ def report_availability(server: Availability | None, circuit: Availability) -> A
     """Combine the availability of a server with that of one of its circuits.
 
     Args:
-        server: Of the server; ``None``: the circuit was not used yet.
-        circuit: Of the circuit alone.
+        server: Availability of the server, ``None`` if the circuit was not used yet.
+        circuit: Availability of the circuit alone.
     """
     availability = circuit if server is None or circuit.outage else server
     outage = availability.outage

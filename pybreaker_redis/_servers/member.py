@@ -71,7 +71,7 @@ class Registration(NamedTuple):
         registered_at: Time of the registration, monotonic seconds.
         thread_id: Thread that registered the member.
         circuit: Name of the circuit, for log lines.
-        timeout_s: Seconds that the member waits for an answer; ``None``: as long as the client does.
+        timeout_s: Seconds that the member waits for an answer, ``None`` for as long as the client does.
     """
 
     registered_at: float

@@ -33,7 +33,7 @@ class ReturnAttempt:
         answer_wait_s: See above.
         current_members: See above.
         outcomes: Number of members for each result of a return, for the log.
-        outage_s: Length of the outage, seconds; ``None`` while it lasts, or if another thread has ended it.
+        outage_s: Length of the outage, seconds, ``None`` while it lasts, or if another thread has ended it.
         has_let_callers_in: Whether callers may query the server, though members may still be returning.
     """
 

@@ -85,7 +85,7 @@ class Server(ForkSafe):
 
         Args:
             client: A client of the server.
-            timeout: Seconds for a whole operation; ``None``: return the client as it is.
+            timeout: Seconds for a whole operation, ``None`` to return the client as it is.
         """
         self.availability.extend_answer_wait(timeout or TURN_DELAY_MIN_S)
         return self._connections.client_for(client, timeout)
@@ -104,7 +104,7 @@ class Server(ForkSafe):
 
         Args:
             seconds: Seconds that an operation took.
-            timeout: Seconds that the operation was allowed at most.
+            timeout: Seconds that the operation was allowed, ``None`` for no limit.
         """
         self._connections.log_slow_client(self._client, seconds, timeout)
 
@@ -124,7 +124,7 @@ class Server(ForkSafe):
         Args:
             member: The circuit.
             circuit: Name of the circuit, for log lines.
-            timeout_s: Seconds that the circuit waits for an answer; ``None``: as long as the client does.
+            timeout_s: Seconds that the circuit waits for an answer, ``None`` for as long as the client does.
             max_staleness_s: Seconds for which the circuit may trust its view, 0: never.
 
         Returns:
@@ -175,12 +175,12 @@ class Server(ForkSafe):
 
     @property
     def current_return(self) -> ReturnAttempt | None:
-        """The attempt whose members are still returning though callers are let in, `None` at other times."""
+        """Attempt that has let callers in while members are still returning, `None` at other times."""
         attempt = self._attempt
         return attempt if attempt is not None and attempt.has_let_callers_in else None
 
     def claim_caller_turn(self) -> bool:
-        """Return whether a caller may query the server now; start the retry thread in an outage.
+        """Return whether a caller may query the server now.  In an outage, start the retry thread.
 
         Without a retry thread, the answer True reserves the turn for the caller.
         """
@@ -275,7 +275,7 @@ class Server(ForkSafe):
     # On the retry thread ------------------------------------------------------------------------------------------
 
     def _ensure_retry_thread(self) -> bool:
-        """Start the retry thread unless it runs; return whether it runs."""
+        """Start the retry thread unless it runs, and return whether it runs."""
         if os.getpid() != fork.process_id:
             fork.renew()
         is_running = self._retry_thread.ensure_running()
@@ -297,7 +297,7 @@ class Server(ForkSafe):
         self.availability.wait_for_change(self._seen_change, seconds)
 
     def _retry(self) -> None:
-        # A line about the last loss or return may be held; no other thread logs it.
+        # A line about the last loss or return may be held.  No other thread logs it.
         self._loss_log.flush_held_line()
         outage = self.availability.outage
         if outage is not None and self.availability.claim_attempt():

@@ -169,6 +169,11 @@ def lock_of(item: Any) -> Any:
     return item._lock
 
 
+def condition_of(availability: Any) -> Any:
+    """Return the condition on which threads wait for a change of an availability."""
+    return availability._change
+
+
 def set_lock(item: Any, lock: Any) -> None:
     """Replace the lock of an object."""
     item._lock = lock

@@ -26,7 +26,7 @@ from pybreaker_redis._servers.availability import (
     Availability,
 )
 from tests.support.clock import Clock
-from tests.support.inspect import lock_of, reset_in_child
+from tests.support.inspect import condition_of, lock_of, reset_in_child
 
 TIMEOUT = 0.25
 
@@ -429,6 +429,53 @@ class TestThreads:
 
         with ThreadPoolExecutor(threads) as pool:
             assert sum(pool.map(fail, range(threads))) == 1
+
+
+class TestWaiters:
+    """Threads that wait for the end or the beginning of an outage."""
+
+    @pytest.mark.parametrize("change", ["an outage begins", "an outage ends", "its kind changes", "a call"])
+    def test_change_wakes_a_waiter(self, threaded: Availability, change: str) -> None:
+        """A change between the read and the wait is not missed either."""
+        if change in ("an outage ends", "its kind changes"):
+            threaded.note_failure(refused_error())
+        seen = threaded.change_number
+        threads = [threading.Thread(target=threaded.wait_for_change, args=(seen, 60), daemon=True) for _ in range(2)]
+        threads[0].start()
+        {
+            "an outage begins": lambda: threaded.note_failure(refused_error()),
+            "an outage ends": threaded.note_answer,
+            "its kind changes": lambda: threaded.note_failure(redis.exceptions.ReadOnlyError()),
+            "a call": threaded.wake_waiters,
+        }[change]()
+        threads[1].start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def test_further_failure_of_the_same_kind_wakes_no_waiter(self, threaded: Availability, clock: Clock) -> None:
+        """A waiter would wake with every retry that fails."""
+        threaded.note_failure(refused_error())
+        seen = threaded.change_number
+        threaded.note_failure(refused_error())
+        fail_attempt(threaded, clock)
+        assert threaded.change_number == seen
+
+    def test_wait_ends_after_its_time(self, threaded: Availability) -> None:
+        """Whatever the waiter waits for may vanish without a notice."""
+        threaded.wait_for_change(threaded.change_number, 0.01)
+
+    def test_child_waits_on_a_condition_of_its_own(self, threaded: Availability) -> None:
+        """A thread of the parent may hold the lock of the parent's condition."""
+        threaded.wait_for_change(threaded.change_number, 0)
+        condition = condition_of(threaded)
+        assert condition is not None
+        with condition:
+            reset_in_child(threaded)
+            waiter = threading.Thread(target=threaded.wait_for_change, args=(threaded.change_number, 0.01), daemon=True)
+            waiter.start()
+            waiter.join(10)
+            assert not waiter.is_alive()
 
 
 class TestForks:

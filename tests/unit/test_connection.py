@@ -147,7 +147,7 @@ def test_error_without_a_command_ends_the_connection():
     push_connection = Client(resp3=[*OK, ResponseError("ERR max clients"), b"OK"]).connect([])
     with pytest.raises(ResponseError, match="max clients"):
         push_connection.receive(0)
-    with pytest.raises(ConnectionError, match="unasked"):
+    with pytest.raises(ConnectionError, match="unexpected answer"):
         push_connection.receive(0)
 
 
