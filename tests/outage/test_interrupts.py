@@ -67,7 +67,7 @@ def querying_breaker(site: Site, **settings: Any) -> pybreaker.CircuitBreaker:
         TimeoutError("of the application"),
         SoftTimeout("of the application"),
         OSError("of the application"),
-        ConnectionResetError("of the application"),
+        pytest.param(ConnectionResetError("of the application"), marks=pytest.mark.full),
         BlockingIOError("of the application"),
         redis.ConnectionError("of the application"),
         ValueError("of the application"),
@@ -145,6 +145,7 @@ def test_connection_interrupted_in_its_handshake_is_not_reused(site: Site) -> No
     assert health_of(silent).last_error == ""
 
 
+@pytest.mark.full
 def test_error_of_a_handler_during_a_query_to_sentinels_is_raised(site: Site) -> None:
     """An interruption of a query to a Sentinel is raised, although its client takes it for a dead Sentinel."""
     sentinel = Sentinel([("127.0.0.1", site.proxy.port)] * 2, socket_timeout=LONG)
