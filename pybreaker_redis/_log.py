@@ -19,7 +19,7 @@ class Line(NamedTuple):
         level: Level of the logging module.
         message: Format string of the logging module.
         arguments: Values for the format string.
-        extra: Facts for handlers; ``None``: none.
+        extra: Facts for handlers (``None``: none).
     """
 
     level: int
@@ -44,9 +44,9 @@ def server_lost(
 
     Args:
         server: Name of the server.
-        is_unreachable: Whether the server does not answer; otherwise, the server takes no writes.
+        is_unreachable: Whether the server does not answer, and not only refuses writes.
         error: Class and text of the error, masked.
-        timeout_s: Seconds that the call waited, if the error is a timeout; otherwise ``None``.
+        timeout_s: Seconds that the call waited, if the error is a timeout (``None``: another error).
         circuit: Name of the circuit that met the error.
         other_circuits: Number of other circuits of this process on the server.
         pause_s: Seconds until the next attempt.
@@ -113,7 +113,7 @@ def server_returned(server: str, *, seconds: float, outcomes: Mapping[str, int],
     Args:
         server: Name of the server.
         seconds: Duration of the outage.
-        outcomes: Number of circuits for each outcome of the reconciliation; the empty key: nothing to reconcile.
+        outcomes: Number of circuits for each outcome of the reconciliation, where an empty key means no outcome.
         more_losses: Number of losses since the last line about the server that were not logged.
     """
     text = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome)
@@ -132,7 +132,7 @@ def server_returned(server: str, *, seconds: float, outcomes: Mapping[str, int],
 
 
 def circuits_left(server: str, *, seconds: float, more_losses: int) -> Line:
-    """Return the line about a node of a cluster whose circuits have all moved to other nodes.
+    """Return the line about a node of a cluster after all of its circuits have moved to other nodes.
 
     Args:
         server: Name of the node.
@@ -211,7 +211,7 @@ def client_may_block(client_class: str, *, wait_s: float | None) -> Line:
 
     Args:
         client_class: Name of the client's class.
-        wait_s: Seconds that a command of the client may take; ``None``: without end.
+        wait_s: Seconds that a command of the client may take (``None``: without end).
     """
     return Line(
         logging.WARNING,

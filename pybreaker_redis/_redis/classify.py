@@ -167,7 +167,7 @@ def is_authentication_error(error: BaseException) -> bool:
 
 def is_moved_error(error: BaseException) -> bool:
     """Return whether a node of a cluster redirects to the node that serves the slot."""
-    # In redis-py, `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
+    # In redis-py, `AskError` is the ancestor of `MovedError`.  redis-py 3 has neither.
     return is_instance_of_named(error, "MovedError") or str(error).startswith("MOVED ")
 
 

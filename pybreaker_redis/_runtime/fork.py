@@ -15,7 +15,7 @@ import threading
 import weakref
 from typing import Protocol
 
-#: Process for which the objects were made or renewed; only `renew` changes the value.
+#: Process for which the objects were made or renewed.  Only `renew` changes the value.
 process_id = os.getpid()
 
 
@@ -33,7 +33,7 @@ class ForkSafe:
         _instances[id(self)] = self
 
     def _reset_in_child(self) -> None:
-        """Drop the state of the parent process, without waiting; the lock is new already."""
+        """Drop the state of the parent process, without waiting.  The lock is new already."""
 
     def _renew_in_child(self) -> None:
         self._lock = threading.RLock()
@@ -63,7 +63,7 @@ def renew_in_children(item: Inherited) -> None:
 
 
 def renew() -> None:
-    """Renew all living objects, once in each process; called in a forked child."""
+    """Renew all living objects, once in each process, after a fork."""
     global process_id  # noqa: PLW0603
     pid = os.getpid()
     with _renewal_locks.setdefault(pid, threading.RLock()):
