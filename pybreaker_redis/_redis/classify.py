@@ -148,7 +148,7 @@ def suppress_except(*kinds: ErrorKind) -> Iterator[None]:
     except Exception as error:
         if error_kind(error) in kinds:
             raise
-        emit(_log.detail("not brought back: %s", describe_error(error)))
+        emit(_log.detail("circuit not reconciled (%s)", describe_error(error)))
 
 
 def is_instance_of_named(error: BaseException, name: str) -> bool:

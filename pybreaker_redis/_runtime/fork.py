@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Protocol
 
 #: Process for which the objects were made or renewed.  Only `renew` changes the value.
 process_id = os.getpid()
@@ -47,21 +46,6 @@ _instances: weakref.WeakValueDictionary[int, ForkSafe] = weakref.WeakValueDictio
 _renewal_locks: dict[int, threading.RLock] = {}
 
 
-class Inherited(Protocol):
-    """Something that a child cannot use as it inherits it."""
-
-    def after_fork(self) -> None:
-        """Begin anew."""
-
-
-_alive: weakref.WeakSet[Inherited] = weakref.WeakSet()
-
-
-def renew_in_children(item: Inherited) -> None:
-    """Have `item.after_fork()` called in every forked child."""
-    _alive.add(item)
-
-
 def renew() -> None:
     """Renew all living objects, once in each process, after a fork."""
     global process_id  # noqa: PLW0603
@@ -72,8 +56,6 @@ def renew() -> None:
         for reference in _instances.valuerefs():
             if (instance := reference()) is not None:
                 instance._renew_in_child()  # noqa: SLF001
-        for item in list(_alive):
-            item.after_fork()
         process_id = pid
 
 

@@ -570,8 +570,8 @@ def test_figures_of_who_came_last_are_shown(capsys: pytest.CaptureFixture[str]):
 def test_worker_reports_that_the_server_is_away_and_logs_nothing(capfd: pytest.CaptureFixture[str]):
     """What the library says of the server is part of the story; whatever else it logs would disturb the picture."""
     lookout = worker.OutageReporter("worker 1")
-    lookout.handle(logging.makeLogRecord({"msg": "Redis has lost it"}))
-    lookout.handle(logging.makeLogRecord({"msg": "Redis is away", "pybreaker_redis": {"event": "away"}}))
+    lookout.handle(logging.makeLogRecord({"msg": "Redis has lost the circuit"}))
+    lookout.handle(logging.makeLogRecord({"msg": "Redis is unreachable", "pybreaker_redis": {"event": "away"}}))
     output, errors = capfd.readouterr()
     report = parse(output)
     assert (report.source, report.kind, errors) == ("worker 1", "away", "")

@@ -56,7 +56,7 @@ def test_callers_take_turns_where_no_thread_may_be_started(site: Site, monkeypat
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "it is back")
     assert site.administrator.get("viewed:pybreaker:state") == b"open"
-    assert any("is back after" in line for line in caplog.messages)
+    assert any("is available again" in line for line in caplog.messages)
 
 
 def test_process_that_was_forked_behind_pythons_back_has_a_thread_of_its_own(site: Site):

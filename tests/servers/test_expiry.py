@@ -214,7 +214,7 @@ def test_circuit_that_expires_while_open_is_told_of(client: redis.Redis, caplog:
     breaker.open()
     let_expire(client)
     assert breaker.current_state == OPEN
-    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost it; restored as open"]
+    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost the circuit; restored as open"]
 
 
 def test_without_a_ttl_a_circuit_that_vanishes_was_lost(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,7 +224,7 @@ def test_without_a_ttl_a_circuit_that_vanishes_was_lost(client: redis.Redis, cap
     breaker.call(up)
     let_expire(client)
     assert breaker.current_state == OPEN
-    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost it; restored as open"]
+    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost the circuit; restored as open"]
 
 
 def test_circuit_that_expired_during_an_outage_comes_back_in_silence(

@@ -111,8 +111,8 @@ def test_second_reset_is_an_outage(balancer: Proxy, caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO, "pybreaker_redis")
     balancer.doomed = 2
     assert breaker.call(up) == "answer"
-    assert "is away" in outages(caplog)[0]
-    wait_for(lambda: "is back" in outages(caplog)[-1], "it is back")
+    assert "is unreachable" in outages(caplog)[0]
+    wait_for(lambda: "is available again" in outages(caplog)[-1], "it is back")
 
 
 def test_report_without_an_answer_is_not_simply_made_twice(
@@ -127,7 +127,7 @@ def test_report_without_an_answer_is_not_simply_made_twice(
 
     with pytest.raises(Down):
         breaker.call(dooms)
-    assert "is away" in outages(caplog)[0]
+    assert "is unreachable" in outages(caplog)[0]
     wait_for(lambda: client.get("idle:pybreaker:fail_counter") == b"1", "it is counted")
 
 

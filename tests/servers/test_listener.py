@@ -306,7 +306,7 @@ def test_forbidden_channel_reads_through_and_says_so_once(server, client, caplog
         with pytest.raises(pybreaker.CircuitBreakerError):
             breakers[0].call(up)
         (said,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert "every look at a circuit is a round trip" in said.message
+        assert "every read of a circuit is a round trip" in said.message
 
 
 @pytest.mark.parametrize("rights", [("~*", "&mine:*"), ("~mine:*", "&*")], ids=["its channel", "its keys"])
@@ -430,7 +430,7 @@ def test_client_that_leads_to_no_single_place_reads_through_and_says_so_once(cli
     for _ in range(3):
         breaker.call(up)
     (said,) = caplog.messages
-    assert "Wrapper; every look at the circuit is a round trip" in said
+    assert "Wrapper; every read of the circuit is a round trip" in said
     breaker_on(client, max_staleness=0).open()
     assert breaker.current_state == "open"
 

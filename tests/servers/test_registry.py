@@ -214,7 +214,7 @@ class TestBreakers:
         settled(breakers.get("payments"))
         killable_server.kill()
         fails(breakers["payments"])
-        wait_for(lambda: fails(breakers["payments"]) or "is away" in caplog.text, "it is away")
+        wait_for(lambda: fails(breakers["payments"]) or "is unreachable" in caplog.text, "it is away")
         caplog.clear()
         if when == "between two attempts":
             breakers.close()

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
 TRACKS = max(PROTOCOLS) == 3
 
 #: What is said where the library speaks no RESP3, whatever the server can do.
-UNTRACKED = () if TRACKS else ("does not tell of changes itself",)
+UNTRACKED = () if TRACKS else ("does not track keys",)
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,24 @@ class Restriction:
 
 RESTRICTIONS = [
     Restriction("nothing missing"),
-    Restriction("no HELLO", ("HELLO",), push="channel", said=("does not tell of changes itself",)),
-    Restriction("no CLIENT", ("CLIENT",), push="channel", said=("does not tell of changes itself",)),
+    Restriction("no HELLO", ("HELLO",), push="channel", said=("does not track keys",)),
+    Restriction("no CLIENT", ("CLIENT",), push="channel", said=("does not track keys",)),
     Restriction(
         "no CLIENT TRACKING",
         rights=("-client", "+client|setname"),
         push="channel",
-        said=("does not tell of changes itself",),
+        said=("does not track keys",),
     ),
-    Restriction("no SUBSCRIBE", ("SUBSCRIBE",), push="none", said=(*UNTRACKED, "changes of circuits cannot be heard")),
-    Restriction("no PUBLISH", ("PUBLISH",), said=(*UNTRACKED, "lets nobody publish changes")),
+    Restriction("no SUBSCRIBE", ("SUBSCRIBE",), push="none", said=(*UNTRACKED, "no push of changes")),
+    Restriction("no PUBLISH", ("PUBLISH",), said=(*UNTRACKED, "does not permit PUBLISH")),
     Restriction(
         "no PUBLISH, no CLIENT",
         ("PUBLISH", "CLIENT"),
         push="channel",
-        said=("lets nobody publish changes", "does not tell of changes itself"),
+        said=("does not permit PUBLISH", "does not track keys"),
     ),
-    Restriction("no EVALSHA", ("EVALSHA",), said=(*UNTRACKED, "runs scripts, but not by name")),
-    Restriction("EVALSHA forbidden", rights=("-evalsha",), said=(*UNTRACKED, "runs scripts, but not by name")),
+    Restriction("no EVALSHA", ("EVALSHA",), said=(*UNTRACKED, "does not accept EVALSHA")),
+    Restriction("EVALSHA forbidden", rights=("-evalsha",), said=(*UNTRACKED, "does not accept EVALSHA")),
     Restriction("no scripts", ("EVAL", "EVALSHA"), push="none", mode="optimistic", said=("runs no scripts",)),
     Restriction(
         "scripts forbidden", rights=("-@scripting",), push="none", mode="optimistic", said=("runs no scripts",)
@@ -192,7 +192,7 @@ def test_server_without_a_clock_leaves_each_process_on_its_own(
         with pytest.raises(pybreaker.CircuitBreakerError):
             breaker.call(up)
         assert health_of(breaker).condition == "refused"
-    assert len([line for line in caplog.messages if "gave no usable answer" in line]) == 1
+    assert len([line for line in caplog.messages if "gave no usable reply" in line]) == 1
 
 
 # -- what only a proxy does --------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_line_that_is_hung_up_on_again_and_again_is_said_once(
         dead = proxy.hung_up_on
         wait_for(lambda: proxy.hung_up_on > dead + 2, "it goes on trying")
         (line,) = caplog.messages
-        assert "changes of circuits cannot be heard (" in line
+        assert "no push of changes (" in line
         proxy.forbidden = b""
         settled(breaker)
         assert health_of(breaker).push in ("tracking", "channel")
@@ -237,7 +237,7 @@ def test_server_that_is_away_is_not_said_to_hang_up(
         wait_for(lambda: health_of(breaker).attempts > attempts + 5, "it is asked for")
         killable_server.start()
         settled(breaker)
-    assert [line for line in caplog.messages if "cannot be heard" in line] == []
+    assert [line for line in caplog.messages if "no push of changes" in line] == []
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

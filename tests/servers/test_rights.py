@@ -112,7 +112,7 @@ class Service:
 
     def said(self) -> list[str]:
         """All but that damage was repaired, and that a library without RESP3 cannot be told, whatever its user may."""
-        usual = ("; repaired ", *(["does not tell of changes itself"] if self.protocol == 2 else []))
+        usual = ("(repaired ", *(["does not track keys"] if self.protocol == 2 else []))
         return [line for line in self.caplog.messages if not any(words in line for words in usual)]
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:

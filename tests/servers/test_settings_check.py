@@ -60,8 +60,8 @@ def test_two_storages_that_differ_are_told_of_with_both_values_and_the_remedy(
         assert said(caplog) == []
         breakers.append(used(another, **{name: other}))
         expected = (
-            f"circuit 'shop': two storages of this process differ: {name}={one!r} and {name}={other!r}; "
-            "give both the same, or let their breakers use one"
+            f"circuit 'shop': two storages of this process have different settings ({name}={one!r} and "
+            f"{name}={other!r}); give both the same, or share one storage"
         )
         assert said(caplog) == [expected]
         for breaker in breakers * 3:
@@ -74,12 +74,12 @@ def test_two_storages_that_differ_are_told_of_with_both_values_and_the_remedy(
 def test_all_differences_are_one_line(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
     """And what comes later is said when it comes."""
     breakers = [used(client), used(client, ttl=60, probe_lease=5)]
-    assert [line.partition("; ")[0].partition("differ: ")[2] for line in said(caplog)] == [
+    assert [line.partition("); ")[0].partition("settings (")[2] for line in said(caplog)] == [
         "probe_lease=30.0 and probe_lease=5, ttl=None and ttl=60"
     ]
     breakers.append(used(client, ttl=70, max_staleness=2))
     assert len(said(caplog)) == 2
-    assert "max_staleness=1.0 and max_staleness=2;" in said(caplog)[1]
+    assert "(max_staleness=1.0 and max_staleness=2);" in said(caplog)[1]
     assert len(breakers) == 3
 
 
@@ -131,8 +131,8 @@ def test_circuit_on_fakeredis_is_told_apart_by_its_connections(caplog: pytest.Lo
 
 
 NAMELESS = (
-    "circuit 'pybreaker': several breakers of this process use it, because their storages have no namespace: what "
-    "opens one opens all; give each storage one of its own, as in CircuitRedisStorage(..., namespace='payments')"
+    "circuit 'pybreaker': several breakers of this process share the circuit, because their storages have no "
+    "namespace; a trip opens all of them, so pass a namespace, as in CircuitRedisStorage(..., namespace='payments')"
 )
 
 

@@ -37,7 +37,7 @@ def lines(client: redis.Redis) -> list[dict[str, str]]:
 
 def reset_in_child(item: ForkSafe) -> None:
     """Renew an object as a fork does in the child."""
-    (item._renew_in_child if isinstance(item, ForkSafe) else item.after_fork)()
+    item._renew_in_child()
 
 
 def pretend_fork() -> None:

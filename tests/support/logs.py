@@ -25,6 +25,6 @@ def lines_of(caplog: pytest.LogCaptureFixture, site: Site | None = None) -> list
     for record in caplog.records:
         said, line = getattr(record, "pybreaker_redis", {}), record.getMessage()
         is_of_site = site is None or "server" not in said or f":{site.proxy.port}/" in said["server"]
-        if "Redis" in line and "has lost it" not in line and said.get("event") != "lack" and is_of_site:
+        if "Redis" in line and "has lost the circuit" not in line and said.get("event") != "lack" and is_of_site:
             lines.append(line)
     return lines
