@@ -19,7 +19,7 @@ class Line(NamedTuple):
         level: Level of the logging module.
         message: Format string of the logging module.
         arguments: Values for the format string.
-        extra: Facts for handlers; ``None``: none.
+        extra: Facts for handlers (``None``: none).
     """
 
     level: int
@@ -44,9 +44,9 @@ def server_lost(
 
     Args:
         server: Name of the server.
-        is_unreachable: Whether the server does not answer; otherwise, the server takes no writes.
+        is_unreachable: Whether the server does not answer, and not only refuses writes.
         error: Class and text of the error, masked.
-        timeout_s: Seconds that the call waited, if the error is a timeout; otherwise ``None``.
+        timeout_s: Seconds that the call waited, if the error is a timeout (``None``: another error).
         circuit: Name of the circuit that met the error.
         other_circuits: Number of other circuits of this process on the server.
         pause_s: Seconds until the next attempt.
@@ -55,15 +55,14 @@ def server_lost(
     """
     return Line(
         logging.WARNING,
-        "circuit %r%s: Redis at %s %s (%s%s); using this process's own state, next attempt in %.2f s, waiting up to "
-        "%.2f s%s",
+        "Redis at %s %s (%s%s); circuit %r %s local state, next attempt in %.2f s, waiting up to %.2f s%s",
         (
-            circuit,
-            f" and {other_circuits} more" if other_circuits else "",
             server,
-            "is away" if is_unreachable else "takes no writes",
-            f"no answer within {timeout_s * 1000:.0f} ms, " if timeout_s else "",
+            "is unreachable" if is_unreachable else "refuses writes",
+            f"timeout after {timeout_s * 1000:.0f} ms, " if timeout_s else "",
             error,
+            circuit,
+            f"and {other_circuits} other{'s' if other_circuits > 1 else ''} use" if other_circuits else "uses",
             pause_s,
             wait_s,
             _and_more(more_losses),
@@ -73,7 +72,7 @@ def server_lost(
 
 
 def _and_more(losses: int) -> str:
-    return f"; and {losses} more losses in the last 60 s" if losses else ""
+    return f"; {losses} more losses since the last such line" if losses else ""
 
 
 def circuit_refused(circuit: str, *, error: str, pause_s: float, more_losses: int) -> Line:
@@ -87,7 +86,7 @@ def circuit_refused(circuit: str, *, error: str, pause_s: float, more_losses: in
     """
     return Line(
         logging.WARNING,
-        "circuit %r: Redis gave no usable answer (%s); using this process's own state, next attempt in %.1f s%s",
+        "circuit %r: Redis gave no usable reply (%s); the circuit uses local state, next attempt in %.1f s%s",
         (circuit, error, pause_s, _and_more(more_losses)),
     )
 
@@ -102,7 +101,7 @@ def circuit_permitted(circuit: str, *, seconds: float, more_losses: int) -> Line
     """
     return Line(
         logging.INFO,
-        "circuit %r: Redis serves it again after %.1f s%s",
+        "circuit %r: Redis serves the circuit again (after %.1f s)%s",
         (circuit, seconds, _and_more(more_losses)),
     )
 
@@ -113,14 +112,14 @@ def server_returned(server: str, *, seconds: float, outcomes: Mapping[str, int],
     Args:
         server: Name of the server.
         seconds: Duration of the outage.
-        outcomes: Number of circuits for each outcome of the reconciliation; the empty key: nothing to reconcile.
+        outcomes: Number of circuits for each outcome of the reconciliation, where an empty key means no outcome.
         more_losses: Number of losses since the last line about the server that were not logged.
     """
     text = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome)
     return Line(
         logging.INFO,
-        "Redis at %s is back after %.1f s; circuits: %s%s",
-        (server, seconds, text or "nothing to bring back", _and_more(more_losses)),
+        "Redis at %s is available again (after %.1f s); circuits: %s%s",
+        (server, seconds, text or "nothing to reconcile", _and_more(more_losses)),
         {
             "event": "back",
             "server": server,
@@ -132,7 +131,7 @@ def server_returned(server: str, *, seconds: float, outcomes: Mapping[str, int],
 
 
 def circuits_left(server: str, *, seconds: float, more_losses: int) -> Line:
-    """Return the line about a node of a cluster whose circuits have all moved to other nodes.
+    """Return the line about a node of a cluster after all of its circuits have moved to other nodes.
 
     Args:
         server: Name of the node.
@@ -141,7 +140,7 @@ def circuits_left(server: str, *, seconds: float, more_losses: int) -> Line:
     """
     return Line(
         logging.INFO,
-        "Redis at %s: its circuits live on other nodes of the cluster after %.1f s%s",
+        "Redis at %s: all circuits have moved to other nodes of the cluster (after %.1f s)%s",
         (server, seconds, _and_more(more_losses)),
         {"event": "moved", "server": server, "seconds": seconds, "more_losses": more_losses},
     )
@@ -151,16 +150,16 @@ def circuits_left(server: str, *, seconds: float, more_losses: int) -> Line:
 _MISSING_FEATURES = {
     "scripts": (
         logging.WARNING,
-        "runs no scripts (%s); using transactions, which take more round trips, also for every look at a circuit",
+        "runs no scripts (%s); circuits use transactions, which take more round trips, also to read a circuit",
     ),
-    "names": (logging.INFO, "runs scripts, but not by name (%s); each is sent as a whole, about 11 KiB"),
+    "names": (logging.INFO, "does not accept EVALSHA (%s); each call sends the source of its script, about 11 KiB"),
     "publishing": (
         logging.WARNING,
-        "lets nobody publish changes of circuits (%s); processes that it does not tell itself notice them late",
+        "does not permit PUBLISH (%s); processes without tracking notice transitions at their next poll",
     ),
     "tracking": (
         logging.INFO,
-        "does not tell of changes itself (%s); what nobody publishes, as redis-cli, is noticed within max_staleness",
+        "does not track keys (%s); unpublished changes, as by redis-cli, are noticed within max_staleness",
     ),
 }
 
@@ -187,7 +186,8 @@ def settings_differ(circuit: str, settings: Mapping[str, tuple[object, object]])
     """
     return Line(
         logging.WARNING,
-        "circuit %r: two storages of this process differ: %s; give both the same, or let their breakers use one",
+        "circuit %r: two storages of this process have different settings (%s); give both the same, or share one "
+        "storage",
         (circuit, ", ".join(f"{name}={one!r} and {name}={other!r}" for name, (one, other) in settings.items())),
     )
 
@@ -200,8 +200,8 @@ def namespace_missing(circuit: str) -> Line:
     """
     return Line(
         logging.WARNING,
-        "circuit %r: several breakers of this process use it, because their storages have no namespace: what opens one "
-        "opens all; give each storage one of its own, as in CircuitRedisStorage(..., namespace='payments')",
+        "circuit %r: several breakers of this process share the circuit, because their storages have no namespace; "
+        "a trip opens all of them, so pass a namespace, as in CircuitRedisStorage(..., namespace='payments')",
         (circuit,),
     )
 
@@ -211,12 +211,12 @@ def client_may_block(client_class: str, *, wait_s: float | None) -> Line:
 
     Args:
         client_class: Name of the client's class.
-        wait_s: Seconds that a command of the client may take; ``None``: without end.
+        wait_s: Seconds that a command of the client may take (``None``: without end).
     """
     return Line(
         logging.WARNING,
-        "%s: no connections with deadlines can be made of its kind, so a guarded call may wait for Redis %s: give "
-        "the client a socket_timeout, a socket_connect_timeout, and few retries",
+        "%s: no connections with deadlines can be made like this client's; a guarded call may wait for Redis %s, so "
+        "set the client's socket_timeout and socket_connect_timeout, and few retries",
         (client_class, "without end" if wait_s is None else f"for {wait_s:.0f} s"),
     )
 
@@ -231,8 +231,8 @@ def client_blocked(client_class: str, *, seconds: float, timeout_s: float) -> Li
     """
     return Line(
         logging.WARNING,
-        "%s: a command took %.1f s, and a guarded call is to wait for %.2f s at most; the client waits by itself: give "
-        "the storage a plain one",
+        "%s: a command took %.1f s, longer than the timeout of %.2f s (the client waits or retries by itself); pass a "
+        "plain client to the storage",
         (client_class, seconds, timeout_s),
     )
 
@@ -246,7 +246,7 @@ def push_impossible(circuit: str, *, client_class: str) -> Line:
     """
     return Line(
         logging.INFO,
-        "circuit %r: changes cannot be heard by way of %s; every look at the circuit is a round trip",
+        "circuit %r: no push by way of a client of class %s; every read of the circuit is a round trip",
         (circuit, client_class),
     )
 
@@ -261,7 +261,7 @@ def record_repaired(circuit: str, *, repair: str, state: str) -> Line:
     """
     return Line(
         logging.WARNING,
-        "circuit %r: values in Redis were missing or made no sense; %s; it is %s",
+        "circuit %r: values in Redis were missing or damaged (%s); the circuit is %s",
         (circuit, repair, state),
     )
 
@@ -273,7 +273,7 @@ def record_restored(circuit: str, *, state: str) -> Line:
         circuit: Name of the circuit.
         state: State of the restored circuit.
     """
-    return Line(logging.WARNING, "circuit %r: Redis has lost it; restored as %s", (circuit, state))
+    return Line(logging.WARNING, "circuit %r: Redis has lost the circuit; restored as %s", (circuit, state))
 
 
 def push_refused(subject: str, *, error: str, left_out: int = 0) -> Line:
@@ -286,13 +286,13 @@ def push_refused(subject: str, *, error: str, left_out: int = 0) -> Line:
     """
     return Line(
         logging.WARNING,
-        "%s: changes of circuits cannot be heard (%s); every look at a circuit is a round trip%s",
+        "%s: no push of changes (%s); every read of a circuit is a round trip%s",
         (subject, error, _left_out(left_out)),
     )
 
 
 def _left_out(lines: int) -> str:
-    return f"; {lines} more like this since the last such line" if lines else ""
+    return f"; {lines} more such lines were left out" if lines else ""
 
 
 def push_interrupted(server: str, *, error: str, left_out: int = 0) -> Line:
@@ -303,7 +303,7 @@ def push_interrupted(server: str, *, error: str, left_out: int = 0) -> Line:
         error: Class and text of the error, masked.
         left_out: Number of such lines since the last one that were not logged.
     """
-    return detail("no push from %s (%s)%s", server, error, _left_out(left_out))
+    return detail("%s: no push until the next connection (%s)%s", server, error, _left_out(left_out))
 
 
 def detail(message: str, *arguments: object) -> Line:

@@ -1,7 +1,7 @@
 """Exceptions of this package.
 
-Guarded calls raise none of them, besides what pybreaker raises.  `StorageUnavailableError` is raised by the commands of
-operators, such as `BreakerRegistry.status` and `BreakerRegistry.set_state`.
+Guarded calls raise none of them.  `StorageUnavailableError` is raised by the commands of operators, such as
+`BreakerRegistry.status` and `BreakerRegistry.set_state`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class StorageUnavailableError(PybreakerRedisError):
 
     Args:
         circuits: Names of the circuits that the command concerns, at least one.
-        server: Host and port or path of the server, and its database; empty if the server is not known yet.
-        timeout: Seconds that the command waited for Redis at most; ``None``: as long as the client waits.
+        server: Host and port or path of the server, and its database (empty if the server is not known yet).
+        timeout: Seconds that the command waited for Redis at most (``None``: as long as the client waits).
         cause: Error of the client, or of the function that returns the client.
 
     Attributes:

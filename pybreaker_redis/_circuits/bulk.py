@@ -131,7 +131,7 @@ def bring_back_each(members: Iterable[ReturningCircuit], outcomes: Counter[str])
                 if error_kind(error) in (ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
                     return MemberFailure(error, member, began_at)
                 # The next caller logs the trouble of this circuit.
-                emit(_log.detail("not brought back: %s", describe_error(error)))
+                emit(_log.detail("circuit not reconciled (%s)", describe_error(error)))
     return None
 
 

@@ -25,7 +25,8 @@ class Engine(Protocol):
 
         Args:
             intent: The intent.
-            known: Circuit as this process last read it.  An engine whose data are lost restores the circuit from it.
+            known: Circuit as this process last read it.  An engine that has lost its data restores the circuit from
+                this value.
             state_if_missing: Initial state of a circuit that exists neither in the engine nor in `known`.
         """
 
@@ -49,7 +50,7 @@ class EngineChoice:
     Attributes:
         engine: The engine.
         keys: Keys of the circuit, in the order of the scripts.
-        channel: Channel on which the engine publishes transitions; empty: the engine does not publish.
+        channel: Channel on which the engine publishes transitions (empty: the engine does not publish).
         is_one_slot: Whether a command may not name keys of several circuits, because the server is a cluster's node.
     """
 

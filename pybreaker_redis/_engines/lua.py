@@ -45,9 +45,9 @@ class LuaEngine:
     Args:
         client: Client of the server.
         keys: Keys of the circuit, in the order of the scripts.
-        channel: Channel on which transitions and noise are published; empty: nothing is published.
-        ttl_ms: Shortest time to live of an unused circuit, milliseconds; 0: the circuit never expires.
-        missing: Receives each feature that the server does not have, with the server's refusal; ``None``: dropped.
+        channel: Channel on which transitions and noise are published (empty: nothing is published).
+        ttl_ms: Shortest time to live of an unused circuit, milliseconds (0: the circuit never expires).
+        missing: Receives each feature that the server does not have, with the server's refusal (``None``: dropped).
     """
 
     mode = LUA_MODE
@@ -65,11 +65,11 @@ class LuaEngine:
         self._keys = keys
         self._publish_arguments = channel, ttl_ms
         self._missing = missing
-        #: Whether the server has EVALSHA; false after the server has refused EVALSHA and executed EVAL.
+        #: Whether the server has EVALSHA.  False after the server has refused EVALSHA and executed EVAL.
         self._can_use_evalsha = True
 
     def execute(self, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
-        """Run the intent's script; see `Engine.execute`.
+        """Run the intent's script, see `Engine.execute`.
 
         Args:
             intent: See `Engine.execute`.
@@ -78,7 +78,7 @@ class LuaEngine:
 
         Raises:
             ScriptingUnavailableError: The server has no EVAL, or forbids EVAL to this user.
-            redis.RedisError: No reply, or an error reply; the class of that name of the client's library.
+            redis.RedisError: No reply, or an error reply, or the class of that name of the client's library.
             OSError: No connection.
             UnusableReplyError: A reply that the script does not return.
         """
@@ -169,7 +169,7 @@ def parse_script_reply(answer: object) -> tuple[Reply, str]:
         and 0 <= fails < COUNT_LIMIT
         and 0 <= successes < COUNT_LIMIT
         and 0 <= generation < COUNT_LIMIT
-        # An open circuit has a time; without one, the next call would be admitted as a probe.
+        # An open circuit has a time.  Without one, the next call would be admitted as a probe.
         and (0 if state == OPEN else NO_VALUE) <= opened_at_ms <= now_ms
         and PROBE_TOKEN_PATTERN.fullmatch(token)
         and 0 <= until_ms <= now_ms + LEASE_MAX_MS

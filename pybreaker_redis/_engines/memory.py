@@ -1,7 +1,4 @@
-"""Engine that keeps a circuit in the memory of this process.
-
-Knows: intents and circuits.  Does not know: Redis, breakers.
-"""
+"""Engine that holds a circuit in the memory of this process."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from pybreaker_redis._runtime.fork import ForkSafe
 
 
 class MemoryEngine(ForkSafe):
-    """The model behind a lock.
+    """Engine of a circuit in memory.
 
     Args:
-        circuit: How it begins.
-        clock: Milliseconds since the epoch.
-        fast_path: To be kept true.
-        event: What is said of it in the first answer.
+        circuit: Initial circuit.
+        clock: Function that returns the local time, milliseconds since the epoch.
+        fast_path: Fast path that follows the circuit (``None``: a new one).
+        repair_note: Note of the first reply, see `Reply`.
     """
 
     def __init__(
@@ -34,16 +31,23 @@ class MemoryEngine(ForkSafe):
         self._clock = clock
         self._circuit = circuit
         self._repair_note = repair_note
-        self._shortcut = fast_path or FastPath()
+        self._fast_path = fast_path or FastPath()
         super().__init__()
 
     def execute(self, intent: Intent, known: Circuit | None = None, state_if_missing: str = "") -> Reply:
-        """Carry out an intent; nothing is ever lost here, so what the caller knows does not matter."""
+        """Execute an intent atomically.
+
+        Args:
+            intent: The intent.
+            known: Not used, because memory loses nothing.
+            state_if_missing: Not used, because the circuit exists.
+        """
         with self._lock:
             now = self._clock()
             # The local clock may have been set back.
             decision = intent.apply(self._circuit.with_bounded_lease(now), now)
             circuit = self._circuit = decision.circuit
-            self._shortcut.follow(circuit, quiet=circuit.fail_counter == 0)
+            # Under the same lock, so that the fast path follows the transitions in their order.
+            self._fast_path.follow(circuit, quiet=circuit.fail_counter == 0)
             note, self._repair_note = self._repair_note, ""
             return Reply(decision.accepted, circuit, now, note)

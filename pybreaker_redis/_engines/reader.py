@@ -36,7 +36,7 @@ class ReadRequest:
     Attributes:
         client: Client of the circuit's server.
         keys: Keys of the circuit, in the order of the scripts.
-        known: Circuit as this process last read it; ``None``: never.
+        known: Circuit as this process last read it (``None``: never).
         state_if_missing: Initial state of a circuit that exists neither in Redis nor in `known`.
     """
 
@@ -51,9 +51,9 @@ class ReadResult:
     """Result of reading one circuit together with others.
 
     Attributes:
-        reply: The circuit; ``None`` if it could not be read.
+        reply: The circuit (``None`` if it could not be read).
         is_intact: Whether the record holds exactly this circuit, so that no repair has to write.
-        error: Error of this circuit; ``None`` if the circuit was read.
+        error: Error of this circuit (``None`` if the circuit was read).
     """
 
     reply: Reply | None = None
@@ -71,7 +71,7 @@ def read_circuits(requests: Sequence[ReadRequest]) -> list[ReadResult]:
         One result for each request.  The error of one circuit does not affect the others.
 
     Raises:
-        redis.RedisError: No reply at all; the class of that name of the client's library.
+        redis.RedisError: No reply at all, or the class of that name of the client's library.
         OSError: No connection.
         UnusableReplyError: A reply that no pipeline returns.
     """
@@ -105,7 +105,10 @@ def read_commands(keys: tuple[str, ...]) -> tuple[tuple[Any, ...], ...]:
 
 
 def queue_reads(pipe: Any, keys: tuple[str, ...]) -> list[Any]:
-    """Queue the reads of one circuit and of the server's time; a pipeline under WATCH executes them at once."""
+    """Queue the reads of one circuit and of the server's time.
+
+    A pipeline under WATCH executes the commands at once.
+    """
     return _queue(pipe, *read_commands(keys), _CLOCK)
 
 
@@ -156,7 +159,7 @@ def decide(
         intent: The intent.
         found: Record as it was read.
         now_ms: Time of the read by the server's clock, milliseconds since the epoch.
-        known: Circuit as this process last read it; ``None``: never.
+        known: Circuit as this process last read it (``None``: never).
         state_if_missing: Initial state of a circuit that exists neither in Redis nor in `known`.
 
     Returns:

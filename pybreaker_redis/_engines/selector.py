@@ -30,12 +30,12 @@ class EngineSelector:
     """Holder of one circuit's engine.
 
     Args:
-        ttl_ms: Shortest time to live of an unused circuit, milliseconds; 0: the circuit never expires.
+        ttl_ms: Shortest time to live of an unused circuit, milliseconds (0: the circuit never expires).
 
     Attributes:
-        current: The present choice; ``None`` until the circuit is used.  Readers need no lock.
-        missing: Features that engines have missed, each with the server's refusal; emptied by
-            `take_missing_features`.
+        current: The present choice (``None`` until the circuit is used).  Readers need no lock.
+        missing: Features that engines have missed, each with the server's refusal, until
+            `take_missing_features` removes them.
     """
 
     def __init__(self, *, ttl_ms: int) -> None:
@@ -54,7 +54,7 @@ class EngineSelector:
         return self._locks.setdefault(os.getpid(), threading.RLock())
 
     def choose(self, location: Location) -> EngineChoice:
-        """Choose the Lua engine for a location; called with `lock` held.
+        """Choose the Lua engine for a location, while the caller holds `lock`.
 
         Args:
             location: Location of the circuit, with the client that the engine uses.
@@ -69,10 +69,10 @@ class EngineSelector:
         """Discard a choice, so that the next use of the circuit chooses again.
 
         Args:
-            choice: Choice to discard; ``None``: the present one.
+            choice: Choice to discard (``None``: the present one).
 
         Returns:
-            Whether the choice was discarded; False if another one has replaced it.
+            Whether the choice was discarded (False if another one has replaced it).
         """
         with self.lock:
             if choice is not None and choice is not self.current:
@@ -90,7 +90,7 @@ class EngineSelector:
             state_if_missing: See `Engine.execute`.
 
         Raises:
-            redis.RedisError: No usable reply; the class of that name of the client's library.
+            redis.RedisError: No usable reply, or the class of that name of the client's library.
             OSError: No connection.
             UnusableReplyError: A reply that no Redis command of this package returns.
         """

@@ -1,6 +1,6 @@
-"""How does an intent become one atomic step on a server that runs no scripts?
+"""Engine that executes each intent by a transaction, for servers that run no scripts.
 
-Knows: WATCH, MULTI, EXEC around the Python model.  Does not know: what an intent is for.
+WATCH, MULTI and EXEC surround the decision in Python.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ from pybreaker_redis._runtime.clock import monotonic
 
 #: Seconds for which a contended intent is retried where no deadline is set.
 CONTENTION_TIMEOUT_S = 2.0
-#: Share of the time until the deadline in which a contended intent is retried; the rest is for other steps of the call.
+#: Share of the time until the deadline in which a contended intent is retried.  The rest is for the other steps.
 CONTENTION_RETRY_RATIO = 0.8
 #: Longest pause between two attempts, seconds.
 CONTENTION_PAUSE_MAX_S = 0.05
 #: Doublings of the pause, from the duration of one attempt.
 CONTENTION_DOUBLINGS_MAX = 5
 
-#: Part of the message of redis-py's `WatchError` for a connection that was lost under WATCH; its context is the reason.
+#: Part of redis-py's `WatchError` for a connection that was lost under WATCH.  The context of the error is the cause.
 _LOST_UNDER_WATCH = "while watching"
 
-#: How the server says that a key has no TTL.
+#: Reply to PTTL for a key without TTL.
 PTTL_NO_EXPIRY = -1
 
 
 class TransactionEngine:
-    """A circuit in Redis, moved by transactions: a load is one round trip, anything else about seven.
+    """Engine of a circuit in Redis that runs transactions.
+
+    A load takes one round trip, and every other intent takes about seven.
 
     Args:
-        client: Of the server.
-        keys: Of the circuit, in the order of the scripts.
-        ttl_ms: For how long an untouched circuit is kept at least, milliseconds; 0: for ever.
+        client: Client of the server.
+        keys: Keys of the circuit, in the order of the scripts.
+        ttl_ms: Shortest time to live of an unused circuit, milliseconds (0: the circuit never expires).
     """
 
     mode = TRANSACTION_MODE
@@ -63,68 +65,82 @@ class TransactionEngine:
         self._ttl_ms = ttl_ms
 
     def execute(self, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
-        """Read under WATCH, decide in Python, write under MULTI; retry while other writers are faster.
+        """Read under WATCH, decide in Python, write under MULTI, and retry while other writers are faster.
 
-        The retries end before the deadline.  A claim that is overtaken until then is refused.
+        The retries end before the deadline.  A claim is refused if other writers were faster until then.
+
+        Args:
+            intent: See `Engine.execute`.
+            known: See `Engine.execute`.
+            state_if_missing: See `Engine.execute`.
 
         Raises:
-            redis.exceptions.WatchError: Other writers were faster in all of that time.  The server did answer; the
-                cause is the client's `TimeoutError` if the last transaction may have been executed.
-            redis.exceptions.RedisError: No usable answer.
+            redis.WatchError: Other writers were faster until the retries ended, and the server has answered.  The cause
+                is the client's `TimeoutError` if the server may have executed the last transaction.
+            redis.RedisError: No usable reply, or the class of that name of the client's library.
+            OSError: No connection.
+            UnusableReplyError: A reply that no server returns.
         """
-        endless = False
+        lacks_ttl = False
         if isinstance(intent, Load):
-            reply, changes, endless = self._load(intent, known, state_if_missing)
-            if not (changes or endless):
+            reply, changes, lacks_ttl = self._load(intent, known, state_if_missing)
+            if not (changes or lacks_ttl):
                 return reply
         until = monotonic() + (
             CONTENTION_TIMEOUT_S if (left := seconds_left()) is None else left * CONTENTION_RETRY_RATIO
         )
-        overtaken = 0
+        lost_race_count = 0
         while True:
-            began = monotonic()
-            reply, is_done = self._try_once(intent, known, state_if_missing, endless=endless, again=bool(overtaken))
+            started_at = monotonic()
+            reply, is_done = self._try_once(
+                intent, known, state_if_missing, lacks_ttl=lacks_ttl, is_retry=bool(lost_race_count)
+            )
             if is_done:
                 return reply
-            took = monotonic() - began
-            left = until - monotonic() - took
+            duration_s = monotonic() - started_at
+            left = until - monotonic() - duration_s
             if left <= 0:
                 break
+            pause_s = duration_s * 2 ** min(lost_race_count, CONTENTION_DOUBLINGS_MAX)
             # "Full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-            time.sleep(
-                random.uniform(
-                    0, min(left, CONTENTION_PAUSE_MAX_S, took * 2 ** min(overtaken, CONTENTION_DOUBLINGS_MAX))
-                )
-            )
-            overtaken += 1
+            time.sleep(random.uniform(0, min(left, CONTENTION_PAUSE_MAX_S, pause_s)))
+            lost_race_count += 1
         if isinstance(intent, ClaimProbe):
             return replace(reply, accepted=False)
         raise self._contention_error()
 
     def _load(self, intent: Load, known: Circuit | None, state_if_missing: str) -> tuple[Reply, RecordChanges, bool]:
-        """Read the circuit in one round trip; what is to be repaired, and whether a TTL is missing."""
+        """Read the circuit in one round trip.
+
+        Returns:
+            The reply, the changes that a repair would write, and whether a TTL is missing.
+        """
         with self.client.pipeline(transaction=False) as pipe:
             queue_reads(pipe, self._keys)
             if self._ttl_ms:
                 pipe.pttl(self._keys[0])
-            asked = READ_COMMAND_COUNT + bool(self._ttl_ms)
-            *answers, left = (*checked_sequence("a pipeline", pipe.execute(raise_on_error=False), asked), None)[
+            command_count = READ_COMMAND_COUNT + bool(self._ttl_ms)
+            *answers, left = (*checked_sequence("a pipeline", pipe.execute(raise_on_error=False), command_count), None)[
                 : READ_COMMAND_COUNT + 1
             ]
         reply, changes = decide(intent, *parse_read_answers(answers), known, state_if_missing)
         return reply, changes, left == PTTL_NO_EXPIRY
 
     def _try_once(
-        self, intent: Intent, known: Circuit | None, state_if_missing: str, *, endless: bool, again: bool
+        self, intent: Intent, known: Circuit | None, state_if_missing: str, *, lacks_ttl: bool, is_retry: bool
     ) -> tuple[Reply, bool]:
-        """Make one transaction; the circuit as it was, and ``False``, if another writer was faster."""
+        """Run one transaction.
+
+        Returns:
+            The reply and ``True``, or the circuit as it was and ``False`` if another writer was faster.
+        """
         with _transaction(self.client) as pipe:
             is_sent = False
             try:
                 pipe.watch(*self._keys)
                 found = parse_read_answers(queue_reads(pipe, self._keys))
                 reply, changes = decide(intent, *found, known, state_if_missing)
-                if changes or endless:
+                if changes or lacks_ttl:
                     pipe.multi()
                     self._queue_writes(pipe, changes)
                     self._queue_expiry(pipe, reply)
@@ -134,8 +150,8 @@ class TransactionEngine:
                 lost = error.__context__ if _LOST_UNDER_WATCH in str(error) else None
                 if lost is None and is_instance_of_named(error, "WatchError"):
                     return decide(Load(), *found, known, state_if_missing)[0], False
-                if again and is_instance_of_named(lost or error, "TimeoutError"):
-                    # The server has answered within this deadline: contention has used the time, not an outage.
+                if is_retry and is_instance_of_named(lost or error, "TimeoutError"):
+                    # The server has answered within this deadline, so contention has used the time, and no outage.
                     raise self._contention_error() from ((lost or error) if is_sent else None)
                 if lost is not None:
                     raise lost from lost.__cause__
@@ -166,9 +182,9 @@ class TransactionEngine:
 
 @contextlib.contextmanager
 def _transaction(client: Any) -> Iterator[Any]:
-    """A pipeline; its connection is dropped unless all that was sent is answered.
+    """Yield a pipeline, and disconnect its connection unless the server has answered every command.
 
-    redis-py's pipeline would connect again to send UNWATCH: after the deadline, on whichever thread frees it.
+    redis-py's pipeline would connect again to send UNWATCH, after the deadline, on the thread that frees the pipeline.
     """
     pipe = client.pipeline()
     try:

@@ -25,7 +25,7 @@ def checked_sequence(asked: str, answer: object, length: int) -> Sequence[Any]:
         length: Number of items that a server returns.
 
     Raises:
-        UnusableReplyError: The reply is anything else.
+        UnusableReplyError: The reply has another type or length.
     """
     if not isinstance(answer, (list, tuple)) or len(answer) != length:
         raise unusable_reply(asked, answer)
@@ -33,7 +33,7 @@ def checked_sequence(asked: str, answer: object, length: int) -> Sequence[Any]:
 
 
 def checked_strings(asked: str, answer: object, length: int) -> Sequence[RawValue]:
-    """Return a reply that is a sequence of strings or ``None``; see `checked_sequence`."""
+    """Return a reply that is a sequence of strings or ``None``, see `checked_sequence`."""
     values = checked_sequence(asked, answer, length)
     if not all(value is None or isinstance(value, (bytes, str)) for value in values):
         raise unusable_reply(asked, answer)

@@ -39,8 +39,8 @@ class Admission(NamedTuple):
     """Right of a call to report its outcome.
 
     Attributes:
-        generation: Generation in which the circuit admitted the call; ``None``: a report without a call.
-        token: Token of the probe that the call is; empty: the call is no probe.
+        generation: Generation in which the circuit admitted the call (``None``: a report without a call).
+        token: Token of the probe that the call is (empty: the call is no probe).
     """
 
     generation: int | None
@@ -57,13 +57,13 @@ class Circuit:
         state: ``closed``, ``open`` or ``half-open``.
         fail_counter: Number of consecutive failures.
         success_counter: Number of consecutive successes while half-open.
-        opened_at_ms: Time of the last opening; ``None``: never.
-        generation: Fencing token, incremented by every transition; 0: no transition yet.
-        probe_token: Token of the call that holds the half-open probe; empty: the probe is free.
+        opened_at_ms: Time of the last opening (``None``: never).
+        generation: Fencing token, incremented by every transition (0: no transition yet).
+        probe_token: Token of the call that holds the half-open probe (empty: the probe is free).
         probe_until_ms: End of the probe's lease.
         noisy_until_ms: End of the noise.  Until then, every success is reported, because failures may precede the
             success.  Later, a process reports a success unless the process has read a zero counter since.
-        probe_lease_ms: Duration of the probe's lease, milliseconds; 0: unknown, as another client wrote the record.
+        probe_lease_ms: Duration of the probe's lease, milliseconds (0: unknown, as another client wrote the record).
     """
 
     state: str = CLOSED
@@ -80,8 +80,8 @@ class Circuit:
         """Return whether a call may still report to this circuit.
 
         Args:
-            generation: Generation in which the circuit admitted the call; ``None``: a command of an operator, or a
-                direct use of the storage, which is always accepted.
+            generation: Generation in which the circuit admitted the call (``None``: a command of an operator, or a
+                direct use of the storage, which is always accepted).
             token: Token of the probe that the call is, or empty.
         """
         if generation is None:

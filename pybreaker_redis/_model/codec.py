@@ -38,7 +38,7 @@ PUSH_MAX_BYTES = 512
 WRONG_TYPE_VALUE = "?"
 
 _WHOLE = re.compile(r"0|[1-9][0-9]{0,14}", re.ASCII)
-#: Form of probe tokens; an empty one is accepted, too.
+#: Form of probe tokens.  An empty one is accepted, too.
 PROBE_TOKEN_PATTERN = re.compile(r"[0-9a-f]{0,64}", re.ASCII)
 
 
@@ -51,7 +51,7 @@ class StoredRecord:
         fail_counter: Plain value: number of consecutive failures.
         success_counter: Plain value: number of consecutive successes.
         opened_at: Plain value: time of the last opening, whole seconds since the epoch.
-        hash_circuit: Circuit in the hash; its counters are meaningless.
+        hash_circuit: Circuit in the hash.  The counters are meaningless.
         is_present: Whether any of the five values exists, readable or not.
         is_hash_damaged: Whether the hash exists and is unreadable.
         raw: Texts of the four plain values and of the fields of the hash.
@@ -68,7 +68,7 @@ class StoredRecord:
 
 
 def to_text(value: RawValue) -> str | None:
-    """Return a value as text; bytes that are no text become a text that no parser accepts."""
+    """Return a value as text.  Bytes that are no text become a text that no parser accepts."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
@@ -97,7 +97,7 @@ def parse_record(plain: Sequence[RawValue], fields: Sequence[RawValue], *, is_ha
 
 
 def _parse_hash(fields: Sequence[str | None]) -> Circuit | None:
-    """Return the circuit in the hash; ``None`` if the hash is damaged."""
+    """Return the circuit in the hash (``None`` if the hash is damaged)."""
     generation, state, opened_at_ms, token, probe_until_ms, noisy_until_ms, probe_lease_ms = fields
     number = _count(generation)
     if number is None or state is None or state not in STATES:
@@ -119,7 +119,7 @@ def parse_published(payload: RawValue) -> Circuit | None:
     Every user with the right to publish may have sent the message.  So the circuit is only compared, and never stored.
 
     Returns:
-        The circuit without its counters; ``None`` if the message is malformed.
+        The circuit without its counters (``None`` if the message is malformed).
     """
     if payload is None or len(payload) > PUSH_MAX_BYTES:
         return None
@@ -141,7 +141,7 @@ class RecordChanges:
     """Writes that make a record hold a circuit.
 
     Attributes:
-        plain: New plain values by name; ``None`` deletes the value.
+        plain: New plain values by name.  ``None`` deletes the value.
         hash_fields: Fields of the hash, all or none.
         is_hash_deleted: Whether the fifth key is deleted first.
     """
@@ -212,8 +212,8 @@ TTL_RENEWAL_MARGIN_MS = 1000
 def lifetime_ms(state: str, ttl_ms: int) -> int:
     """Return the milliseconds from the last write until the keys may expire.
 
-    A closed circuit that expires loses only failures that no longer count.  Another circuit lives for a day at least: a
-    probe's lease may last that long, and a reset timeout, which only the breaker has, rarely lasts longer.
+    A closed circuit that expires loses only failures that no longer count.  Another circuit lives for a day at least.
+    A probe's lease may last that long.  A reset timeout, which only the breaker has, rarely lasts longer.
 
     Args:
         state: State of the circuit.

@@ -22,9 +22,9 @@ class FastPath:
     """Decisions about the calls of one circuit, in the form that is cheapest to read.
 
     Attributes:
-        admission: Admission of every call; ``None``: the circuit is not known to be closed.
-        quiet_admission: Same as `admission` while there are no failures to reset; otherwise ``None``.
-        rejection: Rejection of every call; ``None``: the circuit is not known to be open.  Reports of its
+        admission: Admission of every call (``None``: the circuit is not known to be closed).
+        quiet_admission: Same as `admission` while there are no failures to reset, and ``None`` otherwise.
+        rejection: Rejection of every call (``None``: the circuit is not known to be open).  Reports of its
             generation are refused.
         trusted_until: End of the validity of all decisions, seconds on `now`.
         now: Monotonic clock, seconds.  An attribute, because freezegun replaces functions that it finds in modules.

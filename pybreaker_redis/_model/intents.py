@@ -26,7 +26,7 @@ class Decision:
 
     Attributes:
         accepted: Whether the intent was accepted.
-        circuit: Circuit after the decision; unchanged if the intent was refused.
+        circuit: Circuit after the decision, unchanged if the intent was refused.
     """
 
     accepted: bool
@@ -65,7 +65,7 @@ class FencedIntent(Intent):
     """Operation that is refused unless the caller was admitted in the circuit's present generation.
 
     Attributes:
-        generation: Generation in which the caller was admitted; ``None``: an operator, or direct use of the storage.
+        generation: Generation in which the caller was admitted (``None``: an operator, or direct use of the storage).
         token: Token of the probe that the caller holds, or empty.
     """
 
@@ -94,7 +94,7 @@ class RecordFailure(FencedIntent):
     Failures renew the noise at most twice during its duration, because every renewal is published to all processes.
 
     Attributes:
-        noise_ms: Duration of the noise after this failure, milliseconds; 0: no process receives pushes.
+        noise_ms: Duration of the noise after this failure, milliseconds (0: no process receives pushes).
         times: Number of failures.  A local circuit reports all of its failures together.
     """
 
@@ -156,7 +156,7 @@ class Trip(FencedIntent):
 
 @dataclass(frozen=True, slots=True)
 class ShareTrip(Intent):
-    """Opening of the circuit by a process whose local circuit has opened while Redis was unreachable.
+    """Opening of the circuit, because a local circuit has opened while Redis was unreachable.
 
     The circuit opens for the rest of the local circuit's time.  The intent is refused if the circuit has another
     generation than before the outage, or is open since the same time or later.  So only one of many processes that
@@ -201,7 +201,7 @@ class ClaimProbe(Intent):
         generation: Generation in which the caller saw the circuit open.
         token: Token that is unique for this claim.
         lease_ms: Time until another caller may claim an unreported probe, milliseconds.
-        lost_token: Token of a probe that no call holds any more, and that counts as free; empty: none.
+        lost_token: Token of a probe that no call holds any more, and that counts as free (empty: none).
     """
 
     generation: int
@@ -226,7 +226,7 @@ class ClaimProbe(Intent):
 
 @dataclass(frozen=True, slots=True)
 class SetState(Intent):
-    """Change of the state by an operator; the counters stay.
+    """Change of the state by an operator, without a change of the counters.
 
     Half-open frees the probe, also while a call holds the probe.
 
@@ -250,11 +250,11 @@ class SetState(Intent):
 class SetOpenedAt(Intent):
     """Change of the time at which the circuit opened.
 
-    A time in the future counts as now, so that a host whose clock is ahead cannot keep the circuit open.  While the
+    A time in the future counts as now, so that a host with a fast clock cannot keep the circuit open.  While the
     circuit is open, an earlier time is refused, so that a late caller cannot admit a probe early.
 
     Attributes:
-        at_ms: Time of the opening by the engine's clock, milliseconds since the epoch; a negative one counts as 0.
+        at_ms: Time of the opening by the engine's clock, milliseconds since the epoch.  A negative one counts as 0.
     """
 
     at_ms: float
@@ -298,7 +298,7 @@ class Reply:
     """Answer to an intent.
 
     Attributes:
-        accepted: Whether the intent was accepted; a refused intent has changed nothing.
+        accepted: Whether the intent was accepted.  A refused intent has changed nothing.
         circuit: Circuit after the decision.
         now_ms: Time of the decision by the engine's clock, milliseconds since the epoch.
         repair_note: Condition of the record before the decision: ``created``, ``restored`` (lost, and restored

@@ -35,7 +35,7 @@ def resolve_record(found: StoredRecord, known: Circuit | None, state_if_missing:
 
     Args:
         found: Record as it was read.
-        known: Circuit as the process last read it; ``None``: never.
+        known: Circuit as the process last read it (``None``: never).
         state_if_missing: Initial state of a circuit that exists neither in Redis nor in `known`.
         now_ms: Present time by the server's clock, milliseconds since the epoch.
     """
@@ -59,7 +59,7 @@ def resolve_record(found: StoredRecord, known: Circuit | None, state_if_missing:
         opened_at = None
     is_own_transition = state == last.state and not (state == OPEN and opened_at not in (None, last_opened_at))
     if opened_at is not None and opened_at == last_opened_at:
-        # Another client opened the circuit without a new time, as redis-cli or a host whose clock is behind: now.
+        # Another client opened the circuit without a new time, as redis-cli or a host with a slow clock: now.
         opened_at_ms = now_ms if state == OPEN != last.state else last.opened_at_ms
     elif opened_at is not None:
         opened_at_ms = opened_at * 1000
@@ -109,7 +109,7 @@ def _last_transition(found: StoredRecord, known: Circuit | None) -> tuple[Circui
 
 
 def intact_circuit(found: StoredRecord, known: Circuit, now_ms: int) -> Circuit | None:
-    """Return the circuit of a record; ``None`` if a repair, an adoption or a restoration would have to write.
+    """Return the circuit of a record (``None`` if a repair, an adoption or a restoration would have to write).
 
     Args:
         found: Record as it was read.

@@ -148,7 +148,7 @@ def suppress_except(*kinds: ErrorKind) -> Iterator[None]:
     except Exception as error:
         if error_kind(error) in kinds:
             raise
-        emit(_log.detail("not brought back: %s", describe_error(error)))
+        emit(_log.detail("circuit not reconciled (%s)", describe_error(error)))
 
 
 def is_instance_of_named(error: BaseException, name: str) -> bool:
@@ -167,7 +167,7 @@ def is_authentication_error(error: BaseException) -> bool:
 
 def is_moved_error(error: BaseException) -> bool:
     """Return whether a node of a cluster redirects to the node that serves the slot."""
-    # In redis-py, `AskError` is the ancestor of `MovedError`; redis-py 3 has neither.
+    # In redis-py, `AskError` is the ancestor of `MovedError`.  redis-py 3 has neither.
     return is_instance_of_named(error, "MovedError") or str(error).startswith("MOVED ")
 
 

@@ -44,7 +44,7 @@ class ClusterTopology:
             their ids identify the topology.
         make: Function that returns a client of a node, without a connection.
         seeds: Nodes to begin with.
-        find: Function that returns the node of a slot by the client's own table; ``None``: unknown.
+        find: Function that returns the node of a slot by the client's own table (``None``: unknown).
         remap: Function that translates an address that a node reports.
     """
 
@@ -82,7 +82,7 @@ class ClusterTopology:
             node.connection_pool.connection_kwargs.update(credentials_of(arguments))
 
     def primary_of(self, slot: int) -> Address:
-        """Return the address of the node that serves a slot; query the nodes only if the node is unknown.
+        """Return the address of the node that serves a slot, and query the nodes only if it is unknown.
 
         Args:
             slot: Number of the slot.
@@ -114,7 +114,7 @@ class ClusterTopology:
         self._known_nodes.add(address)
 
     def refresh(self, avoid: Address | None = None) -> None:
-        """Query the nodes for the slots until one answers; do nothing within `SURVEY_PAUSE_S` after the last survey.
+        """Query the nodes for the slots until one answers, unless the last survey was less than `SURVEY_PAUSE_S` ago.
 
         Args:
             avoid: Node that is queried last, because the node has failed or may be cut off from the others.
@@ -123,7 +123,7 @@ class ClusterTopology:
             return
         self._refreshed_at = monotonic()
         known = self._known_nodes - {avoid}
-        # In random order, so that processes query different nodes; seed nodes that were replaced come last.
+        # In random order, so that processes query different nodes.  Seed nodes that were replaced come last.
         others = [*_shuffled(known), *_shuffled(self._seed_nodes - known - {avoid})]
         left = seconds_left()
         # The other half of the time is for the command on the node that the survey finds.
@@ -173,7 +173,7 @@ class ClusterTopology:
         return self._remap((host if host and host != "?" else asked[0], int(port)))
 
     def redirection_target(self, error: BaseException, asked: Address) -> Address | None:
-        """Return the address in a redirection; ``None`` if the error is no redirection.
+        """Return the address in a redirection (``None`` if the error is no redirection).
 
         Args:
             error: Error reply of a node.
@@ -190,7 +190,7 @@ def _shuffled(addresses: set[Address]) -> list[Address]:
 
 
 def topology_of(client: Any) -> ClusterTopology | None:
-    """Return the topology of a cluster's client, the same one each time; ``None`` for any other client."""
+    """Return the topology of a cluster's client, the same one each time (``None`` for any other client)."""
     for manager, adapter in (
         (getattr(client, "nodes_manager", None), _topology_of_redis_py),
         (nodes_of_redis_py_cluster(client), topology_of_redis_py_cluster),
@@ -210,7 +210,7 @@ def topology_behind_node(client: Any) -> ClusterTopology | None:
         client: Client of a single server.
 
     Returns:
-        The topology, the same one each time; ``None`` if the client has no single address.
+        The topology, the same one each time (``None`` if the client has no single address).
     """
     endpoint, library = endpoint_of(client), client_module_of(client)
     if endpoint is None or library is None or endpoint.address is None:

@@ -45,7 +45,7 @@ class _Deadline:
     until: float
     has_used_grace: bool = False
     lost: LostConnection | None = None
-    #: Interruption of a wait of this operation; a client library may have suppressed it.
+    #: Interruption of a wait of this operation, which a client library may have suppressed.
     interruption: Exception | None = None
 
 
@@ -59,7 +59,7 @@ def deadline(seconds: float | None) -> Iterator[None]:
     An interruption of a wait in the block is raised in place of the error that the client library made of it.
 
     Args:
-        seconds: Seconds from now on; ``None``: no deadline, only the timeouts of the connections.
+        seconds: Seconds from now on (``None``: no deadline, only the timeouts of the connections).
     """
     current = None if seconds is None else _Deadline(monotonic() + seconds)
     token = _current.set(current)
@@ -77,13 +77,13 @@ def deadline(seconds: float | None) -> Iterator[None]:
 
 
 def seconds_left() -> float | None:
-    """Return the seconds until the deadline, 0 if the deadline has passed; ``None``: no deadline."""
+    """Return the seconds until the deadline, 0 if the deadline has passed (``None``: no deadline)."""
     current = _current.get()
     return None if current is None else max(0.0, current.until - monotonic())
 
 
 def take_lost_connection() -> LostConnection | None:
-    """Return how a reused connection was lost in the present operation, and forget that; ``None``: none was lost."""
+    """Return how a reused connection was lost in the present operation, and forget that (``None``: none was lost)."""
     current = _current.get()
     if current is None:
         return None
@@ -92,12 +92,12 @@ def take_lost_connection() -> LostConnection | None:
 
 
 class DeadlineSocket:
-    """Connected socket that keeps the deadline of the present operation, and delegates everything else.
+    """Connected socket that keeps the deadline of the present operation, and delegates all other methods.
 
     Args:
         wrapped: The socket, plain or TLS.
-        given: Seconds to wait without a deadline; ``None``: without end.
-        longest: Seconds to wait for a single piece, with or without a deadline; ``None``: no such limit.
+        given: Seconds to wait without a deadline (``None``: without end).
+        longest: Seconds to wait for a single piece, with or without a deadline (``None``: no such limit).
 
     Attributes:
         used_at: Time of the last sending, or of the connection, monotonic seconds.
@@ -172,11 +172,11 @@ class DeadlineSocket:
 
 
 class _ReusableConnection:
-    """Part of a connection class that reads credentials anew, and replaces connections that were idle.
+    """Part of a connection class that reads the present credentials, and replaces connections that were idle.
 
     Args:
-        credentials: Source of the credentials, see `pool.Credentials`; ``None``: use the given arguments.
-        idle_limit: Seconds of silence after which the connection is replaced; ``None``: never.
+        credentials: Source of the credentials, see `pool.Credentials` (``None``: use the given arguments).
+        idle_limit: Seconds of silence after which the connection is replaced (``None``: never).
     """
 
     def __init__(
@@ -187,7 +187,10 @@ class _ReusableConnection:
         self._longest_idle = idle_limit
 
     def connect(self, *arguments: Any, **options: Any) -> None:
-        """Connect, unless the connection is usable; pools call this method whenever they hand out a connection."""
+        """Connect, unless the connection is usable.
+
+        Pools call this method whenever they hand out a connection.
+        """
         made = getattr(self, "_sock", None)
         if isinstance(made, DeadlineSocket):
             if self._longest_idle is not None and monotonic() - made.used_at > self._longest_idle:
@@ -218,11 +221,11 @@ def keep_deadlines(connection_class: type[Any], longest: float | None = None) ->
 
     Args:
         connection_class: Class of redis-py or a similar library.
-        longest: Seconds to wait for a single piece, with or without a deadline, where another server is queried next;
-            ``None``: no such limit.
+        longest: Seconds to wait for a single piece, with or without a deadline, where another server is queried next
+            (``None``: no such limit).
 
     Returns:
-        The class; see `_ReusableConnection` for its additional arguments.
+        The class, see `_ReusableConnection` for its additional arguments.
     """
 
     def left_or(given: float | None) -> float | None:

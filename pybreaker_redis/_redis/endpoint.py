@@ -54,7 +54,7 @@ class Endpoint:
 
     @property
     def address(self) -> Address | None:
-        """Host and port; ``None`` for a unix socket, and for a master that Sentinels watch."""
+        """Host and port (``None`` for a unix socket, and for a master that Sentinels watch)."""
         if "path" in self.connection_arguments or "connection_pool" in self.connection_arguments:
             return None
         return self.connection_arguments.get("host") or "localhost", int(self.connection_arguments.get("port") or 6379)
@@ -67,8 +67,8 @@ class Endpoint:
             arguments: Further arguments of the connection.
 
         Raises:
-            redis.ConnectionError: No connection; the class of that name of the client's library.
-            redis.TimeoutError: No connection within the timeout; the class of that name of the client's library.
+            redis.ConnectionError: No connection, or the class of that name of the client's library.
+            redis.TimeoutError: No connection within the timeout, or the class of that name of the client's library.
             OSError: No connection.
         """
         kept = dict(self.connection_arguments)
@@ -89,7 +89,7 @@ class Endpoint:
 
 
 def endpoint_of(client: Any) -> Endpoint | None:
-    """Return the endpoint of a client; ``None`` if no further connection like the client's can be made.
+    """Return the endpoint of a client (``None`` if no further connection like the client's can be made).
 
     A cluster's client has many servers, and a client of fakeredis has none.
     """
@@ -108,7 +108,7 @@ def endpoint_of(client: Any) -> Endpoint | None:
 
 
 def plain_endpoint_of(client: Any) -> Endpoint | None:
-    """Return the endpoint of a client; ``None`` also if no plain client can replace the client.
+    """Return the endpoint of a client (``None`` also if no plain client can replace the client).
 
     Such a client may rename keys in an unknown way.
     """
@@ -125,7 +125,7 @@ def _client_packages_of(client: Any) -> set[str]:
 
 
 def connection_arguments_of(client: Any) -> Mapping[str, Any]:
-    """Return the arguments of a client's connections; an empty mapping if there are none."""
+    """Return the arguments of a client's connections (an empty mapping if there are none)."""
     arguments = getattr(getattr(client, "connection_pool", None), "connection_kwargs", None)
     if not isinstance(arguments, Mapping):
         # A cluster's client of redis-py.
@@ -134,7 +134,7 @@ def connection_arguments_of(client: Any) -> Mapping[str, Any]:
 
 
 def command_wait_limit(client: Any) -> float | None:
-    """Return the seconds that a command may take by the client's settings; ``None``: without end.
+    """Return the seconds that a command may take by the client's settings (``None``: without end).
 
     The result is 0 for a client that never waits, as one of fakeredis, and for a client with unknown settings.
     """
@@ -150,7 +150,7 @@ def command_wait_limit(client: Any) -> float | None:
 
 
 def client_module_of(client: Any) -> Any:
-    """Return the module of the client's pool class, which has the other classes of pools, too; ``None``: unknown."""
+    """Return the module of the client's pool class, which has the other classes of pools, too (``None``: unknown)."""
     for cls in type(client.connection_pool).__mro__:
         module = sys.modules.get(cls.__module__)
         if cls.__name__ == "ConnectionPool" and hasattr(module, "BlockingConnectionPool"):
@@ -224,7 +224,7 @@ EndpointIdentity = tuple[tuple[str, ArgumentValue], ...]
 
 
 def kept_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that this package's connections take over from a client's; register their secrets."""
+    """Return the arguments that this package's connections take over from a client's, and register secrets."""
     left_out = {*_DROPPED_ARGUMENTS, *(name for name in arguments if "maint_" in name or name.startswith("orig_"))}
     kept = {name: value for name, value in arguments.items() if name not in left_out}
     for name in CONNECT_HOOK_ARGUMENTS & kept.keys():
@@ -280,7 +280,7 @@ class _HookAfterHandshake:
 
 
 def _user_connect_hook(function: Any) -> Any:
-    """Return the user's hook of a connection; of a cluster client's hook, only the part that the user has passed."""
+    """Return the user's hook of a connection, without the part that a cluster's client adds."""
     owner = getattr(function, "__self__", None)
     if not hasattr(owner, "nodes_manager"):
         return function

@@ -14,7 +14,7 @@ from typing import Any
 
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 
-#: Packages of client libraries, whose classes rename no keys.
+#: Packages of client libraries.  Their classes rename no keys.
 _LIBRARIES = frozenset(("fakeredis", "redis", "rediscluster", "valkey"))
 
 #: Methods that may rename keys, and the position of the key in the command.  Scripts come first, because existing
@@ -33,7 +33,7 @@ def unwrap_client(client: Any) -> Any:
 
 
 def library_class_of(client: Any) -> type[Any] | None:
-    """Return the library's class among a client's ancestors; ``None``: the client is of no known library."""
+    """Return the library's class among a client's ancestors (``None``: the client is of no known library)."""
     for cls in type(client).__mro__:
         if cls.__module__.partition(".")[0] in _LIBRARIES:
             return cls
@@ -157,9 +157,9 @@ def circuit_keys(namespace: str | None, *, needs_one_slot: bool, base: str = KEY
     """Return the keys of a circuit, in the order of `KEY_SUFFIXES`.
 
     Args:
-        namespace: Prefix of the keys; ``None``: the one circuit without a namespace.
+        namespace: Prefix of the keys (``None``: the one circuit without a namespace).
         needs_one_slot: Whether a hash tag puts all keys into one slot.  A namespace with a tag keeps its tag.
-        base: Part between the namespace and the names of the values; a storage's ``BASE_NAMESPACE``.
+        base: Part between the namespace and the names of the values, a storage's ``BASE_NAMESPACE``.
     """
     prefix = f"{namespace}:{base}" if namespace else base
     if needs_one_slot and not _HASH_TAG.match(prefix):

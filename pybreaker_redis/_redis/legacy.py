@@ -13,7 +13,7 @@ HAS_NEVER_DECODE = hasattr(redis.client, "NEVER_DECODE")
 
 
 def client_without_decoding(client: Any) -> Any:
-    """Return a client whose replies are not decoded where a command demands that.
+    """Return a client that leaves replies undecoded where a command demands that.
 
     redis-py 3 decodes all replies of a client or none.  So a client that decodes is replaced by another one of the same
     server.
@@ -26,7 +26,7 @@ def client_without_decoding(client: Any) -> Any:
 
 
 def connect_timeout_arguments(arguments: Mapping[str, Any], seconds: float) -> dict[str, float]:
-    """Return the argument for the connect timeout; none for a unix socket, where redis-py 3 does not accept one.
+    """Return the argument for the connect timeout (none for a unix socket, where redis-py 3 does not accept one).
 
     Args:
         arguments: Arguments of the connection.
@@ -45,12 +45,12 @@ def sentinel_tls_class(library: Any) -> type[Any]:
 
 
 def nodes_of_redis_py_cluster(client: Any) -> Any:
-    """Return the node manager of a client of redis-py-cluster; ``None`` for any other client."""
+    """Return the node manager of a client of redis-py-cluster (``None`` for any other client)."""
     pool = getattr(client, "connection_pool", None)
     return getattr(pool, "nodes", None) if type(pool).__module__.startswith("rediscluster") else None
 
 
-#: Host and port; see `endpoint.Address`, whose module imports this one.
+#: Host and port, as `endpoint.Address`.  This module is imported by `endpoint`.
 _Address = tuple[str, int]
 
 
@@ -64,8 +64,7 @@ def topology_of_redis_py_cluster(
         nodes: Its node manager.
 
     Returns:
-        The function that makes a client of a node, the seed nodes, the function that finds the node of a slot, and the
-        function that remaps addresses.
+        The arguments ``make``, ``seeds``, ``find`` and ``remap``.
     """
 
     def make(address: _Address) -> Any:

@@ -44,9 +44,9 @@ class CircuitLocator:
     """Locator of one circuit.
 
     Args:
-        client_source: Function that returns the user's client; called at first use, and when credentials are rejected.
-        namespace: Namespace of the circuit; ``None``: none.
-        needs_one_slot: Whether a hash tag puts the keys into one slot for any client; for a cluster's client, always.
+        client_source: Function that returns the user's client, called at first use and when credentials are rejected.
+        namespace: Namespace of the circuit (``None``: none).
+        needs_one_slot: Whether a hash tag puts the keys into one slot for any client, and not only for a cluster's.
         base: Part of the keys between the namespace and the names of the values.
         settles: Called once with client and keys after the first location.
     """
@@ -169,7 +169,7 @@ class CircuitLocator:
         return self._cluster.primary_of(self._slot) != self._address
 
     def _reload_credentials(self, client: Any) -> bool:
-        """Read the present credentials of the client source; return whether a retry is worthwhile."""
+        """Read the present credentials of the client source, and return whether a retry is worthwhile."""
         present = None
         # The client source may raise anything.  The next attempt calls it again.
         with suppress_errors():

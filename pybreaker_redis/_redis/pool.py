@@ -54,7 +54,7 @@ class ConnectionPools(ForkSafe):
 
         Args:
             client: Client of the server.
-            timeout: Seconds for a whole operation; ``None``: use the client as it is.
+            timeout: Seconds for a whole operation (``None``: use the client as it is).
 
         Returns:
             The copy, or the client itself if no connections like the client's can be made.
@@ -85,7 +85,7 @@ class ConnectionPools(ForkSafe):
         Args:
             client: Client of the server.
             seconds: Duration of an operation.
-            timeout: Seconds that the operation may take; ``None``: no limit.
+            timeout: Seconds that the operation may take (``None``: no limit).
         """
         if (
             timeout is None
@@ -111,7 +111,7 @@ class ConnectionPools(ForkSafe):
 
 
 def bounded_client(client: Any, timeout: float, credentials: Credentials | None = None) -> Any:
-    """Return a plain client of the same library whose connections do not retry, and keep deadlines (`deadline.py`).
+    """Return a plain client of the same library on connections that do not retry, and keep deadlines (`deadline.py`).
 
     Methods of subclasses and of single objects are left out, because they may wait and retry.  `keys.py` finds the
     names that such methods give to keys.  Sentinels are queried on such connections, too, each for a share of the time.
@@ -119,10 +119,10 @@ def bounded_client(client: Any, timeout: float, credentials: Credentials | None 
     Args:
         client: Client of a single server, or of a master that Sentinels watch.
         timeout: Seconds to wait for a connection while all connections are in use.
-        credentials: Credentials of another pool to the same server, to be shared; ``None``: those of the client.
+        credentials: Credentials of another pool to the same server, to be shared (``None``: those of the client).
 
     Returns:
-        The copy; ``None`` if the client is a cluster's, or of no known library.
+        The copy (``None`` if the client is a cluster's, or of no known library).
     """
     # Classes of the user may raise anything if they are not made like the library's.
     with suppress_errors():
@@ -138,7 +138,7 @@ def client_on_pool(client: Any, pool: Any) -> Any:
 
 
 def close_idle_connections(pool: Any) -> None:
-    """Close the connections of a pool that no thread uses at present; the next use of each connects again."""
+    """Close the connections of a pool that no thread uses at present, so that the next use of each connects again."""
     idle = getattr(pool, "pool", None)
     if idle is None:
         with suppress_errors():
@@ -200,7 +200,7 @@ def _make_pool(
     has_protocol = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters
     if has_protocol and longest is None:
         # These connections receive no pushes, and every server supports RESP2.  redis-py 8 sends HELLO 3 by default.
-        # redis-py parses replies of Sentinels only in the protocol of the Sentinels' client.
+        # Replies of Sentinels are parsed in the protocol of the Sentinels' client only.
         arguments["protocol"] = 2
     arguments.update(connect_timeout_arguments(arguments, timeout))
     notifications = sys.modules.get(f"{library.__name__.partition('.')[0]}.maint_notifications")
@@ -227,7 +227,7 @@ def idle_limit(arguments: Mapping[str, Any]) -> float:
 
 
 class Credentials:
-    """Credentials of a client, read anew for each connection.
+    """Credentials of a client, read for each connection.
 
     Args:
         arguments: Arguments of the client's connections: the mapping itself, which the application may change.
@@ -263,7 +263,7 @@ class Credentials:
 
 
 def credentials_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the credentials among the arguments of a connection; ``None`` for each that is missing."""
+    """Return the credentials among the arguments of a connection (``None`` for each that is missing)."""
     return {name: arguments.get(name) for name in _CREDENTIALS}
 
 

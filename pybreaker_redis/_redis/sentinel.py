@@ -13,7 +13,7 @@ from pybreaker_redis._redis.legacy import sentinel_tls_class
 
 
 def sentinel_pool_of(client: Any) -> Any:
-    """Return the pool of a client whose master Sentinels watch; ``None`` for any other client."""
+    """Return the pool of a client for a master that Sentinels watch (``None`` for any other client)."""
     pool = getattr(client, "connection_pool", None)
     return pool if hasattr(pool, "sentinel_manager") and getattr(pool, "is_master", False) else None
 
@@ -81,7 +81,7 @@ def client_of_service(
         service: Name of the master.
         arguments: Arguments of the master's connections.
         sentinel_arguments: Arguments of the Sentinels' connections.
-        tls: Argument that enables TLS; empty: no TLS.
+        tls: Argument that enables TLS (empty: no TLS).
     """
     library = importlib.import_module("redis.sentinel")
     arguments = dict(arguments)

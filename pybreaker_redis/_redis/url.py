@@ -1,15 +1,18 @@
 """Clients of URLs.
 
-::
+These forms are accepted::
 
-    redis://[[user]:[password]@][host][:port][/db]              valkey://
+    redis://[[user]:[password]@][host][:port][/db]
+
     unix://[[user]:[password]@]/path/of/socket[?db=N]
-    redis+sentinel://[[user]:[password]@]host[:port],…/service[/db]
-                     [?sentinel_username=…&sentinel_password=…]  valkey+sentinel://
-    redis+cluster://[[user]:[password]@]host[:port],…           valkey+cluster://
 
-The schemes ``rediss`` and ``valkeys`` mean TLS, for the connections to Sentinels, too.  The query has further arguments
-of the connections, with redis-py's names: ``?socket_timeout=0.5&ssl_ca_certs=/path``.
+    redis+sentinel://[[user]:[password]@]host[:port],…/service[/db][?sentinel_username=…&sentinel_password=…]
+
+    redis+cluster://[[user]:[password]@]host[:port],…
+
+In each of them, ``valkey`` may replace ``redis``.  The schemes ``rediss`` and ``valkeys`` mean TLS, for the connections
+to Sentinels, too.  The query has further arguments of the connections, with redis-py's names:
+``?socket_timeout=0.5&ssl_ca_certs=/path``.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def client_source_from_url(url: str) -> Callable[[], Any]:
     cluster's client.
 
     Args:
-        url: The URL; see the module for the forms.
+        url: The URL, in one of the forms that the module's documentation lists.
 
     Raises:
         ValueError: The URL has no known form.  The error contains the URL without secrets, and the accepted form.
@@ -98,7 +101,7 @@ class _ParsedUrl:
     Attributes:
         kind: ``sentinel``, ``cluster``, or empty for a single server.
         connection_class: Class of redis-py's connections.
-        hosts: Hosts with ports; empty for a unix socket.
+        hosts: Hosts with ports (empty for a unix socket).
         service: Name of the master that the Sentinels watch.
         arguments: Arguments of the client's connections: database, user, timeouts, and the rest of the query.
         sentinel_arguments: Arguments of the connections to Sentinels.
@@ -113,7 +116,7 @@ class _ParsedUrl:
 
     @property
     def tls(self) -> dict[str, bool]:
-        """Argument that enables TLS where a client chooses its connection class; empty: no TLS."""
+        """Argument that enables TLS where a client chooses its connection class (empty: no TLS)."""
         return {"ssl": True} if self.connection_class is redis.SSLConnection else {}
 
 
@@ -216,7 +219,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-#: Parsers of arguments; redis-py's own for all others.
+#: Parsers of arguments.  redis-py parses all others.
 _QUERY_READERS: Mapping[str, Callable[[str], Any]] = {
     **dict.fromkeys(("socket_timeout", "socket_connect_timeout"), _seconds),
     **dict.fromkeys(("db", "max_connections", "health_check_interval", "protocol"), _number),
@@ -251,7 +254,7 @@ def _make_client(parsed: _ParsedUrl) -> Any:
 
 
 def cluster_library() -> str | None:
-    """Return the module of the library for clusters that is installed; ``None``: none."""
+    """Return the module of the library for clusters that is installed (``None``: none)."""
     return next((name for name in ("redis.cluster", "rediscluster") if importlib.util.find_spec(name)), None)
 
 
@@ -264,7 +267,7 @@ def _client_of_cluster(
         hosts: Nodes to begin with.
         arguments: Arguments of the connections.
         connection_class: Class of the connections.
-        tls: Argument that enables TLS; empty: no TLS.
+        tls: Argument that enables TLS (empty: no TLS).
     """
     name = cluster_library() or ""
     seeds = answering_first(hosts, arguments, connection_class)

@@ -1,6 +1,6 @@
 """Clocks of this host, and conversion between times.
 
-Each call reads the clock anew, so that freezegun and time-machine have an effect.
+Each call reads the clock again, so that freezegun and time-machine have an effect.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import NamedTuple
 
-#: Monotonic clock, seconds, for what must go on while a test has frozen the time.  freezegun replaces the function
-#: `time.monotonic` in the modules that import it, but not inside a `partial`.
+#: Monotonic clock, seconds, which runs while a test has frozen the time.  freezegun replaces `time.monotonic` in the
+#: modules that import the function.  Inside a `partial`, the function stays.
 monotonic = partial(time.monotonic)
 
 #: Earliest and latest time of a sound record, milliseconds since the epoch: years 1 and 5000.  A later time is damage.
@@ -60,7 +60,7 @@ def utc_from_ms(at_ms: float) -> datetime:
 
 
 def ms_from_utc(at: datetime) -> float:
-    """Return milliseconds since the epoch; a naive datetime counts as UTC."""
+    """Return milliseconds since the epoch, where a naive datetime counts as UTC."""
     return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp() * 1000
 
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Protocol
 
-#: Process for which the objects were made or renewed; only `renew` changes the value.
+#: Process for which the objects were made or renewed.  Only `renew` changes the value.
 process_id = os.getpid()
 
 
@@ -33,7 +32,7 @@ class ForkSafe:
         _instances[id(self)] = self
 
     def _reset_in_child(self) -> None:
-        """Drop the state of the parent process, without waiting; the lock is new already."""
+        """Drop the state of the parent process, without waiting.  The lock is new already."""
 
     def _renew_in_child(self) -> None:
         self._lock = threading.RLock()
@@ -47,23 +46,8 @@ _instances: weakref.WeakValueDictionary[int, ForkSafe] = weakref.WeakValueDictio
 _renewal_locks: dict[int, threading.RLock] = {}
 
 
-class Inherited(Protocol):
-    """Something that a child cannot use as it inherits it."""
-
-    def after_fork(self) -> None:
-        """Begin anew."""
-
-
-_alive: weakref.WeakSet[Inherited] = weakref.WeakSet()
-
-
-def renew_in_children(item: Inherited) -> None:
-    """Have `item.after_fork()` called in every forked child."""
-    _alive.add(item)
-
-
 def renew() -> None:
-    """Renew all living objects, once in each process; called in a forked child."""
+    """Renew all living objects, once in each process, after a fork."""
     global process_id  # noqa: PLW0603
     pid = os.getpid()
     with _renewal_locks.setdefault(pid, threading.RLock()):
@@ -72,8 +56,6 @@ def renew() -> None:
         for reference in _instances.valuerefs():
             if (instance := reference()) is not None:
                 instance._renew_in_child()  # noqa: SLF001
-        for item in list(_alive):
-            item.after_fork()
         process_id = pid
 
 

@@ -2,8 +2,8 @@
 
 Time limits end a call in several ways:
 
-* a signal handler raises, as for Celery;
-* another thread raises by ``PyThreadState_SetAsyncExc``, as for RQ and stopit;
+* a signal handler raises, as for Celery
+* another thread raises by ``PyThreadState_SetAsyncExc``, as for RQ and stopit
 * a hub resumes a greenlet with an exception, as for gevent and eventlet.
 
 The exception appears wherever the call is, often in the middle of a client library, which may wrap or replace it.
@@ -56,10 +56,10 @@ def find_interruption(error: BaseException, handled: BaseException | None = None
 
     Args:
         error: Error that ended a wait for Redis.
-        handled: Exception that the caller was handling before the wait; it and its causes were raised earlier.
+        handled: Exception that the caller was handling before the wait, which was raised earlier, as were its causes.
 
     Returns:
-        The interruption; ``None`` if there is none.
+        The interruption (``None`` if there is none).
     """
     causes = list(_causes(error, handled))
     for item in causes:
@@ -157,6 +157,6 @@ def _ends_in_raise_statement(error: BaseException) -> bool:
 
 
 def _is_raise_statement(entry: TracebackType) -> bool:
-    """Return whether the instruction of an entry is a ``raise``; compiled modules have no instructions."""
+    """Return whether the instruction of an entry is a ``raise``, which a compiled module never shows."""
     code, at = entry.tb_frame.f_code.co_code, entry.tb_lasti
     return 0 <= at < len(code) and dis.opname[code[at]] in ("RAISE_VARARGS", "RERAISE")

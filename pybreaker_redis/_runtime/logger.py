@@ -27,7 +27,7 @@ REPEAT_WINDOW_S = 60.0
 
 
 class LogLine(Protocol):
-    """One log line; see `_log.Line`."""
+    """One log line, see `_log.Line`."""
 
     @property
     def level(self) -> int:
@@ -43,12 +43,12 @@ class LogLine(Protocol):
 
     @property
     def extra(self) -> Mapping[str, Any] | None:
-        """Facts for handlers; ``None``: none."""
+        """Facts for handlers (``None``: none)."""
 
 
 @calls_user_code
 def emit(line: LogLine, *, logger: logging.Logger = LOGGER) -> None:
-    """Log a line with its secrets masked; suppress errors of handlers, but no interruption.
+    """Log a line with its secrets masked, and suppress errors of handlers, but no interruption.
 
     Args:
         line: The line.
@@ -107,7 +107,7 @@ class LossThrottle(ForkSafe):
         self.flush_held_line()
 
     def log_return(self, build_line: BuildLine) -> None:
-        """Log the end of a loss; hold the line if the loss was only counted."""
+        """Log the end of a loss, or hold the line if the loss was only counted."""
         with self._lock:
             if is_silent := self._is_silent:
                 self._held_line = build_line, 0
@@ -139,7 +139,7 @@ class RepeatThrottle:
         """Admit a line, or count it.
 
         Returns:
-            Number of lines that were left out before this one; ``None``: this line is left out.
+            Number of lines that were left out before this one (``None``: this line is left out).
         """
         if monotonic() < self._next_at:
             self._left_out += 1

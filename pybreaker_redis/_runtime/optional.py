@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def require_extra(library: str, *, extra: str = "") -> Iterator[None]:
-    """Import a library in the block; if the library is missing, name the extra that installs it.
+    """Name the extra that installs a library, if the library that the block imports is missing.
 
     Args:
         library: Module of the library.
-        extra: Extra of this package; empty: the extra has the name of the module.
+        extra: Extra of this package (empty: the extra has the name of the module).
 
     Raises:
         ImportError: The library is missing.  An error inside the library is raised unchanged.

@@ -29,7 +29,7 @@ _SECRET_FORMS = (
     re.compile(r"\b(AUTH )(?![<(]|called\b|failed\b|is\b|must\b)[^\s)\]]+(?: [^\s)\]]+)?(?=[)\]]|$)()"),
 )
 
-#: Packages whose errors may be changed.
+#: Packages of client libraries.  Their errors may be changed.
 _LIBRARIES = frozenset(("redis", "rediscluster", "valkey"))
 
 #: Pattern of each registered secret.  `mask_text` compiles nothing, because Python may shut down meanwhile.
@@ -37,7 +37,11 @@ _patterns_of_secrets: dict[str, re.Pattern[str]] = {}
 
 
 def register_secret(secret: Any) -> None:
-    """Register a secret, which `mask_text` masks from now on; ignore values that are neither text nor bytes."""
+    """Register a secret, which `mask_text` masks from now on.
+
+    Args:
+        secret: Text or bytes.  Any other value is ignored.
+    """
     if isinstance(secret, bytes):
         secret = secret.decode("utf-8", "replace")
     if not isinstance(secret, str) or not secret or secret in _patterns_of_secrets:

@@ -17,7 +17,7 @@ DURATION_MAX_S = 10 * 365 * 24 * 3600
 TIMEOUT_MIN_S = 0.01
 TIMEOUT_MAX_S = 60
 
-#: Shortest and longest staleness, seconds; zero is accepted, too.
+#: Shortest and longest staleness, seconds.  Zero is accepted, too.
 STALENESS_MIN_S = 0.01
 STALENESS_MAX_S = 60
 
@@ -57,7 +57,7 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_bool(argument: str, flag: Any) -> None:
-    """Raise an error unless a value is a bool; the text of an environment variable is none.
+    """Raise an error unless a value is a bool, and not, for example, the text of an environment variable.
 
     Raises:
         TypeError: The value is no bool.
@@ -118,7 +118,7 @@ def checked_base_namespace(storage: type, base: Any) -> str:
 
     Raises:
         TypeError: The value is no text, or the class has an attribute ``_namespace``.
-        ValueError: The text is no namespace; see `checked_namespace`.
+        ValueError: The text is no namespace, see `checked_namespace`.
     """
     if hasattr(storage, "_namespace"):
         msg = (
@@ -142,7 +142,7 @@ def check_seconds(argument: str, seconds: Any, *, or_none: bool = False) -> None
     Args:
         argument: Name of the argument.
         seconds: Given value.
-        or_none: Whether the argument accepts ``None``, too; the text of the error mentions that.
+        or_none: Whether the argument accepts ``None``, too, so that the text of the error mentions ``None``.
 
     Raises:
         TypeError: The value is no number.
@@ -153,7 +153,7 @@ def check_seconds(argument: str, seconds: Any, *, or_none: bool = False) -> None
 
 
 def checked_timeout(timeout: float | None) -> float | None:
-    """Validate the seconds that a guarded call may wait for Redis; ``None``: as long as the client waits.
+    """Validate the seconds that a guarded call may wait for Redis (``None``: as long as the client waits).
 
     Raises:
         TypeError: The value is neither a number nor ``None``.
@@ -213,10 +213,10 @@ def checked_ttl_ms(ttl: float | None) -> int:
     """Validate the time to live of an unused circuit.
 
     Args:
-        ttl: Given value, seconds; ``None``: the circuit never expires.
+        ttl: Given value, seconds (``None``: the circuit never expires).
 
     Returns:
-        The time in whole milliseconds; 0: the circuit never expires.
+        The time in whole milliseconds (0: the circuit never expires).
 
     Raises:
         TypeError: The value is neither a number nor ``None``.

@@ -586,8 +586,8 @@ def test_figures_of_the_last_event_are_shown(capsys: pytest.CaptureFixture[str])
 def test_worker_reports_an_outage_and_logs_nothing(capfd: pytest.CaptureFixture[str]):
     """A worker reports an outage of Redis and suppresses all other log lines of the package."""
     reporter = worker.OutageReporter("worker 1")
-    reporter.handle(logging.makeLogRecord({"msg": "Redis has lost it"}))
-    reporter.handle(logging.makeLogRecord({"msg": "Redis is away", "pybreaker_redis": {"event": "away"}}))
+    reporter.handle(logging.makeLogRecord({"msg": "Redis has lost the circuit"}))
+    reporter.handle(logging.makeLogRecord({"msg": "Redis is unreachable", "pybreaker_redis": {"event": "away"}}))
     output, errors = capfd.readouterr()
     report = parse(output)
     assert (report.source, report.kind, errors) == ("worker 1", "unreachable", "")

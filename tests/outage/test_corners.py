@@ -79,7 +79,7 @@ def test_callers_make_the_attempts_where_threads_cannot_be_started(site: Site, m
     site.proxy.listen()
     wait_for(lambda: is_back(breaker), "the return is noticed")
     assert site.administrator.get("viewed:pybreaker:state") == b"open"
-    assert any("is back after" in line for line in messages_of(caplog, site))
+    assert any("is available again" in line for line in messages_of(caplog, site))
 
 
 def test_process_forked_without_fork_hooks_starts_its_own_retry_thread(site: Site):

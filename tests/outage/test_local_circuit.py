@@ -62,8 +62,8 @@ def test_local_circuit_trips_and_recovers_without_redis(tmp_path, caplog):
     assert breaker.call(up) == "answer"
     assert breaker.current_state == "closed"
     (message,) = messages_of(caplog, str(tmp_path), "circuit 'shop'")
-    assert message.startswith(f"circuit 'shop': Redis at {tmp_path}/missing.sock/0 is away (ConnectionError: ")
-    assert re.search(r"; using this process's own state, next attempt in 0\.0\d s, waiting up to 0\.25 s$", message)
+    assert message.startswith(f"Redis at {tmp_path}/missing.sock/0 is unreachable (ConnectionError: ")
+    assert re.search(r"; circuit 'shop' uses local state, next attempt in 0\.0\d s, waiting up to 0\.25 s$", message)
 
 
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])

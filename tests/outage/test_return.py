@@ -199,7 +199,7 @@ def test_connections_that_a_network_forgot_are_one_outage(site: Site, caplog: py
     all_at_once()
     assert all(is_back(breaker) for breaker in breakers)
     lines = lines_of(caplog, site)
-    assert len([line for line in lines if "is away" in line]) == 1, lines
+    assert len([line for line in lines if "is unreachable" in line]) == 1, lines
 
 
 @pytest.mark.parametrize("step", [0, -60])

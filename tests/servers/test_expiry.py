@@ -206,7 +206,7 @@ def test_expiry_of_an_open_circuit_is_logged(client: redis.Redis, caplog: pytest
     breaker.open()
     let_expire(client)
     assert breaker.current_state == OPEN
-    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost it; restored as open"]
+    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost the circuit; restored as open"]
 
 
 def test_vanished_circuit_without_a_ttl_is_logged_as_lost(
@@ -218,7 +218,7 @@ def test_vanished_circuit_without_a_ttl_is_logged_as_lost(
     breaker.call(up)
     let_expire(client)
     assert breaker.current_state == OPEN
-    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost it; restored as open"]
+    assert warnings(caplog) == [f"circuit {NAMESPACE!r}: Redis has lost the circuit; restored as open"]
 
 
 def test_circuit_that_expired_during_an_outage_is_restored_without_a_log_line(

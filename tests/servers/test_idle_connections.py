@@ -113,8 +113,8 @@ def test_second_reset_is_an_outage(balancer: Proxy, caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO, "pybreaker_redis")
     balancer.failing_requests = 2
     assert breaker.call(up) == "answer"
-    assert "is away" in outage_lines(caplog, balancer)[0]
-    wait_for(lambda: "is back" in outage_lines(caplog, balancer)[-1], "the end of the outage")
+    assert "is unreachable" in outage_lines(caplog, balancer)[0]
+    wait_for(lambda: "is available again" in outage_lines(caplog, balancer)[-1], "the end of the outage")
 
 
 def test_report_without_an_answer_is_not_sent_twice(
@@ -129,7 +129,7 @@ def test_report_without_an_answer_is_not_sent_twice(
 
     with pytest.raises(Down):
         breaker.call(reset_and_fail)
-    assert "is away" in outage_lines(caplog, balancer)[0]
+    assert "is unreachable" in outage_lines(caplog, balancer)[0]
     wait_for(lambda: client.get("idle:pybreaker:fail_counter") == b"1", "the counted failure")
 
 

@@ -323,7 +323,7 @@ def test_forbidden_channel_reads_through_and_logs_one_warning(server, client, ca
         with pytest.raises(pybreaker.CircuitBreakerError):
             breakers[0].call(up)
         (warning,) = records_of(caplog, server, "limited", "other", level=logging.WARNING)
-        assert "every look at a circuit is a round trip" in warning.message
+        assert "every read of a circuit is a round trip" in warning.message
 
 
 @pytest.mark.parametrize("rights", [("~*", "&mine:*"), ("~mine:*", "&*")], ids=["its channel", "its keys"])
@@ -447,7 +447,7 @@ def test_client_without_an_endpoint_reads_through_and_logs_once(server, client, 
     for _ in range(3):
         breaker.call(up)
     (warning,) = messages_of(caplog, server, NAMESPACE)
-    assert "Wrapper; every look at the circuit is a round trip" in warning
+    assert "Wrapper; every read of the circuit is a round trip" in warning
     breaker_on(client, max_staleness=0).open()
     assert breaker.current_state == "open"
 

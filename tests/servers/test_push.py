@@ -463,5 +463,5 @@ def test_refusals_are_logged_once_a_minute_with_a_count(server, client, caplog, 
         forget_refusal(listener)
         listener.log_refused("NOPERM")
     first, last = messages_of(caplog, server)
-    assert first.endswith("every look at a circuit is a round trip")
-    assert last.endswith("; 2 more like this since the last such line")
+    assert first.endswith("every read of a circuit is a round trip")
+    assert last.endswith("; 2 more such lines were left out")

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_listeners", "patient")
 TRACKS = max(PROTOCOLS) == 3
 
 #: Log text where the library lacks RESP3, whatever the server supports.
-UNTRACKED = () if TRACKS else ("does not tell of changes itself",)
+UNTRACKED = () if TRACKS else ("does not track keys",)
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,24 @@ class Restriction:
 
 RESTRICTIONS = [
     Restriction("nothing missing"),
-    Restriction("no HELLO", ("HELLO",), push="channel", log_parts=("does not tell of changes itself",)),
-    Restriction("no CLIENT", ("CLIENT",), push="channel", log_parts=("does not tell of changes itself",)),
+    Restriction("no HELLO", ("HELLO",), push="channel", log_parts=("does not track keys",)),
+    Restriction("no CLIENT", ("CLIENT",), push="channel", log_parts=("does not track keys",)),
     Restriction(
         "no CLIENT TRACKING",
         rights=("-client", "+client|setname"),
         push="channel",
-        log_parts=("does not tell of changes itself",),
+        log_parts=("does not track keys",),
     ),
-    Restriction(
-        "no SUBSCRIBE", ("SUBSCRIBE",), push="none", log_parts=(*UNTRACKED, "changes of circuits cannot be heard")
-    ),
-    Restriction("no PUBLISH", ("PUBLISH",), log_parts=(*UNTRACKED, "lets nobody publish changes")),
+    Restriction("no SUBSCRIBE", ("SUBSCRIBE",), push="none", log_parts=(*UNTRACKED, "no push of changes")),
+    Restriction("no PUBLISH", ("PUBLISH",), log_parts=(*UNTRACKED, "does not permit PUBLISH")),
     Restriction(
         "no PUBLISH, no CLIENT",
         ("PUBLISH", "CLIENT"),
         push="channel",
-        log_parts=("lets nobody publish changes", "does not tell of changes itself"),
+        log_parts=("does not permit PUBLISH", "does not track keys"),
     ),
-    Restriction("no EVALSHA", ("EVALSHA",), log_parts=(*UNTRACKED, "runs scripts, but not by name")),
-    Restriction("EVALSHA forbidden", rights=("-evalsha",), log_parts=(*UNTRACKED, "runs scripts, but not by name")),
+    Restriction("no EVALSHA", ("EVALSHA",), log_parts=(*UNTRACKED, "does not accept EVALSHA")),
+    Restriction("EVALSHA forbidden", rights=("-evalsha",), log_parts=(*UNTRACKED, "does not accept EVALSHA")),
     Restriction("no scripts", ("EVAL", "EVALSHA"), push="none", mode="optimistic", log_parts=("runs no scripts",)),
     Restriction(
         "scripts forbidden", rights=("-@scripting",), push="none", mode="optimistic", log_parts=("runs no scripts",)
@@ -227,7 +225,7 @@ def test_connection_that_a_proxy_closes_repeatedly_is_logged_once(
         closed_before = proxy.closed_count
         wait_for(lambda: proxy.closed_count > closed_before + 2, "further attempts")
         (line,) = messages_of(caplog, proxy)
-        assert "changes of circuits cannot be heard (" in line
+        assert "no push of changes (" in line
         proxy.forbidden = b""
         settled(breaker)
         assert health_of(breaker).push in ("tracking", "channel")
@@ -246,7 +244,7 @@ def test_outage_logs_no_lost_connection(
         wait_for(lambda: health_of(breaker).attempts > attempts + 5, "further attempts")
         killable_server.start()
         settled(breaker)
-    assert [line for line in messages_of(caplog, killable_server) if "cannot be heard" in line] == []
+    assert [line for line in messages_of(caplog, killable_server) if "no push of changes" in line] == []
 
 
 @pytest.mark.parametrize(

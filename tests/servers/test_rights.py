@@ -113,7 +113,7 @@ class Service:
 
     def missing_features(self) -> list[str]:
         """Return the log lines except those about repairs and about a library without RESP3."""
-        expected_parts = ("; repaired ", *(["does not tell of changes itself"] if self.protocol == 2 else []))
+        expected_parts = ("(repaired ", *(["does not track keys"] if self.protocol == 2 else []))
         lines = messages_of(self.caplog, health_of(self.breaker).server, self.namespace)
         return [line for line in lines if not any(words in line for words in expected_parts)]
 

@@ -57,8 +57,8 @@ def test_different_settings_are_logged_with_both_values_and_the_remedy(
         assert warnings(caplog) == []
         breakers.append(used_breaker(another, **{name: other}))
         expected = (
-            f"circuit 'shop': two storages of this process differ: {name}={one!r} and {name}={other!r}; "
-            "give both the same, or let their breakers use one"
+            f"circuit 'shop': two storages of this process have different settings ({name}={one!r} and "
+            f"{name}={other!r}); give both the same, or share one storage"
         )
         assert warnings(caplog) == [expected]
         for breaker in breakers * 3:
@@ -71,12 +71,12 @@ def test_different_settings_are_logged_with_both_values_and_the_remedy(
 def test_all_differences_are_in_one_line(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
     """A later difference is logged when it appears."""
     breakers = [used_breaker(client), used_breaker(client, ttl=60, probe_lease=5)]
-    assert [line.partition("; ")[0].partition("differ: ")[2] for line in warnings(caplog)] == [
+    assert [line.partition("); ")[0].partition("settings (")[2] for line in warnings(caplog)] == [
         "probe_lease=30.0 and probe_lease=5, ttl=None and ttl=60"
     ]
     breakers.append(used_breaker(client, ttl=70, max_staleness=2))
     assert len(warnings(caplog)) == 2
-    assert "max_staleness=1.0 and max_staleness=2;" in warnings(caplog)[1]
+    assert "(max_staleness=1.0 and max_staleness=2);" in warnings(caplog)[1]
     assert len(breakers) == 3
 
 
@@ -125,8 +125,8 @@ def test_circuit_on_fakeredis_is_identified_by_its_connections(caplog: pytest.Lo
 
 
 WITHOUT_NAMESPACE = (
-    "circuit 'pybreaker': several breakers of this process use it, because their storages have no namespace: what "
-    "opens one opens all; give each storage one of its own, as in CircuitRedisStorage(..., namespace='payments')"
+    "circuit 'pybreaker': several breakers of this process share the circuit, because their storages have no "
+    "namespace; a trip opens all of them, so pass a namespace, as in CircuitRedisStorage(..., namespace='payments')"
 )
 
 

@@ -25,7 +25,6 @@ from pybreaker_redis._replica.connection import CONNECTION_NAME, PushConnection
 from pybreaker_redis._replica.listener import LISTENER_THREAD_NAME, Listener
 from pybreaker_redis._replica.session import Session
 from pybreaker_redis._runtime import fork, redaction
-from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._servers import server as server_module
 from pybreaker_redis._servers import settings_check, table
 from pybreaker_redis._servers.retry import RETRY_THREAD_NAME
@@ -304,7 +303,7 @@ def replace_retry_thread(monkeypatch: pytest.MonkeyPatch, server: Any, *, runs: 
 
 def reset_in_child(item: Any) -> None:
     """Renew an object as a fork does in the child."""
-    (item._renew_in_child if isinstance(item, ForkSafe) else item.after_fork)()
+    item._renew_in_child()
 
 
 def pretend_fork() -> None:

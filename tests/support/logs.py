@@ -81,6 +81,6 @@ def lines_of(caplog: pytest.LogCaptureFixture, *subjects: Subject) -> list[str]:
     for record in caplog.records:
         extra, line = getattr(record, "pybreaker_redis", {}), record.getMessage()
         is_of_subject = "server" not in extra or any(text in extra["server"] for text in texts)
-        if "Redis" in line and "has lost it" not in line and extra.get("event") != "lack" and is_of_subject:
+        if "Redis" in line and "has lost the circuit" not in line and extra.get("event") != "lack" and is_of_subject:
             lines.append(line)
     return lines

@@ -43,7 +43,8 @@ def header(name: str) -> dict[str, str]:
         else:
             text = line.removeprefix("--")
         entries[last] = f"{entries.get(last, '')} {text.strip()}".strip()
-    return entries
+    assert all(text.endswith(".") for text in entries.values())
+    return {label: text.removesuffix(".") for label, text in entries.items()}
 
 
 def code(name: str) -> str:

@@ -1,26 +1,26 @@
 -- prelude: Shared start and end of every operation, composed with each of them by scripts.py.
--- KEYS[1]    state            string  closed | open | half-open      pybreaker's own storage writes this key, too
--- KEYS[2]    fail_counter     string  decimal                        pybreaker's own storage writes this key, too
--- KEYS[3]    success_counter  string  decimal                        pybreaker's own storage writes this key, too
--- KEYS[4]    opened_at        string  whole seconds since the epoch  pybreaker's own storage writes this key, too
+-- KEYS[1]    state            string  closed | open | half-open      pybreaker's own storage writes this key, too.
+-- KEYS[2]    fail_counter     string  decimal                        pybreaker's own storage writes this key, too.
+-- KEYS[3]    success_counter  string  decimal                        pybreaker's own storage writes this key, too.
+-- KEYS[4]    opened_at        string  whole seconds since the epoch  pybreaker's own storage writes this key, too.
 -- KEYS[5]    circuit          hash    generation, state, opened_at_ms, probe_token, probe_until_ms, noisy_until_ms,
---                                     probe_lease_ms as of this package's last transition
--- ARGV[1]    state_if_missing    initial state of a circuit that exists neither in Redis nor in the caller's process
--- ARGV[2]    known_generation    generation as the caller last read the circuit; -1: never
--- ARGV[3]    known_state         state then
--- ARGV[4]    known_opened_at_ms  time of the last opening then, milliseconds since the epoch; -1: never
--- ARGV[5]    known_token         token of the probe then; empty: the probe was free
--- ARGV[6]    known_until_ms      end of the probe's lease then, milliseconds since the epoch
--- ARGV[7]    known_lease_ms      duration of the probe's lease then, milliseconds; 0: unknown
--- ARGV[8]    channel             channel for transitions; empty: do not publish
--- ARGV[9]    ttl_ms              shortest time to live of an unused circuit, milliseconds; 0: TTLs are not used
--- ARGV[10+]  belong to the operation
+--                                     probe_lease_ms as of this package's last transition.
+-- ARGV[1]    state_if_missing    initial state of a circuit that exists neither in Redis nor in the caller's process.
+-- ARGV[2]    known_generation    generation as the caller last read the circuit (-1: never).
+-- ARGV[3]    known_state         state then.
+-- ARGV[4]    known_opened_at_ms  time of the last opening then, milliseconds since the epoch (-1: never).
+-- ARGV[5]    known_token         token of the probe then (empty: the probe was free).
+-- ARGV[6]    known_until_ms      end of the probe's lease then, milliseconds since the epoch.
+-- ARGV[7]    known_lease_ms      duration of the probe's lease then, milliseconds (0: unknown).
+-- ARGV[8]    channel             channel for transitions (empty: do not publish).
+-- ARGV[9]    ttl_ms              shortest time to live of an unused circuit, milliseconds (0: TTLs are not used).
+-- ARGV[10+]  belong to the operation.
 -- RETURNS    {accepted 0|1, now_ms, state, fail_counter, success_counter, opened_at_ms or -1, generation, probe_token,
---            probe_until_ms, noisy_until_ms, probe_lease_ms, repair_note, publish_error}
--- TIME       server time; the clocks of callers are never used
+--            probe_until_ms, noisy_until_ms, probe_lease_ms, repair_note, publish_error}.
+-- TIME       server time.  The clocks of callers are never used.
 -- WRITES     only values that differ: a refused operation on a sound record writes nothing, TTLs included.  A write to
 --            the hash is published.  Any write renews the TTLs of all five keys.
--- OFFERS     BY_HAND, can_report, circuit, free_probe, is_probe_free, lease_probe, next_count, now, run, transition
+-- OFFERS     BY_HAND, can_report, circuit, free_probe, is_probe_free, lease_probe, next_count, now, run, transition.
 --
 -- The rules are those of _model/codec.py and _model/repair.py, where the reasons are.
 
@@ -38,7 +38,7 @@ local ttl_ms = tonumber(ARGV[9])
 local stored = {}
 local publish_error = ''
 
--- The number of a plain decimal with at most 15 digits, which a Lua number represents exactly; nil: none.
+-- The number of a plain decimal with at most 15 digits, which a Lua number represents exactly (nil: none).
 local function whole(raw)
   if raw and #raw <= 15 and (raw == '0' or string.find(raw, '^[1-9]%d*$')) then
     return tonumber(raw)
@@ -46,13 +46,13 @@ local function whole(raw)
   return nil
 end
 
--- A count or generation below the limit; nil: none.
+-- A count or generation below the limit (nil: none).
 local function count(raw)
   local number = whole(raw)
   return number and number < COUNT_LIMIT and number or nil
 end
 
--- The duration of a lease, milliseconds; 0: longer than any lease.
+-- The duration of a lease, milliseconds (0: longer than any lease).
 local function lease(raw)
   local number = whole(raw) or 0
   return number <= LEASE_MAX_MS and number or 0
@@ -190,7 +190,7 @@ local function resolve()
   local is_own_transition = state == last.state and not (state == 'open' and opened_at and opened_at ~= last_opened_at)
   local opened_at_ms
   if opened_at and opened_at == last_opened_at then
-    -- Another client opened the circuit without a new time, as redis-cli or a host whose clock is behind: now.
+    -- Another client opened the circuit without a new time, as redis-cli or a host with a slow clock: now.
     opened_at_ms = (state == 'open' and last.state ~= 'open') and now or last.opened_at_ms
   elseif opened_at then
     opened_at_ms = opened_at * 1000

@@ -1,14 +1,14 @@
 -- record_failure: Count one or more failed calls.
--- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit
--- ARGV[1..9]  shared arguments, see prelude.lua
--- ARGV[10]    generation  generation in which the circuit admitted the call; -1: an operator, or direct use
--- ARGV[11]    token       token of the probe that the call is; empty: the call is no probe
--- ARGV[12]    noise_ms    duration of the noise after this failure, milliseconds; 0: no process receives pushes
--- ARGV[13]    times       number of failures
--- RETURNS     {accepted 0|1, record…}, see prelude.lua
--- TIME        server time: end of the noise
--- WRITES      only if accepted; the noise at most twice in its duration, because each renewal is published
--- USES        can_report, circuit, next_count, now, run
+-- KEYS[1..5]  state, fail_counter, success_counter, opened_at, circuit.
+-- ARGV[1..9]  shared arguments, see prelude.lua.
+-- ARGV[10]    generation  generation in which the circuit admitted the call (-1: an operator, or direct use).
+-- ARGV[11]    token       token of the probe that the call is (empty: the call is no probe).
+-- ARGV[12]    noise_ms    duration of the noise after this failure, milliseconds (0: no process receives pushes).
+-- ARGV[13]    times       number of failures.
+-- RETURNS     {accepted 0|1, record…}, see prelude.lua.
+-- TIME        server time: end of the noise.
+-- WRITES      only if accepted.  The noise at most twice in its duration, because each renewal is published.
+-- USES        can_report, circuit, next_count, now, run.
 local generation, token, noise_ms, times = tonumber(ARGV[10]), ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13])
 
 return run(function()
