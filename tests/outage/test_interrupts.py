@@ -464,7 +464,7 @@ def test_time_limit_while_a_client_is_copied_leaves_its_kind_unknown(monkeypatch
     """An interruption while a client is copied does not make the package treat the client as an unknown kind."""
     client = redis.Redis(port=1)
     with monkeypatch.context() as patched:
-        replace_client_copy(patched, lambda *_: raising(JobTimeout())(1, None))
+        replace_client_copy(patched, lambda *_, **__: raising(JobTimeout())(1, None))
         with pytest.raises(JobTimeout):
             server_for(client).client_with_timeout(client, 1.0)
     assert server_for(client).client_with_timeout(client, 1.0) is not client
