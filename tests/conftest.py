@@ -16,8 +16,8 @@ from pybreaker_redis._replica import listener as listener_module
 from pybreaker_redis._replica import session
 from pybreaker_redis._replica.connection import PushConnection
 from pybreaker_redis._runtime import redaction
-from pybreaker_redis._servers import server as server_module
 from pybreaker_redis._servers import settings_check
+from pybreaker_redis._servers import table as server_table
 from pybreaker_redis.registry import settings
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import places, servers
@@ -269,7 +269,7 @@ def nobody_listens() -> None:
         # A test that failed is kept, with its storages, for its traceback.
         for item in listener.subscriber_table.snapshot():
             listener.subscriber_table.remove_subscriber(item.view)
-    for server in [*server_module._servers._of_key.values()]:
+    for server in [*server_table._servers._server_by_key.values()]:
         # Nor shall anybody bring back what an earlier test has learned in an outage of a busy machine.
         with server._lock:
             server._members.clear()

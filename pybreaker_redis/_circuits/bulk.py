@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 from pybreaker_redis import _log
 from pybreaker_redis._circuits.shared import SharedCircuit
@@ -20,7 +20,8 @@ from pybreaker_redis._runtime.clock import instant, monotonic
 from pybreaker_redis._runtime.interruption import find_interruption
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import describe_error, mask_error
-from pybreaker_redis._servers.member import Member
+from pybreaker_redis._servers.member import Member, MemberFailure
+from pybreaker_redis._servers.retry import ReturnAttempt
 
 #: Circuits that are read in one round trip.
 READ_BATCH_CIRCUITS = 200
@@ -29,16 +30,68 @@ READ_BATCH_CIRCUITS = 200
 RETURN_FIRST_CIRCUITS_MAX = 50
 
 
-def bring_back_all(members: Sequence[Member], answer_wait_s: float, outcomes: Counter[str]) -> None:
-    """Have the circuits of one server rejoin that have learned nothing, and whose record is well; and some others.
+class ReturningCircuit(Member, Protocol):
+    """Member of a server, with what its return takes.
+
+    Attributes:
+        timeout: Seconds that the circuit waits for an answer; ``None``: as long as the client does.
+        shared: The shared circuit.
+    """
+
+    timeout: float | None
+    shared: SharedCircuit
+
+    @property
+    def uses_local(self) -> bool:
+        """Whether calls use the local circuit, so that there may be failures to report."""
+
+    def load(self) -> None:
+        """Query the shared circuit, and repair its record."""
+
+    def resume_if_unchanged(self) -> None:
+        """Use the shared circuit again if the local one has nothing to report.  No command is sent."""
+
+    def verify_writable(self) -> None:
+        """Write to the server without changing the circuit."""
+
+    def bring_back(self) -> str | None:
+        """Report the local circuit to the shared one, and use the shared one again.
+
+        Returns:
+            Result for the log, empty if there is none; ``None`` if another thread reports the circuit.
+        """
+
+
+def return_members(members: Sequence[Member], attempt: ReturnAttempt) -> MemberFailure | None:
+    """Have all circuits of a server return to it; see `Member.on_server_returned`.
 
     Args:
-        members: All that live there.
-        answer_wait_s: Seconds to wait for the first answer, if that is more than the circuits' own timeout.
-        outcomes: What comes of the others is counted here.
+        members: Circuits that are stored on the server.  All members of a server are circuits of this package.
+        attempt: The attempt that the server makes.
 
-    Raises:
-        Exception: The server does not answer, or takes no writes; whatever the client raises then.
+    Returns:
+        The failure that ended the return after callers were let in.
+    """
+    bring_back_first(cast("Sequence[ReturningCircuit]", members), attempt.answer_wait_s, attempt.outcomes)
+    attempt.let_callers_in()
+    return bring_back_rest(attempt)
+
+
+def bring_back_rest(attempt: ReturnAttempt) -> MemberFailure | None:
+    """Have the remaining circuits return, and those that were added since the attempt began."""
+    return bring_back_each(cast("Sequence[ReturningCircuit]", attempt.current_members()), attempt.outcomes)
+
+
+def bring_back_first(members: Sequence[ReturningCircuit], answer_wait_s: float, outcomes: Counter[str]) -> None:
+    """Have circuits of one server return before callers are let in.
+
+    These are all circuits that have nothing to report and whose record is intact, and `RETURN_FIRST_CIRCUITS_MAX`
+    others.  An error of the server passes unchanged: it does not answer, or takes no writes.
+
+    Args:
+        members: Circuits that are stored on the server.
+        answer_wait_s: Seconds to wait for the first answer, if that is more than the timeout of a circuit.
+        outcomes: Number of circuits for each result; incremented.
     """
     asked = [member for member in members if member.uses_local] or members[:1]
     read_circuits = set(_read_again(asked, answer_wait_s))
@@ -50,40 +103,39 @@ def bring_back_all(members: Sequence[Member], answer_wait_s: float, outcomes: Co
     for member in members:
         if member in read_circuits or not member.uses_local:
             member.resume_if_unchanged()
-    alone = [member for member in members if member.uses_local]
-    if ended_by := bring_back_each(alone[:RETURN_FIRST_CIRCUITS_MAX], outcomes):
-        raise ended_by[0]
+    local = [member for member in members if member.uses_local]
+    if failure := bring_back_each(local[:RETURN_FIRST_CIRCUITS_MAX], outcomes):
+        raise failure.error
 
 
-def bring_back_each(members: Iterable[Member], outcomes: Counter[str]) -> tuple[Exception, Member, float] | None:
-    """Have circuits rejoin one by one that are still alone: those that have something to report, or to repair.
+def bring_back_each(members: Iterable[ReturningCircuit], outcomes: Counter[str]) -> MemberFailure | None:
+    """Have circuits return one by one that have something to report or to repair.
 
     Callers that were under way when the server returned may have begun a local circuit since.
 
     Args:
-        members: Some that live there.
-        outcomes: What comes of them is counted here.
+        members: Circuits that are stored on the server.
+        outcomes: Number of circuits for each result; incremented.
 
     Returns:
-        What ended it: the error that the server does not answer, or takes no writes, the circuit that met it, and when
-        that circuit began to ask.
+        The failure of the server that ended the return, ``None`` if there was none.
     """
     for member in members:
         if member.uses_local:
-            began = monotonic()
+            began_at = monotonic()
             try:
                 with deadline(member.timeout):
                     member.load()
                     outcomes[member.bring_back() or ""] += 1
             except Exception as error:  # noqa: BLE001
                 if error_kind(error) in (ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
-                    return error, member, began
-                # The next caller logs what is wrong with this one.
+                    return MemberFailure(error, member, began_at)
+                # The next caller logs the trouble of this circuit.
                 emit(_log.detail("not brought back: %s", describe_error(error)))
     return None
 
 
-def _read_again(members: Sequence[Member], answer_wait_s: float) -> list[Member]:
+def _read_again(members: Sequence[ReturningCircuit], answer_wait_s: float) -> list[ReturningCircuit]:
     """Read circuits of one server together.
 
     Args:
@@ -96,7 +148,7 @@ def _read_again(members: Sequence[Member], answer_wait_s: float) -> list[Member]
     Raises:
         Exception: The server does not answer; whatever the client raises then.
     """
-    found: list[Member] = []
+    found: list[ReturningCircuit] = []
     for batch in _batches(members):
         timeouts = [member.timeout for member, _ in batch]
         timeout = None if None in timeouts else max(answer_wait_s, *(seconds or 0 for seconds in timeouts))
@@ -114,8 +166,8 @@ def _read_again(members: Sequence[Member], answer_wait_s: float) -> list[Member]
     return found
 
 
-def _batches(members: Sequence[Member]) -> Iterator[list[tuple[Member, ReadRequest]]]:
-    together: dict[int, list[tuple[Member, ReadRequest]]] = {}
+def _batches(members: Sequence[ReturningCircuit]) -> Iterator[list[tuple[ReturningCircuit, ReadRequest]]]:
+    together: dict[int, list[tuple[ReturningCircuit, ReadRequest]]] = {}
     for member in members:
         with suppress_except(ErrorKind.UNREACHABLE):
             question = member.shared.read_request
@@ -126,7 +178,7 @@ def _batches(members: Sequence[Member]) -> Iterator[list[tuple[Member, ReadReque
             yield group[first : first + READ_BATCH_CIRCUITS]
 
 
-def _read(batch: list[tuple[Member, ReadRequest]]) -> list[Member]:
+def _read(batch: list[tuple[ReturningCircuit, ReadRequest]]) -> list[ReturningCircuit]:
     tickets = [member.shared.ticket() for member, _ in batch]
     before = instant()
     with suppress_except(ErrorKind.UNREACHABLE):

@@ -12,18 +12,21 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from pybreaker_redis import _log
 from pybreaker_redis._adapter.call_context import CallContexts
+from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.local import FALLBACK_LAST, LocalCircuit
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._circuits.stand_in import StandIn
 from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._model.intents import CountProbe, Intent, Load, RecordFailure, RecordSuccess, Reply
-from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind, may_have_executed
+from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind, may_have_executed, suppress_except
+from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.locator import CircuitLocator, Location
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime.clock import monotonic, wall_clock_ms
@@ -35,7 +38,10 @@ from pybreaker_redis._servers.availability import (
     AvailabilityReport,
     report_availability,
 )
-from pybreaker_redis._servers.server import Server, server_for
+from pybreaker_redis._servers.member import Member, MemberFailure
+from pybreaker_redis._servers.retry import ReturnAttempt
+from pybreaker_redis._servers.server import Server
+from pybreaker_redis._servers.table import server_for
 
 #: What is said of a call when it has ended.
 _REPORTS = (RecordFailure, RecordSuccess, CountProbe)
@@ -124,7 +130,7 @@ class Failover:
         return reply
 
     def release_connections(self) -> None:
-        """See `Member.leave`."""
+        """Release the server until the circuit is used again."""
         # In this order: whoever asks for it meanwhile either is noticed, or has to connect anew.
         if self.server is not None:
             self.server.release_member(self)
@@ -179,7 +185,11 @@ class Failover:
         server = server_for(location.client)
         client = server.client_with_timeout(location.client, self.timeout)
         before, self.server = self.server, server
-        server.add_member(self)
+        if not server.add_member(
+            self, circuit=self.circuit_name, timeout_s=self.timeout, max_staleness_s=self.max_staleness
+        ):
+            msg = f"circuit {self.circuit_name!r} was released while a retry queried it"
+            raise LookupError(msg)
         if before not in (None, server):
             before.remove_member(self)
         self._stand_in.lies(server, location.keys)
@@ -197,7 +207,7 @@ class Failover:
     def _may_ask(self) -> bool:
         # To be told that it is one's turn is to have to ask.
         return (
-            self._faults.is_attempt_due()
+            self._faults.is_attempt_due
             and (self.server is None or self.server.claim_caller_turn())
             and self._faults.claim_turn()
         )
@@ -214,15 +224,15 @@ class Failover:
             # It is a caller's turn to ask, or the server was back before the circuit: then it says where that lies.
             if self.uses_local and self.server and self.server.availability.outage and self._locator.refresh_location():
                 self.shared.forget_location()
-            # While the thread brings circuits back, what becomes of this one is in its line.
-            outcomes = self.server.outcomes if self.server else None
-            self.load(tell=outcomes is None)
+            # While the retry thread has circuits return, its log line covers this one.
+            attempt = self.server.current_return if self.server else None
+            self.load(tell=attempt is None)
             self.verify_writable()
             if (brought_back := self.bring_back()) is None:
                 return None
             outcome = brought_back
-            if outcomes is not None:
-                outcomes[outcome] += 1
+            if attempt is not None:
+                attempt.outcomes[outcome] += 1
         reply = self.shared.execute(intent)
         if self._faults.outage:
             self._may_read = False
@@ -282,10 +292,22 @@ class Failover:
         """The server is out of reach: what is known of the shared circuit is not believed any more."""
         self._view.pause_trust()
 
+    def verify_server(self) -> None:
+        """Query the shared circuit within its timeout."""
+        with deadline(self.timeout):
+            self.load()
+
     def move_if_relocated(self) -> bool:
-        """See `Member.moves`."""
-        if not self._locator.refresh_location():
-            return False
+        """Look for the circuit on other nodes, and follow it; see `Member.move_if_relocated`."""
+        has_moved = False
+        # The search takes half of the time.
+        with deadline(self.timeout and 2 * self.timeout), suppress_except():
+            has_moved = self._locator.refresh_location()
+            if has_moved:
+                self._use_new_location()
+        return has_moved
+
+    def _use_new_location(self) -> None:
         self.shared.forget_location()
         self.shared.connect()
         if self.server and self.server.availability.outage is None:
@@ -295,8 +317,11 @@ class Failover:
                 self.verify_writable()
                 self.bring_back()
             except Exception as error:  # noqa: BLE001
-                self._failed(error, began)  # It is for those there to ask again.
-        return True
+                self._failed(error, began)  # The new server has a retry thread of its own.
+
+    def on_server_returned(self, members: Sequence[Member], attempt: ReturnAttempt) -> MemberFailure | None:
+        """Have all circuits of a server use it again; see `Member.on_server_returned`."""
+        return bulk.return_members(members, attempt)
 
     def load(self, *, tell: bool = False) -> None:
         """Ask for the shared circuit.
@@ -311,11 +336,11 @@ class Failover:
         self._event = "" if tell or event == "created" else event
 
     def verify_writable(self) -> None:
-        """See `Member.verify_writable`."""
+        """See `ReturningCircuit.verify_writable`."""
         self.shared.verify_writable()
 
     def bring_back(self) -> str | None:
-        """Go by the shared circuit again, and open it for all if one's own has opened; see `Member.rejoin`."""
+        """Report the local circuit to the shared one; see `ReturningCircuit.bring_back`."""
         with self.own.recovery_turn() as is_first:
             if not is_first:
                 return None
@@ -327,7 +352,7 @@ class Failover:
             return "opened for all" if has_opened else outcome
 
     def resume_if_unchanged(self) -> None:
-        """See `Member.resume_if_unchanged`."""
+        """See `ReturningCircuit.resume_if_unchanged`."""
         with self.own.recovery_turn() as is_first:
             self._goes_by_shared(is_first and self._stand_in.end_unless_it_has_news(self._view.cached))
 

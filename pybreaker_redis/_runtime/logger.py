@@ -93,6 +93,11 @@ class LossThrottle(ForkSafe):
         """Whether a line waits for the end of the window."""
         return self._held_line is not None
 
+    @property
+    def seconds_until_due(self) -> float | None:
+        """Seconds until the held line is logged, `None` if no line is held."""
+        return None if self._held_line is None else max(0.0, self._window_ends_at - self._clock())
+
     def log_loss(self, build_line: BuildLine) -> None:
         """Log a loss, or count it."""
         with self._lock:

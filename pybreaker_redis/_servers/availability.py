@@ -1,9 +1,7 @@
-"""May I ask Redis now?
+"""Availability of a server, or of one circuit: whether it may be queried now, and when it is retried.
 
-Knows: what errors mean, when Redis last failed, a monotonic clock.  Does not know: what was asked, who asks again.
-
-Whatever a client raises, it is one of six things (`error_kind`).  Two of them say something of the server, so that all
-circuits of this process that live there are concerned; the others are a single circuit's own business.
+`error_kind` sorts what a client library raises.  Errors of two kinds concern a server, with all its circuits.  The
+others concern one circuit, which has an `Availability` of its own for them.
 """
 
 from __future__ import annotations
@@ -22,41 +20,40 @@ from pybreaker_redis._runtime.fork import renew_in_children
 from pybreaker_redis._runtime.redaction import describe_error
 from pybreaker_redis.health import Condition
 
-#: The first pause before Redis is asked again is shorter than this, seconds; each further one may be twice as long.
+#: Upper bound of the first delay of a retry thread, seconds.  The bound doubles with each attempt.
 RETRY_DELAY_MIN_S = 0.05
-#: Longest pause, seconds: over so much time a fleet is spread that comes back.
+#: Longest delay, seconds.  A fleet that returns is spread over this time.
 RETRY_DELAY_MAX_S = 1.0
-#: What is to be fresher than that has a shorter one, down to so many seconds.
+#: Circuits with a `max_staleness` below the longest delay shorten it, down to this, seconds.
 RETRY_DELAY_MAX_FLOOR_S = 0.1
 
-#: The same where no thread asks, so that a caller has to do it, and to wait for the answer.
+#: First and longest delay where a caller retries and has to wait for the answer, seconds.
 TURN_DELAY_MIN_S = 1.0
 TURN_DELAY_MAX_S = 30.0
 
-#: Pause where a slot is under way, seconds: that does not take long, and to ask does not either.
+#: Delay while a slot migrates, seconds.  A migration is short, and an answer takes no time.
 MIGRATING_RETRY_DELAY_S = 0.1
 
-#: How much longer each attempt may wait than the last one, if that got no answer in its time, up to so many seconds.
+#: Growth of the wait for an answer after each timeout, and its limit in seconds.
 ANSWER_WAIT_GROWTH_FACTOR = 1.5
 ANSWER_WAIT_MAX_S = 30.0
 
-
-#: Pauses that do not grow, seconds: the server answers at once, so a caller hardly waits.
+#: Delays that do not grow, seconds: the server answers at once, so a caller hardly waits.
 _FIXED_DELAYS_S = {ErrorKind.MIGRATING: MIGRATING_RETRY_DELAY_S, ErrorKind.FORBIDDEN: TURN_DELAY_MIN_S}
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """What is the matter.
+    """Present failure of a server or a circuit.
 
     Attributes:
-        since: When it began, seconds on the guard's clock.
-        kind: Of the last error.
-        error: The last one: its class and what it said.
-        is_timeout: Whether that was that no answer came in time.
-        attempts: How often Redis was asked in vain since.
-        next_attempt_at: When it will be asked again, seconds on the guard's clock.
-        answer_wait_s: Seconds to wait for the answer then.
+        since: When the outage began, seconds on the clock of its `Availability`.
+        kind: Kind of the last error.
+        error: Class and text of the last error.
+        is_timeout: Whether the last error was a timeout.
+        attempts: Number of retries that failed.
+        next_attempt_at: When the next retry is due, seconds on the same clock.
+        answer_wait_s: Seconds that the next retry waits for an answer.
     """
 
     since: float
@@ -69,22 +66,23 @@ class Outage:
 
 
 class Availability:
-    """Keeps callers away from what has just failed.
+    """State machine of one server or one circuit: available, or in an outage with retries.
 
-    As long as it is somebody's business to ask again (`kept`), callers never do.  Else one of them at a time has to.
+    A retry thread makes the retries, if there is one.  Otherwise callers take turns, one at a time.
 
     Args:
-        timeout: Seconds to wait for an answer at first.
-        has_retry_thread: See below.
-        clock: Seconds, monotonic.
+        timeout: Seconds that the first retry waits for an answer.
+        has_retry_thread: Whether a thread retries, or will once an outage begins.
+        clock: Returns monotonic seconds.
 
     Attributes:
-        outage: What is the matter; ``None`` while all is well.
-        has_retry_thread: Whether somebody else asks again, or will as soon as something fails.
-        retry_delay_max_s: Until it is asked again by somebody else, seconds.
-        last_recovery_at: When the last outage ended; long ago if there was none.
-        since: When this outage began, or the last one ended, or else this guard; seconds on `clock`.
-        last_error: Of this or the last outage: its class and what it said; empty if there was none.
+        outage: The present outage, ``None`` while there is none.
+        has_retry_thread: See above.
+        retry_delay_max_s: Longest delay of the retry thread, seconds.
+        last_recovery_at: When the last outage ended, seconds on `clock`; minus infinity if there was none.
+        since: When the present condition began, seconds on `clock`.
+        last_error: Class and text of the last error, empty if there was none.
+        change_number: Number of outages that began, ended or changed their kind, and of calls of `wake_waiters`.
     """
 
     def __init__(self, timeout: float, *, has_retry_thread: bool, clock: Callable[[], float] = time.monotonic) -> None:
@@ -92,107 +90,143 @@ class Availability:
         self.has_retry_thread = has_retry_thread
         self.clock = clock
         self.retry_delay_max_s = RETRY_DELAY_MAX_S
-        self._answer_wait_s = timeout
-        self._lock = threading.RLock()
         self.since = clock()
         self.last_error = ""
-        self._failed_turns = 0
-        #: Whether somebody was told to ask, and has not come back yet.
-        self._is_attempt_claimed = False
         self.last_recovery_at = -math.inf
+        self.change_number = 0
+        self._answer_wait_s = timeout
+        self._failed_turns = 0
+        #: Whether an attempt is under way.
+        self._is_attempt_claimed = False
+        self._lock = threading.RLock()
+        #: Made by the first waiter.  This object may exist before gevent replaces the locks.
+        self._change: threading.Condition | None = None
         renew_in_children(self)
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock, and whoever asked again was left behind."""
+        """Renew the lock in a child process, which has neither a retry thread nor an attempt under way."""
         self._lock = threading.RLock()
+        self._change = None
         self.has_retry_thread = self._is_attempt_claimed = False
         if self.outage is not None:
             self.outage = replace(self.outage, next_attempt_at=self.clock())
 
     def limit_retry_delay(self, max_staleness: float) -> None:
-        """Something has to be known again so many seconds after Redis is back, or twice as many."""
+        """Shorten the longest delay of the retry thread.
+
+        Args:
+            max_staleness: Seconds within which a circuit must notice that the server is back; 0: no limit.
+        """
         if max_staleness:
             self.retry_delay_max_s = min(self.retry_delay_max_s, max(max_staleness, RETRY_DELAY_MAX_FLOOR_S))
 
     def extend_answer_wait(self, timeout: float) -> None:
-        """Wait so many seconds for an answer at first, if that is more than before."""
+        """Have the first retry of an outage wait for an answer at least so many seconds."""
         self._answer_wait_s = max(self._answer_wait_s, timeout)
 
-    def claim_turn(self) -> bool:
-        """Whether all is well, or nobody else asks again and it is the caller's turn."""
-        return self.outage is None or (not self.has_retry_thread and self.claim_attempt())
+    # Attempts -----------------------------------------------------------------------------------------------------
 
+    @property
     def is_attempt_due(self) -> bool:
-        """Whether somebody may ask, or might be told to: a look that tells nobody to."""
+        """Whether there is no outage, or its next retry is due."""
         outage = self.outage
         return outage is None or self.clock() >= outage.next_attempt_at
 
+    def claim_turn(self) -> bool:
+        """Return whether a caller may query now.  In an outage that claims the attempt for the caller."""
+        return self.outage is None or (not self.has_retry_thread and self.claim_attempt())
+
     def claim_attempt(self) -> bool:
-        """Whether it is time to ask again; then nobody else is to, until that has ended."""
+        """Claim the next attempt, if it is due.
+
+        Returns:
+            Whether it was claimed.  Others are refused until `note_failure`, `note_answer` or `return_attempt`.
+        """
         with self._lock:
             outage = self.outage
             if outage is None or self.clock() < outage.next_attempt_at:
                 return False
             self._is_attempt_claimed = True
-            # An attempt that has not ended after so long is no reason any more not to make another.
+            # An attempt that takes longer has died, and blocks no further one.
             self.outage = replace(outage, next_attempt_at=self.clock() + ANSWER_WAIT_MAX_S + outage.answer_wait_s)
             return True
 
     def return_attempt(self) -> None:
-        """The caller who was told to ask has not: another one may."""
+        """Return a claimed turn that the caller did not use."""
         with self._lock:
             if self._is_attempt_claimed and not self.has_retry_thread and self.outage is not None:
                 self._is_attempt_claimed = False
                 self.outage = replace(self.outage, next_attempt_at=self.clock() + RETRY_DELAY_MIN_S)
 
+    # Results ------------------------------------------------------------------------------------------------------
+
     def note_failure(self, error: BaseException) -> Outage | None:
-        """There was no usable answer.
+        """Note that there was no usable answer.
+
+        Args:
+            error: What the client library raised.
 
         Returns:
-            What is the matter, if all had been well until now.
+            The outage, if it begins with this error.
         """
-        meaning = error_kind(error)
+        kind = error_kind(error)
         with self._lock:
-            now, before = self.clock(), self.outage
-            self.last_error = describe_error(error)
+            before, self.last_error = self.outage, describe_error(error)
             if before and not self._is_attempt_claimed:
-                # Somebody who had asked before it was known that nobody answers; that is no further attempt.
-                self.outage = replace(before, kind=meaning, error=self.last_error)
-                return None
-            self._is_attempt_claimed = False
-            if before is None:
-                # What fails again soon after it went well has not really gone well.
-                self._failed_turns = 0 if now - self.last_recovery_at > TURN_DELAY_MAX_S else self._failed_turns + 1
-                self.since = now
+                # The query began before the outage was known, so it is no further attempt.
+                self.outage = replace(before, kind=kind, error=self.last_error)
             else:
-                self._failed_turns += 1
-            attempts = before.attempts + 1 if before else 0
-            patience = before.answer_wait_s if before else self._answer_wait_s
-            if before and is_instance_of_named(error, "TimeoutError"):
-                patience = min(patience * ANSWER_WAIT_GROWTH_FACTOR, ANSWER_WAIT_MAX_S)
-            self.outage = Outage(
-                since=self.since,
-                kind=meaning,
-                error=self.last_error,
-                is_timeout=is_instance_of_named(error, "TimeoutError"),
-                attempts=attempts,
-                next_attempt_at=now + (_FIXED_DELAYS_S.get(meaning) or self._next_delay_s(attempts)),
-                answer_wait_s=patience,
-            )
-            return None if before else self.outage
+                self._is_attempt_claimed = False
+                self.outage = self._next_outage(before, kind, is_timeout=is_instance_of_named(error, "TimeoutError"))
+            outage = self.outage
+        if before is None or before.kind is not kind:
+            self.wake_waiters()
+        return None if before else outage
+
+    def _next_outage(self, before: Outage | None, kind: ErrorKind, *, is_timeout: bool) -> Outage:
+        now = self.clock()
+        if before is None:
+            # A failure soon after a recovery continues the growth of the delays.
+            self._failed_turns = 0 if now - self.last_recovery_at > TURN_DELAY_MAX_S else self._failed_turns + 1
+            self.since = now
+        else:
+            self._failed_turns += 1
+        attempts = before.attempts + 1 if before else 0
+        answer_wait_s = before.answer_wait_s if before else self._answer_wait_s
+        if before and is_timeout:
+            answer_wait_s = min(answer_wait_s * ANSWER_WAIT_GROWTH_FACTOR, ANSWER_WAIT_MAX_S)
+        return Outage(
+            since=self.since,
+            kind=kind,
+            error=self.last_error,
+            is_timeout=is_timeout,
+            attempts=attempts,
+            next_attempt_at=now + (_FIXED_DELAYS_S.get(kind) or self._next_delay_s(attempts)),
+            answer_wait_s=answer_wait_s,
+        )
 
     def note_answer(self) -> float | None:
-        """All is well.  Seconds that it was not, or ``None`` if it had been."""
+        """Note a usable answer, which ends an outage.
+
+        Returns:
+            Length of the outage, seconds; ``None`` if there was none.
+        """
         with self._lock:
             outage, self.outage, self._is_attempt_claimed = self.outage, None, False
-            # Two first answers may have come together; then the other one has taken it.
+            # Of two first answers that arrive together, one ends the outage.
             if outage is None:
                 return None
             self.since = self.last_recovery_at = self.clock()
-            return self.since - outage.since
+            seconds = self.since - outage.since
+        self.wake_waiters()
+        return seconds
 
     def set_retry_thread(self, has_retry_thread: bool) -> Outage | None:
-        """Somebody else asks again from now on, or nobody does; what is the matter, if anything is."""
+        """Note whether a thread retries, which decides the delays.
+
+        Returns:
+            The present outage with its new delay, if there is an outage.
+        """
         with self._lock:
             self.has_retry_thread = has_retry_thread
             if self.outage is not None:
@@ -207,10 +241,36 @@ class Availability:
             return random.uniform(0, min(self.retry_delay_max_s, RETRY_DELAY_MIN_S * 2 ** min(attempts, 30)))
         return min(TURN_DELAY_MAX_S, TURN_DELAY_MIN_S * 2.0 ** min(self._failed_turns, 30))
 
+    # Waiters ------------------------------------------------------------------------------------------------------
+
+    def wait_for_change(self, seen: int, timeout_s: float) -> None:
+        """Wait until `change_number` differs from a number.
+
+        Args:
+            seen: The number that the caller read before it looked at the outage, so that no change is missed.
+            timeout_s: Longest wait, seconds.
+        """
+        with self._lock:
+            if self._change is None:
+                self._change = threading.Condition()
+            change = self._change
+        with change:
+            if self.change_number == seen:
+                change.wait(timeout_s)
+
+    def wake_waiters(self) -> None:
+        """Have all waiters look again."""
+        with self._lock:
+            self.change_number += 1
+            change = self._change
+        if change is not None:
+            with change:
+                change.notify_all()
+
 
 @dataclass(frozen=True, slots=True)
 class AvailabilityReport:
-    """What there is to say; the attributes are those of `Health`."""
+    """Availability of one circuit, for an operator.  The attributes are those of `Health`."""
 
     condition: Condition
     since: datetime | None
@@ -220,11 +280,11 @@ class AvailabilityReport:
 
 
 def report_availability(server: Availability | None, circuit: Availability) -> AvailabilityReport:
-    """Look at both guards.
+    """Combine the availability of a server with that of one of its circuits.
 
     Args:
-        server: Of the server; ``None``: it is not known yet which that is.
-        circuit: Of what is only this circuit's trouble.
+        server: Of the server; ``None``: the circuit was not used yet.
+        circuit: Of the circuit alone.
     """
     availability = circuit if server is None or circuit.outage else server
     outage = availability.outage

@@ -1,21 +1,18 @@
-"""What does this process share about one server?
+"""One server of this process: its members, its connections and its outages.
 
-Knows: the client, the guard, which circuits live there, the thread that asks again.  Does not know: states of circuits,
-commands.
+A `Server` stands for one endpoint and one user.  Every circuit of the process that is stored there is a `Member`.
 
-When the server fails, every circuit of the process that lives there is out of reach at once, and one thread alone asks
-again.  When the server answers, that thread reads all circuits in batches.  Circuits that have learned nothing rejoin
-at once, the thread brings back one by one what some have learned, and then lets the callers in.  If there are many, it
-brings back the others after that.  So a caller waits for Redis once in an outage, at most.  Where no thread may be
-started (uWSGI without ``--enable-threads``) callers take turns, one at a time.
+When the server fails, all members are informed at once, and one retry thread (`retry.py`) queries the server.  When the
+server answers again, that thread has the members return, then callers may query the server.  A caller therefore waits
+for Redis at most once per outage.  Where no thread may be started (uWSGI without ``--enable-threads``), callers take
+turns, one at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable
@@ -23,82 +20,95 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pybreaker_redis import _log
-from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each
-from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind, suppress_except
-from pybreaker_redis._redis.deadline import deadline
-from pybreaker_redis._redis.endpoint import endpoint_of, plain_endpoint_of
+from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind
+from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._redis.pool import ConnectionPools
-from pybreaker_redis._runtime import threads
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import renew_in_children
 from pybreaker_redis._runtime.logger import LossThrottle, emit
 from pybreaker_redis._runtime.redaction import describe_error, refusal_text
 from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability, Outage
-from pybreaker_redis._servers.member import Member
-
-RETRY_THREAD_NAME = "pybreaker_redis keeper"
-
-#: Longest sleep of the thread that asks again, seconds: then it looks whether anybody still needs it.
-RETRY_SLEEP_MAX_S = 0.5
-
-#: The same while a line is held that is logged later: an outage may begin meanwhile.
-LINE_SLEEP = 0.05
+from pybreaker_redis._servers.member import Member, Registration
+from pybreaker_redis._servers.retry import RetryThread, ReturnAttempt
 
 _Thing = TypeVar("_Thing")
 
 
+#: Stands for a member that was removed while its query was under way.
+_REMOVED_MEMBER = Registration(-math.inf, 0, "(moved)", None)
+
+
 class Server:
-    """A server, as this process reaches it.
+    """One Redis server, as this process reaches it.
 
     Args:
-        client: The user's.
+        client: Client of a user of this package.
 
     Attributes:
-        availability: Whether it may be asked now.
-        outcomes: What has come of circuits since the server is back, while there are some to bring back; else ``None``.
+        availability: Whether the server may be queried now.
     """
 
     def __init__(self, client: Any) -> None:
-        #: As long as it lives nobody else has its id.
+        #: Kept alive: the table of servers may use the id of its pool as the key.
         self._client = client
         self.availability = Availability(0, has_retry_thread=True)
-        self.outcomes: Counter[str] | None = None
+        #: The attempt that the retry thread makes now.
+        self._attempt: ReturnAttempt | None = None
+        #: State of `availability` when the retry thread last looked.
+        self._seen_change = 0
         self._name = str(endpoint_of(client) or type(client).__name__)
-        self._bulletin = LossThrottle()
+        self._loss_log = LossThrottle()
         self._connections = ConnectionPools()
         self._in_common: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
-        #: When each came, monotonic seconds, and which thread has brought it.
-        self._members: weakref.WeakKeyDictionary[Member, tuple[float, int]] = weakref.WeakKeyDictionary()
-        #: Those that nobody has used since they were let go of.
+        self._members: weakref.WeakKeyDictionary[Member, Registration] = weakref.WeakKeyDictionary()
+        #: Members that were released, and that no caller has used since.
         self._released_members: weakref.WeakSet[Member] = weakref.WeakSet()
         self._missing_features: set[MissingFeature] = set()
         self._lock = threading.RLock()
-        self._thread: threading.Thread | None = None
+        self._retry_thread = RetryThread(self._seconds_until_retry, self._retry, self._wait_for_change)
         self._pid = os.getpid()
         renew_in_children(self)
 
     def __str__(self) -> str:
         return self._name
 
+    def __repr__(self) -> str:
+        condition = "unreachable" if self.is_unreachable else "available"
+        return f"<Server {self._name} {condition}, {self.member_count} members>"
+
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock, nobody asks again."""
+        """Renew the locks, and drop what a thread of the parent process was doing."""
         self._lock = threading.RLock()
-        self._thread = self.outcomes = None
+        self._retry_thread.after_fork()
+        self._attempt = None
         self._pid = os.getpid()
 
+    # Connections --------------------------------------------------------------------------------------------------
+
     def client_with_timeout(self, client: Any, timeout: float | None) -> Any:
-        """Return what to use in the place of a client: the same on the server's own connections, where they can be had.
+        """Return a client on the connections of this package, where those can be made.
 
         Args:
-            client: Of the server.
-            timeout: Seconds for all of an operation; ``None``: on the client's connections, as long as those take.
+            client: A client of the server.
+            timeout: Seconds for a whole operation; ``None``: return the client as it is.
         """
         self.availability.extend_answer_wait(timeout or TURN_DELAY_MIN_S)
         return self._connections.client_for(client, timeout)
 
     def close_idle_pools(self) -> None:
-        """Close the connections that are not in use just now."""
+        """Close all connections that are not in use."""
         self._connections.close_idle()
+
+    def log_if_slow(self, seconds: float, timeout: float | None) -> None:
+        """Log a client that waits longer than its timeout, once.
+
+        Args:
+            seconds: Seconds that an operation took.
+            timeout: Seconds that the operation was allowed at most.
+        """
+        self._connections.log_slow_client(self._client, seconds, timeout)
+
+    # Members ------------------------------------------------------------------------------------------------------
 
     def in_common(self, key: Hashable, offered: _Thing) -> _Thing:
         """Return what was offered first under a key, as long as that lives."""
@@ -106,225 +116,213 @@ class Server:
             thing: _Thing = self._in_common.setdefault(key, offered)
             return thing
 
-    def add_member(self, member: Member) -> None:
-        """From now on this circuit lives here."""
+    def add_member(self, member: Member, *, circuit: str, timeout_s: float | None, max_staleness_s: float) -> bool:
+        """Register a circuit that is stored on the server.
+
+        A retry can query a circuit that its owner has just released.  Only callers register such a circuit again.
+
+        Args:
+            member: The circuit.
+            circuit: Name of the circuit, for log lines.
+            timeout_s: Seconds that the circuit waits for an answer; ``None``: as long as the client does.
+            max_staleness_s: Seconds for which the circuit may trust its view, 0: never.
+
+        Returns:
+            Whether the circuit is a member now.
+        """
         with self._lock:
-            self._members[member] = monotonic(), threading.get_ident()
-            if threading.current_thread() is not self._thread:
-                self._released_members.discard(member)
-        self.availability.limit_retry_delay(member.max_staleness)
+            if self._retry_thread.is_current_thread and member in self._released_members:
+                return False
+            self._released_members.discard(member)
+            self._members[member] = Registration(monotonic(), threading.get_ident(), circuit, timeout_s)
+        self.availability.limit_retry_delay(max_staleness_s)
+        return True
 
     def remove_member(self, member: Member) -> None:
-        """From now on this circuit lives elsewhere."""
+        """Remove a circuit that is stored on another server now."""
         with self._lock:
             self._members.pop(member, None)
         if not self._members and (seconds := self.availability.note_answer()) is not None:
-            name = str(self)
-            self._bulletin.log_return(lambda more: _log.circuits_left(name, seconds=seconds, more_losses=more))
+            build_line = partial(_log.circuits_left, self._name, seconds=seconds)
+            self._loss_log.log_return(lambda more: build_line(more_losses=more))
 
     def release_member(self, member: Member) -> None:
-        """This circuit is not used for now; without any there is no need for connections."""
+        """Remove a circuit until its next use.  The last one closes the idle connections."""
         with self._lock:
             self._members.pop(member, None)
             self._released_members.add(member)
         if not self._members:
             self.close_idle_pools()
 
-    def _current_members(self) -> list[Member]:
-        # Whoever comes while they are counted would make it fail.
+    def current_members(self) -> list[Member]:
+        """Return the members as of now."""
+        # A registration by another thread would break the iteration.
         with self._lock:
             return list(self._members)
 
     @property
     def member_count(self) -> int:
-        """How many circuits of this process live here."""
+        """Number of circuits of this process that are stored on the server."""
         return len(self._members)
+
+    # Outages ------------------------------------------------------------------------------------------------------
 
     @property
     def is_unreachable(self) -> bool:
-        """Whether nobody answers."""
+        """Whether the server is known not to answer."""
         outage = self.availability.outage
         return outage is not None and outage.kind is ErrorKind.UNREACHABLE
 
+    @property
+    def current_return(self) -> ReturnAttempt | None:
+        """The attempt whose members are still returning though callers are let in, `None` at other times."""
+        attempt = self._attempt
+        return attempt if attempt is not None and attempt.has_let_callers_in else None
+
     def claim_caller_turn(self) -> bool:
-        """Whether a caller may ask Redis now."""
+        """Return whether a caller may query the server now; start the retry thread in an outage.
+
+        Without a retry thread, the answer True reserves the turn for the caller.
+        """
         if self.availability.outage is None:
             return True
         return not self._ensure_retry_thread() and self.availability.claim_turn()
 
-    def report_failure(self, error: BaseException, member: Member, began: float) -> None:
-        """A circuit got no usable answer, and that says something of the server.
+    def report_failure(self, error: BaseException, member: Member, began_at: float) -> None:
+        """Note that a member got no usable answer, by the fault of the server.
+
+        A failure is ignored if the server has answered since the query began.  So is one that another thread has
+        overtaken by moving the circuit here from the server that was queried.
 
         Args:
-            error: What there was instead.
+            error: What the client library raised.
             member: The circuit.
-            began: When it asked, monotonic seconds: if the server was back after that, or another thread has since
-                brought the circuit here from where it was asked for, it says nothing any more.
+            began_at: When the query began, monotonic seconds.
         """
-        came, thread = self._members.get(member, (began, 0))
+        entry = self._members.get(member, _REMOVED_MEMBER)
         if self.availability.outage is None and (
-            began < self.availability.last_recovery_at or (began < came and thread != threading.get_ident())
+            began_at < self.availability.last_recovery_at
+            or (began_at < entry.registered_at and entry.thread_id != threading.get_ident())
         ):
             return
         outage = self.availability.note_failure(error)
-        # In this order: an answer that another thread gets meanwhile must not be believed while the guard keeps callers
-        # away, or calls would be admitted by Redis and settled here.
-        for item in [member] if outage is None else self._current_members():
+        # In this order: no member may trust an answer that another thread gets once callers are kept away.  A call
+        # would be admitted by the shared circuit and settled on the local one.
+        for item in [member] if outage is None else self.current_members():
             item.on_server_lost()
         if outage is not None:
             if outage.kind is ErrorKind.UNREACHABLE:
-                # They are as dead as the one that has failed; found out one by one, each would be an outage.
+                # Each idle connection is as dead as the one that failed, and would be an outage of its own.
                 self.close_idle_pools()
             build_line = partial(
                 _log.server_lost,
-                str(self),
+                self._name,
                 is_unreachable=outage.kind is ErrorKind.UNREACHABLE,
                 error=outage.error,
-                timeout_s=member.timeout if outage.is_timeout else None,
-                circuit=member.circuit_name,
-                other_circuits=len(self._members) - 1,
+                timeout_s=entry.timeout_s if outage.is_timeout else None,
+                circuit=entry.circuit,
+                other_circuits=len(self._members) - (member in self._members),
                 pause_s=outage.next_attempt_at - outage.since,
                 wait_s=outage.answer_wait_s,
             )
-            self._bulletin.log_loss(lambda more: build_line(more_losses=more))
+            self._loss_log.log_loss(lambda more: build_line(more_losses=more))
             self._ensure_retry_thread()
 
     def report_answer(self, outcome: str) -> None:
-        """A circuit got an answer.  If it was its turn to ask, the server is back.
+        """End the outage, if it was the turn of a caller to query the server.
 
-        Else it had asked before; the thread that asks again has to bring back the others, too.
+        With a retry thread the query began before the outage, and the thread has the other members return.
+
+        Args:
+            outcome: Result of the caller's own return, for the log.
         """
         if not self.availability.has_retry_thread:
             self._log_return(self.availability.note_answer(), Counter([outcome]))
 
-    def _log_return(self, seconds: float | None, outcomes: Counter[str]) -> None:
-        # Two first answers may have come together; then the other one has ended the outage.
-        if seconds is not None:
-            build_line = partial(_log.server_returned, str(self), seconds=seconds, outcomes=outcomes)
-            self._bulletin.log_return(lambda more: build_line(more_losses=more))
+    def verify_reachable(self) -> None:
+        """Query the server by way of a member: its push connection was lost."""
+        if self.availability.outage is not None:
+            return
+        began_at = monotonic()
+        for member in self.current_members():
+            try:
+                member.verify_server()
+            except Exception as error:  # noqa: BLE001
+                if error_kind(error) is not ErrorKind.UNREACHABLE:
+                    continue
+                self.report_failure(error, member, began_at)
+            return
 
     def note_missing_feature(self, lack: MissingFeature, reason: object) -> None:
-        """A circuit has missed something that this server does not have: say so, the first time."""
+        """Log a feature that the server does not have, once.
+
+        Args:
+            lack: The feature.
+            reason: Reply of the server.
+        """
         with self._lock:
             is_new = lack not in self._missing_features
             self._missing_features.add(lack)
         if is_new:
-            emit(_log.feature_missing(str(self), feature=lack.value, error=refusal_text(reason)))
+            emit(_log.feature_missing(self._name, feature=lack.value, error=refusal_text(reason)))
 
-    def log_if_slow(self, seconds: float, timeout: float | None) -> None:
-        """An operation has taken so long, and should have taken that at most."""
-        self._connections.log_slow_client(self._client, seconds, timeout)
+    def _log_return(self, seconds: float | None, outcomes: Counter[str]) -> None:
+        # Two first answers may arrive together.  The other one has then ended the outage.
+        if seconds is not None:
+            build_line = partial(_log.server_returned, self._name, seconds=seconds, outcomes=outcomes)
+            self._loss_log.log_return(lambda more: build_line(more_losses=more))
 
-    def verify_reachable(self) -> None:
-        """What was heard here is silent: see whether the server is there."""
-        if self.availability.outage is not None:
-            return
-        began = monotonic()
-        for member in self._current_members():
-            try:
-                with deadline(member.timeout):
-                    member.load()
-            except Exception as error:  # noqa: BLE001
-                if error_kind(error) is not ErrorKind.UNREACHABLE:
-                    continue
-                self.report_failure(error, member, began)
-            return
-
-    # The thread ---------------------------------------------------------------------------------------------------
+    # On the retry thread ------------------------------------------------------------------------------------------
 
     def _ensure_retry_thread(self) -> bool:
-        """See to it that there is a thread that asks again; whether there is."""
+        """Start the retry thread unless it runs; return whether it runs."""
         if self._pid != os.getpid():
-            # Forked behind Python's back, as by uWSGI.
+            # uWSGI forks without the hooks of Python.
             self.after_fork()
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = None
-                with contextlib.suppress(threads.ThreadRefusedError):
-                    # It looks at the attribute under the lock, so it cannot end before it is noted.
-                    self._thread = threads.start_daemon(self._run_retry_thread, RETRY_THREAD_NAME)
-            kept = self._thread is not None
-        if kept != self.availability.has_retry_thread:
-            self.availability.set_retry_thread(kept)
-        return kept
+        is_running = self._retry_thread.ensure_running()
+        if is_running != self.availability.has_retry_thread:
+            self.availability.set_retry_thread(is_running)
+        return is_running
 
-    def _run_retry_thread(self) -> None:
-        while True:
-            self._release_again()
-            self._bulletin.flush_held_line()
-            with self._lock:
-                outage = self.availability.outage
-                if not self._members or not (outage or self._bulletin.has_held_line):
-                    # With nobody left to ask for, the next one finds out for himself.
-                    self.availability.note_answer()
-                    self._thread = None
-                    return
-            if outage is None:
-                # This thread alone logs in the end that the server is back.
-                time.sleep(LINE_SLEEP)
-                continue
-            left = outage.next_attempt_at - monotonic()
-            if left > 0:
-                time.sleep(min(left, RETRY_SLEEP_MAX_S))
-            else:
-                self.availability.claim_attempt()
-                self._attempt_return(outage)
+    def _seconds_until_retry(self) -> float | None:
+        self._seen_change = self.availability.change_number
+        outage, held_s = self.availability.outage, self._loss_log.seconds_until_due
+        if not self.member_count or (outage is None and held_s is None):
+            # Without members no outage is kept: the next caller queries the server.
+            self.availability.note_answer()
+            return None
+        due_s = math.inf if outage is None else outage.next_attempt_at - monotonic()
+        return max(0.0, min(due_s, math.inf if held_s is None else held_s))
 
-    def _release_again(self) -> None:
-        """Let go of what was let go of while it was asked for, which has brought it back."""
-        for member in self._current_members():
-            if member in self._released_members:
-                member.release_connections()
+    def _wait_for_change(self, seconds: float) -> None:
+        self.availability.wait_for_change(self._seen_change, seconds)
+
+    def _retry(self) -> None:
+        # A line about the last loss or return may be held; no other thread logs it.
+        self._loss_log.flush_held_line()
+        outage = self.availability.outage
+        if outage is not None and self.availability.claim_attempt():
+            self._attempt_return(outage)
 
     def _attempt_return(self, outage: Outage) -> None:
-        for member in self._current_members():
-            # Whoever lives elsewhere by now need not wait for this one.  To look for it takes half of the time.
-            with deadline(member.timeout and 2 * member.timeout), suppress_except():
-                member.move_if_relocated()
-        outcomes: Counter[str] = Counter()
+        for member in self.current_members():
+            # A circuit that is stored on another node need not wait for this server.
+            member.move_if_relocated()
+        members, failure = self.current_members(), None
+        self._attempt = attempt = ReturnAttempt(self.availability, outage.answer_wait_s, self.current_members)
         try:
-            bring_back_all(self._current_members(), outage.answer_wait_s, outcomes)
+            if members:
+                failure = members[0].on_server_returned(members, attempt)
+            attempt.let_callers_in()
         except Exception as error:  # noqa: BLE001
-            # Whatever a client raises: it is not well yet.
+            # A client library may raise any class.  No caller was let in.
             self.availability.note_failure(error)
-            emit(_log.detail("%s: attempt %d failed (%s)", str(self), outage.attempts + 1, describe_error(error)))
-        else:
-            self.outcomes = outcomes
-            seconds = self.availability.note_answer()
-            # Callers may do it, too, or go on alone meanwhile.
-            ended_by = bring_back_each(self._current_members(), outcomes)
-            self.outcomes = None
-            is_back = self._members and self.availability.outage is None  # Else it was not asked, or has gone again.
-            self._log_return(seconds if is_back else None, outcomes)
-            if ended_by is not None:
-                self.report_failure(*ended_by)
-
-
-class _Servers:
-    """The servers of this process, as long as circuits live there."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._of_key: weakref.WeakValueDictionary[Hashable, Server] = weakref.WeakValueDictionary()
-        renew_in_children(self)
-
-    def after_fork(self) -> None:
-        """In a child: nobody holds the lock."""
-        self._lock = threading.RLock()
-
-    def of(self, client: Any) -> Server:
-        shared: Any = getattr(client, "connection_pool", client)
-        key = plain_endpoint_of(client) or id(shared)
-        with self._lock:
-            server = self._of_key.get(key)
-            if server is None:
-                server = self._of_key[key] = Server(client)
-            return server
-
-
-_servers = _Servers()
-
-
-def server_for(client: Any) -> Server:
-    """The server behind a client; the same for all clients that reach it as the same user."""
-    return _servers.of(client)
+            emit(_log.detail("%s: attempt %d failed (%s)", self._name, outage.attempts + 1, describe_error(error)))
+            return
+        finally:
+            self._attempt = None
+        # With no member left the server was not queried, and with an outage it has failed again.
+        is_back = self.member_count and self.availability.outage is None
+        self._log_return(attempt.outage_s if is_back else None, attempt.outcomes)
+        if failure is not None:
+            self.report_failure(*failure)

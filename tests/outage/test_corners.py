@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._redis.classify import ErrorKind, suppress_except
@@ -20,8 +21,7 @@ from pybreaker_redis._replica.session import Session
 from pybreaker_redis._replica.subscribers import Subscriber
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime import threads
-from pybreaker_redis._servers import server as server_module
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.faults import Site
 from tests.support.inspect import keepers
@@ -112,7 +112,7 @@ def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Si
     breaker.call(up)
     outage = storage._core.server.availability.outage
     with monkeypatch.context() as patched:
-        patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
+        patched.setattr(bulk, "bring_back_first", lambda tenants, answer_wait_s, outcomes: None)
         patched.setattr(Failover, "bring_back", lambda self: 1 / 0)
         storage._core.server._attempt_return(outage)
     site.proxy.listen()
@@ -129,7 +129,7 @@ def test_trip_of_a_circuit_that_came_in_the_last_moment_is_shared(site: Site, mo
     newcomer = breaker_on(site.client(), "newcomer", fail_max=1, timeout=10)
     fails(newcomer)
     with monkeypatch.context() as patched:
-        patched.setattr(server_module, "bring_back_all", lambda tenants, answer_wait_s, outcomes: None)
+        patched.setattr(bulk, "bring_back_first", lambda tenants, answer_wait_s, outcomes: None)
         site.proxy.listen()
         server._attempt_return(outage)
     # The thread that asks again may be at it, too; then that one brings it back.

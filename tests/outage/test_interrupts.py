@@ -26,7 +26,7 @@ from pybreaker_redis._redis.cluster import ClusterTopology
 from pybreaker_redis._redis.deadline import _note_interruption, deadline
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import Down, breaker_on, up
 from tests.support.faults import Site
 from tests.support.interrupts import JobTimeout, SoftTimeout, alarm, frozen, raising

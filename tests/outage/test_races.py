@@ -24,7 +24,7 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._servers.server import RETRY_THREAD_NAME
+from pybreaker_redis._servers.retry import RETRY_THREAD_NAME
 from pybreaker_redis.registry import retry_after
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Stopwatch
@@ -319,7 +319,7 @@ def test_storages_that_come_and_go_disturb_no_outage(site: Site, hasty_switches)
         for _ in range(100):
             storages = [CircuitRedisStorage("closed", client, f"brief {number}") for number in range(5)]
             for storage in storages:
-                server.add_member(storage._core)
+                server.add_member(storage._core, circuit="brief", timeout_s=1.0, max_staleness_s=1.0)
 
     def fail() -> None:
         for _ in range(100):

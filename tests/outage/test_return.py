@@ -153,7 +153,7 @@ def test_turn_that_a_signal_ends_is_another_ones(
     breaker = settled(breaker_on(site.client()))
     tenancy = breaker._state_storage._core  # type: ignore[attr-defined]
     tenancy._failed(ValueError("of its own"), time.monotonic())
-    wait_for(tenancy._faults.is_attempt_due, "its turn")
+    wait_for(lambda: tenancy._faults.is_attempt_due, "its turn")
 
     def interrupted(_: Any) -> Any:
         raise error

@@ -17,7 +17,7 @@ import redis
 
 from pybreaker_redis import _log
 from pybreaker_redis._circuits import bulk
-from pybreaker_redis._circuits.bulk import bring_back_all, bring_back_each
+from pybreaker_redis._circuits.bulk import bring_back_each, bring_back_first
 from pybreaker_redis._circuits.local import LocalCircuit
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.reader import ReadResult
@@ -25,8 +25,10 @@ from pybreaker_redis._model.intents import RecordFailure, Reply
 from pybreaker_redis._runtime import logger
 from pybreaker_redis._runtime.logger import LossThrottle
 from pybreaker_redis._runtime.redaction import describe_error
-from pybreaker_redis._servers import server as server_module
 from pybreaker_redis._servers.availability import Availability
+from pybreaker_redis._servers.member import MemberFailure
+from pybreaker_redis._servers.retry import ReturnAttempt
+from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Clock
 from tests.support.faults import Site
@@ -289,13 +291,13 @@ def test_caller_that_brings_a_circuit_back_meanwhile_is_counted(
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=5.0))
 
-    def callers_come(tenants: Any, outcomes: Any) -> None:
+    def callers_come(attempt: ReturnAttempt) -> None:
         if not health_of(breaker).next_attempt:
             with pytest.raises(pybreaker.CircuitBreakerError):
                 breaker.call(up)
 
     monkeypatch.setattr(bulk, "RETURN_FIRST_CIRCUITS_MAX", 0)
-    monkeypatch.setattr(server_module, "bring_back_each", callers_come)
+    monkeypatch.setattr(bulk, "bring_back_rest", callers_come)
     with away(site, breaker):
         fails(breaker)
     wait_for(lambda: any("is back" in line for line in lines_of(caplog, site)), "it is logged")
@@ -306,8 +308,8 @@ def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch:
     """The server has gone again, so that the thread goes on to ask."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy, gone = tenancy_of(breaker), redis.ConnectionError("gone again")
-    ended = [(gone, tenancy, time.monotonic() + 60)]
-    monkeypatch.setattr(server_module, "bring_back_each", lambda tenants, outcomes: ended.pop() if ended else None)
+    ended = [MemberFailure(gone, tenancy, time.monotonic() + 60)]
+    monkeypatch.setattr(bulk, "bring_back_rest", lambda attempt: ended.pop() if ended else None)
     with away(site, breaker):
         breaker.call(up)
     wait_for(lambda: not ended, "it has gone again")
@@ -318,12 +320,12 @@ def test_error_that_ends_the_bringing_back_is_an_outage(site: Site, monkeypatch:
 def test_server_that_all_circuits_have_left_in_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """They live on other nodes of a cluster; of a server that answered nothing is logged."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = server_module.server_for(redis.Redis(port=1))
+    server = server_for(redis.Redis(port=1))
     lone: Any = Lone()
-    server.add_member(lone)
+    server.add_member(lone, circuit="lone", timeout_s=1.0, max_staleness_s=1.0)
     server.remove_member(lone)
     assert lines_of(caplog) == []
-    server.add_member(lone)
+    server.add_member(lone, circuit="lone", timeout_s=1.0, max_staleness_s=1.0)
     server.availability.note_failure(redis.ConnectionError("gone"))
     server.remove_member(lone)
     assert "its circuits live on other nodes of the cluster" in lines_of(caplog)[0]
@@ -353,7 +355,7 @@ class Lone:
         error: Raised by all that it does.
     """
 
-    max_staleness, timeout, circuit_name, uses_local = 1.0, 1.0, "lone", True
+    timeout, uses_local = 1.0, True
 
     def __init__(self, error: Exception | None = None, question: Any = None) -> None:
         self.loaded = 0
@@ -373,6 +375,10 @@ class Lone:
 
     def on_server_lost(self) -> None:
         """It is alone already."""
+
+    def move_if_relocated(self) -> bool:
+        """The circuit has not moved."""
+        return False
 
     def load(self) -> None:
         """It is asked for."""
@@ -397,21 +403,24 @@ def test_loss_that_a_caller_meets_while_circuits_are_brought_back_is_logged_last
 ) -> None:
     """The return of before is no news any more."""
     caplog.set_level("INFO", "pybreaker_redis")
-    server = server_module.server_for(redis.Redis(port=1))
+    server = server_for(redis.Redis(port=1))
     lone: Any = Lone()
-    server.add_member(lone)
+    server.add_member(lone, circuit="lone", timeout_s=1.0, max_staleness_s=1.0)
 
     def goes(said: str) -> None:
         server.report_failure(redis.ConnectionError(said), lone, time.monotonic())
 
+    def returns(members: Any, attempt: ReturnAttempt) -> None:
+        attempt.let_callers_in()
+        goes("again")
+
     monkeypatch.setattr(server, "_ensure_retry_thread", lambda: True)
-    monkeypatch.setattr(server_module, "bring_back_all", lambda *words: None)
-    monkeypatch.setattr(server_module, "bring_back_each", lambda tenants, outcomes: goes("again"))
+    lone.on_server_returned = returns
     goes("at first")
     assert server.availability.outage is not None
     server._attempt_return(server.availability.outage)
-    monkeypatch.setattr(server._bulletin, "_window_ends_at", 0.0)
-    server._bulletin.flush_held_line()
+    monkeypatch.setattr(server._loss_log, "_window_ends_at", 0.0)
+    server._loss_log.flush_held_line()
     assert ["at first" in line or "again" in line for line in lines_of(caplog)] == [True, True]
 
 
@@ -421,14 +430,14 @@ def test_server_that_goes_while_circuits_are_brought_back_is_not_asked_for_each(
     outcomes: Counter[str] = Counter()
     ended_by = bring_back_each(tenants, outcomes)
     assert ended_by is not None
-    assert ended_by[1] is tenants[2]
+    assert ended_by.member is tenants[2]
     assert [tenant.loaded for tenant in tenants] == [1, 1, 1, 0]
     assert outcomes == {"restored": 1}
 
 
 def test_circuit_whose_place_is_not_known_is_left_for_later() -> None:
     """It is loaded by itself."""
-    bring_back_all([Lone()], 1.0, Counter())  # type: ignore[list-item]
+    bring_back_first([Lone()], 1.0, Counter())  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("why", ["the pipeline fails", "the circuit may not be read", "the server is loading"])
@@ -448,9 +457,9 @@ def test_batch_that_cannot_be_read(why: str, monkeypatch: pytest.MonkeyPatch) ->
     lone: Any = Lone(question=type("ReadRequest", (), {"client": object()}))
     if why == "the server is loading":
         with pytest.raises(redis.ConnectionError):
-            bring_back_all([lone], 1.0, Counter())
+            bring_back_first([lone], 1.0, Counter())
     else:
-        bring_back_all([lone], 1.0, Counter())
+        bring_back_first([lone], 1.0, Counter())
 
 
 @pytest.mark.slow
@@ -499,8 +508,8 @@ def test_flapping_server_is_logged_once_a_minute_with_a_count(
             pass
     assert len(lines_of(caplog, site)) == 2, lines_of(caplog, site)
     assert ["is away" in line for line in lines_of(caplog, site)] == [True, False]
-    wait_for(lambda: server._bulletin.has_held_line, "the last return is held")
-    server._bulletin._window_ends_at = 0.0  # the minute is over
+    wait_for(lambda: server._loss_log.has_held_line, "the last return is held")
+    server._loss_log._window_ends_at = 0.0  # the minute is over
     wait_for(lambda: len(lines_of(caplog, site)) == 3, "how it is in the end")
     last = caplog.records[-1]
     assert "is back after" in last.getMessage()

@@ -26,7 +26,8 @@ from pybreaker_redis._redis.deadline import deadline, seconds_left
 from pybreaker_redis._redis.keys import circuit_keys, slot_of
 from pybreaker_redis._replica import subscription
 from pybreaker_redis._replica.listener import Listener, listener_for
-from pybreaker_redis._servers.server import Server, server_for
+from pybreaker_redis._servers.server import Server
+from pybreaker_redis._servers.table import server_for
 from tests.support import servers
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.cluster import Nodes

@@ -23,7 +23,7 @@ from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.endpoint import Endpoint, command_wait_limit, endpoint_of
 from pybreaker_redis._redis.keys import library_class_of
 from pybreaker_redis._redis.pool import POOL_CONNECTIONS_MAX, bounded_client
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.clients import KINDS, CredentialProvider, by_port, retrying
 from tests.support.sentinel import Sentinels

@@ -34,7 +34,7 @@ from pybreaker_redis._replica import listener as listener_module
 from pybreaker_redis._replica import subscription
 from pybreaker_redis._replica.listener import listener_for
 from pybreaker_redis._replica.view import View
-from pybreaker_redis._servers import server as server_module
+from pybreaker_redis._servers import table
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import (
     NAMESPACE,
@@ -516,7 +516,7 @@ def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
     tenancy = breaker._state_storage._core
     ear = tenancy.shared._subscription
     ear._pid = os.getppid()
-    tenancy.listen()
+    tenancy.ensure_subscribed()
     assert ear._pid == os.getpid()
     assert ear._listener.is_running
     settled(breaker)
@@ -526,7 +526,7 @@ def test_nobody_listens_to_what_nobody_has_asked_for(client):
     """Then it is not known where it lies."""
     breaker = breaker_on(client)
     shared = breaker._state_storage._core.shared
-    shared.listen(None)
+    shared.subscribe_to_changes(None)
     assert listeners() == []
     assert shared.push is None
 
@@ -782,7 +782,7 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     storage = breaker._state_storage
     breaker.call(up)
     guards = (storage._core._faults, storage._core.server.availability)
-    for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), server_module._servers):
+    for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), table._servers):
         with held_elsewhere(item._lock):
             reset_in_child(item)
             assert item._lock.acquire(timeout=1)

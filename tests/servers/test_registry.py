@@ -27,7 +27,6 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.bulk import read_all_circuits
-from pybreaker_redis._servers import server as server_module
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
@@ -220,7 +219,7 @@ class TestBreakers:
         if when == "between two attempts":
             breakers.close()
         else:
-            owner, name = (server_module, "rejoin") if when == "before one" else (bulk, "read")
+            owner, name = (bulk, "return_members") if when == "before one" else (bulk, "read_circuits")
             asks, closed = getattr(owner, name), threading.Event()
 
             def closes(*arguments: Any) -> object:

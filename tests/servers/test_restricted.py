@@ -13,7 +13,7 @@ import redis
 
 from pybreaker_redis._redis.classify import MissingFeature, is_unsupported_command
 from pybreaker_redis._replica import listener
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support import servers
 from tests.support.agreement import Two, health_of, said_of

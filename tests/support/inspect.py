@@ -12,7 +12,7 @@ from pybreaker_redis._replica.connection import CONNECTION_NAME
 from pybreaker_redis._replica.listener import LISTENER_THREAD_NAME
 from pybreaker_redis._runtime import fork
 from pybreaker_redis._runtime.fork import ForkSafe
-from pybreaker_redis._servers.server import RETRY_THREAD_NAME as KEEPER_NAME
+from pybreaker_redis._servers.retry import RETRY_THREAD_NAME as KEEPER_NAME
 
 
 def view_of(breaker: pybreaker.CircuitBreaker) -> Any:

@@ -124,7 +124,7 @@ class TestWell:
         assert guard.since == clock.now
         assert guard.set_retry_thread(not is_kept) is None
 
-    def test_answer_ends_no_outage(self, has_retry_thread: Availability, clock: Clock) -> None:
+    def test_answer_ends_no_outage(self, kept: Availability, clock: Clock) -> None:
         """So nothing is said of it."""
         clock.now += 1
         assert kept.note_answer() is None
@@ -134,7 +134,7 @@ class TestWell:
 class TestKept:
     """Where a thread asks again."""
 
-    def test_callers_never_ask_however_long_it_takes(self, has_retry_thread: Availability, clock: Clock) -> None:
+    def test_callers_never_ask_however_long_it_takes(self, kept: Availability, clock: Clock) -> None:
         """They would have to wait for the answer."""
         kept.note_failure(gone())
         assert not kept.claim_turn()
@@ -142,11 +142,11 @@ class TestKept:
         assert not kept.claim_turn()
         assert kept.claim_attempt(), "nor have they taken the thread's turn"
 
-    def test_first_failure_alone_is_news(self, has_retry_thread: Availability, clock: Clock) -> None:
+    def test_first_failure_alone_is_news(self, kept: Availability, clock: Clock) -> None:
         """One line in the log when it goes, however many meet it."""
         news = kept.note_failure(gone())
         assert news is not None
-        assert (news.since, news.kind, news.attempts, news.patience) == (100.0, UNREACHABLE, 0, TIMEOUT)
+        assert (news.since, news.kind, news.attempts, news.answer_wait_s) == (100.0, UNREACHABLE, 0, TIMEOUT)
         assert news.error == "ConnectionError: Connection refused."
         assert kept.note_failure(gone()) is None
         clock.now += 5
@@ -157,7 +157,7 @@ class TestKept:
         assert kept.outage.error == kept.last_error == "ReadOnlyError: You can't write against a read only replica."
 
     def test_pauses_are_random_and_grow_to_the_longest(
-        self, has_retry_thread: Availability, clock: Clock, dice: Callable[[float], list[tuple[float, float]]]
+        self, kept: Availability, clock: Clock, dice: Callable[[float], list[tuple[float, float]]]
     ) -> None:
         """A fleet that lost Redis at once does not come back at once; and once it is back, it is soon noticed."""
         bounds = dice(1)
@@ -170,7 +170,7 @@ class TestKept:
         assert set(longest[5:]) == {RETRY_DELAY_MAX_S}
         assert pause(kept) == RETRY_DELAY_MAX_S
 
-    def test_pauses_lie_between_none_and_the_longest(self, has_retry_thread: Availability, clock: Clock) -> None:
+    def test_pauses_lie_between_none_and_the_longest(self, kept: Availability, clock: Clock) -> None:
         """As the dice fall."""
         kept.note_failure(gone())
         seen = []
@@ -186,7 +186,7 @@ class TestKept:
     )
     def test_pauses_are_shorter_where_something_has_to_be_fresher(
         self,
-        has_retry_thread: Availability,
+        kept: Availability,
         clock: Clock,
         dice: Callable[[float], list[tuple[float, float]]],
         staleness: list[float],
@@ -201,7 +201,7 @@ class TestKept:
             tried_in_vain(kept, clock)
         assert pause(kept) == pytest.approx(longest)
 
-    def test_one_attempt_at_a_time(self, has_retry_thread: Availability, clock: Clock) -> None:
+    def test_one_attempt_at_a_time(self, kept: Availability, clock: Clock) -> None:
         """As long as it has not ended; one that never ends is not waited for without end."""
         kept.note_failure(gone())
         clock.now += RETRY_DELAY_MAX_S
@@ -212,9 +212,7 @@ class TestKept:
         clock.now += 0.001
         assert kept.claim_attempt()
 
-    def test_answer_ends_the_outage_and_says_how_long_it_was(
-        self, has_retry_thread: Availability, clock: Clock
-    ) -> None:
+    def test_answer_ends_the_outage_and_says_how_long_it_was(self, kept: Availability, clock: Clock) -> None:
         """For the line in the log; what was last wrong can still be read."""
         kept.note_failure(gone())
         clock.now += 7.5
@@ -225,7 +223,7 @@ class TestKept:
         assert kept.claim_turn()
         assert kept.note_answer() is None
 
-    def test_next_outage_begins_anew(self, has_retry_thread: Availability, clock: Clock) -> None:
+    def test_next_outage_begins_anew(self, kept: Availability, clock: Clock) -> None:
         """It has its own attempts, and its own patience."""
         kept.note_failure(silent())
         for _ in range(5):
@@ -233,12 +231,10 @@ class TestKept:
         kept.note_answer()
         news = kept.note_failure(silent())
         assert news is not None
-        assert (news.since, news.attempts, news.patience) == (clock.now, 0, TIMEOUT)
+        assert (news.since, news.attempts, news.answer_wait_s) == (clock.now, 0, TIMEOUT)
         assert pause(kept) <= RETRY_DELAY_MIN_S
 
-    def test_guard_that_nobody_keeps_any_more_lets_callers_take_turns(
-        self, has_retry_thread: Availability, clock: Clock
-    ) -> None:
+    def test_guard_that_nobody_keeps_any_more_lets_callers_take_turns(self, kept: Availability, clock: Clock) -> None:
         """In a process that may start no threads."""
         kept.note_failure(gone())
         outage = kept.set_retry_thread(False)
@@ -261,7 +257,7 @@ class TestPatience:
     """How long an attempt waits for its answer."""
 
     def test_patience_grows_by_half_with_each_attempt_that_got_no_answer(
-        self, has_retry_thread: Availability, clock: Clock
+        self, kept: Availability, clock: Clock
     ) -> None:
         """A server that has become slow for all is reached in the end."""
         kept.note_failure(silent())
@@ -280,7 +276,7 @@ class TestPatience:
         "error", [gone(), redis.ResponseError("BUSY"), OSError(), redis.exceptions.ReadOnlyError()], ids=repr
     )
     def test_patience_does_not_grow_when_there_was_an_answer(
-        self, has_retry_thread: Availability, clock: Clock, error: Exception
+        self, kept: Availability, clock: Clock, error: Exception
     ) -> None:
         """Who is refused at once need not wait longer."""
         kept.note_failure(silent())
@@ -290,9 +286,7 @@ class TestPatience:
         assert kept.outage.answer_wait_s == TIMEOUT
 
     @pytest.mark.parametrize("error", [silent(), valkey.TimeoutError(), TimeoutError()], ids=repr)
-    def test_any_kind_of_timeout_makes_patient(
-        self, has_retry_thread: Availability, clock: Clock, error: Exception
-    ) -> None:
+    def test_any_kind_of_timeout_makes_patient(self, kept: Availability, clock: Clock, error: Exception) -> None:
         """Libraries have classes of their own."""
         kept.note_failure(gone())
         tried_in_vain(kept, clock, error)
@@ -300,7 +294,7 @@ class TestPatience:
         assert kept.outage.answer_wait_s == TIMEOUT * ANSWER_WAIT_GROWTH_FACTOR
 
     def test_calls_that_wait_together_are_one_attempt(
-        self, has_retry_thread: Availability, dice: Callable[[float], list[tuple[float, float]]]
+        self, kept: Availability, dice: Callable[[float], list[tuple[float, float]]]
     ) -> None:
         """Forty threads that were under way when Redis froze have waited once each, not forty times."""
         dice(1)
@@ -394,7 +388,7 @@ class TestTurns:
 class TestThreads:
     """What comes together."""
 
-    def test_answers_that_come_together_end_one_outage_once(self, has_retry_thread: Availability) -> None:
+    def test_answers_that_come_together_end_one_outage_once(self, kept: Availability) -> None:
         """One line in the log, and no thread collides with another."""
         rounds, threads = 200, 6
         barrier = threading.Barrier(threads)
@@ -427,7 +421,7 @@ class TestThreads:
             taken = list(pool.map(lambda _: list(look()), range(threads)))
         assert [sum(of_round) for of_round in zip(*taken, strict=True)] == [1] * rounds
 
-    def test_failures_that_come_together_are_news_once(self, has_retry_thread: Availability) -> None:
+    def test_failures_that_come_together_are_news_once(self, kept: Availability) -> None:
         """One line in the log when it goes, too."""
         threads = 6
         barrier = threading.Barrier(threads)
@@ -443,9 +437,7 @@ class TestThreads:
 class TestForks:
     """In a child."""
 
-    def test_child_of_a_process_whose_lock_was_held_can_go_on(
-        self, has_retry_thread: Availability, clock: Clock
-    ) -> None:
+    def test_child_of_a_process_whose_lock_was_held_can_go_on(self, kept: Availability, clock: Clock) -> None:
         """Whoever held it has not come along; nor has the thread that asks again."""
         kept.note_failure(gone())
         held = kept._lock
@@ -462,7 +454,7 @@ class TestForks:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="nobody forks here")
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-    def test_every_child_is_told(self, has_retry_thread: Availability) -> None:
+    def test_every_child_is_told(self, kept: Availability) -> None:
         """Nobody has to think of it."""
         with kept._lock:
             pid = os.fork()

@@ -18,7 +18,7 @@ from pybreaker_redis._runtime import redaction
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
 from pybreaker_redis._servers.availability import Availability
-from pybreaker_redis._servers.server import server_for
+from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import free_port
 from tests.support.breakers import up
