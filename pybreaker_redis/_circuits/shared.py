@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis import _log
-from pybreaker_redis._engines.base import EngineChoice
+from pybreaker_redis._engines.base import LUA_MODE, EngineChoice
 from pybreaker_redis._engines.reader import ReadRequest
 from pybreaker_redis._engines.selector import EngineSelector
 from pybreaker_redis._model.circuit import CLOSED, NOISE_DURATION_MS, Circuit
@@ -32,12 +32,12 @@ from pybreaker_redis._redis.locator import Location
 from pybreaker_redis._redis.pool import close_idle_connections
 from pybreaker_redis._replica.clock_offset import OffsetBounds, OpeningTime
 from pybreaker_redis._replica.connection import PushMode
-from pybreaker_redis._replica.listener import Home
 from pybreaker_redis._replica.subscription import Subscription
 from pybreaker_redis._replica.view import ReadTicket, View
 from pybreaker_redis._runtime.clock import Instant, instant
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import mask_error
+from pybreaker_redis._servers.server import Server
 
 #: What may be done twice without a difference.
 _REPEATABLE = (Load, ClaimProbe, RecordSuccess)
@@ -96,7 +96,7 @@ class SharedCircuit:
             None,
             Circuit(),
         )
-        self._subscription = Subscription(name, view, self._selector)
+        self._subscription = Subscription(view)
 
     def believed(self, intent: Intent) -> Reply | None:
         """The answer to an intent that changes nothing, as far as it is known without asking."""
@@ -132,13 +132,25 @@ class SharedCircuit:
             circuit = replace(circuit, opened_at_ms=opened_at_ms, probe_until_ms=until_ms)
         return Reply(reply.accepted, circuit, reply.now_ms - offset_ms, reply.repair_note)
 
-    def subscribe_to_changes(self, server: Home) -> None:
-        """Have changes of the circuit heard in this process, so that they need not be asked for.
+    def subscribe_to_changes(self, server: Server) -> None:
+        """Subscribe the circuit to the listener of its server, unless that was done.
 
         Args:
-            server: Where the circuit lives.
+            server: Server of the circuit.
         """
-        self._subscription.start(server)
+        if not self._subscription.is_start_due:
+            return
+        with self._subscription.lock:
+            # Another thread may have subscribed the circuit, or left its location.
+            choice = self._selector.current
+            if choice is None or not self._subscription.is_start_due:
+                return
+            if choice.channel:
+                self._subscription.start(server, choice.keys, choice.channel, is_one_slot=choice.is_one_slot)
+                return
+            self._subscription.disable()
+            if choice.engine.mode == LUA_MODE:
+                emit(_log.push_impossible(self._name, client_class=type(choice.engine.client).__name__))
 
     def connect(self) -> None:
         """Get the client, if it was not asked for yet.
@@ -316,9 +328,12 @@ class SharedCircuit:
         Args:
             choice: Choice of the engine that is no longer valid; ``None``: the present one.
         """
-        if self._subscription.discard_engine(choice):
-            # There is another clock.
-            self._view.clock_offset.mark_unconfirmed()
+        with self._subscription.lock:
+            if not self._selector.discard(choice):
+                return
+            self._subscription.stop()
+        # The next server has another clock.
+        self._view.clock_offset.mark_unconfirmed()
 
     def _log(self, reply: Reply) -> None:
         state = reply.circuit.state

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._model.intents import Intent, Reply
-from pybreaker_redis._redis.endpoint import Endpoint, plain_endpoint_of
 
 #: Modes of the engines on Redis, as `Health.mode` shows them.
 LUA_MODE = "lua"
@@ -58,25 +57,3 @@ class EngineChoice:
     keys: tuple[str, ...]
     channel: str
     is_one_slot: bool
-
-    @property
-    def endpoint(self) -> Endpoint | None:
-        """Endpoint for a push connection; ``None`` without a channel, or where no further connection can be made."""
-        return plain_endpoint_of(self.engine.client) if self.channel else None
-
-
-class EngineSource(Protocol):
-    """Holder of the present choice of one circuit's engine."""
-
-    #: The present choice; ``None`` until the circuit is used.
-    current: EngineChoice | None
-
-    def discard(self, choice: EngineChoice | None) -> bool:
-        """Discard a choice, so that the next use of the circuit chooses again.
-
-        Args:
-            choice: Choice to discard; ``None``: the present one.
-
-        Returns:
-            Whether the choice was discarded; False if another one has replaced it.
-        """

@@ -66,7 +66,14 @@ class EngineSelector:
         return choice
 
     def discard(self, choice: EngineChoice | None) -> bool:
-        """Discard a choice; see `EngineSource.discard`."""
+        """Discard a choice, so that the next use of the circuit chooses again.
+
+        Args:
+            choice: Choice to discard; ``None``: the present one.
+
+        Returns:
+            Whether the choice was discarded; False if another one has replaced it.
+        """
         with self.lock:
             if choice is not None and choice is not self.current:
                 return False

@@ -34,15 +34,12 @@ class Endpoint:
         identity: What tells servers, databases, users and ways to connect apart.
         connection_arguments: What the connection's constructor takes.
         db: The database.
-        is_one_slot: Whether keys of different circuits may not be asked for in one command: there, or somewhere behind
-            it, is a cluster.
     """
 
     connection_class: Any
     identity: EndpointIdentity
     connection_arguments: Mapping[str, Any] = field(compare=False)
     db: int
-    is_one_slot: bool = False
 
     @property
     def database_identity(self) -> EndpointIdentity:

@@ -33,6 +33,8 @@ class ConnectionPools(ForkSafe):
 
     def __init__(self) -> None:
         self._pools: dict[float, Any] = {}
+        #: One for all pools and for push connections, so that each uses a password that any of them has taken.
+        self._credentials: Credentials | None = None
         self._is_slow_client_logged = False
         super().__init__()
 
@@ -47,12 +49,21 @@ class ConnectionPools(ForkSafe):
             return client
         with self._lock:
             if timeout not in self._pools:
-                own = bounded_client(client, timeout)
+                own = bounded_client(client, timeout, self._credentials)
                 if own is None and not self._pools:
                     self._log_if_blocking(client)
+                if own is not None:
+                    self._credentials = own.connection_pool.connection_kwargs["credentials"]
                 self._pools[timeout] = own and own.connection_pool
             pool = self._pools[timeout]
         return client if pool is None else client_on_pool(client, pool)
+
+    def any_client(self, client: Any) -> Any:
+        """Return a client on any of the pools; without a pool, the client itself."""
+        for pool in list(self._pools.values()):
+            if pool is not None:
+                return client_on_pool(client, pool)
+        return client
 
     def log_slow_client(self, client: Any, seconds: float, timeout: float | None) -> None:
         """Log once that a client that is used as it is has waited by itself.
@@ -89,7 +100,7 @@ class ConnectionPools(ForkSafe):
 POOL_CONNECTIONS_MAX = 50
 
 
-def bounded_client(client: Any, timeout: float) -> Any:
+def bounded_client(client: Any, timeout: float, credentials: Credentials | None = None) -> Any:
     """A plain client of the same library on connections of its own, which try once and keep deadlines (`deadline.py`).
 
     Methods of subclasses and of single objects are left out: they may wait, and retry.  What subclasses call the keys
@@ -98,13 +109,14 @@ def bounded_client(client: Any, timeout: float) -> Any:
     Args:
         client: Of a single server, or of a master that Sentinels know.
         timeout: Seconds to wait for a connection while all of them are in use.
+        credentials: Credentials of another pool to the same server, to be shared; ``None``: those of the client.
 
     Returns:
         The copy, or ``None`` if there is no making one: it is a cluster's, not redis-py's kin, or no client at all.
     """
     # Whatever pools, connections and clients of somebody's own raise that are not made like the library's.
     with suppress_errors():
-        return _copy_client(client, timeout)
+        return _copy_client(client, timeout, credentials=credentials)
     return None
 
 
@@ -141,25 +153,30 @@ def replace_credentials(client: Any, words: Mapping[str, Any]) -> bool:
     return isinstance(own, Credentials) and own.switch_arguments(words)
 
 
-def _copy_client(client: Any, timeout: float, longest: float | None = None) -> Any:
+def _copy_client(
+    client: Any, timeout: float, longest: float | None = None, credentials: Credentials | None = None
+) -> Any:
     endpoint = endpoint_of(client)
     library = client_module_of(client)
     if endpoint is None or library is None:
         msg = f"not redis-py's kin: {client!r}"
         raise TypeError(msg)
-    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest)
+    credentials = credentials or Credentials(client.connection_pool.connection_kwargs)
+    pool = _make_pool(client.connection_pool, library, endpoint, timeout, longest, credentials=credentials)
     # Now rather than in the middle of a call: the kinds of connection that need something else raise here.
     pool.connection_class(**pool.connection_kwargs)
     return client_on_pool(client, pool)
 
 
-def _make_pool(pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None) -> Any:
+def _make_pool(
+    pool: Any, library: Any, endpoint: Endpoint, timeout: float, longest: float | None, *, credentials: Credentials
+) -> Any:
     connection_class = keep_deadlines(endpoint.connection_class, longest)
     words = {
         **endpoint.connection_arguments,
         "decode_responses": False,
         "socket_timeout": timeout,
-        "credentials": Credentials(pool.connection_kwargs),
+        "credentials": credentials,
         "idle_limit": idle_limit(pool.connection_kwargs),
     }
     knows_protocols = "protocol" in inspect.signature(getattr(library, "AbstractConnection", object)).parameters

@@ -58,7 +58,6 @@ class PushConnection:
     Attributes:
         is_tracking: Whether changes of keys that `ask` has read are heard, besides what is published.
         tracking_refusal: Why they are not.
-        is_one_slot: Whether keys of different circuits may not be asked for in one command.
         server: What the server calls itself, and its version; empty if it does not say.
 
     Raises:
@@ -73,7 +72,6 @@ class PushConnection:
         self._query_connection: Any = None
         self.is_tracking = False
         self.tracking_refusal = ""
-        self.is_one_slot = endpoint.is_one_slot
         self.server = ""
         try:
             one = self._connect_resp3(endpoint)

@@ -1,12 +1,11 @@
-"""Who hears what others do?
+"""Listener of one server: the thread that keeps the views of its circuits current.
 
-Knows: threads, processes, when to try again.  Does not know: circuits, what is said on a line.
+One thread and one push connection for each server, whatever the number of clients and circuits.  The thread starts with
+the first guarded call, never with an import, and a forked child starts its own.
 
-One thread and one line for each server that this process uses, whatever the number of clients and circuits.  It begins
-with the first guarded call, so never where modules are merely imported, and it is made anew in each forked child.
-
-What is done on the line stands in `session.py`.  Whatever goes wrong with it, everything is forgotten, and after a
-pause there is a new line.  Until then callers ask Redis themselves, which is slower and never wrong.
+`Session` holds what happens on one connection.  When a connection fails, the listener marks all views unsubscribed, so
+that callers query Redis themselves, and connects again after a delay.  While the server is unreachable, the listener
+waits for the end of the outage.
 """
 
 from __future__ import annotations
@@ -14,16 +13,13 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 import weakref
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable
 
 from pybreaker_redis import _log
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._redis.classify import MissingFeature, PushUnavailableError
-from pybreaker_redis._redis.endpoint import Endpoint
-from pybreaker_redis._replica.connection import PushConnection, PushMode
+from pybreaker_redis._replica.connection import Push, PushConnection, PushMode
 from pybreaker_redis._replica.session import LISTENER_WAIT_MAX_S, Session
 from pybreaker_redis._replica.subscribers import SubscriberTable
 from pybreaker_redis._replica.view import View
@@ -32,51 +28,37 @@ from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import renew_in_children
 from pybreaker_redis._runtime.redaction import describe_error, refusal_text
 from pybreaker_redis._runtime.threads import ThreadRefusedError, start_daemon
+from pybreaker_redis._servers.server import Server
 
 LISTENER_THREAD_NAME = "pybreaker_redis listener"
 
-#: Shortest time that an answer is waited for, seconds.
+#: Shortest wait for an answer, seconds.
 ANSWER_TIMEOUT_MIN_S = 0.25
 
-#: Pause after the first failure, seconds; twice as long after each further one.
+#: Upper bound of the delay after the first failed connection, and of the longest delay, seconds.  The bound doubles.
 RECONNECT_DELAY_MIN_S = 0.1
 RECONNECT_DELAY_MAX_S = 5.0
 
-#: Seconds until a server that refuses to publish is asked again.
+#: Delay after a server has refused subscriptions, seconds.
 REFUSED_RETRY_DELAY_S = 60.0
 
-#: So many lines in a row that came to nothing are said: somebody hangs up on them.  While Redis is away none is made.
+#: Failed connections in a row after which a line is logged, as for a refusal.  During an outage none is made.
 LOGGED_AFTER_FAILURES = 5
-
-#: Seconds between two looks at whether a server is back.
-AWAY_WAIT = 0.05
-
-
-class Home(Protocol):
-    """The server that is listened to, for everything but listening."""
-
-    @property
-    def is_unreachable(self) -> bool:
-        """Whether it is known that nobody answers."""
-
-    def verify_reachable(self) -> None:
-        """The line is dead: see whether the server is, too."""
-
-    def note_missing_feature(self, lack: MissingFeature, reason: object) -> None:
-        """It does not have something: say so, the first time."""
 
 
 class Listener:
-    """The thread that listens to one server, as long as there are views.
+    """Thread that listens to one server as long as there are views.
+
+    Args:
+        server: The server.
 
     Attributes:
-        session: What is going on, if anything.
-        subscriber_table: What is heard.
+        session: The present connection, ``None`` between two.
+        subscriber_table: Views that are kept current.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self._server: Home | None = None
+    def __init__(self, server: Server) -> None:
+        self._server = server
         self._lock = threading.RLock()
         self.subscriber_table = SubscriberTable()
         self._thread: threading.Thread | None = None
@@ -86,66 +68,79 @@ class Listener:
         self._is_expedited = False
         self.session: Session | None = None
 
-    def add_view(self, view: View, keys: tuple[str, ...], channel: str, server: Home) -> None:
-        """Listen for a view, too; starts the thread if there is none.
+    def add_view(self, view: View, keys: tuple[str, ...], channel: str, *, is_one_slot: bool = False) -> None:
+        """Keep a view current from now on, as long as it lives.  Start the thread if there is none.
 
-        Raises:
-            ThreadRefusedError: None can be started.
+        Args:
+            view: The view.
+            keys: Keys of its circuit, in the order of the scripts.
+            channel: Channel of its circuit.
+            is_one_slot: Whether no command may name keys of other circuits, too.
         """
+        refusal = ""
         with self._lock:
-            self._server = server
-            self.subscriber_table.add_subscriber(view, keys, channel)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = start_daemon(self._run, LISTENER_THREAD_NAME)
+            self.subscriber_table.add_subscriber(view, keys, channel, is_one_slot=is_one_slot)
+            if not self.is_running:
+                self._thread = None
+                try:
+                    self._thread = start_daemon(self._run, LISTENER_THREAD_NAME)
+                except ThreadRefusedError as reason:
+                    refusal = str(reason)
+        if refusal:
+            self.log_refused(refusal)
 
     def remove_view(self, view: View) -> None:
-        """Listen no more for a view: its circuit lives elsewhere by now."""
+        """Keep a view current no longer: its circuit has moved, or was released."""
         self.subscriber_table.remove_subscriber(view)
-        view.is_heard(False)
+        view.mark_unsubscribed()
+        self._server.availability.wake_waiters()
 
     @property
     def is_running(self) -> bool:
-        """Whether there is a thread that listens."""
+        """Whether the thread runs."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
     def expedite_reconnect(self) -> None:
-        """What was refused is permitted again: there is no reason to wait."""
+        """Connect again at once: the server permits what it refused."""
         self._is_expedited = True
+        self._server.availability.wake_waiters()
 
     @property
     def push_mode(self) -> PushMode | None:
-        """How, and of what server, if at all."""
+        """How changes are received, ``None`` without a connection."""
         session = self.session
         return session.connection.push_mode if session else None
 
     def share_answer_with_siblings(self, source: View, channel: str, circuit: Circuit, now_ms: float) -> None:
-        """Pass an answer that one storage of this process was given to the others: they need not wait for the push."""
+        """Pass an answer to the other views of a circuit, so that they need not wait for the push.
+
+        Args:
+            source: View of the storage that got the answer.
+            channel: Channel of the circuit.
+            circuit: The record in the answer.
+            now_ms: Time of the server in the answer, milliseconds.
+        """
         for view in self.subscriber_table.views_of(channel):
             if view is not source:
                 view.store_sibling_answer(circuit, now_ms)
 
-    def _end_if_unused(self) -> bool:
-        """Whether nobody needs this thread any more; then it has to end."""
-        with self._lock:
-            if self.subscriber_table:
-                return False
-            # It has connections, which nobody needs any more either.
-            self._thread = self._server = None
-            return True
+    def log_refused(self, reason: object) -> None:
+        """Log why no changes are received, once until a poll is answered."""
+        if not self._is_refusal_logged:
+            self._is_refusal_logged = True
+            if (left_out := self._refusal_log.admit_line()) is not None:
+                logger.emit(_log.push_refused(str(self._server), error=refusal_text(reason), left_out=left_out))
+
+    # On the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         failures, reason = 0, ""
         while not self._end_if_unused():
             try:
-                session = self.session = Session(
-                    partial(PushConnection, self._endpoint, self._timeout()),
-                    self.subscriber_table,
-                    self._logged_channels,
-                )
+                session = self.session = Session(self._connect, self.subscriber_table, self._logged_channels)
                 try:
                     if not session.connection.is_tracking:
-                        assert self._server
                         self._server.note_missing_feature(MissingFeature.TRACKING, session.connection.tracking_refusal)
                     session.run_session()
                 finally:
@@ -155,66 +150,73 @@ class Listener:
                         failures, self._is_refusal_logged = 0, False
             except PushUnavailableError as error:
                 self.log_refused(error)
-                pause = REFUSED_RETRY_DELAY_S
+                delay_s = REFUSED_RETRY_DELAY_S
             except Exception as error:  # noqa: BLE001
-                # Whatever a client library raises: the way out is a new line.
+                # A client library may raise any class.  A new connection is the remedy for all of them.
                 reason = describe_error(error)
                 if (left_out := self._reconnect_log.admit_line()) is not None:
-                    logger.emit(_log.push_interrupted(str(self._endpoint), error=reason, left_out=left_out))
-                pause = random.uniform(0, min(RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S * 2**failures))
+                    logger.emit(_log.push_interrupted(str(self._server), error=reason, left_out=left_out))
+                delay_s = random.uniform(0, min(RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S * 2**failures))
                 failures += 1
             else:
                 continue
             self._unsubscribe_views()
-            assert self._server
             self._server.verify_reachable()
             if failures >= LOGGED_AFTER_FAILURES:
                 self.log_refused(reason)
-            self._pause(pause)
+            self._pause(delay_s)
+
+    def _end_if_unused(self) -> bool:
+        """End the thread if no view is left; return whether it ends."""
+        with self._lock:
+            if self.subscriber_table:
+                return False
+            self._thread = None
+            return True
+
+    def _connect(self, on_push: Callable[[Push], None]) -> PushConnection:
+        endpoint = self._server.push_endpoint
+        if endpoint is None:
+            msg = "no connection like those of the client can be made"
+            raise PushUnavailableError(msg)
+        stalenesses = (item.view.max_staleness for item in self.subscriber_table.snapshot())
+        return PushConnection(endpoint, max([ANSWER_TIMEOUT_MIN_S, *stalenesses]), on_push)
 
     def _pause(self, seconds: float) -> None:
-        """Wait, but not for long once nobody needs this thread any more.
+        """Wait before the next connection, in an outage until it ends.
 
-        While the server is away it is for somebody else to ask again; once it is back there is no reason to wait.
+        The wait is cut short when `expedite_reconnect` is called, and when no view is left.  Views vanish with the
+        garbage collector, which must take no lock and so wakes no thread: `LISTENER_WAIT_MAX_S` bounds each wait.
         """
-        assert self._server
-        until = monotonic() + seconds
-        was_away = self._is_expedited = False
+        availability, until = self._server.availability, monotonic() + seconds
+        was_unreachable = self._is_expedited = False
         while self.subscriber_table and not self._is_expedited:
+            # Read before the look, so that no change is missed.
+            seen = availability.change_number
             if self._server.is_unreachable:
-                was_away = True
-                time.sleep(AWAY_WAIT)
-            elif was_away or (left := until - monotonic()) <= 0:
-                return
+                was_unreachable, left_s = True, LISTENER_WAIT_MAX_S
             else:
-                time.sleep(min(left, LISTENER_WAIT_MAX_S))
+                left_s = until - monotonic()
+                if was_unreachable or left_s <= 0:
+                    return
+            availability.wait_for_change(seen, min(left_s, LISTENER_WAIT_MAX_S))
 
     def _unsubscribe_views(self) -> None:
         for item in self.subscriber_table.snapshot():
-            item.view.is_heard(False)
-
-    def _timeout(self) -> float:
-        return max([ANSWER_TIMEOUT_MIN_S, *(item.view.max_staleness for item in self.subscriber_table.snapshot())])
-
-    def log_refused(self, reason: object) -> None:
-        """Log why nothing is heard, once until a poll is answered."""
-        if not self._is_refusal_logged:
-            self._is_refusal_logged = True
-            if (left_out := self._refusal_log.admit_line()) is not None:
-                logger.emit(_log.push_refused(str(self._endpoint), error=refusal_text(reason), left_out=left_out))
+            item.view.mark_unsubscribed()
 
 
 class ListenerTable:
-    """The listeners of this process, one for each server."""
+    """Listeners of this process, one for each server."""
 
     def __init__(self) -> None:
-        #: As long as anybody uses one, or it runs.
-        self._by_server: weakref.WeakValueDictionary[Endpoint, Listener] = weakref.WeakValueDictionary()
+        #: An entry lasts as long as a subscription uses the listener, or its thread runs.
+        self._by_server: weakref.WeakValueDictionary[Server, Listener] = weakref.WeakValueDictionary()
         self.after_fork()
         renew_in_children(self)
 
     def after_fork(self) -> None:
-        """In a child: none of the parent's threads is there, and its connections are not ours to keep open."""
+        """Renew the lock in a child process, and close the connections of the parent there."""
         self._lock = threading.RLock()
         self._pid = os.getpid()
         for listener in self._by_server.values():
@@ -222,24 +224,21 @@ class ListenerTable:
                 listener.session.connection.close()
         self._by_server.clear()
 
-    def of(self, endpoint: Endpoint) -> Listener:
-        """The listener to a server."""
+    def listener_of(self, server: Server) -> Listener:
+        """Return the listener of a server.  Add it if it is new."""
         if self._pid != os.getpid():
-            # Forked behind Python's back, as by uWSGI: from a master, where nobody listens and nobody holds a lock.
+            # uWSGI forks without the hooks of Python, from a master that runs no listener and holds no lock.
             self.after_fork()
         with self._lock:
-            return self._by_server.setdefault(endpoint, Listener(endpoint))
+            listener = self._by_server.get(server)
+            if listener is None:
+                listener = self._by_server[server] = Listener(server)
+            return listener
 
 
 _listeners = ListenerTable()
 
 
-def listener_for(endpoint: Endpoint, view: View, keys: tuple[str, ...], channel: str, server: Home) -> Listener:
-    """Have a view kept true from now on, as long as it lives and as long as that is possible; by whom."""
-    listener = _listeners.of(endpoint)
-    try:
-        listener.add_view(view, keys, channel, server)
-    except ThreadRefusedError as reason:
-        if str(reason):
-            listener.log_refused(reason)
-    return listener
+def listener_for(server: Server) -> Listener:
+    """Return the listener of a server in this process."""
+    return _listeners.listener_of(server)

@@ -1,14 +1,11 @@
-"""What is done on one line, from its first subscription to its end?
+"""Session of a listener: what happens on one push connection, from the first subscription to its end.
 
-Knows: views, the line to a server, when to poll.  Does not know: threads, what comes after.
-
-* A record that a script publishes is a hint: unless it marks noise only, the circuit is read again at once, and what
-  was read fills the view like any answer.  There is one read of this kind each `REREAD_INTERVAL_S` on average, at most.
-* Every beat, the circuits that were used since the last one are read again in one batch.  What was read as it is known
-  may be believed for another `max_staleness`.
-* If the server tells of changes that were not published, those circuits are read again at once, too.
-* A record that would have to be repaired, adopted or restored is left to the next caller's script; until then the view
-  is doubted.
+* A published record is a hint.  Unless it marks noise only, the session reads the circuit again at once, and the view
+  stores that answer like any other.  On average there is one such read each `REREAD_INTERVAL_S` at most.
+* Every beat, one batch reads all circuits that calls have used since the last beat.  A circuit that is found as known
+  may be trusted for another `max_staleness`.
+* If the server tracks keys, it also pushes changes that no process published.  The session reads these circuits again.
+* A record that needs a repair is left to the script of the next caller.  Until then the view is not trusted.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from pybreaker_redis._runtime.clock import instant, monotonic
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import refusal_text
 
-#: Beats in the time for which a record may be believed: so one of them may come late.
+#: Beats within the time for which a record may be trusted, so that one of them may come late.
 BEATS_PER_STALENESS = 2
 
 #: Longest wait until new circuits are noticed, seconds.
@@ -39,55 +36,59 @@ LISTENER_WAIT_MAX_S = 0.5
 #: Seconds between two reads of circuits that were reported changed, on average, whatever is published.
 REREAD_INTERVAL_S = 0.01
 
-#: Reads of that kind that may follow one another at once after a quiet time: a move by hand publishes twice within a
-#: millisecond, and so does a probe that succeeds.
+#: Reads of that kind that may follow each other at once after a quiet time.  An operator's command publishes twice
+#: within a millisecond, and so does a probe that succeeds.
 REREAD_BURST = 5
 
 
 class Session:
-    """The life of one line.
+    """Work of a listener on one push connection.
 
     Args:
-        connect: Returns a line that tells of pushes to whom it is given.
-        subscriber_table: All that is to be heard.  Nothing here keeps a view alive.
-        unheard: Channels of which it was said that they are refused, on earlier lines, too; kept true from here.
+        connect: Makes the connection; takes the function that receives pushes.
+        subscriber_table: Views to keep current.  The session keeps no view alive.
+        logged_channels: Channels of which a refusal was logged, on earlier connections, too.  The session updates it.
 
     Attributes:
-        connection: The line; to be closed when the session is over.
-        has_polled: Whether a poll was answered: the line has been of use.
+        connection: The connection.  The owner closes it when the session ends.
+        has_polled: Whether a poll was answered, so that the connection was of use.
     """
 
     def __init__(
         self,
         connect: Callable[[Callable[[Push], None]], PushConnection],
         subscriber_table: SubscriberTable,
-        unheard: set[str],
+        logged_channels: set[str],
     ) -> None:
         self.has_polled = False
         self._subscriber_table = subscriber_table
-        self._logged_channels = unheard
+        self._logged_channels = logged_channels
         self._refused_channels: set[str] = set()
-        #: Of each channel that is heard, and the other way round.
+        #: Keys of each subscribed channel, and the other way round.
         self._keys_by_channel: dict[str, tuple[str, ...]] = {}
         self._channel_by_key: dict[str, str] = {}
-        #: Channels of circuits to be read again, and of those unless it turns out that there was only noise.
+        #: Channels of circuits to be read again, and of those that need no read if only noise follows.
         self._changed: set[str] = set()
         self._maybe_changed: set[str] = set()
-        #: When those may be read, and the next beat is due, monotonic seconds; and seconds between two beats.
+        #: When the next read of changed circuits and the next beat are due, monotonic seconds.
         self._reread_at = 0.0
         self._next_beat_at = 0.0
         self._beat_interval_s = LISTENER_WAIT_MAX_S
         self._is_pong_due = False
+        #: Whether each counter is read by a command of its own, because the server refused a common one.
+        self._reads_counters_singly = False
+        #: Records and answers that were compared and found equal.
         self._matched_reads: weakref.WeakKeyDictionary[View, tuple[Circuit, tuple[Any, Any, Any]]]
         self._matched_reads = weakref.WeakKeyDictionary()
         self.connection = connect(self._receive)
 
     def run_session(self) -> None:
-        """Keep the views true as long as there are any.
+        """Keep the views current as long as there are any.
+
+        An error of the client library passes unchanged: the connection is lost.
 
         Raises:
-            PushUnavailableError: The server does not let this process hear.
-            Exception: The line is dead.
+            PushUnavailableError: The server refuses every subscription.
         """
         with self._subscriber_table.track_changes():
             while self._subscriber_table:
@@ -101,8 +102,10 @@ class Session:
                 if (self._changed or self._maybe_changed) and monotonic() >= self._reread_at:
                     self._reread_changed()
 
+    # Subscriptions ------------------------------------------------------------------------------------------------
+
     def _update_subscriptions(self, new: list[Subscriber], left: set[str]) -> None:
-        """Begin to hear what is new, cease to hear what is gone."""
+        """Subscribe new circuits, and unsubscribe channels without a view."""
         if gone := sorted(left & self._keys_by_channel.keys()):
             self.connection.unsubscribe(gone)
             for channel in gone:
@@ -110,19 +113,19 @@ class Session:
                     self._channel_by_key.pop(key, None)
         if missing := {item.channel for item in new} - self._keys_by_channel.keys() - self._refused_channels:
             self._subscribe(sorted(missing))
-        heard = [item for item in new if item.channel not in self._refused_channels]
-        for item in heard:
+        subscribed = [item for item in new if item.channel not in self._refused_channels]
+        for item in subscribed:
             self._keys_by_channel[item.channel] = item.keys
             self._channel_by_key.update(dict.fromkeys(item.keys, item.channel))
-            item.view.is_heard(True)
-            # A circuit that came later may need beats that are shorter.
+            item.view.mark_subscribed()
+            # A new circuit may need shorter beats.
             self._beat_interval_s = min(self._beat_interval_s, item.view.max_staleness / BEATS_PER_STALENESS)
         self._next_beat_at = min(self._next_beat_at, monotonic() + self._beat_interval_s)
-        if heard:
-            self._poll(heard)
+        if subscribed:
+            self._poll(subscribed)
 
     def _subscribe(self, channels: list[str]) -> None:
-        """Hear what may be heard: one circuit that this user may not hear of concerns no other."""
+        """Subscribe the channels that the server permits.  A refused circuit concerns no other."""
         try:
             self.connection.subscribe(channels)
         except PushUnavailableError as error:
@@ -138,24 +141,7 @@ class Session:
             self._logged_channels |= self._refused_channels
         self._logged_channels -= set(channels) - self._refused_channels
 
-    def _beat(self) -> None:
-        if self._is_pong_due:
-            msg = "the server has not answered a PING"
-            raise TimeoutError(msg)
-        self._is_pong_due = self.connection.send_beat()
-        subscriber_table = self._subscriber_table.snapshot()
-        self._beat_interval_s = min(
-            (item.view.max_staleness / BEATS_PER_STALENESS for item in subscriber_table), default=LISTENER_WAIT_MAX_S
-        )
-        self._next_beat_at = monotonic() + self._beat_interval_s
-        self._poll(item for item in subscriber_table if item.view.fast_path.was_used)
-
-    def _reread_changed(self) -> None:
-        # What changes while these are read is for the next time.
-        changed, self._changed, self._maybe_changed = self._changed | self._maybe_changed, set(), set()
-        self._poll([item for item in self._subscriber_table.on_channels(changed) if item.view.is_in_use])
-        credit = (REREAD_BURST - 1) * REREAD_INTERVAL_S
-        self._reread_at = max(self._reread_at, monotonic() - credit) + REREAD_INTERVAL_S
+    # Pushes -------------------------------------------------------------------------------------------------------
 
     def _receive(self, push: Push) -> None:
         kind, *rest = push
@@ -180,13 +166,35 @@ class Session:
         elif to_text(kind) == "pong":
             self._is_pong_due = False
 
-    def _poll(self, subscriber_table: Iterable[Subscriber]) -> None:
-        """Read circuits again, and the server's clock; with no circuits it is a sign of life."""
-        asked = [(item, item.view.begin_read()) for item in subscriber_table]
+    # Reads --------------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        if self._is_pong_due:
+            msg = "the server has not answered a PING"
+            raise TimeoutError(msg)
+        self._is_pong_due = self.connection.send_beat()
+        subscribers = self._subscriber_table.snapshot()
+        self._beat_interval_s = min(
+            (item.view.max_staleness / BEATS_PER_STALENESS for item in subscribers), default=LISTENER_WAIT_MAX_S
+        )
+        self._next_beat_at = monotonic() + self._beat_interval_s
+        self._poll(item for item in subscribers if item.view.fast_path.was_used)
+
+    def _reread_changed(self) -> None:
+        # A change that arrives during the read belongs to the next one.
+        changed, self._changed, self._maybe_changed = self._changed | self._maybe_changed, set(), set()
+        self._poll([item for item in self._subscriber_table.on_channels(changed) if item.view.is_in_use])
+        credit = (REREAD_BURST - 1) * REREAD_INTERVAL_S
+        self._reread_at = max(self._reread_at, monotonic() - credit) + REREAD_INTERVAL_S
+
+    def _poll(self, subscribers: Iterable[Subscriber]) -> None:
+        """Read circuits and the clock of the server in one batch.  Without circuits the batch is a sign of life."""
+        asked = [(item, item.view.begin_read()) for item in sorted(subscribers, key=lambda item: item.is_one_slot)]
         keys = [item.keys[1] for item, _ in asked]
-        # The counters of all circuits in one command, but for those in a cluster.
-        batches = [[key] for key in keys] if self.connection.is_one_slot else [keys] * bool(keys)
-        # Whoever counts a failure shall not have to tell everybody.
+        # One command reads all counters, but those that are stored in a cluster.
+        together = 0 if self._reads_counters_singly else sum(not item.is_one_slot for item, _ in asked)
+        batches = [keys[:together]] * bool(together) + [[key] for key in keys[together:]]
+        # A failure must not have the server push an invalidation to every process, so counters are not tracked.
         before = [("CLIENT", "CACHING", "NO")] if self.connection.is_tracking else []
         commands: list[tuple[Any, ...]] = [("TIME",)]
         for batch in batches:
@@ -201,7 +209,7 @@ class Session:
         came = instant()
         if not asked:
             return
-        fail_counters = self._counters_of(answers[1 + len(before) : counted : 1 + len(before)], len(asked))
+        fail_counters = self._counters_of(answers[1 + len(before) : counted : 1 + len(before)], together)
         self.has_polled = self.has_polled or not all(isinstance(counter, Exception) for counter in fail_counters)
         server_ms, values = server_time_ms(answers[0]), answers[counted:]
         for (item, ticket), failures, plain, mark in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
@@ -212,25 +220,32 @@ class Session:
                 item.view.clock_offset.note_answer_time(server_ms, sent, came, is_waiting=known.state != CLOSED)
                 self._compare(item, ticket, known, (failures, plain, mark), server_ms)
 
-    def _counters_of(self, answers: list[Any], number: int) -> list[Any]:
-        """The counters, or what there is instead of one: of those in a cluster each may be gone to another node."""
-        if self.connection.is_one_slot:
-            return [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
-        (counters,) = answers
-        if isinstance(counters, Exception):
-            if len(self._keys_by_channel) == 1:
-                # Whoever may not read what he hears of goes by nothing.
-                raise refusal_of(counters)
-            # By an ACL, perhaps of one of them: from now on each is asked for by itself.
-            self.connection.is_one_slot = True
-            return [counters] * number
-        return list(counters)
+    def _counters_of(self, answers: list[Any], together: int) -> list[Any]:
+        """Return the counters, or the error in the place of a counter.
+
+        Args:
+            answers: Answers to the commands that read counters.
+            together: Number of circuits that the first command has read, 0 if each was read by a command of its own.
+        """
+        common: list[Any] = []
+        if together:
+            counters, *answers = answers
+            if isinstance(counters, Exception):
+                if len(self._keys_by_channel) == 1:
+                    # A user who may not read the only circuit has nothing to trust.
+                    raise refusal_of(counters)
+                # An ACL may forbid one key only.
+                self._reads_counters_singly = True
+                counters = [counters] * together
+            common = list(counters)
+        # In a cluster, any circuit may have moved to another node.
+        return common + [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
 
     def _compare(
         self, item: Subscriber, ticket: ReadTicket, known: Circuit, read: tuple[Any, Any, Any], server_ms: int
     ) -> None:
         view = item.view
-        # In steady state the same is read again and again: to compare it once is enough.
+        # In steady state the same is read again and again.  One comparison is enough.
         if self._matched_reads.get(view) != (known, read):
             circuit = intact_circuit(_parse_poll(*read), known, server_ms)
             if circuit is None:
@@ -250,6 +265,6 @@ class Session:
 
 def _parse_poll(failures: Any, plain: Any, mark: Any) -> StoredRecord:
     is_hash = not isinstance(mark, Exception)
-    # Successes count only while half-open, for the one who probes: he asks.
+    # Successes count only while half-open, and only the call that probes needs them: it queries the circuit itself.
     values = (plain[0], failures, "0", plain[1])
     return parse_record(values, mark if is_hash else (None,) * len(HASH_FIELDS), is_hash=is_hash)

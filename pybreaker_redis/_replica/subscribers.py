@@ -1,9 +1,7 @@
-"""Which views does one listener keep true, and what has changed about them?
+"""Views of one listener, with their keys and channels, and the changes of that set.
 
-Knows: views, their keys and channels, weak references.  Does not know: lines, threads, what is heard.
-
-Any thread adds and removes views, and the garbage collector does. The thread that listens takes the changes only, so a
-wake-up of it costs the same with ten circuits and with ten thousand.
+Any thread adds and removes views, and the garbage collector drops them.  The listener thread takes only what changed.
+A wake-up therefore costs the same with ten circuits and with ten thousand.
 """
 
 from __future__ import annotations
@@ -20,30 +18,32 @@ from pybreaker_redis._replica.view import View
 
 @dataclass(frozen=True, slots=True)
 class Subscriber:
-    """What is heard and polled for one view.
+    """One view, with what a listener needs to keep it current.
 
     Attributes:
-        view: To be kept true.
-        keys: Of its circuit, in the order of the scripts.
-        channel: Of its circuit.
+        view: The view.
+        keys: Keys of its circuit, in the order of the scripts.
+        channel: Channel of its circuit.
+        is_one_slot: Whether no command may name keys of other circuits, too: the server is a cluster.
     """
 
     view: View
     keys: tuple[str, ...]
     channel: str
+    is_one_slot: bool = False
 
 
 class SubscriberTable:
-    """Registry of the views of one listener; keeps no view alive."""
+    """Views of one listener.  The table keeps no view alive."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._of_view: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
+        self._of_view: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str, bool]] = weakref.WeakKeyDictionary()
         #: The tuples are replaced, never changed, so readers need no lock.
         self._of_channel: dict[str, tuple[weakref.ref[View], ...]] = {}
         #: Channels of views that were removed or collected.  The garbage collector appends at any time, without a lock.
         self._dropped: deque[str] = deque()
-        #: Views that were added, and channels that lost a view, since a session looked last; and if there is one.
+        #: Views that were added, and channels that lost a view, since a session took the changes.
         self._added: weakref.WeakSet[View] = weakref.WeakSet()
         self._left: set[str] = set()
         self._is_tracked_by_session = False
@@ -51,44 +51,44 @@ class SubscriberTable:
     def __len__(self) -> int:
         return len(self._of_view)
 
-    def add_subscriber(self, view: View, keys: tuple[str, ...], channel: str) -> None:
-        """Keep a view true from now on."""
+    def add_subscriber(self, view: View, keys: tuple[str, ...], channel: str, *, is_one_slot: bool = False) -> None:
+        """Add a view; see `Subscriber` for the arguments."""
         dropped = self._dropped
         with self._lock:
             self.remove_subscriber(view)
-            self._of_view[view] = keys, channel
+            self._of_view[view] = keys, channel, is_one_slot
             ref = weakref.ref(view, lambda _: dropped.append(channel))
             self._of_channel[channel] = (*self._of_channel.get(channel, ()), ref)
             self._added.add(view)
             self._sweep()
 
     def remove_subscriber(self, view: View) -> None:
-        """Keep a view true no longer."""
+        """Remove a view, if it is there."""
         with self._lock:
-            _, channel = self._of_view.pop(view, ((), None))
-            if channel is not None:
+            if (entry := self._of_view.pop(view, None)) is not None:
+                channel = entry[1]
                 self._of_channel[channel] = tuple(ref for ref in self._of_channel[channel] if ref() is not view)
                 self._dropped.append(channel)
                 self._added.discard(view)
 
     def views_of(self, channel: str) -> list[View]:
-        """The views of one circuit."""
+        """Return the views of one circuit."""
         return [view for ref in self._of_channel.get(channel, ()) if (view := ref()) is not None]
 
     def on_channels(self, channels: Iterable[str]) -> list[Subscriber]:
-        """What is heard on some channels."""
+        """Return the subscribers of some channels."""
         with self._lock:
             views = [view for channel in channels for view in self.views_of(channel)]
             return [Subscriber(view, *self._of_view[view]) for view in views]
 
     def snapshot(self) -> list[Subscriber]:
-        """All that is heard."""
+        """Return all subscribers."""
         with self._lock:
             return [Subscriber(view, *of_view) for view, of_view in self._of_view.items()]
 
     @contextmanager
     def track_changes(self) -> Iterator[None]:
-        """Note changes for `take`; at first, all views are new."""
+        """Collect changes for `take_changes`.  All views count as added at first."""
         with self._lock:
             self._added, self._is_tracked_by_session = weakref.WeakSet(self._of_view), True
         try:
@@ -99,7 +99,7 @@ class SubscriberTable:
                 self._left.clear()
 
     def take_changes(self) -> tuple[list[Subscriber], set[str]]:
-        """Return what was added since the last time, and the channels that no view is left of."""
+        """Return the subscribers that were added since the last call, and the channels that lost their last view."""
         with self._lock:
             self._sweep()
             if not (self._added or self._left):

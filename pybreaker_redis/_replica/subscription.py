@@ -1,106 +1,105 @@
-"""Are changes of this circuit heard in this process?
-
-Knows: one circuit's view, who listens to its server.  Does not know: lines, threads, what is heard.
-"""
+"""Subscription of one circuit to the listener of its server."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from dataclasses import replace
 
-from pybreaker_redis import _log
-from pybreaker_redis._engines.base import LUA_MODE, EngineChoice, EngineSource
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._replica.connection import PushMode
-from pybreaker_redis._replica.listener import REFUSED_RETRY_DELAY_S, Home, Listener, listener_for
+from pybreaker_redis._replica.listener import REFUSED_RETRY_DELAY_S, Listener, listener_for
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import renew_in_children
-from pybreaker_redis._runtime.logger import emit
+from pybreaker_redis._servers.server import Server
 
 
 class Subscription:
-    """Has a view kept true by the thread that listens to the circuit's server.
+    """Link between one view and the listener that keeps the view current.
 
     Args:
-        name: Of the circuit, for log lines.
-        view: To be kept true.
-        engines: Holder of the circuit's engine.
+        view: The view.
+
+    Attributes:
+        lock: Held by the owner while it decides about a start or a stop, so that both fit the location of the circuit.
     """
 
-    def __init__(self, name: str, view: View, engines: EngineSource) -> None:
-        self._name = name
+    def __init__(self, view: View) -> None:
         self._view = view
-        self._engines = engines
         self._listener: Listener | None = None
-        #: In which process that is, and when to try once more if there is none, monotonic seconds.
+        self._channel = ""
+        #: Process of the listener, and when a start is tried again, monotonic seconds.
         self._pid = os.getpid()
         self._next_start_at = 0.0
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         renew_in_children(self)
 
     def after_fork(self) -> None:
-        """In a child: nobody holds the lock, and nobody listens; a parent's thread may have held its own lock."""
-        self._lock = threading.RLock()
+        """Renew the lock in a child process, and drop the listener, which has no thread there."""
+        self.lock = threading.RLock()
         self._listener, self._next_start_at, self._pid = None, 0.0, os.getpid()
 
-    def start(self, server: Home) -> None:
-        """Have changes heard from now on; nothing to do while nobody has asked, or where there is nothing to hear.
+    @property
+    def is_start_due(self) -> bool:
+        """Whether the circuit should be subscribed and is not.
+
+        A process that uWSGI forked without the hooks of Python has the listener of its parent.
+        """
+        if not self._view.max_staleness:
+            return False
+        if self._pid != os.getpid():
+            return True
+        listener = self._listener
+        return not (listener and listener.is_running) and monotonic() >= self._next_start_at
+
+    def start(self, server: Server, keys: tuple[str, ...], channel: str, *, is_one_slot: bool) -> None:
+        """Subscribe the circuit.
 
         Args:
-            server: Where the circuit lives.
+            server: Server of the circuit.
+            keys: Keys of the circuit, in the order of the scripts.
+            channel: Channel of the circuit.
+            is_one_slot: Whether no command may name keys of other circuits, too.
         """
         if self._pid != os.getpid():
-            # Forked behind Python's back, as by uWSGI.
             self.after_fork()
-        listener = self._listener
-        if not self._view.max_staleness or (listener and listener.is_running) or monotonic() < self._next_start_at:
-            return
-        with self._lock:
-            # Another thread may leave meanwhile, or have begun.
-            choice = self._engines.current
-            if choice is None or self._listener is not listener:
-                return
+        with self.lock:
             # A thread that cannot be started now may be startable later.
             self._next_start_at = monotonic() + REFUSED_RETRY_DELAY_S
-            endpoint = choice.endpoint
-            if endpoint is not None:
-                endpoint = replace(endpoint, is_one_slot=choice.is_one_slot)
-                self._listener = listener_for(endpoint, self._view, choice.keys, choice.channel, server)
-            elif choice.engine.mode == LUA_MODE:
-                self._next_start_at = float("inf")
-                emit(_log.push_impossible(self._name, client_class=type(choice.engine.client).__name__))
+            self._channel = channel
+            self._listener = listener_for(server)
+            self._listener.add_view(self._view, keys, channel, is_one_slot=is_one_slot)
 
-    def discard_engine(self, choice: EngineChoice | None) -> bool:
-        """Discard the circuit's engine, and unsubscribe from the server that the engine used.
+    def disable(self) -> None:
+        """Make no start due until the next `stop`: there is no channel, or no way to connect."""
+        with self.lock:
+            self._next_start_at = math.inf
 
-        Args:
-            choice: Choice to discard; ``None``: the present one.
-
-        Returns:
-            Whether the choice was discarded; False if another one has replaced it.
-        """
-        with self._lock:
-            if not self._engines.discard(choice):
-                return False
+    def stop(self) -> None:
+        """End the subscription; a new start is due at once."""
+        with self.lock:
             listener, self._listener, self._next_start_at = self._listener, None, 0.0
             if listener is not None and self._pid == os.getpid():
                 listener.remove_view(self._view)
-            return True
 
     def expedite(self) -> None:
-        """What was refused is permitted again."""
+        """Retry a refused connection at once."""
         if (listener := self._listener) is not None:
             listener.expedite_reconnect()
 
     def share_answer(self, circuit: Circuit, now_ms: float) -> None:
-        """What this storage was answered, the others of the process need not wait for."""
-        if (listener := self._listener) is not None and (choice := self._engines.current) is not None:
-            listener.share_answer_with_siblings(self._view, choice.channel, circuit, now_ms)
+        """Pass an answer to the other storages of this process, so that they need not wait for the push.
+
+        Args:
+            circuit: The record in the answer.
+            now_ms: Time of the server in the answer, milliseconds.
+        """
+        if (listener := self._listener) is not None:
+            listener.share_answer_with_siblings(self._view, self._channel, circuit, now_ms)
 
     @property
     def push_mode(self) -> PushMode | None:
-        """How, and of what server; ``None`` if not at all."""
+        """How the circuit is subscribed, ``None`` if it is not."""
         listener = self._listener
         return listener.push_mode if listener is not None and self._view.is_subscribed else None

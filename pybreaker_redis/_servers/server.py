@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from pybreaker_redis import _log
 from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind
-from pybreaker_redis._redis.endpoint import endpoint_of
+from pybreaker_redis._redis.endpoint import Endpoint, endpoint_of, plain_endpoint_of
 from pybreaker_redis._redis.pool import ConnectionPools
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import renew_in_children
@@ -94,6 +94,11 @@ class Server:
         """
         self.availability.extend_answer_wait(timeout or TURN_DELAY_MIN_S)
         return self._connections.client_for(client, timeout)
+
+    @property
+    def push_endpoint(self) -> Endpoint | None:
+        """Endpoint for push connections, ``None`` where no connection like those of the client can be made."""
+        return plain_endpoint_of(self._connections.any_client(self._client))
 
     def close_idle_pools(self) -> None:
         """Close all connections that are not in use."""

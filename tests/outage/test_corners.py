@@ -226,10 +226,10 @@ def test_session_without_a_pong_is_over_and_what_is_not_known_is_not_confirmed()
     with pytest.raises(TimeoutError, match="PING"):
         session._beat()
     view = View(1.0)
-    view.is_heard(True)
+    view.mark_subscribed()
     answers = [(1, 0), [b"0"], [b"closed", None], [None] * 6]
-    session.connection = SimpleNamespace(is_tracking=False, is_one_slot=False, query=lambda commands: answers)
-    session._matched_reads = weakref.WeakKeyDictionary()
+    session.connection = SimpleNamespace(is_tracking=False, query=lambda commands: answers)
+    session._matched_reads, session._reads_counters_singly = weakref.WeakKeyDictionary(), False
     session._changed, session._maybe_changed = set(), set()
     session._poll([Subscriber(view, ("s", "f", "p", "o", "c"), "channel")])
     assert not view.is_trusted

@@ -155,5 +155,5 @@ def test_modules_fit_on_a_few_screens() -> None:
     assert {
         module: lines
         for module, path in MODULES.items()
-        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 360
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 370
     } == {}

@@ -35,6 +35,7 @@ from pybreaker_redis._replica import subscription
 from pybreaker_redis._replica.listener import listener_for
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._servers import table
+from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import (
     NAMESPACE,
@@ -107,7 +108,7 @@ def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_bat
     breakers = [breaker_on(clients[number % 10], f"circuit{number}", max_staleness=2 * beat) for number in range(1000)]
     for breaker in breakers:
         breaker.call(up)
-    wait_for(lambda: all(view_of(breaker)._is_subscribed for breaker in breakers), "all are heard", within=30)
+    wait_for(lambda: all(view_of(breaker).is_subscribed for breaker in breakers), "all are heard", within=30)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(listeners()) == 1
@@ -453,7 +454,7 @@ def test_redis_that_is_there_later_is_heard_later(killable_server):
         assert breaker.call(up) == "answer"
         assert len(listeners()) == 1
         killable_server.start()
-        wait_for(lambda: view_of(breaker)._is_subscribed, "it hears", within=20)
+        wait_for(lambda: view_of(breaker).is_subscribed, "it hears", within=20)
         settled(breaker)
 
 
@@ -496,18 +497,18 @@ class UWSGI:
 def test_child_that_was_forked_behind_pythons_back_begins_anew(client):
     """UWSGI calls no hooks: then the process id tells."""
     mine = listener_module.ListenerTable()
-    endpoint = endpoint_of(client)
-    inherited = mine.of(endpoint)
+    server = server_for(client)
+    inherited = mine.listener_of(server)
     closed: list[bool] = []
     inherited.session = SimpleNamespace(connection=SimpleNamespace(close=lambda: closed.append(True)))
-    assert mine.of(endpoint) is inherited
+    assert mine.listener_of(server) is inherited
     mine._pid = -1
-    assert mine.of(endpoint) is not inherited
+    assert mine.listener_of(server) is not inherited
     assert closed == [True]
-    again = mine.of(endpoint)
+    again = mine.listener_of(server)
     mine.after_fork()
     assert closed == [True], "one that has not begun has nothing to close"
-    assert mine.of(endpoint) is not again
+    assert mine.listener_of(server) is not again
 
 
 def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
@@ -610,7 +611,7 @@ def test_nothing_is_kept_of_circuits_that_are_gone(client):
     wait_for(most_are_forgotten, "nothing is kept")
     for number in range(5):
         user = redis.Redis(unix_socket_path=f"/nowhere/{number}")
-        listener_for(endpoint_of(user), View(1.0), ("",) * 5, "channel", kept._state_storage._core.server)
+        listener_for(server_for(user)).add_view(View(1.0), ("",) * 5, "channel")
     gc.collect()
     wait_for(
         lambda: gc.collect() is not None and len(listener_module._listeners._by_server) == 1, "nobody listens elsewhere"

@@ -230,14 +230,14 @@ def test_record_that_the_listener_has_read_is_restored(client, protocol, other):
 class Fake:
     """A line whose answers a test writes."""
 
-    is_tracking = is_one_slot = False
+    is_tracking = False
 
     def __init__(self, hear: Callable[[Push], None]) -> None:
         self.hear = hear
         self.answers: list[Any] = []
         self.pushes: list[Push] = []
 
-    def ask(self, commands: list[Any]) -> list[Any]:
+    def query(self, commands: list[Any]) -> list[Any]:
         """What was written, and what arrives meanwhile."""
         for push in self.pushes:
             self.hear(push)
@@ -252,7 +252,7 @@ def overtaken(*pushes: Push) -> tuple[View, Session]:
     session._keys_by_channel = {CHANNEL: KEYS}
     session._channel_by_key = dict.fromkeys(KEYS, CHANNEL)
     line: Any = session.connection
-    view.is_heard(True)
+    view.mark_subscribed()
     view.store_answer(view.begin_read(), Circuit(OPEN, opened_at_ms=5000, generation=1), 6000)
     assert view.is_trusted
     line.answers = [(7, 0), [b"0"], [b"open", b"5"], [b"2", b"half-open", b"5000", b"a0", b"9000", b"0", b"2000"]]

@@ -18,7 +18,6 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._redis.keys import channel_of, circuit_keys
 from pybreaker_redis._replica import listener as listener_module
 from pybreaker_redis._replica.connection import PushConnection
@@ -225,8 +224,7 @@ def test_connection_that_redis_py_replaces_quietly_is_noticed(breaker, other, cl
     """The new one is subscribed to nothing: without a look at the socket all would seem well."""
     replaced: list[PushConnection] = []
     ask = PushConnection.query
-    endpoint = endpoint_of(breaker._state_storage._core.shared._selector.current.engine.client)
-    listener = listener_module._listeners.of(endpoint)
+    listener = listener_module.listener_for(breaker._state_storage._core.server)
 
     def replace_then_ask(line: PushConnection, commands: Any) -> Any:
         # Others may still listen, for storages of earlier tests.

@@ -27,7 +27,7 @@ def clock() -> Clock:
 def view(clock: Clock) -> View:
     """A view that hears."""
     view = View(STALENESS, clock)
-    view.is_heard(True)
+    view.mark_subscribed()
     return view
 
 
@@ -60,7 +60,7 @@ class TestStaleness:
         """What changed between the answer and the subscription was told to nobody."""
         view = View(STALENESS, clock)
         ticket = view.begin_read()
-        view.is_heard(True)
+        view.mark_subscribed()
         view.store_answer(ticket, closed, 1000)
         assert view.read_trusted() is None
 
@@ -88,7 +88,7 @@ class TestStaleness:
     def test_lost_line_ends_all_belief_at_once(self, view: View) -> None:
         """What changes from here on is not heard."""
         fill(view, closed)
-        view.is_heard(False)
+        view.mark_unsubscribed()
         assert view.read_trusted() is None
         fill(view, closed, 1001)
         assert view.read_trusted() is None
@@ -232,7 +232,7 @@ class TestDeaf:
     def test_late_push_of_a_line_that_was_given_up_needs_no_read(self, view: View) -> None:
         """There is no line to read on."""
         fill(view, closed)
-        view.is_heard(False)
+        view.mark_unsubscribed()
         assert not view.compare_push(opened)
         assert not view.compare_push(None)
 
@@ -373,7 +373,7 @@ class TestOrder:
     def test_reconnect_takes_the_clock_of_the_new_server(self, view: View) -> None:
         """After a failover to a server that is behind, its answers are not older than those of the last one."""
         fill(view, closed, 9000)
-        view.is_heard(True)
+        view.mark_subscribed()
         fill(view, replace(closed, opened_at_ms=1), 10)
         assert view.read_trusted() == replace(closed, opened_at_ms=1)
 

@@ -1,0 +1,48 @@
+"""Order of two records of one circuit that arrive as answers on different connections."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from pybreaker_redis._model.circuit import Circuit
+from pybreaker_redis._model.repair import is_same_but_counters
+
+
+class Merge(Enum):
+    """Relation of a record to the record that is known."""
+
+    #: The record is older, or not later for sure.  It is dropped.
+    OLDER = auto()
+    #: The record was read at the same instant and differs in its counters at most.
+    SAME = auto()
+    #: The record was read at the same instant and differs.
+    CONFLICT = auto()
+    #: The record is later.
+    NEWER = auto()
+
+
+def merge(known: Circuit, known_ms: float, circuit: Circuit, now_ms: float, *, is_asked_later: bool) -> Merge:
+    """Compare a record with the record that is known.
+
+    A higher generation is later, and within a generation a later time of the server.
+
+    Args:
+        known: The record that is known.
+        known_ms: Time of the server in the answer that held the known record, milliseconds.
+        circuit: The other record.
+        now_ms: Time of the server in its answer, milliseconds.
+        is_asked_later: Whether the query was sent after the known record had arrived.
+    """
+    before, after = (known.generation, known_ms), (circuit.generation, now_ms)
+    if after < before:
+        return Merge.OLDER
+    if after > before:
+        return Merge.NEWER
+    if not is_asked_later and (circuit.noisy_until_ms, circuit.fail_counter) < (
+        known.noisy_until_ms,
+        known.fail_counter,
+    ):
+        # A poll and a failure within one millisecond, whose answers arrive in the wrong order.  Without the failure,
+        # the next one would be taken for it in an outage.
+        return Merge.OLDER
+    return Merge.SAME if is_same_but_counters(circuit, known) else Merge.CONFLICT
