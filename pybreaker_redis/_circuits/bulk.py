@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 from pybreaker_redis import _log
+from pybreaker_redis._circuits.budget import operator_timeout_s, operator_wait
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.reader import ReadRequest, read_circuits
 from pybreaker_redis._model.intents import Load, Reply
@@ -210,24 +211,55 @@ def read_all_circuits(questions: Sequence[ReadRequest]) -> list[Reply]:
     return replies
 
 
-def read_for_operator(circuits: Iterable[SharedCircuit]) -> list[Reply]:
-    """Look at circuits, all that live on one server or node at once; nothing is created, repaired or believed.
+class OperatedCircuit(Protocol):
+    """Circuit in Redis, as commands of operators need it.
+
+    Attributes:
+        shared: The circuit in Redis.
+        timeout: Seconds a guarded call may wait for Redis; ``None``: no limit.
+    """
+
+    shared: SharedCircuit
+    timeout: float | None
+
+    @property
+    def name(self) -> str:
+        """Name of the circuit."""
+
+    @property
+    def server_name(self) -> str:
+        """Address of the server; empty while the circuit was not used."""
+
+
+def read_for_operator(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
+    """Read circuits, all circuits on one server or node at once.  Nothing is created, repaired or cached.
+
+    Args:
+        circuits: The circuits.
 
     Returns:
-        For each what is true of it, in the same order, times by the local clock.
+        For each circuit, in the same order, a reply with times by the local clock.
 
     Raises:
-        Exception: No usable answer; whatever the client raises then.
+        StorageUnavailableError: There was no usable reply.
     """
-    asked = [(circuit, circuit.read_request) for circuit in circuits]
+    if not circuits:
+        return []
+    names, first = tuple(circuit.name for circuit in circuits), circuits[0]
+    with operator_wait(names, lambda: first.server_name, operator_timeout_s(first.timeout)):
+        return _read_all([circuit.shared for circuit in circuits])
+
+
+def _read_all(circuits: Sequence[SharedCircuit]) -> list[Reply]:
     together: dict[int, list[tuple[SharedCircuit, ReadRequest]]] = {}
-    for circuit, question in asked:
-        pool = getattr(question.client, "connection_pool", question.client)
-        together.setdefault(id(pool), []).append((circuit, question))
+    for circuit in circuits:
+        request = circuit.read_request
+        pool = getattr(request.client, "connection_pool", request.client)
+        together.setdefault(id(pool), []).append((circuit, request))
     replies: dict[SharedCircuit, Reply] = {}
     for group in together.values():
         replies.update(_look_at(group))
-    return [replies[circuit] for circuit, _ in asked]
+    return [replies[circuit] for circuit in circuits]
 
 
 def _look_at(group: list[tuple[SharedCircuit, ReadRequest]]) -> dict[SharedCircuit, Reply]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 
+from pybreaker import STATE_OPEN as OPEN
 from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis._model.circuit import OPEN
-from pybreaker_redis.operators import made_transition
+from pybreaker_redis.storage import made_transition
 
 __all__ = ("LogListener",)
 

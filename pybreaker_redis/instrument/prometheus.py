@@ -14,12 +14,18 @@ import threading
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
-from pybreaker import CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
+from pybreaker import (
+    STATE_CLOSED,
+    STATE_HALF_OPEN,
+    STATE_OPEN,
+    CircuitBreaker,
+    CircuitBreakerListener,
+    CircuitBreakerState,
+)
 
-from pybreaker_redis._model.circuit import STATES
 from pybreaker_redis._runtime.optional import require_extra
-from pybreaker_redis.operators import made_transition
 from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
+from pybreaker_redis.storage import made_transition
 
 with require_extra("prometheus_client", extra="prometheus"):
     from prometheus_client import REGISTRY, CollectorRegistry, Counter
@@ -135,7 +141,7 @@ def _status_metrics(status: dict[str, CircuitStatus]) -> list[GaugeMetricFamily]
         "pybreaker_circuit_retry_after_seconds", "Until the circuit may be tried; 0: now.", labels=["breaker"]
     )
     for name, circuit in status.items():
-        for each in STATES:
+        for each in (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN):
             state.add_metric([name, each], circuit.state == each)
         failures.add_metric([name], circuit.fail_counter)
         retry_after.add_metric([name], circuit.retry_after)

@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pybreaker import STATE_CLOSED as CLOSED
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
-from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis._runtime.validation import DURATION_MAX_S, check_bool, check_seconds, format_value, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage

@@ -13,7 +13,7 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.failover import Failover
-from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._circuits.mode import Mode
 from pybreaker_redis._redis.classify import ErrorKind, suppress_except
 from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._replica.connection import Push, PushConnection
@@ -72,7 +72,7 @@ def test_two_that_bring_back_the_same_circuit_are_one_too_many(site: Site):
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
     storage._core.on_server_lost()
-    with storage._core.own.recovery_turn() as is_first:
+    with storage._core.local.recovery_turn() as is_first:
         assert is_first
         assert storage._core.bring_back() is None
         assert breaker.call(up) == "answer"
@@ -85,9 +85,9 @@ def test_circuit_that_is_told_in_vain_goes_on_alone(site: Site, monkeypatch):
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
     storage._core.on_server_lost()
-    monkeypatch.setattr(storage._core.own, "must_report_again", lambda replies: True)
+    monkeypatch.setattr(storage._core.local, "must_report_again", lambda replies: True)
     assert storage._core.bring_back() == ""
-    assert not storage._core._view.may_believe
+    assert storage._core.mode is not Mode.SHARED
     monkeypatch.undo()
     wait_for(lambda: is_back(breaker), "it is back")
 
@@ -97,10 +97,10 @@ def test_circuit_that_moves_while_it_is_brought_back_is_told_again(site: Site, m
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
     storage._core.on_server_lost()
-    ended, end = iter([False, True]), storage._core.own.end
-    monkeypatch.setattr(storage._core.own, "end", lambda generation: end(generation) and next(ended))
+    ended, end = iter([False, True]), storage._core.local.end_run
+    monkeypatch.setattr(storage._core.local, "end_run", lambda generation: end(generation) and next(ended))
     assert storage._core.bring_back() == ""
-    assert storage._core._view.may_believe
+    assert storage._core.mode is Mode.SHARED
 
 
 def test_circuit_that_fails_after_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
@@ -174,8 +174,8 @@ def test_circuit_that_may_only_be_read_is_followed(site: Site):
     site.permit("+@all", "-@write")
     calls(breaker, 0.02, failing=1.0)
     assert health_of(breaker).condition == "refused"
-    assert storage._core._may_read
-    storage._core._failed(TypeError("once more"), 0.0)
+    assert storage._core.mode is Mode.FOLLOWING
+    storage._core._note_failure(TypeError("once more"), 0.0)
     assert health_of(breaker).condition == "refused"
     site.permit("+@all")
     wait_for(lambda: is_back(breaker), "it is served again")
@@ -186,9 +186,11 @@ def test_shortcut_that_has_had_its_day_is_left(site: Site):
     """Whoever was late to say that the process goes by its own circuit is corrected by the next look."""
     breaker = settled(breaker_on(site.client()))
     storage = breaker._state_storage
-    storage._shortcut = FastPath(0)
+    storage._core._enter(Mode.LOCAL)
+    assert storage._core.fast_path is storage._core.local.fast_path
     breaker.call(up)
-    assert storage._shortcut is storage._core._view.fast_path
+    assert storage._core.mode is Mode.SHARED
+    assert storage._core.fast_path is storage._core._view.fast_path
 
 
 def test_sentinels_that_know_another_master_end_the_line():

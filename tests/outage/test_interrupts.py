@@ -467,7 +467,7 @@ def test_time_limit_ends_a_look_at_all_circuits(monkeypatch: pytest.MonkeyPatch,
         "pybreaker_redis._circuits.bulk.read_all_circuits", lambda questions: raising(JobTimeout())(1, None)
     )
     with pytest.raises(JobTimeout):
-        read_for_operator([storage._core.shared])
+        read_for_operator([storage._core])
 
 
 def test_time_limit_in_the_second_look_at_what_is_refused_reaches_the_call(
@@ -488,7 +488,7 @@ def test_interrupt_drops_the_connections_that_are_not_in_use(site: Site, monkeyp
     pool = SimpleNamespace(pool=None, disconnect=lambda **words: dropped.append(words["inuse_connections"]))
     dropped: list[bool] = []
     monkeypatch.setattr(storage._core.server, "close_idle_pools", lambda: pool_module.close_idle_connections(pool))
-    monkeypatch.setattr(storage._core, "_execute_shared", lambda intent: raising(KeyboardInterrupt())(1, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(storage._core, "_ask_shared", lambda intent: raising(KeyboardInterrupt())(1, None))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         breaker.call(up)
     monkeypatch.setattr(storage._core, "server", None)

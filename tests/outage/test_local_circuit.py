@@ -134,7 +134,7 @@ def test_second_outage_begins_with_a_new_circuit(killable_server: PrivateServer)
             killable_server.kill()
             wait_for(lambda: storage.health().condition == "unreachable", "it is gone")
             assert breaker.call(up) == "answer"
-            generations.append(storage._admissions.ticket(breaker._state).admission.generation)
+            generations.append(storage._admissions.tag_of(breaker._state).admission.generation)
             with pytest.raises(Down):
                 breaker.call(down)
             assert storage.counter == 1

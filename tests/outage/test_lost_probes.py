@@ -26,6 +26,7 @@ from pybreaker_redis._model.intents import (
     Reply,
     Trip,
 )
+from pybreaker_redis.operators import retry_after
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.wait import wait_for
 
@@ -220,7 +221,7 @@ def test_retry_after_names_no_lease_of_an_orphaned_claim(engine: redis.Redis) ->
     Line(storage).lose(ClaimProbe, executed=True)
     request(breaker)
     wait_for(lambda: storage.health().condition == "connected", "it is back")
-    wait_for(lambda: storage.retry_after(0) == 0, "its gate is open")
+    wait_for(lambda: retry_after(breaker) == 0, "its gate is open")
 
 
 def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: redis.Redis) -> None:
@@ -228,10 +229,10 @@ def test_claim_of_another_process_is_left_alone(server: PrivateServer, engine: r
     breaker, storage = opened(engine)
     with contextlib.closing(server.client()) as client:
         other = CircuitRedisStorage("closed", client, namespace=storage.health().circuit)
-        generation = other._execute(Load()).circuit.generation
+        generation = other._core.carry_out(Load()).circuit.generation
         assert other._core.carry_out(ClaimProbe(generation, "abcdef", LEASE * 1000)).accepted
         request(breaker)
-        assert storage._execute(Load()).circuit.probe_token == "abcdef"
+        assert storage._core.carry_out(Load()).circuit.probe_token == "abcdef"
         assert shared_state(storage, engine) == b"half-open"
 
 
@@ -263,7 +264,7 @@ def test_claim_while_another_thread_brings_the_circuit_back_admits_no_call(engin
     """There is no outage any more, so the shared circuit has the only probe."""
     breaker, storage = opened(engine)
     storage._core.on_server_lost()
-    with storage._core.own.recovery_turn() as is_first:
+    with storage._core.local.recovery_turn() as is_first:
         assert is_first
         with pytest.raises(CircuitBreakerError):
             breaker.call(up)
@@ -339,7 +340,7 @@ def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
 ) -> None:
     """Else the probe would be given back under the call that holds it, and a third call would be admitted."""
     _, storage, report = taken_over
-    probed = storage._execute(Load()).circuit
+    probed = storage._core.carry_out(Load()).circuit
     late = storage._core.shared.execute(report)
     assert not late.accepted
     assert (late.circuit.probe_token, late.circuit.generation) == (probed.probe_token, probed.generation)

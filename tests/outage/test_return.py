@@ -152,14 +152,14 @@ def test_turn_that_a_signal_ends_is_another_ones(
     """The process may go on after it."""
     breaker = settled(breaker_on(site.client()))
     tenancy = breaker._state_storage._core  # type: ignore[attr-defined]
-    tenancy._failed(ValueError("of its own"), time.monotonic())
+    tenancy._note_failure(ValueError("of its own"), time.monotonic())
     wait_for(lambda: tenancy._faults.is_attempt_due, "its turn")
 
     def interrupted(_: Any) -> Any:
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(tenancy, "_execute_shared", interrupted)
+        patched.setattr(tenancy, "_ask_shared", interrupted)
         with pytest.raises(error):
             _ = breaker.fail_counter
     wait_for(lambda: is_back(breaker), "it is back", within=15)
@@ -267,7 +267,7 @@ def test_failure_in_the_middle_of_the_return_counts_once(
 ) -> None:
     """Calls go on while the others are told of earlier ones; some were admitted before the outage."""
     breaker = settled(breaker_on(site.client(), fail_max=MANY, fallback_circuit_state=fallback, timeout=10))
-    report: Callable[[LocalCircuit, Any], LocalReport] = LocalCircuit.report
+    report: Callable[[LocalCircuit, Any], LocalReport] = LocalCircuit.draft_report
 
     def interrupted(own: LocalCircuit, known: Any) -> LocalReport:
         made = report(own, known)
@@ -280,6 +280,6 @@ def test_failure_in_the_middle_of_the_return_counts_once(
     with cut_off(site):
         early.end()
         assert health_of(breaker).is_own
-        monkeypatch.setattr(LocalCircuit, "report", interrupted)
+        monkeypatch.setattr(LocalCircuit, "draft_report", interrupted)
     wait_for(lambda: late.has_ended and is_connected(breaker), "it is back")
     assert counter(site) == 2

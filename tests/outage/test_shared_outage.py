@@ -168,7 +168,7 @@ def test_failure_that_is_counted_alone_just_when_redis_is_back_is_reported(
     """A caller was on the way to the local circuit when that ended; the circuit begins again, and is brought back."""
     breaker = settled(breaker_on(site.client(), fail_max=9, timeout=5.0))
     tenancy = tenancy_of(breaker)
-    execute = LocalCircuit.execute
+    execute = LocalCircuit.decide_locally
 
     def late(own: LocalCircuit, intent: Any, *arguments: Any, **words: Any) -> Reply:
         if isinstance(intent, RecordFailure):
@@ -181,7 +181,7 @@ def test_failure_that_is_counted_alone_just_when_redis_is_back_is_reported(
     site.proxy.hang_up()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
     breaker.call(up)
-    monkeypatch.setattr(LocalCircuit, "execute", late)
+    monkeypatch.setattr(LocalCircuit, "decide_locally", late)
     fails(breaker)
     wait_for(lambda: breaker.fail_counter == 1 and is_back(breaker), "the failure is reported")
 
@@ -201,7 +201,7 @@ def test_storages_that_begin_differently_have_a_local_circuit_each(site: Site) -
 def test_trouble_of_one_storage_leaves_the_others_with_redis(site: Site) -> None:
     """A storage that is alone for a reason of its own keeps no other away from the shared circuit."""
     troubled, well = (settled(breaker) for breaker in storages(site, 2))
-    tenancy_of(troubled)._failed(TypeError("of its own"), time.monotonic())
+    tenancy_of(troubled)._note_failure(TypeError("of its own"), time.monotonic())
     troubled.call(up)
     assert health_of(troubled).is_own
     assert well.call(up) == "answer"
@@ -224,7 +224,7 @@ def test_circuit_in_use_before_its_place_was_known_is_reported(site: Site) -> No
     late.call(up)
     assert health_of(late).is_own
     wait_for(lambda: is_back(late), "it is back", within=15)
-    assert tenancy_of(late).own is tenancy_of(other).own
+    assert tenancy_of(late).local is tenancy_of(other).local
 
 
 # -- the way back ------------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_first_answers_that_come_together_are_one_line(
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     faults = tenancy_of(breaker)._faults
-    tenancy_of(breaker)._failed(TypeError("of its own"), time.monotonic())
+    tenancy_of(breaker)._note_failure(TypeError("of its own"), time.monotonic())
     answered = faults.note_answer
     with monkeypatch.context() as patched:
         patched.setattr(faults, "note_answer", lambda: answered() and None)
@@ -523,14 +523,14 @@ def test_circuit_with_a_flapping_trouble_is_logged_once_a_minute(site: Site, cap
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy = tenancy_of(breaker)
     for _ in range(3):
-        tenancy._failed(TypeError("of its own"), time.monotonic())
+        tenancy._note_failure(TypeError("of its own"), time.monotonic())
         tenancy._faults.outage = replace(tenancy._faults.outage, next_attempt_at=0.0)
         wait_for(lambda: is_back(breaker), "it is served")
     assert len(lines_of(caplog, site)) == 2
-    tenancy._bulletin._window_ends_at = 0.0
-    tenancy._failed(TypeError("of its own"), time.monotonic())
+    tenancy._fault_log._window_ends_at = 0.0
+    tenancy._note_failure(TypeError("of its own"), time.monotonic())
     assert lines_of(caplog, site)[-1].endswith("; and 2 more losses in the last 60 s")
-    tenancy._failed(TypeError("of its own"), time.monotonic())
+    tenancy._note_failure(TypeError("of its own"), time.monotonic())
     assert len(lines_of(caplog, site)) == 3
 
 
@@ -636,6 +636,6 @@ def test_empty_error_is_described_by_its_class_alone(
     assert describe_error(error) == text
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     tenancy = tenancy_of(breaker)
-    tenancy._failed(error, time.monotonic())
+    tenancy._note_failure(error, time.monotonic())
     assert health_of(breaker).last_error == text
     assert text + ")" in lines_of(caplog, site)[0]

@@ -192,7 +192,7 @@ def test_local_clock_set_back_does_not_prolong_the_lease_of_a_dead_prober_in_mem
         breaker = CircuitBreaker(fail_max=1, reset_timeout=RESET_TIMEOUT, state_storage=storage)
         trip(breaker)
         clock.shift(RESET_TIMEOUT)
-        assert storage._execute(ClaimProbe(1, "a0", 30_000)).accepted
+        assert storage._core.carry_out(ClaimProbe(1, "a0", 30_000)).accepted
         clock.shift(-back)
         assert rejected(breaker)
         clock.shift(29.9)

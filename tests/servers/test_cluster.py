@@ -371,7 +371,7 @@ def test_call_that_the_old_node_never_answered_says_nothing_of_the_new_one(clust
     breaker.call(up)
     tenancy = breaker._state_storage._core
     began = time.monotonic()
-    waits = threading.Thread(target=lambda: tenancy._failed(TimeoutError("of the old one"), began))
+    waits = threading.Thread(target=lambda: tenancy._note_failure(TimeoutError("of the old one"), began))
     cluster.fail_over(SLOT)
     # As the thread does that asks again for the old one's circuits; not every node knows at once who has taken over.
     wait_for(lambda: has_moved(tenancy), "it has moved")

@@ -88,7 +88,7 @@ def recovers(breaker: pybreaker.CircuitBreaker, server: PrivateServer) -> None:
             breaker.call(up)
         return bool(storage.health().push != "none")
 
-    if storage._core.max_staleness:
+    if storage._core._view.max_staleness:
         wait_for(is_heard, "others are heard")
 
 

@@ -551,15 +551,15 @@ def test_claim_that_finds_the_circuit_moved_follows_it(storage_of, moved, monkey
     breaker.half_open()
     breaker.call(up)
     other = CircuitBreaker(state_storage=storage)
-    look = type(storage)._look
+    look = type(storage)._read_circuit
 
-    def look_and_be_overtaken(self: Any) -> Any:
+    def look_and_be_overtaken(self: Any, *given: Any) -> Any:
         monkeypatch.undo()
-        reply = look(self)
+        reply = look(self, *given)
         in_thread(getattr(other, moved))
         return reply
 
-    monkeypatch.setattr(type(storage), "_look", look_and_be_overtaken)
+    monkeypatch.setattr(type(storage), "_read_circuit", look_and_be_overtaken)
     if moved == "open":
         with pytest.raises(CircuitBreakerError, match="Timeout not elapsed"):
             breaker.call(up)
@@ -574,15 +574,15 @@ def test_claim_that_finds_another_prober_is_rejected(storage_of, monkeypatch):
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage)
     breaker.call(up)
     probe = CircuitBreaker(reset_timeout=0, success_threshold=3, state_storage=storage).calling()
-    look = type(storage)._look
+    look = type(storage)._read_circuit
 
-    def look_and_be_overtaken(self: Any) -> Any:
+    def look_and_be_overtaken(self: Any, *given: Any) -> Any:
         monkeypatch.undo()
-        reply = look(self)
+        reply = look(self, *given)
         in_thread(probe.__enter__)
         return reply
 
-    monkeypatch.setattr(type(storage), "_look", look_and_be_overtaken)
+    monkeypatch.setattr(type(storage), "_read_circuit", look_and_be_overtaken)
     with pytest.raises(CircuitBreakerError, match="Another caller is testing the dependency"):
         breaker.call(up)
     probe.__exit__(None, None, None)
@@ -928,8 +928,8 @@ def test_listener_that_opens_the_breaker_itself_opens_it_once(storage_of):
     storage = storage_of()
     opened = []
     breaker = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[Opens()])
-    execute = storage._execute
-    storage._execute = lambda intent: (opened.append(r := execute(intent)), r)[1]
+    execute = storage._core.carry_out
+    storage._core.carry_out = lambda *given: (opened.append(r := execute(*given)), r)[1]
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
     assert max(reply.circuit.generation for reply in opened) == 1
@@ -1002,7 +1002,7 @@ def test_late_failure_surfaces_as_the_very_exception(storage_of, state):
 def memory_at(clock: Callable[[], float], **words: Any) -> CircuitMemoryStorage:
     """An open circuit in memory whose time, in milliseconds, is told."""
     storage = CircuitMemoryStorage("open", **words)
-    storage._engine = MemoryEngine(new_circuit("open", clock()), clock)
+    storage._core._engine = MemoryEngine(new_circuit("open", clock()), clock)
     return storage
 
 

@@ -783,7 +783,7 @@ def test_child_does_not_wait_for_locks_that_threads_of_its_parent_hold(client):
     storage = breaker._state_storage
     breaker.call(up)
     guards = (storage._core._faults, storage._core.server.availability)
-    for item in (storage._core.own, storage._core.server, *guards, view_of(breaker), table._servers):
+    for item in (storage._core.local, storage._core.server, *guards, view_of(breaker), table._servers):
         with held_elsewhere(item._lock):
             reset_in_child(item)
             assert item._lock.acquire(timeout=1)

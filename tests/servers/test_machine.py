@@ -107,7 +107,7 @@ class Worker:
             block.__enter__()
         except pybreaker.CircuitBreakerError:
             return False
-        admission = self.storage._admissions.ticket(self.breaker._state).admission
+        admission = self.storage._admissions.tag_of(self.breaker._state).admission
         self.block, self.admitted = block, admission
         return True
 
@@ -129,7 +129,7 @@ class Worker:
     def die(self) -> None:
         """Never report: what remains of the block goes nowhere."""
         reply = Reply(accepted=False, circuit=Circuit(), now_ms=0)
-        self.storage._execute = lambda intent: reply  # type: ignore[method-assign]
+        self.storage._core.carry_out = lambda intent, budget=None: reply  # type: ignore[method-assign]
         if self.block:
             with contextlib.suppress(Down):
                 self.end(Down())

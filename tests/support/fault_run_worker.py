@@ -210,7 +210,7 @@ def _own(storage: CircuitRedisStorage) -> tuple[bool, float, int]:
     """Return whether this process uses its local circuit, since when Redis has been as it is, and which one it is."""
     health = storage.health()
     since = 0.0 if health.since is None else health.since.timestamp() - time.time() + time.monotonic()
-    return health.is_own, since, storage._core.own._begun.generation
+    return health.is_own, since, storage._core.local._ledger.begun.generation
 
 
 def _throughout(first: tuple[bool, float, int], last: tuple[bool, float, int]) -> bool | None:

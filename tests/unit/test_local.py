@@ -70,11 +70,11 @@ class Process:
 
     def ask(self, intent: Intent | None = None) -> Circuit:
         """Carry out an intent; the circuit as it is then."""
-        return self.own.execute(intent or Load(), self.known, answers=self.answers).circuit
+        return self.own.decide_locally(intent or Load(), self.known, can_read=self.answers).circuit
 
     def accepted(self, intent: Intent) -> bool:
         """Whether an intent counts."""
-        return self.own.execute(intent, self.known, answers=self.answers).accepted
+        return self.own.decide_locally(intent, self.known, can_read=self.answers).accepted
 
     def open(self) -> Circuit:
         """By what has been admitted in the present generation, or by hand."""
@@ -82,7 +82,7 @@ class Process:
 
     def half_open(self) -> Circuit:
         """Somebody probes."""
-        circuit = self.ask(ClaimProbe(self.own.now.generation, "cd", LEASE_MS))
+        circuit = self.ask(ClaimProbe(self.own.circuit.generation, "cd", LEASE_MS))
         assert circuit.state == HALF_OPEN
         return circuit
 
@@ -92,11 +92,11 @@ class Process:
 
     def reports(self, known: Circuit | None = None) -> list[Intent]:
         """What the others have to be told."""
-        return list(self.own.report(known or self.known).intents)
+        return list(self.own.draft_report(known or self.known).intents)
 
     def end(self) -> bool:
         """Whether it ends when the others have been told."""
-        return self.own.end(self.own.report(self.known))
+        return self.own.end_run(self.own.draft_report(self.known))
 
     def trip(self, known: Circuit | None = None) -> ShareTrip | None:
         """That it has opened, if that is what they have to be told."""
@@ -132,7 +132,7 @@ class TestBeginning:
         began = process.ask()
         assert began == replace(KNOWN[known], generation=began.generation)
         assert own_generation(began)
-        assert process.own.now.state == known
+        assert process.own.circuit.state == known
 
     @pytest.mark.parametrize("fallback", [OPEN, HALF_OPEN])
     @pytest.mark.parametrize("known", [CLOSED, "never opened", None])
@@ -194,7 +194,7 @@ class TestBeginning:
         """As it would have: until then one is probing, and he may have died."""
         process = Process(clock, KNOWN[HALF_OPEN])
         process.ask()
-        claim = ClaimProbe(process.own.now.generation, "cd", LEASE_MS)
+        claim = ClaimProbe(process.own.circuit.generation, "cd", LEASE_MS)
         assert not process.accepted(claim)
         clock.now = KNOWN[HALF_OPEN].probe_until_ms
         assert process.accepted(claim)
@@ -205,7 +205,7 @@ class TestBeginning:
         process.ask()
         assert process.own.fast_path.trusted_until == 0
         assert process.own.fast_path.admission is not None
-        assert process.own.fast_path.admission.generation == process.own.now.generation
+        assert process.own.fast_path.admission.generation == process.own.circuit.generation
 
 
 class TestReports:
@@ -292,7 +292,7 @@ class TestFollowing:
         """What the fleet has learned later is better than what one process thinks."""
         process = Process(clock, KNOWN[CLOSED], answers=True)
         process.ask(RecordFailure(None, ""))
-        before = process.own.now.generation
+        before = process.own.circuit.generation
         process.known = KNOWN[CLOSED].after_transition(to, opened_at_ms=950)
         after = process.ask()
         assert after.state == to
@@ -357,7 +357,7 @@ class TestTrip:
         process = Process(clock, KNOWN[known] if known else None, fallback, answers=answers)
         process.ask()
         clock.now += 5000
-        process.ask(RecordFailure(process.own.now.generation, ""))
+        process.ask(RecordFailure(process.own.circuit.generation, ""))
         assert process.trip() is None
         assert process.trip(KNOWN[CLOSED]) is None
 
@@ -479,7 +479,7 @@ class TestCounts:
         process.ask()
         assert process.reports() == []
         for _ in range(2):
-            process.ask(RecordFailure(process.own.now.generation, ""))
+            process.ask(RecordFailure(process.own.circuit.generation, ""))
         assert process.reports() == [RecordFailure(KNOWN[CLOSED].generation, "", times=2)]
         assert told(process) == 5
 
@@ -489,7 +489,7 @@ class TestCounts:
         process.ask(RecordSuccess(process.ask().generation, ""))
         assert process.reports() == [RecordSuccess(KNOWN[CLOSED].generation, "")]
         assert told(process) == 0
-        process.ask(RecordFailure(process.own.now.generation, ""))
+        process.ask(RecordFailure(process.own.circuit.generation, ""))
         generation = KNOWN[CLOSED].generation
         assert process.reports() == [RecordSuccess(generation, ""), RecordFailure(generation, "", times=1)]
 
@@ -531,7 +531,7 @@ class TestCounts:
         clock.now += 1000
         process.half_open()
         process.close()
-        process.ask(RecordFailure(process.own.now.generation, ""))
+        process.ask(RecordFailure(process.own.circuit.generation, ""))
         assert process.reports() == []
 
     def test_counts_are_refused_if_the_shared_circuit_has_moved(self, clock: Clock) -> None:
@@ -546,7 +546,7 @@ class TestCounts:
         """Others may have failed as well, but a server that was slow has done what it was asked for."""
         process = Process(clock, KNOWN[CLOSED])
         generation = process.ask().generation
-        process.own.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=True)
+        process.own.decide_locally(RecordFailure(generation, ""), process.known, can_read=False, is_in_doubt=True)
         process.ask(RecordFailure(generation, ""))
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
         assert process.reports(shared) == [RecordFailure(shared.generation, "", times=told)]
@@ -560,9 +560,9 @@ class TestCounts:
         generation = process.ask().generation
         for _ in range(2):
             process.ask(RecordFailure(generation, ""))
-        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.draft_report(process.known)):
             raise redis.TimeoutError
-        process.own.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=since > 1)
+        process.own.decide_locally(RecordFailure(generation, ""), process.known, can_read=False, is_in_doubt=since > 1)
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
         # Of more than was told, one may be the last failure.
         assert process.reports(shared) == [RecordFailure(shared.generation, "", times=told)] * bool(told)
@@ -578,7 +578,7 @@ class TestCounts:
         process.ask(RecordFailure(generation, ""))
         expected = [RecordSuccess(7, ""), RecordFailure(7, "", times=1)]
         assert process.reports() == expected
-        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.draft_report(process.known)):
             raise redis.TimeoutError
         assert process.reports(replace(KNOWN[CLOSED], fail_counter=counter)) == expected * again
 
@@ -586,7 +586,7 @@ class TestCounts:
         """There was an answer, so whatever the counter is, others have counted that."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        with pytest.raises(redis.ReadOnlyError), process.own.reporting(process.own.report(process.known)):
+        with pytest.raises(redis.ReadOnlyError), process.own.reporting(process.own.draft_report(process.known)):
             raise redis.ReadOnlyError
         assert process.reports(replace(KNOWN[CLOSED], fail_counter=4)) == [RecordFailure(7, "", times=1)]
 
@@ -594,7 +594,7 @@ class TestCounts:
         """Its counter began anew; what is told once more is refused there."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.own.reporting(process.own.draft_report(process.known)):
             raise redis.TimeoutError
         moved = replace(KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED), fail_counter=9)
         (again,) = process.reports(moved)
@@ -607,21 +607,21 @@ class TestCounts:
         for _ in range(2):
             process.ask(RecordFailure(generation, ""))
         moved = replace(KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED), fail_counter=0)
-        early = process.own.report(moved)
+        early = process.own.draft_report(moved)
         process.known = moved
         with contextlib.suppress(redis.TimeoutError), process.own.reporting(early):
             process.ask(RecordFailure(process.ask().generation, ""))
             raise redis.TimeoutError
         now = replace(moved, fail_counter=9)
         assert process.reports(now) == [RecordFailure(now.generation, "", times=1)]
-        assert not process.own.end(early)
+        assert not process.own.end_run(early)
         assert process.reports(now) == [RecordFailure(now.generation, "", times=1)]
 
     def test_doubt_ends_with_a_success(self, clock: Clock) -> None:
         """What was counted before it counts no more; what comes after is in no doubt."""
         process = Process(clock, KNOWN[CLOSED])
         generation = process.ask().generation
-        process.own.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=True)
+        process.own.decide_locally(RecordFailure(generation, ""), process.known, can_read=False, is_in_doubt=True)
         process.ask(RecordSuccess(generation, ""))
         process.ask(RecordFailure(generation, ""))
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + 1)
@@ -639,9 +639,9 @@ class TestCounts:
         """Calls go on while the others are being told."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        report = process.own.report(process.known)
-        process.ask(RecordFailure(process.own.now.generation, ""))
-        assert not process.own.end(report)
+        report = process.own.draft_report(process.known)
+        process.ask(RecordFailure(process.own.circuit.generation, ""))
+        assert not process.own.end_run(report)
         assert process.reports() == [RecordFailure(KNOWN[CLOSED].generation, "", times=1)]
 
 
@@ -663,11 +663,11 @@ class TestEnd:
         """What the others were not told would be lost."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask()
-        report = process.own.report(process.known)
+        report = process.own.draft_report(process.known)
         process.open()
-        assert not process.own.end(report)
+        assert not process.own.end_run(report)
         assert process.own.is_running
-        assert process.own.now.state == OPEN
+        assert process.own.circuit.state == OPEN
         assert process.trip() is not None
         assert process.end()
         assert not process.own.is_running
