@@ -30,7 +30,7 @@ PACKAGE = f"{Path(pybreaker_redis.__file__).parent}/"
 #: Most package functions and modules of a journey, from before the package had its present structure.
 LIMITS = {"success": (2, 1), "failure": (101, 17), "trip": (226, 19), "recovery": (456, 19)}
 
-RESET_TIMEOUT_S = 0.2
+RESET_TIMEOUT_S = 1.0
 
 #: Seconds that the wait for a listener or a transition may take.
 WAIT_MAX_S = 10.0

@@ -117,8 +117,12 @@ def frame_among(*codes: CodeType, calling_frame: FrameType | None = None) -> Fra
         calling_frame: Frame of the calling method, if it is known.
     """
     frame: FrameType | None = calling_frame or sys._getframe(1)
-    while frame is not None and not _ends(frame):
-        if frame.f_code in codes:
+    while frame is not None:
+        code = frame.f_code
+        # The walk ends where pybreaker runs other code: a guarded function, or a listener.
+        if id(code) in _RUNS_FUNCTION or (code.co_name in _LISTENS and id(code) not in _CALLERS):
+            break
+        if code in codes:
             return frame
         frame = frame.f_back
     return None
@@ -153,8 +157,10 @@ def is_admission_read(breaker: CircuitBreaker) -> bool:
     that leaves the call to the overridden method, which reads `state` as well.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _ends(frame):
+    while frame is not None:
         code = frame.f_code
+        if id(code) in _RUNS_FUNCTION or (code.co_name in _LISTENS and id(code) not in _CALLERS):
+            break
         if (code.co_name in _ADMITS or code is _ADMITS_ASYNC) and frame.f_locals.get("self") is breaker:
             return "super" not in code.co_names
         frame = frame.f_back
@@ -189,12 +195,6 @@ def breaker_under_construction() -> CircuitBreaker | None:
     """Return the breaker under construction that reads the storage's `state`."""
     frame = _behind_readers(sys._getframe(1))
     return frame.f_locals["self"] if frame.f_code is _BREAKER_INIT else None
-
-
-def _ends(frame: FrameType) -> bool:
-    """Whether pybreaker runs other code in this frame: a guarded function, or a listener."""
-    code = frame.f_code
-    return id(code) in _RUNS_FUNCTION or (code.co_name in _LISTENS and id(code) not in _CALLERS)
 
 
 def _behind_readers(frame: FrameType) -> FrameType:

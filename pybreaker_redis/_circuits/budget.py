@@ -61,13 +61,12 @@ class CallBudget:
 
 
 @contextlib.contextmanager
-def request_wait(budget: CallBudget | None, timeout_s: float | None, *, is_report: bool = False) -> Iterator[None]:
-    """Limit a request to the timeout, or to what the call has left of it.
+def request_wait(budget: CallBudget | None, timeout_s: float | None) -> Iterator[None]:
+    """Limit a request that is no report to the timeout, or to what the call has left of it.
 
     Args:
         budget: Time budget of the guarded call; ``None``: the request belongs to no call.
         timeout_s: Seconds for all requests of a call; ``None``: no limit.
-        is_report: Whether the request reports the outcome of the call.
     """
     if budget is None:
         with deadline(timeout_s):
@@ -75,7 +74,7 @@ def request_wait(budget: CallBudget | None, timeout_s: float | None, *, is_repor
         return
     began = monotonic()
     try:
-        with deadline(budget.begin_request(timeout_s, is_report=is_report)):
+        with deadline(budget.begin_request(timeout_s, is_report=False)):
             yield
     finally:
         budget.spent_s += monotonic() - began

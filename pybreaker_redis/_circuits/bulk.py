@@ -14,7 +14,7 @@ from pybreaker_redis import _log
 from pybreaker_redis._circuits.budget import operator_timeout_s, operator_wait
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.reader import ReadRequest, read_circuits
-from pybreaker_redis._model.intents import Load, Reply
+from pybreaker_redis._model.intents import Intent, Load, Reply
 from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_authentication_error, suppress_except
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._runtime.clock import instant, monotonic
@@ -45,6 +45,13 @@ class ReturningCircuit(Member, Protocol):
     @property
     def uses_local(self) -> bool:
         """Whether calls use the local circuit, so that there may be failures to report."""
+
+    @property
+    def read_request(self) -> ReadRequest:
+        """What is needed to read the circuit together with others."""
+
+    def run_shared(self, intent: Intent) -> Reply:
+        """Carry out an intent on the shared circuit.  An error of the client passes unchanged."""
 
     def load(self) -> None:
         """Query the shared circuit, and repair its record."""
@@ -160,7 +167,7 @@ def _read_again(members: Sequence[ReturningCircuit], answer_wait_s: float) -> li
                 if not is_authentication_error(error):
                     raise
                 # A single load looks for other credentials, and raises if there are none.
-                batch[0][0].shared.execute(Load())
+                batch[0][0].run_shared(Load())
                 found += _read(batch)
         # The others are read on the same connection.
         answer_wait_s = 0
@@ -171,7 +178,7 @@ def _batches(members: Sequence[ReturningCircuit]) -> Iterator[list[tuple[Returni
     together: dict[int, list[tuple[ReturningCircuit, ReadRequest]]] = {}
     for member in members:
         with suppress_except(ErrorKind.UNREACHABLE):
-            question = member.shared.read_request
+            question = member.read_request
             pool = getattr(question.client, "connection_pool", question.client)
             together.setdefault(id(pool), []).append((member, question))
     for group in together.values():
@@ -180,7 +187,7 @@ def _batches(members: Sequence[ReturningCircuit]) -> Iterator[list[tuple[Returni
 
 
 def _read(batch: list[tuple[ReturningCircuit, ReadRequest]]) -> list[ReturningCircuit]:
-    tickets = [member.shared.ticket() for member, _ in batch]
+    tickets = [member.shared.begin_bulk_read() for member, _ in batch]
     before = instant()
     with suppress_except(ErrorKind.UNREACHABLE):
         answers = read_circuits([question for _, question in batch])
@@ -230,6 +237,13 @@ class OperatedCircuit(Protocol):
     def server_name(self) -> str:
         """Address of the server; empty while the circuit was not used."""
 
+    @property
+    def read_request(self) -> ReadRequest:
+        """What is needed to read the circuit together with others."""
+
+    def run_shared(self, intent: Intent) -> Reply:
+        """Carry out an intent on the shared circuit.  An error of the client passes unchanged."""
+
 
 def read_for_operator(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
     """Read circuits, all circuits on one server or node at once.  Nothing is created, repaired or cached.
@@ -247,22 +261,22 @@ def read_for_operator(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
         return []
     names, first = tuple(circuit.name for circuit in circuits), circuits[0]
     with operator_wait(names, lambda: first.server_name, operator_timeout_s(first.timeout)):
-        return _read_all([circuit.shared for circuit in circuits])
+        return _read_all(circuits)
 
 
-def _read_all(circuits: Sequence[SharedCircuit]) -> list[Reply]:
-    together: dict[int, list[tuple[SharedCircuit, ReadRequest]]] = {}
+def _read_all(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
+    together: dict[int, list[tuple[OperatedCircuit, ReadRequest]]] = {}
     for circuit in circuits:
         request = circuit.read_request
         pool = getattr(request.client, "connection_pool", request.client)
         together.setdefault(id(pool), []).append((circuit, request))
-    replies: dict[SharedCircuit, Reply] = {}
+    replies: dict[OperatedCircuit, Reply] = {}
     for group in together.values():
         replies.update(_look_at(group))
     return [replies[circuit] for circuit in circuits]
 
 
-def _look_at(group: list[tuple[SharedCircuit, ReadRequest]]) -> dict[SharedCircuit, Reply]:
+def _look_at(group: list[tuple[OperatedCircuit, ReadRequest]]) -> dict[OperatedCircuit, Reply]:
     before, handled = instant(), sys.exc_info()[1]
     try:
         replies = read_all_circuits([question for _, question in group])
@@ -273,9 +287,9 @@ def _look_at(group: list[tuple[SharedCircuit, ReadRequest]]) -> dict[SharedCircu
             raise
         # They lie elsewhere by now, or in a cluster that nobody knew of, or there are other credentials.  Who asks for
         # one circuit finds that out.
-        return {circuit: circuit.execute(Load()) for circuit, _ in group}
+        return {circuit: circuit.run_shared(Load()) for circuit, _ in group}
     after = instant()
     return {
-        circuit: circuit.to_local_reply(reply, before, after)
+        circuit: circuit.shared.to_local_reply(reply, before, after)
         for (circuit, _), reply in zip(group, replies, strict=True)
     }

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from pybreaker_redis._circuits.budget import CallBudget, operator_timeout_s, operator_wait, request_wait
+from pybreaker_redis._circuits.budget import CallBudget, operator_timeout_s, operator_wait
 from pybreaker_redis._circuits.membership import MemberCircuit
 from pybreaker_redis._circuits.mode import LOCAL_MODES, Mode
 from pybreaker_redis._circuits.probes import PROBE_TOKENS
 from pybreaker_redis._model.circuit import HALF_OPEN
-from pybreaker_redis._model.intents import CountProbe, Intent, Load, RecordFailure, RecordSuccess, Reply
+from pybreaker_redis._model.intents import CountProbe, Intent, RecordFailure, RecordSuccess, Reply
 from pybreaker_redis._redis.classify import may_have_executed
+from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
 from pybreaker_redis._servers.availability import report_availability
@@ -24,7 +25,8 @@ from pybreaker_redis.health import Health
 #: Intents that report the outcome of a call.
 _REPORTS = (RecordFailure, RecordSuccess, CountProbe)
 
-_LOAD = Load()
+#: Most relocations of a circuit during one request: its keys need a tag, and another node has them.
+RELOCATIONS_MAX = 2
 
 
 class Failover(MemberCircuit):
@@ -67,7 +69,7 @@ class Failover(MemberCircuit):
             last_error=report.last_error,
             next_attempt=report.next_attempt,
             attempts=report.attempts,
-            view_age=self.shared.view_age,
+            view_age=self.shared.view_age_s,
             push=push.how if push else "none",
             mode=self.shared.mode,
             circuits=server.member_count if server else 0,
@@ -77,18 +79,14 @@ class Failover(MemberCircuit):
         """See `CircuitCore.prepare_call`."""
         if has_several_breakers:
             self._settings_check.note_second_breaker()
-        # No error of a subscription may reach a guarded call.
-        with suppress_errors():
-            self.ensure_subscribed()
-
-    def ensure_subscribed(self) -> None:
-        """Subscribe to changes of the shared circuit, unless that is done."""
-        if self.server is not None:
-            self.shared.subscribe_to_changes(self.server)
+        if (server := self.server) is not None and self.shared.is_subscription_due:
+            # No error of a subscription may reach a guarded call.
+            with suppress_errors():
+                self.shared.subscribe_to_changes(server)
 
     def read_trusted(self) -> Reply | None:
         """See `CircuitCore.read_trusted`."""
-        reply = self.shared.believed(_LOAD)
+        reply = self.shared.read_trusted()
         return None if reply is None else PROBE_TOKENS.mask_free_probe(reply)
 
     def carry_out(self, intent: Intent, budget: CallBudget | None = None) -> Reply:
@@ -103,7 +101,7 @@ class Failover(MemberCircuit):
         """See `CircuitCore.carry_out_or_raise`."""
         for intent in intents:
             with operator_wait((self.name,), lambda: self.server_name, operator_timeout_s(self.timeout)):
-                reply = self.shared.execute(intent)
+                reply = self.run_shared(intent)
         return reply
 
     def release_connections(self) -> None:
@@ -118,7 +116,7 @@ class Failover(MemberCircuit):
 
     def _decide(self, intent: Intent, budget: CallBudget | None) -> Reply:
         """Carry out an intent on the shared circuit if Redis may be asked and answers, otherwise on the local one."""
-        if isinstance(intent, RecordSuccess) and (trusted := self.shared.believed(intent)):
+        if isinstance(intent, RecordSuccess) and (trusted := self.shared.trusted_reply_to(intent)):
             return trusted
         generation = getattr(intent, "generation", None)
         if generation is not None and generation < 0:
@@ -131,27 +129,44 @@ class Failover(MemberCircuit):
             and server is not None
             and server.availability.outage is None
         ) or self._may_ask(budget):
-            began, reply, interruption = monotonic(), None, None
-            handled = sys.exc_info()[1]
-            try:
-                with request_wait(budget, self.timeout, is_report=isinstance(intent, _REPORTS)):
-                    reply = self._ask_shared(intent)
-            except Exception as error:  # noqa: BLE001
-                interruption = find_interruption(error, handled)
-                if interruption is None:
-                    # A callable that returns a client may raise any class, and libraries have bugs.  No error may reach
-                    # a guarded call.
-                    is_in_doubt = may_have_executed(error)
-                    self._note_failure(error, began, budget)
-            except BaseException as error:  # noqa: BLE001
-                interruption = error
-            if reply is None or (self.timeout is not None and monotonic() - began > 2 * self.timeout):
-                self._end_request(began, has_reply=reply is not None, is_interrupted=interruption is not None)
-            if interruption is not None:
-                raise interruption
+            reply, is_in_doubt = self._try_shared(intent, budget)
             if reply is not None:
                 return reply
         return self._answer_locally(intent, is_in_doubt=is_in_doubt)
+
+    def _try_shared(self, intent: Intent, budget: CallBudget | None) -> tuple[Reply | None, bool]:
+        """Carry out an intent on the shared circuit, within the time that the call has left.
+
+        Returns:
+            The reply, ``None`` without a usable one; and whether Redis may have executed the intent without a reply.
+        """
+        reply: Reply | None = None
+        interruption: BaseException | None = None
+        began, is_in_doubt = monotonic(), False
+        handled, timeout_s = sys.exc_info()[1], self.timeout
+        if budget is not None:
+            timeout_s = budget.begin_request(timeout_s, is_report=isinstance(intent, _REPORTS))
+        try:
+            try:
+                with deadline(timeout_s):
+                    reply = self._ask_shared(intent)
+            finally:
+                if budget is not None:
+                    budget.spent_s += monotonic() - began
+        except Exception as error:  # noqa: BLE001
+            interruption = find_interruption(error, handled)
+            if interruption is None:
+                # A callable that returns a client may raise any class, and libraries have bugs.  No error may reach a
+                # guarded call.
+                is_in_doubt = may_have_executed(error)
+                self._note_failure(error, began, budget)
+        except BaseException as error:  # noqa: BLE001
+            interruption = error
+        if reply is None or (self.timeout is not None and monotonic() - began > 2 * self.timeout):
+            self._end_request(began, has_reply=reply is not None, is_interrupted=interruption is not None)
+        if interruption is not None:
+            raise interruption
+        return reply, is_in_doubt
 
     def _may_ask(self, budget: CallBudget | None) -> bool:
         """Return whether Redis may be asked now; without a retry thread that takes the turn to ask."""
@@ -172,7 +187,7 @@ class Failover(MemberCircuit):
             The reply; ``None`` if Redis may not be asked, because another caller has the turn.
         """
         if self.server is None:
-            self.shared.connect()
+            self._locate()
             if self.server is not None and not self.server.claim_caller_turn():
                 # The outage of that server is known from its other circuits.
                 return None
@@ -181,13 +196,36 @@ class Failover(MemberCircuit):
             if (returned := self._return_by_caller()) is None:
                 return None
             outcome = returned
-        reply = self.shared.execute(intent)
+        reply = self.run_shared(intent)
         if self.mode is Mode.UNUSED:
             self._enter(Mode.SHARED, only_from=Mode.UNUSED)
         if self._faults.outage:
             self._note_answer()
         if self.server and self.server.availability.outage:
             self.server.report_answer(outcome)
+        return reply
+
+    def run_shared(self, intent: Intent, *, tell: bool = True) -> Reply:
+        """Carry out an intent on the shared circuit, wherever it is.  An error of the client passes unchanged.
+
+        Args:
+            intent: Wanted change, or `Load`.
+            tell: Whether to log a repair of the record.
+        """
+        shared, relocations = self.shared, 0
+        while True:
+            choice = shared.selector.current or self._locate()
+            try:
+                reply = shared.execute_at(choice, intent, tell=tell)
+                break
+            except Exception as error:
+                if relocations == RELOCATIONS_MAX or not self._locator.relocate(error, choice.engine.client):
+                    raise
+                shared.forget_location(choice)
+                relocations += 1
+        if shared.selector.missing and self.server is not None:
+            for feature, reason in shared.selector.take_missing_features():
+                self.server.note_missing_feature(feature, reason)
         return reply
 
     def _return_by_caller(self) -> str | None:

@@ -18,13 +18,15 @@ from pybreaker_redis._circuits.local import FALLBACK_LAST
 from pybreaker_redis._circuits.mode import LOCAL_MODES, Mode, SwitchedCircuit
 from pybreaker_redis._circuits.probes import HeldProbes
 from pybreaker_redis._circuits.shared import SharedCircuit
+from pybreaker_redis._engines.base import EngineChoice
+from pybreaker_redis._engines.reader import ReadRequest
 from pybreaker_redis._model.circuit import CLOSED
-from pybreaker_redis._model.intents import Load
-from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind, suppress_except
+from pybreaker_redis._model.intents import Intent, Load, Reply
+from pybreaker_redis._redis.classify import ErrorKind, error_kind, suppress_except
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.locator import CircuitLocator, Location
 from pybreaker_redis._replica.view import View
-from pybreaker_redis._runtime.clock import monotonic, wall_clock_ms
+from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import suppress_errors
 from pybreaker_redis._runtime.logger import LossThrottle
 from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability
@@ -83,21 +85,37 @@ class MemberCircuit(SwitchedCircuit):
         #: Repair of the record that the last load found, for the log.
         self._event = ""
         self.shared = SharedCircuit(
-            self._seat,
-            locator.relocate,
             name=name,
             initial_state=initial_state,
             fallback_state=CLOSED if fallback == FALLBACK_LAST else fallback,
             ttl_ms=ttl_ms,
-            clock=wall_clock_ms,
             view=view,
-            note_missing_feature=self._note_missing_feature,
             logger=logger,
         )
 
     # Location -----------------------------------------------------------------------------------------------------
 
-    def _seat(self) -> Location:
+    def run_shared(self, intent: Intent, *, tell: bool = True) -> Reply:
+        """Carry out an intent on the shared circuit, wherever it is; see `Failover.run_shared`."""
+        raise NotImplementedError
+
+    @property
+    def read_request(self) -> ReadRequest:
+        """What is needed to read the circuit together with others; locates the circuit at first use."""
+        return self.shared.read_request_at(self.shared.selector.current or self._locate())
+
+    def verify_writable(self) -> None:
+        """Write to the server without changing the circuit.  An error of the client passes unchanged."""
+        self.shared.write_unchanged(self.shared.selector.current or self._locate())
+
+    def _locate(self) -> EngineChoice:
+        """Locate the circuit, join its server, and choose an engine."""
+        shared = self.shared
+        with shared.selector.lock:
+            # Another thread may have located the circuit meanwhile.
+            return shared.selector.current or shared.selector.choose(self._join_server())
+
+    def _join_server(self) -> Location:
         location = self._locator.locate()
         server = server_for(location.client)
         client = server.client_with_timeout(location.client, self.timeout)
@@ -111,10 +129,6 @@ class MemberCircuit(SwitchedCircuit):
             before.remove_member(self)
         self._share_local(server, location.keys)
         return replace(location, client=client)
-
-    def _note_missing_feature(self, feature: MissingFeature, reason: object) -> None:
-        assert self.server
-        self.server.note_missing_feature(feature, reason)
 
     # Failures -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +192,7 @@ class MemberCircuit(SwitchedCircuit):
 
     def _use_new_location(self) -> None:
         self.shared.forget_location()
-        self.shared.connect()
+        self._locate()
         if self.server and self.server.availability.outage is None:
             began = monotonic()
             try:
@@ -199,12 +213,8 @@ class MemberCircuit(SwitchedCircuit):
         Args:
             tell: Whether to log a repair; otherwise `bring_back` returns it.
         """
-        event = self.shared.execute(Load(), tell=tell).repair_note
+        event = self.run_shared(Load(), tell=tell).repair_note
         self._event = "" if tell or event == "created" else event
-
-    def verify_writable(self) -> None:
-        """Write to the server without changing the circuit.  An error of the client passes unchanged."""
-        self.shared.verify_writable()
 
     def bring_back(self) -> str | None:
         """Report what the local circuit learned, and use the shared circuit again.
@@ -216,7 +226,7 @@ class MemberCircuit(SwitchedCircuit):
             if not has_turn:
                 return None
             outcome, self._event = self._event, ""
-            result = self.local.reconcile(lambda: self._view.cached, partial(self.shared.execute, tell=False))
+            result = self.local.reconcile(lambda: self._view.cached, partial(self.run_shared, tell=False))
             self._use_shared(has_ended=result.has_ended)
             return "opened for all" if result.has_opened else outcome
 

@@ -42,7 +42,7 @@ class Looks(pybreaker.CircuitBreakerListener):
 
 def note_time_left(storage: CircuitRedisStorage) -> list[tuple[type[Intent], float]]:
     """Return a list that gets what is sent to Redis, with the seconds that are left for the answer; claims are slow."""
-    carriers = storage._core.shared._selector
+    carriers = storage._core.shared.selector
     execute, sent = carriers.run_intent, []
 
     def timed(choice: Any, intent: Intent, *arguments: Any) -> Reply:
@@ -110,7 +110,7 @@ def test_nothing_waits_for_a_server_that_freezes_under_watch_after_the_deadline(
     storage = CircuitRedisStorage("closed", scriptless, "watched", timeout=TIMEOUT)
     breaker = pybreaker.CircuitBreaker(fail_max=99, state_storage=storage)
     breaker.call(up)
-    choice = storage._core.shared._selector.current
+    choice = storage._core.shared.selector.current
     assert choice is not None
     engine = TransactionEngine(choice.engine.client, choice.keys)
     home = TransactionEngine if step == "_queue_writes" else transaction

@@ -33,7 +33,7 @@ def test_client_as_it_is_goes_through_an_outage(site: Site):
     """`timeout=None`: its own connections, its own waits, and all the rest."""
     client = site.client()
     breaker = settled(breaker_on(client, timeout=None))
-    assert breaker._state_storage._core.shared._selector.current.engine.client is client
+    assert breaker._state_storage._core.shared.selector.current.engine.client is client
     site.proxy.refuse()
     wait_for(lambda: is_unreachable_for(breaker), "it is away")
     site.proxy.listen()

@@ -83,7 +83,7 @@ class Line:
     def __init__(self, storage: CircuitRedisStorage) -> None:
         self.lost: list[Intent] = []
         self._loses: tuple[type[Intent], bool] | None = None
-        self._selector = storage._core.shared._selector
+        self._selector = storage._core.shared.selector
         self._execute = self._selector.run_intent
         self._selector.run_intent = self._carry  # type: ignore[method-assign]
 
@@ -341,7 +341,7 @@ def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
     """Else the probe would be given back under the call that holds it, and a third call would be admitted."""
     _, storage, report = taken_over
     probed = storage._core.carry_out(Load()).circuit
-    late = storage._core.shared.execute(report)
+    late = storage._core.run_shared(report)
     assert not late.accepted
     assert (late.circuit.probe_token, late.circuit.generation) == (probed.probe_token, probed.generation)
 

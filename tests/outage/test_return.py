@@ -240,22 +240,22 @@ def test_failures_that_are_told_and_not_answered_in_time_count_once(
     """Of an outage, all in one: the server that is slow has counted them; of one that lost them they are told again."""
     breaker = settled(breaker_on(site.client(), fail_max=MANY, timeout=10))
     fails(breaker, before)
-    execute = SharedCircuit.execute
+    execute = SharedCircuit.execute_at
     told: list[RecordFailure] = []
 
-    def late(shared: SharedCircuit, intent: Intent, **words: Any) -> Reply:
+    def late(shared: SharedCircuit, choice: Any, intent: Intent, **words: Any) -> Reply:
         if not isinstance(intent, RecordFailure) or told:
-            return execute(shared, intent, **words)
+            return execute(shared, choice, intent, **words)
         told.append(intent)
         if happens:
-            execute(shared, intent, **words)
+            execute(shared, choice, intent, **words)
         raise redis.TimeoutError("Timeout reading from socket")
 
     with cut_off(site):
         fails(breaker, 3)
         assert health_of(breaker).is_own
         site.administrator.incrby("viewed:pybreaker:fail_counter", of_others)
-        monkeypatch.setattr(SharedCircuit, "execute", late)
+        monkeypatch.setattr(SharedCircuit, "execute_at", late)
     wait_for(lambda: told and is_connected(breaker), "it is back")
     assert [intent.times for intent in told] == [3]
     assert counter(site) == before + of_others + 3

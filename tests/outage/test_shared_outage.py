@@ -238,20 +238,20 @@ def test_circuits_that_have_learned_nothing_are_read_in_batches(site: Site, monk
         settled(breaker)
     ours = {id(tenancy_of(breaker).shared) for breaker in breakers}
     executed: list[str] = []
-    execute = SharedCircuit.execute
+    execute = SharedCircuit.execute_at
 
-    def noted(shared: SharedCircuit, intent: Any, **words: Any) -> Reply:
+    def noted(shared: SharedCircuit, choice: Any, intent: Any, **words: Any) -> Reply:
         # Circuits of an earlier test may have the same names.
         if id(shared) in ours:
             executed.append(shared._name)
-        return execute(shared, intent, **words)
+        return execute(shared, choice, intent, **words)
 
     with away(site, *breakers):
         for breaker in breakers:
             breaker.call(up)
         assert all(health_of(breaker).is_own for breaker in breakers)
         fails(breakers[7], 2)
-        monkeypatch.setattr(SharedCircuit, "execute", noted)
+        monkeypatch.setattr(SharedCircuit, "execute_at", noted)
     wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all are back")
     assert set(executed) == {"circuit7"}
     assert site.administrator.get("circuit7:pybreaker:state") == b"open"
@@ -370,7 +370,7 @@ class Lone:
             raise LookupError
         return self._question
 
-    def ticket(self) -> None:
+    def begin_bulk_read(self) -> None:
         """Nothing is known."""
 
     def on_server_lost(self) -> None:

@@ -148,7 +148,7 @@ def test_forged_push_changes_no_circuit_in_a_cluster(every_cluster: Nodes):
     """A node passes on what is published at any other, whatever the rights of the publisher."""
     nodes = emptied(every_cluster)
     one, other = (settled(breaker_on(client_of(nodes), NAMESPACE, max_staleness=60)) for _ in range(2))
-    channel = one._state_storage._core.shared._selector.current.channel
+    channel = one._state_storage._core.shared.selector.current.channel
     known = view_of(one).cached
     now_ms = int(time.time() * 1000)
     for _ in range(20):
@@ -389,7 +389,7 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
     breaker.call(up)
     shared = breaker._state_storage._core.shared
     shared.forget_location()
-    shared.connect()
+    breaker._state_storage._core._locate()
     heard: list[Listener] = []
 
     leaves = threading.Thread(target=shared.forget_location)
@@ -401,7 +401,7 @@ def test_nobody_listens_for_ever_where_a_circuit_was_left_that_moment(cluster: N
         return heard[-1]
 
     monkeypatch.setattr(subscription, "listener_for", late)
-    breaker._state_storage._core.ensure_subscribed()
+    breaker._state_storage._core.prepare_call(has_several_breakers=False)
     leaves.join()
     assert not any(item.view is shared._view for item in heard[0].subscriber_table.snapshot())
     monkeypatch.undo()
@@ -635,7 +635,7 @@ def test_news_that_a_circuit_has_moved_are_news_once(client: redis.Redis):
     """Of two threads that find it out the later one leaves the new home alone."""
     breaker = breaker_on(client, NAMESPACE)
     breaker.call(up)
-    selector = breaker._state_storage._core.shared._selector
+    selector = breaker._state_storage._core.shared.selector
     present = selector.current
     breaker._state_storage._core.shared.forget_location(replace(present))
     assert selector.current is present

@@ -517,7 +517,7 @@ def test_ear_that_was_forked_behind_pythons_back_begins_anew(client):
     tenancy = breaker._state_storage._core
     ear = tenancy.shared._subscription
     ear._pid = os.getppid()
-    tenancy.ensure_subscribed()
+    tenancy.prepare_call(has_several_breakers=False)
     assert ear._pid == os.getpid()
     assert ear._listener.is_running
     settled(breaker)

@@ -165,11 +165,11 @@ class Machine(RuleBasedStateMachine):
 
     def truth(self) -> Circuit:
         """The record, by the server's clock."""
-        return self.observer._core.shared._carry_out(Load(), tell=True).circuit
+        return self.observer._core.shared._send(self.observer._core.shared.selector.current, Load()).circuit
 
     def now_ms(self) -> float:
         """The server's clock."""
-        return self.observer._core.shared._carry_out(Load(), tell=True).now_ms
+        return self.observer._core.shared._send(self.observer._core.shared.selector.current, Load()).now_ms
 
     @contextlib.contextmanager
     def step(self, *, may_close: bool = False, may_count: bool = False) -> Iterator[Circuit]:

@@ -333,5 +333,5 @@ def test_tenants_that_differ_by_base_namespace_have_circuits_of_their_own(server
             breaker.call({}.__getitem__, "missing")
     stored = {bytes(key).rpartition(b":")[0] for key in client.keys("*:state")}
     assert stored == {b"pay:shop:cb", b"buy:shop:cb", b"pay:pybreaker"}
-    assert storages[0]._core.shared._selector.current.channel == "pay:shop:cb:circuit@0"
+    assert storages[0]._core.shared.selector.current.channel == "pay:shop:cb:circuit@0"
     assert Shop("closed", client).health().circuit == "shop:cb"

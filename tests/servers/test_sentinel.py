@@ -82,7 +82,7 @@ def test_connection_that_was_kept_open_to_a_demoted_master_is_left(killable_serv
         client = shop.manager().master_for("shop")
         breaker = breaker_on(client, max_staleness=0, timeout=10)
         breaker.call(lambda: None)
-        asked = breaker._state_storage._core.shared._selector.current.engine.client
+        asked = breaker._state_storage._core.shared.selector.current.engine.client
         whereabouts = breaker._state_storage._core._locator
         (idle,) = asked.connection_pool._available_connections
         for said in ("READONLY You can't write", "The previous master is now a slave"):

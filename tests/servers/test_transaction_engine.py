@@ -328,7 +328,7 @@ def test_contention_without_end_is_no_outage(
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
     caplog.clear()
-    engine = storage._core.shared._selector.current.engine
+    engine = storage._core.shared.selector.current.engine
     usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     for _ in range(3):
@@ -353,7 +353,7 @@ def test_call_that_contention_has_held_up_reports_without_asking_again(
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.5)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
-    engine = storage._core.shared._selector.current.engine
+    engine = storage._core.shared.selector.current.engine
     usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
@@ -379,7 +379,7 @@ def test_call_that_was_admitted_alone_is_counted_where_the_circuit_is_shared_aga
     storage = CircuitRedisStorage(CLOSED, scriptless, "optimistic", timeout=0.3)
     breaker = CircuitBreaker(fail_max=30, state_storage=storage)
     breaker.call(lambda: None)
-    engine = storage._core.shared._selector.current.engine
+    engine = storage._core.shared.selector.current.engine
     usual, overtaker = engine.client, Overtaker(engine.client, 10**9, lambda _: client.set(KEYS[2], 0))
     engine.client = overtaker
     with pytest.raises(ZeroDivisionError):
