@@ -158,9 +158,9 @@ def parse_script_reply(answer: object) -> tuple[Reply, str]:
     until_ms, noisy_ms, lease_ms, repair_note, publish_error = rest
     texts = state, token, repair_note, publish_error
     if bytes in set(map(type, texts)):
-        state, token, repair_note, publish_error = (
+        state, token, repair_note, publish_error = [
             text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else text for text in texts
-        )
+        ]
     numbers = accepted, now_ms, fails, successes, opened_at_ms, generation, until_ms, noisy_ms, lease_ms
     # One check of all types takes a third of the time of a check per value.
     is_sound = (

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pybreaker import (
     STATE_CLOSED,
@@ -24,7 +24,11 @@ from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import CircuitSnapshot, retry_after
 from pybreaker_redis.registry import settings as settings_module
 from pybreaker_redis.registry.decorator import NO_FALLBACK, P, T, guard_with
+from pybreaker_redis.registry.settings import BreakerSettings, SettingOptions, Settings
 from pybreaker_redis.storage import CircuitRedisStorage, client_source_from_url
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ("BreakerRegistry", "CircuitStatus", "retry_after")
 
@@ -83,7 +87,7 @@ class BreakerRegistry(ForkSafe):
         *,
         prefix: str = "",
         listeners: Iterable[CircuitBreakerListener] = (),
-        **defaults: Any,
+        **defaults: Unpack[SettingOptions],
     ) -> None:
         self._redis = client_source_from_url(redis) if isinstance(redis, str) else redis
         self._prefix = settings_module.checked_prefix(prefix)
@@ -97,7 +101,7 @@ class BreakerRegistry(ForkSafe):
 
     # The breakers ---------------------------------------------------------------------------------------------------
 
-    def get(self, name: str, /, **settings: Any) -> CircuitBreaker:
+    def get(self, name: str, /, **settings: Unpack[SettingOptions]) -> CircuitBreaker:
         """The breaker of that name, always the same one; it is made if there was none.
 
         Args:
@@ -116,7 +120,7 @@ class BreakerRegistry(ForkSafe):
                 self._breaker_by_name[name] = self._create_breaker(name)
             return self._breaker_by_name[name]
 
-    def configure(self, name: str, /, **settings: Any) -> None:
+    def configure(self, name: str, /, **settings: Unpack[SettingOptions]) -> None:
         """Say what settings a breaker shall have, before it is first asked for; see `get`.
 
         Raises:
@@ -147,7 +151,7 @@ class BreakerRegistry(ForkSafe):
         return len(self._settings_by_name)
 
     def guard(
-        self, name: str, /, *, fallback: Any = NO_FALLBACK, **settings: Any
+        self, name: str, /, *, fallback: Any = NO_FALLBACK, **settings: Unpack[SettingOptions]
     ) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """Have every call of a function guarded by a breaker.
 
@@ -228,6 +232,12 @@ class BreakerRegistry(ForkSafe):
         for breaker in made.values():
             operators.release_connections(breaker)
 
+    def __repr__(self) -> str:
+        # Neither a URL nor a client is shown: both may have a password.
+        kind = "memory" if self._redis is None else "redis"
+        prefix = f", prefix={self._prefix[:-1]!r}" if self._prefix else ""
+        return f"<{type(self).__name__} {kind}{prefix}, {len(self)} breakers>"
+
     def __enter__(self) -> BreakerRegistry:
         return self
 
@@ -236,7 +246,7 @@ class BreakerRegistry(ForkSafe):
 
     # Behind it ------------------------------------------------------------------------------------------------------
 
-    def _declare(self, name: str, settings: dict[str, Any]) -> str:
+    def _declare(self, name: str, settings: Settings) -> str:
         known = self._settings_by_name.get(name)
         if known is not None and all(item in known.items() for item in settings.items()):
             return plain_text(name)
@@ -245,34 +255,31 @@ class BreakerRegistry(ForkSafe):
         settings = settings_module.validated(settings, stacklevel=3)
         with self._lock:
             declared = self._settings_by_name.get(name, {})
-            present = self._settings_of(name) if name in self._breaker_by_name else declared
+            present = asdict(self._settings_of(name)) if name in self._breaker_by_name else declared
             settings_module.check_consistent(name, present, settings)
             self._settings_by_name[name] = {**declared, **settings}
         return name
 
-    def _settings_of(self, name: str) -> dict[str, Any]:
-        usual = {**settings_module.BREAKER_DEFAULTS, "exclude": (), **settings_module.STORAGE_DEFAULTS}
-        return {**usual, **self._defaults, **self._settings_by_name.get(name, {})}
+    def _settings_of(self, name: str) -> BreakerSettings:
+        return BreakerSettings.of({**self._defaults, **self._settings_by_name.get(name, {})})
 
     def _create_breaker(self, name: str) -> CircuitBreaker:
         return CircuitBreaker(
             name=name,
             listeners=self._listeners,
             state_storage=self._storage(name),
-            **settings_module.breaker_arguments(self._settings_of(name)),
+            **self._settings_of(name).breaker_arguments(),
         )
 
     def _storage(self, name: str) -> CircuitBreakerStorage:
         settings = self._settings_of(name)
         if self._redis is None:
-            return CircuitMemoryStorage(
-                STATE_CLOSED, **settings_module.subset(settings, settings_module.MEMORY_DEFAULTS)
-            )
+            return CircuitMemoryStorage(STATE_CLOSED, **settings.memory_arguments())
         return CircuitRedisStorage(
             STATE_CLOSED,
             self._redis,
             namespace=f"{self._prefix}{name}",
-            **settings_module.subset(settings, settings_module.STORAGE_DEFAULTS),
+            **settings.storage_arguments(),
         )
 
 
