@@ -94,8 +94,8 @@ def scriptless(killable_server: PrivateServer) -> Iterator[redis.Redis]:
     ("step", "intent"),
     [
         ("reads", RecordFailure(None, "")),
-        ("decides", ClaimProbe(99, "refused", 1000)),
-        ("writes", RecordFailure(None, "")),
+        pytest.param("decides", ClaimProbe(99, "refused", 1000), marks=pytest.mark.full),
+        pytest.param("writes", RecordFailure(None, ""), marks=pytest.mark.full),
     ],
     ids=["while it reads", "after a refusal", "while it writes"],
 )

@@ -51,6 +51,7 @@ from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
 
+@pytest.mark.full
 def test_client_without_a_timeout_goes_through_an_outage(site: Site):
     """With `timeout=None` the storage uses the client and its connections unchanged, and returns."""
     client = site.client()

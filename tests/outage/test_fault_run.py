@@ -73,6 +73,7 @@ def test_lease_is_longer_than_a_recovery() -> None:
         assert limits.recovery < fault_run.calm_seconds()
 
 
+@pytest.mark.full
 def test_run_that_fails_leaves_no_process_behind(preferred, tmp_path, monkeypatch):
     """An error in a fault ends server, workers and proxy, and is raised."""
     started: list[Any] = []
@@ -94,6 +95,7 @@ def test_run_that_fails_leaves_no_process_behind(preferred, tmp_path, monkeypatc
     assert [process.poll() is None for process in started] == [False] * len(started)
 
 
+@pytest.mark.full
 def test_worker_that_ends_early_is_an_error(site, tmp_path):
     """A run without one of its workers is an error, and the other workers are killed."""
     with contextlib.closing(fault_run.Dependencies(tmp_path / "up")) as dependencies:

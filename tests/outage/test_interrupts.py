@@ -66,7 +66,7 @@ def querying_breaker(site: Site, **settings: Any) -> pybreaker.CircuitBreaker:
         TimeoutError("of the application"),
         SoftTimeout("of the application"),
         OSError("of the application"),
-        ConnectionResetError("of the application"),
+        pytest.param(ConnectionResetError("of the application"), marks=pytest.mark.full),
         BlockingIOError("of the application"),
         redis.ConnectionError("of the application"),
         ValueError("of the application"),
@@ -144,6 +144,7 @@ def test_connection_interrupted_in_its_handshake_is_not_reused(site: Site) -> No
     assert health_of(silent).last_error == ""
 
 
+@pytest.mark.full
 def test_error_of_a_handler_during_a_query_to_sentinels_is_raised(site: Site) -> None:
     """An interruption of a query to a Sentinel is raised, although its client takes it for a dead Sentinel."""
     sentinel = Sentinel([("127.0.0.1", site.proxy.port)] * 2, socket_timeout=LONG)
@@ -462,7 +463,7 @@ def test_time_limit_while_a_client_is_copied_leaves_its_kind_unknown(monkeypatch
     """An interruption while a client is copied does not make the package treat the client as an unknown kind."""
     client = redis.Redis(port=1)
     with monkeypatch.context() as patched:
-        replace_client_copy(patched, lambda *_: raising(JobTimeout())(1, None))
+        replace_client_copy(patched, lambda *_, **__: raising(JobTimeout())(1, None))
         with pytest.raises(JobTimeout):
             server_for(client).client_with_timeout(client, 1.0)
     assert server_for(client).client_with_timeout(client, 1.0) is not client

@@ -160,7 +160,7 @@ def made(make: str, client: redis.Redis, **settings: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("failures", [1, 10])
+@pytest.mark.parametrize("failures", [1, pytest.param(10, marks=pytest.mark.full)])
 def test_brief_loss_of_connections_keeps_an_open_circuit_open(site: Site, make, promised, failures: int):
     """A few lost commands neither admit a call to a dead dependency nor close the circuit."""
     storage = made(make, site.client(**ONCE))

@@ -166,6 +166,7 @@ def test_interrupted_attempt_is_repeated_soon(
     wait_for(lambda: is_back(breaker), "the return is noticed", within=15)
 
 
+@pytest.mark.full
 def test_connections_that_a_network_forgot_are_one_outage(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     """If a network forgets connections, one failed call closes all of them instead of one call for each."""
     caplog.set_level("INFO", "pybreaker_redis")

@@ -244,6 +244,7 @@ def test_local_circuit_of_an_unknown_server_is_reported_once_it_is_known(site: S
 # -- the return --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_circuits_without_local_changes_are_read_in_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many circuits return in a few round trips.  A circuit that opened in the outage is reported individually."""
     monkeypatch.setattr(bulk, "READ_BATCH_CIRCUITS", 20)

@@ -49,7 +49,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Availability]]:
 def lost(site: Site) -> Iterator[None]:
     """Refuse all connections, and permit them again."""
     site.proxy.refuse()
-    site.proxy.hang_up()
+    site.proxy.close_connections()
     yield
     site.proxy.listen()
 

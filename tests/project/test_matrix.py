@@ -36,9 +36,7 @@ FIELDS = {name: number for number, name in enumerate(("state", "fail_counter", "
 def _places() -> list[Any]:
     kinds = [kind for kind in KINDS if kind != "Cluster" or has_clusters()]
     return [
-        pytest.param(
-            (kind, found), id=f"{kind}-{servers.name_of(found)}", marks=pytest.mark.full if kind != KINDS[0] else ()
-        )
+        pytest.param((kind, found), id=f"{kind}-{servers.name_of(found)}", marks=pytest.mark.full)
         for found in servers.at_hand()
         for kind in kinds
     ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import io
 import re
 import sys
@@ -176,8 +177,13 @@ def files(places: Iterable[str | Path]) -> Iterator[Path]:
             )
 
 
-def texts(path: Path) -> Iterator[Text]:
-    """Yield every text of a file."""
+@functools.cache
+def texts(path: Path) -> tuple[Text, ...]:
+    """Return every text of a file."""
+    return tuple(_texts(path))
+
+
+def _texts(path: Path) -> Iterator[Text]:
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         tree = ast.parse(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,12 @@ FOREIGN = {
 
 #: Calls with the name of an attribute as their second argument.
 BY_NAME = {"setattr", "getattr", "delattr", "hasattr", "patch", "object"}
+
+
+@functools.cache
+def parsed(name: str) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
 
 def is_private(name: str) -> bool:
@@ -76,14 +83,14 @@ def imported_modules(tree: ast.Module) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("name", [name for name in FILES if name != INSPECT])
 def test_only_inspect_reaches_into_private_objects(name: str) -> None:
     """The change of a private name leads to changes in one file of the tests."""
-    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    tree = parsed(name)
     assert [(line, used) for line, used in private_uses(tree) if used not in FOREIGN] == []
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_tests_import_no_tests(name: str) -> None:
     """What tests share lies in `tests/support`, so each file of tests can be run and moved alone."""
-    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    tree = parsed(name)
     tests = [
         (line, module)
         for line, module in imported_modules(tree)
@@ -107,7 +114,7 @@ READERS = (
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(READERS)])
 def test_log_lines_are_those_of_the_tests_own_subjects(name: str) -> None:
     """Threads of earlier tests may still log: `tests/support/logs.py` finds the lines about a server or a circuit."""
-    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    tree = parsed(name)
     reads = [
         (node.lineno, node.attr)
         for node in ast.walk(tree)

@@ -25,7 +25,7 @@ from tests import EXTENSIONS, VARIABLE
 from tests.support import servers
 from tests.support.agreement import CircuitPair, health_of, log_lines_about
 from tests.support.breakers import breaker_on, fails, settled, up
-from tests.support.clients import KINDS
+from tests.support.clients import KINDS, SAMPLE
 from tests.support.inspect import server_of
 from tests.support.selection import but_for
 from tests.support.servers import ONCE, no_server
@@ -103,9 +103,6 @@ def assert_full_service(server: PrivateServer, client: Any, namespace: str, **ot
 
 #: Kinds with different connections. The other kinds differ in the names of keys, or in their waits.
 CONNECTION_KINDS = [kind for kind in KINDS if kind not in ("tcp", "url", "patient", "named", "strict")]
-
-#: Kinds that stand for the others in a run without ``--full``.
-SAMPLE = ("decoding", "resp2", "unix", "valkey")
 
 
 @pytest.mark.parametrize("kind", but_for(SAMPLE, CONNECTION_KINDS))

@@ -66,6 +66,7 @@ def test_dropped_memory_storages_leave_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("circuits", [1, STORAGES], ids=["one circuit", "many circuits"])
+@pytest.mark.full
 def test_dropped_redis_storages_leave_nothing_behind(server: PrivateServer, circuits: int) -> None:
     """Listeners, servers and the list of storages of one circuit drop their references."""
     numbers = itertools.count()

@@ -25,9 +25,10 @@ from pybreaker_redis._redis.keys import library_class_of
 from pybreaker_redis._redis.pool import POOL_CONNECTIONS_MAX, bounded_client
 from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
-from tests.support.clients import KINDS, CredentialProvider, by_port, retrying
+from tests.support.clients import KINDS, SAMPLE, CredentialProvider, by_port, retrying
 from tests.support.inspect import connections_of, first_client_of, server_of
 from tests.support.logs import messages_of
+from tests.support.selection import but_for
 from tests.support.sentinel import Sentinels
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
@@ -57,7 +58,7 @@ def empty(request: pytest.FixtureRequest) -> None:
             client.flushall()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=but_for(SAMPLE, KINDS))
 def client(request: pytest.FixtureRequest, reached: PrivateServer) -> Iterator[Any]:
     """Yield a client of each kind."""
     made = KINDS[request.param](reached)

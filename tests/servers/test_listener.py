@@ -157,6 +157,7 @@ def test_1000_circuits_of_as_many_clients_take_one_thread_one_connection_one_bat
         one.close()
 
 
+@pytest.mark.full
 def test_circuit_that_needs_shorter_beats_gets_them(client):
     """The circuit need not wait for a beat that was planned for other circuits."""
     settled(breaker_on(client, "slow", max_staleness=60))
@@ -478,7 +479,7 @@ def test_redis_that_starts_later_sends_pushes(killable_server):
     "travel",
     [
         pytest.param(freezegun.freeze_time, id="freezegun", marks=pytest.mark.full),
-        pytest.param(time_machine.travel, id="time-machine"),
+        pytest.param(time_machine.travel, id="time-machine", marks=pytest.mark.full),
     ],
 )
 def test_stopped_clock_stops_no_listener(client, server, travel):
@@ -741,7 +742,7 @@ def test_program_ends_at_once_and_silently(server, what, answers):
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("first", ["a failure", "by hand"])
+@pytest.mark.parametrize("first", ["a failure", pytest.param("by hand", marks=pytest.mark.full)])
 def test_failures_count_locally_while_redis_takes_no_writes(killable_server, first):
     """Polls succeed, because reads still work. A call that Redis admits must be able to report its failure to Redis."""
     with contextlib.closing(killable_server.client(**ONCE)) as client:

@@ -351,6 +351,7 @@ def test_idle_circuit_is_not_read_after_a_push(client, other):
     assert commands.get("hmget", 0) == commands["evalsha"], "only scripts have read the hash"
 
 
+@pytest.mark.full
 def test_push_costs_the_same_with_many_circuits(client):
     """The CPU time of a wake-up of the listener depends on the number of changes only."""
     cost = {}

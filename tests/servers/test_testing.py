@@ -363,6 +363,7 @@ class TestFixtures:
         assert "1 passed" in project('["pybreaker_redis.fixtures"]', test)
         assert "fixture 'memory_breakers' not found" in project("[]", test)
 
+    @pytest.mark.full
     def test_tests_of_the_readme_run(self, project: Callable[[str, str], str]) -> None:
         """The tests that the README shows are run as tests."""
         from tests.support.pages import blocks

@@ -109,6 +109,7 @@ def test_many_processes_count_every_failure_once(server: PrivateServer, client: 
     assert counts == list(range(1, PROCESSES * FAILURES + 1))
 
 
+@pytest.mark.full
 def test_many_processes_trip_once(server: PrivateServer, client: redis.Redis) -> None:
     """Of simultaneous trips, one is accepted."""
     answers = run_intents(server, *["trip"] * 16)
@@ -116,7 +117,6 @@ def test_many_processes_trip_once(server: PrivateServer, client: redis.Redis) ->
     assert client.hget(KEYS[4], "generation") == b"1"
 
 
-@pytest.mark.full
 def test_many_processes_get_one_probe(server: PrivateServer, client: redis.Redis) -> None:
     """The probe is granted to one process."""
     TransactionEngine(client, KEYS).execute(SetState(OPEN), None, CLOSED)

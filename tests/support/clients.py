@@ -90,5 +90,8 @@ if "protocol" in inspect.signature(redis.Redis).parameters:
     KINDS["resp3"] = lambda server: by_port(server, protocol=3)
 
 
+#: Kinds that stand for the others in a run without ``--full``.
+SAMPLE = ("decoding", "resp2", "unix", "valkey")
+
 #: Protocols of a push connection: the server tracks keys with RESP3, and only sends what is published with RESP2.
 PROTOCOLS = [3, 2] if "protocol" in inspect.signature(redis.Redis).parameters else [2]
