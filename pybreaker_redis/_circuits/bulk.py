@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 from pybreaker_redis import _log
+from pybreaker_redis._circuits.budget import operator_timeout_s, operator_wait
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.reader import ReadRequest, read_circuits
-from pybreaker_redis._model.intents import Load, Reply
+from pybreaker_redis._model.intents import Intent, Load, Reply
 from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_authentication_error, suppress_except
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._runtime.clock import instant, monotonic
@@ -44,6 +45,13 @@ class ReturningCircuit(Member, Protocol):
     @property
     def uses_local(self) -> bool:
         """Whether calls use the local circuit, so that there may be failures to report."""
+
+    @property
+    def read_request(self) -> ReadRequest:
+        """What is needed to read the circuit together with others."""
+
+    def run_shared(self, intent: Intent) -> Reply:
+        """Carry out an intent on the shared circuit.  An error of the client passes unchanged."""
 
     def load(self) -> None:
         """Query the shared circuit, and repair its record."""
@@ -159,7 +167,7 @@ def _read_again(members: Sequence[ReturningCircuit], answer_wait_s: float) -> li
                 if not is_authentication_error(error):
                     raise
                 # A single load looks for other credentials, and raises if there are none.
-                batch[0][0].shared.execute(Load())
+                batch[0][0].run_shared(Load())
                 found += _read(batch)
         # The others are read on the same connection.
         answer_wait_s = 0
@@ -170,7 +178,7 @@ def _batches(members: Sequence[ReturningCircuit]) -> Iterator[list[tuple[Returni
     together: dict[int, list[tuple[ReturningCircuit, ReadRequest]]] = {}
     for member in members:
         with suppress_except(ErrorKind.UNREACHABLE):
-            question = member.shared.read_request
+            question = member.read_request
             pool = getattr(question.client, "connection_pool", question.client)
             together.setdefault(id(pool), []).append((member, question))
     for group in together.values():
@@ -179,7 +187,7 @@ def _batches(members: Sequence[ReturningCircuit]) -> Iterator[list[tuple[Returni
 
 
 def _read(batch: list[tuple[ReturningCircuit, ReadRequest]]) -> list[ReturningCircuit]:
-    tickets = [member.shared.ticket() for member, _ in batch]
+    tickets = [member.shared.begin_bulk_read() for member, _ in batch]
     before = instant()
     with suppress_except(ErrorKind.UNREACHABLE):
         answers = read_circuits([question for _, question in batch])
@@ -210,27 +218,65 @@ def read_all_circuits(questions: Sequence[ReadRequest]) -> list[Reply]:
     return replies
 
 
-def read_for_operator(circuits: Iterable[SharedCircuit]) -> list[Reply]:
-    """Look at circuits, all that live on one server or node at once; nothing is created, repaired or believed.
+class OperatedCircuit(Protocol):
+    """Circuit in Redis, as commands of operators need it.
+
+    Attributes:
+        shared: The circuit in Redis.
+        timeout: Seconds a guarded call may wait for Redis; ``None``: no limit.
+    """
+
+    shared: SharedCircuit
+    timeout: float | None
+
+    @property
+    def name(self) -> str:
+        """Name of the circuit."""
+
+    @property
+    def server_name(self) -> str:
+        """Address of the server; empty while the circuit was not used."""
+
+    @property
+    def read_request(self) -> ReadRequest:
+        """What is needed to read the circuit together with others."""
+
+    def run_shared(self, intent: Intent) -> Reply:
+        """Carry out an intent on the shared circuit.  An error of the client passes unchanged."""
+
+
+def read_for_operator(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
+    """Read circuits, all circuits on one server or node at once.  Nothing is created, repaired or cached.
+
+    Args:
+        circuits: The circuits.
 
     Returns:
-        For each what is true of it, in the same order, times by the local clock.
+        For each circuit, in the same order, a reply with times by the local clock.
 
     Raises:
-        Exception: No usable answer; whatever the client raises then.
+        StorageUnavailableError: There was no usable reply.
     """
-    asked = [(circuit, circuit.read_request) for circuit in circuits]
-    together: dict[int, list[tuple[SharedCircuit, ReadRequest]]] = {}
-    for circuit, question in asked:
-        pool = getattr(question.client, "connection_pool", question.client)
-        together.setdefault(id(pool), []).append((circuit, question))
-    replies: dict[SharedCircuit, Reply] = {}
+    if not circuits:
+        return []
+    names, first = tuple(circuit.name for circuit in circuits), circuits[0]
+    with operator_wait(names, lambda: first.server_name, operator_timeout_s(first.timeout)):
+        return _read_all(circuits)
+
+
+def _read_all(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
+    together: dict[int, list[tuple[OperatedCircuit, ReadRequest]]] = {}
+    for circuit in circuits:
+        request = circuit.read_request
+        pool = getattr(request.client, "connection_pool", request.client)
+        together.setdefault(id(pool), []).append((circuit, request))
+    replies: dict[OperatedCircuit, Reply] = {}
     for group in together.values():
         replies.update(_look_at(group))
-    return [replies[circuit] for circuit, _ in asked]
+    return [replies[circuit] for circuit in circuits]
 
 
-def _look_at(group: list[tuple[SharedCircuit, ReadRequest]]) -> dict[SharedCircuit, Reply]:
+def _look_at(group: list[tuple[OperatedCircuit, ReadRequest]]) -> dict[OperatedCircuit, Reply]:
     before, handled = instant(), sys.exc_info()[1]
     try:
         replies = read_all_circuits([question for _, question in group])
@@ -241,9 +287,9 @@ def _look_at(group: list[tuple[SharedCircuit, ReadRequest]]) -> dict[SharedCircu
             raise
         # They lie elsewhere by now, or in a cluster that nobody knew of, or there are other credentials.  Who asks for
         # one circuit finds that out.
-        return {circuit: circuit.execute(Load()) for circuit, _ in group}
+        return {circuit: circuit.run_shared(Load()) for circuit, _ in group}
     after = instant()
     return {
-        circuit: circuit.to_local_reply(reply, before, after)
+        circuit: circuit.shared.to_local_reply(reply, before, after)
         for (circuit, _), reply in zip(group, replies, strict=True)
     }

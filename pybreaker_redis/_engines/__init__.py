@@ -1,1 +1,1 @@
-"""Engines: each carries out intents on a circuit, in memory, by Lua or by transaction."""
+"""Engines, which execute intents on a circuit: in memory, by Lua, or by transactions."""

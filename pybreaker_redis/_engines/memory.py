@@ -48,6 +48,6 @@ class MemoryEngine(ForkSafe):
             decision = intent.apply(self._circuit.with_bounded_lease(now), now)
             circuit = self._circuit = decision.circuit
             # Under the same lock, so that the fast path follows the transitions in their order.
-            self._fast_path.follow(circuit, quiet=circuit.fail_counter == 0)
+            self._fast_path.follow(circuit, is_quiet=circuit.fail_counter == 0)
             note, self._repair_note = self._repair_note, ""
             return Reply(decision.accepted, circuit, now, note)

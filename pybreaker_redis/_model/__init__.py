@@ -1,1 +1,1 @@
-"""The circuit as a value, and what may be done with it: pure."""
+"""Circuits, intents and the format of a record: values and pure functions."""

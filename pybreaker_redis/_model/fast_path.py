@@ -41,18 +41,18 @@ class FastPath:
         self.now = now
         self.was_used = False
 
-    def follow(self, circuit: Circuit, *, quiet: bool) -> None:
+    def follow(self, circuit: Circuit, *, is_quiet: bool) -> None:
         """Derive the decisions from the circuit.
 
         Args:
             circuit: Present circuit.
-            quiet: Whether the circuit has no failures to reset.
+            is_quiet: Whether the circuit has no failures to reset.
         """
         self.keep_only(circuit.state)
         if circuit.state == CLOSED:
             if self.admission is None or self.admission.generation != circuit.generation:
                 self.admission = Admission(circuit.generation)
-            self.quiet_admission = self.admission if quiet else None
+            self.quiet_admission = self.admission if is_quiet else None
         elif circuit.state == OPEN and (self.rejection is None or self.rejection.generation != circuit.generation):
             self.rejection = Admission(circuit.generation)
 

@@ -334,6 +334,6 @@ class View(ForkSafe):
 
     def _update_fast_path(self) -> None:
         if self.cached is not None and self.fast_path.trusted_until:
-            self.fast_path.follow(self.cached, quiet=self._is_quiet)
+            self.fast_path.follow(self.cached, is_quiet=self._is_quiet)
         else:
             self.fast_path.withdraw()

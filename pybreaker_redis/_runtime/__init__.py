@@ -1,1 +1,1 @@
-"""What every package stands on: clock, threads, forks, signals, validation."""
+"""Basics of all packages: clock, threads, forks, signals, log output, validation."""

@@ -13,7 +13,7 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.failover import Failover
-from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._circuits.mode import Mode
 from pybreaker_redis._redis.classify import ErrorKind, suppress_except
 from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._redis.sentinel import verify_master
@@ -30,8 +30,8 @@ from tests.support.inspect import (
     bare_session,
     core_of,
     engine_of,
+    enter_mode,
     fail_circuit,
-    fast_path_of,
     local_of,
     lock_of,
     may_read,
@@ -41,7 +41,6 @@ from tests.support.inspect import (
     retry_threads,
     send_beat,
     server_of,
-    set_fast_path,
     shared_of,
     start_retry_thread,
     storage_of,
@@ -112,7 +111,7 @@ def test_circuit_whose_report_fails_stays_local_until_the_next_call(site: Site, 
     core_of(storage).on_server_lost()
     monkeypatch.setattr(local_of(storage), "must_report_again", lambda replies: True)
     assert core_of(storage).bring_back() == ""
-    assert not view_of(storage).may_believe
+    assert core_of(storage).mode is not Mode.SHARED
     monkeypatch.undo()
     wait_for(lambda: is_back(breaker), "the return is noticed")
 
@@ -122,10 +121,10 @@ def test_circuit_that_changes_during_the_return_is_reported_again(site: Site, mo
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
     core_of(storage).on_server_lost()
-    ended, end = iter([False, True]), local_of(storage).end
-    monkeypatch.setattr(local_of(storage), "end", lambda generation: end(generation) and next(ended))
+    ended, end = iter([False, True]), local_of(storage).end_run
+    monkeypatch.setattr(local_of(storage), "end_run", lambda generation: end(generation) and next(ended))
     assert core_of(storage).bring_back() == ""
-    assert view_of(storage).may_believe
+    assert core_of(storage).mode is Mode.SHARED
 
 
 def test_circuit_that_fails_during_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
@@ -211,9 +210,11 @@ def test_replaced_fast_path_is_left_at_the_next_call(site: Site):
     """A replaced fast path is left at the next look, however late the replacement was noticed."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
-    set_fast_path(storage, FastPath(0))
+    enter_mode(storage, Mode.LOCAL)
+    assert core_of(storage).fast_path is local_of(storage).fast_path
     breaker.call(up)
-    assert fast_path_of(storage) is view_of(storage).fast_path
+    assert core_of(storage).mode is Mode.SHARED
+    assert core_of(storage).fast_path is view_of(storage).fast_path
 
 
 def test_connection_ends_if_sentinels_name_another_master():

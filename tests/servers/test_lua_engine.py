@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from tests.support.logs import messages_of, records_of
 from tests.support.round_trips import commands_sent
 
 pytestmark = pytest.mark.usefixtures("patient")
+
 
 LUA = Path(str(resources.files("pybreaker_redis._engines"))) / "lua"
 
@@ -135,6 +137,25 @@ def test_digest_of_a_script_equals_that_of_the_server(server: PrivateServer, int
         client.script_flush()
         client.script_load(source)
         assert list(client.script_exists(digest)) == [True]
+
+
+@every_intent
+def test_script_without_comments_replies_and_writes_as_its_source_does(
+    server: PrivateServer, intent: type[Intent]
+) -> None:
+    """The server receives the source without comments and blank lines, which must change nothing."""
+    arguments = {"generation": -1, "token": "", "lost_token": "", "state": OPEN}
+    values = [arguments.get(field.name, 1) for field in fields(intent)]
+    source = "\n".join((LUA / f"{part}.lua").read_text(encoding="utf-8") for part in ("prelude", intent.operation))
+    results = []
+    with contextlib.closing(server.client()) as client:
+        for text in (source, compose_script(intent.operation).source):
+            client.flushdb()
+            reply = client.eval(text, len(KEYS), *KEYS, CLOSED, -1, "", -1, "", 0, 0, "", 0, *values)
+            # Times differ, because the server's time passes between the two.
+            timeless = [item for item in reply if not isinstance(item, int) or item < 10**12]
+            results.append((timeless, client.mget(KEYS[:3]), client.hget(KEYS[4], "generation")))
+    assert results[0] == results[1]
 
 
 def test_scripts_flushed_all_the_time_lose_no_failure(server: PrivateServer) -> None:

@@ -14,14 +14,14 @@ from tests.support.breakers import breaker_on, settled, up
 from tests.support.inspect import listeners
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("nobody_listens", "patient")
+pytestmark = pytest.mark.usefixtures("no_listeners", "patient")
 
 #: Settings of storages that differ in all that decides about connections and commands.
 STORAGES: dict[str, dict[str, Any]] = {
+    "one-slot": {"timeout": 5.0, "cluster_mode": True},
     "no-timeout": {"timeout": None},
     "short-timeout": {"timeout": 5.0},
     "long-timeout": {"timeout": 10.0},
-    "one-slot": {"timeout": 5.0, "cluster_mode": True},
     "another-slot": {"timeout": 5.0, "cluster_mode": True},
 }
 

@@ -27,12 +27,13 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.bulk import read_all_circuits
+from pybreaker_redis.errors import StorageUnavailableError
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, TransitionRecorder, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
-from tests.support.inspect import core_of, listeners, lock_of, reset_in_child, retry_threads, storage_of, timeout_of
+from tests.support.inspect import listeners, lock_of, reset_in_child, retry_threads, storage_of, timeout_of, view_of
 from tests.support.logs import messages_of, records_of
 from tests.support.places import cluster_client, has_clusters
 from tests.support.round_trips import Meter
@@ -271,7 +272,7 @@ class TestSettings:
         breakers = BreakerRegistry(client, timeout=5)
         storage: Any = storage_of(breakers.get("payments", max_staleness=3, cluster_mode=True))
         assert isinstance(storage, CircuitRedisStorage)
-        assert (timeout_of(storage), core_of(storage).max_staleness) == (5, 3)
+        assert (timeout_of(storage), view_of(storage).max_staleness) == (5, 3)
         breakers["payments"].call(up)
         assert client.exists("{payments}:pybreaker:state")
 
@@ -724,8 +725,11 @@ class TestStatus:
         with BreakerRegistry(killable_server.client(), fail_max=1) as breakers:
             fails(breakers.get("payments"))
             killable_server.kill()
-            with pytest.raises(redis.exceptions.ConnectionError):
+            with pytest.raises(
+                StorageUnavailableError, match=r"circuit 'payments': Redis at .* \(ConnectionError"
+            ) as raised:
                 breakers.status()
+            assert isinstance(raised.value.__cause__, redis.exceptions.ConnectionError)
 
 
 #: States that an operator can set. ``None`` stands for a reset, which keeps the state and drops the counts.
@@ -822,8 +826,10 @@ class TestCommands:
             payments = breakers.get("payments")
             assert payments.call(up) == "answer"
             killable_server.kill()
-            with pytest.raises(redis.exceptions.ConnectionError):
+            with pytest.raises(StorageUnavailableError) as raised:
                 command("payments", state)(breakers)
+            assert isinstance(raised.value.__cause__, redis.exceptions.ConnectionError)
+            assert raised.value.circuits == ("payments",)
             assert payments.call(up) == "answer"
 
     def test_command_waits_for_a_frozen_server_for_the_operator_timeout(
@@ -833,11 +839,13 @@ class TestCommands:
         with BreakerRegistry(killable_server.client(), timeout=0.1) as breakers:
             breakers.configure("payments")
             breakers.set_state("payments", "open")
-            monkeypatch.setattr("pybreaker_redis.storage.OPERATOR_TIMEOUT_MIN_S", 0.4)
+            monkeypatch.setattr("pybreaker_redis._circuits.budget.OPERATOR_TIMEOUT_MIN_S", 0.4)
             killable_server.pause()
             began = time.monotonic()
-            with pytest.raises(redis.exceptions.TimeoutError):
+            with pytest.raises(StorageUnavailableError) as raised:
                 breakers.set_state("payments", "closed")
+            assert isinstance(raised.value.__cause__, redis.exceptions.TimeoutError)
+            assert raised.value.timeout == 0.4
             assert 0.3 < time.monotonic() - began < 2
             killable_server.resume()
 

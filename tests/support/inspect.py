@@ -15,6 +15,7 @@ import pybreaker
 import pytest
 import redis
 
+from pybreaker_redis._circuits.mode import Mode
 from pybreaker_redis._engines import transaction
 from pybreaker_redis._model.intents import Load, Reply
 from pybreaker_redis._redis import deadline, pool, url
@@ -65,7 +66,7 @@ def shared_of(owner: Any) -> Any:
 
 def local_of(owner: Any) -> Any:
     """Return the local circuit."""
-    return core_of(owner).own
+    return core_of(owner).local
 
 
 def server_of(owner: Any) -> Any:
@@ -85,7 +86,7 @@ def view_of(owner: Any) -> Any:
 
 def selector_of(owner: Any) -> Any:
     """Return the selector of engines."""
-    return shared_of(owner)._selector
+    return shared_of(owner).selector
 
 
 def engine_of(owner: Any) -> Any:
@@ -123,19 +124,14 @@ def pools_of(owner: Any) -> Any:
     return server_of(owner)._connections._pools
 
 
-def fast_path_of(storage: Any) -> Any:
-    """Return the fast path that the storage reads."""
-    return storage._shortcut
-
-
-def set_fast_path(storage: Any, fast_path: Any) -> None:
-    """Replace the fast path that the storage reads."""
-    storage._shortcut = fast_path
+def enter_mode(owner: Any, mode: Mode) -> None:
+    """Have the circuit enter a mode."""
+    core_of(owner)._enter(mode)
 
 
 def timeout_of(storage: Any) -> float:
     """Return the timeout of a storage in seconds."""
-    return storage._timeout
+    return core_of(storage).timeout
 
 
 def lease_ms_of(owner: Any) -> float:
@@ -145,17 +141,17 @@ def lease_ms_of(owner: Any) -> float:
 
 def may_read(owner: Any) -> bool:
     """Return whether the circuit is followed although it cannot be written."""
-    return core_of(owner)._may_read
+    return core_of(owner).mode is Mode.FOLLOWING
 
 
 def admission_of(breaker: pybreaker.CircuitBreaker) -> Any:
     """Return what the current call of this thread was admitted for."""
-    return storage_of(breaker)._admissions.ticket(breaker._state).admission
+    return storage_of(breaker)._admissions.tag_of(breaker._state).admission
 
 
 def local_generation(owner: Any) -> int:
     """Return the generation in which the local circuit began."""
-    return local_of(owner)._begun.generation
+    return local_of(owner)._ledger.begun.generation
 
 
 def circuit_name_of(shared: Any) -> str:
@@ -183,52 +179,58 @@ def set_lock(item: Any, lock: Any) -> None:
 
 def execute_intent(storage: Any, intent: Any) -> Any:
     """Execute an intent as the adapter does."""
-    return storage._execute(intent)
+    return core_of(storage).carry_out(intent)
 
 
 def load_shared(owner: Any) -> Any:
     """Read the shared record, whatever the view holds."""
-    return shared_of(owner)._carry_out(Load(), tell=True)
+    return shared_of(owner)._send(selector_of(owner).current, Load())
+
+
+def locate_circuit(owner: Any) -> Any:
+    """Locate the circuit and choose its engine, as the next call does."""
+    return core_of(owner)._locate()
 
 
 def fail_circuit(owner: Any, error: Exception, since: float | None = None) -> None:
     """Report an error of the circuit, of a call that began at `since` on the monotonic clock."""
-    core_of(owner)._failed(error, time.monotonic() if since is None else since)
+    core_of(owner)._note_failure(error, time.monotonic() if since is None else since)
 
 
 def record_replies(storage: Any) -> list[Any]:
     """Return a list that gets each reply to the storage's intents."""
-    execute, replies = storage._execute, []
-    storage._execute = lambda intent: (replies.append(reply := execute(intent)), reply)[1]
+    core, replies = core_of(storage), []
+    carry_out = core.carry_out
+    core.carry_out = lambda *arguments: (replies.append(reply := carry_out(*arguments)), reply)[1]
     return replies
 
 
 def answer_intents(storage: Any, reply: Reply) -> None:
     """Answer all further intents of a storage with one reply."""
-    storage._execute = lambda intent: reply
+    core_of(storage).carry_out = lambda intent, budget=None: reply
 
 
 def replace_shared_execution(monkeypatch: pytest.MonkeyPatch, owner: Any, run: Callable[[Any], Any]) -> None:
     """Replace what sends an intent to the shared circuit."""
-    monkeypatch.setattr(core_of(owner), "_execute_shared", run)
+    monkeypatch.setattr(core_of(owner), "_ask_shared", run)
 
 
 def after_next_look(monkeypatch: pytest.MonkeyPatch, storage: Any, then: Callable[[], object]) -> None:
     """Have something happen once, right after the next look of the storage's adapter at the circuit."""
-    look = type(storage)._look
+    read = type(storage)._read_circuit
 
-    def look_once(self: Any) -> Any:
+    def read_once(self: Any, *arguments: Any) -> Any:
         monkeypatch.undo()
-        reply = look(self)
+        reply = read(self, *arguments)
         then()
         return reply
 
-    monkeypatch.setattr(type(storage), "_look", look_once)
+    monkeypatch.setattr(type(storage), "_read_circuit", read_once)
 
 
 def set_memory_engine(storage: Any, engine: Any) -> None:
     """Replace the engine of a storage in memory."""
-    storage._engine = engine
+    core_of(storage)._engine = engine
 
 
 def set_memory_circuit(engine: Any, circuit: Any) -> None:
@@ -314,7 +316,7 @@ def pretend_fork() -> None:
 def outage_log_of(owner: Any) -> Any:
     """Return what limits the log lines about outages of a server or a circuit."""
     core = core_of(owner)
-    return core._loss_log if hasattr(core, "_loss_log") else core._bulletin
+    return core._fault_log if hasattr(core, "_fault_log") else core._loss_log
 
 
 def end_log_window(owner: Any) -> None:
