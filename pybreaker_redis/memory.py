@@ -1,7 +1,4 @@
-"""A circuit that lives in this process.
-
-Knows: the model, a lock.  Does not know: Redis.
-"""
+"""Storages for circuits in the memory of this process."""
 
 from __future__ import annotations
 
@@ -9,11 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pybreaker_redis._adapter import callsite
-from pybreaker_redis._adapter.operated import OperatedStorage
-from pybreaker_redis._engines.memory import MemoryEngine
+from pybreaker_redis._adapter.inference import InferringStorage
+from pybreaker_redis._circuits.core import FixedCore, MemoryCore
 from pybreaker_redis._model.circuit import STATES, Circuit, new_circuit
-from pybreaker_redis._model.fast_path import FastPath
-from pybreaker_redis._model.intents import Decision, Intent, Load, Reply
+from pybreaker_redis._model.intents import Decision, Intent, Load
 from pybreaker_redis._runtime.clock import AssignedMs, wall_clock_ms
 from pybreaker_redis._runtime.validation import check_choice
 
@@ -41,60 +37,59 @@ class _SetFailCounter(Intent):
         return Decision(True, replace(circuit, fail_counter=self.count))
 
 
-class CircuitMemoryStorage(OperatedStorage):
-    """A circuit for the threads of one process; in place of `pybreaker.CircuitMemoryStorage`.
+class CircuitMemoryStorage(InferringStorage):
+    """Circuit for the threads of one process, in place of `pybreaker.CircuitMemoryStorage`.
 
-    Unlike pybreaker's own it is safe without the breaker's lock, lets one caller probe at a time even under
-    `calling()`, and ignores results of calls that began before the last transition.
+    Unlike pybreaker's class, the storage is safe without the breaker's lock, and admits one probe at a time even under
+    `calling()`.  Results of calls that began before the last transition are ignored.
 
-    Copies and pickles have the state, the counters and `opened_at`, and are circuits of their own: a probe that is
-    under way stays with the original.  `opened_at` is read as it was set, also naive, and may be set to ``None``: then
-    the next call probes.
+    Copies and pickles have the state, the counters and `opened_at`, and are separate circuits: a probe that is under
+    way stays with the original.  `opened_at` is read as it was set, also naive, and may be set to ``None``:
+    then the next call probes.
 
     Args:
-        state: ``closed``, ``open`` or ``half-open``.
-        probe_lease: Seconds until a probe that nobody reported on is offered again, from 0.001 to 86400.
+        state: State to begin with: ``closed``, ``open`` or ``half-open``.
+        probe_lease: Seconds until a probe without a report is offered to another call, from 0.001 to 86400.
 
     Raises:
-        ValueError: An unknown `state`, or a `probe_lease` out of range.
-        TypeError: A `probe_lease` that is no number.
+        ValueError: The `state` is unknown, or `probe_lease` is out of range.
+        TypeError: The `probe_lease` is no number.
     """
 
     def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
         check_choice("state", state, STATES)
-        super().__init__("memory", probe_lease, FastPath())
-        self._begin(new_circuit(state, wall_clock_ms()))
+        self._begin(probe_lease, new_circuit(state, wall_clock_ms()))
 
-    def _begin(self, circuit: Circuit) -> None:
-        self._engine = MemoryEngine(circuit, fast_path=self._shortcut)
-        self._execute_for(self._callers.current(), Load())
+    def _begin(self, probe_lease: float, circuit: Circuit) -> None:
+        super().__init__("memory", probe_lease, MemoryCore(circuit))
+        self._execute_for(self._contexts.current(), Load())
 
-    def _execute(self, intent: Intent) -> Reply:
-        return self._engine.execute(intent)
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._core.last_known_state}>"
 
-    def _say_opened_at(self, at: Any) -> Intent:
+    def _intent_for_opened_at(self, at: Any) -> Intent:
         if at is not None:
-            super()._say_opened_at(at)
+            super()._intent_for_opened_at(at)
         return _SetAnyOpenedAt(at and AssignedMs.of(at))
 
-    def _read_opened_at(self, at_ms: float) -> Any:
-        if isinstance(at_ms, AssignedMs) and callsite.caller_code() is not callsite.CHECKS_TIMEOUT:
+    def _opened_at_of(self, at_ms: float) -> Any:
+        if isinstance(at_ms, AssignedMs) and callsite.caller_code() is not callsite.OPEN_BEFORE_CALL:
             return at_ms.assigned
         # pybreaker compares with an aware time, which a naive one cannot be.
-        return super()._read_opened_at(at_ms)
+        return super()._opened_at_of(at_ms)
 
     @property
     def _fail_counter(self) -> int:
-        """The failures, under the name that pybreaker's class has for them: tests of its users set it."""
-        return self._execute(Load()).circuit.fail_counter
+        """Consecutive failures, under the name of pybreaker's class: tests of users set the attribute."""
+        return self._core.carry_out(Load()).circuit.fail_counter
 
     @_fail_counter.setter
     def _fail_counter(self, count: int) -> None:
-        self._execute(_SetFailCounter(count))
+        self._core.carry_out(_SetFailCounter(count))
 
     def __getstate__(self) -> dict[str, Any]:
-        circuit = self._execute(Load()).circuit
-        ours = vars(CircuitMemoryStorage(circuit.state))
+        circuit = self._core.carry_out(Load()).circuit
+        own_names = vars(CircuitMemoryStorage(circuit.state))
         at_ms = circuit.opened_at_ms
         return {
             "circuit": {
@@ -103,18 +98,19 @@ class CircuitMemoryStorage(OperatedStorage):
                 "success_counter": circuit.success_counter,
                 "generation": circuit.generation,
             },
-            "opened_at": None if at_ms is None else self._read_opened_at(at_ms),
+            "opened_at": None if at_ms is None else self._opened_at_of(at_ms),
             "probe_lease": self._lease_ms / 1000,
-            "added": {name: value for name, value in vars(self).items() if name not in ours},
+            "added": {name: value for name, value in vars(self).items() if name not in own_names},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__init__("memory", state["probe_lease"], FastPath())
-        self._begin(Circuit(**state["circuit"], opened_at_ms=state["opened_at"] and AssignedMs.of(state["opened_at"])))
+        opened_at = state["opened_at"]
+        circuit = Circuit(**state["circuit"], opened_at_ms=opened_at and AssignedMs.of(opened_at))
+        self._begin(state["probe_lease"], circuit)
         vars(self).update(state["added"])
 
 
-class FixedCircuitStorage(OperatedStorage):
+class FixedCircuitStorage(InferringStorage):
     """Circuit for tests that stays in one state: no call and no operator changes it.
 
     Args:
@@ -123,10 +119,4 @@ class FixedCircuitStorage(OperatedStorage):
     """
 
     def __init__(self, state: str, *, opened_ahead_ms: float = 0.0) -> None:
-        super().__init__("fixed", 1.0, FastPath())
-        self._fixed_state = state
-        self._opened_ahead_ms = opened_ahead_ms
-
-    def _execute(self, intent: Intent) -> Reply:
-        now_ms = wall_clock_ms()
-        return Reply(True, Circuit(self._fixed_state, opened_at_ms=now_ms + self._opened_ahead_ms), now_ms)
+        super().__init__("fixed", 1.0, FixedCore(state, opened_ahead_ms=opened_ahead_ms))

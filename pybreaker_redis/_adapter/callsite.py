@@ -1,14 +1,12 @@
-"""Which of pybreaker's methods is asking?
+"""Methods of pybreaker that call a storage: which one does, found by the frames of the stack.
 
-Knows: the code of pybreaker's methods.  Does not know: storages, circuits.
+The storage interface has no operation for "this is a failure", "the breaker noticed" or "the breaker closes": the same
+`reset_counter()` serves three purposes.  The order of a thread's operations nearly tells the purposes apart.  The order
+misleads when a listener, a health check or the guarded function itself reads the breaker in between.  The caller does
+not mislead.  The look at a few frames only happens where a round trip follows anyway.
 
-The storage interface has no word for "this is a failure", "I only noticed" or "I am closing": the same
-`reset_counter()` serves three of them.  The order of a thread's operations nearly tells them apart; it fails when a
-listener, a health check or the guarded function itself reads the breaker in between.  Who called does tell.  It costs a
-few frames, only where a round trip follows anyway.
-
-Frames between a storage and the method of pybreaker 1.4 that asks are passed over: they are overrides and wrappers.
-The walk ends where a guarded function or a listener begins: what they ask for, they ask for by hand.
+Frames between a storage and the calling method of pybreaker 1.4 are passed over: they are overrides and wrappers.  The
+walk ends where a guarded function or a listener begins: their operations are by hand.
 """
 
 from __future__ import annotations
@@ -29,45 +27,48 @@ from pybreaker import (
 
 
 def _code(function: Any) -> CodeType:
-    # Monitoring agents wrap methods; what they wrap is what runs in the end.
+    # Monitoring agents wrap methods.  The wrapped function is the one that runs in the end.
     code: CodeType = inspect.unwrap(getattr(function, "fget", function)).__code__
     return code
 
 
-_CREATES = _code(CircuitBreaker.__init__)
-OPENS = _code(CircuitBreaker.open)
-HALF_OPENS = _code(CircuitBreaker.half_open)
-CLOSES = _code(CircuitBreaker.close)
-REPORTS_FAILURE = _code(CircuitBreakerState._handle_error)
-REPORTS_SUCCESS = _code(CircuitBreakerState._handle_success)
-COMPARES_FAILURES = _code(CircuitClosedState.on_failure)
-PROBE_FAILED = _code(CircuitHalfOpenState.on_failure)
-COUNTS_PROBE = _code(CircuitHalfOpenState.on_success)
-CHECKS_TIMEOUT = _code(CircuitOpenState.before_call)
-BUILDS_OPEN = _code(CircuitOpenState.__init__)
-BUILDS_HALF_OPEN = _code(CircuitHalfOpenState.__init__)
-BUILDS_CLOSED = _code(CircuitClosedState.__init__)
+_BREAKER_INIT = _code(CircuitBreaker.__init__)
+OPEN_METHOD = _code(CircuitBreaker.open)
+HALF_OPEN_METHOD = _code(CircuitBreaker.half_open)
+CLOSE_METHOD = _code(CircuitBreaker.close)
+HANDLE_ERROR = _code(CircuitBreakerState._handle_error)
+HANDLE_SUCCESS = _code(CircuitBreakerState._handle_success)
+CLOSED_ON_FAILURE = _code(CircuitClosedState.on_failure)
+HALF_OPEN_ON_FAILURE = _code(CircuitHalfOpenState.on_failure)
+HALF_OPEN_ON_SUCCESS = _code(CircuitHalfOpenState.on_success)
+OPEN_BEFORE_CALL = _code(CircuitOpenState.before_call)
+OPEN_INIT = _code(CircuitOpenState.__init__)
+HALF_OPEN_INIT = _code(CircuitHalfOpenState.__init__)
+CLOSED_INIT = _code(CircuitClosedState.__init__)
+
+#: Methods of a breaker that bring it into another state.
+STATE_CHANGING_METHODS = (OPEN_METHOD, HALF_OPEN_METHOD, CLOSE_METHOD)
 
 
 def _ids(*codes: CodeType) -> frozenset[int]:
-    """Identities of code that lives as long as pybreaker: to hash code itself takes longer than to walk a frame."""
+    """Return the identities of code that lives as long as pybreaker: to hash code takes longer than to walk a frame."""
     return frozenset(map(id, codes))
 
 
-_ASKERS = _ids(
-    OPENS,
-    HALF_OPENS,
-    CLOSES,
-    REPORTS_FAILURE,
-    REPORTS_SUCCESS,
-    COMPARES_FAILURES,
-    COUNTS_PROBE,
-    CHECKS_TIMEOUT,
-    BUILDS_OPEN,
-    BUILDS_HALF_OPEN,
-    BUILDS_CLOSED,
+_CALLERS = _ids(
+    OPEN_METHOD,
+    HALF_OPEN_METHOD,
+    CLOSE_METHOD,
+    HANDLE_ERROR,
+    HANDLE_SUCCESS,
+    CLOSED_ON_FAILURE,
+    HALF_OPEN_ON_SUCCESS,
+    OPEN_BEFORE_CALL,
+    OPEN_INIT,
+    HALF_OPEN_INIT,
+    CLOSED_INIT,
 )
-_TELLS_LISTENERS = _code(CircuitBreaker._create_new_state)
+_NOTIFIES_LISTENERS = _code(CircuitBreaker._create_new_state)
 _COMPARES_STATE = _code(CircuitBreaker.state)
 #: Names under which `state` is read and passed on, by storages, by pybreaker and by overrides.
 _READS_STATE = ("_state_for_constructor", "_read_state", "state", "current_state")
@@ -76,7 +77,7 @@ _ADMITS = frozenset(("call", "call_async", "calling"))
 
 
 def _code_within(function: Any) -> CodeType:
-    """The code of the coroutine that pybreaker defines inside one of its methods."""
+    """Return the code of the coroutine that pybreaker defines inside one of its methods."""
     return next(constant for constant in _code(function).co_consts if isinstance(constant, CodeType))
 
 
@@ -90,11 +91,11 @@ _LISTENS = frozenset(name for name in vars(CircuitBreakerListener) if not name.s
 
 
 def calling_frame() -> FrameType | None:
-    """The frame of the method of pybreaker that asks the calling storage method for something, if one does."""
+    """Return the frame of the method of pybreaker that called the storage method.  ``None``: other code called it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if id(code) in _ASKERS:
+        if id(code) in _CALLERS:
             return frame
         if id(code) in _RUNS_FUNCTION or code.co_name in _LISTENS:
             return None
@@ -103,31 +104,35 @@ def calling_frame() -> FrameType | None:
 
 
 def caller_code() -> CodeType | None:
-    """The method of pybreaker that asks the calling storage method for something; ``None``: somebody else does."""
+    """Return the method of pybreaker that called the storage method.  ``None``: other code called it."""
     frame = calling_frame()
     return frame.f_code if frame else None
 
 
 def frame_among(*codes: CodeType, calling_frame: FrameType | None = None) -> FrameType | None:
-    """The frame of one of these methods, if it is among those that led to the asking one.
+    """Return the frame of one of these methods, if it is among those that led to the calling one.
 
     Args:
-        codes: The methods.
-        calling_frame: The frame of the asking one, if it is known.
+        codes: Code of the methods.
+        calling_frame: Frame of the calling method, if it is known.
     """
     frame: FrameType | None = calling_frame or sys._getframe(1)
-    while frame is not None and not _ends(frame):
-        if frame.f_code in codes:
+    while frame is not None:
+        code = frame.f_code
+        # The walk ends where pybreaker runs other code: a guarded function, or a listener.
+        if id(code) in _RUNS_FUNCTION or (code.co_name in _LISTENS and id(code) not in _CALLERS):
+            break
+        if code in codes:
             return frame
         frame = frame.f_back
     return None
 
 
 def reporting_state(frame: FrameType) -> CircuitBreakerState | None:
-    """The state object whose call is being reported, if that call is on the stack.
+    """Return the state object of the call that is being reported, if that call is on the stack.
 
     Args:
-        frame: Of a method of the state object, as of `_handle_error()`.
+        frame: Frame of a method of the state object, as of `_handle_error()`.
 
     Returns:
         ``None`` if the method was called by hand.
@@ -140,7 +145,7 @@ def reporting_state(frame: FrameType) -> CircuitBreakerState | None:
 
 
 def comparing_breaker() -> CircuitBreaker | None:
-    """The breaker whose property `state` reads the calling storage's `state`, to compare it with its own."""
+    """Return the breaker that reads the storage's `state` to compare it with its own."""
     frame = _comparing_frame()
     return frame.f_locals["self"] if frame else None
 
@@ -148,12 +153,14 @@ def comparing_breaker() -> CircuitBreaker | None:
 def is_admission_read(breaker: CircuitBreaker) -> bool:
     """Whether a call is to be admitted: `call()` of the breaker, or an override of it, reads `breaker.state`.
 
-    Other methods of a breaker that read `state`, as for a page of metrics, only look.  So does an override that leaves
-    the call to the method that it overrides: that method reads, too.
+    Other methods of a breaker that read `state`, as for a page of metrics, admit nothing.  Neither does an override
+    that leaves the call to the overridden method, which reads `state` as well.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _ends(frame):
+    while frame is not None:
         code = frame.f_code
+        if id(code) in _RUNS_FUNCTION or (code.co_name in _LISTENS and id(code) not in _CALLERS):
+            break
         if (code.co_name in _ADMITS or code is _ADMITS_ASYNC) and frame.f_locals.get("self") is breaker:
             return "super" not in code.co_names
         frame = frame.f_back
@@ -161,39 +168,33 @@ def is_admission_read(breaker: CircuitBreaker) -> bool:
 
 
 def notifying_breakers() -> list[CircuitBreaker]:
-    """The breakers that are telling their listeners of a new state just now, on this thread."""
-    told = []
+    """Return the breakers that are notifying their listeners of a new state, on this thread."""
+    notifying = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _TELLS_LISTENERS:
-            told.append(frame.f_locals["self"])
+        if frame.f_code is _NOTIFIES_LISTENERS:
+            notifying.append(frame.f_locals["self"])
         frame = frame.f_back
-    return told
+    return notifying
 
 
 def is_own_transition() -> bool:
-    """Whether the new state that listeners are being told of, on this thread, was brought about by its breaker.
+    """Whether a breaker made the transition itself of which it notifies its listeners, on this thread.
 
-    Else the circuit was moved elsewhere, and the breaker has noticed.
+    Otherwise another process moved the circuit, and the breaker has noticed.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _TELLS_LISTENERS:
+    while frame is not None and frame.f_code is not _NOTIFIES_LISTENERS:
         frame = frame.f_back
-    # Behind it lies the setter of `breaker.state`, and behind that whoever has set it.
+    # The caller is the setter of `breaker.state`, and its caller is the code that set the state.
     mover = frame and frame.f_back and frame.f_back.f_back
-    return mover is not None and mover.f_code in (OPENS, HALF_OPENS, CLOSES)
+    return mover is not None and mover.f_code in STATE_CHANGING_METHODS
 
 
 def breaker_under_construction() -> CircuitBreaker | None:
-    """The breaker under construction that reads the calling storage's `state`."""
+    """Return the breaker under construction that reads the storage's `state`."""
     frame = _behind_readers(sys._getframe(1))
-    return frame.f_locals["self"] if frame.f_code is _CREATES else None
-
-
-def _ends(frame: FrameType) -> bool:
-    """Whether pybreaker runs in this frame something that is not its own: a guarded function, or a listener."""
-    code = frame.f_code
-    return id(code) in _RUNS_FUNCTION or (code.co_name in _LISTENS and id(code) not in _ASKERS)
+    return frame.f_locals["self"] if frame.f_code is _BREAKER_INIT else None
 
 
 def _behind_readers(frame: FrameType) -> FrameType:

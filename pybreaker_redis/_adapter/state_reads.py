@@ -1,10 +1,9 @@
-"""Reads and writes of a circuit's `state`: which call they admit, and what a mere look sees.
+"""Reads of a circuit's `state`: which calls they admit, and what other readers see.
 
-Knows: breakers and their state objects, claims.  Does not know: how calls end.
-
-pybreaker reads `state` when it admits a call, and user code reads it for pages, checks and listeners.  Only a read by
-`call()` admits.  While the breaker is half-open, that read claims the probe: between two probes of a recovery pybreaker
-does nothing else from which a claim could follow.  Other reads never raise, and change nothing for calls under way.
+pybreaker reads `state` when it admits a call, and user code reads `state` for pages, checks and listeners.  Only a read
+by `call()` admits.  While the breaker is half-open, that read claims the probe, because pybreaker makes no other
+operation between two probes of a recovery.  Other reads never raise, and change nothing for calls
+under way.
 """
 
 from __future__ import annotations
@@ -17,193 +16,190 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerStorage
 from pybreaker_redis._adapter import callsite
 from pybreaker_redis._adapter.admissions import Admissions, breaker_lock_if_free
 from pybreaker_redis._adapter.call_context import CallContext, CallContexts
+from pybreaker_redis._circuits.budget import CallBudget
+from pybreaker_redis._circuits.core import CircuitCore
 from pybreaker_redis._circuits.probes import PROBE_TOKENS
-from pybreaker_redis._model.circuit import BY_HAND, CLOSED, HALF_OPEN, LEASE_MAX_MS, OPEN, STATES, Admission, Circuit
-from pybreaker_redis._model.fast_path import FastPath
+from pybreaker_redis._model.circuit import BY_HAND, HALF_OPEN, LEASE_MAX_MS, OPEN, Admission, Circuit
 from pybreaker_redis._model.intents import ClaimProbe, Intent, Load, Reply, SetState
-from pybreaker_redis._runtime.validation import check_choice, checked_lease_ms
+from pybreaker_redis._runtime.validation import checked_lease_ms
 
 PROBE_TAKEN_MESSAGE = "Another caller is testing the dependency, circuit breaker still open"
 
 
 class StateReads(CircuitBreakerStorage):
-    """The state of a circuit, as calls and observers read it.
+    """State of a circuit, as calls and observers read it.
 
     Args:
-        name: ``memory`` or ``redis``.
+        name: Name that pybreaker's interface gives to the kind of storage: ``memory`` or ``redis``.
         probe_lease: Seconds until a probe without a report is offered again.
-        fast_path: Kept true by the carrier of the intents.
+        core: The circuit.
     """
 
-    def __init__(self, name: str, probe_lease: float, fast_path: FastPath) -> None:
+    def __init__(self, name: str, probe_lease: float, core: CircuitCore) -> None:
         super().__init__(name)
         self._lease_ms = checked_lease_ms(probe_lease, LEASE_MAX_MS)
-        self._callers = CallContexts()
-        self._shortcut = fast_path
+        self._core = core
+        self._contexts = CallContexts(core.held_probes)
         self._admissions = Admissions()
-        #: The shortcut's admission or rejection if the storage has one breaker, in a state that carries the same.
+        #: Admission or rejection of the fast path, if the storage has one breaker, in a state that carries the same.
         self._tagged = BY_HAND
 
     def __bool__(self) -> bool:
-        """True; pybreaker's constructor evaluates ``state_storage or …``, so a breaker may be about to join."""
+        """Return True.  pybreaker's constructor evaluates ``state_storage or …``, so a breaker may be about to join."""
         self._tagged = BY_HAND
         return True
 
-    def _execute(self, intent: Intent) -> Reply:
-        """Carry out an intent where the circuit lives.  All times are by the local clock."""
-        raise NotImplementedError
-
-    def _look(self) -> Reply:
-        """What is true of the circuit, all but the counters, as far as that is known without asking."""
-        return self._execute(Load())
-
-    @property
-    def state(self) -> str:
-        """``closed``, ``open`` or ``half-open``, the last only for the thread that is to probe.
-
-        Raises:
-            pybreaker.CircuitBreakerError: Read by `CircuitBreaker.call()`, while another call probes.
-        """
-        fast_path, carried = self._shortcut, self._tagged
-        if carried is fast_path.admission and fast_path.now() < fast_path.trusted_until:
-            fast_path.was_used = True
-            return CLOSED
-        if carried is fast_path.rejection and fast_path.now() < fast_path.trusted_until:
-            fast_path.was_used = True
-            return OPEN
-        return self._read_state()
-
-    @state.setter
-    def state(self, state: str) -> None:
-        check_choice("state", state, STATES)
-        if callsite.caller_code() not in (callsite.OPENS, callsite.HALF_OPENS, callsite.CLOSES):
-            self._execute_for(self._callers.current(), SetState(state))
-
     def _read_state(self) -> str:
-        if unasked := self._state_for_constructor():
-            return unasked
-        caller = self._callers.current()
+        if known := self._state_for_constructor():
+            return known
+        context = self._contexts.current()
         breaker = callsite.comparing_breaker()
-        for_a_call = breaker is not None and callsite.is_admission_read(breaker)
-        reply = self._read_circuit(caller, for_a_call=for_a_call)
-        if for_a_call:
-            self._before_guarded_call()
-        if breaker is None:
-            return caller.visible_state(reply.circuit, reply.now_ms)
-        self._note(breaker)
-        if caller.is_notifying:
-            if breaker in (told := callsite.notifying_breakers()):
-                # A listener reads `breaker.state`, which tells all listeners whenever the storage disagrees with the
-                # breaker; that lasts until they have been told, so they would be told for ever.
+        if breaker is None or not callsite.is_admission_read(breaker):
+            reply = self._read_circuit(context, None)
+            return context.visible_state(reply) if breaker is None else self._noticed_state(context, breaker, reply)
+        # Once an open circuit's timeout is over, pybreaker calls a second time within the call: that is no new one.
+        if not (context.budget.spent_s and callsite.frame_among(callsite.OPEN_BEFORE_CALL)):
+            context.budget.begin_call()
+        reply = self._read_circuit(context, context.budget)
+        self._core.prepare_call(has_several_breakers=self._admissions.has_several_breakers)
+        return self._noticed_state(context, breaker, reply, is_admission=True)
+
+    def _noticed_state(
+        self, context: CallContext, breaker: CircuitBreaker, reply: Reply, *, is_admission: bool = False
+    ) -> str:
+        """Return the state for a breaker that compares the state with its own.
+
+        Args:
+            context: Context of this thread.
+            breaker: The breaker.
+            reply: The circuit.
+            is_admission: Whether the breaker admits a call by the read.
+        """
+        self._register(breaker)
+        if context.is_notifying:
+            if breaker in (notifying := callsite.notifying_breakers()):
+                # A listener reads `breaker.state`.  pybreaker would notify the listeners again whenever the storage
+                # disagrees with the breaker, so without end.
                 return breaker._state.name
-            caller.is_notifying = bool(told)
-        if for_a_call:
-            reply = self._admitted_to_probe(caller, breaker, reply)
+            context.is_notifying = bool(notifying)
+        if is_admission:
+            reply = self._admitted_to_probe(context, breaker, reply)
         circuit = reply.circuit
-        state = caller.visible_state(circuit, reply.now_ms)
+        state = context.visible_state(reply)
         if circuit.state == HALF_OPEN and breaker._state.name == HALF_OPEN:
-            # Between two probes, and while another call probes, a half-open breaker stays so: nothing has moved.
+            # Between two probes, and while another call probes, a half-open breaker stays half-open.
             return HALF_OPEN
-        caller.last_seen = Admission(circuit.generation, circuit.probe_token)
+        context.last_seen = Admission(circuit.generation, circuit.probe_token)
         with breaker_lock_if_free(breaker) as is_free:
-            if breaker._state.name == state and (is_free or for_a_call):
-                self._renew(breaker, caller.last_seen)
-                if is_free and not caller.is_notifying:
-                    self._take_shortcut(circuit)
-        caller.rejected_reply = reply if for_a_call and state == OPEN and self._tagged is BY_HAND else None
+            if breaker._state.name == state and (is_free or is_admission):
+                self._retag(breaker, context.last_seen)
+                if is_free and not context.is_notifying:
+                    self._open_fast_path(circuit)
+        context.rejected_reply = reply if is_admission and state == OPEN and self._tagged is BY_HAND else None
         return state
 
-    def _admitted_to_probe(self, caller: CallContext, breaker: CircuitBreaker, reply: Reply) -> Reply:
-        """Return what is true once a call is admitted to a half-open circuit: it holds the probe.
+    def _admitted_to_probe(self, context: CallContext, breaker: CircuitBreaker, reply: Reply) -> Reply:
+        """Return the circuit once a call is admitted to a half-open circuit: the call holds the probe.
 
         Raises:
-            pybreaker.CircuitBreakerError: Another call holds it.
+            pybreaker.CircuitBreakerError: Another call holds the probe.
         """
         circuit = reply.circuit
         is_half_open = breaker._state.name == HALF_OPEN
-        if circuit.state != HALF_OPEN or not (is_half_open or caller.visible_state(circuit, reply.now_ms) == HALF_OPEN):
+        if circuit.state != HALF_OPEN or not (is_half_open or context.visible_state(reply) == HALF_OPEN):
             return reply
-        ticket = self._admissions.ticket(breaker._state)
-        if is_half_open and ticket and ticket.admission.token == circuit.probe_token and (claimer := ticket.use()):
+        tag = self._admissions.tag_of(breaker._state)
+        if is_half_open and tag and tag.admission.token == circuit.probe_token and (claimer := tag.use_claim()):
             # Claimed a moment ago.  If the lease has ended since and another caller has claimed, the report is refused.
-            caller.take_over_claim(claimer, circuit)
+            if claimer is not context:
+                self._core.held_probes.claim(circuit.probe_token)
             return reply
-        if caller.holds(circuit) and circuit.is_probe_leased(reply.now_ms):
-            # A call within the probe is part of it.
-            return self._with_admission(caller, breaker, reply)
-        if not circuit.is_probe_leased(reply.now_ms):
-            claim = self._claim_probe(caller, circuit)
+        is_leased = circuit.is_probe_leased(reply.now_ms)
+        if is_leased and self._core.held_probes.is_held_here(circuit.probe_token):
+            # A call within the probe is part of the probe.
+            return self._with_admission(context, breaker, reply)
+        if not is_leased:
+            claim = self._claim_probe(context, circuit)
             if claim.accepted or claim.circuit.state != HALF_OPEN:
-                return self._with_admission(caller, breaker, claim)
+                return self._with_admission(context, breaker, claim)
         raise CircuitBreakerError(PROBE_TAKEN_MESSAGE)
 
-    def _with_admission(self, caller: CallContext, breaker: CircuitBreaker, reply: Reply) -> Reply:
+    def _with_admission(self, context: CallContext, breaker: CircuitBreaker, reply: Reply) -> Reply:
         circuit = reply.circuit
-        caller.last_seen = Admission(circuit.generation, circuit.probe_token)
+        context.last_seen = Admission(circuit.generation, circuit.probe_token)
         if breaker._state.name == circuit.state:
-            self._renew(breaker, caller.last_seen)
+            self._retag(breaker, context.last_seen)
         return reply
 
-    def _renew(self, breaker: CircuitBreaker, admission: Admission) -> None:
-        if self._admissions.renew(breaker, admission):
+    def _retag(self, breaker: CircuitBreaker, admission: Admission) -> None:
+        if self._admissions.retag(breaker, admission):
             self._tagged = BY_HAND
 
-    def _take_shortcut(self, circuit: Circuit) -> None:
-        """Open the shortcut to calls through the storage's only breaker, whose state object carries the admission."""
-        everybodys = self._shortcut.admission or self._shortcut.rejection
+    def _open_fast_path(self, circuit: Circuit) -> None:
+        """Open the fast path to calls through the storage's only breaker.  Its state object carries the admission."""
+        fast_path = self._core.fast_path
+        for_all = fast_path.admission or fast_path.rejection
         if (
-            everybodys is not None
-            and everybodys.generation == circuit.generation
+            for_all is not None
+            and for_all.generation == circuit.generation
             and not self._admissions.has_several_breakers
         ):
-            self._tagged = everybodys
+            self._tagged = for_all
 
-    def _tag_new_state(self, caller: CallContext, frame: FrameType, *, claims: bool = False) -> None:
-        """A breaker is about to be in this state, whatever the circuit has become since the breaker asked."""
+    def _tag_new_state(self, context: CallContext, frame: FrameType, *, claims: bool = False) -> None:
+        """Tag the state object under construction in a frame, whatever the circuit has become since the breaker read.
+
+        Args:
+            context: Context of this thread.
+            frame: Frame of the constructor.
+            claims: Whether the next call on the state object uses a claim of this thread.
+        """
         state = frame.f_locals["self"]
-        self._note(state._breaker)
+        self._register(state._breaker)
         self._tagged = BY_HAND
-        self._shortcut.keep_only(state.name)
-        self._admissions.issue(state, caller.last_seen, claimer=caller if claims else None)
-        caller.is_notifying = True
+        self._core.fast_path.keep_only(state.name)
+        self._admissions.tag(state, context.last_seen, claimer=context if claims else None)
+        context.is_notifying = True
 
-    def _note(self, breaker: CircuitBreaker) -> None:
-        if self._admissions.note(breaker):
+    def _register(self, breaker: CircuitBreaker) -> None:
+        if self._admissions.register(breaker):
             self._tagged = BY_HAND
 
     def _state_for_constructor(self) -> str | None:
         if (created := callsite.breaker_under_construction()) is None:
             return None
-        self._note(created)
-        return self._state_without_query()
+        self._register(created)
+        return self._core.state_for_constructor
 
-    def _read_circuit(self, caller: CallContext, *, for_a_call: bool) -> Reply:
-        """Return what a read of `state` sees."""
-        return self._execute_for(caller)
+    def _read_circuit(self, context: CallContext, budget: CallBudget | None) -> Reply:
+        """Return the circuit, all but the counters, without a request where that is possible."""
+        return self._core.read_trusted() or self._execute_for(context, Load(), budget)
 
-    def _before_guarded_call(self) -> None:
-        """A breaker is about to make a guarded call in this process."""
+    def _execute_for(self, context: CallContext, intent: Intent, budget: CallBudget | None = None) -> Reply:
+        """Carry out an intent, and note what this thread learned.
 
-    def _execute_for(self, caller: CallContext, intent: Intent | None = None) -> Reply:
-        reply = self._look() if intent is None else self._execute(intent)
+        Args:
+            context: Context of this thread.
+            intent: Wanted change, or `Load`.
+            budget: Time budget of the call that the intent belongs to.  ``None``: to no call, as what is done by hand.
+        """
+        # An intent without an admission belongs to no call.
+        reply = self._core.carry_out(intent, None if getattr(intent, "generation", 0) is None else budget)
         circuit = reply.circuit
-        if not isinstance(intent, Load | None):
-            caller.was_granted = reply.accepted
-            caller.last_seen = Admission(circuit.generation, circuit.probe_token)
+        if not isinstance(intent, Load):
+            context.was_granted = reply.accepted
+            context.last_seen = Admission(circuit.generation, circuit.probe_token)
         if circuit.state == HALF_OPEN and (reply.repair_note == "created" or isinstance(intent, SetState)):
-            # The caller that asked for it is its first prober, until another one claims.
-            caller.half_opened_generation = circuit.generation
+            # The caller that asked for the state is its first prober, until another one claims.
+            context.half_opened_generation = circuit.generation
         return reply
 
-    def _state_without_query(self) -> str | None:
-        """What to tell a breaker under construction, if the circuit is not to be asked for that."""
-        return None
-
-    def _claim_probe(self, caller: CallContext, circuit: Circuit) -> Reply:
-        # A late report of the call that had the probe must not count for this one: the token is a new one.
+    def _claim_probe(self, context: CallContext, circuit: Circuit) -> Reply:
+        # The token is a new one: a late report of the call that had the probe must not count for this call.
         instead = circuit.probe_token if PROBE_TOKENS.take(circuit.probe_token) else ""
         token = secrets.token_hex(8)
-        reply = self._execute_for(caller, ClaimProbe(circuit.generation, token, self._lease_ms, instead))
+        intent = ClaimProbe(circuit.generation, token, self._lease_ms, instead)
+        reply = self._execute_for(context, intent, context.budget)
         if reply.accepted:
-            caller.claim(token)
+            self._core.held_probes.claim(token)
         return reply

@@ -1,75 +1,86 @@
-"""Probe tokens of this process that no call holds.
+"""Half-open probes of this process: tokens that a call holds, and tokens that no call holds.
 
-Knows: tokens, intents, replies.  Does not know: breakers, Redis.
-
-A server may execute a claim after the claiming caller gave up waiting, and the report of a probe may get no answer.
-The record then names a prober that never comes back, and the fleet would wait for the end of the lease.  This process
-has the token, so it offers the probe to one of its own callers.  That caller claims it with a new token, in a new
-generation: what the server executes late of the former call is refused.
+A server may execute a claim after the claiming caller gave up waiting, and the report of a probe may get no reply.  The
+record then names a prober that never reports, and the fleet would wait for the end of the lease.  This process has the
+token, so it offers the probe to one of its own callers.  That caller claims the probe with a new token, in a new
+generation.  The server then refuses whatever it executes late for the former call.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 
 from pybreaker_redis._model.circuit import HALF_OPEN
 from pybreaker_redis._model.intents import (
     ClaimProbe,
-    Close,
     CountProbe,
     Intent,
     RecordFailure,
     RecordSuccess,
     Reply,
-    Trip,
 )
 
-#: Tokens that are remembered at most; each outage or recovery leaves a few.
+#: Most offered tokens that are kept.  Each outage or recovery leaves a few.
 PROBE_TOKENS_MAX = 256
+
+#: Most claims of one circuit that are kept.  A record names one of them at most.
+CLAIMS_PER_CIRCUIT_MAX = 64
+
+#: Most claims that a context keeps: the depth of nested calls that probe.
+CLAIMS_PER_CONTEXT_MAX = 8
+
+#: Tokens that the running context claimed last: tasks share a thread, and each task has its context.
+#: One variable serves all circuits, because a variable is never freed.
+_CLAIMED: ContextVar[tuple[str, ...]] = ContextVar("probes claimed", default=())
 
 #: Intents after which the call goes on, once they are granted.
 _GO_ON = (ClaimProbe, RecordFailure, RecordSuccess)
 
-#: Intents that name the probe of their call.
-_WITH_TOKEN = (*_GO_ON, CountProbe, Close, Trip)
-
 
 class ProbeTokens:
-    """Tokens instead of which this process may claim: unanswered claims, and probes that were reported.
+    """Tokens of the probes of this process: claimed ones, and ones that may be claimed instead.
 
     Tokens are random, so one set serves all circuits.  A token in no record does no harm.  Forked children start empty:
     the parent's probes are not theirs.
     """
 
     def __init__(self) -> None:
-        self._tokens: dict[str, None] = {}
+        self._offered: dict[str, None] = {}
         #: Tokens that were offered, also those that were taken since.
         self._ended: dict[str, None] = {}
         self._pid = 0
 
     def take(self, token: str) -> bool:
-        """Take a token for one caller; every other caller that wants it is refused."""
-        return self._own().pop(token, self) is None
+        """Take an offered token for one caller.  Every other caller that asks for the token is refused."""
+        self._forget_in_child()
+        return self._offered.pop(token, self) is None
 
     def release(self, token: str) -> None:
-        """Offer a token to the callers of this process; the oldest tokens are forgotten."""
-        for tokens in (self._own(), self._ended):
+        """Offer a token to the callers of this process, in place of the oldest if there are too many."""
+        self._forget_in_child()
+        for tokens in (self._offered, self._ended):
             tokens[token] = None
-            # A copy, which is made at once: other threads take and release tokens meanwhile.
+            # The list is a copy, made in one step: other threads take and release tokens meanwhile.
             for oldest in list(tokens)[:-PROBE_TOKENS_MAX]:
                 tokens.pop(oldest, None)
 
     def has_ended(self, token: str) -> bool:
-        """Return whether no call holds the token, though a record may still name it while another caller claims."""
-        return token in self._own() or token in self._ended
+        """Whether no call holds the token, though a record may still name the token while another caller claims."""
+        self._forget_in_child()
+        return token in self._ended or token in self._offered
 
-    def track(self, run: Callable[[Intent], Reply], intent: Intent) -> Reply:
-        """Carry out an intent, and follow what becomes of the probe that it is about."""
-        token = _token_of(intent)
-        if not token:
-            return self.shown(run(intent))
+    def track(self, run: Callable[[Intent], Reply], intent: Intent, token: str) -> Reply:
+        """Carry out an intent that names a probe, and offer the probe's token once no call holds the probe.
+
+        Args:
+            run: Function that carries out the intent.
+            intent: Wanted change.
+            token: Token of the probe that the intent names.
+        """
         try:
             reply = run(intent)
         except BaseException:
@@ -77,27 +88,28 @@ class ProbeTokens:
             raise
         finally:
             if isinstance(intent, ClaimProbe) and intent.lost_token:
-                # Without an answer the record may name either token.  One that is in no record does no harm.
+                # Without a reply the record may name either token.
                 self.release(intent.lost_token)
         if not _goes_on(intent, reply):
             self.release(token)
-        return self.shown(reply)
+        return reply
 
-    def shown(self, reply: Reply) -> Reply:
-        """Return the reply as this process may use it: a probe that none of its calls holds is free."""
+    def mask_free_probe(self, reply: Reply) -> Reply:
+        """Return a reply as this process may use it: a probe that none of its calls holds is free."""
         circuit = reply.circuit
-        if circuit.state == HALF_OPEN and circuit.probe_token in self._own():
+        if circuit.state == HALF_OPEN and self._pid == os.getpid() and circuit.probe_token in self._offered:
             return replace(reply, circuit=replace(circuit, probe_until_ms=0))
         return reply
 
-    def _own(self) -> dict[str, None]:
+    def _forget_in_child(self) -> None:
         if self._pid != os.getpid():
-            self._tokens, self._ended, self._pid = {}, {}, os.getpid()
-        return self._tokens
+            self._offered, self._ended, self._pid = {}, {}, os.getpid()
 
 
-def _token_of(intent: Intent) -> str:
-    return intent.token if isinstance(intent, _WITH_TOKEN) else ""
+def token_of(intent: Intent) -> str:
+    """Return the token of the probe that an intent names.  Empty if it names none."""
+    token: str = getattr(intent, "token", "")
+    return token
 
 
 def _goes_on(intent: Intent, reply: Reply) -> bool:
@@ -109,3 +121,27 @@ def _goes_on(intent: Intent, reply: Reply) -> bool:
 
 #: The probes of this process.
 PROBE_TOKENS = ProbeTokens()
+
+
+class HeldProbes:
+    """Claims of one circuit's probe by threads of this process."""
+
+    def __init__(self) -> None:
+        #: Process and thread of each claim, the newest last.
+        self._claims: dict[str, tuple[int, int]] = {}
+
+    def claim(self, token: str) -> None:
+        """Note that the running thread and context hold a granted probe, instead of the thread that held the probe."""
+        # Looked up at each call: gevent replaces the function, in gunicorn's workers after the application was loaded.
+        self._claims[token] = os.getpid(), threading.get_ident()
+        for oldest in list(self._claims)[:-CLAIMS_PER_CIRCUIT_MAX]:
+            self._claims.pop(oldest, None)
+        _CLAIMED.set((*_CLAIMED.get()[1 - CLAIMS_PER_CONTEXT_MAX :], token))
+
+    def is_held_here(self, token: str) -> bool:
+        """Whether the running thread claimed the probe in the running context, and the probe has not ended."""
+        return (
+            self._claims.get(token) == (os.getpid(), threading.get_ident())
+            and token in _CLAIMED.get()
+            and not PROBE_TOKENS.has_ended(token)
+        )

@@ -34,10 +34,15 @@ class Subscriber:
 
 
 class SubscriberTable:
-    """Views of one listener.  The table keeps no view alive."""
+    """Views of one listener.  The table keeps no view alive.
+
+    Attributes:
+        shared_channels: Channels of circuits that have several views.  Readers need no lock.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self.shared_channels: set[str] = set()
         self._of_view: weakref.WeakKeyDictionary[View, tuple[tuple[str, ...], str, bool]] = weakref.WeakKeyDictionary()
         #: The tuples are replaced, never changed, so readers need no lock.
         self._of_channel: dict[str, tuple[weakref.ref[View], ...]] = {}
@@ -59,6 +64,8 @@ class SubscriberTable:
             self._of_view[view] = keys, channel, is_one_slot
             ref = weakref.ref(view, lambda _: dropped.append(channel))
             self._of_channel[channel] = (*self._of_channel.get(channel, ()), ref)
+            if len(self._of_channel[channel]) > 1:
+                self.shared_channels.add(channel)
             self._added.add(view)
             self._sweep()
 
@@ -112,6 +119,8 @@ class SubscriberTable:
         while self._dropped:
             channel = self._dropped.popleft()
             alive = tuple(ref for ref in self._of_channel.get(channel, ()) if ref() is not None)
+            if len(alive) <= 1:
+                self.shared_channels.discard(channel)
             if alive:
                 self._of_channel[channel] = alive
             else:

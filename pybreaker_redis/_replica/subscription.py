@@ -93,7 +93,8 @@ class Subscription(ForkSafe):
             circuit: The record in the answer.
             now_ms: Time of the server in the answer, milliseconds.
         """
-        if (listener := self._listener) is not None:
+        listener = self._listener
+        if listener is not None and self._channel in listener.subscriber_table.shared_channels:
             listener.share_answer_with_siblings(self._view, self._channel, circuit, now_ms)
 
     @property

@@ -10,7 +10,7 @@ import logging
 
 from pybreaker import STATE_OPEN, CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis.operators import made_transition
+from pybreaker_redis.storage import made_transition
 
 __all__ = ("LogListener",)
 

@@ -22,8 +22,8 @@ from pybreaker import (
 )
 
 from pybreaker_redis._runtime.optional import require_extra
-from pybreaker_redis.operators import made_transition
 from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
+from pybreaker_redis.storage import made_transition
 
 with require_extra("prometheus_client", extra="prometheus"):
     from prometheus_client import REGISTRY, CollectorRegistry, Counter

@@ -1,31 +1,34 @@
-"""Which breakers does this application have?
-
-Knows: names, settings, the client that all have in common.  Does not know: how a circuit is shared.
-"""
+"""Registry of an application's breakers: one for each name, with common settings and one Redis."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker, CircuitBreakerListener
+from pybreaker import (
+    STATE_CLOSED,
+    STATE_HALF_OPEN,
+    STATE_OPEN,
+    CircuitBreaker,
+    CircuitBreakerListener,
+    CircuitBreakerStorage,
+)
 
-from pybreaker_redis._adapter.operated import OperatedStorage
-from pybreaker_redis._circuits.core import rejection_time_s
-from pybreaker_redis._model.circuit import CLOSED
-from pybreaker_redis._model.intents import Intent, Reply
-from pybreaker_redis._redis.url import client_source_from_url
-from pybreaker_redis._runtime.clock import utc_from_ms
+from pybreaker_redis import operators
 from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.validation import check_choice, checked_namespace, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
-from pybreaker_redis.operators import COMMANDS_FOR_RESET, COMMANDS_FOR_STATE, retry_after, storage_of
+from pybreaker_redis.operators import CircuitSnapshot, retry_after
 from pybreaker_redis.registry import settings as settings_module
 from pybreaker_redis.registry.decorator import NO_FALLBACK, P, T, guard_with
-from pybreaker_redis.storage import CircuitRedisStorage
+from pybreaker_redis.registry.settings import BreakerSettings, SettingOptions, Settings
+from pybreaker_redis.storage import CircuitRedisStorage, client_source_from_url
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ("BreakerRegistry", "CircuitStatus", "retry_after")
 
@@ -34,17 +37,17 @@ _logger = logging.getLogger("pybreaker_redis")
 
 @dataclass(frozen=True, slots=True)
 class CircuitStatus:
-    """How a circuit is, for everybody who shares it.
+    """State of a shared circuit, and the settings of its breaker that matter for it.
 
     Attributes:
-        name: Of its breaker.
-        state: ``closed``, ``open``, ``half-open``.
+        name: Name of the breaker.
+        state: ``closed``, ``open`` or ``half-open``.
         fail_counter: Consecutive failures.
         success_counter: Consecutive successes while half-open.
-        opened_at: When it opened last, aware, by the local clock; ``None`` if it never did.
-        retry_after: Seconds until a call may pass; 0 if one may pass now.
-        fail_max: At how many failures it opens.
-        reset_timeout: For how many seconds it stays open.
+        opened_at: Time at which the circuit opened last, aware, by the local clock.  ``None``: never.
+        retry_after: Seconds until a call may pass.  0: a call may pass now.
+        fail_max: Number of consecutive failures that opens the circuit.
+        reset_timeout: Seconds for which the circuit stays open.
     """
 
     name: str
@@ -58,23 +61,20 @@ class CircuitStatus:
 
 
 class BreakerRegistry(ForkSafe):
-    """The breakers of an application: one for each name, all with the same Redis.
+    """Breakers of an application: one for each name, all with the same Redis.
 
-    Each is a standard `pybreaker.CircuitBreaker`, made when it is first asked for.  Nothing is sent before a breaker
-    is used.
+    Each breaker is a standard `pybreaker.CircuitBreaker`, created at its first use.  Nothing is sent before that.
 
     Args:
-        redis: A client, a callable that returns one, or a URL as for `CircuitRedisStorage.from_url`; ``None``: each
-            process for itself.
-        prefix: Goes before each name, with a colon in between, in the namespaces of the circuits.
-        listeners: Of every breaker.
-        defaults: Settings of breakers for which nothing else is said: those of `pybreaker.CircuitBreaker` (*fail_max*,
-            *reset_timeout*, *success_threshold*, *exclude*, *throw_new_error_on_trip*) and of `CircuitRedisStorage`
-            (*probe_lease*, *max_staleness*, *timeout*, *fallback_circuit_state* and so on).  Without Redis those that
-            are about Redis change nothing.
+        redis: Client, callable that returns one, or URL as for `CircuitRedisStorage.from_url`.  ``None``: each process
+            has circuits of its own.
+        prefix: Text before each name, with a colon in between, in the namespaces of the circuits.
+        listeners: Listeners of every breaker.
+        defaults: Default settings of the breakers.  See `BreakerSettings` for their names.  Without Redis the settings
+            about Redis have no effect.
 
     Raises:
-        TypeError: There is no such setting, or a value is not what it should be.
+        TypeError: There is no such setting, or a value is of the wrong type.
         ValueError: A number is out of range.
     """
 
@@ -84,7 +84,7 @@ class BreakerRegistry(ForkSafe):
         *,
         prefix: str = "",
         listeners: Iterable[CircuitBreakerListener] = (),
-        **defaults: Any,
+        **defaults: Unpack[SettingOptions],
     ) -> None:
         self._redis = client_source_from_url(redis) if isinstance(redis, str) else redis
         self._prefix = settings_module.checked_prefix(prefix)
@@ -93,21 +93,21 @@ class BreakerRegistry(ForkSafe):
         self._settings_by_name: dict[str, dict[str, Any]] = {}
         self._breaker_by_name: dict[str, CircuitBreaker] = {}
         super().__init__()
-        # What cannot be a client, or a prefix, is refused now, not when there is a name.
+        # An invalid client or prefix raises an error now, not at the first use of a breaker.
         self._storage("any")
 
-    # The breakers ---------------------------------------------------------------------------------------------------
+    # Breakers -------------------------------------------------------------------------------------------------------
 
-    def get(self, name: str, /, **settings: Any) -> CircuitBreaker:
-        """The breaker of that name, always the same one; it is made if there was none.
+    def get(self, name: str, /, **settings: Unpack[SettingOptions]) -> CircuitBreaker:
+        """Return the breaker of a name, always the same object.
 
         Args:
-            name: Of the breaker, and of its circuit.
-            settings: What it shall have other than the defaults.
+            name: Name of the breaker and of its circuit.
+            settings: Settings that differ from the defaults.
 
         Raises:
-            ValueError: It has other settings already, or a number is out of range.
-            TypeError: There is no such setting, or a value is not what it should be.
+            ValueError: The breaker has other settings already, or a number is out of range.
+            TypeError: There is no such setting, or a value is of the wrong type.
         """
         if not settings and (breaker := self._breaker_by_name.get(name)):
             return breaker
@@ -117,20 +117,20 @@ class BreakerRegistry(ForkSafe):
                 self._breaker_by_name[name] = self._create_breaker(name)
             return self._breaker_by_name[name]
 
-    def configure(self, name: str, /, **settings: Any) -> None:
-        """Say what settings a breaker shall have, before it is first asked for; see `get`.
+    def configure(self, name: str, /, **settings: Unpack[SettingOptions]) -> None:
+        """Give a breaker its settings, before its first use.  See `get` for the arguments.
 
         Raises:
-            ValueError: It has other settings already, or a number is out of range.
-            TypeError: There is no such setting, or a value is not what it should be.
+            ValueError: The breaker has other settings already, or a number is out of range.
+            TypeError: There is no such setting, or a value is of the wrong type.
         """
         self._declare(name, settings)
 
     def __getitem__(self, name: str) -> CircuitBreaker:
-        """A breaker that was asked for, configured or guards something.
+        """Return a breaker that was configured or used before.
 
         Raises:
-            KeyError: There is none of that name.
+            KeyError: There is no breaker of that name.
         """
         if name not in self._settings_by_name:
             known = ", ".join(map(repr, self)) or "none"
@@ -148,23 +148,23 @@ class BreakerRegistry(ForkSafe):
         return len(self._settings_by_name)
 
     def guard(
-        self, name: str, /, *, fallback: Any = NO_FALLBACK, **settings: Any
+        self, name: str, /, *, fallback: Any = NO_FALLBACK, **settings: Unpack[SettingOptions]
     ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-        """Have every call of a function guarded by a breaker.
+        """Return a decorator that guards every call of a function by a breaker.
 
-        The breaker is looked up at the first call, so that it may be configured after the function was defined.
+        The breaker is created at the first call, so it may be configured after the function was defined.
 
         Args:
-            name: Of the breaker.
-            fallback: What a call returns that was rejected or has tripped the circuit, in place of raising
-                `pybreaker.CircuitBreakerError`.  If it can be called: what it returns, given the arguments of the call.
+            name: Name of the breaker.
+            fallback: Result of a call that was rejected or that opened the circuit, in place of a
+                `pybreaker.CircuitBreakerError`.  A callable is called with the arguments of the call.
             settings: See `get`.
 
         Returns:
             A decorator for functions.
 
         Raises:
-            TypeError: The function, or the fallback, is asynchronous: it would return before anything is done, so
+            TypeError: The function or the fallback is asynchronous.  It would return before the work is done, so
                 nothing would be guarded.
         """
         self._declare(name, settings)
@@ -173,60 +173,75 @@ class BreakerRegistry(ForkSafe):
     # For operators --------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, CircuitStatus]:
-        """How all circuits are, in one round trip; on a cluster in one for each node.
+        """Return the status of all circuits by name, in one round trip for each server or node of a cluster.
 
         Raises:
-            Exception: Redis gives no usable answer; whatever the client raises then.
+            StorageUnavailableError: Redis did not execute a command.
         """
         breakers = {name: self.get(name) for name in self}
-        storages = [_operated(breaker) for breaker in breakers.values()]
-        replies = storages[0].look_at(storages) if storages else []
+        snapshots = operators.read(list(breakers.values()))
         return {
-            name: _status(name, breaker, reply)
-            for (name, breaker), reply in zip(breakers.items(), replies, strict=True)
+            name: _status(name, breaker, snapshot)
+            for (name, breaker), snapshot in zip(breakers.items(), snapshots, strict=True)
         }
 
     def set_state(self, name: str, state: str, /) -> None:
-        """Put a circuit into another state, for everybody.
+        """Put a circuit into another state, for all processes that share the circuit.
 
         Args:
-            name: Of the breaker.
-            state: ``open``, for its reset timeout from now on; ``closed``, with no counts; ``half-open``, so that the
-                next call is let through as a probe, whoever makes it.
+            name: Name of the breaker.
+            state: ``open``, for the reset timeout from now on.  ``closed``, with all counts zero.  ``half-open``, so
+                that the next call of any process is a probe.
 
         Raises:
             KeyError: There is no breaker of that name.
             ValueError: There is no such state.
-            Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
+            StorageUnavailableError: Redis did not execute the command.
         """
         check_choice("state", state, (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN))
-        self._command(name, *COMMANDS_FOR_STATE[state])
+        breaker = self[name]
+        operators.set_state(breaker, state)
+        self._notify_listeners(breaker)
 
     def reset(self, name: str, /) -> None:
-        """Forget all counts of a circuit, and leave it in the state that it is in; raises as `set_state` does."""
-        self._command(name, *COMMANDS_FOR_RESET)
+        """Set all counts of a circuit to zero, and leave its state.
 
-    def _command(self, name: str, *intents: Intent) -> None:
+        Args:
+            name: Name of the breaker.
+
+        Raises:
+            KeyError: There is no breaker of that name.
+            StorageUnavailableError: Redis did not execute the command.
+        """
         breaker = self[name]
-        _operated(breaker).command(*intents)
+        operators.reset(breaker)
+        self._notify_listeners(breaker)
+
+    def _notify_listeners(self, breaker: CircuitBreaker) -> None:
+        """Notify the listeners of this process now.  Those of other processes follow when their breakers notice."""
         try:
-            # The listeners of this process hear of it now, those of others when they notice.
             _ = breaker.state
         except Exception:
-            # It is done all the same, and who commanded it has to know.
-            _logger.exception("a listener of breaker %r has failed", name)
+            # The command was executed, so its caller must not get an error.
+            _logger.exception("a listener of breaker %r has failed", breaker.name)
 
-    # The end --------------------------------------------------------------------------------------------------------
+    # End ------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of all breakers, and of the connections that only they use; no circuit changes.
+        """Release all breakers, and the connections that only they use.  No circuit changes.
 
-        What was configured stays, and whoever asks for a breaker again gets a new one.
+        The configuration stays.  `get` returns a new breaker afterwards.
         """
         with self._lock:
             made, self._breaker_by_name = self._breaker_by_name, {}
         for breaker in made.values():
-            _operated(breaker).release_connections()
+            operators.release_connections(breaker)
+
+    def __repr__(self) -> str:
+        # Neither a URL nor a client is shown: both may have a password.
+        kind = "memory" if self._redis is None else "redis"
+        prefix = f", prefix={self._prefix[:-1]!r}" if self._prefix else ""
+        return f"<{type(self).__name__} {kind}{prefix}, {len(self)} breakers>"
 
     def __enter__(self) -> BreakerRegistry:
         return self
@@ -234,9 +249,9 @@ class BreakerRegistry(ForkSafe):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # Behind it ------------------------------------------------------------------------------------------------------
+    # Internals ------------------------------------------------------------------------------------------------------
 
-    def _declare(self, name: str, settings: dict[str, Any]) -> str:
+    def _declare(self, name: str, settings: Settings) -> str:
         known = self._settings_by_name.get(name)
         if known is not None and all(item in known.items() for item in settings.items()):
             return plain_text(name)
@@ -245,50 +260,33 @@ class BreakerRegistry(ForkSafe):
         settings = settings_module.validated(settings, stacklevel=3)
         with self._lock:
             declared = self._settings_by_name.get(name, {})
-            present = self._settings_of(name) if name in self._breaker_by_name else declared
+            present = self._settings_of(name).by_name() if name in self._breaker_by_name else declared
             settings_module.check_consistent(name, present, settings)
             self._settings_by_name[name] = {**declared, **settings}
         return name
 
-    def _settings_of(self, name: str) -> dict[str, Any]:
-        usual = {**settings_module.BREAKER_DEFAULTS, "exclude": (), **settings_module.STORAGE_DEFAULTS}
-        return {**usual, **self._defaults, **self._settings_by_name.get(name, {})}
+    def _settings_of(self, name: str) -> BreakerSettings:
+        return BreakerSettings.of({**self._defaults, **self._settings_by_name.get(name, {})})
 
     def _create_breaker(self, name: str) -> CircuitBreaker:
         return CircuitBreaker(
             name=name,
             listeners=self._listeners,
             state_storage=self._storage(name),
-            **settings_module.breaker_arguments(self._settings_of(name)),
+            **self._settings_of(name).breaker_arguments(),
         )
 
-    def _storage(self, name: str) -> OperatedStorage:
+    def _storage(self, name: str) -> CircuitBreakerStorage:
         settings = self._settings_of(name)
         if self._redis is None:
-            return CircuitMemoryStorage(CLOSED, **settings_module.subset(settings, settings_module.MEMORY_DEFAULTS))
+            return CircuitMemoryStorage(STATE_CLOSED, **settings.memory_arguments())
         return CircuitRedisStorage(
-            CLOSED,
+            STATE_CLOSED,
             self._redis,
             namespace=f"{self._prefix}{name}",
-            **settings_module.subset(settings, settings_module.STORAGE_DEFAULTS),
+            **settings.storage_arguments(),
         )
 
 
-def _operated(breaker: CircuitBreaker) -> OperatedStorage:
-    storage = storage_of(breaker)
-    assert isinstance(storage, OperatedStorage)
-    return storage
-
-
-def _status(name: str, breaker: CircuitBreaker, reply: Reply) -> CircuitStatus:
-    circuit = reply.circuit
-    return CircuitStatus(
-        name=name,
-        state=circuit.state,
-        fail_counter=circuit.fail_counter,
-        success_counter=circuit.success_counter,
-        opened_at=None if circuit.opened_at_ms is None else utc_from_ms(circuit.opened_at_ms),
-        retry_after=rejection_time_s(reply, breaker.reset_timeout),
-        fail_max=breaker.fail_max,
-        reset_timeout=breaker.reset_timeout,
-    )
+def _status(name: str, breaker: CircuitBreaker, snapshot: CircuitSnapshot) -> CircuitStatus:
+    return CircuitStatus(name=name, fail_max=breaker.fail_max, reset_timeout=breaker.reset_timeout, **asdict(snapshot))

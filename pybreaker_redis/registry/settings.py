@@ -1,18 +1,16 @@
-"""What may be said about a breaker, and do two sayings agree?
-
-Knows: what breakers and storages take.  Does not know: which breakers there are.
-"""
+"""Settings of breakers: their names, defaults and checks."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict
 
+from pybreaker import STATE_CLOSED as CLOSED
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
-from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis._runtime.validation import DURATION_MAX_S, check_bool, check_seconds, format_value, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.storage import CircuitRedisStorage
@@ -20,26 +18,99 @@ from pybreaker_redis.storage import CircuitRedisStorage
 Settings = Mapping[str, Any]
 
 
-def _usual(made: Callable[..., Any], *left_out: str) -> dict[str, Any]:
-    parameters = inspect.signature(made).parameters.values()
+def _defaults_of(constructor: Callable[..., Any], *left_out: str) -> dict[str, Any]:
+    parameters = inspect.signature(constructor).parameters.values()
     return {item.name: item.default for item in parameters if item.name not in left_out}
 
 
-#: What a breaker takes and a storage takes, and what is taken if nothing is said.  What tells one from another, and
-#: where they live, is for the registry to say.
-BREAKER_DEFAULTS = _usual(CircuitBreaker, "listeners", "state_storage", "name")
-STORAGE_DEFAULTS = _usual(CircuitRedisStorage, "state", "redis_object", "namespace")
-MEMORY_DEFAULTS = _usual(CircuitMemoryStorage, "state")
+#: Arguments of a breaker and of a storage, with their defaults, but for those that the registry gives itself.
+BREAKER_DEFAULTS = _defaults_of(CircuitBreaker, "listeners", "state_storage", "name")
+STORAGE_DEFAULTS = _defaults_of(CircuitRedisStorage, "state", "redis_object", "namespace")
+MEMORY_DEFAULTS = _defaults_of(CircuitMemoryStorage, "state")
 
-#: What a dependency that is down raises; to exclude one of these, or what they descend from, is to guard nothing.
+
+class SettingOptions(TypedDict, total=False):
+    """Keyword arguments by which users give settings.  See `BreakerSettings`."""
+
+    fail_max: int
+    reset_timeout: float
+    success_threshold: int
+    exclude: Sequence[type[BaseException] | Callable[[Any], bool]]
+    throw_new_error_on_trip: bool
+    fallback_circuit_state: Literal["closed", "open", "half-open", "last"]
+    cluster_mode: bool
+    probe_lease: float
+    max_staleness: float
+    timeout: float | None
+    ttl: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerSettings:
+    """Settings of one breaker and its circuit.
+
+    The first five are those of `pybreaker.CircuitBreaker`, the others those of `CircuitRedisStorage`.
+
+    Attributes:
+        fail_max: Number of consecutive failures that opens the circuit.
+        reset_timeout: Seconds for which the circuit stays open.
+        success_threshold: Number of successful probes that closes the circuit.
+        exclude: Exception classes and functions of an exception: such exceptions are no failures.
+        throw_new_error_on_trip: Whether the call that opens the circuit raises `pybreaker.CircuitBreakerError`.
+        fallback_circuit_state: State in which a local circuit begins.
+        cluster_mode: Whether all keys of the circuit share one slot of a Redis Cluster.
+        probe_lease: Seconds until a probe without a report is offered to another call.
+        max_staleness: Seconds for which a process may use its copy of the circuit without notice of a change.
+        timeout: Seconds a guarded call may wait for Redis.  ``None``: no limit.
+        ttl: Seconds after the last write when the circuit expires.  ``None``: never.
+    """
+
+    fail_max: int
+    reset_timeout: float
+    success_threshold: int
+    exclude: tuple[Any, ...]
+    throw_new_error_on_trip: bool
+    fallback_circuit_state: str
+    cluster_mode: bool
+    probe_lease: float
+    max_staleness: float
+    timeout: float | None
+    ttl: float | None
+
+    @classmethod
+    def of(cls, given: Settings) -> BreakerSettings:
+        """Return settings with the defaults for all that are not given."""
+        return cls(**{**BREAKER_DEFAULTS, "exclude": (), **STORAGE_DEFAULTS, **given})
+
+    def by_name(self) -> dict[str, Any]:
+        """Return the values by the names of the settings."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def breaker_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `pybreaker.CircuitBreaker`."""
+        return {**self._subset(BREAKER_DEFAULTS), "exclude": [_exclusion(item) for item in self.exclude]}
+
+    def storage_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `CircuitRedisStorage`."""
+        return self._subset(STORAGE_DEFAULTS)
+
+    def memory_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `CircuitMemoryStorage`."""
+        return self._subset(MEMORY_DEFAULTS)
+
+    def _subset(self, names: Settings) -> dict[str, Any]:
+        return {name: value for name, value in self.by_name().items() if name in names}
+
+
+#: Errors of a dependency that is down.  A breaker that excludes one of these, or a base class, guards nothing.
 _OUTAGES = (ConnectionError, TimeoutError)
 
 
 def breaker_name(name: Any) -> str:
-    """Validate a breaker's name; plain text.
+    """Return a breaker's name as plain text.
 
     Raises:
-        TypeError: It is no str, or empty.
+        TypeError: The name is no str, or empty.
     """
     if not isinstance(name, str) or not name:
         msg = f"a breaker's name must be a str that is not empty, not {format_value(name)}"
@@ -48,10 +119,10 @@ def breaker_name(name: Any) -> str:
 
 
 def checked_prefix(prefix: Any) -> str:
-    """Validate what goes before all names; what goes before them in namespaces.
+    """Return the text before each name in the namespaces of circuits.
 
     Raises:
-        TypeError: It is no str.
+        TypeError: The prefix is no str.
     """
     if not isinstance(prefix, str):
         msg = f"prefix must be a str, not {format_value(prefix)}"
@@ -60,10 +131,10 @@ def checked_prefix(prefix: Any) -> str:
 
 
 def checked_listeners(listeners: Iterable[CircuitBreakerListener]) -> tuple[CircuitBreakerListener, ...]:
-    """Validate listeners.
+    """Return listeners as a tuple.
 
     Raises:
-        TypeError: One of them is none; most often it is a class.
+        TypeError: An item is no listener.  Most often the item is a class.
     """
     result = tuple(listeners)
     for listener in result:
@@ -74,14 +145,14 @@ def checked_listeners(listeners: Iterable[CircuitBreakerListener]) -> tuple[Circ
 
 
 def validated(settings: Settings, stacklevel: int) -> dict[str, Any]:
-    """Settings in the form in which they are compared.
+    """Return settings in the form in which they are compared.
 
     Args:
-        settings: By name, in the form in which somebody has given them.
-        stacklevel: Of whoever gave them, seen from here.
+        settings: Values by name, as a user gave them.
+        stacklevel: Number of frames from here to the code of the user, for warnings.
 
     Raises:
-        TypeError: There is no such setting, or its value is not what it should be.
+        TypeError: There is no such setting, or a value is of the wrong type.
         ValueError: A number is out of range.
     """
     accepted = {**BREAKER_DEFAULTS, **STORAGE_DEFAULTS}
@@ -99,28 +170,25 @@ def validated(settings: Settings, stacklevel: int) -> dict[str, Any]:
         check_bool("throw_new_error_on_trip", result["throw_new_error_on_trip"])
     if "exclude" in result:
         result["exclude"] = _excluded(result["exclude"], stacklevel + 1)
-    # It sends nothing, and judges its own arguments.
-    CircuitRedisStorage(CLOSED, lambda: None, **subset(result, STORAGE_DEFAULTS))
+    # The storage sends nothing, and checks its own arguments.
+    CircuitRedisStorage(
+        CLOSED, lambda: None, **{name: value for name, value in result.items() if name in STORAGE_DEFAULTS}
+    )
     return result
 
 
-def breaker_arguments(settings: Settings) -> dict[str, Any]:
-    """Settings in the form in which a breaker takes them."""
-    return {**subset(settings, BREAKER_DEFAULTS), "exclude": [_exclusion(item) for item in settings["exclude"]]}
+def check_consistent(name: str, present: Settings, given: Settings) -> None:
+    """Raise an error if new settings contradict the present ones.
 
-
-def subset(settings: Settings, of: Settings) -> dict[str, Any]:
-    """Those settings that have a name in common with `of`."""
-    return {name: value for name, value in settings.items() if name in of}
-
-
-def check_consistent(name: str, present: Settings, said: Settings) -> None:
-    """Refuse what contradicts what is known.
+    Args:
+        name: Name of the breaker.
+        present: Present settings.
+        given: New settings.
 
     Raises:
-        ValueError: It does.
+        ValueError: A setting has two values.
     """
-    for setting, value in said.items():
+    for setting, value in given.items():
         if setting in present and present[setting] != value:
             msg = f"breaker {name!r} has {setting}={present[setting]!r}, so it cannot have {setting}={value!r} as well"
             raise ValueError(msg)
@@ -162,7 +230,7 @@ def _excluded(exclude: Any, stacklevel: int) -> tuple[Any, ...]:
 
 
 def _exclusion(item: Any) -> Any:
-    """As pybreaker understands it: a class that has a metaclass it takes for a function, which always says yes."""
+    """Return an item that pybreaker understands: it calls a class that has a metaclass, which never returns False."""
     if isinstance(item, type) and type(item) is not type:
         return lambda error: isinstance(error, item)
     return item

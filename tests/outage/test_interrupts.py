@@ -36,7 +36,6 @@ from tests.support.inspect import (
     replace_shared_execution,
     replace_slot_query,
     server_of,
-    shared_of,
     storage_of,
 )
 from tests.support.interrupts import JobTimeout, SoftTimeout, alarm, frozen, raising
@@ -478,7 +477,7 @@ def test_time_limit_ends_a_bulk_read(monkeypatch: pytest.MonkeyPatch, site: Site
         "pybreaker_redis._circuits.bulk.read_all_circuits", lambda requests: raising(JobTimeout())(1, None)
     )
     with pytest.raises(JobTimeout):
-        read_for_operator([shared_of(storage)])
+        read_for_operator([core_of(storage)])
 
 
 def test_time_limit_in_the_read_after_a_refused_write_reaches_the_call(

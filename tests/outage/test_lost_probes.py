@@ -26,8 +26,9 @@ from pybreaker_redis._model.intents import (
     Reply,
     Trip,
 )
+from pybreaker_redis.operators import retry_after
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support.inspect import core_of, execute_intent, local_of, selector_of, server_of, shared_of, storage_of
+from tests.support.inspect import core_of, execute_intent, local_of, selector_of, server_of, storage_of
 from tests.support.selection import but_for
 from tests.support.wait import wait_for
 
@@ -222,7 +223,7 @@ def test_retry_after_names_no_lease_of_an_orphaned_claim(engine: redis.Redis) ->
     LossyEngine(storage).lose(ClaimProbe, executed=True)
     request(breaker)
     wait_for(lambda: storage.health().condition == "connected", "the return is noticed")
-    wait_for(lambda: storage.retry_after(0) == 0, "a probe is permitted")
+    wait_for(lambda: retry_after(breaker) == 0, "a probe is permitted")
 
 
 def test_claim_of_another_process_keeps_its_lease(server: PrivateServer, engine: redis.Redis) -> None:
@@ -342,7 +343,7 @@ def test_report_that_the_server_executes_late_does_not_count_for_the_next_probe(
     """A late report must not end the probe of another call, which would admit a third call."""
     _, storage, report = taken_over
     probed = execute_intent(storage, Load()).circuit
-    late = shared_of(storage).execute(report)
+    late = core_of(storage).run_shared(report)
     assert not late.accepted
     assert (late.circuit.probe_token, late.circuit.generation) == (probed.probe_token, probed.generation)
 

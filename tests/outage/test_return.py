@@ -242,22 +242,22 @@ def test_failures_reported_without_an_answer_count_once(
     """Failures of an outage are reported in one command, and reported again only if the server did not execute it."""
     breaker = settled(breaker_on(site.client(), fail_max=MANY, timeout=10))
     fails(breaker, before)
-    execute = SharedCircuit.execute
+    execute = SharedCircuit.execute_at
     reported: list[RecordFailure] = []
 
-    def late(shared: SharedCircuit, intent: Intent, **settings: Any) -> Reply:
+    def late(shared: SharedCircuit, choice: Any, intent: Intent, **settings: Any) -> Reply:
         if not isinstance(intent, RecordFailure) or reported:
-            return execute(shared, intent, **settings)
+            return execute(shared, choice, intent, **settings)
         reported.append(intent)
         if happens:
-            execute(shared, intent, **settings)
+            execute(shared, choice, intent, **settings)
         raise redis.TimeoutError("Timeout reading from socket")
 
     with cut_off(site):
         fails(breaker, 3)
         assert health_of(breaker).is_own
         site.administrator.incrby("viewed:pybreaker:fail_counter", of_others)
-        monkeypatch.setattr(SharedCircuit, "execute", late)
+        monkeypatch.setattr(SharedCircuit, "execute_at", late)
     wait_for(lambda: reported and is_connected(breaker), "the return is noticed")
     assert [intent.times for intent in reported] == [3]
     assert counter(site) == before + of_others + 3
@@ -267,7 +267,7 @@ def test_failures_reported_without_an_answer_count_once(
 def test_failure_during_the_return_counts_once(site: Site, fallback: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls fail while the return reports earlier failures, and some of these calls are older than the outage."""
     breaker = settled(breaker_on(site.client(), fail_max=MANY, fallback_circuit_state=fallback, timeout=10))
-    report: Callable[[LocalCircuit, Any], LocalReport] = LocalCircuit.report
+    report: Callable[[LocalCircuit, Any], LocalReport] = LocalCircuit.draft_report
 
     def interrupted(own: LocalCircuit, known: Any) -> LocalReport:
         made = report(own, known)

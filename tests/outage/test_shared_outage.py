@@ -180,7 +180,7 @@ def test_failure_in_the_local_circuit_at_the_moment_of_return_is_reported(
     """A failure that reaches the local circuit just after its end starts that circuit again, and is reported."""
     breaker = settled(breaker_on(site.client(), fail_max=9, timeout=5.0))
     failover = failover_of(breaker)
-    execute = LocalCircuit.execute
+    execute = LocalCircuit.decide_locally
 
     def late(own: LocalCircuit, intent: Any, *arguments: Any, **options: Any) -> Reply:
         if isinstance(intent, RecordFailure):
@@ -195,7 +195,7 @@ def test_failure_in_the_local_circuit_at_the_moment_of_return_is_reported(
     site.proxy.close_connections()
     wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
     breaker.call(up)
-    monkeypatch.setattr(LocalCircuit, "execute", late)
+    monkeypatch.setattr(LocalCircuit, "decide_locally", late)
     fails(breaker)
     wait_for(lambda: breaker.fail_counter == 1 and is_back(breaker), "the failure is reported to Redis")
 
@@ -238,7 +238,7 @@ def test_local_circuit_of_an_unknown_server_is_reported_once_it_is_known(site: S
     late.call(up)
     assert health_of(late).is_own
     wait_for(lambda: is_back(late), "the return is noticed", within=15)
-    assert failover_of(late).own is failover_of(other).own
+    assert failover_of(late).local is failover_of(other).local
 
 
 # -- the return --------------------------------------------------------------------------------------------------------
@@ -253,20 +253,20 @@ def test_circuits_without_local_changes_are_read_in_batches(site: Site, monkeypa
         settled(breaker)
     own_circuits = {id(failover_of(breaker).shared) for breaker in breakers}
     executed: list[str] = []
-    execute = SharedCircuit.execute
+    execute = SharedCircuit.execute_at
 
-    def recorded(shared: SharedCircuit, intent: Any, **options: Any) -> Reply:
+    def recorded(shared: SharedCircuit, choice: Any, intent: Any, **options: Any) -> Reply:
         # Circuits of an earlier test may have the same names.
         if id(shared) in own_circuits:
             executed.append(circuit_name_of(shared))
-        return execute(shared, intent, **options)
+        return execute(shared, choice, intent, **options)
 
     with unreachable(site, *breakers):
         for breaker in breakers:
             breaker.call(up)
         assert all(health_of(breaker).is_own for breaker in breakers)
         fails(breakers[7], 2)
-        monkeypatch.setattr(SharedCircuit, "execute", recorded)
+        monkeypatch.setattr(SharedCircuit, "execute_at", recorded)
     wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all have returned")
     assert set(executed) == {"circuit7"}
     assert site.administrator.get("circuit7:pybreaker:state") == b"open"

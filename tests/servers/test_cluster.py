@@ -38,6 +38,7 @@ from tests.support.inspect import (
     known_nodes,
     listener_of,
     listeners,
+    locate,
     locator_of,
     lock_of,
     nodes_with_clients,
@@ -430,7 +431,7 @@ def test_subscription_during_a_move_is_removed(cluster: Nodes, monkeypatch):
     breaker.call(up)
     shared = shared_of(breaker)
     shared.forget_location()
-    shared.connect()
+    locate(breaker)
     started: list[Listener] = []
 
     leaves = threading.Thread(target=shared.forget_location)
@@ -442,7 +443,7 @@ def test_subscription_during_a_move_is_removed(cluster: Nodes, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(subscription, "listener_for", late)
-    core_of(breaker).ensure_subscribed()
+    core_of(breaker).prepare_call(has_several_breakers=False)
     leaves.join()
     assert not any(item.view is view_of(breaker) for item in started[0].subscriber_table.snapshot())
     monkeypatch.undo()

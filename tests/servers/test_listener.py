@@ -537,7 +537,7 @@ def test_child_of_a_fork_without_hooks_subscribes_again(client):
     failover = core_of(breaker)
     inherited = listener_of(breaker)
     pretend_fork()
-    failover.ensure_subscribed()
+    failover.prepare_call(has_several_breakers=False)
     assert listener_of(breaker) is not inherited
     assert listener_of(breaker).is_running
     settled(breaker)

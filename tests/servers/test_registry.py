@@ -27,6 +27,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.bulk import read_all_circuits
+from pybreaker_redis.errors import StorageUnavailableError
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
@@ -724,8 +725,11 @@ class TestStatus:
         with BreakerRegistry(killable_server.client(), fail_max=1) as breakers:
             fails(breakers.get("payments"))
             killable_server.kill()
-            with pytest.raises(redis.exceptions.ConnectionError):
+            with pytest.raises(
+                StorageUnavailableError, match=r"circuit 'payments': Redis at .* \(ConnectionError"
+            ) as raised:
                 breakers.status()
+            assert isinstance(raised.value.__cause__, redis.exceptions.ConnectionError)
 
 
 #: States that an operator can set. ``None`` stands for a reset, which keeps the state and drops the counts.
@@ -822,8 +826,10 @@ class TestCommands:
             payments = breakers.get("payments")
             assert payments.call(up) == "answer"
             killable_server.kill()
-            with pytest.raises(redis.exceptions.ConnectionError):
+            with pytest.raises(StorageUnavailableError) as raised:
                 command("payments", state)(breakers)
+            assert isinstance(raised.value.__cause__, redis.exceptions.ConnectionError)
+            assert raised.value.circuits == ("payments",)
             assert payments.call(up) == "answer"
 
     def test_command_waits_for_a_frozen_server_for_the_operator_timeout(
@@ -833,11 +839,13 @@ class TestCommands:
         with BreakerRegistry(killable_server.client(), timeout=0.1) as breakers:
             breakers.configure("payments")
             breakers.set_state("payments", "open")
-            monkeypatch.setattr("pybreaker_redis.storage.OPERATOR_TIMEOUT_MIN_S", 0.4)
+            monkeypatch.setattr("pybreaker_redis._circuits.budget.OPERATOR_TIMEOUT_MIN_S", 0.4)
             killable_server.pause()
             began = time.monotonic()
-            with pytest.raises(redis.exceptions.TimeoutError):
+            with pytest.raises(StorageUnavailableError) as raised:
                 breakers.set_state("payments", "closed")
+            assert isinstance(raised.value.__cause__, redis.exceptions.TimeoutError)
+            assert raised.value.timeout == 0.4
             assert 0.3 < time.monotonic() - began < 2
             killable_server.resume()
 

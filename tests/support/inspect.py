@@ -15,6 +15,7 @@ import pybreaker
 import pytest
 import redis
 
+from pybreaker_redis._circuits.mode import Mode
 from pybreaker_redis._engines import transaction
 from pybreaker_redis._model.intents import Load, Reply
 from pybreaker_redis._redis import deadline, pool, url
@@ -65,7 +66,7 @@ def shared_of(owner: Any) -> Any:
 
 def local_of(owner: Any) -> Any:
     """Return the local circuit."""
-    return core_of(owner).own
+    return core_of(owner).local
 
 
 def server_of(owner: Any) -> Any:
@@ -85,7 +86,7 @@ def view_of(owner: Any) -> Any:
 
 def selector_of(owner: Any) -> Any:
     """Return the selector of engines."""
-    return shared_of(owner)._selector
+    return shared_of(owner).selector
 
 
 def engine_of(owner: Any) -> Any:
@@ -125,17 +126,12 @@ def pools_of(owner: Any) -> Any:
 
 def fast_path_of(storage: Any) -> Any:
     """Return the fast path that the storage reads."""
-    return storage._shortcut
-
-
-def set_fast_path(storage: Any, fast_path: Any) -> None:
-    """Replace the fast path that the storage reads."""
-    storage._shortcut = fast_path
+    return core_of(storage).fast_path
 
 
 def timeout_of(storage: Any) -> float:
     """Return the timeout of a storage in seconds."""
-    return storage._timeout
+    return core_of(storage).timeout
 
 
 def lease_ms_of(owner: Any) -> float:
@@ -145,17 +141,17 @@ def lease_ms_of(owner: Any) -> float:
 
 def may_read(owner: Any) -> bool:
     """Return whether the circuit is followed although it cannot be written."""
-    return core_of(owner)._may_read
+    return core_of(owner).mode is Mode.FOLLOWING
 
 
 def admission_of(breaker: pybreaker.CircuitBreaker) -> Any:
     """Return what the current call of this thread was admitted for."""
-    return storage_of(breaker)._admissions.ticket(breaker._state).admission
+    return storage_of(breaker)._admissions.tag_of(breaker._state).admission
 
 
 def local_generation(owner: Any) -> int:
     """Return the generation in which the local circuit began."""
-    return local_of(owner)._begun.generation
+    return local_of(owner)._ledger.begun.generation
 
 
 def circuit_name_of(shared: Any) -> str:
@@ -183,52 +179,69 @@ def set_lock(item: Any, lock: Any) -> None:
 
 def execute_intent(storage: Any, intent: Any) -> Any:
     """Execute an intent as the adapter does."""
-    return storage._execute(intent)
+    return core_of(storage).carry_out(intent)
 
 
 def load_shared(owner: Any) -> Any:
     """Read the shared record, whatever the view holds."""
-    return shared_of(owner)._carry_out(Load(), tell=True)
+    core = core_of(owner)
+    return core.shared._send(core.shared.selector.current or core._locate(), Load())
+
+
+def locate(owner: Any) -> None:
+    """Locate the circuit and join its server."""
+    core_of(owner)._locate()
+
+
+def lose_server(owner: Any) -> None:
+    """Have the circuit use its local circuit, as a late thread does after the return."""
+    core_of(owner)._enter(Mode.LOCAL)
+
+
+def uses_shared(owner: Any) -> bool:
+    """Return whether the shared circuit answers calls."""
+    return core_of(owner).mode is Mode.SHARED
 
 
 def fail_circuit(owner: Any, error: Exception, since: float | None = None) -> None:
     """Report an error of the circuit, of a call that began at `since` on the monotonic clock."""
-    core_of(owner)._failed(error, time.monotonic() if since is None else since)
+    core_of(owner)._note_failure(error, time.monotonic() if since is None else since)
 
 
 def record_replies(storage: Any) -> list[Any]:
     """Return a list that gets each reply to the storage's intents."""
-    execute, replies = storage._execute, []
-    storage._execute = lambda intent: (replies.append(reply := execute(intent)), reply)[1]
+    core = core_of(storage)
+    execute, replies = core.carry_out, []
+    core.carry_out = lambda *given: (replies.append(reply := execute(*given)), reply)[1]
     return replies
 
 
 def answer_intents(storage: Any, reply: Reply) -> None:
     """Answer all further intents of a storage with one reply."""
-    storage._execute = lambda intent: reply
+    core_of(storage).carry_out = lambda intent, budget=None: reply
 
 
 def replace_shared_execution(monkeypatch: pytest.MonkeyPatch, owner: Any, run: Callable[[Any], Any]) -> None:
     """Replace what sends an intent to the shared circuit."""
-    monkeypatch.setattr(core_of(owner), "_execute_shared", run)
+    monkeypatch.setattr(core_of(owner), "_ask_shared", run)
 
 
 def after_next_look(monkeypatch: pytest.MonkeyPatch, storage: Any, then: Callable[[], object]) -> None:
     """Have something happen once, right after the next look of the storage's adapter at the circuit."""
-    look = type(storage)._look
+    look = type(storage)._read_circuit
 
-    def look_once(self: Any) -> Any:
+    def look_once(self: Any, *given: Any) -> Any:
         monkeypatch.undo()
-        reply = look(self)
+        reply = look(self, *given)
         then()
         return reply
 
-    monkeypatch.setattr(type(storage), "_look", look_once)
+    monkeypatch.setattr(type(storage), "_read_circuit", look_once)
 
 
 def set_memory_engine(storage: Any, engine: Any) -> None:
     """Replace the engine of a storage in memory."""
-    storage._engine = engine
+    core_of(storage)._engine = engine
 
 
 def set_memory_circuit(engine: Any, circuit: Any) -> None:
@@ -314,7 +327,7 @@ def pretend_fork() -> None:
 def outage_log_of(owner: Any) -> Any:
     """Return what limits the log lines about outages of a server or a circuit."""
     core = core_of(owner)
-    return core._loss_log if hasattr(core, "_loss_log") else core._bulletin
+    return core._loss_log if hasattr(core, "_loss_log") else core._fault_log
 
 
 def end_log_window(owner: Any) -> None:

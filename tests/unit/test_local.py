@@ -71,11 +71,11 @@ class Process:
 
     def ask(self, intent: Intent | None = None) -> Circuit:
         """Apply an intent, `Load` by default, and return the resulting circuit."""
-        return self.local.execute(intent or Load(), self.known, answers=self.answers).circuit
+        return self.local.decide_locally(intent or Load(), self.known, can_read=self.answers).circuit
 
     def accepted(self, intent: Intent) -> bool:
         """Apply an intent and return whether the circuit accepted it."""
-        return self.local.execute(intent, self.known, answers=self.answers).accepted
+        return self.local.decide_locally(intent, self.known, can_read=self.answers).accepted
 
     def open(self) -> Circuit:
         """Trip the circuit without a generation, as an operator would."""
@@ -83,7 +83,7 @@ class Process:
 
     def half_open(self) -> Circuit:
         """Claim the probe."""
-        circuit = self.ask(ClaimProbe(self.local.now.generation, "cd", LEASE_MS))
+        circuit = self.ask(ClaimProbe(self.local.circuit.generation, "cd", LEASE_MS))
         assert circuit.state == HALF_OPEN
         return circuit
 
@@ -93,11 +93,11 @@ class Process:
 
     def reports(self, known: Circuit | None = None) -> list[Intent]:
         """Return the intents that this process has to report to the shared circuit."""
-        return list(self.local.report(known or self.known).intents)
+        return list(self.local.draft_report(known or self.known).intents)
 
     def end(self) -> bool:
         """Report to the shared circuit, and return whether the local circuit ended."""
-        return self.local.end(self.local.report(self.known))
+        return self.local.end_run(self.local.draft_report(self.known))
 
     def trip(self, known: Circuit | None = None) -> ShareTrip | None:
         """Return the trip that the process has to share, if there is one."""
@@ -133,7 +133,7 @@ class TestBeginning:
         began = process.ask()
         assert began == replace(KNOWN[known], generation=began.generation)
         assert is_local_generation(began)
-        assert process.local.now.state == known
+        assert process.local.circuit.state == known
 
     @pytest.mark.parametrize("fallback", [OPEN, HALF_OPEN])
     @pytest.mark.parametrize("known", [CLOSED, "never opened", None])
@@ -193,7 +193,7 @@ class TestBeginning:
         """The process that holds the probe may have died, so another call may claim the probe when the lease ends."""
         process = Process(clock, KNOWN[HALF_OPEN])
         process.ask()
-        claim = ClaimProbe(process.local.now.generation, "cd", LEASE_MS)
+        claim = ClaimProbe(process.local.circuit.generation, "cd", LEASE_MS)
         assert not process.accepted(claim)
         clock.now = KNOWN[HALF_OPEN].probe_until_ms
         assert process.accepted(claim)
@@ -204,7 +204,7 @@ class TestBeginning:
         process.ask()
         assert process.local.fast_path.trusted_until == 0
         assert process.local.fast_path.admission is not None
-        assert process.local.fast_path.admission.generation == process.local.now.generation
+        assert process.local.fast_path.admission.generation == process.local.circuit.generation
 
 
 class TestReports:
@@ -291,7 +291,7 @@ class TestSharedTransitions:
         """A later transition by other processes replaces the local state."""
         process = Process(clock, KNOWN[CLOSED], answers=True)
         process.ask(RecordFailure(None, ""))
-        before = process.local.now.generation
+        before = process.local.circuit.generation
         process.known = KNOWN[CLOSED].after_transition(to, opened_at_ms=950)
         after = process.ask()
         assert after.state == to
@@ -359,7 +359,7 @@ class TestTrip:
         process = Process(clock, KNOWN[known] if known else None, fallback, answers=answers)
         process.ask()
         clock.now += 5000
-        process.ask(RecordFailure(process.local.now.generation, ""))
+        process.ask(RecordFailure(process.local.circuit.generation, ""))
         assert process.trip() is None
         assert process.trip(KNOWN[CLOSED]) is None
 
@@ -481,7 +481,7 @@ class TestCounts:
         process.ask()
         assert process.reports() == []
         for _ in range(2):
-            process.ask(RecordFailure(process.local.now.generation, ""))
+            process.ask(RecordFailure(process.local.circuit.generation, ""))
         assert process.reports() == [RecordFailure(KNOWN[CLOSED].generation, "", times=2)]
         assert counts_after_report(process) == 5
 
@@ -491,7 +491,7 @@ class TestCounts:
         process.ask(RecordSuccess(process.ask().generation, ""))
         assert process.reports() == [RecordSuccess(KNOWN[CLOSED].generation, "")]
         assert counts_after_report(process) == 0
-        process.ask(RecordFailure(process.local.now.generation, ""))
+        process.ask(RecordFailure(process.local.circuit.generation, ""))
         generation = KNOWN[CLOSED].generation
         assert process.reports() == [RecordSuccess(generation, ""), RecordFailure(generation, "", times=1)]
 
@@ -535,7 +535,7 @@ class TestCounts:
         clock.now += 1000
         process.half_open()
         process.close()
-        process.ask(RecordFailure(process.local.now.generation, ""))
+        process.ask(RecordFailure(process.local.circuit.generation, ""))
         assert process.reports() == []
 
     def test_counts_are_refused_after_a_shared_transition(self, clock: Clock) -> None:
@@ -555,7 +555,7 @@ class TestCounts:
         """
         process = Process(clock, KNOWN[CLOSED])
         generation = process.ask().generation
-        process.local.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=True)
+        process.local.decide_locally(RecordFailure(generation, ""), process.known, can_read=False, is_in_doubt=True)
         process.ask(RecordFailure(generation, ""))
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
         assert process.reports(shared) == [RecordFailure(shared.generation, "", times=times)]
@@ -572,9 +572,11 @@ class TestCounts:
         generation = process.ask().generation
         for _ in range(2):
             process.ask(RecordFailure(generation, ""))
-        with pytest.raises(redis.TimeoutError), process.local.reporting(process.local.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.local.reporting(process.local.draft_report(process.known)):
             raise redis.TimeoutError
-        process.local.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=since > 1)
+        process.local.decide_locally(
+            RecordFailure(generation, ""), process.known, can_read=False, is_in_doubt=since > 1
+        )
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + since)
         # If the counter grew by more than the report, one of the increments may be the last failure.
         assert process.reports(shared) == [RecordFailure(shared.generation, "", times=times)] * bool(times)
@@ -590,7 +592,7 @@ class TestCounts:
         process.ask(RecordFailure(generation, ""))
         expected = [RecordSuccess(7, ""), RecordFailure(7, "", times=1)]
         assert process.reports() == expected
-        with pytest.raises(redis.TimeoutError), process.local.reporting(process.local.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.local.reporting(process.local.draft_report(process.known)):
             raise redis.TimeoutError
         assert process.reports(replace(KNOWN[CLOSED], fail_counter=counter)) == expected * again
 
@@ -598,7 +600,7 @@ class TestCounts:
         """A refusal is an answer, so an increased counter comes from other processes."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        with pytest.raises(redis.ReadOnlyError), process.local.reporting(process.local.report(process.known)):
+        with pytest.raises(redis.ReadOnlyError), process.local.reporting(process.local.draft_report(process.known)):
             raise redis.ReadOnlyError
         assert process.reports(replace(KNOWN[CLOSED], fail_counter=4)) == [RecordFailure(7, "", times=1)]
 
@@ -606,7 +608,7 @@ class TestCounts:
         """The transition reset the counter. The shared circuit refuses a repeated report."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        with pytest.raises(redis.TimeoutError), process.local.reporting(process.local.report(process.known)):
+        with pytest.raises(redis.TimeoutError), process.local.reporting(process.local.draft_report(process.known)):
             raise redis.TimeoutError
         moved = replace(KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED), fail_counter=9)
         (again,) = process.reports(moved)
@@ -619,21 +621,21 @@ class TestCounts:
         for _ in range(2):
             process.ask(RecordFailure(generation, ""))
         moved = replace(KNOWN[CLOSED].after_transition(OPEN).after_transition(CLOSED), fail_counter=0)
-        early = process.local.report(moved)
+        early = process.local.draft_report(moved)
         process.known = moved
         with contextlib.suppress(redis.TimeoutError), process.local.reporting(early):
             process.ask(RecordFailure(process.ask().generation, ""))
             raise redis.TimeoutError
         now = replace(moved, fail_counter=9)
         assert process.reports(now) == [RecordFailure(now.generation, "", times=1)]
-        assert not process.local.end(early)
+        assert not process.local.end_run(early)
         assert process.reports(now) == [RecordFailure(now.generation, "", times=1)]
 
     def test_doubt_ends_with_a_success(self, clock: Clock) -> None:
         """The success resets the counter, so failures before the success no longer matter."""
         process = Process(clock, KNOWN[CLOSED])
         generation = process.ask().generation
-        process.local.execute(RecordFailure(generation, ""), process.known, answers=False, in_doubt=True)
+        process.local.decide_locally(RecordFailure(generation, ""), process.known, can_read=False, is_in_doubt=True)
         process.ask(RecordSuccess(generation, ""))
         process.ask(RecordFailure(generation, ""))
         shared = replace(KNOWN[CLOSED], fail_counter=KNOWN[CLOSED].fail_counter + 1)
@@ -651,9 +653,9 @@ class TestCounts:
         """Calls continue while the process reports."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask(RecordFailure(process.ask().generation, ""))
-        report = process.local.report(process.known)
-        process.ask(RecordFailure(process.local.now.generation, ""))
-        assert not process.local.end(report)
+        report = process.local.draft_report(process.known)
+        process.ask(RecordFailure(process.local.circuit.generation, ""))
+        assert not process.local.end_run(report)
         assert process.reports() == [RecordFailure(KNOWN[CLOSED].generation, "", times=1)]
 
 
@@ -675,11 +677,11 @@ class TestEnd:
         """The trip has not been reported yet, and would be lost."""
         process = Process(clock, KNOWN[CLOSED])
         process.ask()
-        report = process.local.report(process.known)
+        report = process.local.draft_report(process.known)
         process.open()
-        assert not process.local.end(report)
+        assert not process.local.end_run(report)
         assert process.local.is_running
-        assert process.local.now.state == OPEN
+        assert process.local.circuit.state == OPEN
         assert process.trip() is not None
         assert process.end()
         assert not process.local.is_running

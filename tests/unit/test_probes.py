@@ -38,14 +38,14 @@ class TestReleasedTokens:
     def test_released_token_is_free_until_one_caller_takes_it(self) -> None:
         """Of many callers, exactly one takes the token."""
         probes = ProbeTokens()
-        assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
+        assert probes.mask_free_probe(self.half_open("a")).circuit.is_probe_leased(1e12)
         probes.release("a")
-        assert not probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
-        assert probes.shown(self.half_open("b")).circuit.is_probe_leased(1e12)
+        assert not probes.mask_free_probe(self.half_open("a")).circuit.is_probe_leased(1e12)
+        assert probes.mask_free_probe(self.half_open("b")).circuit.is_probe_leased(1e12)
         assert not probes.has_ended("b")
         assert [probes.take("a") for _ in range(3)] == [True, False, False]
         assert probes.has_ended("a")
-        assert probes.shown(self.half_open("a")).circuit.is_probe_leased(1e12)
+        assert probes.mask_free_probe(self.half_open("a")).circuit.is_probe_leased(1e12)
 
     def test_no_token_is_never_taken(self) -> None:
         """Neither the empty token nor an unreleased one can be taken."""
@@ -91,7 +91,7 @@ class TestReleasedTokens:
         """A call that has reported holds no probe, whatever the result of the report."""
         probes = ProbeTokens()
         reply = Reply(accepted, Circuit(OPEN, probe_token=token_after), 0)
-        assert probes.track(lambda _: reply, intent) is reply
+        assert probes.track(lambda _: reply, intent, "a") is reply
         assert probes.take("a") == is_released
 
     @pytest.mark.parametrize("accepted", [True, False])
@@ -101,7 +101,7 @@ class TestReleasedTokens:
         probes.release("a")
         assert probes.take("a")
         reply = Reply(accepted, Circuit(HALF_OPEN, probe_token="b"), 0)
-        probes.track(lambda _: reply, ClaimProbe(1, "b", 1, "a"))
+        probes.track(lambda _: reply, ClaimProbe(1, "b", 1, "a"), "b")
         assert probes.take("a")
         assert probes.take("b") is not accepted
 
@@ -120,7 +120,7 @@ class TestReleasedTokens:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            probes.track(interrupted, intent)
+            probes.track(interrupted, intent, "a")
         assert probes.take("a")
 
     def test_tokens_released_by_many_threads_at_once_raise_nothing(self) -> None:
