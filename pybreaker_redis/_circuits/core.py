@@ -177,7 +177,7 @@ def rejection_time_s(reply: Reply, reset_timeout_s: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class CircuitSettings:
-    """Settings of a circuit in Redis, which all storages of the circuit should share.
+    """Settings of a circuit in Redis as its user gave them.  All storages of the circuit should have the same.
 
     See `pybreaker_redis.storage.CircuitRedisStorage` for the attributes.
     """
@@ -234,7 +234,7 @@ def shared_circuit(
     settings_check = SettingsCheck(name, asdict(settings), is_nameless=namespace is None)
     return Failover(
         name,
-        CircuitLocator(source, namespace, needs_one_slot=needs_one_slot, settles=settings_check.register, base=base),
+        CircuitLocator(source, namespace, needs_one_slot=needs_one_slot, base=base),
         initial_state=settings.state,
         fallback=settings.fallback_circuit_state,
         timeout=settings.timeout,

@@ -79,6 +79,7 @@ class MemberCircuit(SwitchedCircuit):
         self.held_probes = HeldProbes()
         self._locator = locator
         self._settings_check = settings_check
+        self._is_settings_check_done = False
         #: Faults of this circuit alone.
         self._faults = Availability(timeout or TURN_DELAY_MIN_S, has_retry_thread=False)
         self._fault_log = LossThrottle()
@@ -117,6 +118,9 @@ class MemberCircuit(SwitchedCircuit):
 
     def _join_server(self) -> Location:
         location = self._locator.locate()
+        if not self._is_settings_check_done:
+            self._is_settings_check_done = True
+            self._settings_check.register(location.client, location.keys)
         server = server_for(location.client)
         client = server.client_with_timeout(location.client, self.timeout)
         before, self.server = self.server, server
