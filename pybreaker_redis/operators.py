@@ -52,8 +52,8 @@ class CircuitSnapshot:
         state: ``closed``, ``open`` or ``half-open``.
         fail_counter: Consecutive failures.
         success_counter: Consecutive successes while half-open.
-        opened_at: Time at which the circuit opened last, aware, by the local clock; ``None``: never.
-        retry_after: Seconds until a call may pass; 0: a call may pass now.
+        opened_at: Time at which the circuit opened last, aware, by the local clock.  ``None``: never.
+        retry_after: Seconds until a call may pass.  0: a call may pass now.
     """
 
     state: str
@@ -70,7 +70,7 @@ def storage_of(breaker: CircuitBreaker) -> CircuitBreakerStorage:
 
 
 def breaker_of(error: CircuitBreakerError) -> CircuitBreaker | None:
-    """Return the breaker that raised an error; ``None`` if the error lost its traceback, as in a pickle."""
+    """Return the breaker that raised an error.  ``None`` if the error lost its traceback, as in a pickle."""
     breaker = None
     step = error.__traceback__
     while step is not None:
@@ -120,8 +120,8 @@ def set_state(breaker: CircuitBreaker, state: str) -> None:
 
     Args:
         breaker: Breaker with a storage of this package.
-        state: ``open``, for the reset timeout from now on; ``closed``, with all counts zero; ``half-open``, so that the
-            next call of any process is a probe.
+        state: ``open``, for the reset timeout from now on.  ``closed``, with all counts zero.  ``half-open``, so that
+            the next call of any process is a probe.
 
     Raises:
         KeyError: There is no such state.
@@ -170,7 +170,7 @@ def _snapshot(reply: Reply, reset_timeout_s: float) -> CircuitSnapshot:
 
 
 def _core_of(storage: CircuitBreakerStorage) -> CircuitCore | None:
-    """Return the circuit of a storage of this package; ``None`` for other storages."""
+    """Return the circuit of a storage of this package.  ``None`` for other storages."""
     core: CircuitCore | None = getattr(storage, "_core", None)
     return core
 

@@ -76,12 +76,14 @@ class CircuitRedisStorage(InferringStorage):
         check_choice("fallback_circuit_state", fallback_circuit_state, (*STATES, "last"))
         check_bool("cluster_mode", cluster_mode)
         base = checked_base_namespace(type(self), self.BASE_NAMESPACE)
+        checked_max_staleness(max_staleness)
+        checked_timeout(timeout)
         settings = CircuitSettings(
             state=state,
             fallback_circuit_state=fallback_circuit_state,
             probe_lease=probe_lease,
-            max_staleness=checked_max_staleness(max_staleness),
-            timeout=checked_timeout(timeout),
+            max_staleness=max_staleness,
+            timeout=timeout,
             ttl=ttl,
         )
         core = shared_circuit(

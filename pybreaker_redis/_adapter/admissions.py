@@ -1,9 +1,10 @@
 """Admissions of guarded calls: the generation, and the probe, that the outcome of each call is reported for.
 
-A guarded call runs as a method of the breaker's state object that admitted the call, on whatever thread or context the
-call ends.  The frame of `call()` holds that object, and so does the frame of a guarded generator, so the state object
-carries the admission as a tag.  One state object serves many calls of one generation.  Each claim of a probe and each
-new generation gets a state object of its own.
+A guarded call runs as a method of the state object that admitted the call, on whatever thread the call ends.  The frame
+of `call()`, or of a guarded generator, holds that object.  So the state object carries the admission as a tag.
+
+One state object serves many calls of one generation.  Each claim of a probe and each new generation gets a state object
+of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class AdmissionTag:
     unused: list[tuple[int, Any]] = field(default_factory=list)
 
     def use_claim(self) -> Any:
-        """Take the claim for a call, and return its claimer; ``None`` to all but one caller of the claiming process."""
+        """Take the claim for a call, and return its claimer.  All but one caller of the claiming process get none."""
         try:
             pid, claimer = self.unused.pop()
         except IndexError:
@@ -52,7 +53,7 @@ class Admissions:
         self._breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = weakref.WeakValueDictionary()
 
     def register(self, breaker: CircuitBreaker) -> bool:
-        """Register a breaker that uses the storage; return whether the breaker is a new one."""
+        """Register a breaker that uses the storage.  Return whether the breaker is a new one."""
         is_new = id(breaker) not in self._breakers
         self._breakers[id(breaker)] = breaker
         return is_new
@@ -73,7 +74,7 @@ class Admissions:
         Args:
             state: The state object.
             admission: Admission of the calls that the object will admit.
-            claimer: Owner of the claim that the next call uses; ``None``: nothing was claimed.
+            claimer: Owner of the claim that the next call uses.  ``None``: nothing was claimed.
         """
         setattr(state, _ATTRIBUTE, AdmissionTag(self, admission, [(os.getpid(), claimer)] if claimer else []))
 
@@ -92,7 +93,7 @@ class Admissions:
         # pybreaker's constructor calls the same method, which notifies no listener here.
         retagged = breaker._create_new_state(state.name)
         self.tag(retagged, admission)
-        # Not if the breaker has moved meanwhile.  Threads are switched at calls, and there is none in between.
+        # Not if the breaker has moved meanwhile.  Threads are switched at calls, and here is none in between.
         if breaker._state is state:
             breaker._state = retagged
         return True
@@ -100,7 +101,7 @@ class Admissions:
 
 @contextlib.contextmanager
 def breaker_lock_if_free(breaker: CircuitBreaker) -> Iterator[bool]:
-    """Hold the breaker's lock while the block runs, if the lock is free; yield whether it is.
+    """Hold the breaker's lock while the block runs, if the lock is free.  Yield whether it is.
 
     Then no other thread calls through the breaker, or brings the breaker into another state.  The lock is not waited
     for, because a call may take long.

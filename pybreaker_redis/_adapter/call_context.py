@@ -27,7 +27,7 @@ class CountedReport(NamedTuple):
         reporter: Identity of the frame of that method, which is unique while the method runs.
         admission: Admission of the call.
         accepted: Whether the report counted.
-        total: Counter after the report; 0 if the report came too late to count.
+        total: Counter after the report.  0 if the report came too late to count.
     """
 
     reporter: int
@@ -48,7 +48,7 @@ class CallContext:
         counted: Last report of the thread that was counted or refused.
         trip_admission: Admission for which the trip in progress happens.
         budget: Time budget of the thread's present call.
-        was_granted: Whether the last intent was granted; for a transition, whether this thread made the transition.
+        was_granted: Whether the last intent was granted.  For a transition, whether this thread made the transition.
         is_notifying: Whether a breaker may still be notifying its listeners of a new state.
         rejected_reply: Reply to the last read, if that read was for a call and the circuit is open.
     """
@@ -82,10 +82,10 @@ class CallContext:
 
 
 class CallContexts:
-    """One `CallContext` for each thread of this process; a forked child starts without any.
+    """One `CallContext` for each thread of this process.  A forked child starts without any.
 
-    The kind of thread-local storage is looked up at first use in a process: gevent replaces it, in gunicorn's workers
-    only after the application was loaded.
+    The kind of thread-local storage is looked up at first use in a process, because gevent replaces it.  In gunicorn's
+    workers that happens after the application was loaded.
 
     Args:
         held_probes: Probes that threads of this process claimed through the storage.

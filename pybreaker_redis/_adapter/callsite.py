@@ -91,7 +91,7 @@ _LISTENS = frozenset(name for name in vars(CircuitBreakerListener) if not name.s
 
 
 def calling_frame() -> FrameType | None:
-    """Return the frame of the method of pybreaker that called the storage method; ``None``: other code called it."""
+    """Return the frame of the method of pybreaker that called the storage method.  ``None``: other code called it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -104,7 +104,7 @@ def calling_frame() -> FrameType | None:
 
 
 def caller_code() -> CodeType | None:
-    """Return the method of pybreaker that called the storage method; ``None``: other code called it."""
+    """Return the method of pybreaker that called the storage method.  ``None``: other code called it."""
     frame = calling_frame()
     return frame.f_code if frame else None
 
@@ -129,7 +129,7 @@ def frame_among(*codes: CodeType, calling_frame: FrameType | None = None) -> Fra
 
 
 def reporting_state(frame: FrameType) -> CircuitBreakerState | None:
-    """Return the state object whose call is being reported, if that call is on the stack.
+    """Return the state object of the call that is being reported, if that call is on the stack.
 
     Args:
         frame: Frame of a method of the state object, as of `_handle_error()`.

@@ -13,7 +13,7 @@ operation                   by                                       meaning
 `reset_counter`             `_handle_success()`                      that call succeeded
 `reset_counter`             a closed state under construction        noticed, or closing, which is already done: nothing
 `increment_success_…`       a half-open state                        the probe succeeded
-`opened_at` set             `open()`                                 the trip begins; a failure that was refused ends it
+`opened_at` set             `open()`                                 the trip begins, or ends if the failure was refused
 `reset_success_counter`     an open state, built by `open()`         the trip
 `reset_success_counter`     a half-open state, built because an      claim the probe
                             open one has found its timeout over
@@ -25,8 +25,8 @@ operation                   by                                       meaning
 any                         any other code                           by hand: literally that
 ==========================  =======================================  ================================================
 
-Trip, claim, close and half-open are committed before pybreaker runs its listeners: pybreaker builds the new state
-object, which notifies the listeners, before it assigns `storage.state`.
+Trip, claim, close and half-open are committed before pybreaker runs its listeners.  Building the new state object
+notifies the listeners, and pybreaker assigns `storage.state` after that.
 
 In steady state the fast path decides, and no request is made: `_model/fast_path.py`.
 """
@@ -165,17 +165,17 @@ class InferringStorage(StateReads):
 
     @property
     def counter(self) -> int:
-        """Consecutive failures; for a breaker that compares with `fail_max`, the count after its own failure."""
+        """Consecutive failures.  For a breaker that compares with `fail_max`, the count after its own failure."""
         return self._count(callsite.CLOSED_ON_FAILURE, "fail_counter")
 
     @property
     def success_counter(self) -> int:
-        """Consecutive successes while half-open; for a breaker that has just counted one, the count after that."""
+        """Consecutive successes while half-open.  For a breaker that has just counted one, the count after that."""
         return self._count(callsite.HALF_OPEN_ON_SUCCESS, "success_counter")
 
     @property
     def opened_at(self) -> datetime | None:
-        """Time at which the circuit opened last, aware, by the local clock; ``None`` if the circuit admits a probe.
+        """Time at which the circuit opened last, aware, by the local clock.  ``None`` if the circuit admits a probe.
 
         While another call probes: the end of its lease.
         """
@@ -204,7 +204,7 @@ class InferringStorage(StateReads):
         failure = callsite.frame_among(callsite.HANDLE_ERROR) if failed else None
         report = context.counted_in(failure)
         if failure is not None and report is not None and not report.accepted:
-            # The failure came too late to count, so nothing trips; the caller gets the exception of its own function.
+            # The failure came too late to count, so nothing trips.  The caller gets the exception of its own function.
             raise cast("BaseException", failure.f_locals["exc"])
         # `on_failure()` by hand trips as `open()` by hand does.
         context.trip_admission = (
@@ -216,7 +216,7 @@ class InferringStorage(StateReads):
         return utc_from_ms(at_ms)
 
     def _intent_for_opened_at(self, at: datetime | None) -> Intent:
-        """Return the intent that sets when the circuit opened; a naive datetime is taken as UTC."""
+        """Return the intent that sets when the circuit opened.  A naive datetime is taken as UTC."""
         if not isinstance(at, datetime):
             msg = f"opened_at must be a datetime, not {format_value(at)}"
             raise TypeError(msg)

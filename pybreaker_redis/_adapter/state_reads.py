@@ -1,8 +1,8 @@
 """Reads of a circuit's `state`: which calls they admit, and what other readers see.
 
 pybreaker reads `state` when it admits a call, and user code reads `state` for pages, checks and listeners.  Only a read
-by `call()` admits.  While the breaker is half-open, that read claims the probe: between two probes of a recovery
-pybreaker does nothing else from which a claim could follow.  Other reads never raise, and change nothing for calls
+by `call()` admits.  While the breaker is half-open, that read claims the probe, because pybreaker makes no other
+operation between two probes of a recovery.  Other reads never raise, and change nothing for calls
 under way.
 """
 
@@ -45,7 +45,7 @@ class StateReads(CircuitBreakerStorage):
         self._tagged = BY_HAND
 
     def __bool__(self) -> bool:
-        """Return True; pybreaker's constructor evaluates ``state_storage or …``, so a breaker may be about to join."""
+        """Return True.  pybreaker's constructor evaluates ``state_storage or …``, so a breaker may be about to join."""
         self._tagged = BY_HAND
         return True
 
@@ -136,7 +136,7 @@ class StateReads(CircuitBreakerStorage):
             self._tagged = BY_HAND
 
     def _open_fast_path(self, circuit: Circuit) -> None:
-        """Open the fast path to calls through the storage's only breaker, whose state object carries the admission."""
+        """Open the fast path to calls through the storage's only breaker.  Its state object carries the admission."""
         fast_path = self._core.fast_path
         for_all = fast_path.admission or fast_path.rejection
         if (
@@ -181,7 +181,7 @@ class StateReads(CircuitBreakerStorage):
         Args:
             context: Context of this thread.
             intent: Wanted change, or `Load`.
-            budget: Time budget of the call that the intent belongs to; ``None``: to no call, as what is done by hand.
+            budget: Time budget of the call that the intent belongs to.  ``None``: to no call, as what is done by hand.
         """
         # An intent without an admission belongs to no call.
         reply = self._core.carry_out(intent, None if getattr(intent, "generation", 0) is None else budget)

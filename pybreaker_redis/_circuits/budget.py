@@ -44,7 +44,7 @@ class CallBudget:
         """Return the seconds that the next request may wait.
 
         Args:
-            timeout_s: Seconds for all requests of a call; ``None``: no limit.
+            timeout_s: Seconds for all requests of a call.  ``None``: no limit.
             is_report: Whether the request reports the outcome of the call.
         """
         if is_report and self.has_reported:
@@ -65,8 +65,8 @@ def request_wait(budget: CallBudget | None, timeout_s: float | None) -> Iterator
     """Limit a request that is no report to the timeout, or to what the call has left of it.
 
     Args:
-        budget: Time budget of the guarded call; ``None``: the request belongs to no call.
-        timeout_s: Seconds for all requests of a call; ``None``: no limit.
+        budget: Time budget of the guarded call.  ``None``: the request belongs to no call.
+        timeout_s: Seconds for all requests of a call.  ``None``: no limit.
     """
     if budget is None:
         with deadline(timeout_s):
@@ -84,7 +84,7 @@ def operator_timeout_s(timeout_s: float | None) -> float | None:
     """Return the seconds an operator's command may wait for Redis.
 
     Args:
-        timeout_s: Timeout of the circuit in seconds; ``None``: no limit.
+        timeout_s: Timeout of the circuit in seconds.  ``None``: no limit.
     """
     return None if timeout_s is None else max(timeout_s, OPERATOR_TIMEOUT_MIN_S)
 
@@ -96,7 +96,7 @@ def operator_wait(circuits: tuple[str, ...], server_name: Callable[[], str], tim
     Args:
         circuits: Names of the circuits that the command is for.
         server_name: Function that returns the address of their server, empty if the circuits were not located.
-        timeout_s: Seconds the command may wait; ``None``: no limit.
+        timeout_s: Seconds the command may wait.  ``None``: no limit.
 
     Raises:
         StorageUnavailableError: The client raised an error.  An interruption that was raised into the command from

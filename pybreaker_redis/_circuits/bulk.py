@@ -1,6 +1,7 @@
-"""The return of many circuits to a server that answers again, in batches.
+"""Reads and returns of many circuits at once: after an outage of their server, and for commands of operators.
 
-Knows: which circuits can be read together, how long that may take.  Does not know: who asks again, what is in a record.
+Circuits on one connection pool are read in one round trip.  After an outage the circuits that have nothing to report
+return at once, and the others one by one.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from pybreaker_redis._runtime.redaction import describe_error, mask_error
 from pybreaker_redis._servers.member import Member, MemberFailure
 from pybreaker_redis._servers.retry import ReturnAttempt
 
-#: Circuits that are read in one round trip.
+#: Most circuits that are read in one round trip.
 READ_BATCH_CIRCUITS = 200
 
-#: Circuits with something to report that are brought back before callers are let in; further ones do not hold these up.
+#: Most circuits with something to report that return before callers are let in.  The others follow after that.
 RETURN_FIRST_CIRCUITS_MAX = 50
 
 
@@ -35,7 +36,7 @@ class ReturningCircuit(Member, Protocol):
     """Member of a server, with what its return takes.
 
     Attributes:
-        timeout: Seconds that the circuit waits for an answer; ``None``: as long as the client does.
+        timeout: Seconds that the circuit waits for an answer.  ``None``: as long as the client does.
         shared: The shared circuit.
     """
 
@@ -66,12 +67,12 @@ class ReturningCircuit(Member, Protocol):
         """Report the local circuit to the shared one, and use the shared one again.
 
         Returns:
-            Result for the log, empty if there is none; ``None`` if another thread reports the circuit.
+            Result for the log, empty if there is none.  ``None`` if another thread reports the circuit.
         """
 
 
 def return_members(members: Sequence[Member], attempt: ReturnAttempt) -> MemberFailure | None:
-    """Have all circuits of a server return to it; see `Member.on_server_returned`.
+    """Have all circuits of a server return to it.  See `Member.on_server_returned`.
 
     Args:
         members: Circuits that are stored on the server.  All members of a server are circuits of this package.
@@ -93,17 +94,17 @@ def bring_back_rest(attempt: ReturnAttempt) -> MemberFailure | None:
 def bring_back_first(members: Sequence[ReturningCircuit], answer_wait_s: float, outcomes: Counter[str]) -> None:
     """Have circuits of one server return before callers are let in.
 
-    These are all circuits that have nothing to report and whose record is intact, and `RETURN_FIRST_CIRCUITS_MAX`
-    others.  An error of the server passes unchanged: it does not answer, or takes no writes.
+    These are all circuits that have nothing to report and an intact record, and `RETURN_FIRST_CIRCUITS_MAX` others.
+    An error of the client passes unchanged if the server does not answer or takes no writes.
 
     Args:
         members: Circuits that are stored on the server.
         answer_wait_s: Seconds to wait for the first answer, if that is more than the timeout of a circuit.
-        outcomes: Number of circuits for each result; incremented.
+        outcomes: Number of circuits for each result, incremented here.
     """
     asked = [member for member in members if member.uses_local] or members[:1]
     read_circuits = set(_read_again(asked, answer_wait_s))
-    # A server that takes no writes is followed: the views hold what was read.
+    # A server that takes no writes ends the attempt, but the views hold what was read.
     for member in asked:
         with deadline(member.timeout), suppress_except(ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
             member.verify_writable()
@@ -123,7 +124,7 @@ def bring_back_each(members: Iterable[ReturningCircuit], outcomes: Counter[str])
 
     Args:
         members: Circuits that are stored on the server.
-        outcomes: Number of circuits for each result; incremented.
+        outcomes: Number of circuits for each result, incremented here.
 
     Returns:
         The failure of the server that ended the return, ``None`` if there was none.
@@ -138,23 +139,20 @@ def bring_back_each(members: Iterable[ReturningCircuit], outcomes: Counter[str])
             except Exception as error:  # noqa: BLE001
                 if error_kind(error) in (ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
                     return MemberFailure(error, member, began_at)
-                # The next caller logs the trouble of this circuit.
+                # The next caller logs the fault of this circuit.
                 emit(_log.detail("circuit not reconciled (%s)", describe_error(error)))
     return None
 
 
 def _read_again(members: Sequence[ReturningCircuit], answer_wait_s: float) -> list[ReturningCircuit]:
-    """Read circuits of one server together.
+    """Read circuits of one server together.  An error of the client passes unchanged if the server does not answer.
 
     Args:
-        members: Their tenants.
-        answer_wait_s: Seconds to wait for the first answer, if that is more than the circuits' own timeout.
+        members: The circuits.
+        answer_wait_s: Seconds to wait for the first answer, if that is more than the timeout of a circuit.
 
     Returns:
-        Those whose record needs no repair; their views hold it.  The others have to be loaded one by one.
-
-    Raises:
-        Exception: The server does not answer; whatever the client raises then.
+        Circuits with a record that needs no repair: their views hold the record.  The others are loaded one by one.
     """
     found: list[ReturningCircuit] = []
     for batch in _batches(members):
@@ -169,7 +167,7 @@ def _read_again(members: Sequence[ReturningCircuit], answer_wait_s: float) -> li
                 # A single load looks for other credentials, and raises if there are none.
                 batch[0][0].run_shared(Load())
                 found += _read(batch)
-        # The others are read on the same connection.
+        # The next batches are read on the same connection.
         answer_wait_s = 0
     return found
 
@@ -178,9 +176,9 @@ def _batches(members: Sequence[ReturningCircuit]) -> Iterator[list[tuple[Returni
     together: dict[int, list[tuple[ReturningCircuit, ReadRequest]]] = {}
     for member in members:
         with suppress_except(ErrorKind.UNREACHABLE):
-            question = member.read_request
-            pool = getattr(question.client, "connection_pool", question.client)
-            together.setdefault(id(pool), []).append((member, question))
+            request = member.read_request
+            pool = getattr(request.client, "connection_pool", request.client)
+            together.setdefault(id(pool), []).append((member, request))
     for group in together.values():
         for first in range(0, len(group), READ_BATCH_CIRCUITS):
             yield group[first : first + READ_BATCH_CIRCUITS]
@@ -190,7 +188,7 @@ def _read(batch: list[tuple[ReturningCircuit, ReadRequest]]) -> list[ReturningCi
     tickets = [member.shared.begin_bulk_read() for member, _ in batch]
     before = instant()
     with suppress_except(ErrorKind.UNREACHABLE):
-        answers = read_circuits([question for _, question in batch])
+        answers = read_circuits([request for _, request in batch])
         after = instant()
         for answer in answers:
             if isinstance(answer.error, Exception) and error_kind(answer.error) is ErrorKind.UNREACHABLE:
@@ -204,14 +202,14 @@ def _read(batch: list[tuple[ReturningCircuit, ReadRequest]]) -> list[ReturningCi
     return []
 
 
-def read_all_circuits(questions: Sequence[ReadRequest]) -> list[Reply]:
-    """Look at circuits of one server in one round trip, and change nothing; one at least.
+def read_all_circuits(requests: Sequence[ReadRequest]) -> list[Reply]:
+    """Read circuits of one server in one round trip, and change nothing.  An error of the client passes unchanged.
 
-    Raises:
-        Exception: No usable answer; whatever the client raises then.
+    Args:
+        requests: Requests of the circuits, at least one.
     """
     replies = []
-    for found in read_circuits(questions):
+    for found in read_circuits(requests):
         if found.reply is None:
             raise cast("Exception", found.error)
         replies.append(found.reply)
@@ -223,7 +221,7 @@ class OperatedCircuit(Protocol):
 
     Attributes:
         shared: The circuit in Redis.
-        timeout: Seconds a guarded call may wait for Redis; ``None``: no limit.
+        timeout: Seconds a guarded call may wait for Redis.  ``None``: no limit.
     """
 
     shared: SharedCircuit
@@ -235,7 +233,7 @@ class OperatedCircuit(Protocol):
 
     @property
     def server_name(self) -> str:
-        """Address of the server; empty while the circuit was not used."""
+        """Address of the server.  Empty while the circuit was not used."""
 
     @property
     def read_request(self) -> ReadRequest:
@@ -279,14 +277,14 @@ def _read_all(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
 def _look_at(group: list[tuple[OperatedCircuit, ReadRequest]]) -> dict[OperatedCircuit, Reply]:
     before, handled = instant(), sys.exc_info()[1]
     try:
-        replies = read_all_circuits([question for _, question in group])
+        replies = read_all_circuits([request for _, request in group])
     except Exception as error:
         mask_error(error)
         may_move = error_kind(error) in (ErrorKind.UNUSABLE, ErrorKind.MIGRATING) or is_authentication_error(error)
         if not may_move or find_interruption(error, handled):
             raise
-        # They lie elsewhere by now, or in a cluster that nobody knew of, or there are other credentials.  Who asks for
-        # one circuit finds that out.
+        # The circuits have moved, the server turned out to be a cluster, or the credentials were changed.  A request
+        # for one circuit finds that out.
         return {circuit: circuit.run_shared(Load()) for circuit, _ in group}
     after = instant()
     return {

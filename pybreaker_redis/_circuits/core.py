@@ -58,17 +58,17 @@ class CircuitCore(Protocol):
 
     @property
     def state_for_constructor(self) -> str | None:
-        """State for a breaker under construction; ``None``: the breaker reads the circuit, which needs no request."""
+        """State for a breaker under construction.  ``None``: the breaker reads the circuit, which needs no request."""
 
     def read_trusted(self) -> Reply | None:
-        """Return the circuit without a request, times by the local clock; ``None`` if a request is needed."""
+        """Return the circuit without a request, times by the local clock.  ``None`` if a request is needed."""
 
     def carry_out(self, intent: Intent, budget: CallBudget | None = None) -> Reply:
-        """Carry out an intent; an error of Redis never leaves this method.
+        """Carry out an intent.  An error of Redis never leaves this method.
 
         Args:
             intent: The wanted change, or `Load`.
-            budget: Time budget of the guarded call; ``None``: the request belongs to no call.
+            budget: Time budget of the guarded call.  ``None``: the request belongs to no call.
         """
 
     def carry_out_or_raise(self, *intents: Intent) -> Reply:
@@ -114,7 +114,7 @@ class _CoreWithoutServer:
         return self.carry_out(Load())
 
     def carry_out_or_raise(self, *intents: Intent) -> Reply:
-        """See `CircuitCore.carry_out_or_raise`; raises nothing."""
+        """See `CircuitCore.carry_out_or_raise`.  Raises nothing."""
         return [self.carry_out(intent) for intent in intents][-1]
 
     def prepare_call(self, *, has_several_breakers: bool) -> None:
@@ -154,13 +154,13 @@ class FixedCore(_CoreWithoutServer):
         self._opened_ahead_ms = opened_ahead_ms
 
     def carry_out(self, intent: Intent, budget: CallBudget | None = None) -> Reply:
-        """See `CircuitCore.carry_out`; changes nothing."""
+        """See `CircuitCore.carry_out`.  Changes nothing."""
         now = wall_clock_ms()
         return Reply(True, Circuit(self._state, opened_at_ms=now + self._opened_ahead_ms), now)
 
 
 def rejection_time_s(reply: Reply, reset_timeout_s: float) -> float:
-    """Return the seconds until a circuit admits a call; 0 if the circuit admits one now.
+    """Return the seconds until a circuit admits a call.  0 if the circuit admits one now.
 
     Args:
         reply: The circuit, times by the local clock.
@@ -177,7 +177,7 @@ def rejection_time_s(reply: Reply, reset_timeout_s: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class CircuitSettings:
-    """Settings of a circuit in Redis, which all storages of the circuit should share.
+    """Settings of a circuit in Redis as its user gave them.  All storages of the circuit should have the same.
 
     See `pybreaker_redis.storage.CircuitRedisStorage` for the attributes.
     """
@@ -223,18 +223,18 @@ def shared_circuit(
 
     Args:
         source: Callable that returns the client.
-        namespace: Prefix of the keys; ``None``: no prefix.
+        namespace: Prefix of the keys.  ``None``: no prefix.
         base: Part of each key between the namespace and the name of the value.
         needs_one_slot: Whether the keys share one slot of a cluster.
         settings: Validated settings.
-        ttl_ms: `CircuitSettings.ttl` in milliseconds; 0: never.
+        ttl_ms: `CircuitSettings.ttl` in milliseconds.  0: never.
         logger: Logger for what is found in Redis.
     """
     name = namespace or base
     settings_check = SettingsCheck(name, asdict(settings), is_nameless=namespace is None)
     return Failover(
         name,
-        CircuitLocator(source, namespace, needs_one_slot=needs_one_slot, settles=settings_check.register, base=base),
+        CircuitLocator(source, namespace, needs_one_slot=needs_one_slot, base=base),
         initial_state=settings.state,
         fallback=settings.fallback_circuit_state,
         timeout=settings.timeout,

@@ -37,7 +37,7 @@ class Failover(MemberCircuit):
 
     @property
     def server_name(self) -> str:
-        """Address of the server; empty while the circuit was not used."""
+        """Address of the server.  Empty while the circuit was not used."""
         return "" if self.server is None else str(self.server)
 
     @property
@@ -138,7 +138,7 @@ class Failover(MemberCircuit):
         """Carry out an intent on the shared circuit, within the time that the call has left.
 
         Returns:
-            The reply, ``None`` without a usable one; and whether Redis may have executed the intent without a reply.
+            The reply, ``None`` if there is no usable one, and whether Redis may have executed the intent nevertheless.
         """
         reply: Reply | None = None
         interruption: BaseException | None = None
@@ -169,7 +169,7 @@ class Failover(MemberCircuit):
         return reply, is_in_doubt
 
     def _may_ask(self, budget: CallBudget | None) -> bool:
-        """Return whether Redis may be asked now; without a retry thread that takes the turn to ask."""
+        """Return whether Redis may be asked now.  Without a retry thread, the answer True takes the turn to ask."""
         if budget is not None and budget.is_half_spent(self.timeout) and self.uses_local:
             # Contention has used the time of the call: the rest of the call is for the local circuit.
             return False
@@ -184,7 +184,7 @@ class Failover(MemberCircuit):
         """Carry out an intent on the shared circuit, and return to that circuit first if need be.
 
         Returns:
-            The reply; ``None`` if Redis may not be asked, because another caller has the turn.
+            The reply.  ``None`` if Redis may not be asked, because another caller has the turn.
         """
         if self.server is None:
             self._locate()
@@ -232,7 +232,7 @@ class Failover(MemberCircuit):
         """Return to the shared circuit: a caller has the turn to ask, or the server returned before this circuit.
 
         Returns:
-            Result for the log; ``None`` if another thread reconciles the circuit.
+            Result for the log.  ``None`` if another thread reconciles the circuit.
         """
         server = self.server
         if self.uses_local and server and server.availability.outage and self._locator.refresh_location():

@@ -91,13 +91,13 @@ class LocalCircuit(ForkSafe):
 
     @property
     def circuit(self) -> Circuit:
-        """The circuit at present, or at the end of the last run; each transition gives a new generation."""
+        """The circuit at present, or at the end of the last run.  Each transition gives a new generation."""
         return self._ledger.now
 
     def decide_locally(
         self, intent: Intent, known: Circuit | None, *, can_read: bool, is_in_doubt: bool = False
     ) -> Reply:
-        """Carry out an intent; the first one begins a run.
+        """Carry out an intent.  The first one begins a run.
 
         Args:
             intent: Wanted change, or `Load`.
@@ -115,7 +115,7 @@ class LocalCircuit(ForkSafe):
             return reply
 
     def to_shared_intent(self, intent: Intent) -> Intent:
-        """Return the intent for the shared circuit; see `Ledger.to_shared_intent`."""
+        """Return the intent for the shared circuit.  See `Ledger.to_shared_intent`."""
         with self._lock:
             return self._ledger.to_shared_intent(intent)
 
@@ -143,17 +143,17 @@ class LocalCircuit(ForkSafe):
         return Reconciliation(False, has_opened)
 
     def end_if_unchanged(self, known: Circuit | None) -> bool:
-        """End the run if there is nothing to report; return whether the run has ended."""
+        """End the run if there is nothing to report.  Return whether the run has ended."""
         report = self.draft_report(known)
         return not report.intents and self.end_run(report)
 
     def draft_report(self, known: Circuit | None) -> LocalReport:
-        """Return what the shared circuit has to learn; see `Ledger.draft_report`."""
+        """Return what the shared circuit has to learn.  See `Ledger.draft_report`."""
         with self._lock:
             return self._ledger.draft_report(known, self._clock(), is_running=self.is_running)
 
     def must_report_again(self, replies: Sequence[Reply]) -> bool:
-        """Whether the report has to be repeated; see `Ledger.must_report_again`."""
+        """Whether the report has to be repeated.  See `Ledger.must_report_again`."""
         return self._ledger.must_report_again(replies)
 
     @contextlib.contextmanager

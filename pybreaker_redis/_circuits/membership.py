@@ -45,8 +45,8 @@ class MemberCircuit(SwitchedCircuit):
         locator: Finder of the shared circuit.
         initial_state: State of a circuit that does not exist yet.
         fallback: State in which a local circuit begins.
-        timeout: Seconds a guarded call may wait for Redis; ``None``: no limit.
-        ttl_ms: Milliseconds after the last write when the circuit expires; 0: never.
+        timeout: Seconds a guarded call may wait for Redis.  ``None``: no limit.
+        ttl_ms: Milliseconds after the last write when the circuit expires.  0: never.
         view: This process's copy of the shared circuit.
         settings_check: Comparison with the other storages of the same circuit.
         logger: Logger for what is found in Redis.
@@ -55,7 +55,7 @@ class MemberCircuit(SwitchedCircuit):
         name: See above.
         timeout: See above.
         shared: The circuit in Redis.
-        server: Server of the circuit; ``None`` while the circuit was not used.
+        server: Server of the circuit.  ``None`` while the circuit was not used.
         held_probes: Probes that threads of this process claimed.
     """
 
@@ -79,6 +79,7 @@ class MemberCircuit(SwitchedCircuit):
         self.held_probes = HeldProbes()
         self._locator = locator
         self._settings_check = settings_check
+        self._is_settings_check_done = False
         #: Faults of this circuit alone.
         self._faults = Availability(timeout or TURN_DELAY_MIN_S, has_retry_thread=False)
         self._fault_log = LossThrottle()
@@ -96,12 +97,12 @@ class MemberCircuit(SwitchedCircuit):
     # Location -----------------------------------------------------------------------------------------------------
 
     def run_shared(self, intent: Intent, *, tell: bool = True) -> Reply:
-        """Carry out an intent on the shared circuit, wherever it is; see `Failover.run_shared`."""
+        """Carry out an intent on the shared circuit, wherever it is.  See `Failover.run_shared`."""
         raise NotImplementedError
 
     @property
     def read_request(self) -> ReadRequest:
-        """What is needed to read the circuit together with others; locates the circuit at first use."""
+        """What is needed to read the circuit together with others.  Locates the circuit at first use."""
         return self.shared.read_request_at(self.shared.selector.current or self._locate())
 
     def verify_writable(self) -> None:
@@ -117,6 +118,9 @@ class MemberCircuit(SwitchedCircuit):
 
     def _join_server(self) -> Location:
         location = self._locator.locate()
+        if not self._is_settings_check_done:
+            self._is_settings_check_done = True
+            self._settings_check.register(location.client, location.keys)
         server = server_for(location.client)
         client = server.client_with_timeout(location.client, self.timeout)
         before, self.server = self.server, server
@@ -142,7 +146,7 @@ class MemberCircuit(SwitchedCircuit):
         Args:
             error: What the client raised.
             began: Time at which the request began, monotonic seconds.
-            budget: Time budget of the call; ``None``: the request belongs to no call.
+            budget: Time budget of the call.  ``None``: the request belongs to no call.
         """
         kind = error_kind(error)
         if kind is ErrorKind.CONTENDED:
@@ -211,7 +215,7 @@ class MemberCircuit(SwitchedCircuit):
         """Read the shared circuit, and repair its record.  An error of the client passes unchanged.
 
         Args:
-            tell: Whether to log a repair; otherwise `bring_back` returns it.
+            tell: Whether to log a repair.  Otherwise `bring_back` returns it.
         """
         event = self.run_shared(Load(), tell=tell).repair_note
         self._event = "" if tell or event == "created" else event
@@ -220,7 +224,7 @@ class MemberCircuit(SwitchedCircuit):
         """Report what the local circuit learned, and use the shared circuit again.
 
         Returns:
-            Result for the log, empty if there was nothing; ``None`` if another thread reconciles the circuit.
+            Result for the log, empty if there was nothing.  ``None`` if another thread reconciles the circuit.
         """
         with self.local.recovery_turn() as has_turn:
             if not has_turn:

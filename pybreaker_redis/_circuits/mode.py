@@ -44,12 +44,12 @@ class SwitchedCircuit(ForkSafe):
 
     Args:
         view: This process's copy of the shared circuit.
-        fallback: State in which a local circuit begins; see `LocalCircuit`.
+        fallback: State in which a local circuit begins.  See `LocalCircuit`.
         initial: State of a circuit that does not exist yet.
 
     Attributes:
         mode: Circuit that answers the calls of this process.
-        fast_path: Decisions of that circuit that hold for every call; see `CircuitCore`.
+        fast_path: Decisions of that circuit that hold for every call.  See `CircuitCore`.
         local: Local circuit of the present or the next run.
         shared: The circuit in Redis.
     """
@@ -75,7 +75,7 @@ class SwitchedCircuit(ForkSafe):
 
         Args:
             mode: New mode.
-            only_from: Mode in which alone the change is made; ``None``: in every mode.
+            only_from: Mode in which alone the change is made.  ``None``: in every mode.
         """
         with self._lock:
             if only_from not in (None, self.mode):
@@ -126,8 +126,8 @@ class SwitchedCircuit(ForkSafe):
     ) -> Reply:
         """Carry out an intent on the local circuit.
 
-        A claim is refused while there is no outage, as after contention, or after a connection was lost just before
-        the server returned: other calls of this process may get the shared probe meanwhile.
+        A claim is refused while there is no outage: other calls of this process may get the shared probe meanwhile.
+        That happens after contention, and when a connection was lost just before the server returned.
 
         Args:
             intent: Wanted change, or `Load`.

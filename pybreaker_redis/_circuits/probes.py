@@ -55,7 +55,7 @@ class ProbeTokens:
         self._pid = 0
 
     def take(self, token: str) -> bool:
-        """Take an offered token for one caller; every other caller that asks for the token is refused."""
+        """Take an offered token for one caller.  Every other caller that asks for the token is refused."""
         self._forget_in_child()
         return self._offered.pop(token, self) is None
 
@@ -107,7 +107,7 @@ class ProbeTokens:
 
 
 def token_of(intent: Intent) -> str:
-    """Return the token of the probe that an intent names; empty if it names none."""
+    """Return the token of the probe that an intent names.  Empty if it names none."""
     token: str = getattr(intent, "token", "")
     return token
 

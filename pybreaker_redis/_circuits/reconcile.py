@@ -61,7 +61,7 @@ class Ledger:
     """Account of one run of a local circuit.
 
     Args:
-        base: The shared circuit from which the run went on; ``None``: unknown.
+        base: The shared circuit from which the run went on.  ``None``: unknown.
         begun: The local circuit at the beginning.
 
     Attributes:

@@ -50,7 +50,7 @@ class SharedCircuit:
         name: Name of the circuit, for log lines.
         initial_state: State of a circuit that does not exist yet.
         fallback_state: State of a circuit that vanished and was not open.
-        ttl_ms: Milliseconds after the last write when the circuit expires; 0: never.
+        ttl_ms: Milliseconds after the last write when the circuit expires.  0: never.
         view: This process's copy of the circuit.
         logger: Logger for what is found in Redis.
         clock: Function that returns milliseconds since the epoch, by the local clock.
@@ -91,18 +91,18 @@ class SharedCircuit:
     # Copy of this process -----------------------------------------------------------------------------------------
 
     def read_trusted(self) -> Reply | None:
-        """Return the circuit, all but the counters, without a request; ``None`` if the view is not trusted."""
+        """Return the circuit, all but the counters, without a request.  ``None`` if the view is not trusted."""
         circuit = self._view.read_trusted()
         return None if circuit is None else self._reply_from_view(circuit)
 
     def trusted_reply_to(self, success: RecordSuccess) -> Reply | None:
-        """Return the reply to a success that has no failure to forget; ``None`` if that is not certain."""
+        """Return the reply to a success that has no failure to forget.  ``None`` if that is not certain."""
         circuit = self._view.read_trusted_quiet(success.generation)
         return None if circuit is None else self._reply_from_view(circuit)
 
     @property
     def known(self) -> Circuit | None:
-        """The circuit as it was seen last; ``None`` if never."""
+        """The circuit as it was seen last.  ``None`` if never."""
         cached = self._view.cached
         return None if cached is None else self._by_local_clock(cached)
 
@@ -113,7 +113,7 @@ class SharedCircuit:
 
     @property
     def view_age_s(self) -> float | None:
-        """Seconds since the circuit was seen last; ``None`` if never."""
+        """Seconds since the circuit was seen last.  ``None`` if never."""
         age = self._view.seconds_since_read
         return None if age == math.inf else age
 
@@ -173,7 +173,7 @@ class SharedCircuit:
 
     @property
     def push(self) -> PushMode | None:
-        """Kind of the subscription, and version of the server; ``None`` if the circuit is not subscribed."""
+        """Kind of the subscription, and version of the server.  ``None`` if the circuit is not subscribed."""
         return self._subscription.push_mode
 
     # Location -----------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class SharedCircuit:
         Args:
             choice: Engine of the present location.
             intent: Wanted change, or `Load`.
-            tell: Whether to log a repair of the record; otherwise the caller does.
+            tell: Whether to log a repair of the record.  Otherwise the caller does.
         """
         offset = self._view.clock_offset
         if isinstance(intent, SetOpenedAt):
@@ -217,8 +217,8 @@ class SharedCircuit:
             offset.mark_unconfirmed()
             raise
         if isinstance(intent, Trip) and reply.accepted:
-            # This process has opened the circuit just now by both clocks.  So `opened_at` is found there even if a test
-            # has moved or frozen the local clock.
+            # Both clocks show now: the circuit was opened by this process.  So `opened_at` is right even if a test has
+            # moved or frozen the local clock.
             offset.pin(reply.now_ms - self._clock())
         if tell and reply.repair_note:
             self._log_repair(reply)
@@ -238,7 +238,7 @@ class SharedCircuit:
         return self._local_reply(reply)
 
     def _send(self, choice: EngineChoice, intent: Intent) -> Reply:
-        """Carry out an intent, and keep what the reply shows; times of the reply are the server's."""
+        """Carry out an intent, and keep what the reply shows.  Times of the reply are the server's."""
         cached = self._view.cached
         if isinstance(intent, RecordFailure) and choice.channel:
             intent = RecordFailure(intent.generation, intent.token, NOISE_DURATION_MS, intent.times)
@@ -255,7 +255,7 @@ class SharedCircuit:
                 lost = take_lost_connection()
                 if not may_repeat or not (lost is LostConnection.UNSENT or (lost and isinstance(intent, _REPEATABLE))):
                     raise
-                # A load balancer has dropped idle connections; the other ones are no better.
+                # A load balancer has dropped idle connections.  The other ones are no better.
                 close_idle_connections(choice.engine.client.connection_pool)
                 may_repeat = False
         after = instant(self._clock)

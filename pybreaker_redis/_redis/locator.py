@@ -48,7 +48,6 @@ class CircuitLocator:
         namespace: Namespace of the circuit (``None``: none).
         needs_one_slot: Whether a hash tag puts the keys into one slot for any client, and not only for a cluster's.
         base: Part of the keys between the namespace and the names of the values.
-        settles: Called once with client and keys after the first location.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class CircuitLocator:
         namespace: str | None,
         *,
         needs_one_slot: bool,
-        settles: Callable[[Any, tuple[str, ...]], None],
         base: str = KEY_BASE,
     ) -> None:
         self._client_source = client_source
@@ -65,7 +63,6 @@ class CircuitLocator:
         self._base = base
         self._names: dict[bool, tuple[str, ...]] = {}
         self._needs_one_slot = needs_one_slot
-        self._settles: Callable[[Any, tuple[str, ...]], None] | None = settles
         self._client: Any = None
         self._cluster: ClusterTopology | None = None
         self._address: Address | None = None
@@ -108,9 +105,6 @@ class CircuitLocator:
         if self._cluster is None and self._is_renaming:
             # The user's client would rename the names once more.
             client = plain_copy(client)
-        if self._settles:
-            settles, self._settles = self._settles, None
-            settles(client, keys)
         return Location(client, keys, self._needs_one_slot)
 
     @calls_user_code

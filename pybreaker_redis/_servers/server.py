@@ -15,9 +15,8 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Hashable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from pybreaker_redis import _log
 from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind
@@ -31,9 +30,6 @@ from pybreaker_redis._runtime.redaction import describe_error, refusal_text
 from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability, Outage
 from pybreaker_redis._servers.member import Member, Registration
 from pybreaker_redis._servers.retry import RetryThread, ReturnAttempt
-
-_Thing = TypeVar("_Thing")
-
 
 #: Stands for a member that was removed while its query was under way.
 _REMOVED_MEMBER = Registration(-math.inf, 0, "(moved)", None)
@@ -60,7 +56,6 @@ class Server(ForkSafe):
         self._name = str(endpoint_of(client) or type(client).__name__)
         self._loss_log = LossThrottle()
         self._connections = ConnectionPools()
-        self._in_common: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
         self._members: weakref.WeakKeyDictionary[Member, Registration] = weakref.WeakKeyDictionary()
         #: Members that were released, and that no caller has used since.
         self._released_members: weakref.WeakSet[Member] = weakref.WeakSet()
@@ -109,12 +104,6 @@ class Server(ForkSafe):
         self._connections.log_slow_client(self._client, seconds, timeout)
 
     # Members ------------------------------------------------------------------------------------------------------
-
-    def in_common(self, key: Hashable, offered: _Thing) -> _Thing:
-        """Return what was offered first under a key, as long as that lives."""
-        with self._lock:
-            thing: _Thing = self._in_common.setdefault(key, offered)
-            return thing
 
     def add_member(self, member: Member, *, circuit: str, timeout_s: float | None, max_staleness_s: float) -> bool:
         """Register a circuit that is stored on the server.

@@ -44,8 +44,8 @@ class CircuitStatus:
         state: ``closed``, ``open`` or ``half-open``.
         fail_counter: Consecutive failures.
         success_counter: Consecutive successes while half-open.
-        opened_at: Time at which the circuit opened last, aware, by the local clock; ``None``: never.
-        retry_after: Seconds until a call may pass; 0: a call may pass now.
+        opened_at: Time at which the circuit opened last, aware, by the local clock.  ``None``: never.
+        retry_after: Seconds until a call may pass.  0: a call may pass now.
         fail_max: Number of consecutive failures that opens the circuit.
         reset_timeout: Seconds for which the circuit stays open.
     """
@@ -61,23 +61,20 @@ class CircuitStatus:
 
 
 class BreakerRegistry(ForkSafe):
-    """The breakers of an application: one for each name, all with the same Redis.
+    """Breakers of an application: one for each name, all with the same Redis.
 
-    Each is a standard `pybreaker.CircuitBreaker`, made when it is first asked for.  Nothing is sent before a breaker
-    is used.
+    Each breaker is a standard `pybreaker.CircuitBreaker`, created at its first use.  Nothing is sent before that.
 
     Args:
-        redis: A client, a callable that returns one, or a URL as for `CircuitRedisStorage.from_url`; ``None``: each
-            process for itself.
-        prefix: Goes before each name, with a colon in between, in the namespaces of the circuits.
-        listeners: Of every breaker.
-        defaults: Settings of breakers for which nothing else is said: those of `pybreaker.CircuitBreaker` (*fail_max*,
-            *reset_timeout*, *success_threshold*, *exclude*, *throw_new_error_on_trip*) and of `CircuitRedisStorage`
-            (*probe_lease*, *max_staleness*, *timeout*, *fallback_circuit_state* and so on).  Without Redis those that
-            are about Redis change nothing.
+        redis: Client, callable that returns one, or URL as for `CircuitRedisStorage.from_url`.  ``None``: each process
+            has circuits of its own.
+        prefix: Text before each name, with a colon in between, in the namespaces of the circuits.
+        listeners: Listeners of every breaker.
+        defaults: Default settings of the breakers.  See `BreakerSettings` for their names.  Without Redis the settings
+            about Redis have no effect.
 
     Raises:
-        TypeError: There is no such setting, or a value is not what it should be.
+        TypeError: There is no such setting, or a value is of the wrong type.
         ValueError: A number is out of range.
     """
 
@@ -96,21 +93,21 @@ class BreakerRegistry(ForkSafe):
         self._settings_by_name: dict[str, dict[str, Any]] = {}
         self._breaker_by_name: dict[str, CircuitBreaker] = {}
         super().__init__()
-        # What cannot be a client, or a prefix, is refused now, not when there is a name.
+        # An invalid client or prefix raises an error now, not at the first use of a breaker.
         self._storage("any")
 
-    # The breakers ---------------------------------------------------------------------------------------------------
+    # Breakers -------------------------------------------------------------------------------------------------------
 
     def get(self, name: str, /, **settings: Unpack[SettingOptions]) -> CircuitBreaker:
-        """The breaker of that name, always the same one; it is made if there was none.
+        """Return the breaker of a name, always the same object.
 
         Args:
-            name: Of the breaker, and of its circuit.
-            settings: What it shall have other than the defaults.
+            name: Name of the breaker and of its circuit.
+            settings: Settings that differ from the defaults.
 
         Raises:
-            ValueError: It has other settings already, or a number is out of range.
-            TypeError: There is no such setting, or a value is not what it should be.
+            ValueError: The breaker has other settings already, or a number is out of range.
+            TypeError: There is no such setting, or a value is of the wrong type.
         """
         if not settings and (breaker := self._breaker_by_name.get(name)):
             return breaker
@@ -121,19 +118,19 @@ class BreakerRegistry(ForkSafe):
             return self._breaker_by_name[name]
 
     def configure(self, name: str, /, **settings: Unpack[SettingOptions]) -> None:
-        """Say what settings a breaker shall have, before it is first asked for; see `get`.
+        """Give a breaker its settings, before its first use.  See `get` for the arguments.
 
         Raises:
-            ValueError: It has other settings already, or a number is out of range.
-            TypeError: There is no such setting, or a value is not what it should be.
+            ValueError: The breaker has other settings already, or a number is out of range.
+            TypeError: There is no such setting, or a value is of the wrong type.
         """
         self._declare(name, settings)
 
     def __getitem__(self, name: str) -> CircuitBreaker:
-        """A breaker that was asked for, configured or guards something.
+        """Return a breaker that was configured or used before.
 
         Raises:
-            KeyError: There is none of that name.
+            KeyError: There is no breaker of that name.
         """
         if name not in self._settings_by_name:
             known = ", ".join(map(repr, self)) or "none"
@@ -153,21 +150,21 @@ class BreakerRegistry(ForkSafe):
     def guard(
         self, name: str, /, *, fallback: Any = NO_FALLBACK, **settings: Unpack[SettingOptions]
     ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-        """Have every call of a function guarded by a breaker.
+        """Return a decorator that guards every call of a function by a breaker.
 
-        The breaker is looked up at the first call, so that it may be configured after the function was defined.
+        The breaker is created at the first call, so it may be configured after the function was defined.
 
         Args:
-            name: Of the breaker.
-            fallback: What a call returns that was rejected or has tripped the circuit, in place of raising
-                `pybreaker.CircuitBreakerError`.  If it can be called: what it returns, given the arguments of the call.
+            name: Name of the breaker.
+            fallback: Result of a call that was rejected or that opened the circuit, in place of a
+                `pybreaker.CircuitBreakerError`.  A callable is called with the arguments of the call.
             settings: See `get`.
 
         Returns:
             A decorator for functions.
 
         Raises:
-            TypeError: The function, or the fallback, is asynchronous: it would return before anything is done, so
+            TypeError: The function or the fallback is asynchronous.  It would return before the work is done, so
                 nothing would be guarded.
         """
         self._declare(name, settings)
@@ -176,10 +173,10 @@ class BreakerRegistry(ForkSafe):
     # For operators --------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, CircuitStatus]:
-        """How all circuits are, in one round trip; on a cluster in one for each node.
+        """Return the status of all circuits by name, in one round trip for each server or node of a cluster.
 
         Raises:
-            Exception: Redis gives no usable answer; whatever the client raises then.
+            StorageUnavailableError: Redis did not execute a command.
         """
         breakers = {name: self.get(name) for name in self}
         snapshots = operators.read(list(breakers.values()))
@@ -189,17 +186,17 @@ class BreakerRegistry(ForkSafe):
         }
 
     def set_state(self, name: str, state: str, /) -> None:
-        """Put a circuit into another state, for everybody.
+        """Put a circuit into another state, for all processes that share the circuit.
 
         Args:
-            name: Of the breaker.
-            state: ``open``, for its reset timeout from now on; ``closed``, with no counts; ``half-open``, so that the
-                next call is let through as a probe, whoever makes it.
+            name: Name of the breaker.
+            state: ``open``, for the reset timeout from now on.  ``closed``, with all counts zero.  ``half-open``, so
+                that the next call of any process is a probe.
 
         Raises:
             KeyError: There is no breaker of that name.
             ValueError: There is no such state.
-            Exception: It was not done: Redis gives no usable answer; whatever the client raises then.
+            StorageUnavailableError: Redis did not execute the command.
         """
         check_choice("state", state, (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN))
         breaker = self[name]
@@ -207,25 +204,33 @@ class BreakerRegistry(ForkSafe):
         self._notify_listeners(breaker)
 
     def reset(self, name: str, /) -> None:
-        """Forget all counts of a circuit, and leave it in the state that it is in; raises as `set_state` does."""
+        """Set all counts of a circuit to zero, and leave its state.
+
+        Args:
+            name: Name of the breaker.
+
+        Raises:
+            KeyError: There is no breaker of that name.
+            StorageUnavailableError: Redis did not execute the command.
+        """
         breaker = self[name]
         operators.reset(breaker)
         self._notify_listeners(breaker)
 
     def _notify_listeners(self, breaker: CircuitBreaker) -> None:
-        """Notify the listeners of this process now; those of other processes follow when their breakers notice."""
+        """Notify the listeners of this process now.  Those of other processes follow when their breakers notice."""
         try:
             _ = breaker.state
         except Exception:
-            # The command was executed, which its caller has to learn.
+            # The command was executed, so its caller must not get an error.
             _logger.exception("a listener of breaker %r has failed", breaker.name)
 
-    # The end --------------------------------------------------------------------------------------------------------
+    # End ------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of all breakers, and of the connections that only they use; no circuit changes.
+        """Release all breakers, and the connections that only they use.  No circuit changes.
 
-        What was configured stays, and whoever asks for a breaker again gets a new one.
+        The configuration stays.  `get` returns a new breaker afterwards.
         """
         with self._lock:
             made, self._breaker_by_name = self._breaker_by_name, {}
@@ -244,7 +249,7 @@ class BreakerRegistry(ForkSafe):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # Behind it ------------------------------------------------------------------------------------------------------
+    # Internals ------------------------------------------------------------------------------------------------------
 
     def _declare(self, name: str, settings: Settings) -> str:
         known = self._settings_by_name.get(name)
@@ -255,7 +260,7 @@ class BreakerRegistry(ForkSafe):
         settings = settings_module.validated(settings, stacklevel=3)
         with self._lock:
             declared = self._settings_by_name.get(name, {})
-            present = asdict(self._settings_of(name)) if name in self._breaker_by_name else declared
+            present = self._settings_of(name).by_name() if name in self._breaker_by_name else declared
             settings_module.check_consistent(name, present, settings)
             self._settings_by_name[name] = {**declared, **settings}
         return name

@@ -30,7 +30,7 @@ MEMORY_DEFAULTS = _defaults_of(CircuitMemoryStorage, "state")
 
 
 class SettingOptions(TypedDict, total=False):
-    """Keyword arguments by which users give settings; see `BreakerSettings`."""
+    """Keyword arguments by which users give settings.  See `BreakerSettings`."""
 
     fail_max: int
     reset_timeout: float
@@ -61,8 +61,8 @@ class BreakerSettings:
         cluster_mode: Whether all keys of the circuit share one slot of a Redis Cluster.
         probe_lease: Seconds until a probe without a report is offered to another call.
         max_staleness: Seconds for which a process may use its copy of the circuit without notice of a change.
-        timeout: Seconds a guarded call may wait for Redis; ``None``: no limit.
-        ttl: Seconds after the last write when the circuit expires; ``None``: never.
+        timeout: Seconds a guarded call may wait for Redis.  ``None``: no limit.
+        ttl: Seconds after the last write when the circuit expires.  ``None``: never.
     """
 
     fail_max: int
@@ -82,6 +82,10 @@ class BreakerSettings:
         """Return settings with the defaults for all that are not given."""
         return cls(**{**BREAKER_DEFAULTS, "exclude": (), **STORAGE_DEFAULTS, **given})
 
+    def by_name(self) -> dict[str, Any]:
+        """Return the values by the names of the settings."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
     def breaker_arguments(self) -> dict[str, Any]:
         """Return the arguments of `pybreaker.CircuitBreaker`."""
         return {**self._subset(BREAKER_DEFAULTS), "exclude": [_exclusion(item) for item in self.exclude]}
@@ -95,7 +99,7 @@ class BreakerSettings:
         return self._subset(MEMORY_DEFAULTS)
 
     def _subset(self, names: Settings) -> dict[str, Any]:
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
+        return {name: value for name, value in self.by_name().items() if name in names}
 
 
 #: Errors of a dependency that is down.  A breaker that excludes one of these, or a base class, guards nothing.
@@ -130,7 +134,7 @@ def checked_listeners(listeners: Iterable[CircuitBreakerListener]) -> tuple[Circ
     """Return listeners as a tuple.
 
     Raises:
-        TypeError: An item is no listener; most often the item is a class.
+        TypeError: An item is no listener.  Most often the item is a class.
     """
     result = tuple(listeners)
     for listener in result:

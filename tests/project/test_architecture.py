@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import gc
 import importlib
+import threading
+import types
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pybreaker import CircuitBreaker
 
 import pybreaker_redis
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis.registry import BreakerRegistry
+from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.wait import wait_for
 
 PACKAGE = Path(pybreaker_redis.__file__).parent
 
@@ -159,3 +171,101 @@ def test_modules_fit_on_a_few_screens() -> None:
         for module, path in MODULES.items()
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 370
     } == {}
+
+
+#: Classes of others whose contents are followed.
+CONTAINERS = (
+    *(dict, list, tuple, set, frozenset, deque, types.MethodType, functools.partial, threading.Thread),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
+)
+
+
+def package_of(item: object) -> str:
+    """Return the package of an object's class, empty for classes of others."""
+    root, _, rest = type(item).__module__.partition(".")
+    return rest.partition(".")[0] if root == "pybreaker_redis" else ""
+
+
+def referents(item: object) -> Iterator[object]:
+    """Yield the objects of this package that an object refers to, by way of containers, functions and threads too."""
+    seen, pending = {id(item)}, [*gc.get_referents(item)]
+    while pending:
+        found = pending.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if package_of(found):
+            yield found
+        elif isinstance(found, weakref.ref):
+            pending.append(found())
+        elif isinstance(found, types.FunctionType):
+            pending += [cell.cell_contents for cell in found.__closure__ or () if cell != types.CellType()]
+            pending += found.__defaults__ or ()
+        elif isinstance(found, CONTAINERS):
+            pending += gc.get_referents(found)
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_objects_refer_to_their_own_and_lower_packages_only(killable_server: PrivateServer, is_away: bool) -> None:
+    """The object graph follows the table of imports.  A server refers to its members: the one exception."""
+    storage = CircuitRedisStorage("closed", killable_server.client(), "graph", timeout=5.0)
+    breaker = CircuitBreaker(state_storage=storage, fail_max=2)
+    breaker.call(int)
+    wait_for(lambda: storage.health().push != "none", "the subscription")
+    breaker.call(int)
+    if is_away:
+        killable_server.kill()
+        with contextlib.suppress(ValueError):
+            breaker.call(int, "x")
+        wait_for(lambda: storage.health().is_own, "the local circuit")
+    seen: dict[int, object] = {id(storage): storage}
+    pending: list[object] = [storage]
+    edges: set[tuple[str, str]] = set()
+    packages = set()
+    while pending:
+        item = pending.pop()
+        package = package_of(item)
+        packages.add(package)
+        for found in referents(item):
+            target = package_of(found)
+            if target != package and target not in {row.partition(".")[0] for row in LOWER[package]}:
+                edges.add((type(item).__name__, type(found).__name__))
+            if id(found) not in seen:
+                seen[id(found)] = found
+                pending.append(found)
+    assert {"storage", "_adapter", "_circuits", "_servers", "_replica", "_engines", "_redis", "_model"} <= packages
+    assert edges == {("Server", "Failover")}
+
+
+#: Names that pybreaker's interface of storages has.
+STORAGE_INTERFACE = {
+    *("counter", "increment_counter", "increment_success_counter", "name", "opened_at", "reset_counter"),
+    *("reset_success_counter", "state", "success_counter"),
+}
+
+
+@pytest.mark.parametrize(
+    ("item", "names"),
+    [
+        (
+            CircuitRedisStorage("closed", lambda: None),
+            STORAGE_INTERFACE | {"BASE_NAMESPACE", "from_url", "health", "logger"},
+        ),
+        (CircuitMemoryStorage("closed"), STORAGE_INTERFACE),
+        (BreakerRegistry(), {"close", "configure", "get", "guard", "reset", "set_state", "status"}),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_public_objects_show_what_users_need(item: object, names: set[str]) -> None:
+    """Internals start with an underscore, so `dir` and completion show what users call."""
+    assert {name for name in dir(item) if not name.startswith("_")} == names
+
+
+def test_public_objects_have_a_useful_repr() -> None:
+    """A log or a debugger shows which circuit an object is, and no secret."""
+    with_password = CircuitRedisStorage.from_url("redis://:s3cret@localhost:1", namespace="payments")
+    assert repr(with_password) == "<CircuitRedisStorage 'payments', mode='unused'>"
+    assert repr(CircuitMemoryStorage("open")) == "<CircuitMemoryStorage open>"
+    registry = BreakerRegistry("redis://:s3cret@localhost:1", prefix="shop")
+    registry.configure("payments")
+    assert repr(registry) == "<BreakerRegistry redis, prefix='shop', 1 breakers>"

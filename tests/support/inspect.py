@@ -124,9 +124,9 @@ def pools_of(owner: Any) -> Any:
     return server_of(owner)._connections._pools
 
 
-def enter_mode(owner: Any, mode: Mode) -> None:
-    """Have the circuit enter a mode."""
-    core_of(owner)._enter(mode)
+def fast_path_of(storage: Any) -> Any:
+    """Return the fast path that the storage reads."""
+    return core_of(storage).fast_path
 
 
 def timeout_of(storage: Any) -> float:
@@ -184,12 +184,23 @@ def execute_intent(storage: Any, intent: Any) -> Any:
 
 def load_shared(owner: Any) -> Any:
     """Read the shared record, whatever the view holds."""
-    return shared_of(owner)._send(selector_of(owner).current, Load())
+    core = core_of(owner)
+    return core.shared._send(core.shared.selector.current or core._locate(), Load())
 
 
-def locate_circuit(owner: Any) -> Any:
-    """Locate the circuit and choose its engine, as the next call does."""
-    return core_of(owner)._locate()
+def locate(owner: Any) -> None:
+    """Locate the circuit and join its server."""
+    core_of(owner)._locate()
+
+
+def lose_server(owner: Any) -> None:
+    """Have the circuit use its local circuit, as a late thread does after the return."""
+    core_of(owner)._enter(Mode.LOCAL)
+
+
+def uses_shared(owner: Any) -> bool:
+    """Return whether the shared circuit answers calls."""
+    return core_of(owner).mode is Mode.SHARED
 
 
 def fail_circuit(owner: Any, error: Exception, since: float | None = None) -> None:
@@ -199,9 +210,9 @@ def fail_circuit(owner: Any, error: Exception, since: float | None = None) -> No
 
 def record_replies(storage: Any) -> list[Any]:
     """Return a list that gets each reply to the storage's intents."""
-    core, replies = core_of(storage), []
-    carry_out = core.carry_out
-    core.carry_out = lambda *arguments: (replies.append(reply := carry_out(*arguments)), reply)[1]
+    core = core_of(storage)
+    execute, replies = core.carry_out, []
+    core.carry_out = lambda *given: (replies.append(reply := execute(*given)), reply)[1]
     return replies
 
 
@@ -217,15 +228,15 @@ def replace_shared_execution(monkeypatch: pytest.MonkeyPatch, owner: Any, run: C
 
 def after_next_look(monkeypatch: pytest.MonkeyPatch, storage: Any, then: Callable[[], object]) -> None:
     """Have something happen once, right after the next look of the storage's adapter at the circuit."""
-    read = type(storage)._read_circuit
+    look = type(storage)._read_circuit
 
-    def read_once(self: Any, *arguments: Any) -> Any:
+    def look_once(self: Any, *given: Any) -> Any:
         monkeypatch.undo()
-        reply = read(self, *arguments)
+        reply = look(self, *given)
         then()
         return reply
 
-    monkeypatch.setattr(type(storage), "_read_circuit", read_once)
+    monkeypatch.setattr(type(storage), "_read_circuit", look_once)
 
 
 def set_memory_engine(storage: Any, engine: Any) -> None:
@@ -316,7 +327,7 @@ def pretend_fork() -> None:
 def outage_log_of(owner: Any) -> Any:
     """Return what limits the log lines about outages of a server or a circuit."""
     core = core_of(owner)
-    return core._fault_log if hasattr(core, "_fault_log") else core._loss_log
+    return core._loss_log if hasattr(core, "_loss_log") else core._fault_log
 
 
 def end_log_window(owner: Any) -> None:
