@@ -210,9 +210,9 @@ def fail_circuit(owner: Any, error: Exception, since: float | None = None) -> No
 
 def record_replies(storage: Any) -> list[Any]:
     """Return a list that gets each reply to the storage's intents."""
-    core = core_of(storage)
-    execute, replies = core.carry_out, []
-    core.carry_out = lambda *given: (replies.append(reply := execute(*given)), reply)[1]
+    core, replies = core_of(storage), []
+    carry_out = core.carry_out
+    core.carry_out = lambda *arguments: (replies.append(reply := carry_out(*arguments)), reply)[1]
     return replies
 
 
@@ -228,15 +228,15 @@ def replace_shared_execution(monkeypatch: pytest.MonkeyPatch, owner: Any, run: C
 
 def after_next_look(monkeypatch: pytest.MonkeyPatch, storage: Any, then: Callable[[], object]) -> None:
     """Have something happen once, right after the next look of the storage's adapter at the circuit."""
-    look = type(storage)._read_circuit
+    read = type(storage)._read_circuit
 
-    def look_once(self: Any, *given: Any) -> Any:
+    def read_once(self: Any, *arguments: Any) -> Any:
         monkeypatch.undo()
-        reply = look(self, *given)
+        reply = read(self, *arguments)
         then()
         return reply
 
-    monkeypatch.setattr(type(storage), "_read_circuit", look_once)
+    monkeypatch.setattr(type(storage), "_read_circuit", read_once)
 
 
 def set_memory_engine(storage: Any, engine: Any) -> None:
@@ -327,7 +327,7 @@ def pretend_fork() -> None:
 def outage_log_of(owner: Any) -> Any:
     """Return what limits the log lines about outages of a server or a circuit."""
     core = core_of(owner)
-    return core._loss_log if hasattr(core, "_loss_log") else core._fault_log
+    return core._fault_log if hasattr(core, "_fault_log") else core._loss_log
 
 
 def end_log_window(owner: Any) -> None:
