@@ -17,7 +17,7 @@ from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import up
 from tests.support.inspect import compared_circuits, lock_of, reset_in_child, settings_table
-from tests.support.logs import messages_of
+from tests.support.logs import records_of
 
 SETTINGS = {
     "state": ("closed", "open"),
@@ -39,8 +39,9 @@ def used_breaker(client: Any, namespace: str | None = "shop", **options: Any) ->
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the warnings about settings and names."""
-    return messages_of(caplog, "two storages of this process differ", "several breakers", level=logging.WARNING)
+    """Return the warnings about circuits, but for outages, which a busy machine may cause."""
+    records = records_of(caplog, "circuit ", level=logging.WARNING)
+    return [record.getMessage() for record in records if not hasattr(record, "pybreaker_redis")]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
