@@ -284,7 +284,13 @@ def no_listeners() -> None:
     # pytest keeps a failed test for its traceback, and with it the storages.
     release_subscribers()
     release_members()
-    wait_for(lambda: not listeners() and not retry_threads(), "the threads of earlier tests have ended")
+
+    def has_no_threads() -> bool:
+        # A thread may hold the last reference to a storage in one of its frames, for a moment.
+        gc.collect()
+        return not listeners() and not retry_threads()
+
+    wait_for(has_no_threads, "the threads of earlier tests have ended")
     reset_listeners()
 
 

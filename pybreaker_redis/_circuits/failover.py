@@ -61,7 +61,7 @@ class Failover(MemberCircuit):
         return Health(
             circuit=self.name,
             server=self.server_name,
-            server_version=push.server if push else "",
+            server_version=push.server_version if push else "",
             condition=report.condition,
             since=report.since,
             state=self.last_known_state,
@@ -70,7 +70,7 @@ class Failover(MemberCircuit):
             next_attempt=report.next_attempt,
             attempts=report.attempts,
             view_age=self.shared.view_age_s,
-            push=push.how if push else "none",
+            push=push.via if push else "none",
             mode=self.shared.mode,
             circuits=server.member_count if server else 0,
         )

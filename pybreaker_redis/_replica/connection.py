@@ -32,14 +32,14 @@ class PushMode:
     """How changes arrive.
 
     Attributes:
-        how: ``tracking``: all changes, by any client.  ``channel``: published changes only.
+        via: ``tracking``: all changes, by any client.  ``channel``: published changes only.
         protocol: Version of RESP, 2 or 3.
-        server: Name and version of the server, as in ``valkey 8.1.0``, empty if unknown.
+        server_version: Name and version of the server, as in ``valkey 8.1.0``, empty if unknown.
     """
 
-    how: Literal["tracking", "channel"]
+    via: Literal["tracking", "channel"]
     protocol: int
-    server: str
+    server_version: str
 
 
 class Push(list[Any]):
@@ -59,7 +59,7 @@ class PushConnection:
     Attributes:
         is_tracking: Whether the server also pushes changes of the keys that `query` has read.
         tracking_refusal: Reason why the server does not.
-        server: Name and version of the server, empty if unknown.
+        server_version: Name and version of the server, empty if unknown.
 
     Raises:
         PushUnavailableError: The class of the client's connections cannot be used here.
@@ -73,7 +73,7 @@ class PushConnection:
         self._query_connection: Any = None
         self.is_tracking = False
         self.tracking_refusal = ""
-        self.server = ""
+        self.server_version = ""
         try:
             one = self._connect_resp3(endpoint)
             self._is_single = one is not None
@@ -88,7 +88,7 @@ class PushConnection:
     @property
     def push_mode(self) -> PushMode:
         """How changes arrive on the connection."""
-        return PushMode("tracking" if self.is_tracking else "channel", 3 if self._is_single else 2, self.server)
+        return PushMode("tracking" if self.is_tracking else "channel", 3 if self._is_single else 2, self.server_version)
 
     def subscribe(self, channels: Sequence[str]) -> None:
         """Subscribe channels, and wait until the server has confirmed each.
@@ -230,7 +230,7 @@ class PushConnection:
             self.is_tracking = not is_instance_of_named(answer, "ResponseError")
             self.tracking_refusal = "" if self.is_tracking else str(answer)
         self._send(self._query_connection, [("HELLO",)])
-        self.server = _server_version(self._read(self._query_connection))
+        self.server_version = _parse_server_version(self._read(self._query_connection))
 
     def _current_sockets(self) -> list[Any]:
         return [getattr(connection, "_sock", None) for connection in self._connections]
@@ -277,7 +277,7 @@ def refusal_of(answer: Any) -> Exception:
     return answer if isinstance(answer, Exception) else ConnectionError(f"unexpected answer: {answer!r}")
 
 
-def _server_version(hello: Any) -> str:
+def _parse_server_version(hello: Any) -> str:
     """Return name and version of a server from its answer to HELLO: a dictionary, with RESP2 a list, or an error."""
     if isinstance(hello, list):
         hello = dict(zip(hello[::2], hello[1::2], strict=False))

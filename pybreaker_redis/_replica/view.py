@@ -122,11 +122,6 @@ class View(ForkSafe):
         return self._is_subscribed
 
     @property
-    def may_believe(self) -> bool:
-        """Whether the process uses the shared circuit."""
-        return not self._is_paused
-
-    @property
     def seconds_since_read(self) -> float:
         """Seconds since the record was read, `math.inf` before the first answer."""
         return math.inf if self.cached is None else self._now() - self._seen_at
