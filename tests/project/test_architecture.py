@@ -173,7 +173,7 @@ def test_modules_fit_on_a_few_screens() -> None:
     } == {}
 
 
-#: Containers whose items are visited; their classes are from the standard library.
+#: Classes of containers whose items belong to the object graph.
 CONTAINERS = (
     *(dict, list, tuple, set, frozenset, deque, types.MethodType, functools.partial, threading.Thread),
     *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),

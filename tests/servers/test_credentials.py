@@ -90,7 +90,7 @@ def assert_recovery(breaker: pybreaker.CircuitBreaker, server: PrivateServer) ->
             breaker.call(up)
         return bool(storage.health().push != "none")
 
-    if core_of(storage).max_staleness:
+    if view_of(storage).max_staleness:
         wait_for(is_subscribed, "a subscription")
 
 

@@ -272,7 +272,7 @@ class TestSettings:
         breakers = BreakerRegistry(client, timeout=5)
         storage: Any = storage_of(breakers.get("payments", max_staleness=3, cluster_mode=True))
         assert isinstance(storage, CircuitRedisStorage)
-        assert (timeout_of(storage), core_of(storage).max_staleness) == (5, 3)
+        assert (timeout_of(storage), view_of(storage).max_staleness) == (5, 3)
         breakers["payments"].call(up)
         assert client.exists("{payments}:pybreaker:state")
 
