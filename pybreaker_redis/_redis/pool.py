@@ -73,7 +73,7 @@ class ConnectionPools(ForkSafe):
         return client if pool is None else client_on_pool(client, pool)
 
     def any_client(self, client: Any) -> Any:
-        """Return a client on any of the pools; without a pool, the client itself."""
+        """Return a client on any of the pools, or the client itself without a pool."""
         for pool in list(self._pools.values()):
             if pool is not None:
                 return client_on_pool(client, pool)

@@ -280,6 +280,6 @@ def test_failure_during_the_return_counts_once(site: Site, fallback: str, monkey
     with cut_off(site):
         early.end()
         assert health_of(breaker).is_own
-        monkeypatch.setattr(LocalCircuit, "report", interrupted)
+        monkeypatch.setattr(LocalCircuit, "draft_report", interrupted)
     wait_for(lambda: late.has_ended and is_connected(breaker), "the return is noticed")
     assert counter(site) == 2

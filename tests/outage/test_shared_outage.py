@@ -386,7 +386,7 @@ class Lone:
             raise LookupError
         return self._question
 
-    def ticket(self) -> None:
+    def begin_bulk_read(self) -> None:
         """Return nothing: the circuit is unknown."""
 
     def on_server_lost(self) -> None:

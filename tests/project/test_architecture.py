@@ -173,7 +173,7 @@ def test_modules_fit_on_a_few_screens() -> None:
     } == {}
 
 
-#: Classes of others whose contents are followed.
+#: Foreign classes with contents that are followed.
 CONTAINERS = (
     *(dict, list, tuple, set, frozenset, deque, types.MethodType, functools.partial, threading.Thread),
     *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),

@@ -33,7 +33,15 @@ from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, TransitionRecorder, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
-from tests.support.inspect import core_of, listeners, lock_of, reset_in_child, retry_threads, storage_of, timeout_of
+from tests.support.inspect import (
+    listeners,
+    lock_of,
+    reset_in_child,
+    retry_threads,
+    storage_of,
+    timeout_of,
+    view_of,
+)
 from tests.support.logs import messages_of, records_of
 from tests.support.places import cluster_client, has_clusters
 from tests.support.round_trips import Meter
@@ -272,7 +280,7 @@ class TestSettings:
         breakers = BreakerRegistry(client, timeout=5)
         storage: Any = storage_of(breakers.get("payments", max_staleness=3, cluster_mode=True))
         assert isinstance(storage, CircuitRedisStorage)
-        assert (timeout_of(storage), core_of(storage).max_staleness) == (5, 3)
+        assert (timeout_of(storage), view_of(storage).max_staleness) == (5, 3)
         breakers["payments"].call(up)
         assert client.exists("{payments}:pybreaker:state")
 

@@ -509,7 +509,7 @@ def test_circuit_released_during_the_switch_to_transactions_is_registered_again(
         reply = execute(engine, *arguments)
         if not left:
             left.append(1)
-            storage._core.release_connections()
+            core_of(storage).release_connections()
         return reply
 
     monkeypatch.setattr(TransactionEngine, "execute", release_after)

@@ -18,6 +18,7 @@ from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
 from pybreaker_redis._servers.availability import Availability
 from pybreaker_redis._servers.table import server_for
+from pybreaker_redis.errors import StorageUnavailableError
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import free_port
 from tests.support.breakers import up
@@ -128,9 +129,9 @@ def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture
     registry.configure("hidden")
     raised = []
     for command in (registry.status, lambda: registry.set_state("hidden", "open")):
-        with pytest.raises(redis.RedisError) as caught:
+        with pytest.raises(StorageUnavailableError) as caught:
             command()
-        raised.append(f"{caught.value} {caught.value!r}")
+        raised.append(f"{caught.value} {caught.value!r} {caught.value.cause} {caught.value.cause!r}")
     for text in (storage.health().last_error, str(storage.health()), caplog.text, *raised):
         assert SECRET not in text
 
