@@ -25,7 +25,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
 from tests.support.clients import CredentialProvider
 from tests.support.cluster import bus_port
-from tests.support.inspect import core_of, retry_threads, storage_of
+from tests.support.inspect import retry_threads, storage_of, view_of
 from tests.support.interrupts import JobTimeout, alarm, raising
 from tests.support.logs import messages_of, whole_log
 from tests.support.selection import but_for

@@ -131,7 +131,7 @@ def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture
     for command in (registry.status, lambda: registry.set_state("hidden", "open")):
         with pytest.raises(StorageUnavailableError) as caught:
             command()
-        raised.append(f"{caught.value} {caught.value!r}")
+        raised.append(f"{caught.value} {caught.value!r} {caught.value.cause} {caught.value.cause!r}")
     for text in (storage.health().last_error, str(storage.health()), caplog.text, *raised):
         assert SECRET not in text
 
