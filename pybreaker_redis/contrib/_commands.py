@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
 
+from pybreaker_redis.errors import StorageUnavailableError
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import storage_of
 from pybreaker_redis.registry import BreakerRegistry
@@ -57,9 +58,9 @@ def run_command(registry: BreakerRegistry, action: str, names: Sequence[str]) ->
             elif action == "reset":
                 registry.reset(name)
         return _status_table(registry, names or sorted(registry))
-    except Exception as error:
-        # An operator relies on a command that reports no error.  The error may be of any client library.
-        raise CommandRefusedError(f"Redis did not carry out the command: {type(error).__name__}: {error}") from error
+    except StorageUnavailableError as error:
+        # An operator relies on a command that reports no error.
+        raise CommandRefusedError(str(error)) from error
 
 
 def _is_process_local(registry: BreakerRegistry, name: str) -> bool:

@@ -195,6 +195,19 @@ def test_status_can_be_limited_to_some_circuits():
     assert [line.split()[0] for line in run_command(registry, "status", ["stock"]).splitlines()] == ["circuit", "stock"]
 
 
+@pytest.mark.parametrize("action", COMMAND_ACTIONS)
+def test_error_of_the_function_that_returns_the_client_is_one_line(action: str):
+    """A command fails in one line with the cause, also for an error that is none of Redis."""
+
+    def no_client() -> None:
+        raise KeyError("REDIS_URL")
+
+    registry = BreakerRegistry(no_client)
+    registry.configure("payments")
+    with pytest.raises(CommandRefusedError, match=r"^circuit 'payments': Redis .*KeyError: 'REDIS_URL'.*$"):
+        run_command(registry, action, ["payments"])
+
+
 @pytest.mark.parametrize("action", [action for action in COMMAND_ACTIONS if action != "status"])
 def test_command_on_circuits_in_memory_is_refused(action: str):
     """A command would change a local circuit of its own process only, so it is refused."""

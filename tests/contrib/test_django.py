@@ -464,5 +464,6 @@ def test_command_fails_in_one_line_if_redis_is_unreachable(killable_server: Priv
     )
     assert done.returncode != 0
     assert done.stdout == ""
-    assert "CommandError: Redis did not carry out the command: " in done.stderr.splitlines()[-1]
+    assert "CommandError: circuit 'shop:payments': Redis at " in done.stderr.splitlines()[-1]
+    assert "did not execute the command" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -306,5 +306,6 @@ def test_command_fails_in_one_line_if_redis_is_unreachable(killable_server: Priv
     killable_server.kill()
     done = create_app(PYBREAKER_URL=killable_server.url).test_cli_runner().invoke(args=["breakers", "open", "payments"])
     assert done.exit_code == 1
-    assert done.output.startswith("Error: Redis did not carry out the command: ")
+    assert done.output.startswith("Error: circuit 'payments': Redis at ")
+    assert "did not execute the command" in done.output
     assert len(done.output.splitlines()) == 1

@@ -77,6 +77,7 @@ PUBLIC_NAMES: dict[str, tuple[str, ...]] = {
         "CircuitRedisStorage",
         "CircuitStatus",
         "Health",
+        "StorageUnavailableError",
         "retry_after",
     ),
     "contrib.celery": ("BreakerTask",),
