@@ -373,7 +373,7 @@ def test_concurrent_calls_in_an_outage_wait_no_longer_than_one(site: Site, caplo
     for breaker in breakers:
         wait_for(lambda breaker=breaker: is_back(breaker), "the shared circuit is in use again")
     wait_for(lambda: len(lines_of(caplog, site)) == 2, "the return is logged")
-    assert " and 7 others use local state" in lines_of(caplog, site)[0]
+    assert "and 7 others use local state" in lines_of(caplog, site)[0]
 
 
 def test_timeout_of_a_request_from_before_the_return_starts_no_outage(site: Site, caplog):
