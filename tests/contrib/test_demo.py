@@ -30,8 +30,7 @@ from pybreaker_redis.testing import binaries, servers
 from pybreaker_redis.testing.binaries import FoundServer
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.inspect import child_of, process_of, replace_stage_namespace
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 

@@ -28,10 +28,9 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import django_project
 from tests.support.breakers import Down, down
 from tests.support.inspect import breakers_made_by, lock_of, reset_in_child, storage_of
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("patient")
-
-ROOT = Path(__file__).parents[2]
 LOCMEM = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
 BREAKERS = {"payments": {"fail_max": 2, "reset_timeout": 30}}
 

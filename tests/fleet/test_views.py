@@ -19,9 +19,8 @@ from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import settled
 from tests.support.fleet import Fleet, Spec, Worker, call, operator
 from tests.support.inspect import view_of
+from tests.support.paths import ROOT
 from tests.support.wait import wait_for
-
-ROOT = Path(__file__).parents[2]
 
 
 def settle(worker: Worker) -> None:

@@ -28,6 +28,7 @@ from pybreaker_redis._model.intents import (
 )
 from pybreaker_redis.operators import retry_after
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import Down, down, up
 from tests.support.inspect import core_of, execute_intent, local_of, selector_of, server_of, storage_of
 from tests.support.selection import but_for
 from tests.support.wait import wait_for
@@ -41,20 +42,6 @@ RECOVERY_S = 20
 
 #: Numbers for names of circuits: the retry thread of one test may run into the next one.
 _circuits = itertools.count()
-
-
-class Down(Exception):
-    """The dependency is down."""
-
-
-def up() -> str:
-    """Call the healthy dependency."""
-    return "answer"
-
-
-def down() -> None:
-    """Call the dead dependency."""
-    raise Down
 
 
 @pytest.fixture(params=but_for(("lua",), ("lua", "optimistic")))

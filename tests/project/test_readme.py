@@ -6,16 +6,14 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.pages import blocks, parse
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("patient")
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

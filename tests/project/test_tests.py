@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +12,8 @@ import pytest
 
 from tests.support import selection, servers
 from tests.support.engines import EngineCase
+from tests.support.paths import ROOT
 from tests.support.servers import FoundServer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 FILES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "tests").rglob("*.py"))}
 

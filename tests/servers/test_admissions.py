@@ -19,22 +19,9 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListene
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from tests.support import inspect
+from tests.support.breakers import Down, down, up
 
 pytestmark = pytest.mark.usefixtures("patient")
-
-
-class Down(Exception):
-    """The dependency is down."""
-
-
-def up() -> str:
-    """Return the answer of a healthy dependency."""
-    return "answer"
-
-
-def down() -> None:
-    """Raise the error of a failed dependency."""
-    raise Down
 
 
 class StateRecorder(CircuitBreakerListener):

@@ -23,10 +23,11 @@ import valkey
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests import EXTENSIONS, VARIABLE
 from tests.support import servers
-from tests.support.agreement import CircuitPair, health_of, log_lines_about
+from tests.support.agreement import CircuitPair, log_lines_about
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import KINDS, SAMPLE
 from tests.support.inspect import server_of
+from tests.support.outages import health_of
 from tests.support.selection import but_for
 from tests.support.servers import ONCE, no_server
 from tests.support.tls import HOST, Secured, secured

@@ -20,6 +20,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis._model.intents import ClaimProbe
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.breakers import down
 from tests.support.fleet import call, call_when_admitted, wait_until
 from tests.support.inspect import execute_intent, storage_of, view_of
 
@@ -38,15 +39,6 @@ INSTANTS = [
 ]
 
 MakeStorage = Callable[[], Any]
-
-
-class Down(Exception):
-    """The dependency is down."""
-
-
-def down() -> None:
-    """Raise the error of a failed dependency."""
-    raise Down
 
 
 def trip(breaker: CircuitBreaker) -> None:

@@ -27,7 +27,7 @@ from tests.support.clients import CredentialProvider
 from tests.support.cluster import bus_port
 from tests.support.inspect import retry_threads, storage_of, view_of
 from tests.support.interrupts import JobTimeout, alarm, raising
-from tests.support.logs import messages_of, whole_log
+from tests.support.logs import SECRET, messages_of, whole_log
 from tests.support.selection import but_for
 from tests.support.servers import ONCE, FoundServer
 from tests.support.wait import wait_for
@@ -488,9 +488,6 @@ def assert_timeout(client: Any, server: PrivateServer) -> None:
         seconds = time.monotonic() - began
         server.resume()
     assert seconds < 0.3 + 1.5
-
-
-SECRET = "hunter2-hunter2"
 
 
 def test_wrong_password_is_never_logged(server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:

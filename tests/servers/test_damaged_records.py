@@ -25,6 +25,7 @@ from pybreaker_redis._model.intents import Load
 from pybreaker_redis._redis.keys import circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
+from tests.support.breakers import Down
 from tests.support.inspect import storage_of
 from tests.support.records import Ago, Paper, Value, circuits, contents, found, fresh_namespace, laid, lay, moved_by
 from tests.support.selection import examples
@@ -36,10 +37,6 @@ RESET_TIMEOUT_S = 30.0
 
 #: Milliseconds around a point in time in which a slow machine may see either side.
 TOLERANCE_MS = 5_000
-
-
-class Down(Exception):
-    """Exception of the application."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from pybreaker_redis._model.circuit import CLOSED, Circuit, new_circuit
 from pybreaker_redis._model.intents import Load
 from pybreaker_redis._runtime import fork
 from tests.support import inspect
+from tests.support.breakers import Down, down, up
 from tests.support.inspect import (
     after_next_look,
     lock_of,
@@ -34,20 +35,6 @@ from tests.support.inspect import (
 )
 
 pytestmark = pytest.mark.usefixtures("patient")
-
-
-class Down(Exception):
-    """The dependency is down."""
-
-
-def up() -> str:
-    """Return the answer of a healthy dependency."""
-    return "answer"
-
-
-def down() -> None:
-    """Raise the error of a failed dependency."""
-    raise Down
 
 
 def fail(breaker: CircuitBreaker, times: int = 1) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.paths import ROOT
 
 _USE = """
     import sys
@@ -30,7 +30,7 @@ _USE = """
 
 def run(code: str, server: PrivateServer, runner: str) -> None:
     """Run code in a subinterpreter of a new process."""
-    path = [str(Path(__file__).parents[2]), *(entry for entry in sys.path if entry)]
+    path = [str(ROOT), *(entry for entry in sys.path if entry)]
     text = textwrap.dedent(_USE).format(path=path, socket=server.unix_socket) + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-c", runner.format(code=text)], capture_output=True, text=True, timeout=120, check=False

@@ -15,7 +15,6 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -74,6 +73,7 @@ from tests.support.inspect import (
     view_of,
 )
 from tests.support.logs import messages_of, records_of
+from tests.support.paths import ROOT
 from tests.support.servers import ONCE, counted
 from tests.support.wait import wait_for
 
@@ -723,7 +723,6 @@ def late():
 )
 def test_program_ends_at_once_and_silently(server, what, answers):
     """A daemon thread delays no exit, whatever it waits for. Where no thread can start, calls query Redis."""
-    root = Path(__file__).parents[2]
     began = time.monotonic()
     done = subprocess.run(
         # Releases 3 of redis-py import distutils to compare versions.
@@ -735,7 +734,7 @@ def test_program_ends_at_once_and_silently(server, what, answers):
         text=True,
         timeout=30,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stdout) == (0, "answer\n" * answers), done.stderr
     assert "Traceback" not in done.stderr

@@ -26,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN, Circuit
 from pybreaker_redis._model.intents import Reply
+from tests.support.breakers import Down
 from tests.support.inspect import admission_of, answer_intents, load_shared, view_of
 from tests.support.selection import examples
 
@@ -35,10 +36,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
 FAIL_MAX = 2
 SUCCESS_THRESHOLD = 2
 WORKERS = 3
-
-
-class Down(Exception):
-    """The dependency is down."""
 
 
 class FakeEnvironment:

@@ -21,8 +21,7 @@ from pybreaker_redis.testing.scratch import Scratch
 from pybreaker_redis.testing.servers import PrivateServer, ServerNotStartedError, free_port
 from tests.support import servers
 from tests.support.inspect import scratch_of
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 every_binary = pytest.mark.parametrize("found", servers.at_hand(), ids=servers.name_of)
 

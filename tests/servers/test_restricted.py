@@ -16,10 +16,11 @@ from pybreaker_redis._replica import listener
 from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support import servers
-from tests.support.agreement import CircuitPair, health_of, log_lines_about
+from tests.support.agreement import CircuitPair, log_lines_about
 from tests.support.breakers import breaker_on, fails, settled, up
 from tests.support.clients import PROTOCOLS
 from tests.support.logs import lines_of, messages_of, records_of
+from tests.support.outages import health_of
 from tests.support.proxy import Proxy
 from tests.support.selection import but_for
 from tests.support.servers import ONCE, no_server

@@ -8,7 +8,6 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pybreaker
@@ -17,16 +16,16 @@ import redis
 
 from pybreaker_redis._redis.keys import channel_of, circuit_keys
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support.agreement import CircuitPair, health_of
+from tests.support.agreement import CircuitPair
 from tests.support.breakers import breaker_on, fails, up
 from tests.support.clients import PROTOCOLS
 from tests.support.inspect import disable_resp3, listener_connections, storage_of, view_of
 from tests.support.logs import messages_of
+from tests.support.outages import health_of
+from tests.support.paths import ROOT
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("no_listeners")
-
-ROOT = Path(__file__).parents[2]
 
 #: Seconds until a missing effect counts as a loss.
 LOSS_AFTER_S = 5.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pybreaker
@@ -21,12 +20,13 @@ from pybreaker_redis._model.intents import INTENTS
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
 from tests.support.breakers import settled
+from tests.support.paths import ROOT
 from tests.support.round_trips import Down, Meter, commands_sent
 
 #: Commands of listeners of other tests would be counted, too.
 pytestmark = pytest.mark.usefixtures("no_listeners")
 
-README = Path(__file__).parents[2] / "README.rst"
+README = ROOT / "README.rst"
 
 #: The line of the README before the table.
 MARKER = ".. round-trips-table"

@@ -13,14 +13,11 @@ import pytest
 import time_machine
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
+from tests.support.breakers import Down, down
 from tests.support.engines import ENGINE_CASES, EngineCase, MakeStorage
 
 #: ``reset_timeout`` of scenarios that wait for its end, seconds. Longer than a few round trips on a busy machine.
 SHORT_TIMEOUT_S = 0.2
-
-
-class Down(Exception):
-    """The dependency is down."""
 
 
 class NotFound(LookupError):
@@ -57,11 +54,6 @@ class NotificationRecorder(CircuitBreakerListener):
 def up(value: Any = "answer") -> Any:
     """Return the answer of a healthy dependency."""
     return value
-
-
-def down() -> None:
-    """Raise the error of a failed dependency."""
-    raise Down
 
 
 @pytest.fixture(params=ENGINE_CASES, ids=lambda engine: engine.name)

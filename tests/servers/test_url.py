@@ -28,15 +28,8 @@ from tests.support.records import fresh_namespace
 from tests.support.sentinel import Sentinels
 from tests.support.servers import FoundServer
 from tests.support.tls import Certificates, Terminator
+from tests.support.urls import has_cluster, options_of
 from tests.support.wait import wait_for
-
-has_cluster = pytest.mark.skipif(url_module.cluster_library() is None, reason="no library for clusters is installed")
-
-
-def options_of(url: str) -> dict[str, Any]:
-    """Return the connection arguments of a URL's client."""
-    words: dict[str, Any] = client_source_from_url(url)().connection_pool.connection_kwargs
-    return words
 
 
 @pytest.fixture(scope="module")

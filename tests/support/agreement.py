@@ -12,9 +12,8 @@ import pybreaker
 import pytest
 import redis
 
-from pybreaker_redis import Health
 from tests.support.breakers import Down, breaker_on, down, fails, up
-from tests.support.inspect import storage_of
+from tests.support.outages import health_of
 from tests.support.wait import wait_for
 
 #: Seconds for which each of the two may trust its view.
@@ -96,12 +95,6 @@ class CircuitPair:
             self.here.call(down)
         for breaker in self.breakers:
             assert health_of(breaker).condition == "connected", health_of(breaker)
-
-
-def health_of(breaker: pybreaker.CircuitBreaker) -> Health:
-    """Return the health of the breaker's storage."""
-    health: Health = storage_of(breaker).health()
-    return health
 
 
 @contextlib.contextmanager

@@ -19,6 +19,9 @@ from tests.support.proxy import Proxy
 #: Parts of lines that a healthy host never prints.
 ALARMS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python error", "Segmentation fault")
 
+#: Password that stands in no line.
+SECRET = "hunter2-hunter2"
+
 #: Subject of log lines.
 Subject = str | PrivateServer | Site | Proxy | Nodes
 

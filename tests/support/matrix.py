@@ -13,10 +13,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.paths import ROOT
+
 #: Environment variable that names the directory for a run's results.
 VARIABLE = "PYBREAKER_REDIS_MATRIX"
 
-README = Path(__file__).parents[2] / "README.rst"
+README = ROOT / "README.rst"
 MARKER = ".. matrix-table"
 
 #: Columns and rows, in the order of the table.

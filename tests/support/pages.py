@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import docutils.core
 import docutils.nodes
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def blocks(language: str) -> Iterator[tuple[int, str]]:

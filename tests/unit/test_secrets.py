@@ -23,9 +23,8 @@ from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import free_port
 from tests.support.breakers import up
 from tests.support.inspect import count_secrets, replace_secrets
+from tests.support.logs import SECRET
 from tests.support.servers import ONCE
-
-SECRET = "hunter2-hunter2"
 
 
 @pytest.fixture(autouse=True)

@@ -11,19 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._redis import url as url_module
 from pybreaker_redis._redis.endpoint import command_wait_limit
 from pybreaker_redis._redis.url import URL_SCHEMES, URL_TIMEOUT_S, client_source_from_url, mask_url
 from tests.support.inspect import clients_by_url
 from tests.support.selection import examples
-
-has_cluster = pytest.mark.skipif(url_module.cluster_library() is None, reason="no library for clusters is installed")
-
-
-def options_of(url: str) -> dict[str, Any]:
-    """Return the connection arguments of a URL's client."""
-    options: dict[str, Any] = client_source_from_url(url)().connection_pool.connection_kwargs
-    return options
+from tests.support.urls import options_of
 
 
 @pytest.mark.parametrize("url", ["redis://there", "rediss://there", "unix:///there", "redis+sentinel://there/shop"])

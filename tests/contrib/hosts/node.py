@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pybreaker_redis.testing import servers
+from tests.support.paths import ROOT
 
 #: Root of the project, from which servers load the application.
-ROOT = Path(__file__).parents[3]
 
 
 class Node:
