@@ -19,7 +19,7 @@ from tests.support.proxy import Proxy
 #: Parts of lines that a healthy host never prints.
 ALARMS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python error", "Segmentation fault")
 
-#: What log lines are about.
+#: Subject of log lines.
 Subject = str | PrivateServer | Site | Proxy | Nodes
 
 
@@ -61,7 +61,7 @@ def messages_of(caplog: pytest.LogCaptureFixture, *subjects: Subject, level: int
 
 
 def whole_log(caplog: pytest.LogCaptureFixture) -> str:
-    """Return all of the log, for tests that something stands nowhere in it."""
+    """Return the whole log, for tests that a text is absent."""
     return caplog.text
 
 
