@@ -24,7 +24,8 @@ import redis
 
 import pybreaker_redis
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis.testing.servers import PrivateServer, find_servers
+from pybreaker_redis.testing.binaries import find_servers
+from pybreaker_redis.testing.servers import PrivateServer
 
 PACKAGE = f"{Path(pybreaker_redis.__file__).parent}/"
 
