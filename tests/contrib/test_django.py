@@ -183,7 +183,7 @@ def test_changed_settings_release_the_former_breakers(project, server: PrivateSe
 
 
 def test_forked_child_does_not_wait_for_a_lock_of_its_parent(project):
-    """A lock that a parent's thread is_held at the fork does not block the child."""
+    """A lock that a thread of the parent had at the fork does not block the child."""
     project(PYBREAKER={"BREAKERS": BREAKERS})
     is_held, over = threading.Event(), threading.Event()
 

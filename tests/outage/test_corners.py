@@ -13,7 +13,6 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.failover import Failover
-from pybreaker_redis._circuits.mode import Mode
 from pybreaker_redis._redis.classify import ErrorKind, suppress_except
 from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._redis.sentinel import verify_master
@@ -30,10 +29,11 @@ from tests.support.inspect import (
     bare_session,
     core_of,
     engine_of,
-    enter_mode,
     fail_circuit,
+    fast_path_of,
     local_of,
     lock_of,
+    lose_server,
     may_read,
     poll_once,
     pretend_fork,
@@ -44,6 +44,7 @@ from tests.support.inspect import (
     shared_of,
     start_retry_thread,
     storage_of,
+    uses_shared,
     view_of,
 )
 from tests.support.logs import messages_of
@@ -111,7 +112,7 @@ def test_circuit_whose_report_fails_stays_local_until_the_next_call(site: Site, 
     core_of(storage).on_server_lost()
     monkeypatch.setattr(local_of(storage), "must_report_again", lambda replies: True)
     assert core_of(storage).bring_back() == ""
-    assert core_of(storage).mode is not Mode.SHARED
+    assert not uses_shared(storage)
     monkeypatch.undo()
     wait_for(lambda: is_back(breaker), "the return is noticed")
 
@@ -124,7 +125,7 @@ def test_circuit_that_changes_during_the_return_is_reported_again(site: Site, mo
     ended, end = iter([False, True]), local_of(storage).end_run
     monkeypatch.setattr(local_of(storage), "end_run", lambda generation: end(generation) and next(ended))
     assert core_of(storage).bring_back() == ""
-    assert core_of(storage).mode is Mode.SHARED
+    assert uses_shared(storage)
 
 
 def test_circuit_that_fails_during_the_return_is_left_to_its_next_caller(site: Site, monkeypatch):
@@ -206,15 +207,15 @@ def test_circuit_without_the_right_to_write_is_followed(site: Site):
     shared_of(CircuitRedisStorage("closed", site.client())).retry_subscription()
 
 
-def test_replaced_fast_path_is_left_at_the_next_call(site: Site):
-    """A replaced fast path is left at the next look, however late the replacement was noticed."""
+def test_late_change_to_the_local_circuit_ends_at_the_next_call(site: Site):
+    """A thread that notices an outage late, after the return, switches one call to the local circuit at most."""
     breaker = settled(breaker_on(site.client()))
     storage = storage_of(breaker)
-    enter_mode(storage, Mode.LOCAL)
-    assert core_of(storage).fast_path is local_of(storage).fast_path
+    lose_server(storage)
+    assert fast_path_of(storage) is local_of(storage).fast_path
     breaker.call(up)
-    assert core_of(storage).mode is Mode.SHARED
-    assert core_of(storage).fast_path is view_of(storage).fast_path
+    assert uses_shared(storage)
+    assert fast_path_of(storage) is view_of(storage).fast_path
 
 
 def test_connection_ends_if_sentinels_name_another_master():

@@ -393,7 +393,7 @@ class Lone:
         """Do nothing: the circuit is local already."""
 
     def move_if_relocated(self) -> bool:
-        """The circuit has not moved."""
+        """Return False: the circuit stays on its server."""
         return False
 
     def load(self) -> None:
@@ -560,7 +560,7 @@ class TestLossThrottle:
 
     @pytest.fixture
     def lines(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Return the messages that were emitted."""
+        """Messages that were emitted."""
         messages: list[str] = []
         monkeypatch.setattr(logger, "emit", lambda line: messages.append(line.message))
         return messages

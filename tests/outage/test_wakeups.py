@@ -1,4 +1,4 @@
-"""Wake-ups of the threads of this process during an outage and after it: threads wait, and do not poll."""
+"""Wake-ups of the package's threads during an outage and after it: the threads wait and do not poll."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from tests.support.inspect import view_of
 from tests.support.outages import health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
 
-#: Longest wait of the threads, seconds, as a user has it.  Other tests shorten the wait.
+#: Longest wait of the listener in production, seconds.  Other tests shorten the wait.
 WAIT_S = 0.5
 
 #: Wait of a thread that only another thread can end in time, seconds.
 ENDLESS_S = 600.0
 
-#: Seconds for which wake-ups are counted.
+#: Seconds for which a test counts wake-ups.
 COUNTED_S = 2.0
 
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Availability]]:
-    """Name of the thread and availability of the server, for each wait that begins."""
+    """Waits of threads so far: the name of the thread and the availability of the server."""
     begun: list[tuple[str, Availability]] = []
     wait_for_change = Availability.wait_for_change
 
-    def noted(availability: Availability, seen: int, timeout_s: float) -> None:
+    def recorded(availability: Availability, seen: int, timeout_s: float) -> None:
         begun.append((threading.current_thread().name, availability))
         wait_for_change(availability, seen, timeout_s)
 
-    monkeypatch.setattr(Availability, "wait_for_change", noted)
+    monkeypatch.setattr(Availability, "wait_for_change", recorded)
     return begun
 
 
@@ -54,8 +54,8 @@ def lost(site: Site) -> Iterator[None]:
     site.proxy.listen()
 
 
-def counted(waits: list[tuple[str, Availability]], thread: str, availability: Availability) -> tuple[int, float]:
-    """Return the number of waits that a thread has begun during some seconds, and those seconds."""
+def count_waits(waits: list[tuple[str, Availability]], thread: str, availability: Availability) -> tuple[int, float]:
+    """Count the waits that a thread begins in `COUNTED_S`, and return the number and the seconds."""
     waits.clear()
     began = time.monotonic()
     time.sleep(COUNTED_S)
@@ -71,21 +71,21 @@ def test_listener_wakes_twice_a_second_at_most_in_an_outage(
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     availability = server_for(site.client()).availability
     with lost(site):
-        wait_for(lambda: is_unreachable_for(breaker), "the outage is known")
+        wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
         wait_for(lambda: (LISTENER_THREAD_NAME, availability) in waits, "the listener waits")
-        number, seconds = counted(waits, LISTENER_THREAD_NAME, availability)
+        number, seconds = count_waits(waits, LISTENER_THREAD_NAME, availability)
         assert number <= seconds / WAIT_S + 2
-    wait_for(lambda: is_back(breaker), "the shared circuit is used again")
+    wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
 
 
 def test_end_of_an_outage_wakes_the_listener(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The circuit is subscribed again at once, without a look every now and then."""
+    """The listener subscribes again at once, without polling for the end of the outage."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     with lost(site):
-        wait_for(lambda: is_unreachable_for(breaker), "the outage is known")
+        wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
         monkeypatch.setattr(listener, "LISTENER_WAIT_MAX_S", ENDLESS_S)
         time.sleep(2 * WAIT_S)  # The present wait ends, and one without an end begins.
-    wait_for(lambda: is_back(breaker), "the shared circuit is used again")
+    wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
     wait_for(lambda: view_of(breaker).is_subscribed, "changes are received")
 
 
@@ -97,19 +97,19 @@ def test_retry_thread_wakes_twice_a_second_at_most_while_a_log_line_is_held(
     availability = server_for(site.client()).availability
     for _ in range(2):
         with lost(site):
-            wait_for(lambda: is_unreachable_for(breaker), "the outage is known")
-        wait_for(lambda: is_back(breaker), "the shared circuit is used again")
+            wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
+        wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
     wait_for(lambda: (RETRY_THREAD_NAME, availability) in waits, "the thread waits")
-    number, seconds = counted(waits, RETRY_THREAD_NAME, availability)
+    number, seconds = count_waits(waits, RETRY_THREAD_NAME, availability)
     assert 0 < number <= seconds / retry.RETRY_SLEEP_MAX_S + 2
 
 
 def test_outage_wakes_the_retry_thread_that_holds_a_log_line(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next outage is retried at once, though the thread has nothing to do for a minute."""
+    """In the next outage the thread retries at once, although it waits to log a held line."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
     monkeypatch.setattr(retry, "RETRY_SLEEP_MAX_S", ENDLESS_S)
     for _ in range(3):
         with lost(site):
-            wait_for(lambda: is_unreachable_for(breaker), "the outage is known")
-        wait_for(lambda: is_back(breaker), "the shared circuit is used again")
+            wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
+        wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
         wait_for(lambda: health_of(breaker).push != "none" or not is_back(breaker), "changes are received")

@@ -174,7 +174,7 @@ def test_modules_fit_on_a_few_screens() -> None:
     } == {}
 
 
-#: Foreign classes with contents that are followed.
+#: Classes of the containers that are searched for objects.
 CONTAINERS = (
     *(dict, list, tuple, set, frozenset, deque, types.MethodType, functools.partial, threading.Thread),
     *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),

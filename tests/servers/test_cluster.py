@@ -38,7 +38,7 @@ from tests.support.inspect import (
     known_nodes,
     listener_of,
     listeners,
-    locate_circuit,
+    locate,
     locator_of,
     lock_of,
     nodes_with_clients,
@@ -431,7 +431,7 @@ def test_subscription_during_a_move_is_removed(cluster: Nodes, monkeypatch):
     breaker.call(up)
     shared = shared_of(breaker)
     shared.forget_location()
-    locate_circuit(breaker)
+    locate(breaker)
     started: list[Listener] = []
 
     leaves = threading.Thread(target=shared.forget_location)

@@ -33,7 +33,15 @@ from pybreaker_redis.registry import BreakerRegistry, retry_after
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, TransitionRecorder, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
-from tests.support.inspect import listeners, lock_of, reset_in_child, retry_threads, storage_of, timeout_of, view_of
+from tests.support.inspect import (
+    listeners,
+    lock_of,
+    reset_in_child,
+    retry_threads,
+    storage_of,
+    timeout_of,
+    view_of,
+)
 from tests.support.logs import messages_of, records_of
 from tests.support.places import cluster_client, has_clusters
 from tests.support.round_trips import Meter

@@ -124,9 +124,9 @@ def pools_of(owner: Any) -> Any:
     return server_of(owner)._connections._pools
 
 
-def enter_mode(owner: Any, mode: Mode) -> None:
-    """Have the circuit enter a mode."""
-    core_of(owner)._enter(mode)
+def fast_path_of(storage: Any) -> Any:
+    """Return the fast path that the storage reads."""
+    return core_of(storage).fast_path
 
 
 def timeout_of(storage: Any) -> float:
@@ -184,12 +184,23 @@ def execute_intent(storage: Any, intent: Any) -> Any:
 
 def load_shared(owner: Any) -> Any:
     """Read the shared record, whatever the view holds."""
-    return shared_of(owner)._send(selector_of(owner).current, Load())
+    core = core_of(owner)
+    return core.shared._send(core.shared.selector.current or core._locate(), Load())
 
 
-def locate_circuit(owner: Any) -> Any:
-    """Locate the circuit and choose its engine, as the next call does."""
-    return core_of(owner)._locate()
+def locate(owner: Any) -> None:
+    """Locate the circuit and join its server."""
+    core_of(owner)._locate()
+
+
+def lose_server(owner: Any) -> None:
+    """Have the circuit use its local circuit, as a late thread does after the return."""
+    core_of(owner)._enter(Mode.LOCAL)
+
+
+def uses_shared(owner: Any) -> bool:
+    """Return whether the shared circuit answers calls."""
+    return core_of(owner).mode is Mode.SHARED
 
 
 def fail_circuit(owner: Any, error: Exception, since: float | None = None) -> None:

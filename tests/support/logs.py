@@ -22,7 +22,7 @@ ALARMS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Pytho
 #: Password that stands in no line.
 SECRET = "hunter2-hunter2"
 
-#: What log lines are about.
+#: Subject of log lines.
 Subject = str | PrivateServer | Site | Proxy | Nodes
 
 
@@ -64,7 +64,7 @@ def messages_of(caplog: pytest.LogCaptureFixture, *subjects: Subject, level: int
 
 
 def whole_log(caplog: pytest.LogCaptureFixture) -> str:
-    """Return all of the log, for tests that something stands nowhere in it."""
+    """Return the whole log, for tests that a text is absent."""
     return caplog.text
 
 

@@ -15,10 +15,10 @@ import pytest
 
 from tests.support import servers
 
-#: Markers of what is left to ``--full``.
+#: Markers of tests that run with ``--full`` only.
 LEFT_OUT = ("slow", "full")
 
-#: Marker of what runs all the same.
+#: Marker of tests that run without ``--full`` in spite of these markers.
 SAMPLE = "sample"
 
 
