@@ -105,7 +105,7 @@ def retry_after(breaker_or_error: CircuitBreaker | CircuitBreakerError) -> float
     storage = storage_of(breaker)
     core = _core_of(storage)
     if core is not None:
-        reply = core.read_trusted() or core.carry_out(Load())
+        reply = core.read_without_request() or core.carry_out(Load())
         circuit = reply.circuit
         if circuit.state == HALF_OPEN and core.held_probes.is_held_here(circuit.probe_token):
             return 0.0

@@ -120,7 +120,7 @@ class CircuitRedisStorage(InferringStorage):
 
     def health(self) -> Health:
         """Return what this process knows about the circuit's Redis, without a request and at any rate of calls."""
-        return self._core.health()
+        return self._core.report_health()
 
     def __repr__(self) -> str:
         core = self._core

@@ -52,7 +52,7 @@ class Admissions:
     def __init__(self) -> None:
         self._breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = weakref.WeakValueDictionary()
 
-    def register(self, breaker: CircuitBreaker) -> bool:
+    def add_breaker(self, breaker: CircuitBreaker) -> bool:
         """Register a breaker that uses the storage.  Return whether the breaker is a new one."""
         is_new = id(breaker) not in self._breakers
         self._breakers[id(breaker)] = breaker

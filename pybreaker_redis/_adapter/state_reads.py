@@ -162,7 +162,7 @@ class StateReads(CircuitBreakerStorage):
         context.is_notifying = True
 
     def _register(self, breaker: CircuitBreaker) -> None:
-        if self._admissions.register(breaker):
+        if self._admissions.add_breaker(breaker):
             self._tagged = BY_HAND
 
     def _state_for_constructor(self) -> str | None:
@@ -173,7 +173,7 @@ class StateReads(CircuitBreakerStorage):
 
     def _read_circuit(self, context: CallContext, budget: CallBudget | None) -> Reply:
         """Return the circuit, all but the counters, without a request where that is possible."""
-        return self._core.read_trusted() or self._execute_for(context, Load(), budget)
+        return self._core.read_without_request() or self._execute_for(context, Load(), budget)
 
     def _execute_for(self, context: CallContext, intent: Intent, budget: CallBudget | None = None) -> Reply:
         """Carry out an intent, and note what this thread learned.

@@ -60,7 +60,7 @@ class CircuitCore(Protocol):
     def state_for_constructor(self) -> str | None:
         """State for a breaker under construction.  ``None``: the breaker reads the circuit, which needs no request."""
 
-    def read_trusted(self) -> Reply | None:
+    def read_without_request(self) -> Reply | None:
         """Return the circuit without a request, times by the local clock.  ``None`` if a request is needed."""
 
     def carry_out(self, intent: Intent, budget: CallBudget | None = None) -> Reply:
@@ -109,8 +109,8 @@ class _CoreWithoutServer:
         """See `CircuitCore.last_known_state`."""
         return self.carry_out(Load()).circuit.state
 
-    def read_trusted(self) -> Reply | None:
-        """See `CircuitCore.read_trusted`."""
+    def read_without_request(self) -> Reply | None:
+        """See `CircuitCore.read_without_request`."""
         return self.carry_out(Load())
 
     def carry_out_or_raise(self, *intents: Intent) -> Reply:

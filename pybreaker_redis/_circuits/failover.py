@@ -43,7 +43,7 @@ class Failover(MemberCircuit):
     @property
     def last_known_state(self) -> str:
         """State of the circuit that answers calls, without a request."""
-        return self.local.circuit.state if self.uses_local else self.shared.last_known_state
+        return self.local.circuit.state if self.uses_local else self.shared.last_seen_state
 
     @property
     def state_for_constructor(self) -> str | None:
@@ -54,7 +54,7 @@ class Failover(MemberCircuit):
         """
         return self.last_known_state
 
-    def health(self) -> Health:
+    def report_health(self) -> Health:
         """Return what this process knows about the circuit and its server, without a request."""
         server, push = self.server, self.shared.push
         report = report_availability(server.availability if server else None, self._faults)
@@ -71,7 +71,7 @@ class Failover(MemberCircuit):
             attempts=report.attempts,
             view_age=self.shared.view_age_s,
             push=push.via if push else "none",
-            mode=self.shared.mode,
+            mode=self.shared.engine_mode,
             circuits=server.member_count if server else 0,
         )
 
@@ -84,9 +84,9 @@ class Failover(MemberCircuit):
             with suppress_errors():
                 self.shared.subscribe_to_changes(server)
 
-    def read_trusted(self) -> Reply | None:
-        """See `CircuitCore.read_trusted`."""
-        reply = self.shared.read_trusted()
+    def read_without_request(self) -> Reply | None:
+        """See `CircuitCore.read_without_request`."""
+        reply = self.shared.trusted_reply()
         return None if reply is None else PROBE_TOKENS.mask_free_probe(reply)
 
     def carry_out(self, intent: Intent, budget: CallBudget | None = None) -> Reply:

@@ -85,7 +85,7 @@ class LocalCircuit(ForkSafe):
                 recovery_lock.release()
 
     @property
-    def is_running(self) -> bool:
+    def is_active(self) -> bool:
         """Whether a run has begun and not ended."""
         return self._engine is not None
 
@@ -109,15 +109,15 @@ class LocalCircuit(ForkSafe):
             if self._engine is None or self._was_overtaken(known):
                 self._begin_run(known, can_read=can_read)
             assert self._engine
-            intent = self._ledger.to_local_intent(intent)
+            intent = self._ledger.local_intent_for(intent)
             reply = self._engine.execute(intent)
             self._ledger.note_reply(intent, reply, is_in_doubt=is_in_doubt)
             return reply
 
     def to_shared_intent(self, intent: Intent) -> Intent:
-        """Return the intent for the shared circuit.  See `Ledger.to_shared_intent`."""
+        """Return the intent for the shared circuit.  See `Ledger.shared_intent_for`."""
         with self._lock:
-            return self._ledger.to_shared_intent(intent)
+            return self._ledger.shared_intent_for(intent)
 
     def reconcile(
         self, read_known: Callable[[], Circuit | None], run_shared: Callable[[Intent], Reply]
@@ -148,13 +148,13 @@ class LocalCircuit(ForkSafe):
         return not report.intents and self.end_run(report)
 
     def draft_report(self, known: Circuit | None) -> LocalReport:
-        """Return what the shared circuit has to learn.  See `Ledger.draft_report`."""
+        """Return what the shared circuit has to learn.  See `Ledger.compile_report`."""
         with self._lock:
-            return self._ledger.draft_report(known, self._clock(), is_running=self.is_running)
+            return self._ledger.compile_report(known, self._clock(), is_active=self.is_active)
 
     def must_report_again(self, replies: Sequence[Reply]) -> bool:
-        """Whether the report has to be repeated.  See `Ledger.must_report_again`."""
-        return self._ledger.must_report_again(replies)
+        """Whether the report has to be repeated.  See `Ledger.needs_second_report`."""
+        return self._ledger.needs_second_report(replies)
 
     @contextlib.contextmanager
     def reporting(self, report: LocalReport) -> Iterator[None]:

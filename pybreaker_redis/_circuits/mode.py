@@ -68,7 +68,7 @@ class SwitchedCircuit(ForkSafe):
     def uses_local(self) -> bool:
         """Whether the local circuit answers calls, so that there may be something to report."""
         # The circuit may run for another storage, which has a fault of its own.
-        return self.mode in LOCAL_MODES and self.local.is_running
+        return self.mode in LOCAL_MODES and self.local.is_active
 
     def _enter(self, mode: Mode, *, only_from: Mode | None = None) -> None:
         """Change the mode, and the fast path with it.  No other code writes either of them.
@@ -105,7 +105,7 @@ class SwitchedCircuit(ForkSafe):
         """
         key: Hashable = (server, keys, *self._local_settings)
         self._next_local = common_local_circuit(key, self._next_local)
-        if not self.local.is_running:
+        if not self.local.is_active:
             self.local = self._next_local
 
     def _mode_for(self, fault: Outage | None, outage: Outage | None) -> Mode:

@@ -89,7 +89,7 @@ class Ledger:
         self._unused_failures = self._in_doubt = 0
         self._unanswered = None
 
-    def to_local_intent(self, intent: Intent) -> Intent:
+    def local_intent_for(self, intent: Intent) -> Intent:
         """Return the intent for the local circuit: calls that the shared circuit admitted count, if neither moved."""
         if self.base is None or self.has_moved:
             return intent
@@ -97,7 +97,7 @@ class Ledger:
             return replace(intent, generation=self.begun.generation)
         return intent
 
-    def to_shared_intent(self, intent: Intent) -> Intent:
+    def shared_intent_for(self, intent: Intent) -> Intent:
         """Return the intent for the shared circuit: calls that the local circuit admitted count, if neither moved."""
         if self.base is None or self.begun.state != CLOSED or self.has_moved:
             return intent
@@ -124,13 +124,13 @@ class Ledger:
         elif isinstance(intent, RecordSuccess) and reply.accepted:
             self._in_doubt = 0
 
-    def draft_report(self, known: Circuit | None, now_ms: float, *, is_running: bool) -> LocalReport:
+    def compile_report(self, known: Circuit | None, now_ms: float, *, is_active: bool) -> LocalReport:
         """Return what the shared circuit has to learn: the trip, or the counts of a circuit that never moved.
 
         Args:
             known: The shared circuit at present.  A ledger without a base can report to a closed one only.
             now_ms: Milliseconds since the epoch, by the local clock.
-            is_running: Whether the run has not ended.
+            is_active: Whether the run has not ended.
         """
         unanswered, self._unanswered = self._unanswered, None
         begun = self.begun.generation
@@ -138,7 +138,7 @@ class Ledger:
             self.mark_reported(unanswered)
             # The failures of that report must not be taken for those of other calls.
             self.base = self.base and replace(self.base, fail_counter=unanswered.counted)
-        intents = tuple(self._intents(known, now_ms)) if is_running else ()
+        intents = tuple(self._intents(known, now_ms)) if is_active else ()
         return LocalReport(intents, known, self.now, self._unused_failures, self._in_doubt)
 
     def _intents(self, known: Circuit | None, now_ms: float) -> Iterator[Intent]:
@@ -161,7 +161,7 @@ class Ledger:
             if failures > 0:
                 yield RecordFailure(base.generation, "", times=failures)
 
-    def must_report_again(self, replies: Sequence[Reply]) -> bool:
+    def needs_second_report(self, replies: Sequence[Reply]) -> bool:
         """Whether a ledger without a base has to report again: another process has just restored the shared circuit.
 
         Args:

@@ -90,7 +90,7 @@ class SharedCircuit:
 
     # Copy of this process -----------------------------------------------------------------------------------------
 
-    def read_trusted(self) -> Reply | None:
+    def trusted_reply(self) -> Reply | None:
         """Return the circuit, all but the counters, without a request.  ``None`` if the view is not trusted."""
         circuit = self._view.read_trusted()
         return None if circuit is None else self._reply_from_view(circuit)
@@ -107,7 +107,7 @@ class SharedCircuit:
         return None if cached is None else self._by_local_clock(cached)
 
     @property
-    def last_known_state(self) -> str:
+    def last_seen_state(self) -> str:
         """State that was seen last, otherwise the state in which a new circuit begins."""
         return self._view.cached.state if self._view.cached else self._initial_state
 
@@ -193,7 +193,7 @@ class SharedCircuit:
         self._view.clock_offset.mark_unconfirmed()
 
     @property
-    def mode(self) -> str:
+    def engine_mode(self) -> str:
         """Kind of the engine: ``lua``, ``optimistic``, or empty while there is none."""
         choice = self.selector.current
         return choice.engine.mode if choice else ""
@@ -302,7 +302,7 @@ class SharedCircuit:
 
     def write_unchanged(self, choice: EngineChoice) -> None:
         """Write to the server without changing the circuit, unless the circuit is gone."""
-        choice.engine.client.set(choice.keys[0], self.last_known_state, nx=True)
+        choice.engine.client.set(choice.keys[0], self.last_seen_state, nx=True)
 
     def _learn_clock(self, reply: Reply, before: Instant, after: Instant) -> None:
         self._view.clock_offset.note_answer_time(reply.now_ms, before, after, is_waiting=reply.circuit.state != CLOSED)

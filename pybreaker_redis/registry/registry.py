@@ -266,7 +266,7 @@ class BreakerRegistry(ForkSafe):
         return name
 
     def _settings_of(self, name: str) -> BreakerSettings:
-        return BreakerSettings.of({**self._defaults, **self._settings_by_name.get(name, {})})
+        return BreakerSettings.with_defaults({**self._defaults, **self._settings_by_name.get(name, {})})
 
     def _create_breaker(self, name: str) -> CircuitBreaker:
         return CircuitBreaker(

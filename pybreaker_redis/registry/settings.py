@@ -78,7 +78,7 @@ class BreakerSettings:
     ttl: float | None
 
     @classmethod
-    def of(cls, given: Settings) -> BreakerSettings:
+    def with_defaults(cls, given: Settings) -> BreakerSettings:
         """Return settings with the defaults for all that are not given."""
         return cls(**{**BREAKER_DEFAULTS, "exclude": (), **STORAGE_DEFAULTS, **given})
 

@@ -117,10 +117,10 @@ class TestBeginning:
     def test_local_circuit_starts_with_the_first_call_of_an_outage(self, clock: Clock) -> None:
         """While Redis is reachable, a process has no local circuit."""
         process = Process(clock, KNOWN[OPEN])
-        assert not process.local.is_running
+        assert not process.local.is_active
         assert process.trip() is None
         process.ask()
-        assert process.local.is_running
+        assert process.local.is_active
 
     @pytest.mark.parametrize("fallback", [*STATES, FALLBACK_LAST])
     @pytest.mark.parametrize("known", [OPEN, HALF_OPEN])
@@ -680,11 +680,11 @@ class TestEnd:
         report = process.local.draft_report(process.known)
         process.open()
         assert not process.local.end_run(report)
-        assert process.local.is_running
+        assert process.local.is_active
         assert process.local.circuit.state == OPEN
         assert process.trip() is not None
         assert process.end()
-        assert not process.local.is_running
+        assert not process.local.is_active
         assert process.trip() is None
 
     def test_end_withdraws_the_fast_path(self, clock: Clock) -> None:
