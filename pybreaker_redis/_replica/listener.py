@@ -55,13 +55,14 @@ class Listener:
     Attributes:
         session: The present connection, ``None`` between two.
         subscriber_table: Views that are kept current.
+        thread: The thread, ``None`` if there is none.  A thread that died may still be here.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._lock = threading.RLock()
         self.subscriber_table = SubscriberTable()
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._is_refusal_logged = False
         self._reconnect_log, self._refusal_log = logger.RepeatThrottle(), logger.RepeatThrottle()
         self._logged_channels: set[str] = set()
@@ -81,9 +82,9 @@ class Listener:
         with self._lock:
             self.subscriber_table.add_subscriber(view, keys, channel, is_one_slot=is_one_slot)
             if not self.is_running:
-                self._thread = None
+                self.thread = None
                 try:
-                    self._thread = start_daemon(self._run, LISTENER_THREAD_NAME)
+                    self.thread = start_daemon(self._run, LISTENER_THREAD_NAME)
                 except ThreadRefusedError as reason:
                     refusal = str(reason)
         if refusal:
@@ -98,7 +99,7 @@ class Listener:
     @property
     def is_running(self) -> bool:
         """Whether the thread runs."""
-        thread = self._thread
+        thread = self.thread
         return thread is not None and thread.is_alive()
 
     def expedite_reconnect(self) -> None:
@@ -171,7 +172,7 @@ class Listener:
         with self._lock:
             if self.subscriber_table:
                 return False
-            self._thread = None
+            self.thread = None
             return True
 
     def _connect(self, on_push: Callable[[Push], None]) -> PushConnection:

@@ -50,8 +50,10 @@ class Subscription(ForkSafe):
             return False
         if os.getpid() != fork.process_id:
             return True
+        # As `Listener.is_running`, but without a call: every query of a guarded call passes here.
         listener = self._listener
-        return not (listener and listener.is_running) and monotonic() >= self._next_start_at
+        thread = listener.thread if listener else None
+        return not (thread and thread.is_alive()) and monotonic() >= self._next_start_at
 
     def start(self, server: Server, keys: tuple[str, ...], channel: str, *, is_one_slot: bool) -> None:
         """Subscribe the circuit.
