@@ -187,7 +187,7 @@ def test_failure_in_the_local_circuit_at_the_moment_of_return_is_reported(
             monkeypatch.undo()
             site.proxy.listen()
             wait_for(
-                lambda: not own.is_running and failover.server.availability.outage is None, "the return is noticed"
+                lambda: not own.is_active and failover.server.availability.outage is None, "the return is noticed"
             )
         return execute(own, intent, *arguments, **options)
 
