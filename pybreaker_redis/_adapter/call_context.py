@@ -16,6 +16,7 @@ from pybreaker_redis._circuits.budget import CallBudget
 from pybreaker_redis._circuits.probes import HeldProbes
 from pybreaker_redis._model.circuit import BY_HAND, HALF_OPEN, OPEN, Admission, Circuit
 from pybreaker_redis._model.intents import Reply
+from pybreaker_redis._runtime import fork
 
 _UNSEEN = Circuit()
 
@@ -98,9 +99,15 @@ class CallContexts:
     def current(self) -> CallContext:
         """Return the context of the calling thread."""
         pid = os.getpid()
-        local = self._of_process.get(pid) or self._of_process.setdefault(pid, threading.local())
+        local = self._of_process.get(pid) or self._enter_process(pid)
         try:
             context: CallContext = local.context
         except AttributeError:
             context = local.context = CallContext(self._held_probes)
         return context
+
+    def _enter_process(self, pid: int) -> threading.local:
+        # uWSGI forks without Python's hooks.  No call of this process may use an object before all are renewed.
+        if pid != fork.process_id:
+            fork.renew()
+        return self._of_process.setdefault(pid, threading.local())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -1078,3 +1080,36 @@ def test_living_objects_are_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) 
     fork.renew()
     assert renewed == ["living"], "once in each process"
     assert lock_of(living) is not lock
+
+
+def test_first_call_of_a_child_without_hooks_waits_for_no_lock_of_its_parent() -> None:
+    """UWSGI forks without Python's hooks, so the first call of a process renews all objects first."""
+    storage, engine = CircuitMemoryStorage("closed"), MemoryEngine(Circuit())
+    inspect.set_memory_engine(storage, engine)
+    breaker = CircuitBreaker(state_storage=storage)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_of(engine):
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    try:
+        pid = ctypes.PyDLL(None).fork()
+        if pid == 0:
+            code = 1
+            try:
+                # The signal ends a child that waits.
+                signal.alarm(20)
+                with suppress(Down):
+                    breaker.call(down)
+                code = breaker.fail_counter != 1
+            finally:
+                os._exit(code)
+    finally:
+        done.set()
+        thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
