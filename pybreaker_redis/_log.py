@@ -12,6 +12,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
+class Name(str):
+    """Name of a circuit or channel, which is never masked, even if it looks like a secret, as ``password:reset``."""
+
+    __slots__ = ()
+
+
 class Line(NamedTuple):
     """One log line.
 
@@ -61,7 +67,7 @@ def server_lost(
             "is unreachable" if is_unreachable else "refuses writes",
             f"timeout after {timeout_s * 1000:.0f} ms, " if timeout_s else "",
             error,
-            circuit,
+            Name(circuit),
             f"and {other_circuits} other{'s' if other_circuits > 1 else ''} use" if other_circuits else "uses",
             pause_s,
             wait_s,
@@ -87,7 +93,7 @@ def circuit_refused(circuit: str, *, error: str, pause_s: float, more_losses: in
     return Line(
         logging.WARNING,
         "circuit %r: Redis gave no usable reply (%s); the circuit uses local state, next attempt in %.1f s%s",
-        (circuit, error, pause_s, _and_more(more_losses)),
+        (Name(circuit), error, pause_s, _and_more(more_losses)),
     )
 
 
@@ -102,7 +108,7 @@ def circuit_permitted(circuit: str, *, seconds: float, more_losses: int) -> Line
     return Line(
         logging.INFO,
         "circuit %r: Redis serves the circuit again (after %.1f s)%s",
-        (circuit, seconds, _and_more(more_losses)),
+        (Name(circuit), seconds, _and_more(more_losses)),
     )
 
 
@@ -188,7 +194,7 @@ def settings_differ(circuit: str, settings: Mapping[str, tuple[object, object]])
         logging.WARNING,
         "circuit %r: two storages of this process have different settings (%s); give both the same, or share one "
         "storage",
-        (circuit, ", ".join(f"{name}={one!r} and {name}={other!r}" for name, (one, other) in settings.items())),
+        (Name(circuit), ", ".join(f"{name}={one!r} and {name}={other!r}" for name, (one, other) in settings.items())),
     )
 
 
@@ -202,7 +208,7 @@ def namespace_missing(circuit: str) -> Line:
         logging.WARNING,
         "circuit %r: several breakers of this process share the circuit, because their storages have no namespace; "
         "a trip opens all of them, so pass a namespace, as in CircuitRedisStorage(..., namespace='payments')",
-        (circuit,),
+        (Name(circuit),),
     )
 
 
@@ -247,7 +253,7 @@ def push_impossible(circuit: str, *, client_class: str) -> Line:
     return Line(
         logging.INFO,
         "circuit %r: no push by way of a client of class %s; every read of the circuit is a round trip",
-        (circuit, client_class),
+        (Name(circuit), client_class),
     )
 
 
@@ -262,7 +268,7 @@ def record_repaired(circuit: str, *, repair: str, state: str) -> Line:
     return Line(
         logging.WARNING,
         "circuit %r: values in Redis were missing or damaged (%s); the circuit is %s",
-        (circuit, repair, state),
+        (Name(circuit), repair, state),
     )
 
 
@@ -273,7 +279,7 @@ def record_restored(circuit: str, *, state: str) -> Line:
         circuit: Name of the circuit.
         state: State of the restored circuit.
     """
-    return Line(logging.WARNING, "circuit %r: Redis has lost the circuit; restored as %s", (circuit, state))
+    return Line(logging.WARNING, "circuit %r: Redis has lost the circuit; restored as %s", (Name(circuit), state))
 
 
 def push_refused(subject: str, *, error: str, left_out: int = 0) -> Line:
@@ -287,7 +293,7 @@ def push_refused(subject: str, *, error: str, left_out: int = 0) -> Line:
     return Line(
         logging.WARNING,
         "%s: no push of changes (%s); every read of a circuit is a round trip%s",
-        (subject, error, _left_out(left_out)),
+        (Name(subject), error, _left_out(left_out)),
     )
 
 

@@ -55,7 +55,10 @@ def emit(line: LogLine, *, logger: logging.Logger = LOGGER) -> None:
         logger: Logger that receives the line.
     """
     with suppress_errors():
-        arguments = (mask_text(item) if isinstance(item, BaseException | str) else item for item in line.arguments)
+        # A subclass of str is a name that the application has chosen, see `_log.Name`.
+        arguments = (
+            mask_text(item) if type(item) is str or isinstance(item, BaseException) else item for item in line.arguments
+        )
         facts = {name: mask_text(item) if isinstance(item, str) else item for name, item in (line.extra or {}).items()}
         logger.log(line.level, line.message, *arguments, extra={"pybreaker_redis": facts} if facts else None)
 

@@ -114,6 +114,13 @@ def test_log_lines_have_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     assert "hidden" not in str([getattr(record, "pybreaker_redis", "") for record in caplog.records])
 
 
+def test_name_of_a_circuit_is_logged_unmasked_even_if_it_looks_like_a_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """An operator finds the circuit of the line.  The error is masked."""
+    emit(_log.circuit_refused("password:reset", error="NOAUTH password=hidden", pause_s=1.0, more_losses=0))
+    assert "circuit 'password:reset': " in caplog.text
+    assert "hidden" not in caplog.text
+
+
 def test_password_of_a_sentinel_appears_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     """Releases 6 and 7 of redis-py print all arguments of a Sentinel's pool if it cannot find the master."""
     caplog.set_level(logging.DEBUG, "pybreaker_redis")
