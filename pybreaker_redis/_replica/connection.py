@@ -209,7 +209,7 @@ class PushConnection:
             return None
         if _enable_push_marks(connection):
             return connection
-        self.tracking_refusal = "no RESP3: the client library cannot tell pushes from answers"
+        self.tracking_refusal = "no RESP3: the client library does not distinguish pushes from answers"
         # redis-py 5 with hiredis would return pushes as answers.
         self._connections.remove(connection)
         connection.disconnect()
@@ -256,7 +256,7 @@ class PushConnection:
 
 
 def _enable_push_marks(connection: Any) -> bool:
-    """Have the parser return pushes as `Push`, and return whether it can.  Otherwise pushes look like answers."""
+    """Have the parser return pushes as `Push`, and return whether it can.  Otherwise, it returns pushes as answers."""
     parser: Any = getattr(connection, "_parser", None)
     if hasattr(parser, "set_invalidation_push_handler"):
         parser.set_pubsub_push_handler(Push)

@@ -70,7 +70,7 @@ class Listener:
         self.session: Session | None = None
 
     def add_view(self, view: View, keys: tuple[str, ...], channel: str, *, is_one_slot: bool = False) -> None:
-        """Keep a view current from now on, as long as it lives.  Start the thread if there is none.
+        """Keep a view current from now on, until the view is garbage collected.  Start the thread if there is none.
 
         Args:
             view: The view.
@@ -192,7 +192,7 @@ class Listener:
         availability, until = self._server.availability, monotonic() + seconds
         was_unreachable = self._is_expedited = False
         while self.subscriber_table and not self._is_expedited:
-            # Read before the look, so that no change is missed.
+            # Read before the check, so that no change is missed.
             seen = availability.change_number
             if self._server.is_unreachable:
                 was_unreachable, left_s = True, LISTENER_WAIT_MAX_S

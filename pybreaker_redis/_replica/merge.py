@@ -9,7 +9,7 @@ from pybreaker_redis._model.repair import is_same_but_counters
 
 
 class Merge(Enum):
-    """Relation of a record to the record that is known."""
+    """Relation of a record to the cached record."""
 
     #: The record is older, or not later for sure.  It is dropped.
     OLDER = auto()
@@ -21,28 +21,28 @@ class Merge(Enum):
     NEWER = auto()
 
 
-def merge(known: Circuit, known_ms: float, circuit: Circuit, now_ms: float, *, is_asked_later: bool) -> Merge:
-    """Compare a record with the record that is known.
+def merge(cached: Circuit, cached_ms: float, circuit: Circuit, now_ms: float, *, is_asked_later: bool) -> Merge:
+    """Compare a record with the cached record.
 
     A higher generation is later, and within a generation a later time of the server.
 
     Args:
-        known: The record that is known.
-        known_ms: Time of the server in the answer that held the known record, milliseconds.
+        cached: The cached record.
+        cached_ms: Time of the server in the answer that held the cached record, milliseconds.
         circuit: The other record.
         now_ms: Time of the server in its answer, milliseconds.
-        is_asked_later: Whether the query was sent after the known record had arrived.
+        is_asked_later: Whether the query was sent after the cached record had arrived.
     """
-    before, after = (known.generation, known_ms), (circuit.generation, now_ms)
+    before, after = (cached.generation, cached_ms), (circuit.generation, now_ms)
     if after < before:
         return Merge.OLDER
     if after > before:
         return Merge.NEWER
     if not is_asked_later and (circuit.noisy_until_ms, circuit.fail_counter) < (
-        known.noisy_until_ms,
-        known.fail_counter,
+        cached.noisy_until_ms,
+        cached.fail_counter,
     ):
         # The answers to a poll and to a failure within one millisecond arrive in the wrong order.  Without the failure,
         # the next one would be taken for it in an outage.
         return Merge.OLDER
-    return Merge.SAME if is_same_but_counters(circuit, known) else Merge.CONFLICT
+    return Merge.SAME if is_same_but_counters(circuit, cached) else Merge.CONFLICT

@@ -2,7 +2,7 @@
 
 * A published record is a hint.  Unless it marks noise only, the session reads the circuit again at once, and the view
   stores that answer like any other.  On average there is one such read each `REREAD_INTERVAL_S` at most.
-* Every beat, one batch reads all circuits that calls have used since the last beat.  A circuit that is found as known
+* Every beat, one batch reads all circuits that calls have used since the last beat.  A circuit that equals its view
   may be trusted for another `max_staleness`.
 * If the server tracks keys, it also pushes changes that no process published.  The session reads these circuits again.
 * A record that needs a repair is left to the script of the next caller.  Until then the view is not trusted.

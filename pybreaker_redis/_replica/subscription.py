@@ -37,7 +37,7 @@ class Subscription(ForkSafe):
 
     @property
     def lock(self) -> threading.RLock:
-        """Lock that the owner holds from its look at the location of the circuit to a start or stop."""
+        """Lock that the owner holds while it checks the location of the circuit, and starts or stops."""
         return self._lock
 
     @property

@@ -146,7 +146,7 @@ class View(ForkSafe):
         return ReadTicket(self._asked_at, self._distrust_count, self._change_count, self._push_count)
 
     def store_answer(self, ticket: ReadTicket, circuit: Circuit, now_ms: float) -> None:
-        """Store the record in an answer, unless a later one is known.
+        """Store the record in an answer, unless the cached one is later.
 
         Args:
             ticket: Ticket of the query.
@@ -198,9 +198,9 @@ class View(ForkSafe):
         return self._now() < self._asked_at + self.max_staleness or self._is_paused
 
     def compare_push(self, circuit: Circuit | None) -> bool:
-        """Compare a pushed record with the known one, and drop the pushed one.
+        """Compare a pushed record with the cached one, and drop the pushed one.
 
-        A noise mark of the known generation ends the quiet until the answer to a later query: successes are reported
+        A noise mark of the cached generation ends the quiet until the answer to a later query: successes are reported
         from here on.  Any other difference has to be read.
 
         Args:
@@ -248,7 +248,7 @@ class View(ForkSafe):
                         self._note_opening_time(circuit)
 
     def confirm_poll(self, ticket: ReadTicket, now_ms: float, *, failures: int, quiet: bool) -> None:
-        """Note that a poll has found the circuit as it is known, but for its counters.
+        """Note that a poll has found the cached record, but for its counters.
 
         Args:
             ticket: Ticket of the poll.  If the record has changed since, the poll is ignored.
@@ -287,15 +287,15 @@ class View(ForkSafe):
         self.mark_unsubscribed()
 
     def _store(self, circuit: Circuit, now_ms: float, *, is_quiet: bool, is_asked_later: bool) -> bool:
-        """Store a record unless a later one is known.  Return whether the record is known now."""
-        known = self.cached
-        if known is not None:
-            relation = merge(known, self._seen_ms, circuit, now_ms, is_asked_later=is_asked_later)
+        """Store a record unless the cached one is later.  Return whether the record is cached now."""
+        cached = self.cached
+        if cached is not None:
+            relation = merge(cached, self._seen_ms, circuit, now_ms, is_asked_later=is_asked_later)
             if relation is Merge.OLDER:
                 return False
             if relation is Merge.SAME:
                 # Two storages of this process may get the same answer, and counters may have changed.
-                if circuit != known:
+                if circuit != cached:
                     self.cached = circuit
                     self._change_count += 1
                 return True

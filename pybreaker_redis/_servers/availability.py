@@ -257,7 +257,7 @@ class Availability(ForkSafe):
                 change.wait(timeout_s)
 
     def wake_waiters(self) -> None:
-        """Have all waiters look again."""
+        """Wake all waiters, so that they check the availability again."""
         with self._lock:
             self.change_number += 1
             change = self._change

@@ -158,7 +158,7 @@ class Server(ForkSafe):
 
     @property
     def is_unreachable(self) -> bool:
-        """Whether the server is known not to answer."""
+        """Whether the present outage is one of a server that does not answer."""
         outage = self.availability.outage
         return outage is not None and outage.kind is ErrorKind.UNREACHABLE
 
