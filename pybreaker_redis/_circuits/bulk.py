@@ -22,8 +22,7 @@ from pybreaker_redis._runtime.clock import instant, monotonic
 from pybreaker_redis._runtime.interruption import find_interruption
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import describe_error, mask_error
-from pybreaker_redis._servers.member import Member, MemberFailure
-from pybreaker_redis._servers.retry import ReturnAttempt
+from pybreaker_redis._servers.member import Member, MemberFailure, ReturnProgress
 
 #: Most circuits that are read in one round trip.
 READ_BATCH_CIRCUITS = 200
@@ -71,7 +70,7 @@ class ReturningCircuit(Member, Protocol):
         """
 
 
-def return_members(members: Sequence[Member], attempt: ReturnAttempt) -> MemberFailure | None:
+def return_members(members: Sequence[Member], attempt: ReturnProgress) -> MemberFailure | None:
     """Have all circuits of a server return to it.  See `Member.on_server_returned`.
 
     Args:
@@ -86,7 +85,7 @@ def return_members(members: Sequence[Member], attempt: ReturnAttempt) -> MemberF
     return bring_back_rest(attempt)
 
 
-def bring_back_rest(attempt: ReturnAttempt) -> MemberFailure | None:
+def bring_back_rest(attempt: ReturnProgress) -> MemberFailure | None:
     """Have the remaining circuits return, and those that were added since the attempt began."""
     return bring_back_each(cast("Sequence[ReturningCircuit]", attempt.current_members()), attempt.outcomes)
 

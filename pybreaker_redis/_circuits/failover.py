@@ -250,12 +250,12 @@ class Failover(MemberCircuit):
         """Clean up after a request that was slow or got no reply."""
         if not has_reply:
             # A turn that this caller took and did not use is for another one.
-            self._faults.return_attempt()
+            self._faults.give_back_turn()
         if self.server is None:
             return
         self.server.log_if_slow(monotonic() - began, self.timeout)
         if not has_reply:
-            self.server.availability.return_attempt()
+            self.server.availability.give_back_turn()
         if is_interrupted:
             # A connection that was in use may still get the reply to the interrupted request.
             self.server.close_idle_pools()

@@ -30,8 +30,7 @@ from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import suppress_errors
 from pybreaker_redis._runtime.logger import LossThrottle
 from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability
-from pybreaker_redis._servers.member import Member, MemberFailure
-from pybreaker_redis._servers.retry import ReturnAttempt
+from pybreaker_redis._servers.member import Member, MemberFailure, ReturnProgress
 from pybreaker_redis._servers.server import Server
 from pybreaker_redis._servers.settings_check import SettingsCheck
 from pybreaker_redis._servers.table import server_for
@@ -207,7 +206,7 @@ class MemberCircuit(SwitchedCircuit):
                 # The retry thread of the new server makes the next attempt.
                 self._note_failure(error, began)
 
-    def on_server_returned(self, members: Sequence[Member], attempt: ReturnAttempt) -> MemberFailure | None:
+    def on_server_returned(self, members: Sequence[Member], attempt: ReturnProgress) -> MemberFailure | None:
         """See `Member.on_server_returned`."""
         return bulk.return_members(members, attempt)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import binascii
 import copy
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 
@@ -141,8 +141,26 @@ def _observed_key_names(client: Any, base: type[Any], keys: tuple[str, ...]) -> 
 KEY_BASE = "pybreaker"
 
 
-#: Names of the five values of a circuit, in the order of the scripts.
-KEY_SUFFIXES = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
+class CircuitKeys(NamedTuple):
+    """Keys of one circuit, in the order of the scripts.
+
+    Attributes:
+        state: Key of the state, as pybreaker's storage writes it.
+        fail_counter: Key of the number of failures.
+        success_counter: Key of the number of successful probes.
+        opened_at: Key of the time of the last trip.
+        circuit: Key of the hash that only this package writes.
+    """
+
+    state: str
+    fail_counter: str
+    success_counter: str
+    opened_at: str
+    circuit: str
+
+
+#: Last parts of the keys of a circuit.
+KEY_SUFFIXES = CircuitKeys._fields
 
 
 #: Hash tag of a key: the text in the first pair of braces, unless that pair is empty.
@@ -153,8 +171,8 @@ _HASH_TAG = re.compile(r"[^{]*\{([^}]+)\}")
 CLUSTER_SLOT_COUNT = 16384
 
 
-def circuit_keys(namespace: str | None, *, needs_one_slot: bool, base: str = KEY_BASE) -> tuple[str, ...]:
-    """Return the keys of a circuit, in the order of `KEY_SUFFIXES`.
+def circuit_keys(namespace: str | None, *, needs_one_slot: bool, base: str = KEY_BASE) -> CircuitKeys:
+    """Return the keys of a circuit.
 
     Args:
         namespace: Prefix of the keys (``None``: the one circuit without a namespace).
@@ -164,7 +182,7 @@ def circuit_keys(namespace: str | None, *, needs_one_slot: bool, base: str = KEY
     prefix = f"{namespace}:{base}" if namespace else base
     if needs_one_slot and not _HASH_TAG.match(prefix):
         prefix = f"{{{namespace}}}:{base}" if namespace else f"{{{base}}}"
-    return tuple(f"{prefix}:{name}" for name in KEY_SUFFIXES)
+    return CircuitKeys(*(f"{prefix}:{name}" for name in KEY_SUFFIXES))
 
 
 def slot_of(key: str) -> int:

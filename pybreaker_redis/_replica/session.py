@@ -2,8 +2,8 @@
 
 * A published record is a hint.  Unless it marks noise only, the session reads the circuit again at once, and the view
   stores that answer like any other.  On average there is one such read each `REREAD_INTERVAL_S` at most.
-* Every beat, one batch reads all circuits that calls have used since the last beat.  A circuit that equals its view
-  may be trusted for another `max_staleness`.
+* At every beat, one batch reads all circuits that calls have used since they were last read.  A circuit that equals its
+  view may be trusted for another `max_staleness`.
 * If the server tracks keys, it also pushes changes that no process published.  The session reads these circuits again.
 * A record that needs a repair is left to the script of the next caller.  Until then the view is not trusted.
 """
@@ -20,6 +20,7 @@ from pybreaker_redis._model.circuit import CLOSED, Circuit
 from pybreaker_redis._model.codec import HASH_FIELDS, StoredRecord, parse_published, parse_record, to_text
 from pybreaker_redis._model.repair import intact_circuit, is_same_but_counters
 from pybreaker_redis._redis.classify import PushUnavailableError
+from pybreaker_redis._redis.keys import CircuitKeys
 from pybreaker_redis._replica.connection import Push, PushConnection, refusal_of
 from pybreaker_redis._replica.subscribers import Subscriber, SubscriberTable
 from pybreaker_redis._replica.view import ReadTicket, View
@@ -36,7 +37,7 @@ LISTENER_WAIT_MAX_S = 0.5
 #: Seconds between two reads of circuits that were reported changed, on average, whatever is published.
 REREAD_INTERVAL_S = 0.01
 
-#: Reads of that kind that may follow each other at once after a quiet time.  An operator's command publishes twice
+#: Rereads that may follow each other at once after a time without any.  An operator's command publishes twice
 #: within a millisecond, and so does a probe that succeeds.
 REREAD_BURST = 5
 
@@ -51,7 +52,7 @@ class Session:
 
     Attributes:
         connection: The connection.  The owner closes it when the session ends.
-        has_polled: Whether a poll was answered, so that the connection was of use.
+        has_polled: Whether the server let this user read a circuit, so that the connection was of use.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class Session:
         #: Keys of each subscribed channel, and the other way round.
         self._keys_by_channel: dict[str, tuple[str, ...]] = {}
         self._channel_by_key: dict[str, str] = {}
-        #: Channels of circuits to be read again, and of those that need no read if only noise follows.
+        #: Channels of circuits to be read again, and of those that need no read if a noise mark follows.  The first
+        #: failure after successes writes such a mark to the hash (`_model/circuit.py`).
         self._changed: set[str] = set()
         self._maybe_changed: set[str] = set()
         #: When the next read of changed circuits and the next beat are due, monotonic seconds.
@@ -147,22 +149,27 @@ class Session:
         kind, *rest = push
         if to_text(kind) == "message":
             channel, record = to_text(rest[0]) or "", parse_published(rest[1])
-            # A noise mark ends the quiet of each view.
+            # After a noise mark `compare_push` has each view report successes again.
             differ = [view for view in self._subscriber_table.views_of(channel) if view.compare_push(record)]
             if differ:
                 self._changed.add(channel)
+                # In a flood of pushes the reread has to wait.  Until then the views stay trusted.
                 if monotonic() >= self._reread_at:
                     for view in differ:
                         view.suspend_trust()
             else:
-                # The hash was written for this mark.  Any other invalidated key was not.
+                # The mark is why the hash was invalidated: no reread is needed.
                 self._maybe_changed.discard(channel)
         elif to_text(kind) == "invalidate":
             # No keys: all of them, as after FLUSHALL.
             keys = self._channel_by_key.keys()
             for key in keys if rest[0] is None else keys & {to_text(key) or "" for key in rest[0]}:
                 channel = self._channel_by_key[key]
-                (self._maybe_changed if key == self._keys_by_channel[channel][4] else self._changed).add(channel)
+                # A noise mark is written to the hash only.
+                if key == CircuitKeys(*self._keys_by_channel[channel]).circuit:
+                    self._maybe_changed.add(channel)
+                else:
+                    self._changed.add(channel)
         elif to_text(kind) == "pong":
             self._is_pong_due = False
 
@@ -184,17 +191,19 @@ class Session:
         # A change that arrives during the read belongs to the next one.
         changed, self._changed, self._maybe_changed = self._changed | self._maybe_changed, set(), set()
         self._poll([item for item in self._subscriber_table.on_channels(changed) if item.view.is_in_use])
+        # A token bucket, as a time: idle time earns at most a burst.
         credit = (REREAD_BURST - 1) * REREAD_INTERVAL_S
         self._reread_at = max(self._reread_at, monotonic() - credit) + REREAD_INTERVAL_S
 
     def _poll(self, subscribers: Iterable[Subscriber]) -> None:
         """Read circuits and the clock of the server in one batch.  Without circuits the batch is a sign of life."""
+        # Circuits outside of a cluster come first: one command reads their counters.
         asked = [(item, item.view.begin_read()) for item in sorted(subscribers, key=lambda item: item.is_one_slot)]
-        keys = [item.keys[1] for item, _ in asked]
+        keys = [CircuitKeys(*item.keys).fail_counter for item, _ in asked]
         # One command reads all counters, but those that are stored in a cluster.
         together = 0 if self._reads_counters_singly else sum(not item.is_one_slot for item, _ in asked)
         batches = [keys[:together]] * bool(together) + [[key] for key in keys[together:]]
-        # A failure must not have the server push an invalidation to every process, so counters are not tracked.
+        # Every failed call changes its counter.  If counters were tracked, each failure would push to every process.
         before = [("CLIENT", "CACHING", "NO")] if self.connection.is_tracking else []
         commands: list[tuple[Any, ...]] = [("TIME",)]
         for batch in batches:
@@ -202,23 +211,27 @@ class Session:
         counted = len(commands)
         for item, _ in asked:
             item.view.fast_path.was_used = False
-            commands.append(("MGET", item.keys[0], item.keys[3]))
-            commands.append(("HMGET", item.keys[4], *HASH_FIELDS))
-        sent = instant()
+            circuit_keys = CircuitKeys(*item.keys)
+            commands.append(("MGET", circuit_keys.state, circuit_keys.opened_at))
+            commands.append(("HMGET", circuit_keys.circuit, *HASH_FIELDS))
+        sent_at = instant()
         answers = self.connection.query(commands)
-        came = instant()
+        arrived_at = instant()
         if not asked:
             return
         fail_counters = self._counters_of(answers[1 + len(before) : counted : 1 + len(before)], together)
         self.has_polled = self.has_polled or not all(isinstance(counter, Exception) for counter in fail_counters)
         server_ms, values = server_time_ms(answers[0]), answers[counted:]
-        for (item, ticket), failures, plain, mark in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
+        for (item, ticket), failures, pair, fields in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
             known = item.view.cached
-            if known is None or isinstance(failures, Exception) or isinstance(plain, Exception):
+            if known is None or isinstance(failures, Exception) or isinstance(pair, Exception):
+                # Only a script may store a first record, and an unreadable one confirms nothing.
                 item.view.distrust_poll(ticket)
             else:
-                item.view.clock_offset.note_answer_time(server_ms, sent, came, is_waiting=known.state != CLOSED)
-                self._compare(item, ticket, known, (failures, plain, mark), server_ms)
+                item.view.clock_offset.note_answer_time(
+                    server_ms, sent_at, arrived_at, is_waiting=known.state != CLOSED
+                )
+                self._apply_read(item, ticket, known, (failures, pair, fields), server_ms)
 
     def _counters_of(self, answers: list[Any], together: int) -> list[Any]:
         """Return the counters, or the error in the place of a counter.
@@ -241,7 +254,7 @@ class Session:
         # In a cluster, any circuit may have moved to another node.
         return common + [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
 
-    def _compare(
+    def _apply_read(
         self, item: Subscriber, ticket: ReadTicket, known: Circuit, read: tuple[Any, Any, Any], server_ms: int
     ) -> None:
         view = item.view
@@ -263,8 +276,9 @@ class Session:
         )
 
 
-def _parse_poll(failures: Any, plain: Any, mark: Any) -> StoredRecord:
-    is_hash = not isinstance(mark, Exception)
+def _parse_poll(failures: Any, pair: Any, fields: Any) -> StoredRecord:
+    # The server refuses to read a hash whose key holds another type, or that this user may not read.
+    is_hash = not isinstance(fields, Exception)
     # Successes count only while half-open, and only the call that probes needs them: it queries the circuit itself.
-    values = (plain[0], failures, "0", plain[1])
-    return parse_record(values, mark if is_hash else (None,) * len(HASH_FIELDS), is_hash=is_hash)
+    values = (pair[0], failures, "0", pair[1])
+    return parse_record(values, fields if is_hash else (None,) * len(HASH_FIELDS), is_hash=is_hash)

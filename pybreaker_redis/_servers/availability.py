@@ -138,7 +138,7 @@ class Availability(ForkSafe):
         """Claim the next attempt, if it is due.
 
         Returns:
-            Whether it was claimed.  Others are refused until `note_failure`, `note_answer` or `return_attempt`.
+            Whether it was claimed.  Others are refused until `note_failure`, `note_answer` or `give_back_turn`.
         """
         with self._lock:
             outage = self.outage
@@ -149,7 +149,7 @@ class Availability(ForkSafe):
             self.outage = replace(outage, next_attempt_at=self.clock() + ANSWER_WAIT_MAX_S + outage.answer_wait_s)
             return True
 
-    def return_attempt(self) -> None:
+    def give_back_turn(self) -> None:
         """Return a claimed turn that the caller did not use."""
         with self._lock:
             if self._is_attempt_claimed and not self.has_retry_thread and self.outage is not None:

@@ -5,10 +5,11 @@ The server package stands below the package of circuits.  `Member` is the one wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from pybreaker_redis._servers.retry import ReturnAttempt
+from pybreaker_redis._servers.availability import Availability
 
 
 class Member(Protocol):
@@ -36,10 +37,10 @@ class Member(Protocol):
             Whether the circuit is stored on another server now.
         """
 
-    def on_server_returned(self, members: Sequence[Member], attempt: ReturnAttempt) -> MemberFailure | None:
+    def on_server_returned(self, members: Sequence[Member], attempt: ReturnProgress) -> MemberFailure | None:
         """Have all members of a server use it again.  Called on one member, for all of them.
 
-        An error of the client library before `ReturnAttempt.let_callers_in` passes unchanged: the outage goes on.
+        An error of the client library before `ReturnProgress.let_callers_in` passes unchanged: the outage goes on.
 
         Args:
             members: All members when the attempt began.
@@ -48,6 +49,40 @@ class Member(Protocol):
         Returns:
             The failure that ended the return after callers were let in, ``None`` if there was none.
         """
+
+
+class ReturnProgress:
+    """Progress of one attempt to use a server again after an outage.
+
+    Args:
+        availability: Availability of the server.
+        answer_wait_s: Shortest wait for the first answer, seconds.  A longer timeout of a member takes precedence.
+        current_members: Returns the members as of now: some may have been added since the attempt began.
+
+    Attributes:
+        answer_wait_s: See above.
+        current_members: See above.
+        outcomes: Number of members for each result of a return, such as ``opened for all``, for the log.
+        outage_s: Length of the outage, seconds, ``None`` while it lasts, or if another thread has ended it.
+        has_let_callers_in: Whether callers may query the server, though members may still be returning.
+    """
+
+    def __init__(
+        self, availability: Availability, answer_wait_s: float, current_members: Callable[[], Sequence[object]]
+    ) -> None:
+        self._availability = availability
+        self.answer_wait_s = answer_wait_s
+        self.current_members = current_members
+        self.outcomes: Counter[str] = Counter()
+        self.outage_s: float | None = None
+        self.has_let_callers_in = False
+
+    def let_callers_in(self) -> None:
+        """End the outage, once.  From here on callers' threads count their own returns in `outcomes`, too."""
+        if not self.has_let_callers_in:
+            # In this order: a caller that is let in finds this object as `Server.current_return`.
+            self.has_let_callers_in = True
+            self.outage_s = self._availability.note_answer()
 
 
 class MemberFailure(NamedTuple):

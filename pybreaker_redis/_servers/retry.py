@@ -1,79 +1,45 @@
-"""Retries of an unreachable server: the thread that makes them, and one attempt.
+"""Thread that retries an unreachable server.
 
 `RetryThread` holds the mechanics only: one thread for each server, started on demand, ended when no retry is needed.
-`Server` decides when an attempt is due and what an attempt does.
+`Server` (server.py) decides when a retry is due and what a retry does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from pybreaker_redis._runtime import threads
 from pybreaker_redis._runtime.fork import ForkSafe
-from pybreaker_redis._servers.availability import Availability
 
 RETRY_THREAD_NAME = "pybreaker_redis retry"
 
-#: Longest wait of the thread, seconds.  Members vanish with the garbage collector, which wakes no thread.
-RETRY_SLEEP_MAX_S = 0.5
-
-
-class ReturnAttempt:
-    """One attempt to return to a server after an outage.
-
-    Args:
-        availability: Availability of the server.
-        answer_wait_s: Seconds to wait for the first answer, if that is more than the timeout of a member.
-        current_members: Returns the members as of now: some may have been added since the attempt began.
-
-    Attributes:
-        answer_wait_s: See above.
-        current_members: See above.
-        outcomes: Number of members for each result of a return, for the log.
-        outage_s: Length of the outage, seconds, ``None`` while it lasts, or if another thread has ended it.
-        has_let_callers_in: Whether callers may query the server, though members may still be returning.
-    """
-
-    def __init__(
-        self, availability: Availability, answer_wait_s: float, current_members: Callable[[], Sequence[object]]
-    ) -> None:
-        self._availability = availability
-        self.answer_wait_s = answer_wait_s
-        self.current_members = current_members
-        self.outcomes: Counter[str] = Counter()
-        self.outage_s: float | None = None
-        self.has_let_callers_in = False
-
-    def let_callers_in(self) -> None:
-        """End the outage, once.  From here on callers count their own returns in `outcomes`."""
-        if not self.has_let_callers_in:
-            self.has_let_callers_in = True
-            self.outage_s = self._availability.note_answer()
+#: Longest wait of the thread, seconds.  The last circuit of a server may be garbage-collected, which wakes no thread.
+RETRY_WAIT_MAX_S = 0.5
 
 
 class RetryThread(ForkSafe):
-    """Background thread of one server that runs as long as attempts are needed.
+    """Background thread of one server that runs as long as retries are needed.
 
     Args:
-        seconds_until_due: Returns seconds until the next attempt, ``None`` if none is needed.  The call is made under
-            the lock of this object.  An answer of ``None`` ends the thread, and no start in between is lost.
-        attempt: Does what is due.
-        wait: Waits, at most for the given seconds.
+        seconds_until_due: Returns seconds until the next retry, ``None`` if none is needed, which ends the thread.  The
+            call is made under the lock of this object: a start that comes meanwhile waits, and then makes a new thread.
+        retry: Makes one retry.
+        wait: Waits for a change of the availability, at most for the given seconds.
     """
 
     def __init__(
         self,
         seconds_until_due: Callable[[], float | None],
-        attempt: Callable[[], None],
+        retry: Callable[[], None],
         wait: Callable[[float], None],
     ) -> None:
         self._seconds_until_due = seconds_until_due
-        self._attempt = attempt
+        self._retry = retry
         self._wait = wait
         self._thread: threading.Thread | None = None
+        # Last: the base class makes the lock, and from then on may reset this object in a forked child.
         super().__init__()
 
     def _reset_in_child(self) -> None:
@@ -88,7 +54,7 @@ class RetryThread(ForkSafe):
         """Start the thread unless it runs.
 
         Returns:
-            Whether it runs.  Under uWSGI without ``--enable-threads`` none can be started, and callers take turns.
+            Whether it runs.  Under uWSGI without ``--enable-threads`` none can be started: guarded calls take turns.
         """
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
@@ -106,6 +72,6 @@ class RetryThread(ForkSafe):
                     self._thread = None
                     return
             if seconds > 0:
-                self._wait(min(seconds, RETRY_SLEEP_MAX_S))
+                self._wait(min(seconds, RETRY_WAIT_MAX_S))
             else:
-                self._attempt()
+                self._retry()

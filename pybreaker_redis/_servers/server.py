@@ -28,8 +28,8 @@ from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.logger import LossThrottle, emit
 from pybreaker_redis._runtime.redaction import describe_error, refusal_text
 from pybreaker_redis._servers.availability import TURN_DELAY_MIN_S, Availability, Outage
-from pybreaker_redis._servers.member import Member, Registration
-from pybreaker_redis._servers.retry import RetryThread, ReturnAttempt
+from pybreaker_redis._servers.member import Member, Registration, ReturnProgress
+from pybreaker_redis._servers.retry import RetryThread
 
 #: Stands for a member that was removed while its query was under way.
 _REMOVED_MEMBER = Registration(-math.inf, 0, "(moved)", None)
@@ -50,7 +50,7 @@ class Server(ForkSafe):
         self._client = client
         self.availability = Availability(0, has_retry_thread=True)
         #: The attempt that the retry thread makes now.
-        self._attempt: ReturnAttempt | None = None
+        self._attempt: ReturnProgress | None = None
         #: State of `availability` when the retry thread last looked.
         self._seen_change = 0
         self._name = str(endpoint_of(client) or type(client).__name__)
@@ -163,7 +163,7 @@ class Server(ForkSafe):
         return outage is not None and outage.kind is ErrorKind.UNREACHABLE
 
     @property
-    def current_return(self) -> ReturnAttempt | None:
+    def current_return(self) -> ReturnProgress | None:
         """Attempt that has let callers in while members are still returning, `None` at other times."""
         attempt = self._attempt
         return attempt if attempt is not None and attempt.has_let_callers_in else None
@@ -297,7 +297,7 @@ class Server(ForkSafe):
             # A circuit that is stored on another node need not wait for this server.
             member.move_if_relocated()
         members, failure = self.current_members(), None
-        self._attempt = attempt = ReturnAttempt(self.availability, outage.answer_wait_s, self.current_members)
+        self._attempt = attempt = ReturnProgress(self.availability, outage.answer_wait_s, self.current_members)
         try:
             if members:
                 failure = members[0].on_server_returned(members, attempt)

@@ -26,8 +26,7 @@ from pybreaker_redis._runtime import logger
 from pybreaker_redis._runtime.logger import LossThrottle
 from pybreaker_redis._runtime.redaction import describe_error
 from pybreaker_redis._servers.availability import Availability
-from pybreaker_redis._servers.member import MemberFailure
-from pybreaker_redis._servers.retry import ReturnAttempt
+from pybreaker_redis._servers.member import MemberFailure, ReturnProgress
 from pybreaker_redis._servers.table import server_for
 from tests.support.breakers import Down, breaker_on, down, fails, settled, up
 from tests.support.clock import Clock
@@ -186,9 +185,7 @@ def test_failure_in_the_local_circuit_at_the_moment_of_return_is_reported(
         if isinstance(intent, RecordFailure):
             monkeypatch.undo()
             site.proxy.listen()
-            wait_for(
-                lambda: not own.is_active and failover.server.availability.outage is None, "the return is noticed"
-            )
+            wait_for(lambda: not own.is_active and failover.server.availability.outage is None, "the return is noticed")
         return execute(own, intent, *arguments, **options)
 
     site.proxy.refuse()
@@ -306,7 +303,7 @@ def test_circuit_restored_by_a_caller_is_counted_in_the_line_of_the_return(
     caplog.set_level("INFO", "pybreaker_redis")
     breaker = settled(breaker_on(site.client(), fail_max=1, reset_timeout=60, timeout=5.0))
 
-    def callers_come(attempt: ReturnAttempt) -> None:
+    def callers_come(attempt: ReturnProgress) -> None:
         if not health_of(breaker).next_attempt:
             with pytest.raises(pybreaker.CircuitBreakerError):
                 breaker.call(up)
@@ -426,7 +423,7 @@ def test_loss_during_the_return_is_logged_last(
     def lose(text: str) -> None:
         server.report_failure(redis.ConnectionError(text), lone, time.monotonic())
 
-    def returns(members: Any, attempt: ReturnAttempt) -> None:
+    def returns(members: Any, attempt: ReturnProgress) -> None:
         attempt.let_callers_in()
         lose("again")
 

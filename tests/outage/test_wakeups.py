@@ -101,13 +101,13 @@ def test_retry_thread_wakes_twice_a_second_at_most_while_a_log_line_is_held(
         wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
     wait_for(lambda: (RETRY_THREAD_NAME, availability) in waits, "the thread waits")
     number, seconds = count_waits(waits, RETRY_THREAD_NAME, availability)
-    assert 0 < number <= seconds / retry.RETRY_SLEEP_MAX_S + 2
+    assert 0 < number <= seconds / retry.RETRY_WAIT_MAX_S + 2
 
 
 def test_outage_wakes_the_retry_thread_that_holds_a_log_line(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the next outage the thread retries at once, although it waits to log a held line."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    monkeypatch.setattr(retry, "RETRY_SLEEP_MAX_S", ENDLESS_S)
+    monkeypatch.setattr(retry, "RETRY_WAIT_MAX_S", ENDLESS_S)
     for _ in range(3):
         with lost(site):
             wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
