@@ -49,7 +49,7 @@ class CallContext:
         counted: Last report of the thread that was counted or refused.
         trip_admission: Admission for which the trip in progress happens.
         budget: Time budget of the thread's present call.
-        was_granted: Whether the last intent was granted.  For a transition, whether this thread made the transition.
+        was_accepted: Whether the last intent was granted.  For a transition, whether this thread made the transition.
         is_notifying: Whether a breaker may still be notifying its listeners of a new state.
         rejected_reply: Reply to the last read, if that read was for a call and the circuit is open.
     """
@@ -61,7 +61,7 @@ class CallContext:
     counted: CountedReport | None = None
     trip_admission: Admission = BY_HAND
     budget: CallBudget = field(default_factory=CallBudget)
-    was_granted: bool = True
+    was_accepted: bool = True
     is_notifying: bool = False
     rejected_reply: Reply | None = None
 

@@ -265,5 +265,5 @@ def made_transition(breaker: CircuitBreaker) -> bool:
     Otherwise the circuit was moved by another breaker, before this one read it, or at the same moment.
     """
     storage = breaker._state_storage
-    is_refused = isinstance(storage, InferringStorage) and not storage._contexts.current().was_granted
+    is_refused = isinstance(storage, InferringStorage) and not storage._contexts.current().was_accepted
     return callsite.is_own_transition() and not is_refused

@@ -187,7 +187,7 @@ class StateReads(CircuitBreakerStorage):
         reply = self._core.carry_out(intent, None if getattr(intent, "generation", 0) is None else budget)
         circuit = reply.circuit
         if not isinstance(intent, Load):
-            context.was_granted = reply.accepted
+            context.was_accepted = reply.accepted
             context.last_seen = Admission(circuit.generation, circuit.probe_token)
         if circuit.state == HALF_OPEN and (reply.repair_note == "created" or isinstance(intent, SetState)):
             # The caller that asked for the state is its first prober, until another one claims.

@@ -101,10 +101,10 @@ def bring_back_first(members: Sequence[ReturningCircuit], answer_wait_s: float, 
         answer_wait_s: Seconds to wait for the first answer, if that is more than the timeout of a circuit.
         outcomes: Number of circuits for each result, incremented here.
     """
-    asked = [member for member in members if member.uses_local] or members[:1]
-    read_circuits = set(_read_again(asked, answer_wait_s))
+    queried = [member for member in members if member.uses_local] or members[:1]
+    read_circuits = set(_read_again(queried, answer_wait_s))
     # A server that takes no writes ends the attempt, but the views hold what was read.
-    for member in asked:
+    for member in queried:
         with deadline(member.timeout), suppress_except(ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
             member.verify_writable()
             break
@@ -269,11 +269,11 @@ def _read_all(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
         together.setdefault(id(pool), []).append((circuit, request))
     replies: dict[OperatedCircuit, Reply] = {}
     for group in together.values():
-        replies.update(_look_at(group))
+        replies.update(_read_group(group))
     return [replies[circuit] for circuit in circuits]
 
 
-def _look_at(group: list[tuple[OperatedCircuit, ReadRequest]]) -> dict[OperatedCircuit, Reply]:
+def _read_group(group: list[tuple[OperatedCircuit, ReadRequest]]) -> dict[OperatedCircuit, Reply]:
     before, handled = instant(), sys.exc_info()[1]
     try:
         replies = read_all_circuits([request for _, request in group])

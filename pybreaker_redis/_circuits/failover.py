@@ -128,7 +128,7 @@ class Failover(MemberCircuit):
             and self._faults.outage is None
             and server is not None
             and server.availability.outage is None
-        ) or self._may_ask(budget):
+        ) or self._claim_request_turn(budget):
             reply, is_in_doubt = self._try_shared(intent, budget)
             if reply is not None:
                 return reply
@@ -149,7 +149,7 @@ class Failover(MemberCircuit):
         try:
             try:
                 with deadline(timeout_s):
-                    reply = self._ask_shared(intent)
+                    reply = self._query_shared(intent)
             finally:
                 if budget is not None:
                     budget.spent_s += monotonic() - began
@@ -168,7 +168,7 @@ class Failover(MemberCircuit):
             raise interruption
         return reply, is_in_doubt
 
-    def _may_ask(self, budget: CallBudget | None) -> bool:
+    def _claim_request_turn(self, budget: CallBudget | None) -> bool:
         """Return whether Redis may be asked now.  Without a retry thread, the answer True takes the turn to ask."""
         if budget is not None and budget.is_half_spent(self.timeout) and self.uses_local:
             # Contention has used the time of the call: the rest of the call is for the local circuit.
@@ -180,7 +180,7 @@ class Failover(MemberCircuit):
             and self._faults.claim_turn()
         )
 
-    def _ask_shared(self, intent: Intent) -> Reply | None:
+    def _query_shared(self, intent: Intent) -> Reply | None:
         """Carry out an intent on the shared circuit, and return to that circuit first if need be.
 
         Returns:
@@ -205,18 +205,18 @@ class Failover(MemberCircuit):
             self.server.report_answer(outcome)
         return reply
 
-    def run_shared(self, intent: Intent, *, tell: bool = True) -> Reply:
+    def run_shared(self, intent: Intent, *, logs_repair: bool = True) -> Reply:
         """Carry out an intent on the shared circuit, wherever it is.  An error of the client passes unchanged.
 
         Args:
             intent: Wanted change, or `Load`.
-            tell: Whether to log a repair of the record.
+            logs_repair: Whether to log a repair of the record.
         """
         shared, relocations = self.shared, 0
         while True:
             choice = shared.selector.current or self._locate()
             try:
-                reply = shared.execute_at(choice, intent, tell=tell)
+                reply = shared.execute_at(choice, intent, logs_repair=logs_repair)
                 break
             except Exception as error:
                 if relocations == RELOCATIONS_MAX or not self._locator.relocate(error, choice.engine.client):
@@ -239,7 +239,7 @@ class Failover(MemberCircuit):
             self.shared.forget_location()
         # While the retry thread has circuits return, its log line covers this one.
         attempt = server.current_return if server else None
-        self.load(tell=attempt is None)
+        self.load(logs_repair=attempt is None)
         self.verify_writable()
         outcome = self.bring_back()
         if outcome is not None and attempt is not None:

@@ -95,7 +95,7 @@ class MemberCircuit(SwitchedCircuit):
 
     # Location -----------------------------------------------------------------------------------------------------
 
-    def run_shared(self, intent: Intent, *, tell: bool = True) -> Reply:
+    def run_shared(self, intent: Intent, *, logs_repair: bool = True) -> Reply:
         """Carry out an intent on the shared circuit, wherever it is.  See `Failover.run_shared`."""
         raise NotImplementedError
 
@@ -185,13 +185,13 @@ class MemberCircuit(SwitchedCircuit):
 
     def move_if_relocated(self) -> bool:
         """See `Member.move_if_relocated`."""
-        has_moved = False
+        is_relocated = False
         # The search takes half of the time.
         with deadline(self.timeout and 2 * self.timeout), suppress_except():
-            has_moved = self._locator.refresh_location()
-            if has_moved:
+            is_relocated = self._locator.refresh_location()
+            if is_relocated:
                 self._use_new_location()
-        return has_moved
+        return is_relocated
 
     def _use_new_location(self) -> None:
         self.shared.forget_location()
@@ -210,14 +210,14 @@ class MemberCircuit(SwitchedCircuit):
         """See `Member.on_server_returned`."""
         return bulk.return_members(members, attempt)
 
-    def load(self, *, tell: bool = False) -> None:
+    def load(self, *, logs_repair: bool = False) -> None:
         """Read the shared circuit, and repair its record.  An error of the client passes unchanged.
 
         Args:
-            tell: Whether to log a repair.  Otherwise `bring_back` returns it.
+            logs_repair: Whether to log a repair.  Otherwise `bring_back` returns it.
         """
-        event = self.run_shared(Load(), tell=tell).repair_note
-        self._event = "" if tell or event == "created" else event
+        event = self.run_shared(Load(), logs_repair=logs_repair).repair_note
+        self._event = "" if logs_repair or event == "created" else event
 
     def bring_back(self) -> str | None:
         """Report what the local circuit learned, and use the shared circuit again.
@@ -229,7 +229,7 @@ class MemberCircuit(SwitchedCircuit):
             if not has_turn:
                 return None
             outcome, self._event = self._event, ""
-            result = self.local.reconcile(lambda: self._view.cached, partial(self.run_shared, tell=False))
+            result = self.local.reconcile(lambda: self._view.cached, partial(self.run_shared, logs_repair=False))
             self._use_shared(has_ended=result.has_ended)
             return "opened for all" if result.has_opened else outcome
 

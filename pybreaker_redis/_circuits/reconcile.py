@@ -79,7 +79,7 @@ class Ledger:
         self._unanswered: LocalReport | None = None
 
     @property
-    def has_moved(self) -> bool:
+    def has_transitioned(self) -> bool:
         """Whether the local circuit has made a transition."""
         return self.now.generation != self.begun.generation
 
@@ -91,7 +91,7 @@ class Ledger:
 
     def local_intent_for(self, intent: Intent) -> Intent:
         """Return the intent for the local circuit: calls that the shared circuit admitted count, if neither moved."""
-        if self.base is None or self.has_moved:
+        if self.base is None or self.has_transitioned:
             return intent
         if isinstance(intent, FencedIntent) and intent.generation == self.base.generation:
             return replace(intent, generation=self.begun.generation)
@@ -99,7 +99,7 @@ class Ledger:
 
     def shared_intent_for(self, intent: Intent) -> Intent:
         """Return the intent for the shared circuit: calls that the local circuit admitted count, if neither moved."""
-        if self.base is None or self.begun.state != CLOSED or self.has_moved:
+        if self.base is None or self.begun.state != CLOSED or self.has_transitioned:
             return intent
         if isinstance(intent, FencedIntent) and intent.generation == self.begun.generation:
             return replace(intent, generation=self.base.generation)
@@ -148,7 +148,7 @@ class Ledger:
         now, begun = self.now, self.begun
         if now.state != CLOSED and self._has_opened:
             yield ShareTrip(base.generation, max(0, round(now_ms - (now.opened_at_ms or 0))))
-        elif not self.has_moved:
+        elif not self.has_transitioned:
             failures = now.fail_counter - begun.fail_counter + self._unused_failures
             if known is not None and (counted := known.fail_counter - base.fail_counter) > 0:
                 # Failures were counted since: most likely these, by a server that was slow.

@@ -200,13 +200,13 @@ class SharedCircuit:
 
     # Requests: errors of the client pass unchanged ----------------------------------------------------------------
 
-    def execute_at(self, choice: EngineChoice, intent: Intent, *, tell: bool = True) -> Reply:
+    def execute_at(self, choice: EngineChoice, intent: Intent, *, logs_repair: bool = True) -> Reply:
         """Carry out an intent.
 
         Args:
             choice: Engine of the present location.
             intent: Wanted change, or `Load`.
-            tell: Whether to log a repair of the record.  Otherwise the caller does.
+            logs_repair: Whether to log a repair of the record.  Otherwise the caller does.
         """
         offset = self._view.clock_offset
         if isinstance(intent, SetOpenedAt):
@@ -220,7 +220,7 @@ class SharedCircuit:
             # Both clocks show now: the circuit was opened by this process.  So `opened_at` is right even if a test has
             # moved or frozen the local clock.
             offset.pin(reply.now_ms - self._clock())
-        if tell and reply.repair_note:
+        if logs_repair and reply.repair_note:
             self._log_repair(reply)
         return self._local_reply(reply)
 

@@ -26,10 +26,10 @@ from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import suppress_errors
 
 #: Seconds to wait for CLUSTER SLOTS of one node, at most.
-SURVEY_TIMEOUT_S = 1.0
+SLOT_QUERY_TIMEOUT_S = 1.0
 
 #: Seconds between two surveys of a cluster.  One survey serves all circuits of a process that look for their node.
-SURVEY_PAUSE_S = 0.05
+SLOT_QUERY_PAUSE_S = 0.05
 
 #: End of a MOVED error: the slot, and the address of its node.  In a pipeline, redis-py puts the command before the
 #: error, and the command has keys that may look alike.
@@ -66,7 +66,7 @@ class ClusterTopology:
         self._nodes: dict[Address, Any] = {}
         self._slot_ranges: list[tuple[range, Address]] = []
         self._redirections: dict[int, Address] = {}
-        self._refreshed_at = -SURVEY_PAUSE_S
+        self._refreshed_at = -SLOT_QUERY_PAUSE_S
 
     def client_of_node(self, address: Address) -> Any:
         """Return the client of one node, the same one each time."""
@@ -114,12 +114,12 @@ class ClusterTopology:
         self._known_nodes.add(address)
 
     def refresh(self, avoid: Address | None = None) -> None:
-        """Query the nodes for the slots until one answers, unless the last survey was less than `SURVEY_PAUSE_S` ago.
+        """Query the nodes for the slots until one answers, unless the last survey was less than `SLOT_QUERY_PAUSE_S` ago.
 
         Args:
             avoid: Node that is queried last, because the node has failed or may be cut off from the others.
         """
-        if monotonic() < self._refreshed_at + SURVEY_PAUSE_S:
+        if monotonic() < self._refreshed_at + SLOT_QUERY_PAUSE_S:
             return
         self._refreshed_at = monotonic()
         known = self._known_nodes - {avoid}
@@ -139,7 +139,7 @@ class ClusterTopology:
                 return
             slots = None
             # After any error, the next node may answer.  A node that does not answer leaves half of the time.
-            with suppress_errors(), deadline(SURVEY_TIMEOUT_S if left is None else left / min(len(asked), 2)):
+            with suppress_errors(), deadline(SLOT_QUERY_TIMEOUT_S if left is None else left / min(len(asked), 2)):
                 slots = self._query_slots(address)
             if slots:
                 self._slot_ranges, self._redirections = slots, {}
@@ -149,7 +149,7 @@ class ClusterTopology:
         endpoint = endpoint_of(self.client_of_node(address))
         assert endpoint
         bounded = replace(endpoint, connection_class=keep_deadlines(endpoint.connection_class))
-        connection = bounded.connect(timeout=SURVEY_TIMEOUT_S)
+        connection = bounded.connect(timeout=SLOT_QUERY_TIMEOUT_S)
         try:
             connection.send_command("CLUSTER", "SLOTS")
             answer = connection.read_response()

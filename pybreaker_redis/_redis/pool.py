@@ -234,12 +234,12 @@ class Credentials:
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        self._words = arguments
+        self._arguments = arguments
         self._switched_at = -math.inf
 
     def read_credentials(self) -> dict[str, Any]:
         """Return the present credentials, by the name of the argument."""
-        found = credentials_of(self._words)
+        found = credentials_of(self._arguments)
         if found["credential_provider"] is not None:
             found["credential_provider"] = _RegisteringProvider(found["credential_provider"])
         redaction.register_secret(found["password"])
@@ -256,7 +256,7 @@ class Credentials:
         Returns:
             Whether the credentials differ, or have changed within `NEW_CREDENTIALS_S`.
         """
-        before, self._words = credentials_of(self._words), arguments
+        before, self._arguments = credentials_of(self._arguments), arguments
         if credentials_of(arguments) != before:
             self._switched_at = monotonic()
         return monotonic() - self._switched_at < NEW_CREDENTIALS_S

@@ -21,7 +21,7 @@ class Merge(Enum):
     NEWER = auto()
 
 
-def merge(cached: Circuit, cached_ms: float, circuit: Circuit, now_ms: float, *, is_asked_later: bool) -> Merge:
+def merge(cached: Circuit, cached_ms: float, circuit: Circuit, now_ms: float, *, is_sent_later: bool) -> Merge:
     """Compare a record with the cached record.
 
     A higher generation is later, and within a generation a later time of the server.
@@ -31,14 +31,14 @@ def merge(cached: Circuit, cached_ms: float, circuit: Circuit, now_ms: float, *,
         cached_ms: Time of the server in the answer that held the cached record, milliseconds.
         circuit: The other record.
         now_ms: Time of the server in its answer, milliseconds.
-        is_asked_later: Whether the query was sent after the cached record had arrived.
+        is_sent_later: Whether the query was sent after the cached record had arrived.
     """
     before, after = (cached.generation, cached_ms), (circuit.generation, now_ms)
     if after < before:
         return Merge.OLDER
     if after > before:
         return Merge.NEWER
-    if not is_asked_later and (circuit.noisy_until_ms, circuit.fail_counter) < (
+    if not is_sent_later and (circuit.noisy_until_ms, circuit.fail_counter) < (
         cached.noisy_until_ms,
         cached.fail_counter,
     ):

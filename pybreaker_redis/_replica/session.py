@@ -198,10 +198,10 @@ class Session:
     def _poll(self, subscribers: Iterable[Subscriber]) -> None:
         """Read circuits and the clock of the server in one batch.  Without circuits the batch is a sign of life."""
         # Circuits outside of a cluster come first: one command reads their counters.
-        asked = [(item, item.view.begin_read()) for item in sorted(subscribers, key=lambda item: item.is_one_slot)]
-        keys = [CircuitKeys(*item.keys).fail_counter for item, _ in asked]
+        queried = [(item, item.view.begin_read()) for item in sorted(subscribers, key=lambda item: item.is_one_slot)]
+        keys = [CircuitKeys(*item.keys).fail_counter for item, _ in queried]
         # One command reads all counters, but those that are stored in a cluster.
-        together = 0 if self._reads_counters_singly else sum(not item.is_one_slot for item, _ in asked)
+        together = 0 if self._reads_counters_singly else sum(not item.is_one_slot for item, _ in queried)
         batches = [keys[:together]] * bool(together) + [[key] for key in keys[together:]]
         # Every failed call changes its counter.  If counters were tracked, each failure would push to every process.
         before = [("CLIENT", "CACHING", "NO")] if self.connection.is_tracking else []
@@ -209,7 +209,7 @@ class Session:
         for batch in batches:
             commands += [*before, ("MGET", *batch)]
         counted = len(commands)
-        for item, _ in asked:
+        for item, _ in queried:
             item.view.fast_path.was_used = False
             circuit_keys = CircuitKeys(*item.keys)
             commands.append(("MGET", circuit_keys.state, circuit_keys.opened_at))
@@ -217,12 +217,12 @@ class Session:
         sent_at = instant()
         answers = self.connection.query(commands)
         arrived_at = instant()
-        if not asked:
+        if not queried:
             return
         fail_counters = self._counters_of(answers[1 + len(before) : counted : 1 + len(before)], together)
         self.has_polled = self.has_polled or not all(isinstance(counter, Exception) for counter in fail_counters)
         server_ms, values = server_time_ms(answers[0]), answers[counted:]
-        for (item, ticket), failures, pair, fields in zip(asked, fail_counters, values[::2], values[1::2], strict=True):
+        for (item, ticket), failures, pair, fields in zip(queried, fail_counters, values[::2], values[1::2], strict=True):
             known = item.view.cached
             if known is None or isinstance(failures, Exception) or isinstance(pair, Exception):
                 # Only a script may store a first record, and an unreadable one confirms nothing.

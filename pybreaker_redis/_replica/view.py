@@ -45,13 +45,13 @@ class ReadTicket:
     """State of a view when a query was sent, to be compared when the answer arrives.
 
     Attributes:
-        asked_at: When the query was sent, monotonic seconds.  The answer was true then or later.
+        sent_at: When the query was sent, monotonic seconds.  The answer was true then or later.
         distrust_count: Number of times that the view had lost all trust.
         change_count: Number of changes of the record.
         push_count: Number of pushes that had arrived.
     """
 
-    asked_at: float
+    sent_at: float
     distrust_count: int
     change_count: int
     push_count: int
@@ -158,10 +158,10 @@ class View(ForkSafe):
             is_quiet = (
                 circuit.fail_counter == 0 and circuit.noisy_until_ms <= now_ms and ticket.push_count == self._push_count
             )
-            if is_asked_later := ticket.change_count == self._change_count:
+            if is_sent_later := ticket.change_count == self._change_count:
                 # The record is later even if the clock of the server was set back.
                 self._seen_ms = min(self._seen_ms, now_ms)
-            if self._store(circuit, now_ms, is_quiet=is_quiet, is_asked_later=is_asked_later):
+            if self._store(circuit, now_ms, is_quiet=is_quiet, is_sent_later=is_sent_later):
                 self._note_opening_time(circuit)
                 self._extend_trust(ticket)
 
@@ -240,7 +240,7 @@ class View(ForkSafe):
             if self._is_subscribed:
                 if self._seen_ms and abs(now_ms - self.estimated_server_ms) > FOREIGN_CLOCK_GAP_MS:
                     self._is_foreign = True
-                if self._store(circuit, now_ms, is_quiet=False, is_asked_later=False):
+                if self._store(circuit, now_ms, is_quiet=False, is_sent_later=False):
                     if self._is_foreign:
                         # The clock of the server was set.  An answer to this storage shows by how much.
                         self._distrust()
@@ -286,11 +286,11 @@ class View(ForkSafe):
         # The listener thread exists in the parent only.
         self.mark_unsubscribed()
 
-    def _store(self, circuit: Circuit, now_ms: float, *, is_quiet: bool, is_asked_later: bool) -> bool:
+    def _store(self, circuit: Circuit, now_ms: float, *, is_quiet: bool, is_sent_later: bool) -> bool:
         """Store a record unless the cached one is later.  Return whether the record is cached now."""
         cached = self.cached
         if cached is not None:
-            relation = merge(cached, self._seen_ms, circuit, now_ms, is_asked_later=is_asked_later)
+            relation = merge(cached, self._seen_ms, circuit, now_ms, is_sent_later=is_sent_later)
             if relation is Merge.OLDER:
                 return False
             if relation is Merge.SAME:
@@ -318,7 +318,7 @@ class View(ForkSafe):
 
     def _extend_trust(self, ticket: ReadTicket) -> None:
         if self._is_subscribed and not self._is_paused and ticket.distrust_count == self._distrust_count:
-            self.fast_path.trusted_until = max(self.fast_path.trusted_until, ticket.asked_at + self.max_staleness)
+            self.fast_path.trusted_until = max(self.fast_path.trusted_until, ticket.sent_at + self.max_staleness)
             self._update_fast_path()
 
     def _distrust(self) -> None:

@@ -105,9 +105,9 @@ def _top_package(module: object) -> str:
 
 
 def _is_foreign(error: BaseException) -> bool:
-    home = _top_package(type(error).__module__)
+    package = _top_package(type(error).__module__)
     of_a_client = any(_top_package(cls.__module__) in _CLIENT_PACKAGES for cls in type(error).__mro__)
-    return not of_a_client and home not in sys.stdlib_module_names
+    return not of_a_client and package not in sys.stdlib_module_names
 
 
 def _package_of_entry(entry: TracebackType) -> str:

@@ -242,18 +242,18 @@ class Server(ForkSafe):
                 self.report_failure(error, member, began_at)
             return
 
-    def note_missing_feature(self, lack: MissingFeature, reason: object) -> None:
+    def note_missing_feature(self, feature: MissingFeature, reason: object) -> None:
         """Log a feature that the server does not have, once.
 
         Args:
-            lack: The feature.
+            feature: The feature.
             reason: Reply of the server.
         """
         with self._lock:
-            is_new = lack not in self._missing_features
-            self._missing_features.add(lack)
+            is_new = feature not in self._missing_features
+            self._missing_features.add(feature)
         if is_new:
-            emit(_log.feature_missing(self._name, feature=lack.value, error=refusal_text(reason)))
+            emit(_log.feature_missing(self._name, feature=feature.value, error=refusal_text(reason)))
 
     def _log_return(self, seconds: float | None, outcomes: Counter[str]) -> None:
         # Two first answers may arrive together.  The other one has then ended the outage.

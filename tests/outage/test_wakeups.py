@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
@@ -54,6 +55,17 @@ def lost(site: Site) -> Iterator[None]:
     site.proxy.listen()
 
 
+@contextlib.contextmanager
+def endless_waits(site: Site, module: ModuleType, name: str) -> Iterator[None]:
+    """Have a thread wait until another thread wakes it, and wake the thread in the end."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, ENDLESS_S)
+            yield
+    finally:
+        server_for(site.client()).availability.wake_waiters()
+
+
 def count_waits(waits: list[tuple[str, Availability]], thread: str, availability: Availability) -> tuple[int, float]:
     """Count the waits that a thread begins in `COUNTED_S`, and return the number and the seconds."""
     waits.clear()
@@ -78,15 +90,15 @@ def test_listener_wakes_twice_a_second_at_most_in_an_outage(
     wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
 
 
-def test_end_of_an_outage_wakes_the_listener(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_of_an_outage_wakes_the_listener(site: Site) -> None:
     """The listener subscribes again at once, without polling for the end of the outage."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    with lost(site):
-        wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
-        monkeypatch.setattr(listener, "LISTENER_WAIT_MAX_S", ENDLESS_S)
-        time.sleep(2 * WAIT_S)  # The present wait ends, and one without an end begins.
-    wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
-    wait_for(lambda: view_of(breaker).is_subscribed, "changes are received")
+    with endless_waits(site, listener, "LISTENER_WAIT_MAX_S"):
+        with lost(site):
+            wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
+            time.sleep(2 * WAIT_S)  # The present wait ends, and one without an end begins.
+        wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
+        wait_for(lambda: view_of(breaker).is_subscribed, "changes are received")
 
 
 def test_retry_thread_wakes_twice_a_second_at_most_while_a_log_line_is_held(
@@ -104,12 +116,12 @@ def test_retry_thread_wakes_twice_a_second_at_most_while_a_log_line_is_held(
     assert 0 < number <= seconds / retry.RETRY_WAIT_MAX_S + 2
 
 
-def test_outage_wakes_the_retry_thread_that_holds_a_log_line(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outage_wakes_the_retry_thread_that_holds_a_log_line(site: Site) -> None:
     """In the next outage the thread retries at once, although it waits to log a held line."""
     breaker = settled(breaker_on(site.client(), timeout=5.0))
-    monkeypatch.setattr(retry, "RETRY_WAIT_MAX_S", ENDLESS_S)
-    for _ in range(3):
-        with lost(site):
-            wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
-        wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
-        wait_for(lambda: health_of(breaker).push != "none" or not is_back(breaker), "changes are received")
+    with endless_waits(site, retry, "RETRY_WAIT_MAX_S"):
+        for _ in range(3):
+            with lost(site):
+                wait_for(lambda: is_unreachable_for(breaker), "the outage is noticed")
+            wait_for(lambda: is_back(breaker), "the shared circuit is in use again")
+            wait_for(lambda: health_of(breaker).push != "none" or not is_back(breaker), "changes are received")

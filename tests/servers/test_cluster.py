@@ -592,7 +592,7 @@ def test_circuits_of_one_node_client_share_a_topology(cluster: Nodes):
 @pytest.mark.full
 def test_topology_is_queried_once_for_many_circuits(cluster: Nodes, monkeypatch):
     """Hundreds of circuits look for their nodes at the same moment."""
-    monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
+    monkeypatch.setattr(cluster_module, "SLOT_QUERY_PAUSE_S", 60)
     found = topology(("127.0.0.1", cluster.all[0].port))
     asked: list[Any] = []
     replace_slot_query(monkeypatch, lambda ask, self, address: asked.append(address) or ask(self, address))
@@ -604,7 +604,7 @@ def test_topology_is_queried_once_for_many_circuits(cluster: Nodes, monkeypatch)
 @pytest.mark.full
 def test_silent_node_uses_half_of_the_time_and_only_once(cluster: Nodes, monkeypatch):
     """Hundreds of circuits of one node look for it in turn, and the node that answers needs some time, too."""
-    monkeypatch.setattr(cluster_module, "SURVEY_PAUSE_S", 60)
+    monkeypatch.setattr(cluster_module, "SLOT_QUERY_PAUSE_S", 60)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         found = topology(("127.0.0.1", silent.getsockname()[1]))
         with deadline(2.0):

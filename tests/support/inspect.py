@@ -223,7 +223,7 @@ def answer_intents(storage: Any, reply: Reply) -> None:
 
 def replace_shared_execution(monkeypatch: pytest.MonkeyPatch, owner: Any, run: Callable[[Any], Any]) -> None:
     """Replace what sends an intent to the shared circuit."""
-    monkeypatch.setattr(core_of(owner), "_ask_shared", run)
+    monkeypatch.setattr(core_of(owner), "_query_shared", run)
 
 
 def after_next_look(monkeypatch: pytest.MonkeyPatch, storage: Any, then: Callable[[], object]) -> None:
