@@ -6,11 +6,12 @@ small histories that break each rule, and some that keep it.
 
 The rules, and the sentences of the README that they follow from:
 
-1. `errors`, `slow_calls`: "No error of Redis reaches a guarded call, and one call of a process waits for it, for
-``timeout`` seconds at most." 2. `slow_recoveries`: with Redis and the dependency healthy, every process recovers within
-`Limits.recovery`. 3. `stolen_leases`, `shared_probes`: "one call tries the dependency, however many workers wait." 4.
-`local_probes`: without Redis each process "recovers by one probe at a time, like the shared one." 5. `generations`:
-each transition of the shared record raises its generation by one.
+1. `errors`, `slow_calls`: "No error of Redis reaches a guarded call." "One call of a process waits for Redis, once, for
+   ``timeout`` seconds at most."
+2. `slow_recoveries`: with Redis and the dependency healthy, every process recovers within `Limits.recovery`.
+3. `stolen_leases`, `shared_probes`: "one call tries the dependency, however many workers wait."
+4. `local_probes`: the local circuit "recovers by one probe at a time, like the shared one."
+5. `generations`: each transition of the shared record raises its generation by one.
 """
 
 from __future__ import annotations
