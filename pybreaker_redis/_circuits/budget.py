@@ -106,8 +106,6 @@ def operator_wait(circuits: tuple[str, ...], server_name: Callable[[], str], tim
     try:
         with deadline(timeout_s):
             yield
-    except StorageUnavailableError:
-        raise
     except Exception as error:
         interruption = find_interruption(error, handled)
         if interruption is error:

@@ -15,7 +15,7 @@ from pybreaker_redis import _log
 from pybreaker_redis._circuits import bulk
 from pybreaker_redis._circuits.budget import CallBudget, request_wait
 from pybreaker_redis._circuits.local import FALLBACK_LAST
-from pybreaker_redis._circuits.mode import LOCAL_MODES, Mode, SwitchedCircuit
+from pybreaker_redis._circuits.mode import Mode, SwitchedCircuit
 from pybreaker_redis._circuits.probes import HeldProbes
 from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.base import EngineChoice
@@ -156,8 +156,7 @@ class MemberCircuit(SwitchedCircuit):
             return
         outage = self._faults.note_failure(error)
         if outage is None:
-            if self.mode not in LOCAL_MODES:
-                self._enter(Mode.LOCAL)
+            self._enter(self._mode_for(self._faults.outage, None))
             self._fault_log.flush_held_line()
             return
         self._enter(Mode.LOCAL)

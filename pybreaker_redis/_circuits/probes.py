@@ -106,12 +106,6 @@ class ProbeTokens:
             self._offered, self._ended, self._pid = {}, {}, os.getpid()
 
 
-def token_of(intent: Intent) -> str:
-    """Return the token of the probe that an intent names.  Empty if it names none."""
-    token: str = getattr(intent, "token", "")
-    return token
-
-
 def _goes_on(intent: Intent, reply: Reply) -> bool:
     """Whether a call holds the probe after the intent: a new claim, or a report that another one follows."""
     if isinstance(intent, CountProbe):

@@ -151,8 +151,6 @@ class SharedCircuit:
         Args:
             server: Server of the circuit.
         """
-        if not self._subscription.is_start_due:
-            return
         if os.getpid() != fork.process_id:
             fork.renew()
         with self._subscription.lock:
@@ -233,8 +231,7 @@ class SharedCircuit:
         if reply.accepted and reply.circuit.opened_at_ms == at_ms:
             # Redis keeps whole milliseconds.  The time is read as it was set.
             offset.pin(at_ms - intent.at_ms)
-        if reply.repair_note:
-            self._log_repair(reply)
+        self._log_repair(reply)
         return self._local_reply(reply)
 
     def _send(self, choice: EngineChoice, intent: Intent) -> Reply:
