@@ -29,7 +29,7 @@ from pybreaker_redis.testing.servers import PrivateServer
 
 PACKAGE = f"{Path(pybreaker_redis.__file__).parent}/"
 
-#: Most package functions and modules of a journey, from before the package had its present structure.
+#: Most package functions and modules of a journey.
 LIMITS = {"success": (2, 1), "failure": (101, 17), "trip": (226, 19), "recovery": (456, 19)}
 
 RESET_TIMEOUT_S = 1.0

@@ -1,6 +1,6 @@
 """Circuit breakers that many processes share through Redis, as storages for pybreaker."""
 
-from pybreaker_redis.errors import StorageUnavailableError
+from pybreaker_redis.errors import PybreakerRedisError, StorageUnavailableError, UnusableReplyError
 from pybreaker_redis.health import Health
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import retry_after
@@ -15,6 +15,8 @@ __all__ = (
     "CircuitRedisStorage",
     "CircuitStatus",
     "Health",
+    "PybreakerRedisError",
     "StorageUnavailableError",
+    "UnusableReplyError",
     "retry_after",
 )

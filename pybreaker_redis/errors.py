@@ -35,9 +35,9 @@ class StorageUnavailableError(PybreakerRedisError):
     Attributes:
         circuit: Name of the first circuit.
         circuits: Names of the circuits that the command concerns.
-        server: See above.
-        timeout: See above, seconds.
-        cause: See above.
+        server: Address of the server, empty if unknown.
+        timeout: Seconds that the command waited at most.
+        cause: Error of the client, or of the function that returns the client.
     """
 
     def __init__(self, circuits: tuple[str, ...], server: str, timeout: float | None, cause: BaseException) -> None:

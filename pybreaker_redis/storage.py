@@ -42,7 +42,7 @@ class CircuitRedisStorage(InferringStorage):
         probe_lease: Seconds until a probe without a report is offered to another call, from 0.001 to 86400.  Must
             exceed the slowest guarded call.
         max_staleness: Seconds for which this process may use its copy of the circuit without notice of a change, from
-            0.01 to 60.  0: Redis is asked at every read.
+            0.01 to 60.  0: this process queries Redis at every read.
         timeout: Seconds a guarded call may wait for Redis, from 0.01 to 60, on connections that are made like the
             client's.  ``None``: on the client's connections, without a limit.
         ttl: Seconds after the last write when the keys of the circuit expire, from 60 to 315360000 (ten years).  While
@@ -99,7 +99,7 @@ class CircuitRedisStorage(InferringStorage):
 
     @classmethod
     def from_url(
-        cls: type[_Storage], url: str, state: str = "closed", namespace: str | None = None, **words: Any
+        cls: type[_Storage], url: str, state: str = "closed", namespace: str | None = None, **options: Any
     ) -> _Storage:
         """Return a storage on the server, the master or the cluster that a URL names.
 
@@ -109,17 +109,17 @@ class CircuitRedisStorage(InferringStorage):
                 client.  By default the client waits for 1 s and tries once.
             state: See the class.
             namespace: See the class.
-            words: All other arguments of the class, by keyword.
+            options: All other arguments of the class, by keyword.
 
         Raises:
             ValueError: The URL names no client.
             TypeError: The URL is no text.
             ModuleNotFoundError: The URL names a cluster, and no library for clusters is installed.
         """
-        return cls(state, client_source_from_url(url), namespace, **words)
+        return cls(state, client_source_from_url(url), namespace, **options)
 
     def health(self) -> Health:
-        """Return what this process knows about the circuit's Redis, without a request and at any rate of calls."""
+        """Return the last observed condition of the circuit's Redis, without a request and at any rate of calls."""
         return self._core.report_health()
 
     def __repr__(self) -> str:

@@ -195,7 +195,7 @@ class InferringStorage(StateReads):
         return None if at_ms is None else self._opened_at_of(at_ms)
 
     @opened_at.setter
-    def opened_at(self, at: datetime | None) -> None:
+    def opened_at(self, at: datetime | None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         context = self._contexts.current()
         if callsite.caller_code() is not callsite.OPEN_METHOD:
             self._execute_for(context, self._intent_for_opened_at(at))

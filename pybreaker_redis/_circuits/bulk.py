@@ -45,13 +45,16 @@ class ReturningCircuit(Member, Protocol):
     @property
     def uses_local(self) -> bool:
         """Whether calls use the local circuit, so that there may be failures to report."""
+        ...
 
     @property
     def read_request(self) -> ReadRequest:
         """What is needed to read the circuit together with others."""
+        ...
 
     def run_shared(self, intent: Intent) -> Reply:
         """Carry out an intent on the shared circuit.  An error of the client passes unchanged."""
+        ...
 
     def load(self) -> None:
         """Query the shared circuit, and repair its record."""
@@ -229,17 +232,21 @@ class OperatedCircuit(Protocol):
     @property
     def name(self) -> str:
         """Name of the circuit."""
+        ...
 
     @property
     def server_name(self) -> str:
         """Address of the server.  Empty while the circuit was not used."""
+        ...
 
     @property
     def read_request(self) -> ReadRequest:
         """What is needed to read the circuit together with others."""
+        ...
 
     def run_shared(self, intent: Intent) -> Reply:
         """Carry out an intent on the shared circuit.  An error of the client passes unchanged."""
+        ...
 
 
 def read_for_operator(circuits: Sequence[OperatedCircuit]) -> list[Reply]:

@@ -51,10 +51,12 @@ class CircuitCore(Protocol):
     @property
     def name(self) -> str:
         """Name of the circuit, for people."""
+        ...
 
     @property
     def last_known_state(self) -> str:
         """State of the circuit, without a request."""
+        ...
 
     @property
     def state_for_constructor(self) -> str | None:
@@ -70,6 +72,7 @@ class CircuitCore(Protocol):
             intent: The wanted change, or `Load`.
             budget: Time budget of the guarded call.  ``None``: the request belongs to no call.
         """
+        ...
 
     def carry_out_or_raise(self, *intents: Intent) -> Reply:
         """Carry out an operator's intents on the shared circuit, and return the last reply.
@@ -77,6 +80,7 @@ class CircuitCore(Protocol):
         Raises:
             StorageUnavailableError: Redis did not execute one of the intents.
         """
+        ...
 
     def prepare_call(self, *, has_several_breakers: bool) -> None:
         """Prepare for a guarded call of this process: subscribe to changes.

@@ -55,7 +55,7 @@ class Failover(MemberCircuit):
         return self.last_known_state
 
     def report_health(self) -> Health:
-        """Return what this process knows about the circuit and its server, without a request."""
+        """Return the last observed condition of the circuit and its server, without a request."""
         server, push = self.server, self.shared.push
         report = report_availability(server.availability if server else None, self._faults)
         return Health(
@@ -99,10 +99,11 @@ class Failover(MemberCircuit):
 
     def carry_out_or_raise(self, *intents: Intent) -> Reply:
         """See `CircuitCore.carry_out_or_raise`."""
+        replies = []
         for intent in intents:
             with operator_wait((self.name,), lambda: self.server_name, operator_timeout_s(self.timeout)):
-                reply = self.run_shared(intent)
-        return reply
+                replies.append(self.run_shared(intent))
+        return replies[-1]
 
     def release_connections(self) -> None:
         """See `CircuitCore.release_connections`."""
@@ -115,7 +116,7 @@ class Failover(MemberCircuit):
     # Requests of calls --------------------------------------------------------------------------------------------
 
     def _decide(self, intent: Intent, budget: CallBudget | None) -> Reply:
-        """Carry out an intent on the shared circuit if Redis may be asked and answers, otherwise on the local one."""
+        """Carry out an intent on the shared circuit if Redis may be queried and answers, otherwise on the local one."""
         if isinstance(intent, RecordSuccess) and (trusted := self.shared.trusted_reply_to(intent)):
             return trusted
         generation = getattr(intent, "generation", None)
@@ -169,11 +170,11 @@ class Failover(MemberCircuit):
         return reply, is_in_doubt
 
     def _claim_request_turn(self, budget: CallBudget | None) -> bool:
-        """Return whether Redis may be asked now.  Without a retry thread, the answer True takes the turn to ask."""
+        """Return whether a request may be sent now.  Where callers take turns, True claims the turn for this caller."""
         if budget is not None and budget.is_half_spent(self.timeout) and self.uses_local:
             # Contention has used the time of the call: the rest of the call is for the local circuit.
             return False
-        # A caller that gets the turn has to ask.
+        # A caller that gets the turn has to send a request.
         return (
             self._faults.is_attempt_due
             and (self.server is None or self.server.claim_caller_turn())
@@ -184,7 +185,7 @@ class Failover(MemberCircuit):
         """Carry out an intent on the shared circuit, and return to that circuit first if need be.
 
         Returns:
-            The reply.  ``None`` if Redis may not be asked, because another caller has the turn.
+            The reply.  ``None`` if Redis may not be queried, because another caller has the turn.
         """
         if self.server is None:
             self._locate()
@@ -229,7 +230,7 @@ class Failover(MemberCircuit):
         return reply
 
     def _return_by_caller(self) -> str | None:
-        """Return to the shared circuit: a caller has the turn to ask, or the server returned before this circuit.
+        """Return to the shared circuit: a caller has the turn to query, or the server returned before this circuit.
 
         Returns:
             Result for the log.  ``None`` if another thread reconciles the circuit.

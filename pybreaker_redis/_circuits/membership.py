@@ -51,8 +51,8 @@ class MemberCircuit(SwitchedCircuit):
         logger: Logger for what is found in Redis.
 
     Attributes:
-        name: See above.
-        timeout: See above.
+        name: Name of the circuit, for people.
+        timeout: Seconds a guarded call may wait for Redis.  ``None``: no limit.
         shared: The circuit in Redis.
         server: Server of the circuit.  ``None`` while the circuit was not used.
         held_probes: Probes that threads of this process claimed.

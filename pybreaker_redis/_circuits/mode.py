@@ -27,7 +27,7 @@ class Mode(enum.Enum):
     """Circuit that answers the calls of this process."""
 
     UNUSED = "unused"
-    """None yet: no call has used the shared circuit."""
+    """No circuit yet: no call has used the shared one."""
     SHARED = "shared"
     """The shared circuit."""
     FOLLOWING = "following"
@@ -112,8 +112,8 @@ class SwitchedCircuit(ForkSafe):
         """Return the mode for requests that the shared circuit does not serve.
 
         Args:
-            fault: What is wrong with this circuit alone.
-            outage: What is wrong with the server.
+            fault: Outage of this circuit alone.
+            outage: Outage of the server.
         """
         if fault is not None:
             # Whether the circuit can be read was found out when the fault began.
@@ -132,7 +132,7 @@ class SwitchedCircuit(ForkSafe):
         Args:
             intent: Wanted change, or `Load`.
             known: The shared circuit as it was seen last.
-            availability: What keeps callers away from Redis.
+            availability: Availability of the circuit or the server that keeps callers from Redis.
             mode: `Mode.FOLLOWING` or `Mode.LOCAL`.
             is_in_doubt: Whether Redis may have executed the same intent.
         """
@@ -150,7 +150,7 @@ class SwitchedCircuit(ForkSafe):
                 trust_s = min(FOLLOWING_TRUST_MAX_S, self._view.max_staleness)
             until = fast_path.now() + trust_s
             if outage is None or availability.outage is not outage:
-                # The outage has ended, or Redis was asked, just now: no call may use this circuit without a request.
+                # The outage has ended, or Redis was queried, just now: no call may use this circuit without a request.
                 until = 0
             elif not availability.has_retry_thread:
                 until = min(until, outage.next_attempt_at)

@@ -70,8 +70,8 @@ class ProbeTokens:
 
     def has_ended(self, token: str) -> bool:
         """Whether no call holds the token, though a record may still name the token while another caller claims."""
-        self._forget_in_child()
-        return token in self._ended or token in self._offered
+        # Tokens of the parent process are no business of a child.
+        return self._pid == os.getpid() and (token in self._ended or token in self._offered)
 
     def track(self, run: Callable[[Intent], Reply], intent: Intent, token: str) -> Reply:
         """Carry out an intent that names a probe, and offer the probe's token once no call holds the probe.

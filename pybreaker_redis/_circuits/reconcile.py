@@ -65,7 +65,7 @@ class Ledger:
         begun: The local circuit at the beginning.
 
     Attributes:
-        base: See above.
+        base: The shared circuit from which the run went on (``None``: unknown).
         begun: The local circuit at the beginning, with the failures that have been reported.
         now: The local circuit at present, or at the end of the run.
     """

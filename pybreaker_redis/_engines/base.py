@@ -29,6 +29,7 @@ class Engine(Protocol):
                 this value.
             state_if_missing: Initial state of a circuit that exists neither in the engine nor in `known`.
         """
+        ...
 
 
 class RedisEngine(Engine, Protocol):
@@ -37,6 +38,7 @@ class RedisEngine(Engine, Protocol):
     @property
     def mode(self) -> str:
         """`LUA_MODE` or `TRANSACTION_MODE`."""
+        ...
 
     @property
     def client(self) -> Any:

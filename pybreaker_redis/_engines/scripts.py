@@ -45,4 +45,4 @@ def strip_comments(lua: str) -> str:
 
 
 def _read(part: str) -> str:
-    return (resources.files(__package__) / "lua" / f"{part}.lua").read_text(encoding="utf-8")
+    return (resources.files("pybreaker_redis._engines") / "lua" / f"{part}.lua").read_text(encoding="utf-8")

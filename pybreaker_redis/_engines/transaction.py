@@ -22,6 +22,7 @@ from pybreaker_redis._model.codec import (
     TTL_RENEWAL_MARGIN_MS,
     VALUE_NAMES,
     RecordChanges,
+    StoredRecord,
     lifetime_ms,
 )
 from pybreaker_redis._model.intents import ClaimProbe, Intent, Load, Reply
@@ -136,6 +137,7 @@ class TransactionEngine:
         """
         with _transaction(self.client) as pipe:
             is_sent = False
+            found: tuple[StoredRecord, int] | None = None
             try:
                 pipe.watch(*self._keys)
                 found = parse_read_answers(queue_reads(pipe, self._keys))
@@ -148,7 +150,7 @@ class TransactionEngine:
                     pipe.execute()
             except Exception as error:
                 lost = error.__context__ if _LOST_UNDER_WATCH in str(error) else None
-                if lost is None and is_instance_of_named(error, "WatchError"):
+                if lost is None and found is not None and is_instance_of_named(error, "WatchError"):
                     return decide(Load(), *found, known, state_if_missing)[0], False
                 if is_retry and is_instance_of_named(lost or error, "TimeoutError"):
                     # The server has answered within this deadline, so contention has used the time, and no outage.
@@ -162,7 +164,7 @@ class TransactionEngine:
         return WatchError(f"circuit {self._keys[0]!r}: transactions were overtaken until the deadline was near")
 
     def _queue_writes(self, pipe: Any, changes: RecordChanges) -> None:
-        keys = dict(zip(VALUE_NAMES, self._keys, strict=True))
+        keys: dict[str, str] = dict(zip(VALUE_NAMES, self._keys, strict=True))
         for name, value in changes.plain.items():
             if value is None:
                 pipe.delete(keys[name])

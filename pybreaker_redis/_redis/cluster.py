@@ -114,7 +114,7 @@ class ClusterTopology:
         self._known_nodes.add(address)
 
     def refresh(self, avoid: Address | None = None) -> None:
-        """Query the nodes for the slots until one answers, unless the last survey was less than `SLOT_QUERY_PAUSE_S` ago.
+        """Query the nodes for the slots until one answers, unless that was done less than `SLOT_QUERY_PAUSE_S` ago.
 
         Args:
             avoid: Node that is queried last, because the node has failed or may be cut off from the others.

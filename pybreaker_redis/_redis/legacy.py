@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import redis
+import redis.client
 
 #: Whether redis-py has an option that leaves the reply to a single command undecoded.
 HAS_NEVER_DECODE = hasattr(redis.client, "NEVER_DECODE")

@@ -29,6 +29,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import redis
+import redis.connection
 
 from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
 from pybreaker_redis._redis.endpoint import Address

@@ -222,7 +222,8 @@ class Session:
         fail_counters = self._counters_of(answers[1 + len(before) : counted : 1 + len(before)], together)
         self.has_polled = self.has_polled or not all(isinstance(counter, Exception) for counter in fail_counters)
         server_ms, values = server_time_ms(answers[0]), answers[counted:]
-        for (item, ticket), failures, pair, fields in zip(queried, fail_counters, values[::2], values[1::2], strict=True):
+        rows = zip(queried, fail_counters, values[::2], values[1::2], strict=True)
+        for (item, ticket), failures, pair, fields in rows:
             known = item.view.cached
             if known is None or isinstance(failures, Exception) or isinstance(pair, Exception):
                 # Only a script may store a first record, and an unreadable one confirms nothing.
@@ -277,7 +278,7 @@ class Session:
 
 
 def _parse_poll(failures: Any, pair: Any, fields: Any) -> StoredRecord:
-    # The server refuses to read a hash whose key holds another type, or that this user may not read.
+    # The server refuses to read a key of another type, or a key that is forbidden to this user.
     is_hash = not isinstance(fields, Exception)
     # Successes count only while half-open, and only the call that probes needs them: it queries the circuit itself.
     values = (pair[0], failures, "0", pair[1])

@@ -65,7 +65,7 @@ class View(ForkSafe):
         now: Returns monotonic seconds.
 
     Attributes:
-        max_staleness: See above.
+        max_staleness: Seconds for which a record may be trusted.
         cached: The record that was read last, ``None`` before the first answer.
         clock_offset: Clock of the server minus the local clock.
         opening_time: When the circuit opened last, on a clock that is never set.

@@ -32,14 +32,17 @@ class LogLine(Protocol):
     @property
     def level(self) -> int:
         """Level of the logging module."""
+        ...
 
     @property
     def message(self) -> str:
         """Format string of the logging module."""
+        ...
 
     @property
     def arguments(self) -> tuple[object, ...]:
         """Values for the format string."""
+        ...
 
     @property
     def extra(self) -> Mapping[str, Any] | None:

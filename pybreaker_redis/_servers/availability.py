@@ -77,7 +77,7 @@ class Availability(ForkSafe):
 
     Attributes:
         outage: The present outage, ``None`` while there is none.
-        has_retry_thread: See above.
+        has_retry_thread: Whether a thread makes the retries.
         retry_delay_max_s: Longest delay of the retry thread, seconds.
         last_recovery_at: When the last outage ended, seconds on `clock`, minus infinity if there was none.
         since: When the present condition began, seconds on `clock`.
@@ -131,7 +131,7 @@ class Availability(ForkSafe):
         return outage is None or self.clock() >= outage.next_attempt_at
 
     def claim_turn(self) -> bool:
-        """Return whether a caller may query now.  In an outage that claims the attempt for the caller."""
+        """Claim the turn of a caller, and return whether that caller may query.  Without an outage every caller may."""
         return self.outage is None or (not self.has_retry_thread and self.claim_attempt())
 
     def claim_attempt(self) -> bool:

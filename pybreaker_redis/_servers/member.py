@@ -36,6 +36,7 @@ class Member(Protocol):
         Returns:
             Whether the circuit is stored on another server now.
         """
+        ...
 
     def on_server_returned(self, members: Sequence[Member], attempt: ReturnProgress) -> MemberFailure | None:
         """Have all members of a server use it again.  Called on one member, for all of them.
@@ -60,8 +61,8 @@ class ReturnProgress:
         current_members: Returns the members as of now: some may have been added since the attempt began.
 
     Attributes:
-        answer_wait_s: See above.
-        current_members: See above.
+        answer_wait_s: Shortest wait for the first answer, seconds.
+        current_members: Function that returns the members as of now.
         outcomes: Number of members for each result of a return, such as ``opened for all``, for the log.
         outage_s: Length of the outage, seconds, ``None`` while it lasts, or if another thread has ended it.
         has_let_callers_in: Whether callers may query the server, though members may still be returning.

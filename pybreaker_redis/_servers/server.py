@@ -169,9 +169,9 @@ class Server(ForkSafe):
         return attempt if attempt is not None and attempt.has_let_callers_in else None
 
     def claim_caller_turn(self) -> bool:
-        """Return whether a caller may query the server now.  In an outage, start the retry thread.
+        """Claim the turn to query the server, and return whether a caller may query it.
 
-        Without a retry thread, the answer True reserves the turn for the caller.
+        Without an outage every caller may.  In an outage the retry thread is started, and while it runs no caller may.
         """
         if self.availability.outage is None:
             return True

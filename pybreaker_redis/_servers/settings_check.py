@@ -24,7 +24,7 @@ class SettingsCheck:
         is_nameless: Whether the user gave the storage no namespace.
 
     Attributes:
-        settings: See above.
+        settings: Values by the name of the argument.
     """
 
     def __init__(self, name: str, settings: Mapping[str, Any], *, is_nameless: bool) -> None:

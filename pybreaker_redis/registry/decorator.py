@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from types import AsyncGeneratorType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
@@ -46,8 +46,8 @@ def guard_with(breaker: Callable[[], CircuitBreaker], fallback: Any) -> Callable
             except CircuitBreakerError:
                 if fallback is NO_FALLBACK:
                     raise
-                result: T = _returned("fallback", fallback(*args, **kwargs)) if callable(fallback) else fallback
-                return result
+                result = _returned("fallback", fallback(*args, **kwargs)) if callable(fallback) else fallback
+                return cast("T", result)
 
         return guarded
 

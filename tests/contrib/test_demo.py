@@ -571,8 +571,8 @@ def test_table_needs_a_terminal_and_rich(
     for name in ("CI", "NO_COLOR"):
         monkeypatch.setenv(name, "1" if name == quiet else "")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr(show.importlib.util, "find_spec", lambda _: installed)
-    assert type(show.choose_display(plain=quiet == "--plain")).__name__ == expected
+    monkeypatch.setattr(play.importlib.util, "find_spec", lambda _: installed)
+    assert type(play.choose_display(plain=quiet == "--plain")).__name__ == expected
 
 
 def test_figures_of_the_last_event_are_shown(capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,4 @@
-"""Outages of Redis that coincide with forks, threads, signals and slow answers.
-
-Most of these tests began as counterexamples that reviewers found.
-"""
+"""Outages of Redis that coincide with forks, threads, signals and slow answers."""
 
 from __future__ import annotations
 

@@ -33,10 +33,10 @@ CACHED = Circuit(CLOSED, fail_counter=2, generation=7, noisy_until_ms=6000)
 def test_relation_of_a_record_to_the_cached_one(changes: dict[str, object], after_ms: float, relation: Merge) -> None:
     """The generation decides, then the time of the server, then the noise and the failures."""
     circuit = replace(CACHED, **changes)  # type: ignore[arg-type]
-    assert merge(CACHED, CACHED_MS, circuit, CACHED_MS + after_ms, is_asked_later=False) is relation
+    assert merge(CACHED, CACHED_MS, circuit, CACHED_MS + after_ms, is_sent_later=False) is relation
 
 
 def test_answer_to_a_later_query_is_not_older_though_it_has_fewer_failures() -> None:
     """A success between two queries within one millisecond has reset the failures."""
     circuit = replace(CACHED, fail_counter=0)
-    assert merge(CACHED, CACHED_MS, circuit, CACHED_MS, is_asked_later=True) is Merge.SAME
+    assert merge(CACHED, CACHED_MS, circuit, CACHED_MS, is_sent_later=True) is Merge.SAME

@@ -422,11 +422,13 @@ class TestEveryIntent:
 
     @given(circuit=circuits(NOW), wish=wishes)
     def test_generation_grows_by_one_with_each_transition_only(self, circuit: Circuit, wish: Wish) -> None:
-        """The generation is the fencing token: the same generation means the same state and the same prober."""
+        """The generation is the fencing token: the same generation means the same state, and no other prober."""
         after = wish.intent(circuit, NOW).apply(circuit, NOW).circuit
         assert after.generation - circuit.generation in (0, 1)
         if after.generation == circuit.generation:
-            assert (after.state, after.probe_token) == (circuit.state, circuit.probe_token)
+            assert after.state == circuit.state
+            # A successful probe below the threshold is free again.
+            assert after.probe_token in (circuit.probe_token, "")
         elif after.state == circuit.state:
             # The state is the same, but there was a transition: a new trip, or another prober.
             assert (

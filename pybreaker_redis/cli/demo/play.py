@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import secrets
 import sys
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pybreaker_redis.cli.demo.interruption import Interruption
 from pybreaker_redis.cli.demo.scenario import ACTS
-from pybreaker_redis.cli.demo.show import choose_display
+from pybreaker_redis.cli.demo.show import PlainLines
 from pybreaker_redis.cli.demo.stage import WORKERS, BrokenPromise, Stage
 from pybreaker_redis.testing.binaries import find_servers
 from pybreaker_redis.testing.servers import CLIENT_ERRORS, PrivateServer, client_at
@@ -35,8 +36,22 @@ SERVER_ANSWER_TIMEOUT_S = 5.0
 CIRCUIT_KEYS = ("state", "fail_counter", "success_counter", "opened_at", "circuit")
 
 
+def choose_display(*, plain: bool) -> Display:
+    """Return a live table for a terminal if rich is installed, and plain lines otherwise.
+
+    Args:
+        plain: Whether to use plain lines in any case.
+    """
+    quiet = plain or os.environ.get("NO_COLOR") or os.environ.get("CI")
+    if not quiet and sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        from pybreaker_redis.cli.demo.live import LiveTable
+
+        return LiveTable()
+    return PlainLines()
+
+
 class NoServerError(Exception):
-    """Lack of a usable server.  The message names the remedy."""
+    """Failure to find a usable server.  The message names the remedy."""
 
 
 @dataclass(frozen=True)

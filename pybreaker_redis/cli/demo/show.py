@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -132,17 +129,3 @@ class PlainLines(Display):
         ]
         figures.append(f"at the dependency: {self._workers_at_dependency()}")
         self.print_line(f"{at - self._start:7.2f} s  {' | '.join(figures)}")
-
-
-def choose_display(*, plain: bool) -> Display:
-    """Return a live table for a terminal if rich is installed, and plain lines otherwise.
-
-    Args:
-        plain: Whether to use plain lines in any case.
-    """
-    quiet = plain or os.environ.get("NO_COLOR") or os.environ.get("CI")
-    if not quiet and sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        from pybreaker_redis.cli.demo.live import LiveTable
-
-        return LiveTable()
-    return PlainLines()

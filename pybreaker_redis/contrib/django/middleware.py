@@ -24,8 +24,8 @@ class CircuitBreakerMiddleware(MiddlewareMixin):
         """Return the response to a `CircuitBreakerError`, and ``None`` for other exceptions."""
         if not isinstance(exception, CircuitBreakerError):
             return None
-        rejection = rejection_response(exception, request.headers.get("Accept", ""))
-        response = HttpResponse(rejection.body, rejection.content_type, STATUS_UNAVAILABLE)
+        rejection = rejection_response(exception, request.headers.get("Accept", ""))  # pyright: ignore[reportAttributeAccessIssue]
+        response = HttpResponse(rejection.body.encode(), rejection.content_type, STATUS_UNAVAILABLE)
         if rejection.content_type.startswith("text/"):
             with contextlib.suppress(TemplateDoesNotExist):
                 page = loader.render_to_string("503.html", {"retry_after": rejection.retry_after}, request)

@@ -120,4 +120,4 @@ def _redis_source(configured: Mapping[str, Any]) -> Any:
 def _client(cache: Any) -> Any:
     # Django's RedisCache has no public access to its client.  django-redis documents ``client`` for other caches.
     client = cache._cache if isinstance(cache, RedisCache) else cache.client  # noqa: SLF001
-    return client.get_client(write=True)
+    return client.get_client(write=True)  # pyright: ignore[reportAttributeAccessIssue]

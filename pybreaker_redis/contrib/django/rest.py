@@ -21,6 +21,6 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Any:
         unavailable = exceptions.APIException(DETAIL_TEXT, code="service_unavailable")
         unavailable.status_code = STATUS_UNAVAILABLE
         # The framework writes ``Retry-After`` from this attribute.
-        unavailable.wait = retry_after_header(error)
+        unavailable.wait = retry_after_header(error)  # pyright: ignore[reportAttributeAccessIssue]
         error = unavailable
     return views.exception_handler(error, context)
