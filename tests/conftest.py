@@ -241,7 +241,7 @@ def visits(tmp_path: Path) -> Visits:
 # -- views -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=PROTOCOLS, ids=lambda protocol: f"resp{protocol}")
+@pytest.fixture(params=selection.but_for(PROTOCOLS[:1], PROTOCOLS), ids=lambda protocol: f"resp{protocol}")
 def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Protocol of the push connection: the highest one that the client supports, or a forced lower one."""
     if request.param != max(PROTOCOLS):

@@ -102,6 +102,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @needs_proc
+@pytest.mark.full
 def test_demo_shows_every_act_and_cleans_up(demo: Demo):
     """The first command of the README works, names its server, reports figures, and leaves no process and no file."""
     running = demo.start("--seconds", "2")

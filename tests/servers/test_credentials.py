@@ -262,6 +262,7 @@ def cluster(preferred: FoundServer) -> Iterator[PrivateServer]:
             operator.config_set("requirepass", "")
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(redis, "RedisCluster"), reason="this redis-py has no clusters")
 def test_cluster_client_with_renamed_keys_gets_its_new_password(cluster: PrivateServer) -> None:
     """Plain clients query the nodes, with the names of keys and the present password of the cluster client."""

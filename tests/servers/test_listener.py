@@ -574,10 +574,9 @@ def test_no_thread_starts_in_the_master_of_uwsgi(server, client, monkeypatch, ca
 def test_worker_of_uwsgi_listens_if_its_threads_run(server, client, monkeypatch, caplog, options):
     """If no threads run, one line states the cost."""
     monkeypatch.setitem(sys.modules, "uwsgi", UWSGI(1, **options))
-    for number in range(2):
-        breaker = breaker_on(client, f"circuit{number}")
-        for _ in range(2):
-            breaker.call(up)
+    breakers = [breaker_on(client, f"circuit{number}") for number in range(2)]
+    for breaker in breakers * 2:
+        breaker.call(up)
     assert len(listeners()) == bool(options)
     lines = messages_of(caplog, server, "circuit0", "circuit1")
     assert len(lines) == (not options)

@@ -695,6 +695,7 @@ class TestStatus:
             assert len(client.keys()) == 4
             assert client.mget(damage) == list(damage.values())
 
+    @pytest.mark.full
     @pytest.mark.usefixtures("no_listeners")
     @pytest.mark.skipif(not has_clusters(), reason="this redis-py has no clusters")
     def test_status_costs_one_round_trip_for_each_node_of_a_cluster(self, cluster: Nodes, monkeypatch: Any) -> None:
