@@ -89,7 +89,7 @@ def breaker_of(error: CircuitBreakerError) -> CircuitBreaker | None:
 
 
 def retry_after(breaker_or_error: CircuitBreaker | CircuitBreakerError) -> float:
-    """Return the seconds until a circuit may admit a call, as far as this process knows.
+    """Return the seconds until a circuit may admit a call, by the view of this process.
 
     In steady state no request is made.  While another call probes: until the end of its lease, at the latest.
 

@@ -1,9 +1,9 @@
 """Methods of pybreaker that call a storage: which one does, found by the frames of the stack.
 
 The storage interface has no operation for "this is a failure", "the breaker noticed" or "the breaker closes": the same
-`reset_counter()` serves three purposes.  The order of a thread's operations nearly tells the purposes apart.  The order
-misleads when a listener, a health check or the guarded function itself reads the breaker in between.  The caller does
-not mislead.  The look at a few frames only happens where a round trip follows anyway.
+`reset_counter()` serves three purposes.  The order of a thread's operations nearly distinguishes the purposes.  That
+order misleads when a listener, a health check or the guarded function itself reads the breaker in between.  The caller
+does not mislead.  The look at a few frames only happens where a round trip follows anyway.
 
 Frames between a storage and the calling method of pybreaker 1.4 are passed over: they are overrides and wrappers.  The
 walk ends where a guarded function or a listener begins: their operations are by hand.

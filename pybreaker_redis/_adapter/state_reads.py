@@ -190,7 +190,7 @@ class StateReads(CircuitBreakerStorage):
             context.was_accepted = reply.accepted
             context.last_seen = Admission(circuit.generation, circuit.probe_token)
         if circuit.state == HALF_OPEN and (reply.repair_note == "created" or isinstance(intent, SetState)):
-            # The caller that asked for the state is its first prober, until another one claims.
+            # The caller that read the state is its first prober, until another one claims.
             context.half_opened_generation = circuit.generation
         return reply
 

@@ -1,7 +1,7 @@
 """Circuit of this process alone, for the time in which the shared one cannot be used.
 
 The local circuit goes on from the shared one.  A circuit that is known to be open stays open: the loss of Redis opens
-no gate.  `_circuits/reconcile.py` keeps the account of what the shared circuit has to learn afterwards.
+no gate.  `_circuits/reconcile.py` keeps the account of what the shared circuit must add afterwards.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class LocalCircuit(ForkSafe):
     def reconcile(
         self, read_known: Callable[[], Circuit | None], run_shared: Callable[[Intent], Reply]
     ) -> Reconciliation:
-        """Report what the shared circuit has to learn, and end the run if everything was reported.
+        """Report what the shared circuit must add, and end the run if everything was reported.
 
         An error of the client passes unchanged, and the run goes on.
 
@@ -148,7 +148,7 @@ class LocalCircuit(ForkSafe):
         return not report.intents and self.end_run(report)
 
     def draft_report(self, known: Circuit | None) -> LocalReport:
-        """Return what the shared circuit has to learn.  See `Ledger.compile_report`."""
+        """Return what the shared circuit must add.  See `Ledger.compile_report`."""
         with self._lock:
             return self._ledger.compile_report(known, self._clock(), is_active=self.is_active)
 

@@ -55,7 +55,7 @@ class ProbeTokens:
         self._pid = 0
 
     def take(self, token: str) -> bool:
-        """Take an offered token for one caller.  Every other caller that asks for the token is refused."""
+        """Take an offered token for one caller.  Every other caller that claims the token is refused."""
         self._forget_in_child()
         return self._offered.pop(token, self) is None
 

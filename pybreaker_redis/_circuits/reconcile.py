@@ -1,4 +1,4 @@
-"""Account of a local circuit: what it counted, and what of that the shared circuit has to learn.
+"""Account of a local circuit: what it counted, and what of that the shared circuit must add.
 
 A local circuit goes on from the shared one.  As long as the local circuit has not moved, reports of calls that were
 admitted in that very generation of the shared circuit count.  From then on the two have different generations, so that
@@ -125,7 +125,7 @@ class Ledger:
             self._in_doubt = 0
 
     def compile_report(self, known: Circuit | None, now_ms: float, *, is_active: bool) -> LocalReport:
-        """Return what the shared circuit has to learn: the trip, or the counts of a circuit that never moved.
+        """Return what the shared circuit must add: the trip, or the counts of a circuit that never moved.
 
         Args:
             known: The shared circuit at present.  A ledger without a base can report to a closed one only.

@@ -19,7 +19,7 @@ class Script(NamedTuple):
     """Lua script as the server receives the script.
 
     Attributes:
-        source: Source for EVAL.  Bytes, because a client may have an encoding that lacks some characters.
+        source: Source for EVAL.  Bytes, because a client may have an encoding that does not have some characters.
         sha1: Digest for EVALSHA.
     """
 

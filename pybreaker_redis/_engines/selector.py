@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -120,12 +119,8 @@ class EngineSelector:
             self.current = replace(choice, engine=transactions, channel="")
         self.missing.append((MissingFeature.SCRIPTS, str(reason)))
 
-    def take_missing_features(self) -> Iterator[tuple[MissingFeature, str]]:
-        """Yield and remove the features that engines have missed, each with the server's refusal."""
-        while self.missing:
-            try:
-                item = self.missing.popleft()
-            except IndexError:
-                # Another thread has taken the last one.
-                return
-            yield item
+    def take_missing_features(self) -> list[tuple[MissingFeature, str]]:
+        """Return and remove the features that engines have missed, each with the server's refusal."""
+        # One thread at a time.  Others may add features meanwhile.
+        with self.lock:
+            return [self.missing.popleft() for _ in range(len(self.missing))]

@@ -1,8 +1,8 @@
 """Fast path: decide a call from memory, without locks or Redis.
 
 A closed circuit admits every call, and an open one rejects every call.  A success without failures before it need not
-be reported.  While the process knows that, the fast path decides a guarded success by two comparisons.  Every other
-call takes the slow path, which decides alike.
+be reported.  While the process trusts a record of that kind, the fast path decides a guarded success by two
+comparisons.  Every other call takes the slow path, which decides alike.
 
 An admission is an object, and not only a number.  `FastPath.keep_only` drops the object when a breaker leaves the
 closed state.  So a breaker that still carries the object has been closed since, and has no transition to notice.  The

@@ -302,7 +302,7 @@ class Reply:
         circuit: Circuit after the decision.
         now_ms: Time of the decision by the engine's clock, milliseconds since the epoch.
         repair_note: Condition of the record before the decision: ``created``, ``restored`` (lost, and restored
-            from what the process knew), ``repaired NAME…`` (damaged values), or empty (sound).
+            from the last read of the process), ``repaired NAME…`` (damaged values), or empty (sound).
     """
 
     accepted: bool

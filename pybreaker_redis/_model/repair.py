@@ -18,8 +18,8 @@ class ResolvedRecord:
 
     Attributes:
         circuit: The circuit.
-        repair_note: Condition of the record: ``created``, ``restored`` (lost, and restored from what the process knew),
-            ``repaired NAME…`` (damaged values), or empty (sound).
+        repair_note: Condition of the record: ``created``, ``restored`` (lost, and restored from the last
+            read of the process), ``repaired NAME…`` (damaged values), or empty (sound).
     """
 
     circuit: Circuit
@@ -29,7 +29,7 @@ class ResolvedRecord:
 def resolve_record(found: StoredRecord, known: Circuit | None, state_if_missing: str, now_ms: int) -> ResolvedRecord:
     """Return the circuit of a record: repair damaged values, adopt foreign writes, restore lost data.
 
-    The hash holds the last transition of this package.  If the process knows a later transition, the server has lost
+    The hash holds the last transition of this package.  If the process has read a later transition, the server has lost
     data.  The known circuit then replaces the hash, and a state that agrees with the older hash.  A state that differs
     from the hash was written by pybreaker's own storage or by redis-cli.  Such a state is adopted as a transition.
 
@@ -95,7 +95,7 @@ def _last_transition(found: StoredRecord, known: Circuit | None) -> tuple[Circui
     continues in a new generation with a free probe.  The holder of the probe has another generation, or has reported.
 
     Within a generation, the probe becomes free once, and the next claim begins a new generation.  So a record is older,
-    too, if a call holds the probe there that the process knows as free.  The server has lost the report.
+    too, if a call holds the probe there that the process has read as free.  The server has lost the report.
     """
     stored = found.hash_circuit or Circuit()
     if known is None or known.generation < stored.generation:

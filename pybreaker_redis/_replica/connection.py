@@ -222,7 +222,7 @@ class PushConnection:
 
     def _set_up(self) -> None:
         for connection in self._connections:
-            # A user of the server may lack the right to CLIENT.  The connection works without its name and tracking.
+            # A user of the server may have no right to CLIENT.  The connection works without its name and tracking.
             self._send(connection, [("CLIENT", "SETNAME", CONNECTION_NAME)])
             self._read(connection)
         if self._is_single:

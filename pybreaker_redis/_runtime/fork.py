@@ -53,9 +53,9 @@ def renew() -> None:
     with _renewal_locks.setdefault(pid, threading.RLock()):
         if process_id == pid:
             return
-        for reference in _instances.valuerefs():
-            if (instance := reference()) is not None:
-                instance._renew_in_child()  # noqa: SLF001
+        living = [instance for reference in _instances.valuerefs() if (instance := reference()) is not None]
+        for instance in living:
+            instance._renew_in_child()  # noqa: SLF001
         process_id = pid
 
 

@@ -195,7 +195,7 @@ class Server(ForkSafe):
         ):
             return
         outage = self.availability.note_failure(error)
-        # In this order: no member may trust an answer that another thread gets once callers are kept away.  A call
+        # In this order: no member may trust an answer that another thread gets once callers may not query.  A call
         # would be admitted by the shared circuit and settled on the local one.
         for item in [member] if outage is None else self.current_members():
             item.on_server_lost()

@@ -23,7 +23,7 @@ class BreakerTask(Task):
 
     Any `CircuitBreakerError` that leaves the task counts as a rejection.  With *throw_new_error_on_trip*, the default
     of pybreaker, the call that opens the circuit raises this error, too.  With ``False`` that call raises the
-    dependency's error.  The task then fails, or retries as ``autoretry_for`` says.
+    dependency's error.  The task then fails, or retries as ``autoretry_for`` specifies.
 
     A task that is called as a function, or runs in eager mode, raises the error at once, because its caller waits.
     """

@@ -9,9 +9,12 @@ import pytest
 import redis
 
 from pybreaker_redis._replica.listener import listener_for
+from pybreaker_redis._servers.server import Server
 from pybreaker_redis._servers.table import server_for
+from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import breaker_on, settled, up
 from tests.support.inspect import listeners
+from tests.support.logs import messages_of
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("no_listeners", "patient")
@@ -74,6 +77,19 @@ def test_circuits_that_need_one_slot_share_no_command(
                 seen.append({name for name in STORAGES if name in command})
             assert len(seen) < COMMANDS_MAX
     assert all(len(names) == 1 for names in seen if names & {"one-slot", "another-slot"})
+
+
+def test_listener_that_cannot_connect_like_the_client_is_refused(
+    server: PrivateServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without an endpoint for push connections, calls read the circuit, and one line states the cost."""
+    monkeypatch.setattr(Server, "push_endpoint", None)
+    breaker = breaker_on(client, "without-endpoint")
+    assert breaker.call(up) == "answer"
+    wait_for(lambda: messages_of(caplog, server), "the refusal is logged")
+    (line,) = messages_of(caplog, server)
+    assert "no connection like those of the client can be made" in line
+    assert breaker.call(up) == "answer"
 
 
 def test_pools_of_one_server_share_credentials(client: redis.Redis) -> None:

@@ -16,7 +16,7 @@ from pybreaker_redis.contrib._http import STATUS_UNAVAILABLE, rejection_response
 class CircuitBreakerMiddleware(MiddlewareMixin):
     """Middleware that answers 503 with ``Retry-After`` when a view raises `CircuitBreakerError`.
 
-    The body is JSON for clients that ask for JSON.  For others it is the project's template ``503.html``, or a line of
+    The body is JSON for clients that accept JSON.  For others it is the project's template ``503.html``, or a line of
     text where the project has no such template.
     """
 
