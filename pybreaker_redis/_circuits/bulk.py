@@ -47,9 +47,8 @@ class ReturningCircuit(Member, Protocol):
         """Whether calls use the local circuit, so that there may be failures to report."""
         ...
 
-    @property
-    def read_request(self) -> ReadRequest:
-        """What is needed to read the circuit together with others."""
+    def locate_read_request(self) -> ReadRequest:
+        """Locate the circuit, and return the request that reads it together with others."""
         ...
 
     def run_shared(self, intent: Intent) -> Reply:
@@ -178,7 +177,7 @@ def _batches(members: Sequence[ReturningCircuit]) -> Iterator[list[tuple[Returni
     together: dict[int, list[tuple[ReturningCircuit, ReadRequest]]] = {}
     for member in members:
         with suppress_except(ErrorKind.UNREACHABLE):
-            request = member.read_request
+            request = member.locate_read_request()
             pool = getattr(request.client, "connection_pool", request.client)
             together.setdefault(id(pool), []).append((member, request))
     for group in together.values():
@@ -239,9 +238,8 @@ class OperatedCircuit(Protocol):
         """Address of the server.  Empty while the circuit was not used."""
         ...
 
-    @property
-    def read_request(self) -> ReadRequest:
-        """What is needed to read the circuit together with others."""
+    def locate_read_request(self) -> ReadRequest:
+        """Locate the circuit, and return the request that reads it together with others."""
         ...
 
     def run_shared(self, intent: Intent) -> Reply:
@@ -271,7 +269,7 @@ def read_for_operator(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
 def _read_all(circuits: Sequence[OperatedCircuit]) -> list[Reply]:
     together: dict[int, list[tuple[OperatedCircuit, ReadRequest]]] = {}
     for circuit in circuits:
-        request = circuit.read_request
+        request = circuit.locate_read_request()
         pool = getattr(request.client, "connection_pool", request.client)
         together.setdefault(id(pool), []).append((circuit, request))
     replies: dict[OperatedCircuit, Reply] = {}

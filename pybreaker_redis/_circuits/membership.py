@@ -99,9 +99,8 @@ class MemberCircuit(SwitchedCircuit):
         """Carry out an intent on the shared circuit, wherever it is.  See `Failover.run_shared`."""
         raise NotImplementedError
 
-    @property
-    def read_request(self) -> ReadRequest:
-        """What is needed to read the circuit together with others.  Locates the circuit at first use."""
+    def locate_read_request(self) -> ReadRequest:
+        """Locate the circuit, and return the request that reads it together with others."""
         return self.shared.read_request_at(self.shared.selector.current or self._locate())
 
     def verify_writable(self) -> None:

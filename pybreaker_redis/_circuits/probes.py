@@ -8,7 +8,6 @@ generation.  The server then refuses whatever it executes late for the former ca
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from pybreaker_redis._model.intents import (
     RecordSuccess,
     Reply,
 )
+from pybreaker_redis._runtime.fork import ForkSafe
 
 #: Most offered tokens that are kept.  Each outage or recovery leaves a few.
 PROBE_TOKENS_MAX = 256
@@ -41,7 +41,7 @@ _CLAIMED: ContextVar[tuple[str, ...]] = ContextVar("probes claimed", default=())
 _GO_ON = (ClaimProbe, RecordFailure, RecordSuccess)
 
 
-class ProbeTokens:
+class ProbeTokens(ForkSafe):
     """Tokens of the probes of this process: claimed ones, and ones that may be claimed instead.
 
     Tokens are random, so one set serves all circuits.  A token in no record does no harm.  Forked children start empty:
@@ -52,16 +52,17 @@ class ProbeTokens:
         self._offered: dict[str, None] = {}
         #: Tokens that were offered, also those that were taken since.
         self._ended: dict[str, None] = {}
-        self._pid = 0
+        super().__init__()
+
+    def _reset_in_child(self) -> None:
+        self._offered, self._ended = {}, {}
 
     def take(self, token: str) -> bool:
         """Take an offered token for one caller.  Every other caller that claims the token is refused."""
-        self._forget_in_child()
         return self._offered.pop(token, self) is None
 
     def release(self, token: str) -> None:
         """Offer a token to the callers of this process, in place of the oldest if there are too many."""
-        self._forget_in_child()
         for tokens in (self._offered, self._ended):
             tokens[token] = None
             # The list is a copy, made in one step: other threads take and release tokens meanwhile.
@@ -70,8 +71,7 @@ class ProbeTokens:
 
     def has_ended(self, token: str) -> bool:
         """Whether no call holds the token, though a record may still name the token while another caller claims."""
-        # Tokens of the parent process are no business of a child.
-        return self._pid == os.getpid() and (token in self._ended or token in self._offered)
+        return token in self._ended or token in self._offered
 
     def track(self, run: Callable[[Intent], Reply], intent: Intent, token: str) -> Reply:
         """Carry out an intent that names a probe, and offer the probe's token once no call holds the probe.
@@ -97,13 +97,9 @@ class ProbeTokens:
     def mask_free_probe(self, reply: Reply) -> Reply:
         """Return a reply as this process may use it: a probe that none of its calls holds is free."""
         circuit = reply.circuit
-        if circuit.state == HALF_OPEN and self._pid == os.getpid() and circuit.probe_token in self._offered:
+        if circuit.state == HALF_OPEN and circuit.probe_token in self._offered:
             return replace(reply, circuit=replace(circuit, probe_until_ms=0))
         return reply
-
-    def _forget_in_child(self) -> None:
-        if self._pid != os.getpid():
-            self._offered, self._ended, self._pid = {}, {}, os.getpid()
 
 
 def _goes_on(intent: Intent, reply: Reply) -> bool:
@@ -117,17 +113,21 @@ def _goes_on(intent: Intent, reply: Reply) -> bool:
 PROBE_TOKENS = ProbeTokens()
 
 
-class HeldProbes:
-    """Claims of one circuit's probe by threads of this process."""
+class HeldProbes(ForkSafe):
+    """Claims of one circuit's probe by threads of this process.  A forked child starts without any."""
 
     def __init__(self) -> None:
-        #: Process and thread of each claim, the newest last.
-        self._claims: dict[str, tuple[int, int]] = {}
+        #: Thread of each claim, the newest last.
+        self._claims: dict[str, int] = {}
+        super().__init__()
+
+    def _reset_in_child(self) -> None:
+        self._claims = {}
 
     def claim(self, token: str) -> None:
         """Note that the running thread and context hold a granted probe, instead of the thread that held the probe."""
         # Looked up at each call: gevent replaces the function, in gunicorn's workers after the application was loaded.
-        self._claims[token] = os.getpid(), threading.get_ident()
+        self._claims[token] = threading.get_ident()
         for oldest in list(self._claims)[:-CLAIMS_PER_CIRCUIT_MAX]:
             self._claims.pop(oldest, None)
         _CLAIMED.set((*_CLAIMED.get()[1 - CLAIMS_PER_CONTEXT_MAX :], token))
@@ -135,7 +135,7 @@ class HeldProbes:
     def is_held_here(self, token: str) -> bool:
         """Whether the running thread claimed the probe in the running context, and the probe has not ended."""
         return (
-            self._claims.get(token) == (os.getpid(), threading.get_ident())
+            self._claims.get(token) == threading.get_ident()
             and token in _CLAIMED.get()
             and not PROBE_TOKENS.has_ended(token)
         )

@@ -159,7 +159,7 @@ class SharedCircuit:
             if choice is None or not self._subscription.is_start_due:
                 return
             if choice.channel:
-                self._subscription.start(server, choice.keys, choice.channel, is_one_slot=choice.is_one_slot)
+                self._subscription.begin(server, choice.keys, choice.channel, is_one_slot=choice.is_one_slot)
                 return
             self._subscription.disable()
             if choice.engine.mode == LUA_MODE:
@@ -172,7 +172,7 @@ class SharedCircuit:
     @property
     def push(self) -> PushMode | None:
         """Kind of the subscription, and version of the server.  ``None`` if the circuit is not subscribed."""
-        return self._subscription.push_mode
+        return self._subscription.active_push_mode
 
     # Location -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class SharedCircuit:
         with self._subscription.lock:
             if not self.selector.discard(choice):
                 return
-            self._subscription.stop()
+            self._subscription.end()
         # The next server has another clock.
         self._view.clock_offset.mark_unconfirmed()
 

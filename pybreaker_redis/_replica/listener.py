@@ -108,7 +108,7 @@ class Listener:
         self._server.availability.wake_waiters()
 
     @property
-    def push_mode(self) -> PushMode | None:
+    def session_push_mode(self) -> PushMode | None:
         """How changes are received, ``None`` without a connection."""
         session = self.session
         return session.connection.push_mode if session else None

@@ -55,7 +55,7 @@ class Subscription(ForkSafe):
         thread = listener.thread if listener else None
         return not (thread and thread.is_alive()) and monotonic() >= self._next_start_at
 
-    def start(self, server: Server, keys: tuple[str, ...], channel: str, *, is_one_slot: bool) -> None:
+    def begin(self, server: Server, keys: tuple[str, ...], channel: str, *, is_one_slot: bool) -> None:
         """Subscribe the circuit.
 
         Args:
@@ -72,11 +72,11 @@ class Subscription(ForkSafe):
             self._listener.add_view(self._view, keys, channel, is_one_slot=is_one_slot)
 
     def disable(self) -> None:
-        """Make no start due until the next `stop`: there is no channel, or no way to connect."""
+        """Make no start due until the next `end`: there is no channel, or no way to connect."""
         with self._lock:
             self._next_start_at = math.inf
 
-    def stop(self) -> None:
+    def end(self) -> None:
         """End the subscription.  A new start is due at once."""
         with self._lock:
             listener, self._listener, self._next_start_at = self._listener, None, 0.0
@@ -100,7 +100,7 @@ class Subscription(ForkSafe):
             listener.share_answer_with_siblings(self._view, self._channel, circuit, now_ms)
 
     @property
-    def push_mode(self) -> PushMode | None:
+    def active_push_mode(self) -> PushMode | None:
         """How the circuit is subscribed, ``None`` if it is not."""
         listener = self._listener
-        return listener.push_mode if listener is not None and self._view.is_subscribed else None
+        return listener.session_push_mode if listener is not None and self._view.is_subscribed else None

@@ -5,7 +5,11 @@ thread that keeps data fresh does not exist there either.  So each class with a 
 `ForkSafe`.
 
 uWSGI forks without Python's hooks.  Code that depends on the process therefore compares ``os.getpid()`` with
-`process_id`, and calls `renew` if they differ.
+`process_id`, and calls `renew` if they differ.  Every call of a breaker does so first (`CallContexts.current`).
+
+Two things carry the id of their process instead.  Locks and thread-local storage that gevent replaces only after the
+fork are made at first use in each process.  A claim on a state object names the process that claimed, because state
+objects belong to `pybreaker`.
 """
 
 from __future__ import annotations

@@ -62,7 +62,14 @@ def identify_binary(binary: str, origin: str) -> FoundServer | None:
     # A binary for another platform raises OSError, and one that hangs reaches the timeout.
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         answer = subprocess.run(
-            [binary, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False
+            [binary, "--version"],
+            capture_output=True,
+            # A program that is no server may write anything.
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=10,
+            check=False,
         ).stdout
     match = re.match(r"(Redis|Valkey) server v=(\S+)", answer)
     return FoundServer(binary, origin, *match.groups()) if match else None
@@ -83,7 +90,7 @@ def _candidates() -> Iterator[tuple[str, str]]:
         # find_spec does not import the package.
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or () if spec else ():
-            for path in Path(folder).glob(pattern):
+            for path in sorted(Path(folder).glob(pattern)):
                 yield str(path), f"pip package {package.replace('_', '-')}"
     for program in SERVER_PROGRAMS:
         # Each directory is searched, because a pip package may hide a server of the system.

@@ -144,13 +144,14 @@ def test_lost_trip_is_restored_by_a_process_that_saw_it(fleet: Fleet) -> None:
     breaker = fleet.breaker(reset_timeout=1.0)
     assert passes(breaker)
     before = fleet.snapshot()
+    began = time.monotonic()
     trip(breaker)
-    opened = time.monotonic()
     fleet.lose(before)
     assert not passes(breaker)
     assert fleet.state == OPEN
     wait_for(lambda: passes(fleet.breaker(reset_timeout=1.0)), "the recovery")
-    assert time.monotonic() - opened >= 1.0
+    # The server's clock counts in whole milliseconds.
+    assert time.monotonic() - began >= 0.999
 
 
 def test_lost_claim_is_restored_with_its_lease(fleet: Fleet) -> None:

@@ -376,8 +376,7 @@ class Lone:
         self._question = read_request
         self.shared: Any = self
 
-    @property
-    def read_request(self) -> Any:
+    def locate_read_request(self) -> Any:
         """Request that a batch would send for this circuit."""
         if self._question is None:
             raise LookupError
@@ -477,7 +476,7 @@ def test_error_of_a_batch_is_left_for_later_or_raised(why: str, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_two_thousand_circuits_return_quickly_beside_a_busy_thread(site: Site, report: Callable[[str], None]) -> None:
-    """Beside a busy thread individual round trips would take half a minute for 5,000 circuits."""
+    """Circuits return together: beside a busy thread each round trip takes about 5 ms, whatever it carries."""
     breakers = [breaker_on(site.client(), f"circuit{number}", timeout=10.0) for number in range(2000)]
     for breaker in breakers:
         breaker.call(up)
@@ -492,18 +491,23 @@ def test_two_thousand_circuits_return_quickly_beside_a_busy_thread(site: Site, r
     wait_for(lambda: is_unreachable_for(breakers[0]), "the outage is noticed")
     for breaker in breakers:
         breaker.call(up)
+    # An attempt that began before the last call does not read all circuits together.
+    attempts = health_of(breakers[0]).attempts
+    wait_for(lambda: health_of(breakers[0]).attempts > attempts, "an attempt fails")
     busy = threading.Thread(target=spin)
     busy.start()
     try:
         began = time.monotonic()
+        requests_before = site.proxy.request_count
         site.proxy.listen()
         wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all have returned", within=60)
         seconds = time.monotonic() - began
     finally:
         is_over.set()
         busy.join()
-    report(f"2,000 circuits returned in {seconds:.1f} s beside a busy thread")
-    assert seconds < 6
+    requests = site.proxy.request_count - requests_before
+    report(f"2,000 circuits returned in {seconds:.1f} s beside a busy thread, with {requests} requests")
+    assert requests < 200
 
 
 # -- the log -----------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Proxy:
         delay: Shortest and longest delay for ``slow``, seconds.
         forbidden: Bytes that end the connection that sends them.  Empty bytes end none.
         closed_count: Number of connections that `forbidden` bytes ended.
+        request_count: Number of pieces that clients sent.  Requests that are sent together make one piece, mostly.
         replaced: Replacements in replies.
         failing_requests: Number of further requests that end their connection instead of reaching the server.
     """
@@ -42,6 +43,7 @@ class Proxy:
         self.failing_requests = 0
         self.forbidden = b""
         self.closed_count = 0
+        self.request_count = 0
         self._unix_socket = unix_socket
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._subscribed: set[tuple[socket.socket, ...]] = set()
@@ -139,6 +141,8 @@ class Proxy:
     def _pass_on(self, source: socket.socket, target: socket.socket, *pair: socket.socket) -> None:
         with self._both_ending(*pair):
             while piece := source.recv(65536):
+                with self._lock:
+                    self.request_count += 1
                 if self.failing_requests > 0:
                     self.failing_requests -= 1
                     return
