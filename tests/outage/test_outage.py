@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
+from pybreaker_redis._circuits import probes
 from pybreaker_redis._servers import availability
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import Down, breaker_on, down, settled, up
@@ -426,6 +427,9 @@ def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
     """The attempts, calls, trips and probes of an hour's outage allocate no lasting memory."""
     monkeypatch.setattr(availability, "RETRY_DELAY_MAX_S", 0.001)
     monkeypatch.setattr(availability, "RETRY_DELAY_MIN_S", 0.001)
+    # The tables of probes have as many entries as they may have before the first measurement.
+    monkeypatch.setattr(probes, "PROBE_TOKENS_MAX", 8)
+    monkeypatch.setattr(probes, "CLAIMS_PER_CIRCUIT_MAX", 8)
     breaker = settled(breaker_on(site.client(), fail_max=3, reset_timeout=0.01))
     server_of(breaker).availability.retry_delay_max_s = 0.001
     site.proxy.refuse()
@@ -444,7 +448,6 @@ def test_hour_without_redis_takes_no_memory(site: Site, monkeypatch):
 
     tracemalloc.start()
     try:
-        # By then the tables of probes have as many entries as they may have.
         before = spend(1500)
         after = spend(5100)
     finally:
