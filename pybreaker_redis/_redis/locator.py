@@ -19,7 +19,7 @@ from pybreaker_redis._redis.classify import (
 from pybreaker_redis._redis.cluster import ClusterTopology, topology_behind_node, topology_of
 from pybreaker_redis._redis.endpoint import Address, connection_arguments_of, endpoint_of
 from pybreaker_redis._redis.keys import KEY_BASE, circuit_keys, plain_copy, server_key_names, slot_of, unwrap_client
-from pybreaker_redis._redis.pool import replace_credentials
+from pybreaker_redis._redis.pool import has_new_credentials, replace_credentials
 from pybreaker_redis._redis.sentinel import is_demoted_master, sentinel_pool_of
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 
@@ -164,6 +164,9 @@ class CircuitLocator:
 
     def _reload_credentials(self, client: Any) -> bool:
         """Read the present credentials of the client source, and return whether a retry is worthwhile."""
+        if has_new_credentials(client):
+            # Several threads are rejected at the same time, and one call of the client source serves all of them.
+            return True
         present = None
         # The client source may raise anything.  The next attempt calls it again.
         with suppress_errors():

@@ -167,8 +167,19 @@ def replace_credentials(client: Any, arguments: Mapping[str, Any]) -> bool:
     Returns:
         Whether a retry is worthwhile, because the credentials differ or have changed a moment ago.
     """
+    credentials = _credentials_in(client)
+    return credentials is not None and credentials.switch_arguments(arguments)
+
+
+def has_new_credentials(client: Any) -> bool:
+    """Whether the credentials of this package's connections have changed within `NEW_CREDENTIALS_S`."""
+    credentials = _credentials_in(client)
+    return credentials is not None and credentials.is_new
+
+
+def _credentials_in(client: Any) -> Credentials | None:
     credentials = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {}).get("credentials")
-    return isinstance(credentials, Credentials) and credentials.switch_arguments(arguments)
+    return credentials if isinstance(credentials, Credentials) else None
 
 
 def _copy_client(
@@ -259,6 +270,11 @@ class Credentials:
         before, self._arguments = credentials_of(self._arguments), arguments
         if credentials_of(arguments) != before:
             self._switched_at = monotonic()
+        return self.is_new
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the credentials have changed within `NEW_CREDENTIALS_S`."""
         return monotonic() - self._switched_at < NEW_CREDENTIALS_S
 
 

@@ -19,7 +19,7 @@ from pybreaker_redis._redis import pool
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.endpoint import connection_arguments_of, endpoint_of
 from pybreaker_redis._redis.keys import CLUSTER_SLOT_COUNT
-from pybreaker_redis._redis.pool import bounded_client, replace_credentials
+from pybreaker_redis._redis.pool import bounded_client, has_new_credentials, replace_credentials
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up
@@ -232,6 +232,7 @@ def test_credentials_of_an_application_client_do_not_change() -> None:
     """The application's client keeps its credentials."""
     assert not replace_credentials(redis.Redis(), {"password": "other"})
     assert not replace_credentials(None, {})
+    assert not has_new_credentials(None)
     assert connection_arguments_of(None) == {}
 
 
@@ -243,9 +244,12 @@ def test_rejected_credentials_are_retried_if_others_exist_or_were_just_switched(
     monkeypatch.setattr(pool, "monotonic", lambda: now[0])
     own = bounded_client(redis.Redis(password="one"), 1.0)
     assert not replace_credentials(own, {"password": "one"})
+    assert not has_new_credentials(own)
     assert replace_credentials(own, {"password": "two"})
+    assert has_new_credentials(own)
     assert replace_credentials(own, {"password": "two"})
     now[0] += pool.NEW_CREDENTIALS_S
+    assert not has_new_credentials(own)
     assert not replace_credentials(own, {"password": "two"})
 
 
