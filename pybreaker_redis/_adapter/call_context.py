@@ -108,6 +108,5 @@ class CallContexts:
 
     def _enter_process(self, pid: int) -> threading.local:
         # uWSGI forks without Python's hooks.  No call of this process may use an object before all are renewed.
-        if pid != fork.process_id:
-            fork.renew()
+        fork.renew()
         return self._of_process.setdefault(pid, threading.local())

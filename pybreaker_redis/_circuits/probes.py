@@ -22,7 +22,7 @@ from pybreaker_redis._model.intents import (
     RecordSuccess,
     Reply,
 )
-from pybreaker_redis._runtime.fork import ForkSafe
+from pybreaker_redis._runtime.fork import ForkSafe, renew
 
 #: Most offered tokens that are kept.  Each outage or recovery leaves a few.
 PROBE_TOKENS_MAX = 256
@@ -134,6 +134,8 @@ class HeldProbes(ForkSafe):
 
     def is_held_here(self, token: str) -> bool:
         """Whether the running thread claimed the probe in the running context, and the probe has not ended."""
+        # An operator's question may come before the first call of a process.
+        renew()
         return (
             self._claims.get(token) == threading.get_ident()
             and token in _CLAIMED.get()

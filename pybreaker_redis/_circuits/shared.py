@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -151,8 +150,7 @@ class SharedCircuit:
         Args:
             server: Server of the circuit.
         """
-        if os.getpid() != fork.process_id:
-            fork.renew()
+        fork.renew()
         with self._subscription.lock:
             # Another thread may have subscribed the circuit, or left its location.
             choice = self.selector.current

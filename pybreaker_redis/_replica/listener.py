@@ -10,7 +10,6 @@ waits for the end of the outage.
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import weakref
@@ -224,8 +223,7 @@ class ListenerTable(ForkSafe):
 
     def listener_of(self, server: Server) -> Listener:
         """Return the listener of a server.  Add it if it is new."""
-        if os.getpid() != fork.process_id:
-            fork.renew()
+        fork.renew()
         with self._lock:
             listener = self._by_server.get(server)
             if listener is None:

@@ -4,8 +4,8 @@ A lock that another thread holds during the fork stays held in the child, becaus
 thread that keeps data fresh does not exist there either.  So each class with a lock or with such data derives from
 `ForkSafe`.
 
-uWSGI forks without Python's hooks.  Code that depends on the process therefore compares ``os.getpid()`` with
-`process_id`, and calls `renew` if they differ.  Every call of a breaker does so first (`CallContexts.current`).
+uWSGI forks without Python's hooks.  Code that depends on the process therefore calls `renew` first, which does nothing
+where there was no fork.  So does the first call of each process that leaves the fast path (`CallContexts.current`).
 
 Two things carry the id of their process instead.  Locks and thread-local storage that gevent replaces only after the
 fork are made at first use in each process.  A claim on a state object names the process that claimed, because state
@@ -54,6 +54,8 @@ def renew() -> None:
     """Renew all living objects, once in each process, after a fork."""
     global process_id  # noqa: PLW0603
     pid = os.getpid()
+    if process_id == pid:
+        return
     with _renewal_locks.setdefault(pid, threading.RLock()):
         if process_id == pid:
             return

@@ -11,7 +11,6 @@ turns, one at a time.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import weakref
 from collections import Counter
@@ -265,8 +264,7 @@ class Server(ForkSafe):
 
     def _ensure_retry_thread(self) -> bool:
         """Start the retry thread unless it runs, and return whether it runs."""
-        if os.getpid() != fork.process_id:
-            fork.renew()
+        fork.renew()
         is_running = self._retry_thread.ensure_running()
         if is_running != self.availability.has_retry_thread:
             self.availability.set_retry_thread(is_running)

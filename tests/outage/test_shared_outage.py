@@ -508,6 +508,7 @@ def test_two_thousand_circuits_return_quickly_beside_a_busy_thread(site: Site, r
     requests = site.proxy.request_count - requests_before
     report(f"2,000 circuits returned in {seconds:.1f} s beside a busy thread, with {requests} requests")
     assert requests < 200
+    assert seconds < 6
 
 
 # -- the log -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 from pybreaker import CircuitMemoryStorage as StockMemoryStorage
 
-from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
+from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage, retry_after
 from pybreaker_redis._engines.memory import MemoryEngine
 from pybreaker_redis._model.circuit import CLOSED, Circuit, new_circuit
 from pybreaker_redis._model.intents import Load
@@ -570,6 +570,17 @@ def test_child_of_a_fork_does_not_hold_the_probe_of_its_parent():
             os._exit(0 if storage.state == "open" else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert storage.state == "half-open"
+
+
+def test_operators_question_in_a_child_without_hooks_finds_the_probe_held_elsewhere():
+    """UWSGI forks without Python's hooks, and the first use in a child may be a question, and no call."""
+    breaker = CircuitBreaker(reset_timeout=0, state_storage=CircuitMemoryStorage("open"))
+    with breaker.calling():
+        pid = ctypes.PyDLL(None).fork()
+        if not pid:
+            os._exit(0 if retry_after(breaker) > 0 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert retry_after(breaker) == 0
 
 
 def test_any_thread_may_claim_after_half_open_by_hand(storage_of):
