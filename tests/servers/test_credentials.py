@@ -19,6 +19,7 @@ from pybreaker_redis._redis import pool
 from pybreaker_redis._redis.deadline import deadline
 from pybreaker_redis._redis.endpoint import connection_arguments_of, endpoint_of
 from pybreaker_redis._redis.keys import CLUSTER_SLOT_COUNT
+from pybreaker_redis._redis.locator import CircuitLocator
 from pybreaker_redis._redis.pool import bounded_client, has_new_credentials, replace_credentials
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import PrivateServer
@@ -251,6 +252,23 @@ def test_rejected_credentials_are_retried_if_others_exist_or_were_just_switched(
     now[0] += pool.NEW_CREDENTIALS_S
     assert not has_new_credentials(own)
     assert not replace_credentials(own, {"password": "two"})
+
+
+def test_client_source_is_called_once_for_threads_that_are_rejected_together() -> None:
+    """The client source may query a vault.  A thread whose rejection comes later only tries again."""
+    passwords = ["old"]
+    made = []
+
+    def client_source() -> redis.Redis:
+        made.append(passwords[0])
+        return redis.Redis(password=passwords[0])
+
+    locator = CircuitLocator(client_source, "iam", needs_one_slot=False)
+    own = bounded_client(locator.locate().client, 1.0)
+    passwords[0] = "new"
+    rejection = redis.AuthenticationError("WRONGPASS invalid username-password pair or user is disabled.")
+    assert [locator.relocate(rejection, own) for _ in range(3)] == [True, True, True]
+    assert made == ["old", "new"]
 
 
 @pytest.fixture

@@ -32,9 +32,11 @@ from tests.support.inspect import (
     lock_of,
     record_replies,
     replace_fork_registry,
+    replace_renewal_lock,
     reset_in_child,
     set_memory_engine,
 )
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -1091,6 +1093,40 @@ def test_living_objects_are_renewed_in_a_child(monkeypatch: pytest.MonkeyPatch) 
     fork.renew()
     assert renewed == ["living"], "once in each process"
     assert lock_of(living) is not lock
+
+
+def test_threads_that_notice_the_same_fork_renew_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waited for another one's renewal must not renew again: calls may already use the objects."""
+    replace_fork_registry(monkeypatch)
+    renewed: list[int] = []
+
+    class Inherited(fork.ForkSafe):
+        def _reset_in_child(self) -> None:
+            renewed.append(threading.get_ident())
+
+    class ObservedLock:
+        def __init__(self) -> None:
+            self.lock = threading.RLock()
+            self.waiting: list[int] = []
+
+        def __enter__(self) -> None:
+            self.waiting.append(threading.get_ident())
+            self.lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            self.lock.release()
+
+    observed, living = ObservedLock(), Inherited()
+    replace_renewal_lock(monkeypatch, observed)
+    threads = [threading.Thread(target=fork.renew, daemon=True) for _ in range(3)]
+    with observed.lock:
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: {thread.ident for thread in threads} <= set(observed.waiting), "all threads at the lock")
+    for thread in threads:
+        thread.join(5)
+    assert len(renewed) == 1
+    assert lock_of(living).acquire(blocking=False)
 
 
 def test_first_call_of_a_child_without_hooks_waits_for_no_lock_of_its_parent() -> None:

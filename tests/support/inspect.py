@@ -5,6 +5,7 @@ An *owner* is a breaker, its storage, or the core of the storage.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -595,6 +596,11 @@ def replace_fork_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin with no object that is renewed in child processes."""
     monkeypatch.setattr(fork, "_instances", weakref.WeakValueDictionary())
     monkeypatch.setattr(fork, "process_id", -1)
+
+
+def replace_renewal_lock(monkeypatch: pytest.MonkeyPatch, lock: Any) -> None:
+    """Replace the lock that a process takes after a fork to renew its objects."""
+    monkeypatch.setitem(fork._renewal_locks, os.getpid(), lock)
 
 
 def breakers_made_by(registry: Any) -> Collection[Any]:
