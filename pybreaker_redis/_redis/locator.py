@@ -19,8 +19,9 @@ from pybreaker_redis._redis.classify import (
 from pybreaker_redis._redis.cluster import ClusterTopology, topology_behind_node, topology_of
 from pybreaker_redis._redis.endpoint import Address, connection_arguments_of, endpoint_of
 from pybreaker_redis._redis.keys import KEY_BASE, circuit_keys, plain_copy, server_key_names, slot_of, unwrap_client
-from pybreaker_redis._redis.pool import has_new_credentials, replace_credentials
+from pybreaker_redis._redis.pool import credentials_switched_at, has_new_credentials, replace_credentials
 from pybreaker_redis._redis.sentinel import is_demoted_master, sentinel_pool_of
+from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors
 
 
@@ -167,12 +168,16 @@ class CircuitLocator:
         if has_new_credentials(client):
             # Several threads are rejected at the same time, and one call of the client source serves all of them.
             return True
+        asked_at = monotonic()
         present = None
         # The client source may raise anything.  The next attempt calls it again.
         with suppress_errors():
             present = unwrap_client(self._call_client_source())
         if present is None:
             return False
+        if credentials_switched_at(client) >= asked_at:
+            # Another thread was faster.  What this one has read may be older.
+            return True
         arguments = connection_arguments_of(present)
         if self._cluster is not None:
             self._cluster.update_node_credentials(arguments)

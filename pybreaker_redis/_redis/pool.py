@@ -173,8 +173,13 @@ def replace_credentials(client: Any, arguments: Mapping[str, Any]) -> bool:
 
 def has_new_credentials(client: Any) -> bool:
     """Whether the credentials of this package's connections have changed within `NEW_CREDENTIALS_S`."""
+    return monotonic() - credentials_switched_at(client) < NEW_CREDENTIALS_S
+
+
+def credentials_switched_at(client: Any) -> float:
+    """Return when the credentials on connections of this package changed (`monotonic`, minus infinity if never)."""
     credentials = _credentials_in(client)
-    return credentials is not None and credentials.is_new
+    return -math.inf if credentials is None else credentials.switched_at
 
 
 def _credentials_in(client: Any) -> Credentials | None:
@@ -246,7 +251,8 @@ class Credentials:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._arguments = arguments
-        self._switched_at = -math.inf
+        #: When they changed (`monotonic`, or minus infinity if they never did).
+        self.switched_at = -math.inf
 
     def read_credentials(self) -> dict[str, Any]:
         """Return the present credentials, by the name of the argument."""
@@ -269,13 +275,8 @@ class Credentials:
         """
         before, self._arguments = credentials_of(self._arguments), arguments
         if credentials_of(arguments) != before:
-            self._switched_at = monotonic()
-        return self.is_new
-
-    @property
-    def is_new(self) -> bool:
-        """Whether the credentials have changed within `NEW_CREDENTIALS_S`."""
-        return monotonic() - self._switched_at < NEW_CREDENTIALS_S
+            self.switched_at = monotonic()
+        return monotonic() - self.switched_at < NEW_CREDENTIALS_S
 
 
 def credentials_of(arguments: Mapping[str, Any]) -> dict[str, Any]:

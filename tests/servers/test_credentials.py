@@ -255,7 +255,7 @@ def test_rejected_credentials_are_retried_if_others_exist_or_were_just_switched(
 
 
 def test_client_source_is_called_once_for_threads_that_are_rejected_together() -> None:
-    """The client source may query a vault.  A thread whose rejection comes later only tries again."""
+    """The client source may query a vault.  A thread that is rejected later only tries again."""
     passwords = ["old"]
     made = []
 
@@ -269,6 +269,26 @@ def test_client_source_is_called_once_for_threads_that_are_rejected_together() -
     rejection = redis.AuthenticationError("WRONGPASS invalid username-password pair or user is disabled.")
     assert [locator.relocate(rejection, own) for _ in range(3)] == [True, True, True]
     assert made == ["old", "new"]
+
+
+def test_slow_client_source_does_not_bring_old_credentials_back() -> None:
+    """One thread read the old password, and returns after another one has read and used the new password."""
+    passwords, others = ["old"], [False]
+    rejection = redis.AuthenticationError("WRONGPASS invalid username-password pair or user is disabled.")
+
+    def client_source() -> redis.Redis:
+        client = redis.Redis(password=passwords[0])
+        if others[0]:
+            others[0] = False
+            passwords[0] = "new"
+            assert locator.relocate(rejection, own), "the other thread"
+        return client
+
+    locator = CircuitLocator(client_source, "iam", needs_one_slot=False)
+    own = bounded_client(locator.locate().client, 1.0)
+    others[0] = True
+    assert locator.relocate(rejection, own)
+    assert own.connection_pool.connection_kwargs["credentials"].read_credentials()["password"] == "new"
 
 
 @pytest.fixture
