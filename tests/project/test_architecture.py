@@ -22,6 +22,7 @@ import pybreaker_redis
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import PrivateServer
+from tests.support.public_names import PUBLIC_NAMES
 from tests.support.wait import wait_for
 
 PACKAGE = Path(pybreaker_redis.__file__).parent
@@ -68,32 +69,6 @@ LIBRARIES = {
         "cli.demo",
     ),
     "redis": ("_redis", "_engines.transaction", "testing.servers"),
-}
-
-#: What users may import from each public module.
-PUBLIC_NAMES: dict[str, tuple[str, ...]] = {
-    "": (
-        "BreakerRegistry",
-        "CircuitMemoryStorage",
-        "CircuitRedisStorage",
-        "CircuitStatus",
-        "Health",
-        "PybreakerRedisError",
-        "StorageUnavailableError",
-        "UnusableReplyError",
-        "retry_after",
-    ),
-    "contrib.celery": ("BreakerTask",),
-    "contrib.django": ("breakers",),
-    "contrib.flask": ("Breakers",),
-    "fixtures": ("breaker_clock", "breaker_prefix", "memory_breakers"),
-    "instrument.logging": ("LogListener",),
-    "instrument.prometheus": ("BreakerCollector", "PrometheusListener"),
-    "listeners": ("LogListener",),
-    "prometheus": ("BreakerCollector", "PrometheusListener"),
-    "registry": ("BreakerRegistry", "CircuitStatus", "retry_after"),
-    "testing": ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_prefix"),
-    "testing.servers": ("CLIENT_ERRORS", "PrivateServer", "ServerNotStartedError", "client_at", "free_port"),
 }
 
 

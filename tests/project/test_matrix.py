@@ -1,6 +1,6 @@
 """A short test of each promise, in every kind of place of every server, with the installed client library.
 
-The results become cells of the README's table (`matrix.py`).
+The results become cells of the table in ``docs/reference/compatibility.rst`` (`matrix.py`).
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def test_table_shows_failures_and_missing_runs(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_readme_has_no_cell_that_fails():
-    """Every cell of the README's table was run, and none failed."""
+def test_page_has_no_cell_that_fails():
+    """Every cell of the page's table was run, and none failed."""
     assert written().startswith("=====")
     assert FAILED not in written()
     assert NOT_RUN not in written()

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Folders and files of the project that hold prose, relative to its root.
 PLACES = (
     *("pybreaker_redis", "tests", "benchmarks", "examples", "docs"),
-    *("README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"),
+    *("README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst", "SECURITY.rst"),
     *(".ci/run", "tox.ini", "pyproject.toml", "setup.cfg", "mutation.toml"),
 )
 

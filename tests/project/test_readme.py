@@ -1,66 +1,45 @@
-"""The README: its code runs, its commands are those of CI, its names exist."""
+"""The README and the other pages at the top: their code runs, their commands are those of CI, their names exist."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support.pages import blocks, parse
+from tests.support.pages import blocks, parse, run_python
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.usefixtures("patient")
+#: Most lines of the README: a reader decides here, and reads on in the documentation.
+MAX_LINES = 200
 
 
-@pytest.fixture
-def change_settings(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Function that changes Django's settings, beside a server that ``REDIS_URL`` names."""
-    from django.test import override_settings
-
-    from tests.support import django_project  # noqa: F401 (it configures Django)
-
-    pytest.importorskip("prometheus_client")
-    monkeypatch.setenv("REDIS_URL", server.url)
-    with contextlib.ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(override_settings(**settings))
+def text_of(page: str) -> str:
+    """Return the text of a page."""
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
+def test_readme_is_short():
+    """What does not fit has a page of the documentation."""
+    assert len(text_of("README.rst").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.usefixtures("patient")
 def test_python_blocks_run_in_order(change_settings: Callable[..., None]):
     """All Python blocks of the page, copied from top to bottom, are a working program."""
-    namespace: dict[str, object] = {"__name__": "readme"}
-    shown = list(blocks("python"))
-    assert shown
-    for line, source in shown:
-        # Tracebacks name the README and a line near the block.
-        exec(compile("\n" * max(0, line - 1) + source, "README.rst", "exec"), namespace)
-        if source.startswith("# settings.py"):
-            change_settings(**{name: value for name, value in namespace.items() if name.isupper()})
-
-
-def test_settings_of_the_page_pass_the_checks(change_settings: Callable[..., None]):
-    """The settings of the page pass Django's checks."""
-    from django.core.checks import run_checks
-
-    (source,) = (source for _, source in blocks("python") if source.startswith("# settings.py"))
-    namespace: dict[str, object] = {"os": os}
-    exec(source, namespace)
-    change_settings(**{name: value for name, value in namespace.items() if name.isupper()})
-    assert run_checks(tags=["pybreaker_redis"]) == []
+    assert run_python("README.rst", change_settings)
 
 
 @pytest.mark.parametrize("which", ["demo", "test"])
 def test_ci_runs_the_commands_that_the_readme_shows(which: str):
     """CI reads the two commands from the page, so that they exist once."""
-    page = (ROOT / "README.rst").read_text(encoding="utf-8")
+    page = text_of("README.rst")
     marked = re.search(rf"^\.\. begin-{which}-command$(.*)^\.\. end-{which}-command$", page, re.MULTILINE | re.DOTALL)
     assert marked
     (command,) = re.findall(r"^    (.*)$", marked[1], re.MULTILINE)
     assert command in [source for _, source in blocks("sh")]
-    assert f"readme_command {which}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert f"readme_command {which}" in text_of(".ci/run")
 
 
 def test_every_shell_block_is_one_of_the_two_commands():
@@ -70,9 +49,10 @@ def test_every_shell_block_is_one_of_the_two_commands():
     assert not list(blocks("bash"))
 
 
-def test_migration_is_one_import(server: PrivateServer):
+@pytest.mark.parametrize("page", ["README.rst", "docs/index.rst"])
+def test_migration_is_one_import(server: PrivateServer, page: str):
     """The lines to add and the lines to remove build the same breaker."""
-    ((_, diff),) = blocks("diff")
+    ((_, diff),) = blocks("diff", page)
     use = "CircuitBreaker(state_storage=CircuitRedisStorage('closed', client, 'migration')).current_state"
     with server.client() as client:
         for sign in "-+":
@@ -82,7 +62,7 @@ def test_migration_is_one_import(server: PrivateServer):
             assert eval(use, namespace) == "closed"
 
 
-@pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst", "docs/glossary.rst"])
+@pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst", "SECURITY.rst"])
 def test_page_is_valid(name: str):
     """A package index or code host shows a page with markup errors without a warning."""
     assert parse(name).astext()
@@ -90,8 +70,7 @@ def test_page_is_valid(name: str):
 
 def test_map_names_every_package():
     """A newcomer finds the package to change.  A package that is gone is not on the map."""
-    page = (ROOT / "README.rst").read_text(encoding="utf-8")
-    shown = set(re.findall(r"^``(\w+(?:\.py|/))``  ", page, re.MULTILINE))
+    shown = set(re.findall(r"^``(\w+(?:\.py|/))``  ", text_of("CONTRIBUTING.rst"), re.MULTILINE))
     package = ROOT / "pybreaker_redis"
     modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert shown == modules | {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
@@ -99,8 +78,7 @@ def test_map_names_every_package():
 
 def test_contributing_names_files_that_exist():
     """Each file that "to change X, look there, run that" names is there."""
-    page = (ROOT / "CONTRIBUTING.rst").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?<![\w/])((?:pybreaker_redis|tests|docs|examples)/[\w./]*)", page))
+    named = set(re.findall(r"(?<![\w/])((?:pybreaker_redis|tests|docs|examples)/[\w./]*)", text_of("CONTRIBUTING.rst")))
     assert len(named) > 20
     assert not [path for path in named if not (ROOT / path).exists()]
 
@@ -109,5 +87,5 @@ def test_contributing_repeats_the_test_command_of_the_readme():
     """One command is the default for readers of both pages, and ``--full`` adds to it."""
     (in_readme,) = [source for _, source in blocks("sh") if "pytest" in source]
     command = in_readme.rpartition(" && ")[2].strip()
-    page = (ROOT / "CONTRIBUTING.rst").read_text(encoding="utf-8")
+    page = text_of("CONTRIBUTING.rst")
     assert re.findall(r"^    (.*pytest.*)$", page, re.MULTILINE) == [command, f"{command} --full"]

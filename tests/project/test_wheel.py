@@ -1,4 +1,4 @@
-"""The distribution, tested without the source tree.
+"""The distribution, tested without the source tree, as the shell commands of the documentation install it.
 
 The tests need only pytest and build.  The server comes with what is installed from the wheel.
 """
@@ -6,17 +6,20 @@ The tests need only pytest and build.  The server comes with what is installed f
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.pages import PAGES, blocks, write_files
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.wheel
 
@@ -56,6 +59,21 @@ print("smoke passed")
 """
 
 
+#: Start a server, print its URL, and end with the standard input.
+SERVE = """
+import sys
+from pybreaker_redis.testing.binaries import find_servers
+from pybreaker_redis.testing.servers import PrivateServer
+
+with PrivateServer(find_servers()[0].binary) as server:
+    print(server.url, flush=True)
+    sys.stdin.read()
+"""
+
+#: Most seconds that the shell commands of a page take, most of them for downloads.
+LONGEST_S = 600
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The sdist of this tree, and the wheel that is built from that sdist."""
@@ -75,13 +93,35 @@ def installed(distributions: dict[str, Path], tmp_path_factory: pytest.TempPathF
     return python
 
 
-def run(*command: object, cwd: Path | None = None) -> str:
-    """Run a command that must succeed, without access to this tree, and return its output."""
+@pytest.fixture(scope="module")
+def redis_url(installed: Path) -> Iterator[str]:
+    """URL of a server of this module."""
+    command = [str(installed), "-c", SERVE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        yield server.stdout.readline().strip()
+        # The end of the context closes the standard input, and waits for the server.
+
+
+def run(*command: object, cwd: Path | None = None, **variables: str) -> str:
+    """Run a command that must succeed, without access to this tree, and return its output.
+
+    Args:
+        command: Program and arguments.
+        cwd: Directory in which the command runs.
+        variables: Further environment variables.
+    """
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYBREAKER_REDIS_URL")
     }
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**environment, **variables},
+        check=False,
+        timeout=LONGEST_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -112,7 +152,7 @@ def test_metadata_states_licence_and_dependencies(distributions: dict[str, Path]
     assert metadata["Requires-Python"] == ">=3.10"
     assert not [line for line in metadata.get_all("Classifier", []) if line.startswith("License")]
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert sorted(required) == ["pybreaker>=1.4", "redis>=3.5.3"]
+    assert sorted(required) == ["pybreaker<2,>=1.4", "redis>=3.5.3"]
     assert metadata.get_payload()
 
 
@@ -125,3 +165,19 @@ def test_installed_demo_runs(installed: Path, tmp_path: Path):
     """The demo needs only the wheel and its extra."""
     output = run(installed, "-m", "pybreaker_redis", "demo", "--plain", "--seconds", "2", cwd=tmp_path)
     assert "Everything happened as promised." in output
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks("sh", page))])
+def test_shell_commands_of_a_page_work(
+    distributions: dict[str, Path], redis_url: str, tmp_path: Path, page: str
+) -> None:
+    """A reader copies the commands of a page in their order, beside the files that the page shows."""
+    environment, directory = tmp_path / "venv", tmp_path / "shop"
+    venv.create(environment, with_pip=True)
+    (directory / "dist").mkdir(parents=True)
+    shutil.copy(distributions["wheel"], directory / "dist")
+    write_files(page, directory)
+    path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    # The commands of a page are one script, so that a variable that they set stays set.
+    script = "\n".join(source for _, source in blocks("sh", page))
+    run("bash", "-e", "-c", script, cwd=directory, PATH=path, REDIS_URL=redis_url, VIRTUAL_ENV=str(environment))

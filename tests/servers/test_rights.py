@@ -1,4 +1,4 @@
-"""Rights: the rights that the README lists are sufficient, and none of them can be left out."""
+"""Rights: the rights that ``docs/reference/rights.rst`` lists are sufficient, and none of them can be left out."""
 
 from __future__ import annotations
 
@@ -38,9 +38,13 @@ STALENESS_S = 0.3
 _names = (f"user{number}" for number in itertools.count())
 
 
-def rights_of_readme() -> list[str]:
-    """Return the rules that follow name and password in the README's ``ACL SETUSER``."""
-    page = (ROOT / "README.rst").read_text(encoding="utf-8")
+#: Page with the rights.
+PAGE = ROOT / "docs" / "reference" / "rights.rst"
+
+
+def rights_of_page() -> list[str]:
+    """Return the rules that follow name and password in the page's ``ACL SETUSER``."""
+    page = PAGE.read_text(encoding="utf-8")
     (block,) = re.findall(r"^\.\. begin-rights$.*?^    (ACL .*?)\n\n\.\. end-rights$", page, re.MULTILINE | re.DOTALL)
     first, second, name, on, password, *words = block.split()
     assert (first, second, name, on, password) == ("ACL", "SETUSER", "shop", "on", ">secret")
@@ -48,9 +52,9 @@ def rights_of_readme() -> list[str]:
     return words
 
 
-RIGHTS = [word for word in rights_of_readme() if word[0] in "+~&"]
+RIGHTS = [word for word in rights_of_page() if word[0] in "+~&"]
 
-#: Rights that the README lists for users without scripts.
+#: Rights that the page lists for users without scripts.
 TRANSACTIONS = ["+watch", "+multi", "+exec", "+unwatch"]
 SCRIPTS = ["+evalsha", "+eval"]
 
@@ -230,12 +234,12 @@ def run_service(
     return service
 
 
-def test_rights_of_the_readme_are_sufficient(
+def test_rights_of_the_page_are_sufficient(
     every_server: PrivateServer, protocol: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the README's line as it stands, every feature works, and no log line reports a missing one."""
+    """With the page's line as it stands, every feature works, and no log line reports a missing one."""
     with (
-        limited(every_server, rights_of_readme()) as client,
+        limited(every_server, rights_of_page()) as client,
         contextlib.closing(every_server.client()) as operator,
     ):
         operator.execute_command("ACL", "LOG", "RESET")
@@ -261,11 +265,11 @@ def test_rights_of_the_readme_are_sufficient(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("right", RIGHTS)
-def test_each_right_of_the_readme_is_necessary(
+def test_each_right_of_the_page_is_necessary(
     every_server: PrivateServer, right: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without any one of the rights, a feature is lost with RESP3 or with RESP2."""
-    words = [word for word in rights_of_readme() if word != right]
+    words = [word for word in rights_of_page() if word != right]
     losses = []
     for protocol in PROTOCOLS:
         if protocol != max(PROTOCOLS):
@@ -288,11 +292,11 @@ def test_each_right_of_the_readme_is_necessary(
 
 
 def test_user_without_scripts_needs_transactions(every_server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
-    """The README lists the rights for transactions. Without any of them, no step of the circuit works."""
-    page = (ROOT / "README.rst").read_text(encoding="utf-8")
+    """The page lists the rights for transactions. Without any of them, no step of the circuit works."""
+    page = PAGE.read_text(encoding="utf-8")
     assert "``" + " ".join(TRANSACTIONS) + "``" in page
     caplog.set_level("INFO", "pybreaker_redis")
-    words = [word for word in rights_of_readme() if word not in SCRIPTS]
+    words = [word for word in rights_of_page() if word not in SCRIPTS]
     with contextlib.closing(every_server.client()) as operator:
         for missing in (None, *TRANSACTIONS):
             granted = [*words, *(word for word in TRANSACTIONS if word != missing)]

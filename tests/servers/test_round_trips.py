@@ -1,6 +1,6 @@
 """Round trips of each step of a circuit, counted at the server.
 
-``python -m tests.servers.test_round_trips`` prints the table of the README.
+``python -m tests.servers.test_round_trips`` prints the table of ``docs/numbers.rst``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from tests.support.round_trips import Down, Meter, commands_sent
 #: Commands of listeners of other tests would be counted, too.
 pytestmark = pytest.mark.usefixtures("no_listeners")
 
-README = ROOT / "README.rst"
-
-#: The line of the README before the table.
+#: Page with the table, and the line before the table.
+PAGE = ROOT / "docs" / "numbers.rst"
 MARKER = ".. round-trips-table"
 
 RESET_TIMEOUT = 0.05
@@ -98,7 +97,7 @@ def measured(server: PrivateServer, column_name: str) -> dict[str, int]:
 def test_each_step_costs_the_round_trips_of_the_table(
     every_server: PrivateServer, column: int, column_name: str
 ) -> None:
-    """One round trip more or less fails the test, so the README states the exact number."""
+    """One round trip more or less fails the test, so the page states the exact number."""
     assert measured(every_server, column_name) == {step: costs[column] for step, costs in COSTS.items()}
 
 
@@ -134,7 +133,7 @@ def test_constructing_costs_no_round_trip(server: PrivateServer) -> None:
 
 
 def table() -> str:
-    """Return the costs in the format of the README."""
+    """Return the costs in the format of the page."""
     head = (
         "step",
         *(
@@ -149,9 +148,9 @@ def table() -> str:
     return "\n".join([rule, lines[0], rule, *lines[1:], rule]) + "\n"
 
 
-def test_readme_shows_the_table_that_was_measured() -> None:
-    """The README's table contains the numbers that are counted here."""
-    page = README.read_text(encoding="utf-8")
+def test_page_shows_the_table_that_was_measured() -> None:
+    """The table of ``docs/numbers.rst`` contains the numbers that are counted here."""
+    page = PAGE.read_text(encoding="utf-8")
     assert page.partition(MARKER)[2].lstrip("\n").startswith(table())
 
 

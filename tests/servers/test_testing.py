@@ -364,9 +364,11 @@ class TestFixtures:
         assert "fixture 'memory_breakers' not found" in project("[]", test)
 
     @pytest.mark.full
-    def test_tests_of_the_readme_run(self, project: Callable[[str, str], str]) -> None:
-        """The tests that the README shows are run as tests."""
+    def test_tests_of_the_page_run(self, project: Callable[[str, str], str]) -> None:
+        """The tests that ``docs/howto/testing.rst`` shows are run as tests."""
         from tests.support.pages import blocks
 
-        (source_of_tests,) = [source for _, source in blocks("python") if "memory_breakers" in source]
-        assert "2 passed" in project('["pybreaker_redis.fixtures"]', source_of_tests)
+        tests = [source for _, source in blocks("python", "docs/howto/testing.rst") if "(memory_breakers" in source]
+        assert tests
+        number = sum(source.count("\ndef test_") + source.startswith("def test_") for source in tests)
+        assert f"{number} passed" in project('["pybreaker_redis.fixtures"]', "\n\n".join(tests))

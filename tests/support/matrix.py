@@ -1,7 +1,7 @@
-"""Table of the README: servers and clients that work together, as test runs have shown.
+"""Table of ``docs/reference/compatibility.rst``: servers and clients that work together, as test runs have shown.
 
 ``python -m tests.support.matrix DIRECTORY`` prints the table of all runs that wrote their results there (`VARIABLE`).
-With ``--check`` the command fails if the README differs in a cell that was run.
+With ``--check`` the command fails if the page differs in a cell that was run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tests.support.paths import ROOT
 #: Environment variable that names the directory for a run's results.
 VARIABLE = "PYBREAKER_REDIS_MATRIX"
 
-README = ROOT / "README.rst"
+#: Page with the table, and the line before the table.
+PAGE = ROOT / "docs" / "reference" / "compatibility.rst"
 MARKER = ".. matrix-table"
 
 #: Columns and rows, in the order of the table.
@@ -80,7 +81,7 @@ def read(directory: Path) -> dict[tuple[str, str, str], str]:
 
 
 def table(cells: dict[tuple[str, str, str], str]) -> str:
-    """Return the table of the README."""
+    """Return the table of the page."""
     rows = [("server", "", *CLIENTS)]
     for server in SERVERS:
         for kind in KINDS:
@@ -101,13 +102,13 @@ def table(cells: dict[tuple[str, str, str], str]) -> str:
 
 
 def written() -> str:
-    """Return the table that stands in the README."""
-    after = README.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")[2]
+    """Return the table that stands in the page."""
+    after = PAGE.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")[2]
     return after.partition("\n\n")[0]
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table, compare it for ``--check``, and put it into the README for ``--write``."""
+    """Print the table, compare it for ``--check``, and put it into the page for ``--write``."""
     directory, *options = arguments
     cells = read(Path(directory))
     made = table(cells)
@@ -125,10 +126,10 @@ def main(arguments: list[str]) -> int:
         if server not in SERVERS or kind not in KINDS or client not in CLIENTS:
             print("run, but not in the table:", server, kind, client)
     if "--write" in options:
-        before, marker, after = README.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")
-        README.write_text(before + marker + made + after.removeprefix(written()), encoding="utf-8")
+        before, marker, after = PAGE.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")
+        PAGE.write_text(before + marker + made + after.removeprefix(written()), encoding="utf-8")
     if "--check" in options and (FAILED in made or (made != written() and not missing)):
-        print("the README says something else:", written(), sep="\n")
+        print(f"{PAGE} has another table:", written(), sep="\n")
         return 1
     return 0
 

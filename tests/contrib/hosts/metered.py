@@ -1,4 +1,4 @@
-"""The README's shop with metrics, and with calls through its breaker to the dependency of all hosts.
+"""The shop of ``docs/howto/metrics.rst``, with calls through its breaker to the dependency of all hosts.
 
 Gunicorn finds the module ``shop`` in the directory of the test.
 """

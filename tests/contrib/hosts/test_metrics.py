@@ -1,4 +1,4 @@
-"""Metrics of four workers of gunicorn, set up as the README shows: the page of any worker is right."""
+"""Metrics of four workers of gunicorn, set up as ``docs/howto/metrics.rst`` shows: the page of any worker is right."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs /proc"),
 ]
 
-#: Names of the files that the README shows.
+#: Page with the set-up, and the names of the files that the page shows.
+PAGE = "docs/howto/metrics.rst"
 FILES = ("shop.py", "gunicorn.conf.py")
 
 #: Prefix of the circuit's keys in Redis.
@@ -93,7 +94,7 @@ class Page:
 
 
 class Metered(Shop):
-    """The README's shop, which records every answer."""
+    """The page's shop, which records every answer."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -130,14 +131,14 @@ class Metered(Shop):
 
 @pytest.fixture(params=WAYS, ids=operator.attrgetter("name"))
 def metered(request: pytest.FixtureRequest, killable_server: PrivateServer, tmp_path: Path) -> Iterator[Metered]:
-    """The shop of the README under gunicorn.  The workers must print no traceback."""
+    """The shop of the page under gunicorn.  The workers must print no traceback."""
     kind: Kind = request.param
     if kind.missing():
         if os.environ.get("CI"):
             pytest.fail(f"not installed: {kind.missing()}")
         pytest.skip(f"not installed: {kind.missing()}")
     for name in FILES:
-        (source,) = (source for _, source in blocks("python") if source.startswith(f"# {name}\n"))
+        (source,) = (source for _, source in blocks("python", PAGE) if source.startswith(f"# {name}\n"))
         (tmp_path / name).write_text(source)
     with Metered(kind, killable_server, tmp_path, reset_timeout=1.0) as shop:
         yield shop
