@@ -37,7 +37,8 @@ def build_registry(settings: Mapping[str, Any], redis: Any, *, create_listeners:
     """
     for key, kind in CONFIG_KEYS.items():
         if key in settings and not isinstance(settings[key], kind):
-            raise ValueError(f"{key} must not be {format_value(settings[key])}: see docs/reference/settings.rst for its values")
+            shown = format_value(settings[key])
+            raise ValueError(f"{key} must not be {shown}: see docs/reference/settings.rst for its values")
     with _name_setting_in_error("LISTENERS"):
         listeners = [
             (_create_listener if create_listeners else _import_object)(listener)
