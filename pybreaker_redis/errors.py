@@ -55,7 +55,7 @@ class StorageUnavailableError(PybreakerRedisError):
         limit = "" if self.timeout is None else f" within {self.timeout:g} s"
         return (
             f"circuit {self.circuit!r}{more}: Redis{where} did not execute the command{limit} "
-            f"({describe_error(self.cause)}); check storage.health()"
+            f"({describe_error(self.cause)}); check health()"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

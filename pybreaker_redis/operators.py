@@ -1,4 +1,4 @@
-"""Commands of operators: read, set and reset circuits, and the time until a circuit admits calls again.
+"""Commands of operators: read, set and reset circuits, their health, and the time until a circuit admits calls again.
 
 What serves guarded calls suppresses errors of Redis.  The commands of operators raise them, as
 `StorageUnavailableError`.
@@ -29,6 +29,7 @@ from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._model.circuit import CLOSED, HALF_OPEN, OPEN
 from pybreaker_redis._model.intents import Close, Intent, Load, RecordSuccess, Reply, ResetProbes, SetState, Trip
 from pybreaker_redis._runtime.clock import ms_from_utc, utc_from_ms, wall_clock_ms
+from pybreaker_redis.health import Health
 
 #: Intents that put a circuit into a state.  Half-opening claims no probe: an operator's process rarely makes calls.
 _INTENTS_FOR_STATE: dict[str, tuple[Intent, ...]] = {
@@ -151,6 +152,16 @@ def read(breakers: Sequence[CircuitBreaker]) -> list[CircuitSnapshot]:
         _snapshot(next(replies) if isinstance(core, Failover) else core.carry_out(Load()), breaker.reset_timeout)
         for core, breaker in zip(cores, breakers, strict=True)
     ]
+
+
+def health(breaker: CircuitBreaker) -> Health | None:
+    """Return the last observed condition of a circuit's Redis, without a request.
+
+    Returns:
+        The condition, or ``None`` for a circuit without Redis.
+    """
+    core = _checked_core_of(breaker)
+    return core.report_health() if isinstance(core, Failover) else None
 
 
 def release_connections(breaker: CircuitBreaker) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pybreaker import CircuitBreaker
 
+from pybreaker_redis.health import Health
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.registry.decorator import NO_FALLBACK, guard_with
 
@@ -41,6 +42,10 @@ class RegistryProxy(abc.ABC):
 
     def __len__(self) -> int:
         return len(self.registry)
+
+    def health(self) -> dict[str, Health]:
+        """Return the condition of Redis for each circuit, without a request, as `BreakerRegistry.health` does."""
+        return self.registry.health()
 
     def guard(self, name: str, /, *, fallback: Any = NO_FALLBACK) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """Guard each call of a function with the breaker of a name, from the registry that is current at the call.

@@ -20,6 +20,7 @@ from pybreaker import (
 from pybreaker_redis import operators
 from pybreaker_redis._runtime.fork import ForkSafe
 from pybreaker_redis._runtime.validation import check_choice, checked_namespace, plain_text
+from pybreaker_redis.health import Health
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import CircuitSnapshot, retry_after
 from pybreaker_redis.registry import settings as settings_module
@@ -64,6 +65,9 @@ class BreakerRegistry(ForkSafe):
     """Breakers of an application: one for each name, all with the same Redis.
 
     Each breaker is a standard `pybreaker.CircuitBreaker`, created at its first use.  Nothing is sent before that.
+
+    A registry is iterable, and has a length: the names of breakers that were requested, configured or guarded.  As a
+    context manager, a registry calls `close` at the end of the block.
 
     Args:
         redis: Client, callable that returns one, or URL as for `CircuitRedisStorage.from_url`.  ``None``: each process
@@ -184,6 +188,14 @@ class BreakerRegistry(ForkSafe):
             name: _status(name, breaker, snapshot)
             for (name, breaker), snapshot in zip(breakers.items(), snapshots, strict=True)
         }
+
+    def health(self) -> dict[str, Health]:
+        """Return the condition of Redis for each circuit by name, as this process observed it last, without a request.
+
+        The result has no circuit without Redis: a registry that has no Redis returns an empty dictionary.
+        """
+        reports = {name: operators.health(self.get(name)) for name in self}
+        return {name: report for name, report in reports.items() if report is not None}
 
     def set_state(self, name: str, state: str, /) -> None:
         """Put a circuit into another state, for all processes that share the circuit.

@@ -140,6 +140,18 @@ def test_circuit_lives_at_a_url(project, client: redis.Redis, server: PrivateSer
     assert client.get("payments:pybreaker:state") == b"open"
 
 
+def test_health_of_the_circuits_is_that_of_the_current_settings(project, server: PrivateServer):
+    """A view shows the condition of Redis without the storages behind the breakers."""
+    assert breakers.health() == {}
+    project(PYBREAKER={"URL": server.url, "PREFIX": "shop", "BREAKERS": BREAKERS})
+    assert breakers.health()["payments"].condition == "unused"
+    breakers["payments"].call(str)
+    assert (breakers.health()["payments"].circuit, breakers.health()["payments"].condition) == (
+        "shop:payments",
+        "connected",
+    )
+
+
 @pytest.mark.parametrize("backend", ["locmem.LocMemCache", "dummy.DummyCache"])
 def test_circuit_is_in_memory_with_a_cache_in_memory(project, backend: str):
     """With a cache in memory, as in development and tests, the same settings lead to circuits in memory."""

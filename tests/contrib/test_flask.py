@@ -98,6 +98,17 @@ def test_environment_variables_configure_the_circuits(monkeypatch: pytest.Monkey
         assert breakers.get("payments").fail_max == 7
 
 
+def test_health_of_the_circuits_is_that_of_the_current_application(server: PrivateServer):
+    """A view shows the condition of Redis without the storages behind the breakers."""
+    with create_app(PYBREAKER_URL=server.url, PYBREAKER_PREFIX="shop").app_context():
+        assert breakers.health()["payments"].condition == "unused"
+        breakers["payments"].call(up)
+        health = breakers.health()["payments"]
+        assert (health.circuit, health.condition) == ("shop:payments", "connected")
+    with create_app().app_context():
+        assert breakers.health() == {}
+
+
 def test_metrics_of_the_application_are_collected():
     """A listener is named by its dotted path, and a collector is created for the registry."""
     prometheus_client = pytest.importorskip("prometheus_client")

@@ -247,7 +247,7 @@ STORAGE_INTERFACE = {
             STORAGE_INTERFACE | {"BASE_NAMESPACE", "from_url", "health", "logger"},
         ),
         (CircuitMemoryStorage("closed"), STORAGE_INTERFACE),
-        (BreakerRegistry(), {"close", "configure", "get", "guard", "reset", "set_state", "status"}),
+        (BreakerRegistry(), {"close", "configure", "get", "guard", "health", "reset", "set_state", "status"}),
     ],
     ids=lambda item: type(item).__name__,
 )

@@ -30,6 +30,7 @@ from pybreaker_redis._circuits.bulk import read_all_circuits
 from pybreaker_redis.errors import StorageUnavailableError
 from pybreaker_redis.listeners import LogListener
 from pybreaker_redis.registry import BreakerRegistry, retry_after
+from pybreaker_redis.testing import force_open
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, TransitionRecorder, breaker_on, down, fails, settled, up
 from tests.support.cluster import Nodes
@@ -864,6 +865,48 @@ class TestCommands:
             breakers.configure("payments")
             breakers.set_state("payments", "open")
             assert breakers.status()["payments"].state == "open"
+
+
+class TestHealth:
+    """The method `BreakerRegistry.health`."""
+
+    @pytest.mark.usefixtures("no_listeners")
+    def test_each_circuit_has_its_condition_without_a_request(self, server: PrivateServer) -> None:
+        """A page of the application shows all circuits, also those that no call has used yet."""
+        with BreakerRegistry(server.url, prefix="shop", timeout=10) as breakers:
+            breakers.configure("stock")
+            settled(breakers.get("payments"))
+            with contextlib.closing(Meter(server, scripts=True)) as meter:
+                assert meter.cost(breakers.health) == 0
+            seen = {name: (item.circuit, item.condition, item.is_own) for name, item in breakers.health().items()}
+        assert seen == {
+            "stock": ("shop:stock", "unused", False),
+            "payments": ("shop:payments", "connected", False),
+        }
+
+    def test_outage_is_shown_without_a_request(self, killable_server: PrivateServer) -> None:
+        """An error of an operator's command names this method, so the method works while commands fail."""
+        with BreakerRegistry(killable_server.client()) as breakers:
+            assert breakers.get("payments").call(up) == "answer"
+            killable_server.kill()
+            with pytest.raises(StorageUnavailableError, match=r"check health\(\)"):
+                breakers.status()
+            assert breakers["payments"].call(up) == "answer"
+            wait_for(lambda: breakers.health()["payments"].condition == "unreachable", "the outage is noticed")
+            health = breakers.health()["payments"]
+            assert (health.state, health.is_own) == ("closed", True)
+            assert "ConnectionError" in health.last_error
+
+    def test_circuits_without_redis_are_left_out(self, server: PrivateServer) -> None:
+        """A circuit of one process, or one that a test has forced, has no server that could be lost."""
+        in_process, shared = BreakerRegistry(), BreakerRegistry(server.url)
+        for breakers in (in_process, shared):
+            breakers.configure("payments")
+            breakers.configure("stock")
+        assert in_process.health() == {}
+        with force_open(shared["stock"]):
+            assert list(shared.health()) == ["payments"]
+        assert list(shared.health()) == ["payments", "stock"]
 
 
 class TestRetryAfter:

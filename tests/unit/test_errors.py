@@ -31,15 +31,14 @@ def error(
 def test_text_names_circuits_server_limit_cause_and_remedy(circuits: tuple[str, ...], expected: str) -> None:
     """An operator sees in one line what was not executed, and where to look."""
     assert str(error(*circuits)) == (
-        f"{expected}Redis at {SERVER} did not execute the command within 2 s (TimeoutError: no reply); "
-        "check storage.health()"
+        f"{expected}Redis at {SERVER} did not execute the command within 2 s (TimeoutError: no reply); check health()"
     )
 
 
 def test_text_leaves_out_what_is_not_known() -> None:
     """A client source may fail before the server is known, and a client may have no timeout."""
     text = str(error("payments", server="", timeout=None, cause=KeyError("url")))
-    assert text == "circuit 'payments': Redis did not execute the command (KeyError: 'url'); check storage.health()"
+    assert text == "circuit 'payments': Redis did not execute the command (KeyError: 'url'); check health()"
 
 
 def test_text_masks_the_secrets_of_its_cause() -> None:
