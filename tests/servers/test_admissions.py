@@ -23,6 +23,9 @@ from tests.support.breakers import Down, down, up
 
 pytestmark = pytest.mark.usefixtures("patient")
 
+#: Seconds for which a thread waits in vain for another one, if the two take turns.
+TURN_S = 0.5
+
 
 class StateRecorder(CircuitBreakerListener):
     """Listener that records the new state of each transition."""
@@ -614,6 +617,66 @@ def test_breaker_without_a_lock_is_fenced(storage_of):
     assert (storage.state, storage.counter) == ("closed", 0)
     with pytest.raises(CircuitBreakerError):
         breaker.call(down)
+
+
+def runs_in_parallel(
+    pool: ThreadPoolExecutor, *guarded: Callable[[Callable[[], Any]], Any], patience_s: float = 20
+) -> bool:
+    """Return whether guarded actions on two threads run at the same time."""
+    both_are_inside = threading.Barrier(2)
+
+    def meet() -> None:
+        with suppress(threading.BrokenBarrierError):
+            both_are_inside.wait(patience_s)
+
+    for future in [pool.submit(guard, meet) for guard in guarded]:
+        future.result(30)
+    return not both_are_inside.broken
+
+
+def call_inside(breaker: CircuitBreaker) -> Callable[[Callable[[], Any]], Any]:
+    """Return a function that runs an action within ``with breaker.calling():``."""
+
+    def run(action: Callable[[], Any]) -> None:
+        with breaker.calling():
+            action()
+
+    return run
+
+
+def test_threads_that_call_one_breaker_take_turns(storage_of, pool):
+    """The breaker holds its lock while `call` runs the function, whatever the storage is."""
+    breaker = CircuitBreaker(state_storage=storage_of())
+    assert not runs_in_parallel(pool, breaker.call, breaker.call, patience_s=TURN_S)
+    decorated = breaker(lambda action: action())
+    assert not runs_in_parallel(pool, decorated, decorated, patience_s=TURN_S)
+
+
+def test_blocks_of_calling_run_in_parallel(storage_of, pool):
+    """The breaker holds its lock at the begin of a ``calling()`` block, and not within."""
+    breaker = CircuitBreaker(fail_max=2, state_storage=storage_of())
+    guard = call_inside(breaker)
+    assert runs_in_parallel(pool, guard, guard)
+    for _ in range(2):
+        with suppress(Down, CircuitBreakerError):
+            guard(down)
+    with pytest.raises(CircuitBreakerError):
+        guard(up)
+
+
+def test_breakers_of_one_namespace_run_in_parallel(client: redis.Redis, pool):
+    """One breaker for each thread is one circuit, because the namespace is the same."""
+    first, second = (
+        CircuitBreaker(fail_max=2, state_storage=CircuitRedisStorage("closed", client, namespace="admissions"))
+        for _ in range(2)
+    )
+    assert runs_in_parallel(pool, first.call, second.call)
+    for breaker in (first, second):
+        with suppress(Down, CircuitBreakerError):
+            breaker.call(down)
+    for breaker in (first, second):
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(up)
 
 
 def test_child_of_a_fork_cannot_use_a_claim_of_its_parent():

@@ -39,6 +39,7 @@ PYBREAKER, OURS, WITHOUT_SCRIPTS = "pybreaker", "pybreaker_redis", "pybreaker_re
 COSTS = {
     "success": (2, 0, 7),
     "failure": (3, 1, 7),
+    "success after a failure": (2, 1, 7),
     "trip": (8, 2, 13),
     "rejected call": (2, 0, 1),
     "recovery": (11, 4, 26),
@@ -79,8 +80,10 @@ def measured(server: PrivateServer, column_name: str) -> dict[str, int]:
         settled(breaker) if has_listener else breaker.call(up)
         costs = {"success": meter.cost(lambda: breaker.call(up)), "failure": meter.cost(lambda: breaker.call(down))}
         assert breaker.fail_counter == 1
-        with contextlib.suppress(Down):
-            breaker.call(down)
+        costs["success after a failure"] = meter.cost(lambda: breaker.call(up))
+        for _ in range(2):
+            with contextlib.suppress(Down):
+                breaker.call(down)
         costs["trip"] = meter.cost(lambda: breaker.call(down))
         # Stock cuts the opening time to whole seconds, so its timeout may be over at once.
         breaker.reset_timeout = 60
