@@ -222,8 +222,8 @@ def flow(theme: Theme) -> Picture:
         "Data flow of a call, a push and an outage",
         "A guarded call is decided by the fast path from the view in memory, or otherwise by one script in Redis. A "
         "script that changes a circuit publishes a message. The listener of each process receives the message, reads "
-        "the circuit again and updates the view. In an outage one call waits for Redis, for timeout seconds at most. "
-        "Then the local circuit decides. When Redis returns, local changes are shared.",
+        "the circuit again and updates the view. In an outage the calls under way wait once, for timeout seconds at "
+        "most. Then the local circuit decides. When Redis returns, local changes are shared.",
     )
     picture.text((24, 30), "A call", anchor="start", bold=True)
     picture.box((24, 44), (190, 64), "guarded call")
@@ -247,7 +247,7 @@ def flow(theme: Theme) -> Picture:
     picture.text((24, 284), "A message is a hint. Only a read changes the view.", anchor="start", pale=True)
 
     picture.text((24, 334), "An outage", anchor="start", bold=True)
-    picture.box((24, 348), (190, 64), "Redis is unreachable", ["one call waits, once"], fill="bad")
+    picture.box((24, 348), (190, 64), "Redis is unreachable", ["running calls wait once"], fill="bad")
     picture.arrow((214, 380), (254, 380))
     picture.box((254, 348), (190, 64), "local circuit", ["decides in each process"], fill="wait")
     picture.arrow((444, 380), (506, 380))

@@ -13,11 +13,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
 
 import pytest
 
-from pybreaker_redis import BreakerRegistry, CircuitMemoryStorage, CircuitRedisStorage, _log
+from pybreaker_redis import BreakerRegistry, CircuitMemoryStorage, CircuitRedisStorage, _log, health
 from pybreaker_redis.contrib.celery import BreakerTask
 from pybreaker_redis.registry.settings import BreakerSettings
 from tests.support.pages import DOCS, HIDDEN, PAGES, blocks, file_of, labels, list_tables, run_python, settings_of
@@ -93,6 +94,21 @@ def test_api_page_names_every_public_module() -> None:
     """A reader finds the module to import from."""
     text = text_of("docs/reference/api.rst")
     assert [module for module in PUBLIC_NAMES if f"pybreaker_redis.{module}".rstrip(".") not in text] == []
+
+
+@pytest.mark.parametrize("name", ["Condition", "PushKind"])
+def test_api_page_lists_the_values_of_a_literal(name: str) -> None:
+    """A program that compares a value of `Health` finds all values."""
+    text = text_of("docs/reference/api.rst")
+    entry = re.search(rf"^\.\. py:data:: pybreaker_redis\.health\.{name}\n((?: .*\n|\n)*)", text, re.MULTILINE)
+    assert entry
+    assert re.findall(r'^    \* ``"(.+)"``', entry[1], re.MULTILINE) == list(get_args(getattr(health, name)))
+
+
+def test_api_page_names_every_setting_of_a_breaker() -> None:
+    """The settings are keyword arguments, and no signature on the page shows their names."""
+    _, _, entry = text_of("docs/reference/api.rst").partition("settings.BreakerSettings")
+    assert [item.name for item in fields(BreakerSettings) if f"``{item.name}``" not in entry] == []
 
 
 def test_each_log_line_has_its_entry() -> None:
