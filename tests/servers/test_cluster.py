@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import logging
 import random
 import socket
@@ -55,6 +56,7 @@ from tests.support.inspect import (
 from tests.support.logs import lines_of
 from tests.support.outages import calls, health_of, is_back, is_unreachable_for
 from tests.support.places import cluster_client
+from tests.support.rights import PAGE, rights_of_page
 from tests.support.servers import ONCE, FoundServer, no_server
 from tests.support.wait import wait_for
 
@@ -188,6 +190,68 @@ def test_tag_of_a_namespace_is_respected(cluster: Nodes):
     stock = pybreaker.CircuitRedisStorage("closed", client_of(cluster), "{shop}:payments", cluster_mode=True)
     breaker.open()
     assert stock.state == "open"
+
+
+@pytest.mark.full
+def test_tag_keeps_the_circuit_through_migration_and_rollback(cluster: Nodes):
+    """With a tag, both storages find the same keys, so states and counts survive the deployment and the way back.
+
+    Without a tag this package uses other keys, and the circuit begins closed.
+    """
+
+    def stock(namespace: str) -> pybreaker.CircuitBreaker:
+        storage = pybreaker.CircuitRedisStorage("closed", client_of(cluster), namespace, cluster_mode=True)
+        return pybreaker.CircuitBreaker(fail_max=3, state_storage=storage)
+
+    before, untagged = stock(f"{{{NAMESPACE}}}"), stock(NAMESPACE)
+    for breaker in (before, untagged):
+        fails(breaker, 2)
+    after = breaker_on(client_of(cluster), f"{{{NAMESPACE}}}", fail_max=3)
+    assert (after.current_state, after.fail_counter) == ("closed", 2)
+    assert stored(cluster, "fail_counter") == b"2"
+    for breaker in (before, untagged):
+        breaker.open()
+    wait_for(lambda: after.current_state == "open", "a read of the trip by stock")
+    assert untagged.current_state == "open"
+    # The same circuit, because the namespace becomes the tag. The keys of stock without a tag are others.
+    assert breaker_on(client_of(cluster), NAMESPACE).current_state == "open"
+    after.close()
+    fails(after)
+    rolled_back = stock(f"{{{NAMESPACE}}}")
+    assert (rolled_back.current_state, rolled_back.fail_counter) == ("closed", 1)
+    assert untagged.current_state == "open"
+    after.open()
+    assert rolled_back.current_state == "open"
+    with pytest.raises(pybreaker.CircuitBreakerError):
+        rolled_back.call(up)
+
+
+#: Right that the client of a cluster needs to connect.
+_TO_CONNECT = "+command" if importlib.util.find_spec("redis.cluster") else "+config|get"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("is_of_cluster", [True, False], ids=["client of the cluster", "client of a node"])
+def test_rights_of_the_page_suffice_on_a_cluster(cluster: Nodes, is_of_cluster: bool):
+    """With the patterns for one circuit and the two additional rights, the circuit is shared, with push.
+
+    The client of a cluster sends further commands when it connects.  A plain client of a node does not.
+    """
+    page = PAGE.read_text(encoding="utf-8")
+    keys, channels = f"~{{{NAMESPACE}}}:pybreaker:*", f"&{{{NAMESPACE}}}:pybreaker:circuit@*"
+    assert f"``{keys}``".replace(NAMESPACE, "payments") in page
+    assert f"``{channels}``".replace(NAMESPACE, "payments") in page
+    words = [{"~": keys, "&": channels}.get(word[0], word) for word in rights_of_page()]
+    additional = ["+cluster|slots", *[_TO_CONNECT] * is_of_cluster]
+    assert all(f"``{right}``" in page for right in additional)
+    for node in cluster.all:
+        cluster.run(node, "ACL", "SETUSER", "limited", "reset", "on", ">secret", *words, *additional)
+    user = {"username": "limited", "password": "secret"}
+    client: Any = client_of(cluster, **user) if is_of_cluster else redis.Redis(port=cluster.all[0].port, **ONCE, **user)
+    breaker = settled(breaker_on(client, NAMESPACE, cluster_mode=not is_of_cluster, max_staleness=0.3))
+    breaker.open()
+    assert stored(cluster) == b"open"
+    assert (health_of(breaker).condition, health_of(breaker).push != "none") == ("connected", True)
 
 
 @pytest.mark.full

@@ -8,6 +8,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pybreaker
@@ -22,7 +23,7 @@ from tests.support.clients import PROTOCOLS
 from tests.support.inspect import disable_resp3, listener_connections, storage_of, view_of
 from tests.support.logs import messages_of
 from tests.support.outages import health_of
-from tests.support.paths import ROOT
+from tests.support.rights import PAGE, rights_of_page
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("no_listeners")
@@ -38,25 +39,17 @@ STALENESS_S = 0.3
 _names = (f"user{number}" for number in itertools.count())
 
 
-#: Page with the rights.
-PAGE = ROOT / "docs" / "reference" / "rights.rst"
-
-
-def rights_of_page() -> list[str]:
-    """Return the rules that follow name and password in the page's ``ACL SETUSER``."""
-    page = PAGE.read_text(encoding="utf-8")
-    (block,) = re.findall(r"^\.\. begin-rights$.*?^    (ACL .*?)\n\n\.\. end-rights$", page, re.MULTILINE | re.DOTALL)
-    first, second, name, on, password, *words = block.split()
-    assert (first, second, name, on, password) == ("ACL", "SETUSER", "shop", "on", ">secret")
-    assert "\n" not in block, "the command must be one line to be copied"
-    return words
-
-
 RIGHTS = [word for word in rights_of_page() if word[0] in "+~&"]
 
 #: Rights that the page lists for users without scripts.
 TRANSACTIONS = ["+watch", "+multi", "+exec", "+unwatch"]
 SCRIPTS = ["+evalsha", "+eval"]
+
+#: Rights that the page lists as the least, beside the keys, and scripts or transactions.
+LEAST = ["+time", "+mget", "+exists", "+hmget", "+set", "+del", "+hset"]
+
+#: Rights that the page adds for pybreaker's storage.
+OF_STOCK = ["+get", "+setnx", "+incrby", "+watch", "+multi", "+exec", "+unwatch"]
 
 #: Rights that older libraries do not use.
 ONLY_RESP3 = ("+client|tracking", "+client|caching")
@@ -318,3 +311,75 @@ def test_user_without_scripts_needs_transactions(every_server: PrivateServer, ca
                     two.here.call(up)
                     two.here.call(up)
                     assert health_of(two.here).condition == "refused", missing
+
+
+@pytest.mark.parametrize("way", [SCRIPTS, TRANSACTIONS], ids=["scripts", "transactions"])
+def test_least_rights_share_circuits(every_server: PrivateServer, way: list[str]) -> None:
+    """The keys, seven commands, and scripts or transactions share circuits. Without one of them, circuits are local."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert "``" + " ".join(LEAST) + "``" in page
+    (pattern,) = (word for word in RIGHTS if word.startswith("~"))
+    with contextlib.closing(every_server.client()) as operator:
+        for missing in (None, pattern, *LEAST):
+            granted = ["resetchannels", *(word for word in (pattern, *LEAST, *way) if word != missing)]
+            with limited(every_server, granted) as here, limited(every_server, granted) as there:
+                two = CircuitPair(here, there, next(_names), operator)
+                if missing is None:
+                    two.run_lifecycle()
+                    assert health_of(two.here).mode == ("lua" if way is SCRIPTS else "optimistic")
+                else:
+                    # Only the repair of a value of another type deletes a key.
+                    operator.rpush(f"{two.namespace}:pybreaker:opened_at", "damage")
+                    # Only a transition is certain to write the hash.
+                    fails(two.here, 2)
+                    assert health_of(two.here).condition == "refused", missing
+
+
+class TestRightsOfBothStorages:
+    """The page's line for a fleet in which some workers have pybreaker's own storage."""
+
+    def test_line_adds_the_rights_of_stock(self) -> None:
+        """The line begins as the line for this package alone."""
+        assert rights_of_page("rights-of-both") == [*rights_of_page(), *OF_STOCK]
+        assert "``" + " ".join(OF_STOCK) + "``" in PAGE.read_text(encoding="utf-8")
+
+    def test_line_is_sufficient_for_both(self, every_server: PrivateServer) -> None:
+        """Workers with either storage share a circuit through all of its states, and the server refuses nothing."""
+        namespace = next(_names)
+        with (
+            limited(every_server, rights_of_page("rights-of-both")) as client,
+            contextlib.closing(every_server.client()) as operator,
+        ):
+            operator.execute_command("ACL", "LOG", "RESET")
+            assert errors_of_stock(client, namespace) == []
+            breaker = breaker_on(client, namespace, max_staleness=0, timeout=2.0)
+            assert breaker.current_state == "open"
+            breaker.close()
+            theirs = pybreaker.CircuitRedisStorage("closed", client, namespace)
+            assert theirs.state == "closed"
+            refused = re.findall(r"b'object'[:,] b'([^']+)'", str(operator.execute_command("ACL", "LOG")))
+            assert all(what.startswith("client") for what in refused), refused
+
+    @pytest.mark.parametrize("right", [right for right in (*OF_STOCK, "+set") if right != "+unwatch"])
+    def test_stock_needs_each_right(self, every_server: PrivateServer, right: str) -> None:
+        """Without one of them, pybreaker's storage logs or raises an error. UNWATCH is sent after an error only."""
+        words = [word for word in rights_of_page("rights-of-both") if word != right]
+        with limited(every_server, words) as client:
+            assert errors_of_stock(client, next(_names))
+
+
+def errors_of_stock(client: redis.Redis, namespace: str) -> list[str]:
+    """Take a circuit of pybreaker's storage through all states until it is open, and return the errors."""
+    errors: list[str] = []
+    try:
+        storage = pybreaker.CircuitRedisStorage("closed", client, namespace)
+        # The storage logs errors of Redis, and raises only those of its constructor.
+        storage.logger = SimpleNamespace(exception=errors.append)  # type: ignore[assignment]
+        breaker = pybreaker.CircuitBreaker(fail_max=2, reset_timeout=0, success_threshold=2, state_storage=storage)
+        fails(breaker, 2)
+        breaker.call(up)
+        breaker.call(up)
+        breaker.open()
+    except (redis.RedisError, pybreaker.CircuitBreakerError) as error:
+        errors.append(repr(error))
+    return errors
