@@ -48,6 +48,8 @@ napoleon_use_ivar = True
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"pybreaker_redis {release}"
 html_show_copyright = False
 html_show_sphinx = False

