@@ -104,14 +104,15 @@ def bring_back_first(members: Sequence[ReturningCircuit], answer_wait_s: float, 
         outcomes: Number of circuits for each result, incremented here.
     """
     queried = [member for member in members if member.uses_local] or members[:1]
-    read_circuits = set(_read_again(queried, answer_wait_s))
-    # A server that takes no writes ends the attempt, but the views hold what was read.
-    for member in queried:
+    intact = _read_again(queried, answer_wait_s)
+    # A server that takes no writes ends the attempt, but the views hold what was read.  The repair of another record is
+    # a write in any case, and the check would write a part of that record.
+    for member in intact:
         with deadline(member.timeout), suppress_except(ErrorKind.UNREACHABLE, ErrorKind.READ_ONLY):
             member.verify_writable()
             break
     for member in members:
-        if member in read_circuits or not member.uses_local:
+        if member in intact or not member.uses_local:
             member.resume_if_unchanged()
     local = [member for member in members if member.uses_local]
     if failure := bring_back_each(local[:RETURN_FIRST_CIRCUITS_MAX], outcomes):

@@ -204,7 +204,8 @@ def client_source(redis_object: Any) -> Callable[[], Any]:
         TypeError: The object is neither, or the client is asynchronous.
     """
     is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
-    is_asynchronous = is_client and "asyncio" in type(redis_object).__module__
+    # Clients for tests derive from an asynchronous class, and lie in a module of another name.
+    is_asynchronous = is_client and any("asyncio" in base.__module__ for base in type(redis_object).__mro__)
     if is_asynchronous or not (is_client or callable(redis_object)):
         shown = format_value(redis_object)
         msg = f"redis_object must be a synchronous client or a callable that returns one, not {shown}"

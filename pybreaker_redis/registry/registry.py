@@ -70,8 +70,9 @@ class BreakerRegistry(ForkSafe):
     context manager, a registry calls `close` at the end of the block.
 
     Args:
-        redis: Client, callable that returns one, or URL as for `CircuitRedisStorage.from_url`.  ``None``: each process
-            has circuits of its own.
+        redis: Client, callable that returns one, or URL as for `CircuitRedisStorage.from_url`.  A callable is called
+            by the first use of each breaker, so let it return the same client each time.  ``None``: each process has
+            circuits of its own.
         prefix: Text before each name, with a colon in between, in the namespaces of the circuits.
         listeners: Listeners of every breaker.
         defaults: Default settings of the breakers.  See `BreakerSettings` for their names.  Without Redis the settings
@@ -242,7 +243,8 @@ class BreakerRegistry(ForkSafe):
     def close(self) -> None:
         """Release all breakers, and the connections that only they use.  No circuit changes.
 
-        The configuration stays.  `get` returns a new breaker afterwards.
+        The configuration stays.  `get` returns a new breaker afterwards, and guarded functions use it.  A breaker that
+        you hold from before is not the registry's any more.
         """
         with self._lock:
             made, self._breaker_by_name = self._breaker_by_name, {}

@@ -1,4 +1,4 @@
-"""Context managers that force a breaker open or closed, or give a registry circuits in memory.
+"""Context managers that force a breaker open or closed, or give a registry other circuits.
 
 Nothing here needs Redis, sleeps, or depends on a test runner.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pybreaker import STATE_CLOSED, STATE_OPEN, CircuitBreaker, CircuitBreakerStorage
 
+from pybreaker_redis import operators
 from pybreaker_redis.memory import FixedCircuitStorage
 from pybreaker_redis.registry import BreakerRegistry
 
-__all__ = ("force_closed", "force_open", "in_memory", "unique_prefix")
+__all__ = ("force_closed", "force_open", "in_memory", "in_redis", "unique_prefix")
 
 
 @contextlib.contextmanager
@@ -42,7 +44,7 @@ def force_open(breaker: CircuitBreaker) -> Iterator[None]:
     """Reject every call of a breaker, as if its circuit had opened just now.
 
     The breaker's circuit is neither read nor changed, and no listener is called.  Usable as a ``with`` block and as a
-    decorator of a test.
+    decorator of a test.  The argument of a decorator is evaluated once, when the test is imported.
     """
     with _replace_storage(breaker, _fixed_storage(breaker, STATE_OPEN)):
         yield
@@ -56,25 +58,58 @@ def force_closed(breaker: CircuitBreaker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _replace_redis(breakers: BreakerRegistry, redis: Any) -> Iterator[BreakerRegistry]:
+    with contextlib.ExitStack() as stack:
+        made = dict(breakers._breaker_by_name)
+        before, breakers._redis = breakers._redis, redis
+        stack.callback(_restore_redis, breakers, before, made)
+        for name, breaker in made.items():
+            stack.enter_context(_replace_storage(breaker, breakers._storage(name)))
+            stack.callback(operators.release_connections, breaker)
+        yield breakers
+
+
+def _restore_redis(breakers: BreakerRegistry, redis: Any, made: Mapping[str, CircuitBreaker]) -> None:
+    """Restore the Redis of a registry, and give breakers that are not in `made` their configured circuit."""
+    breakers._redis = redis
+    for name, breaker in breakers._breaker_by_name.items():
+        if breaker is not made.get(name):
+            operators.release_connections(breaker)
+            breaker._state_storage = breakers._storage(name)
+            breaker._state = breaker._create_new_state(STATE_CLOSED)
+
+
+@contextlib.contextmanager
 def in_memory(breakers: BreakerRegistry) -> Iterator[BreakerRegistry]:
     """Give each breaker of a registry a new closed circuit in this process, and restore its circuit afterwards.
 
     The breakers stay the same objects, so references to them are affected, too.  Breakers that are created meanwhile
     get their configured circuit afterwards.  Nothing is sent to Redis.
     """
-    with contextlib.ExitStack() as stack:
-        made = dict(breakers._breaker_by_name)
-        redis, breakers._redis = breakers._redis, None
-        for name, breaker in made.items():
-            stack.enter_context(_replace_storage(breaker, breakers._storage(name)))
-        try:
-            yield breakers
-        finally:
-            breakers._redis = redis
-            for name, breaker in breakers._breaker_by_name.items():
-                if breaker is not made.get(name):
-                    breaker._state_storage = breakers._storage(name)
-                    breaker._state = breaker._create_new_state(STATE_CLOSED)
+    with _replace_redis(breakers, None):
+        yield breakers
+
+
+@contextlib.contextmanager
+def in_redis(breakers: BreakerRegistry, redis: Any) -> Iterator[BreakerRegistry]:
+    """Give each breaker of a registry its circuit on another Redis, as on a client of ``fakeredis``.
+
+    As with `in_memory`, the breakers stay the same objects, and have their configured circuits afterwards.  A circuit
+    continues with what lies in that Redis.  Nothing is sent to the registry's own Redis.
+
+    Args:
+        breakers: The registry.
+        redis: Client, callable that returns one, or URL, as for `BreakerRegistry`.
+
+    Raises:
+        TypeError: The value of `redis` is none of these.
+        ValueError: The URL has no known form.
+    """
+    if redis is None:
+        msg = "redis must be a client, a callable that returns one, or a URL, not None (in_memory needs none of them)"
+        raise TypeError(msg)
+    with BreakerRegistry(redis) as checked, _replace_redis(breakers, checked._redis):
+        yield breakers
 
 
 def unique_prefix(test: str = "test") -> str:

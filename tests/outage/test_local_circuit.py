@@ -33,6 +33,10 @@ class Asynchronous:
         """Exist, as the method of a client."""
 
 
+class AsynchronousForTests(Asynchronous):
+    """Stand-in for the asynchronous client of a library for tests, which derives from that of redis-py."""
+
+
 def refusing_client(directory: Any) -> redis.Redis:
     """Return a client of a server that does not run."""
     return redis.Redis(unix_socket_path=str(directory / "missing.sock"), **ONCE)
@@ -268,6 +272,7 @@ def test_error_cuts_a_long_value() -> None:
         ({"redis_object": None}, TypeError, "redis_object must be a synchronous client or a callable .*, not None"),
         ({"redis_object": "redis://"}, TypeError, "redis_object must be .*, not 'redis://'"),
         ({"redis_object": Asynchronous()}, TypeError, "redis_object must be a synchronous client"),
+        ({"redis_object": AsynchronousForTests()}, TypeError, "redis_object must be a synchronous client"),
         ({"probe_lease": "30"}, TypeError, "probe_lease must be a number of seconds, not '30'"),
     ],
 )

@@ -281,8 +281,9 @@ def test_circuit_changed_by_another_process_is_updated_by_the_batch(site: Site) 
         own_circuits.call(up)
 
 
-def test_circuits_of_an_emptied_server_are_restored(site: Site) -> None:
-    """Circuits of an emptied server are restored one by one, because each needs a write."""
+def test_circuits_of_an_emptied_server_are_restored(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """Circuits of an emptied server are restored one by one, because each needs a write, and counted as restored."""
+    caplog.set_level("INFO", "pybreaker_redis")
     breakers = [breaker_on(site.client(), f"circuit{number}", reset_timeout=60, timeout=5.0) for number in range(3)]
     for breaker in breakers:
         settled(breaker).open()
@@ -294,6 +295,8 @@ def test_circuits_of_an_emptied_server_are_restored(site: Site) -> None:
     wait_for(lambda: not any(health_of(breaker).is_own for breaker in breakers), "all have returned")
     for number in range(3):
         assert site.administrator.get(f"circuit{number}:pybreaker:state") == b"open"
+    wait_for(lambda: any("is available again" in line for line in lines_of(caplog, site)), "the return is logged")
+    assert lines_of(caplog, site)[-1].endswith("circuits: 3 restored")
 
 
 def test_circuit_restored_by_a_caller_is_counted_in_the_line_of_the_return(

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import fakeredis
 import freezegun
 import pybreaker
 import pytest
@@ -22,9 +23,10 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from pybreaker_redis.registry import BreakerRegistry, retry_after
-from pybreaker_redis.testing import BreakerClock, force_closed, force_open, in_memory, unique_prefix
+from pybreaker_redis.testing import BreakerClock, force_closed, force_open, in_memory, in_redis, unique_prefix
 from tests.support.breakers import Down, TransitionRecorder, down, fails, up
 from tests.support.inspect import lease_ms_of, storage_of
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -319,6 +321,54 @@ class TestInMemory:
             breakers.set_state("payments", "open")
         assert not rejected(breakers["payments"])
         assert client.exists("payments:pybreaker:state")
+
+
+class TestInRedis:
+    """The registry of an application, on the Redis of a test."""
+
+    def test_in_redis_keeps_breakers_and_uses_the_other_server(self, client: redis.Redis) -> None:
+        """A breaker that was imported uses the circuit on the server of the test, and no other server is asked."""
+        breakers = BreakerRegistry("redis://localhost:1/0", fail_max=1)
+        payments = breakers.get("payments")
+        for is_first in (True, False):
+            with in_redis(breakers, client) as same:
+                assert same is breakers
+                assert breakers["payments"] is payments
+                # A later block finds what lies on the server.
+                assert rejected(payments) is not is_first
+                fails(stock := breakers.get("stock"))
+                assert breakers.status()["stock"].state == "open"
+                assert storage_of(payments).health().condition == "connected"
+                breakers.set_state("payments", "open")
+                breakers.set_state("stock", "closed")
+        assert client.get("payments:pybreaker:state") == b"open"
+        assert breakers["stock"] is stock
+        assert not rejected(payments)
+        assert storage_of(payments).health().condition == "unreachable"
+
+    def test_in_redis_restores_when_a_storage_cannot_be_made(self, client: redis.Redis) -> None:
+        """A bad argument raises before anything changes."""
+        breakers = BreakerRegistry(client)
+        payments = breakers.get("payments")
+        payments.open()
+        for bad, error in ((None, TypeError), (7, TypeError), ("http://localhost", ValueError)):
+            with pytest.raises(error), in_redis(breakers, bad):
+                pass
+        assert rejected(payments)
+        assert breakers.status()["payments"].state == "open"
+
+    def test_fake_server_of_a_test_is_lost_and_returns(self) -> None:
+        """A fake server that loses its connection is an outage, and its return is noticed."""
+        server = fakeredis.FakeServer()
+        breakers = BreakerRegistry("redis://localhost:1/0", fail_max=2)
+        payments = breakers.get("payments")
+        with in_redis(breakers, fakeredis.FakeStrictRedis(server=server)):
+            assert payments.call(up) == "answer"
+            server.connected = False
+            assert payments.call(up) == "answer"
+            assert breakers.health()["payments"].condition == "unreachable"
+            server.connected = True
+            wait_for(lambda: breakers.health()["payments"].condition == "connected", "the return of the server")
 
 
 class TestFixtures:

@@ -24,6 +24,6 @@ PUBLIC_NAMES: dict[str, tuple[str, ...]] = {
     "listeners": ("LogListener",),
     "prometheus": ("BreakerCollector", "PrometheusListener"),
     "registry": ("BreakerRegistry", "CircuitStatus", "retry_after"),
-    "testing": ("BreakerClock", "force_closed", "force_open", "in_memory", "unique_prefix"),
+    "testing": ("BreakerClock", "force_closed", "force_open", "in_memory", "in_redis", "unique_prefix"),
     "testing.servers": ("CLIENT_ERRORS", "PrivateServer", "ServerNotStartedError", "client_at", "free_port"),
 }
