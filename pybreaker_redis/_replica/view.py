@@ -194,8 +194,13 @@ class View(ForkSafe):
 
     @property
     def is_in_use(self) -> bool:
-        """Whether calls rely on the record, or on an answer under way, so that a change has to be read at once."""
-        return self._now() < self._asked_at + self.max_staleness or self._is_paused
+        """Whether a change has to be read at once.
+
+        Calls rely on the record, or on an answer under way.  Or the circuit is not closed.  Otherwise the local circuit
+        of an idle process would reject calls in an outage, though the circuit has closed since.
+        """
+        is_relied_on = self._now() < self._asked_at + self.max_staleness or self._is_paused
+        return is_relied_on or (self.cached is not None and self.cached.state != CLOSED)
 
     def compare_push(self, circuit: Circuit | None) -> bool:
         """Compare a pushed record with the cached one, and drop the pushed one.

@@ -48,6 +48,7 @@ from tests.support.inspect import (
     view_of,
 )
 from tests.support.logs import messages_of
+from tests.support.outages import health_of
 from tests.support.servers import counted
 from tests.support.wait import wait_for
 
@@ -349,6 +350,17 @@ def test_idle_circuit_is_not_read_after_a_push(client, other):
         other.close()
         time.sleep(0.1)
     assert commands.get("hmget", 0) == commands["evalsha"], "only scripts have read the hash"
+
+
+def test_idle_process_notices_that_an_open_circuit_has_closed(client, other):
+    """An idle process follows a circuit that it knows as open: in an outage it would reject calls for no reason."""
+    breaker = settled(breaker_on(client, max_staleness=0.2))
+    other.open()
+    with pytest.raises(pybreaker.CircuitBreakerError):
+        breaker.call(up)
+    wait_for(lambda: not view_of(breaker).is_trusted and not view_of(breaker).fast_path.was_used, "idle")
+    other.close()
+    wait_for(lambda: health_of(breaker).state == "closed", "the circuit has closed")
 
 
 @pytest.mark.full
