@@ -52,10 +52,10 @@ class StorageUnavailableError(PybreakerRedisError):
         others = len(self.circuits) - 1
         more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
         where = f" at {self.server}" if self.server else ""
-        limit = "" if self.timeout is None else f" within {self.timeout:g} s"
+        limit = "" if self.timeout is None else f"limit {self.timeout:g} s, "
         return (
-            f"circuit {self.circuit!r}{more}: Redis{where} did not execute the command{limit} "
-            f"({describe_error(self.cause)}); check health()"
+            f"circuit {self.circuit!r}{more}: Redis{where} did not execute the command "
+            f"({limit}{describe_error(self.cause)}); check health()"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

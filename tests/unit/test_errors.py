@@ -31,7 +31,7 @@ def error(
 def test_text_names_circuits_server_limit_cause_and_remedy(circuits: tuple[str, ...], expected: str) -> None:
     """An operator sees in one line what was not executed, and where to look."""
     assert str(error(*circuits)) == (
-        f"{expected}Redis at {SERVER} did not execute the command within 2 s (TimeoutError: no reply); check health()"
+        f"{expected}Redis at {SERVER} did not execute the command (limit 2 s, TimeoutError: no reply); check health()"
     )
 
 
