@@ -10,8 +10,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pybreaker
 import pytest
@@ -37,6 +39,11 @@ BREAKERS = {"payments": {"fail_max": 2, "reset_timeout": 30}}
 
 class CardDeclined(Exception):
     """Error that is no sign of an unhealthy dependency."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether a service works, and refuses one request."""
+    return getattr(error, "code", 0) == 404
 
 
 class SilentListener(pybreaker.CircuitBreakerListener):
@@ -235,6 +242,24 @@ def test_names_in_settings_stand_for_classes(project):
     assert breakers.get("search", fail_max=9).fail_max == 9
 
 
+@pytest.mark.parametrize("name", [f"{__name__}.is_refusal", f"{__name__}:is_refusal"])
+def test_name_in_exclude_stands_for_a_function(project, name: str):
+    """An item of ``exclude`` may be the dotted name of a function, which decides about each exception."""
+    project(PYBREAKER={"BREAKERS": {"payments": {"fail_max": 1, "exclude": [name]}}})
+    assert checked() == ["W001"]
+
+    def answer(code: int) -> None:
+        raise HTTPError("http://payments.invalid", code, "", Message(), None)
+
+    for _ in range(3):
+        with pytest.raises(HTTPError):
+            breakers["payments"].call(answer, 404)
+    assert breakers["payments"].current_state == "closed"
+    with pytest.raises(pybreaker.CircuitBreakerError):
+        breakers["payments"].call(answer, 500)
+    assert breakers["payments"].current_state == "open"
+
+
 def test_project_without_the_setting_has_circuits_in_memory(project):
     """The app without the setting uses circuits in memory."""
     with override_settings():
@@ -299,6 +324,14 @@ def test_wrong_setting_is_reported_by_check_and_refused_in_use(project, check_id
     with pytest.raises(ImproperlyConfigured) as refused:
         breakers.get("payments")
     assert errors[0].msg in str(refused.value)
+
+
+def test_hints_name_no_file_of_the_checkout(project):
+    """A user of the wheel has no files of the documentation, so hints name its pages."""
+    project(PYBREAKER={"URL": "redis://x", "DEFAULTS": {"fail_max": 0}})
+    (error,) = run_checks(tags=["pybreaker_redis"])
+    assert ".rst" not in error.hint
+    assert "page Settings" in error.hint
 
 
 @pytest.mark.parametrize("setting", [f"{__name__}.SingletonListener", SingletonListener])

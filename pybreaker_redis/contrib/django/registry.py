@@ -90,7 +90,7 @@ def configuration_problems() -> Iterator[checks.CheckMessage]:
         try:
             build_registry(configured, redis, create_listeners=False)
         except ValueError as error:
-            yield _error(6, f"PYBREAKER: {error}.", "docs/reference/settings.rst lists the settings and their ranges.")
+            yield _error(6, f"PYBREAKER: {error}.", "The page Settings of the documentation lists the valid values.")
 
 
 def _error(number: int, message: str, hint: str) -> checks.CheckMessage:
