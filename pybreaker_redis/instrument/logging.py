@@ -1,7 +1,8 @@
 """Listener that logs each change of a circuit's state.
 
 Every process that shares a circuit calls its listeners about every change.  The lines distinguish the process that made
-a change from those that noticed it, so one transition of a fleet is one warning.
+a change from those that noticed it, so one shared transition is one warning.  In an outage each process has its own
+circuit, and logs its own transitions.
 """
 
 from __future__ import annotations
