@@ -38,7 +38,7 @@ def build_registry(settings: Mapping[str, Any], redis: Any, *, create_listeners:
     for key, kind in CONFIG_KEYS.items():
         if key in settings and not isinstance(settings[key], kind):
             shown = format_value(settings[key])
-            raise ValueError(f"{key} must not be {shown}: see docs/reference/settings.rst for its values")
+            raise ValueError(f"{key} must not be {shown}: see the page Settings of the documentation")
     with _name_setting_in_error("LISTENERS"):
         listeners = [
             (_create_listener if create_listeners else _import_object)(listener)
