@@ -139,6 +139,23 @@ def test_uncounted_rejections_use_up_no_retries(shop: Shop):
     assert [shop.work(task, retries=had).retries for had in (0, 1, 2)] == [0, 1, 2]
 
 
+def test_only_failures_use_up_retries_beside_uncounted_rejections(shop: Shop):
+    """With `autoretry_for` the call that opens the circuit is retried, and a task survives many rejections."""
+    task = shop.task(rejections_count=False, autoretry_for=(Down,), retry_backoff=1, retry_jitter=False, max_retries=2)
+    shop.breaker._throw_new_error_on_trip = False
+    for had in (0, 1):
+        assert [shop.work(task, retries=had).retries for _ in range(5)] == [had] * 5
+        shop.breaker.close()
+        ended = shop.work(task, retries=had)
+        assert isinstance(ended.error, Down)
+        assert ended.retries == had + 1
+        assert shop.breaker.current_state == "open"
+    shop.breaker.close()
+    ended = shop.work(task, retries=2)
+    assert ended.state == "FAILURE"
+    assert isinstance(ended.error, Down)
+
+
 def test_handlers_of_the_task_see_the_number_of_retries(shop: Shop):
     """Handlers see the real number of retries, and not the number that is sent to the broker."""
     seen = []
