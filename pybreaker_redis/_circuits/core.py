@@ -6,6 +6,7 @@ Redis is a `Failover`, which `shared_circuit` makes from what a user gives.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -205,7 +206,7 @@ def client_source(redis_object: Any) -> Callable[[], Any]:
     """
     is_client = hasattr(redis_object, "evalsha") and not isinstance(redis_object, type)
     # Clients for tests derive from an asynchronous class, and lie in a module of another name.
-    is_asynchronous = is_client and any("asyncio" in base.__module__ for base in type(redis_object).__mro__)
+    is_asynchronous = is_client and any("asyncio" in base.__module__ for base in inspect.getmro(type(redis_object)))
     if is_asynchronous or not (is_client or callable(redis_object)):
         shown = format_value(redis_object)
         msg = f"redis_object must be a synchronous client or a callable that returns one, not {shown}"
