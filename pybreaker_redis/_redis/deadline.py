@@ -201,7 +201,7 @@ class _ReusableConnection:
 
     def _connect(self) -> Any:
         for name, value in (self._credentials.read_credentials() if self._credentials else {}).items():
-            # redis-py before 4.3 has no credential providers.
+            # redis-py before 4.4 has no credential providers.
             if hasattr(self, name):
                 setattr(self, name, value)
         take_lost_connection()
