@@ -53,11 +53,24 @@ def is_left_out(item: pytest.Item) -> bool:
     return not item.get_closest_marker(SAMPLE) and any(map(item.get_closest_marker, LEFT_OUT))
 
 
+def is_same_without_full(item: pytest.Item) -> bool:
+    """Return whether a test runs without ``--full`` and does the same there.  Random tests try fewer examples."""
+    is_random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    return not is_left_out(item) and not is_random
+
+
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is left to ``--full``, unless the command names tests by their ids."""
-    if config.option.full or any("::" in argument for argument in config.args):
+    """Deselect what is left to ``--full``, unless the command names tests by their ids.
+
+    With ``--remaining`` deselect what runs without ``--full``.
+    """
+    if config.option.remaining:
+        is_unwanted = is_same_without_full
+    elif config.option.full or any("::" in argument for argument in config.args):
         return
-    left_out = [item for item in items if is_left_out(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not is_left_out(item)]
+    else:
+        is_unwanted = is_left_out
+    unwanted = [item for item in items if is_unwanted(item)]
+    if unwanted:
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if not is_unwanted(item)]
