@@ -39,17 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and the summary.  Workers of pytest-xdist print none."""
     config.addinivalue_line("markers", "slow: takes several seconds because its promise is about seconds; see --full")
     config.addinivalue_line("markers", "full: runs with --full only")
+    config.addinivalue_line("markers", "other_server: runs on another server than the preferred one, see --full")
     config.addinivalue_line("markers", "sample: runs without --full although it is slow")
-    config.option.full = config.option.full or config.option.remaining
     selection.is_full = config.option.full
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Summary(places.client_name()), "summary")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--full`` and ``--remaining``."""
+    """Add ``--full``."""
     parser.addoption("--full", action="store_true", help="run also every other server, client, fleet and fault")
-    parser.addoption("--remaining", action="store_true", help="run only what --full adds to the tests without it")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -179,6 +179,19 @@ def test_table_shows_failures_and_missing_runs(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_each_cell_that_was_run_is_compared_with_the_page(tmp_path, capsys):
+    """Client libraries take turns, so a run has some of the cells."""
+    results = Results("redis-py 8")
+    results.passed("Redis 8.2", "Cluster", "tracking")
+    results.write(tmp_path)
+    assert main([str(tmp_path), "--check"]) == 0
+    results.passed("Redis 6.2", "Sentinel", "carrier pigeon")
+    results.write(tmp_path)
+    assert main([str(tmp_path), "--check"]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("another cell"))
+    assert line.endswith("Redis 6.2, Sentinel, redis-py 8: carrier pigeon, and not tracking")
+
+
 def test_page_has_no_cell_that_fails():
     """Every cell of the page's table was run, and none failed."""
     assert written().startswith("=====")

@@ -107,6 +107,22 @@ def written() -> str:
     return after.partition("\n\n")[0]
 
 
+def differing(cells: dict[tuple[str, str, str], str]) -> list[str]:
+    """Return each cell that was run and is another one in the page."""
+    texts = [re.split(r"\s{2,}", line) for line in written().splitlines() if not line.startswith(("=", " "))]
+    of_page: dict[tuple[str, str, str], str] = {}
+    server = ""
+    for name, kind, *row in texts:
+        if kind in KINDS:
+            server = server if name == "\\" else name
+            of_page.update({(server, kind, client): cell for client, cell in zip(CLIENTS, row, strict=True)})
+    return [
+        f"{server}, {kind}, {client}: {cell}, and not {of_page.get((server, kind, client))}"
+        for (server, kind, client), cell in sorted(cells.items())
+        if cell == FAILED or of_page.get((server, kind, client), cell) != cell
+    ]
+
+
 def main(arguments: list[str]) -> int:
     """Print the table, compare it for ``--check``, and put it into the page for ``--write``."""
     directory, *options = arguments
@@ -128,10 +144,10 @@ def main(arguments: list[str]) -> int:
     if "--write" in options:
         before, marker, after = PAGE.read_text(encoding="utf-8").partition(f"{MARKER}\n\n")
         PAGE.write_text(before + marker + made + after.removeprefix(written()), encoding="utf-8")
-    if "--check" in options and (FAILED in made or (made != written() and not missing)):
-        print(f"{PAGE} has another table:", written(), sep="\n")
-        return 1
-    return 0
+    found = differing(cells) if "--check" in options else []
+    for cell in found:
+        print(f"another cell in {PAGE.name}:", cell)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from tests.support import servers
 #: Markers of tests that run with ``--full`` only.
 LEFT_OUT = ("slow", "full")
 
+#: Marker that `select` gives to tests on another server than the preferred one.
+OTHER_SERVER = "other_server"
+
 #: Marker of tests that run without ``--full`` in spite of these markers.
 SAMPLE = "sample"
 
@@ -45,32 +48,27 @@ def needs_another_server(value: Any) -> bool:
     return getattr(getattr(value, "found", value), "binary", value if isinstance(value, str) else None) in others
 
 
+def is_on_another_server(item: pytest.Item) -> bool:
+    """Return whether a test runs on another server than the preferred one."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and any(map(needs_another_server, callspec.params.values()))
+
+
 def is_left_out(item: pytest.Item) -> bool:
     """Return whether a test runs with ``--full`` only."""
-    callspec = getattr(item, "callspec", None)
-    if callspec and any(map(needs_another_server, callspec.params.values())):
+    if is_on_another_server(item):
         return True
     return not item.get_closest_marker(SAMPLE) and any(map(item.get_closest_marker, LEFT_OUT))
 
 
-def is_same_without_full(item: pytest.Item) -> bool:
-    """Return whether a test runs without ``--full`` and does the same there.  Random tests try fewer examples."""
-    is_random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-    return not is_left_out(item) and not is_random
-
-
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is left to ``--full``, unless the command names tests by their ids.
-
-    With ``--remaining`` deselect what runs without ``--full``.
-    """
-    if config.option.remaining:
-        is_unwanted = is_same_without_full
-    elif config.option.full or any("::" in argument for argument in config.args):
+    """Mark tests on other servers, and deselect what is left to ``--full``, unless the command names tests by ids."""
+    for item in items:
+        if is_on_another_server(item):
+            item.add_marker(OTHER_SERVER)
+    if config.option.full or any("::" in argument for argument in config.args):
         return
-    else:
-        is_unwanted = is_left_out
-    unwanted = [item for item in items if is_unwanted(item)]
-    if unwanted:
-        config.hook.pytest_deselected(items=unwanted)
-        items[:] = [item for item in items if not is_unwanted(item)]
+    left_out = [item for item in items if is_left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_left_out(item)]
