@@ -120,11 +120,6 @@ def intact_circuit(found: StoredRecord, known: Circuit, now_ms: int) -> Circuit 
     return None if resolved.repair_note or changes_for(resolved.circuit, found) else resolved.circuit
 
 
-def is_same_but_counters(one: Circuit, other: Circuit) -> bool:
-    """Return whether two circuits are equal except for their counters."""
-    return replace(one, fail_counter=0, success_counter=0) == replace(other, fail_counter=0, success_counter=0)
-
-
 def _repair_note(found: StoredRecord, circuit: Circuit, *, is_time_wrong: bool) -> str:
     damaged = [name for name in VALUE_NAMES[:3] if getattr(found, name) is None]
     if is_time_wrong or (found.opened_at is None and (found.raw[3] is not None or circuit.opened_at_ms is not None)):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum, auto
 
 from pybreaker_redis._model.circuit import Circuit
-from pybreaker_redis._model.repair import is_same_but_counters
 
 
 class Merge(Enum):
@@ -46,3 +46,8 @@ def merge(cached: Circuit, cached_ms: float, circuit: Circuit, now_ms: float, *,
         # the next one would be taken for it in an outage.
         return Merge.OLDER
     return Merge.SAME if is_same_but_counters(circuit, cached) else Merge.CONFLICT
+
+
+def is_same_but_counters(one: Circuit, other: Circuit) -> bool:
+    """Return whether two circuits are equal except for their counters."""
+    return replace(one, fail_counter=0, success_counter=0) == replace(other, fail_counter=0, success_counter=0)

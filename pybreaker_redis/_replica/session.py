@@ -18,10 +18,11 @@ from pybreaker_redis import _log
 from pybreaker_redis._model.answers import server_time_ms
 from pybreaker_redis._model.circuit import CLOSED, Circuit
 from pybreaker_redis._model.codec import HASH_FIELDS, StoredRecord, parse_published, parse_record, to_text
-from pybreaker_redis._model.repair import intact_circuit, is_same_but_counters
+from pybreaker_redis._model.repair import intact_circuit
 from pybreaker_redis._redis.classify import PushUnavailableError
 from pybreaker_redis._redis.keys import CircuitKeys
 from pybreaker_redis._replica.connection import Push, PushConnection, refusal_of
+from pybreaker_redis._replica.merge import is_same_but_counters
 from pybreaker_redis._replica.subscribers import Subscriber, SubscriberTable
 from pybreaker_redis._replica.view import ReadTicket, View
 from pybreaker_redis._runtime.clock import instant, monotonic

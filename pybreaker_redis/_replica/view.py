@@ -27,9 +27,8 @@ from dataclasses import dataclass, replace
 
 from pybreaker_redis._model.circuit import CLOSED, Circuit
 from pybreaker_redis._model.fast_path import FastPath
-from pybreaker_redis._model.repair import is_same_but_counters
 from pybreaker_redis._replica.clock_offset import ClockOffset, OpeningTime
-from pybreaker_redis._replica.merge import Merge, merge
+from pybreaker_redis._replica.merge import Merge, is_same_but_counters, merge
 from pybreaker_redis._runtime.fork import ForkSafe
 
 #: Largest difference between the time in another storage's answer and the estimated time of the server, milliseconds.
