@@ -104,7 +104,8 @@ def bring_back_first(members: Sequence[ReturningCircuit], answer_wait_s: float, 
         outcomes: Number of circuits for each result, incremented here.
     """
     queried = [member for member in members if member.uses_local] or members[:1]
-    intact = _read_again(queried, answer_wait_s)
+    # In the order in which they were read, and found without a search.
+    intact = dict.fromkeys(_read_again(queried, answer_wait_s))
     # A server that takes no writes ends the attempt, but the views hold what was read.  The repair of another record is
     # a write in any case, and the check would write a part of that record.
     for member in intact:
