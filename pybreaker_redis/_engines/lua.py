@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from pybreaker_redis._engines.base import LUA_MODE
 from pybreaker_redis._engines.scripts import compose_script
 from pybreaker_redis._model.answers import unusable_reply
-from pybreaker_redis._model.circuit import COUNT_LIMIT, LEASE_MAX_MS, NOISE_MAX_MS, OPEN, STATES, TIME_MAX_MS, Circuit
+from pybreaker_redis._model.circuit import (
+    CLOSED,
+    COUNT_LIMIT,
+    LEASE_MAX_MS,
+    NOISE_MAX_MS,
+    OPEN,
+    STATES,
+    TIME_MAX_MS,
+    Circuit,
+)
 from pybreaker_redis._model.codec import PROBE_TOKEN_PATTERN
 from pybreaker_redis._model.intents import INTENTS, Intent, Reply
 from pybreaker_redis._redis.classify import (
@@ -18,6 +29,7 @@ from pybreaker_redis._redis.classify import (
     is_instance_of_named,
     is_unsupported_command,
 )
+from pybreaker_redis._redis.connections.spare import spare_connections_of
 
 #: Arguments that all scripts share, in the order of ARGV.
 SHARED_ARGUMENTS = (
@@ -32,11 +44,30 @@ REPLY_FIELDS = (
     *("probe_token", "probe_until_ms", "noisy_until_ms", "probe_lease_ms", "repair_note", "publish_error"),
 )
 
+#: Number of values in the reply of the fast lane, see `parse_lane_reply`.
+LANE_REPLY_LENGTH = 3
+
 #: Number that means "no generation" and "no time" in arguments and replies.
 NO_VALUE = -1
 
-#: Arguments of each operation, in the order of ARGV.
-_FIELDS_OF_INTENT = {intent: tuple(field.name for field in fields(intent)) for intent in INTENTS}
+
+def _getter_of(intent: type[Intent]) -> Callable[[Intent], tuple[Any, ...]]:
+    names = [field.name for field in fields(intent)]
+    if len(names) > 1:
+        # In C, because each failed call gets five values.
+        return attrgetter(*names)
+    return lambda made: tuple(getattr(made, name) for name in names)
+
+
+#: Functions that return the arguments of each operation, in the order of ARGV.
+_VALUES_OF_INTENT = {intent: _getter_of(intent) for intent in INTENTS}
+
+
+#: Function that returns what a caller knows of a circuit, in the order of ARGV, and the values of a caller without.
+_values_known_of = attrgetter(
+    *("generation", "state", "opened_at_ms", "probe_token", "probe_until_ms", "probe_lease_ms"),
+)
+_NEVER_READ = (NO_VALUE, "", NO_VALUE, "", 0, 0)
 
 
 class LuaEngine:
@@ -64,6 +95,11 @@ class LuaEngine:
         self.client = client
         self._keys = keys
         self._publish_arguments = channel, ttl_ms
+        spare = spare_connections_of(client)
+        #: Function that executes a command, where possible without the bookkeeping of the pool.
+        self._execute_command: Callable[..., object] = self._execute_by_client if spare is None else spare.execute
+        #: Values of the last intent, and the arguments that were made of them.
+        self._last: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
         self._missing = missing
         #: Whether the server has EVALSHA.  False after the server has refused EVALSHA and executed EVAL.
         self._can_use_evalsha = True
@@ -83,10 +119,15 @@ class LuaEngine:
             UnusableReplyError: A reply that the script does not return.
         """
         source, digest = compose_script(intent.operation)
-        own = [_script_argument(getattr(intent, name)) for name in _FIELDS_OF_INTENT[type(intent)]]
-        arguments = (*self._keys, state_if_missing, *_known_arguments(known), *self._publish_arguments, *own)
+        # Calls that fail in a row often send the same arguments, so the last ones are kept.
+        values = digest, state_if_missing, _known_values(known), _VALUES_OF_INTENT[type(intent)](intent)
+        last_values, arguments = self._last
+        if last_values != values:
+            known_arguments, own = _script_arguments(values[2]), _script_arguments(values[3])
+            arguments = (*self._keys, state_if_missing, *known_arguments, *self._publish_arguments, *own)
+            self._last = values, arguments
         try:
-            reply, publish_error = parse_script_reply(self._run(source, digest, arguments))
+            reply, publish_error = parse_script_reply(self._run(source, digest, arguments), known)
         except Exception as error:
             # Older versions of fakeredis import lupa only when a script is to run.
             if is_unsupported_command(error, "eval") or isinstance(error, ModuleNotFoundError):
@@ -96,11 +137,15 @@ class LuaEngine:
             self._note_missing(MissingFeature.PUBLISH, publish_error)
         return reply
 
+    def _execute_by_client(self, command: str, *arguments: Any) -> object:
+        # By its method, which clients of clusters and of applications override.
+        return getattr(self.client, command.lower())(*arguments)
+
     def _run(self, source: bytes, digest: str, arguments: tuple[Any, ...]) -> object:
         refusal = None
         if self._can_use_evalsha:
             try:
-                answer: object = self.client.evalsha(digest, len(self._keys), *arguments)
+                answer = self._execute_command("EVALSHA", digest, len(self._keys), *arguments)
             except Exception as error:
                 if is_unsupported_command(error, "evalsha"):
                     refusal = error
@@ -109,7 +154,7 @@ class LuaEngine:
                 # First use on this server, SCRIPT FLUSH, or a failover.  EVAL stores the script in the server's cache.
             else:
                 return answer
-        answer = self.client.eval(source, len(self._keys), *arguments)
+        answer = self._execute_command("EVAL", source, len(self._keys), *arguments)
         if refusal is not None:
             self._can_use_evalsha = False
             self._note_missing(MissingFeature.EVALSHA, refusal)
@@ -120,30 +165,44 @@ class LuaEngine:
             self._missing.append((feature, str(reason)))
 
 
-def _known_arguments(circuit: Circuit | None) -> tuple[int | str, ...]:
-    if circuit is None:
-        return NO_VALUE, "", NO_VALUE, "", 0, 0
-    return (
-        circuit.generation,
-        circuit.state,
-        _script_argument(circuit.opened_at_ms),
-        circuit.probe_token,
-        _script_argument(circuit.probe_until_ms),
-        _script_argument(circuit.probe_lease_ms),
-    )
+def _known_values(circuit: Circuit | None) -> tuple[Any, ...]:
+    return _NEVER_READ if circuit is None else _values_known_of(circuit)
 
 
-def _script_argument(value: float | str | None) -> int | str:
-    if value is None:
-        return NO_VALUE
-    return value if isinstance(value, str) else int(value)
+def _script_arguments(values: Iterable[float | str | None]) -> list[int | str]:
+    return [NO_VALUE if value is None else value if isinstance(value, str) else int(value) for value in values]
 
 
-def parse_script_reply(answer: object) -> tuple[Reply, str]:
+def parse_lane_reply(answer: Sequence[object], known: Circuit) -> Reply:
+    """Parse the reply of the fast lane.  All that it does not contain is as the caller knows it.
+
+    Args:
+        answer: Reply of the client: server time, failures, end of the noise.
+        known: Circuit as the caller knew it.
+
+    Raises:
+        UnusableReplyError: A reply that no lane returns.
+    """
+    now_ms, failures, noisy_ms = answer
+    if not (
+        isinstance(now_ms, int)
+        and isinstance(failures, int)
+        and isinstance(noisy_ms, int)
+        and 0 <= now_ms <= TIME_MAX_MS
+        and 0 <= failures < COUNT_LIMIT
+        and 0 <= noisy_ms <= now_ms + NOISE_MAX_MS
+    ):
+        raise unusable_reply("a script", answer)
+    circuit = Circuit(CLOSED, failures, 0, known.opened_at_ms, known.generation, noisy_until_ms=noisy_ms)
+    return Reply(True, circuit, now_ms)
+
+
+def parse_script_reply(answer: object, known: Circuit | None = None) -> tuple[Reply, str]:
     """Parse the reply of a script.
 
     Args:
         answer: Reply of the client.
+        known: Circuit as the caller knew it (``None``: never read).
 
     Returns:
         The reply, and the error of PUBLISH or an empty text.
@@ -151,6 +210,8 @@ def parse_script_reply(answer: object) -> tuple[Reply, str]:
     Raises:
         UnusableReplyError: A reply that no script returns.
     """
+    if isinstance(answer, list) and len(answer) == LANE_REPLY_LENGTH and known is not None:
+        return parse_lane_reply(answer, known), ""
     # Inline, and not by functions: every reply takes this way.
     if not isinstance(answer, (list, tuple)) or len(answer) != len(REPLY_FIELDS):
         raise unusable_reply("a script", answer)

@@ -27,7 +27,7 @@ from pybreaker_redis._model.codec import (
 )
 from pybreaker_redis._model.intents import ClaimProbe, Intent, Load, Reply
 from pybreaker_redis._redis.classify import is_instance_of_named
-from pybreaker_redis._redis.deadline import seconds_left
+from pybreaker_redis._redis.connections.deadline import seconds_left
 from pybreaker_redis._redis.legacy import client_without_decoding
 from pybreaker_redis._runtime.clock import monotonic
 

@@ -7,11 +7,11 @@ execute the definition.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-CLOSED = "closed"
-OPEN = "open"
-HALF_OPEN = "half-open"
+CLOSED: Final = "closed"
+OPEN: Final = "open"
+HALF_OPEN: Final = "half-open"
 STATES = (CLOSED, OPEN, HALF_OPEN)
 
 #: Longest lease of a probe, milliseconds.  A stored lease that ends later is damage.

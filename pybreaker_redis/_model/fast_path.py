@@ -18,6 +18,19 @@ from collections.abc import Callable
 from pybreaker_redis._model.circuit import CLOSED, OPEN, Admission, Circuit
 
 
+class Trust:
+    """Time until which decisions hold.  Several fast paths may share one, so that one step extends all of them.
+
+    Attributes:
+        until: End of the validity, seconds on the monotonic clock.
+    """
+
+    __slots__ = ("until",)
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+
+
 class FastPath:
     """Decisions about the calls of one circuit, in the form that is cheapest to read.
 
@@ -26,20 +39,33 @@ class FastPath:
         quiet_admission: Same as `admission` while there are no failures to reset, and ``None`` otherwise.
         rejection: Rejection of every call (``None``: the circuit is not known to be open).  Reports of its
             generation are refused.
-        trusted_until: End of the validity of all decisions, seconds on `now`.
+        opened_at_ms: When the rejecting circuit opened, by the clock of the engine.  Another value shows that the time
+            was set by hand, within one generation.
+        trust: End of the validity of all decisions, on the clock `now`.
         now: Monotonic clock, seconds.  An attribute, because freezegun replaces functions that it finds in modules.
         was_used: Whether a call has used a decision since the last reset of this attribute to ``False``.
     """
 
-    __slots__ = ("admission", "now", "quiet_admission", "rejection", "trusted_until", "was_used")
+    __slots__ = ("_own_trust", "admission", "now", "opened_at_ms", "quiet_admission", "rejection", "trust", "was_used")
 
     def __init__(self, until: float = math.inf, now: Callable[[], float] = time.monotonic) -> None:
         self.admission: Admission | None = None
         self.quiet_admission: Admission | None = None
         self.rejection: Admission | None = None
-        self.trusted_until = until
+        self.opened_at_ms: float | None = None
+        self.trust = self._own_trust = Trust(until)
         self.now = now
         self.was_used = False
+
+    @property
+    def trusted_until(self) -> float:
+        """End of the validity of all decisions, seconds on `now`.  To set it ends the use of a shared trust."""
+        return self.trust.until
+
+    @trusted_until.setter
+    def trusted_until(self, until: float) -> None:
+        self._own_trust.until = until
+        self.trust = self._own_trust
 
     def follow(self, circuit: Circuit, *, is_quiet: bool) -> None:
         """Derive the decisions from the circuit.
@@ -53,8 +79,10 @@ class FastPath:
             if self.admission is None or self.admission.generation != circuit.generation:
                 self.admission = Admission(circuit.generation)
             self.quiet_admission = self.admission if is_quiet else None
-        elif circuit.state == OPEN and (self.rejection is None or self.rejection.generation != circuit.generation):
-            self.rejection = Admission(circuit.generation)
+        elif circuit.state == OPEN:
+            self.opened_at_ms = circuit.opened_at_ms
+            if self.rejection is None or self.rejection.generation != circuit.generation:
+                self.rejection = Admission(circuit.generation)
 
     def keep_only(self, state: str) -> None:
         """Drop the decisions that belong to other states than this one."""

@@ -96,14 +96,19 @@ class RecordFailure(FencedIntent):
     Attributes:
         noise_ms: Duration of the noise after this failure, milliseconds (0: no process receives pushes).
         times: Number of failures.  A local circuit reports all of its failures together.
+        threshold: Number of consecutive failures that opens the circuit in the same step.  A failed probe opens the
+            circuit, too.  0: the report only counts, because the breaker keeps its threshold to itself.
     """
 
     noise_ms: int = 0
     times: int = 1
+    threshold: int = 0
     operation: ClassVar[str] = "record_failure"
 
     def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
         counted = circuit.with_failures(next_count(circuit.fail_counter, self.times))
+        if self.threshold and (circuit.state == HALF_OPEN or counted.fail_counter >= self.threshold):
+            return counted.after_transition(OPEN, success_counter=0, opened_at_ms=now_ms)
         if self.noise_ms and circuit.state == CLOSED and circuit.noisy_until_ms < now_ms + self.noise_ms / 2:
             return replace(counted, noisy_until_ms=now_ms + self.noise_ms)
         return counted
@@ -139,9 +144,21 @@ class CountProbe(FencedIntent):
         counted = replace(circuit, success_counter=next_count(circuit.success_counter))
         if self.generation is None or not circuit.probe_token:
             return counted
+        # As with pybreaker's storages, a success clears the failures.
+        counted = replace(counted, fail_counter=0)
         if counted.success_counter < self.threshold:
             return counted.with_free_probe()
         return replace(counted, probe_until_ms=now_ms + self.lease_ms, probe_lease_ms=self.lease_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseProbe(FencedIntent):
+    """Return of a probe without an outcome.  The next call of any process may claim the next probe."""
+
+    operation: ClassVar[str] = "release_probe"
+
+    def apply_admitted(self, circuit: Circuit, now_ms: float) -> Circuit:
+        return circuit.with_free_probe() if circuit.state == HALF_OPEN else circuit
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +300,7 @@ INTENTS: tuple[type[Intent], ...] = (
     RecordFailure,
     RecordSuccess,
     CountProbe,
+    ReleaseProbe,
     Trip,
     ShareTrip,
     ClaimProbe,

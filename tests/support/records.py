@@ -20,6 +20,7 @@ from pybreaker_redis._model.intents import (
     Load,
     RecordFailure,
     RecordSuccess,
+    ReleaseProbe,
     Reply,
     ResetProbes,
     SetOpenedAt,
@@ -55,7 +56,7 @@ class Wish:
         token: Token of the probe.  ``None`` means the circuit's own.
         number: Milliseconds: a lease, noise, or the time since the opening.
         state: State for `SetState`.
-        threshold: Successes that close the circuit.
+        threshold: Successes that close the circuit, or failures that open it.
     """
 
     kind: type[Intent]
@@ -77,7 +78,10 @@ class Wish:
             SetState: lambda: SetState(self.state),
             SetOpenedAt: lambda: SetOpenedAt(now_ms - self.number),
             # The shortest number stands for no noise: a failure that is not pushed to other processes.
-            RecordFailure: lambda: RecordFailure(generation, token, 0 if self.number == 1 else self.number),
+            # One less, so that the usual threshold of a wish stands for none.
+            RecordFailure: lambda: RecordFailure(
+                generation, token, 0 if self.number == 1 else self.number, 1, self.threshold - 1
+            ),
             CountProbe: lambda: CountProbe(generation, token, self.number, self.threshold),
             ShareTrip: lambda: ShareTrip(generation or 0, self.number),
             ClaimProbe: lambda: ClaimProbe(generation or 0, self.token or TOKENS[0], self.number, instead),
@@ -92,7 +96,7 @@ _tokens = st.sampled_from([None, None, None, None, "", *TOKENS])
 _leases = st.sampled_from([1, 50, LEASE_MS, LEASE_MS])
 _thresholds = st.integers(1, 3)
 _kinds = st.sampled_from(
-    [RecordFailure, RecordSuccess, CountProbe, Trip, Trip, ShareTrip, ClaimProbe, ClaimProbe, Close]
+    [RecordFailure, RecordSuccess, CountProbe, ReleaseProbe, Trip, Trip, ShareTrip, ClaimProbe, ClaimProbe, Close]
 )
 
 wishes = st.one_of(

@@ -74,6 +74,16 @@ def test_reply_that_is_no_list_of_its_length_is_a_fault(answer: Any) -> None:
         engine.execute(Load(), None, CLOSED)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [["1", 1, 0], [1000, None, 0], [1000, 1, 0.5], [-1, 1, 0], [10**15, 1, 0], [1000, -1, 0], [1000, 1, 10**9]],
+)
+def test_unsound_reply_of_the_fast_lane_is_a_fault(answer: Any) -> None:
+    """The three values are checked like those of a whole record."""
+    with pytest.raises(UnusableReplyError):
+        parse_script_reply(answer, Circuit(generation=3))
+
+
 @pytest.mark.parametrize("answer", [(1, 2_345), [b"1", b"2345"], ["1", "2345"]])
 def test_time_is_read_from_any_client(answer: Any) -> None:
     """Parsed and unparsed, decoded and undecoded replies give the same time."""

@@ -12,7 +12,7 @@ from pybreaker_redis._circuits.local import LOCAL_GENERATION_MIN, LocalCircuit
 from pybreaker_redis._circuits.probes import CLAIMS_PER_CIRCUIT_MAX, HeldProbes
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._model.intents import Load, RecordFailure
-from pybreaker_redis._redis.deadline import seconds_left
+from pybreaker_redis._redis.connections.deadline import seconds_left
 from pybreaker_redis.errors import StorageUnavailableError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pybreaker_redis._engines.lua import NO_VALUE, REPLY_FIELDS, SHARED_ARGUMENTS
-from pybreaker_redis._engines.scripts import PRELUDE, compose_script, strip_comments
+from pybreaker_redis._engines.scripts import LANE, LANE_OPERATIONS, PRELUDE, compose_script, strip_comments
 from pybreaker_redis._model import circuit as circuit_module
 from pybreaker_redis._model import codec
 from pybreaker_redis._model.circuit import Circuit
@@ -22,7 +22,10 @@ from pybreaker_redis._redis.keys import KEY_SUFFIXES
 LUA = Path(str(resources.files("pybreaker_redis._engines"))) / "lua"
 
 every_intent = pytest.mark.parametrize("intent", INTENTS, ids=lambda intent: intent.operation)
-every_file = pytest.mark.parametrize("name", [PRELUDE, *(intent.operation for intent in INTENTS)])
+#: Files of the fast lanes.
+LANES = [f"{operation}_lane" for operation in sorted(LANE_OPERATIONS)]
+
+every_file = pytest.mark.parametrize("name", [PRELUDE, LANE, *LANES, *(intent.operation for intent in INTENTS)])
 
 
 def source(name: str) -> str:
@@ -59,9 +62,16 @@ def uses(name: str, word: str) -> bool:
 
 def test_every_operation_has_one_file_and_every_file_one_operation() -> None:
     """No file is unused, and no intent works in memory only."""
-    assert {path.name for path in LUA.iterdir()} == {f"{intent.operation}.lua" for intent in INTENTS} | {
-        f"{PRELUDE}.lua"
-    }
+    names = {PRELUDE, LANE, *(intent.operation for intent in INTENTS), *LANES}
+    assert {path.name for path in LUA.iterdir()} == {f"{name}.lua" for name in names}
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_header_of_a_lane_names_what_the_lane_uses(name: str) -> None:
+    """The checks that all lanes share offer exactly what the lanes use."""
+    offered = re.findall(r"lane_\w+", header(LANE)["OFFERS"])
+    assert header(name)["USES"].split(", ") == [word for word in offered if uses(name, word)]
+    assert {word for lane in LANES for word in offered if uses(lane, word)} == set(offered)
 
 
 @every_intent
@@ -88,7 +98,7 @@ def test_script_reads_its_arguments_first_and_under_their_names(intent: type[Int
     if not named:
         assert "ARGV" not in body
         return
-    declared, values = re.findall(r"local ([\w, ]+) = (.*ARGV.*)", body)[0]
+    declared, values = re.findall(r"local ([\w, ]+) =\s+(.*ARGV.*)", body)[0]
     assert declared.split(", ") == named
     assert re.findall(r"ARGV\[(\d+)\]", values) == [str(number) for number, _ in enumerate(named, 10)]
     assert body.count("ARGV") == len(named)
@@ -177,4 +187,5 @@ def test_script_has_no_comments_and_is_ascii(intent: type[Intent]) -> None:
     script = compose_script(intent.operation)
     assert script.source.isascii()
     assert b"--" not in script.source
-    assert len(script.source) < 11.5 * 1024
+    lane_kib = 1.75 if intent.operation in LANE_OPERATIONS else 0
+    assert len(script.source) < (10.25 + lane_kib) * 1024

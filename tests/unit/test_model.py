@@ -33,6 +33,7 @@ from pybreaker_redis._model.intents import (
     Load,
     RecordFailure,
     RecordSuccess,
+    ReleaseProbe,
     ResetProbes,
     SetOpenedAt,
     SetState,
@@ -51,7 +52,10 @@ probed = replace(unclaimed, probe_token="a0", probe_until_ms=NOW + 10)
 deserted = replace(probed, probe_until_ms=NOW)
 
 #: Intents of a call, as a call of generation 7 with the token "a0" sends them.
-FENCED = [RecordFailure(7, "a0"), RecordSuccess(7, "a0"), CountProbe(7, "a0", 500), Trip(7, "a0"), Close(7, "a0")]
+FENCED = [
+    *(RecordFailure(7, "a0"), RecordSuccess(7, "a0"), CountProbe(7, "a0", 500), ReleaseProbe(7, "a0")),
+    *(Trip(7, "a0"), Close(7, "a0")),
+]
 
 
 def by_hand(intent: Intent) -> Intent:
@@ -181,15 +185,17 @@ class TestCounting:
 
     def test_probe_that_reaches_the_threshold_is_kept_to_close(self) -> None:
         """No other call may claim the probe before the close that follows. A lease that has run out is renewed, too."""
-        kept = replace(probed, success_counter=2, probe_until_ms=NOW + 500, probe_lease_ms=500)
+        kept = replace(probed, fail_counter=0, success_counter=2, probe_until_ms=NOW + 500, probe_lease_ms=500)
         assert granted(CountProbe(7, "a0", 500, 2), probed) == kept
         assert granted(CountProbe(7, "a0", 500, 1), probed) == kept
         assert granted(CountProbe(7, "a0", 500), deserted, NOW + 7).probe_until_ms == NOW + 507
 
     def test_probe_below_the_threshold_is_given_back(self) -> None:
-        """The successes stay, in the same generation, and the next caller can claim the probe at once."""
+        """The successes stay, the failures before them do not, and the next caller can claim the probe at once."""
         given_back = granted(CountProbe(7, "a0", 500, 3), probed)
-        assert given_back == replace(probed, success_counter=2, probe_token="", probe_until_ms=0, probe_lease_ms=0)
+        assert given_back == Circuit(
+            HALF_OPEN, success_counter=2, opened_at_ms=probed.opened_at_ms, generation=probed.generation
+        )
         assert not CountProbe(7, "a0", 500, 3).apply(given_back, NOW).accepted
         claimed = granted(ClaimProbe(7, "b1", 500), given_back)
         assert (claimed.generation, claimed.success_counter, claimed.probe_token) == (8, 2, "b1")
@@ -484,7 +490,7 @@ class TestEveryIntent:
             after = intent.apply(circuit, now).circuit
             if circuit.probe_token and after.probe_token and after.generation != circuit.generation:
                 assert isinstance(intent, ClaimProbe)
-                assert circuit.probe_until_ms <= now
+                assert circuit.probe_until_ms <= now or circuit.probe_token == intent.lost_token
             circuit = after
 
 

@@ -13,7 +13,7 @@ import redis.sentinel
 
 from pybreaker_redis import CircuitRedisStorage, _log
 from pybreaker_redis._redis.classify import MissingFeature
-from pybreaker_redis._redis.pool import Credentials
+from pybreaker_redis._redis.connections.pool import Credentials
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import SECRET_MASK, SECRETS_MAX, mask_error, mask_text, register_secret
 from pybreaker_redis._servers.availability import Availability

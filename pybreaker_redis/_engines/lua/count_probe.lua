@@ -15,6 +15,7 @@ return run(function()
   if not can_report(generation, token) then return false end
   circuit.success_counter = next_count(circuit.success_counter)
   if generation == BY_HAND or circuit.probe_token == '' then return true end
+  circuit.fail_counter = 0
   if circuit.success_counter < threshold then
     free_probe(circuit)
   else
