@@ -28,6 +28,8 @@ class MissingFeature(enum.Enum):
     """EVALSHA: each call sends the source of its script."""
     PUBLISH = "publishing"
     """PUBLISH: other processes notice transitions at their next poll."""
+    PRELOADING = "preloading"
+    """SCRIPT: the first use of each script on a server sends its source."""
     TRACKING = "tracking"
     """CLIENT TRACKING: the server does not push what other clients than this package write."""
 

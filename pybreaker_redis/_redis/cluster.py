@@ -18,10 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 from pybreaker_redis._redis.classify import is_moved_error
-from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._redis.connections.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._redis.connections.pool import client_on_pool, credentials_of
 from pybreaker_redis._redis.endpoint import Address, client_module_of, endpoint_of
 from pybreaker_redis._redis.legacy import nodes_of_redis_py_cluster, topology_of_redis_py_cluster
-from pybreaker_redis._redis.pool import client_on_pool, credentials_of
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import suppress_errors
 

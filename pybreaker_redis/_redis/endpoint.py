@@ -184,7 +184,7 @@ _IRRELEVANT_ARGUMENTS = frozenset(
         *("driver_info", "lib_name", "lib_version"),
         *("max_connections", "timeout", "socket_connect_timeout", "socket_read_size"),
         *("socket_keepalive", "socket_keepalive_options"),
-        # Arguments of this package's connections, see `_redis/deadline.py`.
+        # Arguments of this package's connections, see `_redis/connections/deadline.py`.
         *("credentials", "idle_limit"),
     )
 )

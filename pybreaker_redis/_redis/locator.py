@@ -17,9 +17,9 @@ from pybreaker_redis._redis.classify import (
     is_slot_unserved,
 )
 from pybreaker_redis._redis.cluster import ClusterTopology, topology_behind_node, topology_of
+from pybreaker_redis._redis.connections.pool import credentials_switched_at, has_new_credentials, replace_credentials
 from pybreaker_redis._redis.endpoint import Address, connection_arguments_of, endpoint_of
 from pybreaker_redis._redis.keys import KEY_BASE, circuit_keys, plain_copy, server_key_names, slot_of, unwrap_client
-from pybreaker_redis._redis.pool import credentials_switched_at, has_new_credentials, replace_credentials
 from pybreaker_redis._redis.sentinel import is_demoted_master, sentinel_pool_of
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import calls_user_code, suppress_errors

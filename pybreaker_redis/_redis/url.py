@@ -31,7 +31,7 @@ from urllib.parse import parse_qs, unquote
 import redis
 import redis.connection
 
-from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._redis.connections.deadline import deadline, keep_deadlines, seconds_left
 from pybreaker_redis._redis.endpoint import Address
 from pybreaker_redis._redis.legacy import client_of_redis_py_cluster
 from pybreaker_redis._redis.sentinel import client_of_service

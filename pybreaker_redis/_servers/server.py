@@ -19,8 +19,8 @@ from typing import Any
 
 from pybreaker_redis import _log
 from pybreaker_redis._redis.classify import ErrorKind, MissingFeature, error_kind
+from pybreaker_redis._redis.connections.pool import ConnectionPools
 from pybreaker_redis._redis.endpoint import Endpoint, endpoint_of, plain_endpoint_of
-from pybreaker_redis._redis.pool import ConnectionPools
 from pybreaker_redis._runtime import fork
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.fork import ForkSafe

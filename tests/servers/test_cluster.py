@@ -22,7 +22,7 @@ import redis
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._redis import cluster as cluster_module
 from pybreaker_redis._redis.cluster import ClusterTopology, topology_behind_node, topology_of
-from pybreaker_redis._redis.deadline import deadline, seconds_left
+from pybreaker_redis._redis.connections.deadline import deadline, seconds_left
 from pybreaker_redis._redis.keys import circuit_keys, slot_of
 from pybreaker_redis._replica import subscription
 from pybreaker_redis._replica.listener import Listener, listener_for

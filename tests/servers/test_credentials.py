@@ -15,12 +15,12 @@ import redis.sentinel
 import valkey
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._redis import pool
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections import pool
+from pybreaker_redis._redis.connections.deadline import deadline
+from pybreaker_redis._redis.connections.pool import bounded_client, has_new_credentials, replace_credentials
 from pybreaker_redis._redis.endpoint import connection_arguments_of, endpoint_of
 from pybreaker_redis._redis.keys import CLUSTER_SLOT_COUNT
 from pybreaker_redis._redis.locator import CircuitLocator
-from pybreaker_redis._redis.pool import bounded_client, has_new_credentials, replace_credentials
 from pybreaker_redis.registry import BreakerRegistry
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.breakers import Down, down, up

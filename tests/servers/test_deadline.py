@@ -20,8 +20,8 @@ import pytest
 import redis
 import valkey
 
-from pybreaker_redis._redis import deadline as deadline_module
-from pybreaker_redis._redis.deadline import deadline, keep_deadlines, seconds_left
+from pybreaker_redis._redis.connections import deadline as deadline_module
+from pybreaker_redis._redis.connections.deadline import deadline, keep_deadlines, seconds_left
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support.selection import but_for
 from tests.support.servers import ONCE

@@ -18,11 +18,11 @@ import redis
 import valkey
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._redis import pool as pool_module
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections import pool as pool_module
+from pybreaker_redis._redis.connections.deadline import deadline
+from pybreaker_redis._redis.connections.pool import POOL_CONNECTIONS_MAX, bounded_client
 from pybreaker_redis._redis.endpoint import Endpoint, command_wait_limit, endpoint_of
 from pybreaker_redis._redis.keys import library_class_of
-from pybreaker_redis._redis.pool import POOL_CONNECTIONS_MAX, bounded_client
 from pybreaker_redis._servers.table import server_for
 from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.clients import KINDS, SAMPLE, CredentialProvider, by_port, retrying

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pybreaker
@@ -13,11 +15,13 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitRedisStorage
-from pybreaker_redis._redis import deadline
-from pybreaker_redis._redis.pool import IDLE_MAX_S
-from pybreaker_redis.testing.servers import PrivateServer
+from pybreaker_redis._redis.connections import deadline
+from pybreaker_redis._redis.connections.pool import IDLE_MAX_S, POOL_CONNECTIONS_MAX, bounded_client
+from pybreaker_redis._redis.connections.spare import SPARE_CONNECTIONS_MAX
+from pybreaker_redis.testing.binaries import FoundServer
+from pybreaker_redis.testing.servers import PrivateServer, free_port
 from tests.support.breakers import Down, down, up
-from tests.support.inspect import connections_of, pools_of, storage_of, wrap_socket
+from tests.support.inspect import connections_of, pools_of, spare_count, storage_of, wrap_socket
 from tests.support.logs import messages_of
 from tests.support.proxy import Proxy
 from tests.support.wait import wait_for
@@ -207,3 +211,78 @@ def test_lost_connection_is_an_unanswered_end_of_a_reused_connection(
             wrap_socket(made, lambda _: EndingSocket(b""))
             assert made.recv(10) == b""
             assert deadline.take_lost_connection() is None
+
+
+def test_spare_connections_are_few(client: redis.Redis) -> None:
+    """A burst of threads leaves no more connections on the stack than later calls need.  The pool has the others."""
+    bounded: Any = bounded_client(client, 2.0)
+    spare = bounded.connection_pool.spare_connections
+    together = threading.Barrier(2 * SPARE_CONNECTIONS_MAX)
+
+    def use_one() -> None:
+        together.wait(20)
+        assert spare.execute("EVAL", "local n = 0 for i = 1, 10^5 do n = n + i end return n", 0)
+
+    with ThreadPoolExecutor(2 * SPARE_CONNECTIONS_MAX) as threads:
+        for done in [threads.submit(use_one) for _ in range(2 * SPARE_CONNECTIONS_MAX)]:
+            done.result(20)
+    assert 0 < spare_count(spare) <= SPARE_CONNECTIONS_MAX
+    spare.release_all()
+    assert spare_count(spare) == 0
+    bounded.connection_pool.disconnect()
+
+
+@pytest.fixture
+def server_with_port(preferred: FoundServer) -> Iterator[PrivateServer]:
+    """Yield a server with a port: over a unix socket a closed connection shows at once."""
+    with PrivateServer(preferred.binary, port=free_port()) as server:
+        yield server
+
+
+@pytest.fixture
+def tcp_pool(server_with_port: PrivateServer) -> Iterator[Any]:
+    """Yield a pool of this package for a TCP port."""
+    with contextlib.closing(redis.Redis(port=server_with_port.port)) as client:
+        pool: Any = bounded_client(client, 2.0).connection_pool
+        yield pool
+        pool.disconnect()
+
+
+def test_closed_spare_connection_is_replaced(tcp_pool: Any, server_with_port: PrivateServer) -> None:
+    """A server or a load balancer closes silent connections.  The next report must not be an outage."""
+    spare = tcp_pool.spare_connections
+    assert spare.execute("ECHO", "one") == b"one"
+    with contextlib.closing(server_with_port.client()) as operator:
+        assert operator.client_kill_filter(_type="normal", skipme=True)
+    time.sleep(2 * deadline.DOUBT_AFTER_S)
+    assert spare.execute("ECHO", "two") == b"two"
+
+
+def test_caller_that_waits_for_a_connection_gets_the_first_that_is_free(tcp_pool: Any) -> None:
+    """The stack takes no connection while the pool has none left."""
+    spare = tcp_pool.spare_connections
+    taken = [tcp_pool.get_connection(*spare.arguments) for _ in range(POOL_CONNECTIONS_MAX - 1)]
+    assert spare.execute("ECHO", "one") == b"one"
+    assert spare_count(spare) == 0
+    for connection in taken:
+        tcp_pool.release(connection)
+    assert spare.execute("ECHO", "two") == b"two"
+    assert spare_count(spare) == 1
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, TimeoutError])
+def test_connection_with_an_unread_reply_is_not_used_again(
+    tcp_pool: Any, monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException]
+) -> None:
+    """The reply would be taken for the reply to the next command."""
+    spare = tcp_pool.spare_connections
+    assert spare.execute("ECHO", "one") == b"one"
+
+    def interrupt(*_: Any) -> None:
+        raise interruption
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tcp_pool.connection_class, "read_response", interrupt)
+        with pytest.raises((interruption, redis.RedisError)):
+            spare.execute("ECHO", "two")
+    assert spare.execute("ECHO", "three") == b"three"

@@ -17,7 +17,7 @@ from pybreaker import CircuitBreaker
 from pybreaker_redis import CircuitRedisStorage
 from pybreaker_redis._redis import url as url_module
 from pybreaker_redis._redis.cluster import topology_of
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections.deadline import deadline
 from pybreaker_redis._redis.keys import CLUSTER_SLOT_COUNT
 from pybreaker_redis._redis.url import URL_TIMEOUT_S, client_source_from_url
 from pybreaker_redis.testing.servers import PrivateServer, free_port

@@ -12,6 +12,7 @@ from unittest import mock
 
 from pybreaker import CircuitBreakerError
 
+from pybreaker_redis._redis.connections.spare import SpareConnections
 from pybreaker_redis.testing.servers import PrivateServer
 
 #: Commands at the begin of a connection.
@@ -23,7 +24,7 @@ def commands_sent(client: Any) -> Iterator[list[str]]:
     """Record the names of commands that the calling thread sends one by one, without greetings and pipelines.
 
     A storage has its own connections and clients.  The class of these connections descends from the class of the
-    client's.
+    client's.  On spare connections an engine sends commands that are already packed.
     """
     connection_class, caller, sent = client.connection_pool.connection_class, threading.get_ident(), []
     send_command = connection_class.send_command
@@ -33,7 +34,17 @@ def commands_sent(client: Any) -> Iterator[list[str]]:
             sent.append(arguments[0])
         return send_command(self, *arguments, **options)
 
-    with mock.patch.object(connection_class, "send_command", record):
+    execute = SpareConnections.execute
+
+    def record_packed(self: SpareConnections, *command: Any) -> Any:
+        if threading.get_ident() == caller:
+            sent.append(command[0])
+        return execute(self, *command)
+
+    with (
+        mock.patch.object(connection_class, "send_command", record),
+        mock.patch.object(SpareConnections, "execute", record_packed),
+    ):
         yield sent
 
 

@@ -9,14 +9,14 @@ The lookup of the host's name has no deadline, because the system's resolver acc
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from pybreaker_redis._runtime.clock import monotonic
@@ -29,6 +29,13 @@ _DEADLINE_PASSED = "the deadline has passed"
 #: Extra seconds of an operation, once, if the deadline has passed before a command is sent.  The server has answered
 #: all commands so far, so this process is slow, as with many busy threads, and the server is not unreachable.
 SEND_GRACE_S = 0.05
+
+
+#: Seconds of silence after which a connection is checked before its next use, as pools of redis-py always do.
+DOUBT_AFTER_S = 0.05
+
+#: Difference from which on a socket gets another timeout, seconds.
+TIMEOUT_RESOLUTION_S = 0.001
 
 
 class LostConnection(enum.Enum):
@@ -52,28 +59,32 @@ class _Deadline:
 _current: ContextVar[_Deadline | None] = ContextVar("deadline of an operation", default=None)
 
 
-@contextlib.contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
+class deadline:  # noqa: N801 (used like a function)
     """Limit the time of all operations in the block on connections that keep deadlines.
 
-    An interruption of a wait in the block is raised in place of the error that the client library made of it.
+    An interruption of a wait in the block is raised in place of the error that the client library made of it.  A class,
+    because a generator would take three times as long, and each failed call has a deadline.
 
     Args:
         seconds: Seconds from now on (``None``: no deadline, only the timeouts of the connections).
     """
-    current = None if seconds is None else _Deadline(monotonic() + seconds)
-    token = _current.set(current)
-    try:
-        yield
-    except Exception as error:
-        if current is not None and current.interruption not in (None, error):
-            raise current.interruption  # noqa: B904 (its own cause stays)
-        raise
-    else:
-        if current is not None and current.interruption is not None:
-            raise current.interruption
-    finally:
-        _current.reset(token)
+
+    __slots__ = ("_deadline", "_token")
+
+    def __init__(self, seconds: float | None) -> None:
+        self._deadline = None if seconds is None else _Deadline(monotonic() + seconds)
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._deadline)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _current.reset(self._token)
+        interruption = None if self._deadline is None else self._deadline.interruption
+        if interruption is None or interruption is error or not (error is None or isinstance(error, Exception)):
+            return
+        raise interruption
 
 
 def seconds_left() -> float | None:
@@ -108,6 +119,8 @@ class DeadlineSocket:
         self._wrapped = wrapped
         self._longest = longest
         self._given = given
+        #: Timeout of the socket (-1: unknown).
+        self._limit: float | None = -1
         self.used_at = monotonic()
         self.is_reused = False
 
@@ -117,6 +130,14 @@ class DeadlineSocket:
     def settimeout(self, seconds: float | None) -> None:
         self._given = seconds
         self._wrapped.settimeout(seconds)
+        self._limit = seconds
+
+    def _limit_wait(self, seconds: float | None) -> None:
+        # Each change is a system call.
+        before = self._limit
+        if not seconds or not before or abs(seconds - before) > TIMEOUT_RESOLUTION_S:
+            self._wrapped.settimeout(seconds)
+            self._limit = seconds
 
     def recv(self, *arguments: Any) -> bytes:
         received = self._run_in_time(LostConnection.UNANSWERED, self._wrapped.recv, *arguments)
@@ -139,13 +160,13 @@ class DeadlineSocket:
             current.lost = lost
 
     def sendall(self, *arguments: Any) -> None:
-        current = _current.get()
-        if current is not None and not seconds_left():
+        current, now = _current.get(), monotonic()
+        if current is not None and current.until <= now:
             if current.has_used_grace:
                 # The caller has given up, and an unsent command is not executed.
                 raise TimeoutError(_DEADLINE_PASSED)
-            current.until, current.has_used_grace = monotonic() + SEND_GRACE_S, True
-        self.used_at = monotonic()
+            current.until, current.has_used_grace = now + SEND_GRACE_S, True
+        self.used_at = now
         self._run_in_time(LostConnection.UNSENT, self._wrapped.sendall, *arguments)
 
     def _run_in_time(self, lost: LostConnection, operation: Callable[..., _Result], *arguments: Any) -> _Result:
@@ -154,11 +175,11 @@ class DeadlineSocket:
         Data that have arrived are received even after the deadline, because then this process was slow.  A context
         manager would cost too much, because each guarded call runs three operations.
         """
-        left = seconds_left()
-        if left is None or self._given == 0:
-            self._wrapped.settimeout(self._given)
+        current = _current.get()
+        if current is None or self._given == 0:
+            self._limit_wait(self._given)
             return operation(*arguments)
-        self._wrapped.settimeout(_wait_limit(left, self._longest))
+        self._limit_wait(_wait_limit(max(0.0, current.until - monotonic()), self._longest))
         try:
             return operation(*arguments)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
@@ -191,13 +212,40 @@ class _ReusableConnection:
 
         Pools call this method whenever they hand out a connection.
         """
-        made = getattr(self, "_sock", None)
-        if isinstance(made, DeadlineSocket):
-            if self._longest_idle is not None and monotonic() - made.used_at > self._longest_idle:
-                cast("Any", self).disconnect()
-            else:
-                made.is_reused = True
+        self.reuse()
         cast("Any", super()).connect(*arguments, **options)
+
+    def reuse(self) -> bool:
+        """Return whether the connection can be used again.  A connection that was idle for too long is closed."""
+        made = getattr(self, "_sock", None)
+        if not isinstance(made, DeadlineSocket):
+            return False
+        if self._longest_idle is not None and monotonic() - made.used_at > self._longest_idle:
+            cast("Any", self).disconnect()
+            return False
+        made.is_reused = True
+        return True
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the connection was silent for a moment, and the server has closed it or has sent something unread."""
+        made: Any = getattr(self, "_sock", None)
+        if monotonic() - made.used_at < DOUBT_AFTER_S:
+            return False
+        try:
+            return bool(cast("Any", self).can_read())
+        except Exception:  # noqa: BLE001
+            # Libraries report the end of a connection by different classes.
+            return True
+
+    def send_bytes(self, packed: Sequence[bytes]) -> None:
+        """Send a packed command, on a connection that `reuse` has found usable.
+
+        Raises:
+            OSError: The command could not be sent.
+        """
+        for part in packed:
+            self._sock.sendall(part)  # type: ignore[attr-defined]
 
     def _connect(self) -> Any:
         for name, value in (self._credentials.read_credentials() if self._credentials else {}).items():

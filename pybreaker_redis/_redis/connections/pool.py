@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pybreaker_redis import _log
-from pybreaker_redis._redis.deadline import keep_deadlines
+from pybreaker_redis._redis.connections.deadline import keep_deadlines
+from pybreaker_redis._redis.connections.spare import SpareConnections
 from pybreaker_redis._redis.endpoint import Endpoint, client_module_of, command_wait_limit, endpoint_of
 from pybreaker_redis._redis.keys import plain_copy
 from pybreaker_redis._redis.legacy import connect_timeout_arguments
@@ -139,6 +140,8 @@ def client_on_pool(client: Any, pool: Any) -> Any:
 
 def close_idle_connections(pool: Any) -> None:
     """Close the connections of a pool that no thread uses at present, so that the next use of each connects again."""
+    if (spare := getattr(pool, "spare_connections", None)) is not None:
+        spare.release_all()
     idle = getattr(pool, "pool", None)
     if idle is None:
         with suppress_errors():
@@ -225,7 +228,9 @@ def _make_pool(
         arguments["maint_notifications_config"] = notifications.MaintNotificationsConfig(enabled=False)
     if not hasattr(pool, "sentinel_manager"):
         arguments.update(max_connections=POOL_CONNECTIONS_MAX, timeout=timeout, connection_class=connection_class)
-        return library.BlockingConnectionPool(**arguments)
+        made = library.BlockingConnectionPool(**arguments)
+        made.spare_connections = SpareConnections(made)
+        return made
     manager = copy_manager(
         pool.sentinel_manager, lambda sentinel, share: _copy_client(sentinel, timeout, share), timeout
     )

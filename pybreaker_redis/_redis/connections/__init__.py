@@ -1,0 +1,1 @@
+"""Connections of this package: pools, deadlines, and spare connections for calls that fail."""
