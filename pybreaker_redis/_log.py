@@ -158,7 +158,11 @@ _MISSING_FEATURES = {
         logging.WARNING,
         "runs no scripts (%s); circuits use transactions, which take more round trips, also to read a circuit",
     ),
-    "names": (logging.INFO, "does not accept EVALSHA (%s); each call sends the source of its script, about 11 KiB"),
+    "preloading": (
+        logging.INFO,
+        "does not permit SCRIPT (%s); the first use of each script on an empty server sends its source, 10 to 12 KiB",
+    ),
+    "names": (logging.INFO, "does not accept EVALSHA (%s); each call sends the source of its script, 10 to 12 KiB"),
     "publishing": (
         logging.WARNING,
         "does not permit PUBLISH (%s); processes without tracking notice transitions at their next poll",
@@ -320,3 +324,21 @@ def detail(message: str, *arguments: object) -> Line:
         arguments: Values for the format string.
     """
     return Line(logging.DEBUG, message, arguments)
+
+
+def listener_failed(circuit: str, *, listener: str, method: str, error: str, left_out: int) -> Line:
+    """Return the line about a listener of the application that has raised an error.
+
+    Args:
+        circuit: Name of the breaker.
+        listener: Class of the listener.
+        method: Method that raised the error.
+        error: Class and text of the error, masked.
+        left_out: Number of such errors since the last line.
+    """
+    return Line(
+        logging.ERROR,
+        "circuit %r: listener %s failed in %s (%s); the call continues%s",
+        (Name(circuit), listener, method, error, f" ({left_out} more such errors before)" if left_out else ""),
+        {"event": "listener_failed", "circuit": Name(circuit), "listener": listener, "method": method, "error": error},
+    )

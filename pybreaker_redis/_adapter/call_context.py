@@ -60,7 +60,7 @@ class CallContext:
     seen_open: Circuit = _UNSEEN
     counted: CountedReport | None = None
     trip_admission: Admission = BY_HAND
-    budget: CallBudget = field(default_factory=CallBudget)
+    budget: CallBudget = field(default_factory=lambda: CallBudget(has_reported=True))
     was_accepted: bool = True
     is_notifying: bool = False
     rejected_reply: Reply | None = None

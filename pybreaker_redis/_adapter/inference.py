@@ -78,10 +78,10 @@ class InferringStorage(StateReads):
             pybreaker.CircuitBreakerError: Read by `CircuitBreaker.call()`, while another call probes.
         """
         fast_path, tagged = self._core.fast_path, self._tagged
-        if tagged is fast_path.admission and fast_path.now() < fast_path.trusted_until:
+        if tagged is fast_path.admission and fast_path.now() < fast_path.trust.until:
             fast_path.was_used = True
             return CLOSED
-        if tagged is fast_path.rejection and fast_path.now() < fast_path.trusted_until:
+        if tagged is fast_path.rejection and fast_path.now() < fast_path.trust.until:
             fast_path.was_used = True
             return OPEN
         return self._read_state()
@@ -97,7 +97,7 @@ class InferringStorage(StateReads):
         """Set the count of failures to zero."""
         fast_path = self._core.fast_path
         # Where there is no failure to forget, a success changes nothing, however late it comes.
-        if self._tagged is fast_path.quiet_admission and fast_path.now() < fast_path.trusted_until:
+        if self._tagged is fast_path.quiet_admission and fast_path.now() < fast_path.trust.until:
             return
         context, frame = self._contexts.current(), callsite.calling_frame()
         if frame is None or frame.f_code not in (callsite.HANDLE_SUCCESS, callsite.CLOSED_INIT):
@@ -119,12 +119,12 @@ class InferringStorage(StateReads):
         """Count a success while half-open."""
         context, frame = self._contexts.current(), callsite.calling_frame()
         if frame is None or frame.f_code is not callsite.HALF_OPEN_ON_SUCCESS:
-            self._execute_for(context, CountProbe(*BY_HAND, self._lease_ms))
+            self._execute_for(context, CountProbe(*BY_HAND, self._core.lease_ms))
             return
         state = frame.f_locals["self"]
         threshold = math.ceil(min(COUNT_LIMIT, state._breaker.success_threshold))
         admission = self._admission_of(context, frame)
-        intent = CountProbe(*admission, self._lease_ms, threshold)
+        intent = CountProbe(*admission, self._core.lease_ms, threshold)
         reply = self._report(context, frame, intent, "success_counter")
         if reply.accepted and not reply.circuit.probe_token:
             # The probe was returned.  A call that the user still makes on this state object, past the breaker, reports

@@ -37,8 +37,8 @@ class StateReads(CircuitBreakerStorage):
 
     def __init__(self, name: str, probe_lease: float, core: CircuitCore) -> None:
         super().__init__(name)
-        self._lease_ms = checked_lease_ms(probe_lease, LEASE_MAX_MS)
         self._core = core
+        core.lease_ms = checked_lease_ms(probe_lease, LEASE_MAX_MS)
         self._contexts = CallContexts(core.held_probes)
         self._admissions = Admissions()
         #: Admission or rejection of the fast path, if the storage has one breaker, in a state that carries the same.
@@ -198,7 +198,7 @@ class StateReads(CircuitBreakerStorage):
         # The token is a new one: a late report of the call that had the probe must not count for this call.
         instead = circuit.probe_token if PROBE_TOKENS.take(circuit.probe_token) else ""
         token = secrets.token_hex(8)
-        intent = ClaimProbe(circuit.generation, token, self._lease_ms, instead)
+        intent = ClaimProbe(circuit.generation, token, self._core.lease_ms, instead)
         reply = self._execute_for(context, intent, context.budget)
         if reply.accepted:
             self._core.held_probes.claim(token)

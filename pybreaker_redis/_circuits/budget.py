@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections.deadline import deadline
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import find_interruption
 from pybreaker_redis.errors import StorageUnavailableError
@@ -34,7 +34,7 @@ class CallBudget:
     """
 
     spent_s: float = 0.0
-    has_reported: bool = True
+    has_reported: bool = False
 
     def begin_call(self) -> None:
         """Start over: a call begins."""

@@ -17,7 +17,7 @@ from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._engines.reader import ReadRequest, read_circuits
 from pybreaker_redis._model.intents import Intent, Load, Reply
 from pybreaker_redis._redis.classify import ErrorKind, error_kind, is_authentication_error, suppress_except
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections.deadline import deadline
 from pybreaker_redis._runtime.clock import instant, monotonic
 from pybreaker_redis._runtime.interruption import find_interruption
 from pybreaker_redis._runtime.logger import emit

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pybreaker_redis._circuits.budget import CallBudget
 from pybreaker_redis._circuits.failover import Failover
-from pybreaker_redis._circuits.probes import HeldProbes
+from pybreaker_redis._circuits.probes import PROBE_TOKENS, HeldProbes
 from pybreaker_redis._engines.memory import MemoryEngine
 from pybreaker_redis._model.circuit import OPEN, Circuit
 from pybreaker_redis._model.fast_path import FastPath
@@ -23,6 +23,7 @@ from pybreaker_redis._redis.locator import CircuitLocator
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime.clock import wall_clock_ms
+from pybreaker_redis._runtime.fork import renew
 from pybreaker_redis._runtime.validation import format_value
 from pybreaker_redis._servers.settings_check import SettingsCheck
 
@@ -44,10 +45,14 @@ class CircuitCore(Protocol):
     Attributes:
         fast_path: Decisions that hold for every call at present.  Only the core replaces the object.
         held_probes: Probes that threads of this process claimed through this core.
+        lease_ms: Milliseconds until a probe without a report is offered to another call.
+        sends_requests: Whether the circuit has a server, so that decisions may wait for a reply.
     """
 
     fast_path: FastPath
     held_probes: HeldProbes
+    lease_ms: int
+    sends_requests: bool
 
     @property
     def name(self) -> str:
@@ -99,6 +104,8 @@ class _CoreWithoutServer:
 
     #: A breaker under construction may read the circuit.
     state_for_constructor = None
+    sends_requests = False
+    lease_ms = 0
 
     def __init__(self, name: str, fast_path: FastPath) -> None:
         self.name = name
@@ -134,15 +141,18 @@ class MemoryCore(_CoreWithoutServer):
 
     Args:
         circuit: Circuit to begin with.
+        clock_ms: Function that returns the local time, milliseconds since the epoch.
     """
 
-    def __init__(self, circuit: Circuit) -> None:
+    def __init__(self, circuit: Circuit, clock_ms: Callable[[], float] = wall_clock_ms) -> None:
         super().__init__("memory", FastPath())
-        self._engine = MemoryEngine(circuit, fast_path=self.fast_path)
+        self._engine = MemoryEngine(circuit, clock_ms, self.fast_path)
 
     def carry_out(self, intent: Intent, budget: CallBudget | None = None) -> Reply:
         """See `CircuitCore.carry_out`."""
-        return self._engine.execute(intent)
+        # Another thread may have held the lock of the engine during a fork.
+        renew()
+        return PROBE_TOKENS.mask_free_probe(self._engine.execute(intent))
 
 
 class FixedCore(_CoreWithoutServer):
@@ -164,17 +174,18 @@ class FixedCore(_CoreWithoutServer):
         return Reply(True, Circuit(self._state, opened_at_ms=now + self._opened_ahead_ms), now)
 
 
-def rejection_time_s(reply: Reply, reset_timeout_s: float) -> float:
+def rejection_time_s(reply: Reply, reset_timeout_s: float, clock_ms: Callable[[], float] = wall_clock_ms) -> float:
     """Return the seconds until a circuit admits a call.  0 if the circuit admits one now.
 
     Args:
         reply: The circuit, times by the local clock.
         reset_timeout_s: Seconds for which its breaker keeps an open circuit open.
+        clock_ms: Function that returns the local time, milliseconds since the epoch.
     """
     circuit, left_ms = reply.circuit, 0.0
     if circuit.state == OPEN:
         # pybreaker compares with the local wall clock, also where a test has moved that clock.
-        left_ms = (circuit.opened_at_ms or 0) + reset_timeout_s * 1000 - wall_clock_ms()
+        left_ms = (circuit.opened_at_ms or 0) + reset_timeout_s * 1000 - clock_ms()
     elif circuit.is_probe_leased(reply.now_ms):
         left_ms = circuit.probe_until_ms - reply.now_ms
     return max(0.0, left_ms / 1000)

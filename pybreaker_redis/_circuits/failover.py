@@ -14,16 +14,16 @@ from pybreaker_redis._circuits.membership import MemberCircuit
 from pybreaker_redis._circuits.mode import LOCAL_MODES, Mode
 from pybreaker_redis._circuits.probes import PROBE_TOKENS
 from pybreaker_redis._model.circuit import HALF_OPEN
-from pybreaker_redis._model.intents import CountProbe, Intent, RecordFailure, RecordSuccess, Reply
+from pybreaker_redis._model.intents import CountProbe, Intent, RecordFailure, RecordSuccess, ReleaseProbe, Reply
 from pybreaker_redis._redis.classify import may_have_executed
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections.deadline import deadline
 from pybreaker_redis._runtime.clock import monotonic
 from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
 from pybreaker_redis._servers.availability import report_availability
 from pybreaker_redis.health import Health
 
 #: Intents that report the outcome of a call.
-_REPORTS = (RecordFailure, RecordSuccess, CountProbe)
+_REPORTS = (RecordFailure, RecordSuccess, CountProbe, ReleaseProbe)
 
 #: Most relocations of a circuit during one request: its keys need a tag, and another node has them.
 RELOCATIONS_MAX = 2
@@ -34,6 +34,9 @@ class Failover(MemberCircuit):
 
     See `MemberCircuit` for arguments and attributes.
     """
+
+    sends_requests = True
+    lease_ms = 0
 
     @property
     def server_name(self) -> str:

@@ -23,7 +23,7 @@ from pybreaker_redis._engines.reader import ReadRequest
 from pybreaker_redis._model.circuit import CLOSED
 from pybreaker_redis._model.intents import Intent, Load, Reply
 from pybreaker_redis._redis.classify import ErrorKind, error_kind, suppress_except
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections.deadline import deadline
 from pybreaker_redis._redis.locator import CircuitLocator, Location
 from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime.clock import monotonic

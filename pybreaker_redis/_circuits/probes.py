@@ -38,7 +38,7 @@ CLAIMS_PER_CONTEXT_MAX = 8
 _CLAIMED: ContextVar[tuple[str, ...]] = ContextVar("probes claimed", default=())
 
 #: Intents after which the call goes on, once they are granted.
-_GO_ON = (ClaimProbe, RecordFailure, RecordSuccess)
+_GO_ON = (ClaimProbe, RecordSuccess)
 
 
 class ProbeTokens(ForkSafe):
@@ -104,7 +104,7 @@ class ProbeTokens(ForkSafe):
 
 def _goes_on(intent: Intent, reply: Reply) -> bool:
     """Whether a call holds the probe after the intent: a new claim, or a report that another one follows."""
-    if isinstance(intent, CountProbe):
+    if isinstance(intent, (CountProbe, RecordFailure)):
         return reply.accepted and reply.circuit.probe_token == intent.token
     return reply.accepted and isinstance(intent, _GO_ON)
 
@@ -134,10 +134,13 @@ class HeldProbes(ForkSafe):
 
     def is_held_here(self, token: str) -> bool:
         """Whether the running thread claimed the probe in the running context, and the probe has not ended."""
+        return token in self.held_here()
+
+    def held_here(self) -> frozenset[str]:
+        """Return the probes that the running thread claimed in the running context, and that have not ended."""
         # An operator's question may come before the first call of a process.
         renew()
-        return (
-            self._claims.get(token) == threading.get_ident()
-            and token in _CLAIMED.get()
-            and not PROBE_TOKENS.has_ended(token)
+        thread = threading.get_ident()
+        return frozenset(
+            token for token in _CLAIMED.get() if self._claims.get(token) == thread and not PROBE_TOKENS.has_ended(token)
         )

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pybreaker_redis import _log
 from pybreaker_redis._engines.base import LUA_MODE, EngineChoice
 from pybreaker_redis._engines.reader import ReadRequest
+from pybreaker_redis._engines.scripts import preloaded_scripts
 from pybreaker_redis._engines.selector import EngineSelector
-from pybreaker_redis._model.circuit import CLOSED, NOISE_DURATION_MS, Circuit
+from pybreaker_redis._model.circuit import CLOSED, NOISE_DURATION_MS, OPEN, Circuit
 from pybreaker_redis._model.intents import (
     ClaimProbe,
     Intent,
@@ -26,12 +27,13 @@ from pybreaker_redis._model.intents import (
     SetOpenedAt,
     Trip,
 )
-from pybreaker_redis._redis.deadline import LostConnection, take_lost_connection
-from pybreaker_redis._redis.pool import close_idle_connections
+from pybreaker_redis._redis.connections.deadline import LostConnection, take_lost_connection
+from pybreaker_redis._redis.connections.pool import close_idle_connections
 from pybreaker_redis._replica.clock_offset import OffsetBounds, OpeningTime
 from pybreaker_redis._replica.connection import PushMode
 from pybreaker_redis._replica.subscription import Subscription
-from pybreaker_redis._replica.view import ReadTicket, View
+from pybreaker_redis._replica.trust import ReadTicket
+from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime import fork
 from pybreaker_redis._runtime.clock import Instant, instant, wall_clock_ms
 from pybreaker_redis._runtime.logger import emit
@@ -157,7 +159,15 @@ class SharedCircuit:
             if choice is None or not self._subscription.is_start_due:
                 return
             if choice.channel:
-                self._subscription.begin(server, choice.keys, choice.channel, is_one_slot=choice.is_one_slot)
+                # An expiry is no write, so the server may report it late.
+                self._subscription.begin(
+                    server,
+                    choice.keys,
+                    choice.channel,
+                    is_one_slot=choice.is_one_slot,
+                    is_armable=not choice.is_one_slot and not self._expires,
+                    scripts=preloaded_scripts(),
+                )
                 return
             self._subscription.disable()
             if choice.engine.mode == LUA_MODE:
@@ -212,7 +222,7 @@ class SharedCircuit:
         except Exception:
             offset.mark_unconfirmed()
             raise
-        if isinstance(intent, Trip) and reply.accepted:
+        if reply.accepted and reply.circuit.state == OPEN and isinstance(intent, (Trip, RecordFailure)):
             # Both clocks show now: the circuit was opened by this process.  So `opened_at` is right even if a test has
             # moved or frozen the local clock.
             offset.pin(reply.now_ms - self._clock())
@@ -236,7 +246,7 @@ class SharedCircuit:
         """Carry out an intent, and keep what the reply shows.  Times of the reply are the server's."""
         cached = self._view.cached
         if isinstance(intent, RecordFailure) and choice.channel:
-            intent = RecordFailure(intent.generation, intent.token, NOISE_DURATION_MS, intent.times)
+            intent = RecordFailure(intent.generation, intent.token, NOISE_DURATION_MS, intent.times, intent.threshold)
         may_repeat = True
         while True:
             ticket, before = self._view.begin_read(), instant(self._clock)

@@ -45,6 +45,8 @@ class OpeningTime(NamedTuple):
             offset: Offset that includes the time in the same answer.
         """
         before_ms, opened_at_ms = self.opened_at_ms, circuit.opened_at_ms
+        if before_ms is None and opened_at_ms is None:
+            return self
         step_count, monotonic_ms = offset.step_count, offset.monotonic_ms
         if before_ms is not None and opened_at_ms is not None:
             is_same_opening = circuit.state == OPEN and circuit.generation == self.generation
@@ -136,6 +138,14 @@ class ClockOffset:
         wall = server_ms - after.wall_ms, server_ms + 1 - before.wall_ms
         steady = server_ms - after.monotonic_ms, server_ms + 1 - before.monotonic_ms
         known = self.known_bounds
+        if (
+            known is not None
+            and not known.is_unconfirmed
+            and _contains(wall, known.wall)
+            and _contains(steady, known.steady)
+        ):
+            # Most answers are slower than the fastest one, and show nothing new.
+            return
         if known is None:
             self._store(OffsetBounds(wall, steady, 0, is_unconfirmed=False))
             return
@@ -178,6 +188,10 @@ class ClockOffset:
 def _differ(some: tuple[float, float], other: tuple[float, float], by: float = 0) -> bool:
     """Return whether two bounds contradict each other, by more than some milliseconds."""
     return some[0] > other[1] + by or some[1] < other[0] - by
+
+
+def _contains(outer: tuple[float, float], inner: tuple[float, float]) -> bool:
+    return outer[0] <= inner[0] and outer[1] >= inner[1]
 
 
 def _narrowed(some: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pybreaker_redis._redis.classify import PushUnavailableError, is_instance_of_named, is_unsupported_command
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections.deadline import deadline
 from pybreaker_redis._redis.endpoint import CONNECT_HOOK_ARGUMENTS, Endpoint
 from pybreaker_redis._redis.sentinel import verify_master
 
@@ -89,6 +89,11 @@ class PushConnection:
     def push_mode(self) -> PushMode:
         """How changes arrive on the connection."""
         return PushMode("tracking" if self.is_tracking else "channel", 3 if self._is_single else 2, self.server_version)
+
+    @property
+    def reports_changes_in_order(self) -> bool:
+        """Whether each change of a tracked key is pushed before the answers to later queries."""
+        return self.is_tracking and self._is_single
 
     def subscribe(self, channels: Sequence[str]) -> None:
         """Subscribe channels, and wait until the server has confirmed each.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pybreaker_redis import _log
 from pybreaker_redis._model.circuit import Circuit
@@ -66,9 +66,13 @@ class Listener:
         self._reconnect_log, self._refusal_log = logger.RepeatThrottle(), logger.RepeatThrottle()
         self._logged_channels: set[str] = set()
         self._is_expedited = False
+        #: Sources and digests of the scripts that calls will need.
+        self.scripts: Sequence[tuple[bytes, str]] = ()
         self.session: Session | None = None
 
-    def add_view(self, view: View, keys: tuple[str, ...], channel: str, *, is_one_slot: bool = False) -> None:
+    def add_view(
+        self, view: View, keys: tuple[str, ...], channel: str, *, is_one_slot: bool = False, is_armable: bool = False
+    ) -> None:
         """Keep a view current from now on, until the view is garbage collected.  Start the thread if there is none.
 
         Args:
@@ -76,10 +80,11 @@ class Listener:
             keys: Keys of its circuit, in the order of the scripts.
             channel: Channel of its circuit.
             is_one_slot: Whether no command may name keys of other circuits, too.
+            is_armable: Whether a server that tracks keys reports every change of the circuit.
         """
         refusal = ""
         with self._lock:
-            self.subscriber_table.add_subscriber(view, keys, channel, is_one_slot=is_one_slot)
+            self.subscriber_table.add_subscriber(view, keys, channel, is_one_slot=is_one_slot, is_armable=is_armable)
             if not self.is_running:
                 self.thread = None
                 try:
@@ -142,6 +147,8 @@ class Listener:
                 try:
                     if not session.connection.is_tracking:
                         self._server.note_missing_feature(MissingFeature.TRACKING, session.connection.tracking_refusal)
+                    if refusal := session.load_scripts(self.scripts):
+                        self._server.note_missing_feature(MissingFeature.PRELOADING, refusal)
                     session.run_session()
                 finally:
                     self.session = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 from enum import Enum, auto
+from operator import attrgetter
 
 from pybreaker_redis._model.circuit import Circuit
+
+#: Values of a circuit without its counters.  Each failed call compares them, and a getter in C is the fastest way.
+_but_counters = attrgetter(*(field.name for field in fields(Circuit) if not field.name.endswith("_counter")))
 
 
 class Merge(Enum):
@@ -50,4 +54,4 @@ def merge(cached: Circuit, cached_ms: float, circuit: Circuit, now_ms: float, *,
 
 def is_same_but_counters(one: Circuit, other: Circuit) -> bool:
     """Return whether two circuits are equal except for their counters."""
-    return replace(one, fail_counter=0, success_counter=0) == replace(other, fail_counter=0, success_counter=0)
+    return _but_counters(one) == _but_counters(other)

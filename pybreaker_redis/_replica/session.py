@@ -5,13 +5,16 @@
 * At every beat, one batch reads all circuits that calls have used since they were last read.  A circuit that equals its
   view may be trusted for another `max_staleness`.
 * If the server tracks keys, it also pushes changes that no process published.  The session reads these circuits again.
+  A quiet circuit is *armed* when it was read on this connection: a change would be pushed.  Armed circuits are not read
+  at the beats.  The answer to TIME shows that no push is missing, and extends the trust of all of them.
 * A record that needs a repair is left to the script of the next caller.  Until then the view is not trusted.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pybreaker_redis import _log
@@ -21,10 +24,12 @@ from pybreaker_redis._model.codec import HASH_FIELDS, StoredRecord, parse_publis
 from pybreaker_redis._model.repair import intact_circuit
 from pybreaker_redis._redis.classify import PushUnavailableError
 from pybreaker_redis._redis.keys import CircuitKeys
+from pybreaker_redis._replica.armed import ArmedViews
 from pybreaker_redis._replica.connection import Push, PushConnection, refusal_of
 from pybreaker_redis._replica.merge import is_same_but_counters
-from pybreaker_redis._replica.subscribers import Subscriber, SubscriberTable
-from pybreaker_redis._replica.view import ReadTicket, View
+from pybreaker_redis._replica.subscribers import PollBatch, Subscriber, SubscriberTable
+from pybreaker_redis._replica.trust import ReadTicket
+from pybreaker_redis._replica.view import View
 from pybreaker_redis._runtime.clock import instant, monotonic
 from pybreaker_redis._runtime.logger import emit
 from pybreaker_redis._runtime.redaction import refusal_text
@@ -73,17 +78,36 @@ class Session:
         #: failure after successes writes such a mark to the hash (`_model/circuit.py`).
         self._changed: set[str] = set()
         self._maybe_changed: set[str] = set()
+        #: Channels of which a push has arrived since the present batch was sent.
+        self._touched: set[str] = set()
+        self._armed_views = ArmedViews()
         #: When the next read of changed circuits and the next beat are due, monotonic seconds.
         self._reread_at = 0.0
         self._next_beat_at = 0.0
-        self._beat_interval_s = LISTENER_WAIT_MAX_S
+        self._beat_interval_s = math.inf
         self._is_pong_due = False
-        #: Whether each counter is read by a command of its own, because the server refused a common one.
-        self._reads_counters_singly = False
+        #: Whether the keys of each circuit are read by commands of their own, because the server refused a common one.
+        self._reads_keys_singly = False
         #: Records and answers that were compared and found equal.
         self._matched_reads: weakref.WeakKeyDictionary[View, tuple[Circuit, tuple[Any, Any, Any]]]
         self._matched_reads = weakref.WeakKeyDictionary()
         self.connection = connect(self._receive)
+
+    def load_scripts(self, scripts: Sequence[tuple[bytes, str]]) -> str:
+        """Load scripts that the server does not have, so that the first call needs no source.
+
+        Args:
+            scripts: Sources and digests.
+
+        Returns:
+            The refusal of the server, empty if there was none.
+        """
+        (present,) = self.connection.query([("SCRIPT", "EXISTS", *(digest for _, digest in scripts))])
+        if isinstance(present, Exception):
+            return str(present)
+        missing = [source for (source, _), is_present in zip(scripts, present, strict=True) if not is_present]
+        answers = self.connection.query([("SCRIPT", "LOAD", source) for source in missing]) if missing else []
+        return next((str(answer) for answer in answers if isinstance(answer, Exception)), "")
 
     def run_session(self) -> None:
         """Keep the views current as long as there are any.
@@ -121,8 +145,14 @@ class Session:
             self._keys_by_channel[item.channel] = item.keys
             self._channel_by_key.update(dict.fromkeys(item.keys, item.channel))
             item.view.mark_subscribed()
+            self._armed_views.add(item.view)
             # A new circuit may need shorter beats.
             self._beat_interval_s = min(self._beat_interval_s, item.view.max_staleness / BEATS_PER_STALENESS)
+        if left:
+            self._beat_interval_s = min(
+                (item.view.max_staleness / BEATS_PER_STALENESS for item in self._subscriber_table.snapshot()),
+                default=math.inf,
+            )
         self._next_beat_at = min(self._next_beat_at, monotonic() + self._beat_interval_s)
         if subscribed:
             self._poll(subscribed)
@@ -150,6 +180,7 @@ class Session:
         kind, *rest = push
         if to_text(kind) == "message":
             channel, record = to_text(rest[0]) or "", parse_published(rest[1])
+            self._touched.add(channel)
             # After a noise mark `compare_push` has each view report successes again.
             differ = [view for view in self._subscriber_table.views_of(channel) if view.compare_push(record)]
             if differ:
@@ -165,14 +196,22 @@ class Session:
             # No keys: all of them, as after FLUSHALL.
             keys = self._channel_by_key.keys()
             for key in keys if rest[0] is None else keys & {to_text(key) or "" for key in rest[0]}:
-                channel = self._channel_by_key[key]
-                # A noise mark is written to the hash only.
-                if key == CircuitKeys(*self._keys_by_channel[channel]).circuit:
-                    self._maybe_changed.add(channel)
-                else:
-                    self._changed.add(channel)
+                self._receive_invalidation(self._channel_by_key[key], key)
         elif to_text(kind) == "pong":
             self._is_pong_due = False
+
+    def _receive_invalidation(self, channel: str, key: str) -> None:
+        """Note that a key of a circuit has changed or was removed."""
+        self._touched.add(channel)
+        for view in self._subscriber_table.views_of(channel):
+            view.disarm()
+        circuit_keys = CircuitKeys(*self._keys_by_channel[channel])
+        if key == circuit_keys.circuit:
+            # A noise mark is written to the hash only.
+            self._maybe_changed.add(channel)
+        elif key != circuit_keys.fail_counter:
+            # The next beat reads a counter that stock workers have changed.
+            self._changed.add(channel)
 
     # Reads --------------------------------------------------------------------------------------------------------
 
@@ -181,12 +220,9 @@ class Session:
             msg = "the server has not answered a PING"
             raise TimeoutError(msg)
         self._is_pong_due = self.connection.send_beat()
-        subscribers = self._subscriber_table.snapshot()
-        self._beat_interval_s = min(
-            (item.view.max_staleness / BEATS_PER_STALENESS for item in subscribers), default=LISTENER_WAIT_MAX_S
-        )
-        self._next_beat_at = monotonic() + self._beat_interval_s
-        self._poll(item for item in subscribers if item.view.fast_path.was_used)
+        now = monotonic()
+        self._next_beat_at = now + self._beat_interval_s
+        self._poll(self._subscriber_table.of_views(self._armed_views.take_used(now)))
 
     def _reread_changed(self) -> None:
         # A change that arrives during the read belongs to the next one.
@@ -198,63 +234,56 @@ class Session:
 
     def _poll(self, subscribers: Iterable[Subscriber]) -> None:
         """Read circuits and the clock of the server in one batch.  Without circuits the batch is a sign of life."""
-        # Circuits outside of a cluster come first: one command reads their counters.
-        queried = [(item, item.view.begin_read()) for item in sorted(subscribers, key=lambda item: item.is_one_slot)]
-        keys = [CircuitKeys(*item.keys).fail_counter for item, _ in queried]
-        # One command reads all counters, but those that are stored in a cluster.
-        together = 0 if self._reads_counters_singly else sum(not item.is_one_slot for item, _ in queried)
-        batches = [keys[:together]] * bool(together) + [[key] for key in keys[together:]]
-        # Every failed call changes its counter.  If counters were tracked, each failure would push to every process.
-        before = [("CLIENT", "CACHING", "NO")] if self.connection.is_tracking else []
-        commands: list[tuple[Any, ...]] = [("TIME",)]
-        for batch in batches:
-            commands += [*before, ("MGET", *batch)]
-        counted = len(commands)
-        for item, _ in queried:
+        quiet: list[Subscriber] = []
+        others: list[Subscriber] = []
+        single: list[Subscriber] = []
+        for item in subscribers:
+            is_single = item.is_one_slot or self._reads_keys_singly
+            (single if is_single else quiet if self._may_arm(item) else others).append(item)
+        batch = PollBatch(quiet, others, single, is_tracking=self.connection.is_tracking)
+        tickets = [item.view.begin_read() for item in batch.subscribers]
+        for item in batch.subscribers:
             item.view.fast_path.was_used = False
-            circuit_keys = CircuitKeys(*item.keys)
-            commands.append(("MGET", circuit_keys.state, circuit_keys.opened_at))
-            commands.append(("HMGET", circuit_keys.circuit, *HASH_FIELDS))
+        self._touched.clear()
         sent_at = instant()
-        answers = self.connection.query(commands)
+        answers = self.connection.query(batch.commands)
         arrived_at = instant()
-        if not queried:
+        server_ms = server_time_ms(answers[0])
+        self._armed_views.extend_trust(sent_at.monotonic_ms / 1000)
+        if not tickets:
             return
-        fail_counters = self._counters_of(answers[1 + len(before) : counted : 1 + len(before)], together)
-        self.has_polled = self.has_polled or not all(isinstance(counter, Exception) for counter in fail_counters)
-        server_ms, values = server_time_ms(answers[0]), answers[counted:]
-        rows = zip(queried, fail_counters, values[::2], values[1::2], strict=True)
-        for (item, ticket), failures, pair, fields in rows:
+        self._note_common_error(batch.common_error(answers))
+        for number, (item, ticket, read) in enumerate(
+            zip(batch.subscribers, tickets, batch.reads(answers), strict=True)
+        ):
             known = item.view.cached
-            if known is None or isinstance(failures, Exception) or isinstance(pair, Exception):
+            self.has_polled = self.has_polled or not isinstance(read[0], Exception)
+            if known is None or isinstance(read[0], Exception) or isinstance(read[1], Exception):
                 # Only a script may store a first record, and an unreadable one confirms nothing.
                 item.view.distrust_poll(ticket)
             else:
                 item.view.clock_offset.note_answer_time(
                     server_ms, sent_at, arrived_at, is_waiting=known.state != CLOSED
                 )
-                self._apply_read(item, ticket, known, (failures, pair, fields), server_ms)
+                self._apply_read(item, ticket, known, read, server_ms)
+                if number < len(quiet) and item.channel not in self._touched:
+                    self._armed_views.arm(item.view, ticket, monotonic())
 
-    def _counters_of(self, answers: list[Any], together: int) -> list[Any]:
-        """Return the counters, or the error in the place of a counter.
+    def _may_arm(self, item: Subscriber) -> bool:
+        """Whether the server would report every change of a circuit, and the circuit is quiet as far as is known."""
+        view = item.view
+        is_quiet = view.is_quiet and view.cached is not None and view.cached.state == CLOSED
+        return is_quiet and item.is_armable and self.connection.reports_changes_in_order
 
-        Args:
-            answers: Answers to the commands that read counters.
-            together: Number of circuits that the first command has read, 0 if each was read by a command of its own.
-        """
-        common: list[Any] = []
-        if together:
-            counters, *answers = answers
-            if isinstance(counters, Exception):
-                if len(self._keys_by_channel) == 1:
-                    # A user who may not read the only circuit has nothing to trust.
-                    raise refusal_of(counters)
-                # An ACL may forbid one key only.
-                self._reads_counters_singly = True
-                counters = [counters] * together
-            common = list(counters)
-        # In a cluster, any circuit may have moved to another node.
-        return common + [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
+    def _note_common_error(self, error: Exception | None) -> None:
+        """Note that the server has refused to read keys of several circuits in one command.  ``None``: it has not."""
+        if error is None:
+            return
+        if len(self._keys_by_channel) == 1:
+            # A user who may not read the only circuit has nothing to trust.
+            raise refusal_of(error)
+        # An ACL may forbid one key only.
+        self._reads_keys_singly = True
 
     def _apply_read(
         self, item: Subscriber, ticket: ReadTicket, known: Circuit, read: tuple[Any, Any, Any], server_ms: int

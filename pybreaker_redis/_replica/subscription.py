@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Sequence
 
 from pybreaker_redis._model.circuit import Circuit
 from pybreaker_redis._replica.connection import PushMode
@@ -55,7 +56,16 @@ class Subscription(ForkSafe):
         thread = listener.thread if listener else None
         return not (thread and thread.is_alive()) and monotonic() >= self._next_start_at
 
-    def begin(self, server: Server, keys: tuple[str, ...], channel: str, *, is_one_slot: bool) -> None:
+    def begin(
+        self,
+        server: Server,
+        keys: tuple[str, ...],
+        channel: str,
+        *,
+        is_one_slot: bool,
+        is_armable: bool,
+        scripts: Sequence[tuple[bytes, str]],
+    ) -> None:
         """Subscribe the circuit.
 
         Args:
@@ -63,13 +73,16 @@ class Subscription(ForkSafe):
             keys: Keys of the circuit, in the order of the scripts.
             channel: Channel of the circuit.
             is_one_slot: Whether no command may name keys of other circuits, too.
+            is_armable: Whether a server that tracks keys reports every change of the circuit.
+            scripts: Sources and digests of the scripts that calls will need.
         """
         with self._lock:
             # A thread that cannot be started now may be startable later.
             self._next_start_at = monotonic() + REFUSED_RETRY_DELAY_S
             self._channel = channel
             self._listener = listener_for(server)
-            self._listener.add_view(self._view, keys, channel, is_one_slot=is_one_slot)
+            self._listener.scripts = scripts
+            self._listener.add_view(self._view, keys, channel, is_one_slot=is_one_slot, is_armable=is_armable)
 
     def disable(self) -> None:
         """Make no start due until the next `end`: there is no channel, or no way to connect."""

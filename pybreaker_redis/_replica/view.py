@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pybreaker_redis._model.circuit import CLOSED, Circuit
 from pybreaker_redis._model.fast_path import FastPath
 from pybreaker_redis._replica.clock_offset import ClockOffset, OpeningTime
 from pybreaker_redis._replica.merge import Merge, is_same_but_counters, merge
+from pybreaker_redis._replica.trust import ArmedTrust, ReadTicket
 from pybreaker_redis._runtime.fork import ForkSafe
 
 #: Largest difference between the time in another storage's answer and the estimated time of the server, milliseconds.
@@ -37,23 +39,6 @@ FOREIGN_CLOCK_GAP_MS = 1000
 
 #: Shortest time between two suspensions, seconds, however many pushes arrive.
 SUSPENSION_INTERVAL_MIN_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class ReadTicket:
-    """State of a view when a query was sent, to be compared when the answer arrives.
-
-    Attributes:
-        sent_at: When the query was sent, monotonic seconds.  The answer was true then or later.
-        distrust_count: Number of times that the view had lost all trust.
-        change_count: Number of changes of the record.
-        push_count: Number of pushes that had arrived.
-    """
-
-    sent_at: float
-    distrust_count: int
-    change_count: int
-    push_count: int
 
 
 class View(ForkSafe):
@@ -69,6 +54,7 @@ class View(ForkSafe):
         clock_offset: Clock of the server minus the local clock.
         opening_time: When the circuit opened last, on a clock that is never set.
         fast_path: The record in the form that costs calls least.
+        is_quiet: Whether the record has neither failures nor noise, so that successes need no report.
     """
 
     def __init__(self, max_staleness: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -81,8 +67,7 @@ class View(ForkSafe):
         #: Time of the server in the last answer, milliseconds, and when that answer arrived, monotonic seconds.
         self._seen_ms = 0.0
         self._seen_at = 0.0
-        #: Whether the record is closed, without failures and without noise, so that successes need no report.
-        self._is_quiet = False
+        self.is_quiet = False
         #: Whether the last record of another storage had times of another clock.
         self._is_foreign = False
         self._is_subscribed = False
@@ -92,13 +77,15 @@ class View(ForkSafe):
         self._push_count = 0
         self._suspended_at = -math.inf
         self._asked_at = -math.inf
+        #: Trust that the view shares with others (``None``: the view is not armed).
+        self._armed_trust: ArmedTrust | None = None
         super().__init__()
 
     # For readers --------------------------------------------------------------------------------------------------
 
     def read_trusted(self) -> Circuit | None:
         """Return the record, if it may be trusted.  Its counters may be older."""
-        if self._now() >= self.fast_path.trusted_until:
+        if self._now() >= self.fast_path.trust.until:
             return None
         self.fast_path.was_used = True
         return self.cached
@@ -113,7 +100,7 @@ class View(ForkSafe):
     @property
     def is_trusted(self) -> bool:
         """Whether calls need no query now."""
-        return self._now() < self.fast_path.trusted_until
+        return self._now() < self.fast_path.trust.until
 
     @property
     def is_subscribed(self) -> bool:
@@ -123,7 +110,11 @@ class View(ForkSafe):
     @property
     def seconds_since_read(self) -> float:
         """Seconds since the record was read, `math.inf` before the first answer."""
-        return math.inf if self.cached is None else self._now() - self._seen_at
+        if self.cached is None:
+            return math.inf
+        armed = self._armed_trust
+        read_at = self._seen_at if armed is None else max(self._seen_at, armed.trust.until - self.max_staleness)
+        return self._now() - read_at
 
     @property
     def estimated_server_ms(self) -> float:
@@ -198,7 +189,8 @@ class View(ForkSafe):
         Calls rely on the record, or on an answer under way.  Or the circuit is not closed.  Otherwise the local circuit
         of an idle process would reject calls in an outage, though the circuit has closed since.
         """
-        is_relied_on = self._now() < self._asked_at + self.max_staleness or self._is_paused
+        is_fresh = self._now() < self._asked_at + self.max_staleness
+        is_relied_on = is_fresh or self._is_paused or self._armed_trust is not None
         return is_relied_on or (self.cached is not None and self.cached.state != CLOSED)
 
     def compare_push(self, circuit: Circuit | None) -> bool:
@@ -216,18 +208,45 @@ class View(ForkSafe):
         with self._lock:
             self._push_count += 1
             known = self.cached
+            is_in_use = self.is_in_use
+            self._disarm()
             if not self._is_subscribed or known is None or circuit is None:
-                return self._is_subscribed and self.is_in_use
+                return self._is_subscribed and is_in_use
             if not is_same_but_counters(replace(circuit, noisy_until_ms=known.noisy_until_ms), known):
-                return self.is_in_use
+                return is_in_use
             if known.state == CLOSED and circuit.noisy_until_ms != known.noisy_until_ms:
-                self._is_quiet = False
+                self.is_quiet = False
                 self._update_fast_path()
             return False
+
+    def arm(self, ticket: ReadTicket, armed: ArmedTrust) -> bool:
+        """Share a trust with other views, if a poll has shown that the record is quiet, and nothing was reported since.
+
+        Args:
+            ticket: Ticket of the poll.
+            armed: The trust, which holds for the poll, too.
+
+        Returns:
+            Whether the view is armed.
+        """
+        with self._lock:
+            is_current = ticket.change_count == self._change_count and ticket.distrust_count == self._distrust_count
+            if not (is_current and self._is_subscribed and self.is_quiet) or self._is_paused:
+                return False
+            self._armed_trust = armed
+            self.fast_path.trust = armed.trust
+            self._update_fast_path()
+            return True
+
+    def disarm(self) -> None:
+        """Use a trust of its own from now on: the server has reported a change of a key."""
+        with self._lock:
+            self._disarm()
 
     def suspend_trust(self) -> None:
         """Trust nothing until the next answer, at most every `SUSPENSION_INTERVAL_MIN_S`."""
         with self._lock:
+            self._disarm()
             now = self._now()
             if now >= self._suspended_at + SUSPENSION_INTERVAL_MIN_S:
                 self._suspended_at, self.fast_path.trusted_until = now, 0
@@ -271,7 +290,7 @@ class View(ForkSafe):
                 self._distrust()
                 return
             self._note_read(now_ms)
-            self._is_quiet = quiet and ticket.push_count == self._push_count
+            self.is_quiet = quiet and ticket.push_count == self._push_count
             self._extend_trust(ticket)
 
     def distrust_poll(self, ticket: ReadTicket) -> None:
@@ -300,13 +319,15 @@ class View(ForkSafe):
             if relation is Merge.SAME:
                 # Two storages of this process may get the same answer, and counters may have changed.
                 if circuit != cached:
+                    self._disarm()
                     self.cached = circuit
                     self._change_count += 1
                 return True
-            if relation is Merge.CONFLICT and not self._is_quiet:
+            if relation is Merge.CONFLICT and not self.is_quiet:
                 # The first of two changes within a millisecond is unknown, so the noise of either counts.
                 is_quiet = False
-        self.cached, self._is_quiet = circuit, is_quiet
+        self._disarm()
+        self.cached, self.is_quiet = circuit, is_quiet
         self._note_read(now_ms)
         self._change_count += 1
         self._update_fast_path()
@@ -321,18 +342,28 @@ class View(ForkSafe):
         self._seen_ms, self._seen_at = now_ms, self._now()
 
     def _extend_trust(self, ticket: ReadTicket) -> None:
-        if self._is_subscribed and not self._is_paused and ticket.distrust_count == self._distrust_count:
-            self.fast_path.trusted_until = max(self.fast_path.trusted_until, ticket.sent_at + self.max_staleness)
+        is_permitted = self._is_subscribed and not self._is_paused and self._armed_trust is None
+        if is_permitted and ticket.distrust_count == self._distrust_count:
+            self.fast_path.trusted_until = max(self.fast_path.trust.until, ticket.sent_at + self.max_staleness)
             self._update_fast_path()
 
+    def _disarm(self) -> None:
+        if (armed := self._armed_trust) is not None:
+            self._armed_trust = None
+            # The last sign of life was as good as a read of then.
+            self.fast_path.trusted_until = armed.trust.until
+            self._asked_at = max(self._asked_at, armed.trust.until - self.max_staleness)
+            armed.disarmed.append(weakref.ref(self))
+
     def _distrust(self) -> None:
+        self._disarm()
         self._distrust_count += 1
         self._change_count += 1
         self.fast_path.trusted_until = 0
         self.fast_path.withdraw()
 
     def _update_fast_path(self) -> None:
-        if self.cached is not None and self.fast_path.trusted_until:
-            self.fast_path.follow(self.cached, is_quiet=self._is_quiet)
+        if self.cached is not None and self.fast_path.trust.until:
+            self.fast_path.follow(self.cached, is_quiet=self.is_quiet)
         else:
             self.fast_path.withdraw()

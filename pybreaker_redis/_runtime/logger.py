@@ -50,12 +50,13 @@ class LogLine(Protocol):
 
 
 @calls_user_code
-def emit(line: LogLine, *, logger: logging.Logger = LOGGER) -> None:
+def emit(line: LogLine, *, logger: logging.Logger = LOGGER, error: BaseException | None = None) -> None:
     """Log a line with its secrets masked, and suppress errors of handlers, but no interruption.
 
     Args:
         line: The line.
         logger: Logger that receives the line.
+        error: Error of the application, to be logged with its traceback.
     """
     with suppress_errors():
         # A subclass of str is a name that the application has chosen, see `_log.Name`.
@@ -63,7 +64,8 @@ def emit(line: LogLine, *, logger: logging.Logger = LOGGER) -> None:
             mask_text(item) if type(item) is str or isinstance(item, BaseException) else item for item in line.arguments
         )
         facts = {name: mask_text(item) if isinstance(item, str) else item for name, item in (line.extra or {}).items()}
-        logger.log(line.level, line.message, *arguments, extra={"pybreaker_redis": facts} if facts else None)
+        extra = {"pybreaker_redis": facts} if facts else None
+        logger.log(line.level, line.message, *arguments, exc_info=error, extra=extra)
 
 
 #: Function that makes a line from the number of losses that were not logged before the line.

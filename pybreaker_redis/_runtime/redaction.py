@@ -91,5 +91,9 @@ def refusal_text(reason: object) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Return the class of an error and its masked text, or only the class if there is no text."""
-    masked = mask_text(error)
+    try:
+        masked = mask_text(error)
+    except Exception:  # noqa: BLE001
+        # Errors of applications may not be able to show themselves.
+        masked = ""
     return f"{type(error).__name__}: {masked}" if masked else type(error).__name__

@@ -22,6 +22,7 @@ import redis
 from pybreaker_redis import CircuitMemoryStorage
 from pybreaker_redis._model.circuit import OPEN, Circuit
 from pybreaker_redis._redis.keys import channel_of, circuit_keys
+from pybreaker_redis._replica import armed
 from pybreaker_redis._replica.connection import Push
 from pybreaker_redis._replica.listener import Listener
 from pybreaker_redis._replica.session import REREAD_BURST, REREAD_INTERVAL_S, Session
@@ -200,12 +201,16 @@ def test_transition_among_forged_noise_marks_is_noticed_at_once(client, protocol
 def test_forged_noise_costs_one_report_at_most(client, protocol, forge):
     """The answer to that report shows that there was no failure."""
     breaker = settled(breaker_on(client, max_staleness=PUSH_ONLY_STALENESS_S))
-    with counted(client) as commands:
-        forge(FORGED["noise"](now_ms()))
-        wait_for(lambda: view_of(breaker).fast_path.quiet_admission is None, "the forged noise mark")
-        for _ in range(100):
-            breaker.call(up)
-    assert commands["evalsha"] == 1
+    reports = []
+    for _ in range(2):
+        with counted(client) as commands:
+            forge(FORGED["noise"](now_ms()))
+            wait_for(lambda: view_of(breaker).fast_path.quiet_admission is None, "the forged noise mark")
+            for _ in range(100):
+                breaker.call(up)
+        reports.append(commands["evalsha"])
+    # The first mark may arrive during the poll of the subscription, which then confirms no quiet.
+    assert reports in ([1, 1], [2, 1])
 
 
 def test_transitions_of_another_process_cost_calls_ten_round_trips_a_second_at_most(client, protocol, other):
@@ -341,8 +346,10 @@ def test_noise_mark_prevents_only_the_read_of_its_own_change(key, pushed, is_rea
     assert bool(changed_channels(session, certainly=False)) == is_read
 
 
-def test_idle_circuit_is_not_read_after_a_push(client, other):
+def test_idle_circuit_is_not_read_after_a_push(client, other, monkeypatch):
     """A transition costs an idle process only the push."""
+    # An armed circuit is not idle: the next call relies on the view.
+    monkeypatch.setattr(armed, "ARMED_MAX_S", 0.1)
     breaker = settled(breaker_on(client, max_staleness=0.2))
     wait_for(lambda: not view_of(breaker).is_trusted and not view_of(breaker).fast_path.was_used, "idle")
     with counted(client) as commands:
