@@ -1,19 +1,46 @@
 """Exceptions of this package.
 
-Guarded calls raise none of them.  `StorageUnavailableError` is raised by the commands of operators, such as
-`BreakerRegistry.status` and `BreakerRegistry.set_state`.
+Guarded calls raise `CircuitOpenError`, and no error of Redis.  `StorageUnavailableError` is raised by the commands of
+operators, such as `BreakerRegistry.status` and `BreakerRegistry.set_state`.
 """
 
 from __future__ import annotations
 
 import pickle
+from datetime import datetime
 from typing import Any
+
+from pybreaker import CircuitBreakerError
 
 from pybreaker_redis._runtime.redaction import describe_error
 
 
 class PybreakerRedisError(Exception):
     """Base class of this package's exceptions."""
+
+
+class CircuitOpenError(CircuitBreakerError, PybreakerRedisError):
+    """Rejection of a call by an open circuit, or the end of the call that opened the circuit.
+
+    The message is the only argument, so pickle and Celery can carry the error.  The attributes survive a pickle.  Where
+    only the message survives, they have their defaults.
+
+    Args:
+        message: Text for people.
+
+    Attributes:
+        circuit: Name of the circuit.
+        retry_after: Seconds from the time of the error until a call may be admitted.
+        opened_at: Time at which the circuit opened, aware.  ``None``: unknown.
+        state: ``open``, or ``half-open`` while another call probes.
+        cause: Class and message of the error that opened the circuit.  Empty: unknown in this process.
+    """
+
+    circuit: str = ""
+    retry_after: float = 0.0
+    opened_at: datetime | None = None
+    state: str = "open"
+    cause: str = ""
 
 
 class UnusableReplyError(PybreakerRedisError):

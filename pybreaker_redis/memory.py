@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,18 +51,19 @@ class CircuitMemoryStorage(InferringStorage):
     Args:
         state: State to begin with: ``closed``, ``open`` or ``half-open``.
         probe_lease: Seconds until a probe without a report is offered to another call, from 0.001 to 86400.
+        clock_ms: Function that returns the local time, milliseconds since the epoch.
 
     Raises:
         ValueError: The `state` is unknown, or `probe_lease` is out of range.
         TypeError: The `probe_lease` is no number.
     """
 
-    def __init__(self, state: str, *, probe_lease: float = 30.0) -> None:
+    def __init__(self, state: str, *, probe_lease: float = 30.0, clock_ms: Callable[[], float] = wall_clock_ms) -> None:
         check_choice("state", state, STATES)
-        self._begin(probe_lease, new_circuit(state, wall_clock_ms()))
+        self._begin(probe_lease, new_circuit(state, clock_ms()), clock_ms)
 
-    def _begin(self, probe_lease: float, circuit: Circuit) -> None:
-        super().__init__("memory", probe_lease, MemoryCore(circuit))
+    def _begin(self, probe_lease: float, circuit: Circuit, clock_ms: Callable[[], float] = wall_clock_ms) -> None:
+        super().__init__("memory", probe_lease, MemoryCore(circuit, clock_ms))
         self._execute_for(self._contexts.current(), Load())
 
     def __repr__(self) -> str:
@@ -99,7 +101,7 @@ class CircuitMemoryStorage(InferringStorage):
                 "generation": circuit.generation,
             },
             "opened_at": None if at_ms is None else self._opened_at_of(at_ms),
-            "probe_lease": self._lease_ms / 1000,
+            "probe_lease": self._core.lease_ms / 1000,
             "added": {name: value for name, value in vars(self).items() if name not in own_names},
         }
 

@@ -98,11 +98,13 @@ def retry_after(breaker_or_error: CircuitBreaker | CircuitBreakerError) -> float
         breaker_or_error: Breaker with any storage, or an error that a breaker raised.
 
     Returns:
-        At least 0, which means now.  Also 0 for an error that lost its traceback, as in a pickle.
+        At least 0, which means now.  For a pickled `CircuitOpenError`: the seconds from the time of the error.  For
+        another error without a traceback: 0.
     """
     breaker = breaker_of(breaker_or_error) if isinstance(breaker_or_error, CircuitBreakerError) else breaker_or_error
     if breaker is None:
-        return 0.0
+        # A pickle of this package's error has the time, as of when it was raised.
+        return getattr(breaker_or_error, "retry_after", 0.0)
     storage = storage_of(breaker)
     core = _core_of(storage)
     if core is not None:

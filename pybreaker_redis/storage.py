@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from pybreaker_redis._adapter.inference import InferringStorage, made_transition
 from pybreaker_redis._circuits.core import CircuitSettings, client_source, client_source_from_url, shared_circuit
 from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._model.circuit import STATES
+from pybreaker_redis._runtime.types import ClientSource, FallbackState
 from pybreaker_redis._runtime.validation import (
     check_bool,
     check_choice,
@@ -20,9 +21,23 @@ from pybreaker_redis._runtime.validation import (
 )
 from pybreaker_redis.health import Health
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ("CircuitRedisStorage", "client_source_from_url", "made_transition")
 
 _Storage = TypeVar("_Storage", bound="CircuitRedisStorage")
+
+
+class StorageOptions(TypedDict, total=False):
+    """Keyword arguments of `CircuitRedisStorage`, which has their meaning."""
+
+    fallback_circuit_state: FallbackState
+    cluster_mode: bool
+    probe_lease: float
+    max_staleness: float
+    timeout: float | None
+    ttl: float | None
 
 
 class CircuitRedisStorage(InferringStorage):
@@ -62,7 +77,7 @@ class CircuitRedisStorage(InferringStorage):
     def __init__(
         self,
         state: str,
-        redis_object: Any,
+        redis_object: ClientSource,
         namespace: str | None = None,
         fallback_circuit_state: str = "closed",
         cluster_mode: bool = False,
@@ -99,7 +114,11 @@ class CircuitRedisStorage(InferringStorage):
 
     @classmethod
     def from_url(
-        cls: type[_Storage], url: str, state: str = "closed", namespace: str | None = None, **options: Any
+        cls: type[_Storage],
+        url: str,
+        state: str = "closed",
+        namespace: str | None = None,
+        **options: Unpack[StorageOptions],
     ) -> _Storage:
         """Return a storage on the server, the master or the cluster that a URL names.
 

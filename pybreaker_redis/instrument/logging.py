@@ -11,7 +11,7 @@ import logging
 
 from pybreaker import STATE_OPEN, CircuitBreaker, CircuitBreakerListener, CircuitBreakerState
 
-from pybreaker_redis.storage import made_transition
+from pybreaker_redis.instrument.authors import is_author
 
 __all__ = ("LogListener",)
 
@@ -40,7 +40,7 @@ class LogListener(CircuitBreakerListener):
         self, cb: CircuitBreaker, old_state: CircuitBreakerState | None, new_state: CircuitBreakerState
     ) -> None:
         """Log a change of state, as `pybreaker.CircuitBreakerListener` defines it."""
-        noticed = not made_transition(cb)
+        noticed = not is_author(cb)
         old, new = old_state.name if old_state else "", new_state.name
         self._logger.log(
             logging.WARNING if new == STATE_OPEN and not noticed else logging.INFO,

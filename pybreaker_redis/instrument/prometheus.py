@@ -22,8 +22,8 @@ from pybreaker import (
 )
 
 from pybreaker_redis._runtime.optional import require_extra
+from pybreaker_redis.instrument.authors import is_author
 from pybreaker_redis.registry import BreakerRegistry, CircuitStatus
-from pybreaker_redis.storage import made_transition
 
 with require_extra("prometheus_client", extra="prometheus"):
     from prometheus_client import REGISTRY, CollectorRegistry, Counter
@@ -52,6 +52,7 @@ class _CallCounters:
             ["breaker", "state"],
             registry=registry,
         )
+        self.rejected = Counter("pybreaker_rejected_calls", "Calls that were rejected.", ["breaker"], registry=registry)
 
 
 # A fork waits until no thread creates counters.  A child with a copy of the held lock would wait for ever.  With a new
@@ -64,10 +65,13 @@ _counters_of_registry: WeakKeyDictionary[CollectorRegistry, _CallCounters] = Wea
 
 
 class PrometheusListener(CircuitBreakerListener):
-    """Listener that counts calls and transitions: ``pybreaker_calls_total`` and ``pybreaker_transitions_total``.
+    """Listener that counts calls and transitions.
 
-    The labels are ``breaker`` and ``result`` (``success``, ``failure``), and ``breaker`` and ``state``.  pybreaker
-    calls no listener for a rejected call.  Only the process that made a transition counts it.
+    - ``pybreaker_calls_total`` (labels ``breaker`` and ``result``): Admitted calls: ``success`` or ``failure``.
+    - ``pybreaker_rejected_calls_total`` (label ``breaker``): Rejected calls of a `pybreaker_redis.CircuitBreaker`.  An
+      unmodified breaker of pybreaker notifies no listener of a rejection.
+    - ``pybreaker_transitions_total`` (labels ``breaker`` and ``state``): Transitions.  Only the process that made a
+      transition counts it.
 
     Args:
         registry: Registry of prometheus-client.  Several listeners in one registry share their counters.
@@ -78,7 +82,7 @@ class PrometheusListener(CircuitBreakerListener):
             counters = _counters_of_registry.get(registry) or _counters_of_registry.setdefault(
                 registry, _CallCounters(registry)
             )
-        self._calls, self._transitions = counters.calls, counters.transitions
+        self._calls, self._rejected, self._transitions = counters.calls, counters.rejected, counters.transitions
 
     def success(self, cb: CircuitBreaker) -> None:
         """Count a success, as `pybreaker.CircuitBreakerListener` defines it."""
@@ -88,6 +92,10 @@ class PrometheusListener(CircuitBreakerListener):
         """Count a failure, as `pybreaker.CircuitBreakerListener` defines it."""
         self._calls.labels(cb.name, "failure").inc()
 
+    def rejected(self, cb: CircuitBreaker, error: BaseException) -> None:
+        """Count a rejected call of a `pybreaker_redis.CircuitBreaker`."""
+        self._rejected.labels(cb.name).inc()
+
     def state_change(
         self,
         cb: CircuitBreaker,
@@ -96,7 +104,7 @@ class PrometheusListener(CircuitBreakerListener):
     ) -> None:
         """Count a transition, as `pybreaker.CircuitBreakerListener` defines it."""
         # Opening an open circuit by hand restarts its timeout, and is no transition.
-        if made_transition(cb) and (old_state is None or old_state.name != new_state.name):
+        if is_author(cb) and (old_state is None or old_state.name != new_state.name):
             self._transitions.labels(cb.name, new_state.name).inc()
 
 

@@ -128,6 +128,17 @@ class TestPrometheus:
                 assert scraped.pop(f'pybreaker_transitions_total{{breaker="{name}",state="{state}"}}') == 1
         assert scraped == {}
 
+    def test_rejections_are_counted(self) -> None:
+        """A rejection is no result of the dependency, so it has a counter of its own."""
+        metrics = CollectorRegistry()
+        breaker = BreakerRegistry(listeners=[PrometheusListener(metrics)], fail_max=1).get("payments")
+        fails(breaker, 4)
+        assert samples(metrics) == {
+            'pybreaker_calls_total{breaker="payments",result="failure"}': 1,
+            'pybreaker_rejected_calls_total{breaker="payments"}': 3,
+            'pybreaker_transitions_total{breaker="payments",state="open"}': 1,
+        }
+
     def test_transition_by_another_process_is_not_counted(self, client: redis.Redis) -> None:
         """A transition counts in the process that made it, so the sum over all processes is right."""
         metrics = [CollectorRegistry() for _ in range(2)]

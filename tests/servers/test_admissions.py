@@ -21,7 +21,7 @@ from pybreaker_redis import CircuitMemoryStorage, CircuitRedisStorage
 from tests.support import inspect
 from tests.support.breakers import Down, down, up
 
-pytestmark = pytest.mark.usefixtures("patient")
+pytestmark = [pytest.mark.unmodified, pytest.mark.usefixtures("patient")]
 
 #: Seconds for which a thread waits in vain for another one, if the two take turns.
 TURN_S = 0.5

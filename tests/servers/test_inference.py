@@ -38,7 +38,7 @@ from tests.support.inspect import (
 )
 from tests.support.wait import wait_for
 
-pytestmark = pytest.mark.usefixtures("patient")
+pytestmark = [pytest.mark.unmodified, pytest.mark.usefixtures("patient")]
 
 
 def fail(breaker: CircuitBreaker, times: int = 1) -> None:

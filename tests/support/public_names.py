@@ -6,12 +6,17 @@ from __future__ import annotations
 PUBLIC_NAMES: dict[str, tuple[str, ...]] = {
     "": (
         "BreakerRegistry",
+        "CircuitBreaker",
         "CircuitMemoryStorage",
+        "CircuitOpenError",
         "CircuitRedisStorage",
         "CircuitStatus",
         "Health",
+        "LogListener",
+        "Permit",
         "PybreakerRedisError",
         "StorageUnavailableError",
+        "Transition",
         "UnusableReplyError",
         "retry_after",
     ),
