@@ -17,8 +17,8 @@ PAYMENTS_URL = os.environ.get("PAYMENTS_URL", "http://localhost:8001/")
 app = Celery("payments", broker=BROKER_URL, backend=BROKER_URL)
 app.conf.update(broker_connection_retry_on_startup=True, worker_prefetch_multiplier=1)
 
-# With throw_new_error_on_trip=False the call that opens the circuit raises the service's error, like earlier failures.
-# CircuitBreakerError then means that no call was made.
+# The call that opens the circuit raises the service's error, like earlier failures.  CircuitOpenError means that no
+# call was made.
 breakers = BreakerRegistry(
     os.environ.get("REDIS_URL", "redis://localhost:6379/0"),
     prefix="tasks",
@@ -26,7 +26,6 @@ breakers = BreakerRegistry(
     reset_timeout=float(os.environ.get("RESET_TIMEOUT", "30")),
     # Longer than the slowest call.  Tasks that are rejected during a probe retry when the lease ends.
     probe_lease=float(os.environ.get("PROBE_LEASE", "10")),
-    throw_new_error_on_trip=False,
 )
 
 

@@ -13,7 +13,7 @@ def charge() -> str:
 
     Raises:
         OSError: The service failed.
-        pybreaker.CircuitBreakerError: The circuit is open, so no call was made.
+        pybreaker_redis.CircuitOpenError: The circuit is open, so no call was made.
     """
     with urllib.request.urlopen(settings.PAYMENTS_URL, timeout=5) as answer:
         receipt: str = answer.read().decode()

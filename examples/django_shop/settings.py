@@ -16,8 +16,6 @@ CACHES = {
 PYBREAKER = {
     "CACHE": "default",
     "PREFIX": "shop",
-    # The call that opens the circuit raises the service's error, like the failures before it.
-    "DEFAULTS": {"throw_new_error_on_trip": False},
     "BREAKERS": {
         "payments": {"fail_max": 3, "reset_timeout": float(os.environ.get("RESET_TIMEOUT", "30"))},
     },

@@ -20,7 +20,7 @@ def charge() -> str:
 
     Raises:
         OSError: The service failed.
-        pybreaker.CircuitBreakerError: The circuit is open, so no call was made.
+        pybreaker_redis.CircuitOpenError: The circuit is open, so no call was made.
     """
     with urllib.request.urlopen(current_app.config["PAYMENTS_URL"], timeout=5) as answer:
         receipt: str = answer.read().decode()
@@ -37,8 +37,6 @@ def create_app() -> Flask:
         "payments": {
             "fail_max": 3,
             "reset_timeout": float(os.environ.get("RESET_TIMEOUT", "30")),
-            # The call that opens the circuit raises the service's error, like the failures before it.
-            "throw_new_error_on_trip": False,
         },
     }
     breakers.init_app(app)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
-
+from pybreaker_redis._runtime.types import State
 from pybreaker_redis.errors import StorageUnavailableError
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import storage_of
 from pybreaker_redis.registry import BreakerRegistry
 
 #: State that each action puts a circuit into.
-_STATE_BY_ACTION = {"open": STATE_OPEN, "close": STATE_CLOSED, "half-open": STATE_HALF_OPEN}
+_STATE_BY_ACTION: dict[str, State] = {"open": "open", "close": "closed", "half-open": "half-open"}
 
 #: Actions of the command.  The first one is the default.
 COMMAND_ACTIONS = ("status", *_STATE_BY_ACTION, "reset")

@@ -57,6 +57,6 @@ class RegistryProxy(abc.ABC):
             fallback: Result of a rejected call, as for `BreakerRegistry.guard`.
 
         Raises:
-            TypeError: The function or the fallback is asynchronous.
+            TypeError: The function cannot be guarded, see `BreakerRegistry.guard`.
         """
         return guard_with(lambda: self.registry.get(name), fallback)

@@ -21,9 +21,9 @@ __all__ = ("BreakerTask",)
 class BreakerTask(Task):
     """Task that retries when a circuit rejects its call, after the circuit's `retry_after`.
 
-    Any `CircuitBreakerError` that leaves the task counts as a rejection.  With *throw_new_error_on_trip*, the default
-    of pybreaker, the call that opens the circuit raises this error, too.  With ``False`` that call raises the
-    dependency's error.  The task then fails, or retries as ``autoretry_for`` specifies.
+    Any `CircuitBreakerError` that leaves the task counts as a rejection.  The call that opens the circuit raises the
+    dependency's error: the task fails, or retries as ``autoretry_for`` specifies.  With *throw_new_error_on_trip*,
+    the default of breakers that no registry creates, that call raises a `CircuitBreakerError`, too.
 
     A task that is called as a function, or runs in eager mode, raises the error at once, because its caller waits.
     """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from types import AsyncGeneratorType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreakerError
+
+from pybreaker_redis.breaker import CircuitBreaker, wrapper_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,15 +34,22 @@ def guard_with(breaker: Callable[[], CircuitBreaker], fallback: Any) -> Callable
             arguments.
 
     Returns:
-        A decorator for functions.  It raises TypeError for one that is asynchronous, as for such a fallback.
+        A decorator for functions of any kind.
     """
-    _check_synchronous("fallback", fallback)
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        _check_synchronous("guarded function", function)
+        guarded = wrapper_of(breaker, function)
+        if inspect.isasyncgenfunction(guarded):
+            if fallback is not NO_FALLBACK:
+                msg = f"an asynchronous generator has no fallback: {function.__qualname__} may catch CircuitOpenError"
+                raise TypeError(msg)
+            return cast("Callable[P, T]", guarded)
+        if inspect.iscoroutinefunction(guarded):
+            return cast("Callable[P, T]", _with_awaited_fallback(guarded, fallback))
+        _check_synchronous("fallback", fallback)
 
         @functools.wraps(function)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        def with_fallback(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
                 return _returned("guarded function", breaker().call(function, *args, **kwargs))
             except CircuitBreakerError:
@@ -49,17 +58,27 @@ def guard_with(breaker: Callable[[], CircuitBreaker], fallback: Any) -> Callable
                 result = _returned("fallback", fallback(*args, **kwargs)) if callable(fallback) else fallback
                 return cast("T", result)
 
-        return guarded
+        return with_fallback
 
     return decorate
 
 
+def _with_awaited_fallback(guarded: Callable[..., Awaitable[T]], fallback: Any) -> Callable[..., Awaitable[T]]:
+    if fallback is NO_FALLBACK:
+        return guarded
+
+    @functools.wraps(guarded)
+    async def with_fallback(*args: Any, **kwargs: Any) -> T:
+        try:
+            return await guarded(*args, **kwargs)
+        except CircuitBreakerError:
+            result = fallback(*args, **kwargs) if callable(fallback) else fallback
+            return cast("T", await result if inspect.isawaitable(result) else result)
+
+    return with_fallback
+
+
 def _check_synchronous(what: str, function: Any) -> None:
-    if isinstance(function, (classmethod, staticmethod)):
-        # Not to be called like that, which would count as a failure of the dependency.
-        kind = type(function).__name__
-        msg = f"the {what} is a {kind}: write @{kind} above the decorator that guards"
-        raise TypeError(msg)
     inner = function
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -85,7 +104,7 @@ def _returned(what: str, result: T) -> T:
 def _asynchronous(what: str, thing: Any) -> TypeError:
     # Not the thing itself: its `repr` may be long, and may show arguments and results.
     name = getattr(thing, "__qualname__", None) or f"that is an object of class {type(thing).__qualname__}"
-    return TypeError(f"the {what} {name} is asynchronous, which a pybreaker.CircuitBreaker cannot guard")
+    return TypeError(f"the {what} {name} is asynchronous, but the guarded function is not an async def")
 
 
 def _is_asynchronous(code: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -12,14 +11,15 @@ from pybreaker import (
     STATE_CLOSED,
     STATE_HALF_OPEN,
     STATE_OPEN,
-    CircuitBreaker,
     CircuitBreakerListener,
     CircuitBreakerStorage,
 )
 
 from pybreaker_redis import operators
 from pybreaker_redis._runtime.fork import ForkSafe
+from pybreaker_redis._runtime.types import ClientSource, State
 from pybreaker_redis._runtime.validation import check_choice, checked_namespace, plain_text
+from pybreaker_redis.breaker import CircuitBreaker
 from pybreaker_redis.health import Health
 from pybreaker_redis.memory import CircuitMemoryStorage
 from pybreaker_redis.operators import CircuitSnapshot, retry_after
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ("BreakerRegistry", "CircuitStatus", "retry_after")
-
-_logger = logging.getLogger("pybreaker_redis")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class CircuitStatus:
     """
 
     name: str
-    state: str
+    state: State
     fail_counter: int
     success_counter: int
     opened_at: datetime | None
@@ -64,7 +62,7 @@ class CircuitStatus:
 class BreakerRegistry(ForkSafe):
     """Breakers of an application: one for each name, all with the same Redis.
 
-    Each breaker is a standard `pybreaker.CircuitBreaker`, created at its first use.  Nothing is sent before that.
+    Each breaker is a `CircuitBreaker` of this package, created at its first use.  Nothing is sent before that.
 
     A registry is iterable, and has a length: the names of breakers that were requested, configured or guarded.  As a
     context manager, a registry calls `close` at the end of the block.
@@ -85,7 +83,7 @@ class BreakerRegistry(ForkSafe):
 
     def __init__(
         self,
-        redis: Any = None,
+        redis: ClientSource | str | None = None,
         *,
         prefix: str = "",
         listeners: Iterable[CircuitBreakerListener] = (),
@@ -162,15 +160,16 @@ class BreakerRegistry(ForkSafe):
         Args:
             name: Name of the breaker.
             fallback: Result of a call that was rejected or that opened the circuit, in place of a
-                `pybreaker.CircuitBreakerError`.  A callable is called with the arguments of the call.
+                `pybreaker.CircuitBreakerError`.  A callable is called with the arguments of the call, and awaited if
+                the function is asynchronous and the result is awaitable.
             settings: See `get`.
 
         Returns:
-            A decorator for functions.
+            A decorator for functions, generator functions, ``async def`` and asynchronous generators.
 
         Raises:
-            TypeError: The function or the fallback is asynchronous.  It would return before the work is done, so
-                nothing would be guarded.
+            TypeError: The function cannot be called.  Or the fallback is asynchronous and the function is not, or the
+                function is an asynchronous generator and there is a fallback.
         """
         self._declare(name, settings)
         return guard_with(lambda: self.get(name), fallback)
@@ -198,7 +197,7 @@ class BreakerRegistry(ForkSafe):
         reports = {name: operators.health(self.get(name)) for name in self}
         return {name: report for name, report in reports.items() if report is not None}
 
-    def set_state(self, name: str, state: str, /) -> None:
+    def set_state(self, name: str, state: State, /) -> None:
         """Put a circuit into another state, for all processes that share the circuit.
 
         Args:
@@ -232,11 +231,8 @@ class BreakerRegistry(ForkSafe):
 
     def _notify_listeners(self, breaker: CircuitBreaker) -> None:
         """Notify the listeners of this process now.  Those of other processes follow when their breakers notice."""
-        try:
-            _ = breaker.state
-        except Exception:
-            # The command was executed, so its caller must not get an error.
-            _logger.exception("a listener of breaker %r has failed", breaker.name)
+        # A listener that raises is logged: the command was executed, so its caller gets no error.
+        _ = breaker.state
 
     # End ------------------------------------------------------------------------------------------------------------
 

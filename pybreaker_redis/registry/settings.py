@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any
 
+import pybreaker
 from pybreaker import STATE_CLOSED as CLOSED
-from pybreaker import CircuitBreaker, CircuitBreakerListener
+from pybreaker import CircuitBreakerListener
 
 from pybreaker_redis._runtime.validation import DURATION_MAX_S, check_bool, check_seconds, format_value, plain_text
 from pybreaker_redis.memory import CircuitMemoryStorage
-from pybreaker_redis.storage import CircuitRedisStorage
+from pybreaker_redis.storage import CircuitRedisStorage, StorageOptions
 
 Settings = Mapping[str, Any]
 
@@ -24,39 +25,38 @@ def _defaults_of(constructor: Callable[..., Any], *left_out: str) -> dict[str, A
 
 
 #: Arguments of a breaker and of a storage, with their defaults, but for those that the registry gives itself.
-BREAKER_DEFAULTS = _defaults_of(CircuitBreaker, "listeners", "state_storage", "name")
+#: The call that opens the circuit raises its own error: an application reports the cause, and not a rejection.
+BREAKER_DEFAULTS = {
+    **_defaults_of(pybreaker.CircuitBreaker, "listeners", "state_storage", "name"),
+    "throw_new_error_on_trip": False,
+}
 STORAGE_DEFAULTS = _defaults_of(CircuitRedisStorage, "state", "redis_object", "namespace")
 MEMORY_DEFAULTS = _defaults_of(CircuitMemoryStorage, "state")
 
 
-class SettingOptions(TypedDict, total=False):
+class SettingOptions(StorageOptions, total=False):
     """Keyword arguments by which users give settings.  See `BreakerSettings`."""
 
     fail_max: int
     reset_timeout: float
     success_threshold: int
-    exclude: Sequence[type[BaseException] | Callable[[Any], bool]]
+    exclude: Collection[type[BaseException] | Callable[[Any], bool]] | None
     throw_new_error_on_trip: bool
-    fallback_circuit_state: Literal["closed", "open", "half-open", "last"]
-    cluster_mode: bool
-    probe_lease: float
-    max_staleness: float
-    timeout: float | None
-    ttl: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerSettings:
     """Settings of one breaker and its circuit.
 
-    The first five are those of `pybreaker.CircuitBreaker`, the others those of `CircuitRedisStorage`.
+    The first five are those of `CircuitBreaker`, the others those of `CircuitRedisStorage`.
 
     Attributes:
         fail_max: Number of consecutive failures that opens the circuit.
         reset_timeout: Seconds for which the circuit stays open.
         success_threshold: Number of successful probes that closes the circuit.
         exclude: Exception classes and functions of an exception: such exceptions are no failures.
-        throw_new_error_on_trip: Whether the call that opens the circuit raises `pybreaker.CircuitBreakerError`.
+        throw_new_error_on_trip: Whether the call that opens the circuit raises `CircuitOpenError`, with the error of
+            the dependency as its cause.  ``False``: the call raises the error of the dependency.
         fallback_circuit_state: State in which a local circuit begins.
         cluster_mode: Whether all keys of the circuit share one slot of a Redis Cluster.
         probe_lease: Seconds until a probe without a report is offered to another call.
@@ -87,7 +87,7 @@ class BreakerSettings:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def breaker_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `pybreaker.CircuitBreaker`."""
+        """Return the arguments of `CircuitBreaker`."""
         return {**self._subset(BREAKER_DEFAULTS), "exclude": [_exclusion(item) for item in self.exclude]}
 
     def storage_arguments(self) -> dict[str, Any]:
@@ -172,9 +172,13 @@ def validated(settings: Settings, stacklevel: int) -> dict[str, Any]:
         result["exclude"] = _excluded(result["exclude"], stacklevel + 1)
     # The storage sends nothing, and checks its own arguments.
     CircuitRedisStorage(
-        CLOSED, lambda: None, **{name: value for name, value in result.items() if name in STORAGE_DEFAULTS}
+        CLOSED, _no_client, **{name: value for name, value in result.items() if name in STORAGE_DEFAULTS}
     )
     return result
+
+
+def _no_client() -> Any:
+    """Return no client, for a storage that is never used."""
 
 
 def check_consistent(name: str, present: Settings, given: Settings) -> None:

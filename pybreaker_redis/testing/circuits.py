@@ -11,9 +11,11 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pybreaker import STATE_CLOSED, STATE_OPEN, CircuitBreaker, CircuitBreakerStorage
+import pybreaker
+from pybreaker import STATE_CLOSED, STATE_OPEN, CircuitBreakerStorage
 
 from pybreaker_redis import operators
+from pybreaker_redis.breaker import CircuitBreaker
 from pybreaker_redis.memory import FixedCircuitStorage
 from pybreaker_redis.registry import BreakerRegistry
 
@@ -21,8 +23,12 @@ __all__ = ("force_closed", "force_open", "in_memory", "in_redis", "unique_prefix
 
 
 @contextlib.contextmanager
-def _replace_storage(breaker: CircuitBreaker, storage: CircuitBreakerStorage) -> Iterator[None]:
+def _replace_storage(breaker: pybreaker.CircuitBreaker, storage: CircuitBreakerStorage) -> Iterator[None]:
     """Replace the storage of a breaker, and restore storage and state afterwards.  No listener is called."""
+    if isinstance(breaker, CircuitBreaker):
+        with breaker._with_storage(storage):
+            yield
+        return
     with breaker._lock:
         before = breaker._state_storage, breaker._state
         breaker._state_storage = storage
@@ -34,13 +40,13 @@ def _replace_storage(breaker: CircuitBreaker, storage: CircuitBreakerStorage) ->
             breaker._state_storage, breaker._state = before
 
 
-def _fixed_storage(breaker: CircuitBreaker, state: str) -> FixedCircuitStorage:
+def _fixed_storage(breaker: pybreaker.CircuitBreaker, state: str) -> FixedCircuitStorage:
     # A very short reset timeout would end before the breaker compares it with the current time.
     return FixedCircuitStorage(state, opened_ahead_ms=0 if breaker.reset_timeout > 1 else 1000)
 
 
 @contextlib.contextmanager
-def force_open(breaker: CircuitBreaker) -> Iterator[None]:
+def force_open(breaker: pybreaker.CircuitBreaker) -> Iterator[None]:
     """Reject every call of a breaker, as if its circuit had opened just now.
 
     The breaker's circuit is neither read nor changed, and no listener is called.  Usable as a ``with`` block and as a
@@ -51,7 +57,7 @@ def force_open(breaker: CircuitBreaker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def force_closed(breaker: CircuitBreaker) -> Iterator[None]:
+def force_closed(breaker: pybreaker.CircuitBreaker) -> Iterator[None]:
     """Admit every call of a breaker, however many of them fail.  Usable like `force_open`."""
     with _replace_storage(breaker, _fixed_storage(breaker, STATE_CLOSED)):
         yield
@@ -75,8 +81,7 @@ def _restore_redis(breakers: BreakerRegistry, redis: Any, made: Mapping[str, Cir
     for name, breaker in breakers._breaker_by_name.items():
         if breaker is not made.get(name):
             operators.release_connections(breaker)
-            breaker._state_storage = breakers._storage(name)
-            breaker._state = breaker._create_new_state(STATE_CLOSED)
+            breaker._use_storage(breakers._storage(name))
 
 
 @contextlib.contextmanager

@@ -165,8 +165,9 @@ def test_handlers_of_the_task_see_the_number_of_retries(shop: Shop):
 
 
 def test_call_that_opens_the_circuit_is_retried_if_it_raises_the_breakers_error(shop: Shop):
-    """The call that opens the circuit is retried if it raises the breaker's error, pybreaker's default."""
+    """The call that opens the circuit is retried if it raises the breaker's error, pybreaker's default and not ours."""
     shop.breaker.close()
+    shop.breaker._throw_new_error_on_trip = True
     task = shop.task()
     ended = shop.work(task)
     assert ended.state == "RETRY"

@@ -153,7 +153,7 @@ def test_json_is_returned_if_the_request_prefers_it(accept: str, json: bool):
 
 def test_retry_after_is_at_least_one_second():
     """Retry-After is at least 1, because HTTP has no fractions and 0 would invite an immediate retry."""
-    breaker = BreakerRegistry(reset_timeout=0).get("payments")
+    breaker = BreakerRegistry(reset_timeout=0, throw_new_error_on_trip=True).get("payments")
     breaker.open()
     breaker.half_open()
     with pytest.raises(pybreaker.CircuitBreakerError) as raised:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import flask
@@ -172,14 +173,17 @@ def test_guard_with_a_fallback():
             breakers.guard("payments", fallback=0)(down)()
 
 
-def test_coroutine_function_cannot_be_guarded():
-    """The decorator refuses a coroutine function, because its call would return before the work is done."""
+def test_coroutine_function_is_guarded():
+    """A coroutine function counts when its work is done, and is rejected while the circuit is open."""
 
-    async def charge_soon() -> None:
-        """Do nothing."""
+    @breakers.guard("payments", fallback=lambda: "later")
+    async def charge_soon() -> str:
+        return "charged"
 
-    with pytest.raises(TypeError, match="asynchronous"):
-        breakers.guard("payments")(charge_soon)
+    with create_app().app_context():
+        assert asyncio.run(charge_soon()) == "charged"
+        breakers["payments"].open()
+        assert asyncio.run(charge_soon()) == "later"
 
 
 def test_in_memory_replaces_the_circuits_for_a_test(client: redis.Redis, server: PrivateServer):
