@@ -18,3 +18,9 @@ if os.environ.get(VARIABLE) != "1":
     for name in EXTENSIONS:
         # An import fails, as if the module were not installed.
         modules.setdefault(name, None)
+
+# Only where another breaker is chosen: the tests of the wheel run without the package and its dependencies.
+if os.environ.get("PYBREAKER_REDIS_WAY"):
+    from tests.support.ways import use_chosen_breaker
+
+    use_chosen_breaker()

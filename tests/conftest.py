@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes several seconds because its promise is about seconds; see --full")
     config.addinivalue_line("markers", "full: runs with --full only")
     config.addinivalue_line("markers", "other_server: runs on another server than the preferred one, see --full")
+    config.addinivalue_line("markers", "unmodified: is about the unmodified breaker, see tests/support/ways.py")
     config.addinivalue_line("markers", "sample: runs without --full although it is slow")
     selection.is_full = config.option.full
     if not hasattr(config, "workerinput"):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import soak as soaks
 from tests.support.fleet import call, calls, flood, held_call, most_at_once, read_state, recover, trip, wait_until
+from tests.support.ways import is_breaker
 
 
 @pytest.mark.sample
@@ -23,10 +24,15 @@ def test_burst_at_end_of_reset_timeout_executes_one_call(promised, fleet_of):
         inside, others = fleet.hold(at=tripped.ended + 1.05)
         half_open = [item for item in fleet.transitions(excluding=inside) if item.new == "half-open"]
         fleet.release(inside, success=True)
+        authors = [item.worker for item in fleet.transitions() if item.new == "half-open" and item.noticed is not True]
     with promised():
         assert len(inside) == 1
         assert all(outcome.rejected for outcome in others)
-        assert not half_open
+        # A rejected call of our breaker notices that the circuit is half-open.
+        assert sorted(item.worker for item in half_open) == (
+            sorted(outcome.worker for outcome in others) if is_breaker else []
+        )
+        assert authors == [inside[0].index]
 
 
 @pytest.mark.slow
@@ -80,7 +86,10 @@ def test_reset_timeout_0_admits_one_call_at_a_time(promised, fleet_of, visits):
 
 
 def test_one_cycle_announces_half_open_in_the_prober_only(promised, fleet_of):
-    """Each process announces each transition at most once, and only the prober announces half-open."""
+    """Each process announces each transition at most once, and only the prober announces half-open.
+
+    With our breaker the others announce that they noticed half-open, and each transition has one author.
+    """
     with fleet_of(16, reset_timeout=1.0) as fleet:
         prober, others = fleet[0], fleet.workers[1:]
         tripped = trip(prober)
@@ -98,8 +107,11 @@ def test_one_cycle_announces_half_open_in_the_prober_only(promised, fleet_of):
     assert per_state["open"] == per_state["closed"] == 16
     with promised():
         assert max(per_process.values()) == 1
-        assert per_state["half-open"] == 1
-        assert len(notified) == 33
+        assert per_state["half-open"] == (16 if is_breaker else 1)
+        assert len(notified) == (48 if is_breaker else 33)
+        authors = {item.new: item.worker for item in notified if item.noticed is not True}
+        assert authors["half-open"] == prober.index
+        assert not is_breaker or [item.noticed for item in notified].count(False) == len(authors) == 3
 
 
 def test_error_of_a_listener_does_not_undo_a_trip(promised, fleet_of, shared, visits):
@@ -153,6 +165,14 @@ def test_soak_of_four_outages_spares_dependency_and_listeners(server, tmp_path, 
     # The others may make one more call each before the fifth failure is counted.
     assert all(0 < calls <= ours.workers + 4 + trials for calls in ours.per_outage), ours
     assert ours.trials_at_once == 1
-    assert ours.notifications <= len(ours.per_outage) * (2 * ours.workers + 2 * trials)
+    # An outage is a trip and a close that every process notices, and a half-open state for each trial.
+    if is_breaker:
+        # A failed trial opens the circuit again.  The last trial of an outage succeeds.
+        transitions = sum(1 + 2 * failed + 2 for failed in ours.trials)
+        assert all(failed <= trials for failed in ours.trials), ours
+        assert ours.authored == ours.transitions == transitions
+        assert ours.notifications <= ours.workers * transitions
+    else:
+        assert ours.notifications <= len(ours.per_outage) * (2 * ours.workers + 2 * trials)
     assert sum(stock.per_outage) > 1.5 * sum(ours.per_outage)
-    assert stock.notifications > 1.5 * ours.notifications
+    assert stock.authored > 1.5 * ours.authored

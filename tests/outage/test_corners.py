@@ -16,6 +16,7 @@ from pybreaker_redis._circuits.failover import Failover
 from pybreaker_redis._redis.classify import ErrorKind, suppress_except
 from pybreaker_redis._redis.endpoint import endpoint_of
 from pybreaker_redis._redis.sentinel import verify_master
+from pybreaker_redis._replica.armed import ArmedViews
 from pybreaker_redis._replica.connection import Push
 from pybreaker_redis._replica.subscribers import Subscriber
 from pybreaker_redis._replica.view import View
@@ -249,9 +250,11 @@ def test_session_without_a_pong_ends_and_a_poll_confirms_no_unknown_state():
     session = bare_session(
         is_pong_due=True,
         matched_reads=weakref.WeakKeyDictionary(),
-        reads_counters_singly=False,
+        reads_keys_singly=False,
         changed=set(),
         maybe_changed=set(),
+        touched=set(),
+        armed_views=ArmedViews(),
     )
     session.has_polled = False
     # A message on an unknown channel is no sign of life.

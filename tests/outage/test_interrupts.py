@@ -21,9 +21,9 @@ from redis.sentinel import Sentinel
 
 from pybreaker_redis._circuits.bulk import read_for_operator
 from pybreaker_redis._circuits.failover import Failover
-from pybreaker_redis._redis import pool as pool_module
 from pybreaker_redis._redis.cluster import ClusterTopology
-from pybreaker_redis._redis.deadline import deadline
+from pybreaker_redis._redis.connections import pool as pool_module
+from pybreaker_redis._redis.connections.deadline import deadline
 from pybreaker_redis._redis.url import client_source_from_url
 from pybreaker_redis._runtime.interruption import find_interruption, suppress_errors
 from pybreaker_redis._servers.table import server_for

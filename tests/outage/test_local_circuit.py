@@ -140,7 +140,8 @@ def test_second_outage_begins_with_a_new_local_circuit(killable_server: PrivateS
             killable_server.kill()
             wait_for(lambda: storage.health().condition == "unreachable", "the outage is noticed")
             assert breaker.call(up) == "answer"
-            generations.append(admission_of(breaker).generation)
+            with breaker.calling() as entered:
+                generations.append(admission_of(breaker, entered).generation)
             with pytest.raises(Down):
                 breaker.call(down)
             assert storage.counter == 1

@@ -32,6 +32,7 @@ from tests.support.breakers import Down, down, up
 from tests.support.inspect import core_of, execute_intent, local_of, selector_of, server_of, storage_of
 from tests.support.selection import but_for
 from tests.support.wait import wait_for
+from tests.support.ways import is_breaker
 
 #: Seconds of a lease: longer than any of these tests may take.
 LEASE_S = 60
@@ -39,6 +40,13 @@ LEASE_S = 60
 #: Seconds within which a circuit recovers on a busy machine.
 RECOVERY_S = 20
 
+#: Intents of a successful and of a failing probe, in their order.  Our breaker settles a probe in one step.
+SUCCESS_INTENTS: tuple[type[Intent], ...] = (
+    (ClaimProbe, CountProbe, Close) if is_breaker else (ClaimProbe, RecordSuccess, CountProbe, Close)
+)
+FAILURE_INTENTS: tuple[type[Intent], ...] = (
+    (ClaimProbe, RecordFailure) if is_breaker else (ClaimProbe, RecordFailure, Trip)
+)
 
 #: Numbers for names of circuits: the retry thread of one test may run into the next one.
 _circuits = itertools.count()
@@ -71,6 +79,7 @@ class LossyEngine:
 
     def __init__(self, storage: CircuitRedisStorage) -> None:
         self.lost: list[Intent] = []
+        self.sent: list[type[Intent]] = []
         self._loses: tuple[type[Intent], bool] | None = None
         self.selector = selector_of(storage)
         self.execute = self.selector.run_intent
@@ -83,6 +92,7 @@ class LossyEngine:
         self._loses, self._error = (kind, executed), error
 
     def _run(self, used_engine: Any, intent: Intent, known: Circuit | None, state_if_missing: str) -> Reply:
+        self.sent.append(type(intent))
         loses = self._loses
         if loses is None or not isinstance(intent, loses[0]):
             return self.execute(used_engine, intent, known, state_if_missing)
@@ -132,8 +142,19 @@ def recover(breaker: CircuitBreaker, client: redis.Redis) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize(("function", "intents"), [(up, SUCCESS_INTENTS), (down, FAILURE_INTENTS)])
+def test_each_intent_of_a_probe_is_lost_in_a_test(
+    engine: redis.Redis, function: Callable[[], Any], intents: tuple[type[Intent], ...]
+) -> None:
+    """The tests below lose each intent that changes the circuit during a probe."""
+    breaker, storage = open_circuit(engine)
+    lossy = LossyEngine(storage)
+    request(breaker, function)
+    assert [kind for kind in lossy.sent if kind is not Load] == [*intents]
+
+
 @pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
-@pytest.mark.parametrize("kind", [ClaimProbe, RecordSuccess, CountProbe, Close])
+@pytest.mark.parametrize("kind", SUCCESS_INTENTS)
 @pytest.mark.parametrize("threshold", [1, 3])
 def test_success_whose_answer_is_lost_blocks_for_no_lease(
     engine: redis.Redis, kind: type[Intent], executed: bool, threshold: int
@@ -147,7 +168,7 @@ def test_success_whose_answer_is_lost_blocks_for_no_lease(
 
 
 @pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
-@pytest.mark.parametrize("kind", [ClaimProbe, RecordFailure, Trip])
+@pytest.mark.parametrize("kind", FAILURE_INTENTS)
 def test_failure_whose_answer_is_lost_blocks_for_no_lease(
     engine: redis.Redis, kind: type[Intent], executed: bool
 ) -> None:
@@ -162,7 +183,7 @@ def test_failure_whose_answer_is_lost_blocks_for_no_lease(
 
 
 @pytest.mark.parametrize("executed", [True, False], ids=["executed", "not executed"])
-@pytest.mark.parametrize("kind", [ClaimProbe, RecordSuccess, CountProbe, Close])
+@pytest.mark.parametrize("kind", SUCCESS_INTENTS)
 def test_probe_interrupted_from_outside_blocks_for_no_lease(
     engine: redis.Redis, kind: type[Intent], executed: bool
 ) -> None:

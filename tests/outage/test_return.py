@@ -20,7 +20,15 @@ from pybreaker_redis._circuits.shared import SharedCircuit
 from pybreaker_redis._model.intents import Intent, RecordFailure, Reply
 from tests.support.breakers import Down, breaker_on, fails, settled, up
 from tests.support.faults import Site
-from tests.support.inspect import core_of, fail_circuit, faults_of, pools_of, replace_shared_execution, storage_of
+from tests.support.inspect import (
+    core_of,
+    fail_circuit,
+    faults_of,
+    idle_connections_of,
+    pools_of,
+    replace_shared_execution,
+    storage_of,
+)
 from tests.support.logs import lines_of
 from tests.support.outages import health_of, is_back, is_unreachable_for
 from tests.support.wait import wait_for
@@ -188,7 +196,7 @@ def test_connections_that_a_network_forgot_are_one_outage(site: Site, caplog: py
             thread.join()
 
     def connected() -> int:
-        return sum(connection is not None and connection._sock is not None for connection in pool.pool.queue)
+        return len(idle_connections_of(pool))
 
     wait_for(lambda: all_at_once() or connected() > 2, "several connections")
     site.proxy.drop_silently()

@@ -43,14 +43,14 @@ LOWER = {
     "_replica": BASE | {"_servers", "_engines.base", "_model", "_redis"},
     "_circuits": BASE | {"_replica", "_servers", "_engines", "_redis", "_model"},
     "_adapter": BASE | {"_circuits", "_model"},
-    "breaker": BASE | {"_circuits", "_engines", "_model"},
+    "breaker": BASE | {"_circuits", "_engines", "_model", "storage", "memory"},
     "operators": BASE | {"_circuits", "_redis", "_model"},
     "registry": (PUBLIC - {"__init__"}) | {"operators"},
     "cli": PUBLIC | {"registry", "operators", "testing"},
 }
-LOWER["storage"] = LOWER["memory"] = LOWER["breaker"] | {"_adapter"}
+LOWER["storage"] = LOWER["memory"] = BASE | {"_circuits", "_engines", "_model", "_adapter"}
 LOWER["instrument"] = LOWER["contrib"] = LOWER["panel"] = LOWER["testing"] = PUBLIC | {"registry", "operators"}
-LOWER["__init__"] = PUBLIC | {"registry", "operators"}
+LOWER["__init__"] = PUBLIC | {"registry", "operators", "instrument"}
 LOWER["listeners"] = LOWER["prometheus"] = {"instrument"}
 LOWER["fixtures"] = {"testing"}
 LOWER["__main__"] = {"cli"}
@@ -58,6 +58,7 @@ LOWER["__main__"] = {"cli"}
 LIBRARIES = {
     "pybreaker": (
         "breaker",
+        "errors",
         "storage",
         "memory",
         "operators",

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import pytest
 import redis
 
-from pybreaker_redis import BreakerRegistry, CircuitMemoryStorage, CircuitRedisStorage, _log, health
+from pybreaker_redis import BreakerRegistry, CircuitBreaker, CircuitMemoryStorage, CircuitRedisStorage, _log, health
 from pybreaker_redis.contrib.celery import BreakerTask
 from pybreaker_redis.registry.settings import BreakerSettings
 from tests.support.pages import DOCS, HIDDEN, PAGES, blocks, file_of, labels, list_tables, run_python, settings_of
@@ -146,7 +146,7 @@ def parameters_of(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 def expected_settings() -> Iterator[tuple[str, str, Any]]:
     """Yield class, name and default of each setting."""
-    for cls in (CircuitRedisStorage, CircuitMemoryStorage, BreakerRegistry):
+    for cls in (CircuitBreaker, CircuitRedisStorage, CircuitMemoryStorage, BreakerRegistry):
         yield from ((cls.__name__, *item) for item in parameters_of(cls))
     for name, default in BreakerSettings.with_defaults({}).by_name().items():
         yield "BreakerRegistry", name, default
@@ -180,6 +180,8 @@ def states(cell: str, default: Any) -> bool:
     if isinstance(default, tuple) and default:
         return cell == f"``({', '.join(item.__name__ for item in default)},)``"
     stated = default_in(cell)
+    if callable(default) and not isinstance(default, type):
+        return stated == default.__name__
     if isinstance(stated, bool) is not isinstance(default, bool):
         return False
     return stated == default or (stated, default) == ([], ())

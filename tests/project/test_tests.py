@@ -22,7 +22,7 @@ INSPECT = "tests/support/inspect.py"
 
 #: Private names of other projects, and of what Python brings along, which tests need.
 FOREIGN = {
-    *("_exit", "_current_frames", "_register_atexit"),
+    *("_exit", "_current_frames", "_getframe", "_register_atexit"),
     # redis-py
     *("_available_connections", "_connect", "_parser", "_retries", "_sock"),
     # pybreaker

@@ -1,8 +1,9 @@
 """State machine: workers, operators and foreign writers act in any order, and invariants hold after every step.
 
-Several workers make calls with their own storages and unmodified breakers. They admit, report, crash, read and give
-operator commands. Stock pybreaker writes too, keys get lost, scripts are flushed, and time passes. After every step,
-the record is compared with the expected one.
+Several workers make calls with their own storages and breakers. They admit, report, crash, read and give operator
+commands. If the tests use our breaker, one worker has an unmodified one, and calls of the others are interrupted. Stock
+pybreaker writes too, keys get lost, scripts are flushed, and time passes. After every step, the record is compared with
+the expected one.
 
 There are two environments: fakeredis with a clock that tests move, and a real server with Lua and short, real times.
 """
@@ -29,6 +30,7 @@ from pybreaker_redis._model.intents import Reply
 from tests.support.breakers import Down
 from tests.support.inspect import admission_of, answer_intents, load_shared, view_of
 from tests.support.selection import examples
+from tests.support.ways import UnmodifiedBreaker, is_breaker
 
 # The model does not depend on the version of Python. The README's tests run it on every server.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
@@ -83,13 +85,19 @@ class RealEnvironment:
 
 
 class Worker:
-    """A process with a storage, a breaker, and at most one call in flight."""
+    """A process with a storage, a breaker, and at most one call in flight.
 
-    def __init__(self, environment: Any) -> None:
+    Args:
+        environment: Environment of the process.
+        index: Number of the worker.  The first one has an unmodified breaker.
+    """
+
+    def __init__(self, environment: Any, index: int = 0) -> None:
         self.storage = CircuitRedisStorage(
             "closed", environment.client, namespace="machine", probe_lease=environment.lease, max_staleness=0
         )
-        self.breaker = pybreaker.CircuitBreaker(
+        make = pybreaker.CircuitBreaker if index else UnmodifiedBreaker
+        self.breaker = make(
             fail_max=FAIL_MAX,
             reset_timeout=environment.reset_timeout,
             success_threshold=SUCCESS_THRESHOLD,
@@ -102,11 +110,10 @@ class Worker:
         """Try to begin a call, and return whether the call was admitted."""
         block = self.breaker.calling()
         try:
-            block.__enter__()
+            entered = block.__enter__()
         except pybreaker.CircuitBreakerError:
             return False
-        admission = admission_of(self.breaker)
-        self.block, self.admitted = block, admission
+        self.block, self.admitted = block, admission_of(self.breaker, entered)
         return True
 
     def end(self, error: BaseException | None) -> BaseException | None:
@@ -146,7 +153,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         """Create the workers, an observer of every step, and a stock worker."""
-        self.workers = [Worker(self.environment) for _ in range(WORKERS)]
+        self.workers = [Worker(self.environment, index) for index in range(WORKERS)]
         self.observer = Worker(self.environment).storage
         self.failures = 0
         self.last = self.record()
@@ -265,13 +272,32 @@ class Machine(RuleBasedStateMachine):
                 assert answer is error
                 assert (after.state, after.generation) == (CLOSED, before.generation)
 
+    @precondition(lambda self: is_breaker)
+    @rule(index=st.integers(1, WORKERS - 1))
+    def interrupt(self, index: int) -> None:
+        """Interrupt a call in flight of our breaker."""
+        worker = self.workers[index]
+        if not worker.block:
+            return
+        with self.step() as before:
+            has_probe = worker.admitted == (before.generation, before.probe_token) and before.state == HALF_OPEN
+            error = KeyboardInterrupt()
+            assert worker.end(error) is error
+            after = self.record()
+            if not has_probe:
+                assert after == before, "an interrupted call counts nothing"
+                return
+            event("probe given back")
+            assert not after.is_probe_leased(self.now_ms()), "the probe is free"
+            assert after == before.with_free_probe()
+
     @rule(index=st.integers(0, WORKERS - 1))
     def crash(self, index: int) -> None:
         """Replace a process, with or without a call in flight."""
         with self.step() as before:
             self.dead.append(self.workers[index])
             self.workers[index].drop()
-            self.workers[index] = Worker(self.environment)
+            self.workers[index] = Worker(self.environment, index)
             assert self.record() == before
 
     @rule(index=st.integers(0, WORKERS - 1))

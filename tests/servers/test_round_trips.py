@@ -22,6 +22,7 @@ from tests.support import servers
 from tests.support.breakers import settled
 from tests.support.paths import ROOT
 from tests.support.round_trips import Down, Meter, commands_sent
+from tests.support.ways import is_breaker
 
 #: Commands of listeners of other tests would be counted, too.
 pytestmark = pytest.mark.usefixtures("no_listeners")
@@ -44,6 +45,16 @@ COSTS = {
     "rejected call": (2, 0, 1),
     "recovery": (11, 4, 26),
 }
+
+#: Steps that cost less with the breaker of this package: (this package, this package on a server without scripts).
+COSTS_OF_BREAKER = {"trip": (1, 7), "recovery": (3, 19)}
+
+
+def cost_of(step: str, column: int) -> int:
+    """Return the cost of a step in a column, by the breaker that this run uses."""
+    if is_breaker and column and step in COSTS_OF_BREAKER:
+        return COSTS_OF_BREAKER[step][column - 1]
+    return COSTS[step][column]
 
 
 def up() -> None:
@@ -101,14 +112,15 @@ def test_each_step_costs_the_round_trips_of_the_table(
     every_server: PrivateServer, column: int, column_name: str
 ) -> None:
     """One round trip more or less fails the test, so the page states the exact number."""
-    assert measured(every_server, column_name) == {step: costs[column] for step, costs in COSTS.items()}
+    assert measured(every_server, column_name) == {step: cost_of(step, column) for step in COSTS}
 
 
 @pytest.mark.parametrize("step", COSTS)
 def test_no_step_costs_more_than_on_stock(step: str) -> None:
     """The change of the import costs no further round trip."""
-    stock, ours, _ = COSTS[step]
-    assert ours <= stock
+    assert cost_of(step, 1) <= cost_of(step, 0)
+    if step in COSTS_OF_BREAKER:
+        assert all(cost < others for cost, others in zip(COSTS_OF_BREAKER[step], COSTS[step][1:], strict=True))
 
 
 def test_storage_sends_only_scripts(server: PrivateServer) -> None:
@@ -137,14 +149,12 @@ def test_constructing_costs_no_round_trip(server: PrivateServer) -> None:
 
 def table() -> str:
     """Return the costs in the format of the page."""
-    head = (
-        "step",
-        *(
-            f"``{column_name}``" if " " not in column_name else "without scripts"
-            for column_name in (PYBREAKER, OURS, WITHOUT_SCRIPTS)
-        ),
-    )
-    rows = [head, *((step, *map(str, costs)) for step, costs in COSTS.items())]
+    head = ("step", "pybreaker", "our storage", "our breaker", "our storage, no scripts", "our breaker, no scripts")
+    rows = [head]
+    for step, (stock, *storage) in COSTS.items():
+        breaker = COSTS_OF_BREAKER.get(step, storage)
+        pairs = zip(storage, breaker, strict=True)
+        rows.append((step, str(stock), *(str(cost) for pair in pairs for cost in pair)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     rule = "  ".join("=" * width for width in widths)
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -26,7 +26,9 @@ from typing import Any, Literal
 
 import pybreaker
 
+from pybreaker_redis import CircuitOpenError, CircuitRedisStorage
 from tests.support.places import client_at
+from tests.support.ways import settles_calls
 
 #: Seconds that a step of a worker may take before the test fails and the fleet is killed.
 DEADLINE = 30.0
@@ -40,6 +42,9 @@ LIFETIME = 120
 #: Modules that the fork server imports once, so that a worker starts in milliseconds.  ``pytest`` is among them because
 #: every worker imports the main module of the test process again.
 PRELOAD = ["pytest", "redis", "pybreaker", "pybreaker_redis", "time_machine", "tests.support.fleet"]
+
+#: Errors of rejected calls: of pybreaker's breaker, and of ours where our breaker settles the calls.
+REJECTIONS = frozenset(("CircuitBreakerError", "CircuitOpenError"))
 
 #: Origin of the storage under test: this package, or pybreaker's stock storage.
 Make = Literal["ours", "stock"]
@@ -109,6 +114,7 @@ class Transition:
         old: State before.
         new: State after.
         current: ``breaker.current_state`` at that moment, if the listener read it.
+        noticed: Whether another breaker made the transition.  ``None``: unknown, by an unmodified breaker.
     """
 
     worker: int
@@ -116,6 +122,7 @@ class Transition:
     old: str
     new: str
     current: str | None = None
+    noticed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class Outcome:
     @property
     def rejected(self) -> bool:
         """Whether the breaker refused the call without calling the dependency."""
-        return self.error == "CircuitBreakerError" and not self.reached
+        return self.error in REJECTIONS and not self.reached
 
     @property
     def tripped(self) -> bool:
@@ -161,6 +168,10 @@ class _Listener(pybreaker.CircuitBreakerListener):
         )
         if mode == "raise":
             raise ListenerFailed(f"on the way to {new_state.name}")
+
+    def transition(self, cb: Any, event: Any) -> None:
+        """Record whether another breaker made the last transition.  Our breaker calls this after `state_change`."""
+        self._worker.transitions[-1] = replace(self._worker.transitions[-1], noticed=event.noticed)
 
 
 class Worker:
@@ -227,6 +238,8 @@ class Worker:
             self.breaker.call(function)
         except (pybreaker.CircuitBreakerError, DependencyDown, ListenerFailed) as exc:
             error, message = type(exc).__name__, str(exc)
+            if error in REJECTIONS and isinstance(exc, CircuitOpenError) != settles_calls(self.breaker):
+                raise WorkerFailed(f"{error} is the error of the other breaker") from exc
         return Outcome(self.index, began, time.monotonic(), self._reached > before, error, message)
 
 
@@ -234,9 +247,6 @@ def make_storage(spec: Spec, client: Any) -> Any:
     """Return a new storage for this worker."""
     if spec.make == "stock":
         return pybreaker.CircuitRedisStorage("closed", client, spec.namespace, spec.fallback)
-    # Stock cases must run even if the package itself cannot be imported, for example while it is being changed.
-    from pybreaker_redis import CircuitRedisStorage
-
     limits = {"probe_lease": spec.probe_lease, "max_staleness": spec.max_staleness, "timeout": spec.timeout}
     extra: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     return CircuitRedisStorage("closed", client, spec.namespace, spec.fallback, **extra)

@@ -19,8 +19,9 @@ import redis
 from pybreaker_redis._circuits.mode import Mode
 from pybreaker_redis._engines import transaction
 from pybreaker_redis._model.intents import Load, Reply
-from pybreaker_redis._redis import deadline, pool, url
+from pybreaker_redis._redis import url
 from pybreaker_redis._redis.cluster import ClusterTopology
+from pybreaker_redis._redis.connections import deadline, pool
 from pybreaker_redis._replica import listener as listener_module
 from pybreaker_redis._replica import session as session_module
 from pybreaker_redis._replica.connection import CONNECTION_NAME, PushConnection
@@ -80,6 +81,11 @@ def faults_of(owner: Any) -> Any:
     return core_of(owner)._faults
 
 
+def is_armed(breaker: pybreaker.CircuitBreaker) -> bool:
+    """Whether no beat has to read the circuit of a breaker."""
+    return view_of(breaker)._armed_trust is not None
+
+
 def view_of(owner: Any) -> Any:
     """Return the view of the circuit."""
     return shared_of(owner)._view
@@ -137,7 +143,7 @@ def timeout_of(storage: Any) -> float:
 
 def lease_ms_of(owner: Any) -> float:
     """Return the lease of probes in milliseconds."""
-    return getattr(owner, "_state_storage", owner)._lease_ms
+    return getattr(owner, "_state_storage", owner)._core.lease_ms
 
 
 def may_read(owner: Any) -> bool:
@@ -145,9 +151,21 @@ def may_read(owner: Any) -> bool:
     return core_of(owner).mode is Mode.FOLLOWING
 
 
-def admission_of(breaker: pybreaker.CircuitBreaker) -> Any:
-    """Return what the current call of this thread was admitted for."""
+def admission_of(breaker: pybreaker.CircuitBreaker, entered: Any = None) -> Any:
+    """Return what the current call of this thread was admitted for.
+
+    Args:
+        breaker: The breaker.
+        entered: Value of the call's ``with breaker.calling()``, which is a permit if the breaker settles calls.
+    """
+    if entered is not None:
+        return entered.admission
     return storage_of(breaker)._admissions.tag_of(breaker._state).admission
+
+
+def follower_of(breaker: Any) -> Any:
+    """Return what follows the circuit for the listeners of a breaker that settles calls."""
+    return breaker._guard._follower
 
 
 def local_generation(owner: Any) -> int:
@@ -315,6 +333,11 @@ def replace_retry_thread(monkeypatch: pytest.MonkeyPatch, server: Any, *, runs: 
     monkeypatch.setattr(server, "_ensure_retry_thread", lambda: runs)
 
 
+def spare_count(spare: Any) -> int:
+    """Return the number of connections on a stack of spare ones."""
+    return len(spare._spare)
+
+
 def reset_in_child(item: Any) -> None:
     """Renew an object as a fork does in the child."""
     item._renew_in_child()
@@ -359,6 +382,12 @@ def reset_settings_check() -> None:
 def compared_circuits() -> Collection[Any]:
     """Return the circuits with settings to compare."""
     return settings_check._table._users_by_place
+
+
+def idle_connections_of(pool: Any) -> list[Any]:
+    """Return the open connections of a pool of this package that no command uses at present."""
+    idle = [*pool.pool.queue, *pool.spare_connections._spare]
+    return [connection for connection in idle if connection is not None and connection._sock is not None]
 
 
 def connections_of(pool: Any) -> Collection[Any]:

@@ -8,12 +8,12 @@ Left to ``--full`` are:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
-from tests.support import servers
+from tests.support import servers, ways
 
 #: Markers of tests that run with ``--full`` only.
 LEFT_OUT = ("slow", "full")
@@ -24,6 +24,9 @@ OTHER_SERVER = "other_server"
 #: Marker of tests that run without ``--full`` in spite of these markers.
 SAMPLE = "sample"
 
+
+#: Marker of tests that are about the unmodified breaker.
+UNMODIFIED = "unmodified"
 
 #: Whether this run has ``--full``.  Set before the modules of the tests are imported.
 is_full = False
@@ -62,13 +65,22 @@ def is_left_out(item: pytest.Item) -> bool:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests on other servers, and deselect what is left to ``--full``, unless the command names tests by ids."""
+    """Mark tests on other servers, and deselect what is left to ``--full``, unless the command names tests by ids.
+
+    Tests about the unmodified breaker are deselected if the tests use ours.
+    """
     for item in items:
         if is_on_another_server(item):
             item.add_marker(OTHER_SERVER)
-    if config.option.full or any("::" in argument for argument in config.args):
-        return
-    left_out = [item for item in items if is_left_out(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not is_left_out(item)]
+    if ways.is_breaker:
+        deselect(config, items, lambda item: item.get_closest_marker(UNMODIFIED) is not None)
+    if not config.option.full and not any("::" in argument for argument in config.args):
+        deselect(config, items, is_left_out)
+
+
+def deselect(config: pytest.Config, items: list[pytest.Item], is_unwanted: Callable[[pytest.Item], bool]) -> None:
+    """Deselect some tests, and report how many."""
+    unwanted = [item for item in items if is_unwanted(item)]
+    if unwanted:
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if not is_unwanted(item)]

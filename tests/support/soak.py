@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.fleet import Fleet, Make, Spec, Visits, flood, most_at_once
+from tests.support.fleet import Fleet, Make, Shared, Spec, Visits, flood, most_at_once
+from tests.support.places import client_at
 
 #: The storages, in the order of the table.
 MAKES: tuple[Make, ...] = ("stock", "ours")
@@ -29,14 +31,20 @@ class Soak:
         workers: Number of processes.
         per_outage: Calls that reached the dead dependency, by outage.
         trials_at_once: Most calls that were in the dead dependency at the same time once the circuit had opened.
+        trials: Calls that reached the dead dependency once the circuit had opened, by outage.
         notifications: ``state_change`` calls of all listeners of all workers.
+        authored: Those of them that are not known to be notices of another process's transition.
+        transitions: Transitions of the circuit, for storages of this package.
     """
 
     make: Make
     workers: int
     per_outage: tuple[int, ...]
     trials_at_once: int
+    trials: tuple[int, ...]
     notifications: int
+    authored: int
+    transitions: int
 
 
 def soak(
@@ -71,7 +79,9 @@ def soak(
         dead = [(at, at + outage) for at in (begin + pause + (outage + pause) * number for number in range(outages))]
         end = dead[-1][1] + pause
         fleet.run(flood, end, every=0.02, dead=dead, seconds=dead_call, at=begin, within=end - begin + 30.0)
-        notifications = len(fleet.transitions())
+        notified = fleet.transitions()
+    with contextlib.closing(client_at(f"unix:{unix_socket}")) as client:
+        transitions = Shared(client, spec.namespace).generation
     visits = Visits(log)
     reached = [visits.since(*interval) for interval in dead]
     # Calls in flight at the dependency's death have ended, and the circuit is open, well within one reset_timeout.
@@ -81,7 +91,10 @@ def soak(
         workers,
         tuple(len(calls) for calls in reached),
         max(most_at_once(calls) for calls in trials),
-        notifications,
+        tuple(len(calls) for calls in trials),
+        len(notified),
+        sum(item.noticed is not True for item in notified),
+        transitions,
     )
 
 
