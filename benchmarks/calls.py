@@ -11,10 +11,12 @@ import gc
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import redis
 
 from benchmarks.contenders import NEVER, Contender, Guard, Terms
 from pybreaker_redis.testing.servers import PrivateServer
@@ -30,6 +32,9 @@ WARM_UP_S = 2.0
 
 #: Bursts in a row that must cost the same until a circuit has settled.
 _SETTLED_BURSTS = 4
+
+#: As many bursts if calls cost round trips: a listener may take half a second until it notices a new circuit.
+_BUSY_BURSTS = 12
 
 #: Duration of a burst, in seconds.
 _BURST_S = 0.05
@@ -54,6 +59,21 @@ def down() -> None:
     raise Down
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Time that some calls of one thread took.
+
+    Attributes:
+        began: Time of the begin, in seconds.
+        ended: Time of the end, in seconds.
+        cpu: CPU time of the thread, in seconds.
+    """
+
+    began: float
+    ended: float
+    cpu: float
+
+
 @dataclass
 class Entrant:
     """Contender with a circuit that is ready for one action.
@@ -65,6 +85,7 @@ class Entrant:
         ends_with: Exception that each call raises, or ``None``.
         calls: Number of calls of a thread in one leg.
         seconds: Time per call of each leg, in seconds.
+        cpu_seconds: CPU time of the calling threads per call of each leg, in seconds.
     """
 
     name: str
@@ -73,11 +94,12 @@ class Entrant:
     ends_with: type[Exception] | None
     calls: int = 1
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
-    def run(self, calls: int) -> tuple[float, float]:
+    def run(self, calls: int) -> Span:
         """Make a number of calls, and return the times of begin and end."""
         call, ends_with = self.call, self.ends_with
-        began = time.perf_counter()
+        cpu_before, began = time.thread_time(), time.perf_counter()
         if ends_with is None:
             for _ in range(calls):
                 call()
@@ -88,13 +110,17 @@ class Entrant:
                 except ends_with:
                     continue
                 raise Unexpected(f"{self.name}: a call did not end as {self.action}")
-        return began, time.perf_counter()
+        return Span(began, time.perf_counter(), time.thread_time() - cpu_before)
+
+
+#: Function that creates a client.
+Connect = Callable[[], redis.Redis]
 
 
 @contextlib.contextmanager
-def guard_of(contender: Contender, server: PrivateServer, **terms: Any) -> Iterator[Guard]:
+def guard_of(contender: Contender, connect: Connect, **terms: Any) -> Iterator[Guard]:
     """Yield a guard with a new circuit and a new client."""
-    with contextlib.closing(server.client()) as client:
+    with contextlib.closing(connect()) as client:
         guard = contender.make(Terms(f"benchmark-{next(_circuits)}", **terms), client)
         try:
             yield guard
@@ -103,9 +129,18 @@ def guard_of(contender: Contender, server: PrivateServer, **terms: Any) -> Itera
 
 
 @contextlib.contextmanager
-def entrant(contender: Contender, action: Action, server: PrivateServer) -> Iterator[Entrant]:
-    """Yield an entrant with a settled circuit, which is open for the action ``rejected``."""
-    with guard_of(contender, server, fail_max=1 if action == "rejected" else NEVER) as guard:
+def entrant(
+    contender: Contender, action: Action, server: PrivateServer, connect: Connect | None = None
+) -> Iterator[Entrant]:
+    """Yield an entrant with a settled circuit, which is open for the action ``rejected``.
+
+    Args:
+        contender: Way to guard the call.
+        action: Result of each call.
+        server: Server that has the circuit.
+        connect: Function that creates a client of that server.  ``None``: a usual client.
+    """
+    with guard_of(contender, connect or server.client, fail_max=1 if action == "rejected" else NEVER) as guard:
         call = guard.around(down if action == "failure" else up)
         if action == "rejected":
             open_circuit(guard, call)
@@ -149,7 +184,8 @@ def settle(entrant: Entrant, server: PrivateServer) -> None:
                 calls += 1
             costs.append((reads() - before) / calls)
             last = costs[-_SETTLED_BURSTS:]
-            if len(last) == _SETTLED_BURSTS and max(last) - min(last) < 0.1:
+            is_free = max(last) < 0.1
+            if len(costs) >= (_SETTLED_BURSTS if is_free else _BUSY_BURSTS) and max(last) - min(last) < 0.1:
                 return
 
 
@@ -175,24 +211,27 @@ class Race:
     def round(self) -> None:
         """Run one leg of each entrant."""
         for runner in self.entrants:
-            runner.seconds.append(self._leg(runner))
+            seconds, cpu_seconds = self._leg(runner)
+            runner.seconds.append(seconds)
+            runner.cpu_seconds.append(cpu_seconds)
 
-    def _leg(self, runner: Entrant) -> float:
-        """Run a leg, and return the wall time per call over all threads, in seconds."""
+    def _leg(self, runner: Entrant) -> tuple[float, float]:
+        """Run a leg, and return wall time and CPU time per call over all threads, in seconds."""
         if self._threads == 1:
             spans = [runner.run(runner.calls)]
         else:
             legs = [self._crew.submit(self._run_together, runner) for _ in range(self._threads)]
             spans = [leg.result(DEADLINE_S) for leg in legs]
-        seconds = max(ended for _, ended in spans) - min(began for began, _ in spans)
-        return seconds / (runner.calls * self._threads)
+        seconds = max(span.ended for span in spans) - min(span.began for span in spans)
+        calls = runner.calls * self._threads
+        return seconds / calls, sum(span.cpu for span in spans) / calls
 
-    def _run_together(self, runner: Entrant) -> tuple[float, float]:
+    def _run_together(self, runner: Entrant) -> Span:
         self._start.wait(DEADLINE_S)
         return runner.run(runner.calls)
 
     def _find_calls(self, runner: Entrant, leg: float) -> None:
-        while (seconds := self._leg(runner) * runner.calls * self._threads) < leg / 2:
+        while (seconds := self._leg(runner)[0] * runner.calls * self._threads) < leg / 2:
             runner.calls *= 2
         runner.calls = max(1, round(runner.calls * leg / seconds))
 
@@ -205,3 +244,26 @@ class Race:
     def __exit__(self, *_: object) -> None:
         gc.unfreeze()
         self._crew.shutdown()
+
+
+@contextlib.contextmanager
+def race_of(
+    runners: Iterable[tuple[Contender, Action]],
+    server: PrivateServer,
+    *,
+    threads: int = 1,
+    leg: float,
+    connect: Connect | None = None,
+) -> Iterator[Race]:
+    """Yield a race of contenders.
+
+    Args:
+        runners: Contenders, each with the result of its calls, in the order in which they run.
+        server: Server that has the circuits.
+        threads: Number of threads that share each circuit.
+        leg: Approximate duration of an entrant's leg, in seconds.
+        connect: Function that creates a client of that server.  ``None``: a usual client.
+    """
+    with contextlib.ExitStack() as stack:
+        entrants = [stack.enter_context(entrant(item, action, server, connect)) for item, action in runners]
+        yield stack.enter_context(Race(entrants, threads=threads, leg=leg))

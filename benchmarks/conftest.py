@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from benchmarks import contenders
+from benchmarks.bounds import Bounds
 from pybreaker_redis.testing.servers import PrivateServer
 from tests.support import servers
 
 #: Packages that the summary lists with their versions.
-PACKAGES = ("pybreaker", "pybreaker_redis", "redis", "interlock-cb", "nopanic-redis", "aiobreaker", "lasier")
+PACKAGES = ("pybreaker", "pybreaker_redis", "redis", "hiredis", "interlock-cb", "nopanic-redis", "aiobreaker", "lasier")
 
 _tables = pytest.StashKey[list[str]]()
 
@@ -69,6 +70,12 @@ def quick(request: pytest.FixtureRequest) -> bool:
 def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Return a function that adds a table to the summary."""
     return request.config.stash[_tables].append
+
+
+@pytest.fixture
+def bounds(quick: bool, show: Callable[[str], None]) -> Bounds:
+    """Return promised bounds, which a quick run shows and does not enforce."""
+    return Bounds(show, are_enforced=not quick)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Packages that guard synchronous calls, and what each of them does per call.
 
-Each contender is called in the shortest documented way, with a separate redis-py client and without listeners.
+Each contender is called in the shortest documented way, with a separate redis-py client.  Listeners are named.
 `Terms.fail_max` failures in a row open each circuit.
 """
 
@@ -72,6 +72,11 @@ class Contender:
     make: Callable[[Terms, Any], Guard]
     needs: str
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the contender is part of this package."""
+        return self.needs == "pybreaker_redis"
+
     def missing(self) -> str:
         """Return the reason why the contender cannot run here, or an empty text."""
         try:
@@ -81,20 +86,45 @@ class Contender:
         return ""
 
 
-# -- breakers of pybreaker on different storages -----------------------------------------------------------------------
+# -- breakers of pybreaker and of this package -------------------------------------------------------------------------
 
 
-def _pybreaker(storage: Any, terms: Terms) -> Guard:
-    breaker = pybreaker.CircuitBreaker(
-        fail_max=terms.fail_max, reset_timeout=terms.reset_timeout, state_storage=storage
-    )
+def _guard(breaker: pybreaker.CircuitBreaker) -> Guard:
     return Guard(lambda function: partial(breaker.call, function), pybreaker.CircuitBreakerError)
+
+
+def _pybreaker(storage: Any, terms: Terms, **more: Any) -> Guard:
+    return _guard(
+        pybreaker.CircuitBreaker(
+            fail_max=terms.fail_max, reset_timeout=terms.reset_timeout, state_storage=storage, **more
+        )
+    )
+
+
+def _our_breaker(terms: Terms, **more: Any) -> Guard:
+    return _guard(
+        pybreaker_redis.CircuitBreaker(
+            fail_max=terms.fail_max, reset_timeout=terms.reset_timeout, name=terms.circuit, **more
+        )
+    )
 
 
 def pybreaker_memory(terms: Terms, client: Any) -> Guard:
     """Create a circuit that reads and sets attributes."""
     del client
     return _pybreaker(pybreaker.CircuitMemoryStorage("closed"), terms)
+
+
+def pybreaker_memory_heard(terms: Terms, client: Any) -> Guard:
+    """Create a circuit as `pybreaker_memory` does, with a listener that does nothing."""
+    del client
+    return _pybreaker(pybreaker.CircuitMemoryStorage("closed"), terms, listeners=[pybreaker.CircuitBreakerListener()])
+
+
+def our_breaker_memory(terms: Terms, client: Any) -> Guard:
+    """Create a circuit of our breaker in the memory of this process."""
+    del client
+    return _our_breaker(terms)
 
 
 def our_memory(terms: Terms, client: Any) -> Guard:
@@ -108,8 +138,18 @@ def pybreaker_redis_storage(terms: Terms, client: Any) -> Guard:
     return _pybreaker(pybreaker.CircuitRedisStorage("closed", client, namespace=terms.circuit), terms)
 
 
+def our_breaker_redis(terms: Terms, client: Any) -> Guard:
+    """Create a circuit of our breaker, which admits by its local view, and runs one script per failure."""
+    return _our_breaker(terms, redis=client)
+
+
+def our_breaker_heard(terms: Terms, client: Any) -> Guard:
+    """Create a circuit as `our_breaker_redis` does, with a listener that does nothing."""
+    return _our_breaker(terms, redis=client, listeners=[pybreaker.CircuitBreakerListener()])
+
+
 def our_redis(terms: Terms, client: Any) -> Guard:
-    """Create a circuit that runs one script per decision, and reads its local view otherwise."""
+    """Create a circuit of the unmodified breaker, for which the storage infers what each read and write means."""
     return _pybreaker(pybreaker_redis.CircuitRedisStorage("closed", client, namespace=terms.circuit), terms)
 
 
@@ -220,18 +260,33 @@ def lasier_redis(terms: Terms, client: Any) -> Guard:
 #: Contender that all others are compared with.
 REFERENCE = Contender("pybreaker, memory", False, pybreaker_memory, "pybreaker")
 
+#: Contender that shares a circuit as pybreaker does.
+STOCK = Contender("pybreaker, Redis", True, pybreaker_redis_storage, "pybreaker")
+
+#: The two ways in: our breaker, and pybreaker's unmodified breaker on our storage.
+OUR_BREAKER = Contender("our breaker, Redis", True, our_breaker_redis, "pybreaker_redis")
+OUR_STORAGE = Contender("our storage, Redis", True, our_redis, "pybreaker_redis")
+
+#: Circuits with one listener, the first of our breaker.
+HEARD = Contender("our breaker, Redis, one listener", True, our_breaker_heard, "pybreaker_redis")
+REFERENCE_HEARD = Contender("pybreaker, memory, one listener", False, pybreaker_memory_heard, "pybreaker")
+
 #: Names in the tables of the storages of `tests.support.fleet`.
 STORAGES: dict[Make, str] = {"stock": "pybreaker", "ours": "pybreaker_redis"}
 
 #: All contenders, in the order of the tables.
 CONTENDERS = (
     REFERENCE,
-    Contender("pybreaker_redis, memory", False, our_memory, "pybreaker_redis"),
+    REFERENCE_HEARD,
+    Contender("our breaker, memory", False, our_breaker_memory, "pybreaker_redis"),
+    Contender("our storage, memory", False, our_memory, "pybreaker_redis"),
     Contender("interlock, memory", False, interlock_memory, "interlock"),
     Contender("nopanic, memory", False, nopanic_memory, "nopanic"),
     Contender("aiobreaker, memory", False, aiobreaker_memory, "aiobreaker"),
-    Contender("pybreaker, Redis", True, pybreaker_redis_storage, "pybreaker"),
-    Contender("pybreaker_redis, Redis", True, our_redis, "pybreaker_redis"),
+    STOCK,
+    OUR_BREAKER,
+    HEARD,
+    OUR_STORAGE,
     Contender("interlock, Redis", True, interlock_redis, "interlock.integrations.redis"),
     Contender("nopanic, Redis", True, nopanic_redis, "nopanic_redis"),
     Contender("aiobreaker, Redis", True, aiobreaker_redis, "aiobreaker.storage.redis"),

@@ -37,6 +37,11 @@ class Spread:
         return f"{short(self.median)} ({short(self.low)} to {short(self.high)})"
 
 
+def ratio(values: Sequence[float], others: Sequence[float]) -> Spread:
+    """Return the spread of the ratios of two series that were measured in turn."""
+    return Spread.of(own / other for own, other in zip(values, others, strict=True))
+
+
 def short(value: float) -> str:
     """Return a number with three significant digits, or with all digits before the point."""
     if value == 0:

@@ -36,9 +36,10 @@ AFTERMATH_S = 0.03
 def test_round_trips(quick: bool, server: PrivateServer, show: Callable[[str], None]) -> None:
     """The figures are medians, because a heartbeat or a poll may fall into a step now and then."""
     calls, lives = (5, 3) if quick else (15, 7)
+    # Each contender takes a few seconds until its circuit has settled.
+    contenders = [item for item in at_hand(sharing=True) if not quick or item.is_own]
     costs = {
-        item.name: counted_calls(item, server, calls) | counted_changes(item, server, lives)
-        for item in at_hand(sharing=True)
+        item.name: counted_calls(item, server, calls) | counted_changes(item, server, lives) for item in contenders
     }
     rows = [[name, *(str(round(percentile(cost[step], 50))) for step in STEPS)] for name, cost in costs.items()]
     show(table("Round trips, counted at the server", ["", *STEPS], rows))
@@ -87,7 +88,7 @@ class Life:
 @contextlib.contextmanager
 def life(contender: Contender, server: PrivateServer) -> Iterator[Life]:
     """Yield a new circuit that has settled."""
-    with guard_of(contender, server, fail_max=1, reset_timeout=RESET_TIMEOUT_S) as guard:
+    with guard_of(contender, server.client, fail_max=1, reset_timeout=RESET_TIMEOUT_S) as guard:
         made = Life(guard.around(up), guard.around(down), guard.rejection)
         settle(Entrant(contender.name, "success", made.succeed, None), server)
         yield made

@@ -1,214 +1,222 @@
-"""Benchmark: load of the server by a fleet, while calls succeed and while calls fail."""
+"""Benchmark: load of the server by a fleet, while calls succeed, while calls fail, and without calls."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import pybreaker
 import pytest
 import redis
 
-from benchmarks.contenders import NEVER, STORAGES
-from benchmarks.figures import short, table
+from benchmarks.bounds import Bounds
+from benchmarks.figures import Spread, short, table
+from benchmarks.fleets import (
+    CALLS_PER_SECOND,
+    HOSTS,
+    MARGIN_S,
+    Usage,
+    fail_steadily,
+    fleet_of,
+    go_about,
+    listening,
+    turn_often,
+)
+from benchmarks.ways import EMPTY_SCRIPT, OURS, WAYS, Way
 from pybreaker_redis.testing.servers import PrivateServer
-from tests.support.fleet import DependencyDown, Fleet, Make, Spec, Worker, make_storage
+from tests.support import servers
+from tests.support.fleet import Fleet
 
-#: Number of processes, each of which stands for many.
-HOSTS = 5
+#: Guarded calls per second of the process that fails.
+FAILING_CALLS_PER_SECOND = 2000.0
 
-#: Guarded calls per second of each process that a host stands for.
-CALLS_PER_SECOND = 5.0
+#: Seconds of load before and after a measurement of a fleet that is connected.
+WARM_MARGIN_S = 0.5
 
-#: Percentage of failing calls in a storm.
-FAILING_PERCENT = 30
-
-#: Transitions per second, alternately to open and to closed.
-TRANSITIONS_PER_SECOND = 20.0
-
-#: Seconds within which all processes of a fleet must subscribe.
-DEADLINE_S = 30.0
-
-#: Seconds of load before and after a measurement.  Processes connect and subscribe in the first of them.
-MARGIN_S = 1.5
+#: Most CPU time of the server for a listening process without failures, in microseconds per second.
+LISTENING_LIMIT_US = 50.0
 
 
-def address(unix_socket: str, number: int) -> str:
-    """Return one of several addresses of a server.  A process has one listener for each address."""
-    return f"{unix_socket}.{number}"
-
-
-# Breakers of the processes that this worker stands for.
-_members: list[pybreaker.CircuitBreaker] = []
-
-
-def enlist(worker: Worker, members: int) -> None:
-    """Create a storage, connections and a listener for each of a number of processes."""
-    for number in range(members):
-        client = redis.Redis(unix_socket_path=address(worker.spec.place, number))
-        storage = make_storage(worker.spec, client)
-        _members.append(pybreaker.CircuitBreaker(fail_max=NEVER, state_storage=storage))
-        for _ in range(2):
-            # The first call finds the server, and the second one starts the listener.
-            _members[-1].call(lambda: None)
-
-
-def go_about(worker: Worker, seconds: float) -> float:
-    """Call each breaker in turn at the usual rate, and return the calls per second that the CPU permitted."""
-    made, began = 0, time.monotonic()
-    while time.monotonic() < began + seconds and not worker.dismissed:
-        with contextlib.suppress(pybreaker.CircuitBreakerError):
-            _members[made % len(_members)].call(lambda: None)
-        made += 1
-        time.sleep(max(0.0, began + made / CALLS_PER_SECOND / len(_members) - time.monotonic()))
-    return made / seconds
-
-
-def fail_often(worker: Worker, seconds: float) -> float:
-    """Call as fast as possible, with many failures that do not open the circuit, and return the calls per second."""
-
-    def dependency(number: int) -> None:
-        if number % 100 < FAILING_PERCENT:
-            raise DependencyDown
-
-    made, began = 0, time.monotonic()
-    while time.monotonic() < began + seconds and not worker.dismissed:
-        with contextlib.suppress(DependencyDown):
-            # Multiples of a prime scatter the failures in the same way in each run.
-            worker.breaker.call(dependency, made * 37)
-        made += 1
-    return made / seconds
-
-
-def turn_often(worker: Worker, seconds: float) -> float:
-    """Open and close the circuit by hand, and return the transitions per second."""
-    made, began = 0, time.monotonic()
-    while time.monotonic() < began + seconds and not worker.dismissed:
-        (worker.breaker.close if made % 2 else worker.breaker.open)()
-        made += 1
-        time.sleep(max(0.0, began + made / TRANSITIONS_PER_SECOND - time.monotonic()))
-    return made / seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Work of the server since its start.
+@dataclass(frozen=True)
+class Load:
+    """Calls of a fleet.
 
     Attributes:
-        at: Time of the measurement, in seconds of the monotonic clock.
-        cpu: CPU time, in seconds.
-        reads: Number of reads from connections, that is round trips.
-        published: Number of PUBLISH commands.
-        commands: Number of commands, including those of scripts.
+        name: Name in the table.
+        members: Number of listening processes.
+        failing_percent: Percentage of failures of the process that calls at `FAILING_CALLS_PER_SECOND`.
+        all_call: Whether the listening processes call, too.
+        limit: Most CPU time of the server per call, relative to stock.
     """
 
-    at: float
-    cpu: float
-    reads: int
-    published: int
-    commands: int
-
-    @classmethod
-    def of(cls, client: redis.Redis) -> Usage:
-        """Return the work until now."""
-        info = client.info("everything")
-        published = sum(info.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("publish", "spublish"))
-        cpu = info["used_cpu_sys"] + info["used_cpu_user"]
-        commands = sum(stat["calls"] for name, stat in info.items() if name.startswith("cmdstat_"))
-        return cls(time.monotonic(), cpu, info["total_reads_processed"], published, commands)
-
-    def since(self, before: Usage) -> Usage:
-        """Return the difference to an earlier measurement, with its duration in `at`."""
-        return Usage(*(getattr(self, name) - getattr(before, name) for name in self.__slots__))
+    name: str
+    members: int
+    failing_percent: int
+    all_call: bool
+    limit: float
 
 
-def listening(client: redis.Redis) -> int:
-    """Return the number of subscriptions."""
-    # Valkey 9.1.2 answers PUBSUB NUMSUB with 119551434 instead of 500.
-    return sum(int(connection["sub"]) for connection in client.client_list())
+LOADS = (
+    Load("every call fails, one process", members=1, failing_percent=100, all_call=False, limit=0.5),
+    Load("3 of 10 calls fail, 100 processes listen", members=100, failing_percent=30, all_call=True, limit=0.7),
+)
+
+
+@dataclass
+class Loaded:
+    """Fleet on a server of its own, with measurements.
+
+    Attributes:
+        fleet: The fleet.  Its first process is the one that fails.
+        client: Client of the server.
+        per_call: CPU time of the server per call in each round, without that of the idle fleet, in seconds.
+        round_trips: Round trips per call in each round, without those of the idle fleet.
+    """
+
+    fleet: Fleet
+    client: redis.Redis
+    per_call: list[float] = field(default_factory=list)
+    round_trips: list[float] = field(default_factory=list)
+
+    def watch(self, seconds: float) -> Usage:
+        """Return the work of the server during some seconds."""
+        before = Usage.of(self.client)
+        time.sleep(seconds)
+        return Usage.of(self.client).since(before)
+
+    def measure(self, way: Way, load: Load, seconds: float) -> None:
+        """Add one measurement."""
+        idle = self.watch(seconds / 2)
+        failing, *hosts = self.fleet.workers
+        whole = seconds + 2 * WARM_MARGIN_S
+        failing.begin(
+            fail_steadily,
+            way,
+            whole,
+            failing_percent=load.failing_percent,
+            calls_per_second=FAILING_CALLS_PER_SECOND,
+        )
+        calling = [failing, *(hosts if load.all_call else ())]
+        for host in calling[1:]:
+            host.begin(go_about, whole)
+        time.sleep(WARM_MARGIN_S)
+        used = self.watch(seconds)
+        calls = sum(worker.result() for worker in calling) * used.at
+        self.per_call.append((used.cpu - idle.cpu * used.at / idle.at) / calls)
+        self.round_trips.append((used.reads - idle.reads * used.at / idle.at) / calls)
 
 
 @contextlib.contextmanager
-def fleet_of(make: Make, members: int, server: PrivateServer, log: str) -> Iterator[Fleet]:
-    """Yield a fleet with active subscriptions, and one more process."""
-    spec = Spec(make, server.unix_socket, log, fail_max=NEVER)
-    hosts = min(HOSTS, members)
-    for number in range(members // hosts):
-        name = Path(address(server.unix_socket, number))
-        name.unlink(missing_ok=True)
-        name.symlink_to(server.unix_socket)
-    with Fleet([spec] * (hosts + 1)) as fleet, contextlib.closing(server.client()) as client:
-        for host in fleet.workers[1:]:
-            host.begin(enlist, members // hosts)
-        for host in fleet.workers[1:]:
-            host.result()
-        until = time.monotonic() + DEADLINE_S
-        while make == "ours" and (subscribed := listening(client)) != members:
-            if time.monotonic() > until:
-                pytest.fail(f"{subscribed} subscriptions instead of {members}")
-            time.sleep(0.1)
-        yield fleet
+def loaded(way: Way, members: int, directory: Path) -> Iterator[Loaded]:
+    """Yield a fleet on a new server."""
+    with PrivateServer(servers.at_hand()[0].binary) as server:
+        log = str(directory / f"{way}-{members}")
+        with fleet_of(way, members, server, log) as fleet, contextlib.closing(server.client()) as client:
+            yield Loaded(fleet, client)
 
 
-def measured(fleet: Fleet, server: PrivateServer, seconds: float, *, storming: bool) -> list[str]:
-    """Return the server's work per second under a fleet, with or without a process that often fails."""
-    failing, *hosts = fleet.workers
-    with contextlib.closing(server.client()) as client:
-        for host in hosts:
-            host.begin(go_about, seconds + 2 * MARGIN_S)
-        if storming:
-            failing.begin(fail_often, seconds + 2 * MARGIN_S)
-        time.sleep(MARGIN_S)
-        before = Usage.of(client)
-        time.sleep(seconds)
-        after = Usage.of(client)
-        subscribed = listening(client)
-        calls = sum(worker.result() for worker in (fleet.workers if storming else hosts))
-    seconds = after.at - before.at
-    published = (after.published - before.published) / seconds
-    cpu = (after.cpu - before.cpu) / seconds
-    return [
-        f"{calls:,.0f}",
-        f"{(after.reads - before.reads) / seconds:,.0f}",
-        short(published),
-        f"{published * subscribed:,.0f}",
-        f"{cpu:.1%}",
-        f"{cpu / calls * 1e6:.0f} µs",
-    ]
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: f"{load.failing_percent}-percent-{load.members}")
+def test_cost_of_a_call(load: Load, quick: bool, tmp_path: Path, show: Callable[[str], None], bounds: Bounds) -> None:
+    """All ways make the same number of calls per second, in turn.  The cost of an idle fleet is subtracted.
 
-
-def test_cost_at_the_server(quick: bool, server: PrivateServer, tmp_path: Path, show: Callable[[str], None]) -> None:
-    """A fleet calls at its usual rate.  In the storm one more process calls as fast as it can, and often fails."""
-    seconds, sizes = (1.0, [100]) if quick else (8.0, [100, 500])
+    The last way sends a script that does nothing.  No breaker that decides in scripts can cost less, so a bound below
+    is not enforced.
+    """
+    # A worker of a fleet ends itself after two minutes.
+    rounds, seconds = (1, 1.0) if quick else (5, 2.0)
+    with contextlib.ExitStack() as stack:
+        ways: tuple[Way, ...] = (*WAYS, "empty")
+        made = {way: stack.enter_context(loaded(way, load.members, tmp_path)) for way in ways}
+        for _ in range(rounds):
+            for way, item in made.items():
+                item.measure(way, load, seconds)
+    stock = made["stock"]
+    ratios_of = {
+        way: Spread.of(own / other for own, other in zip(item.per_call, stock.per_call, strict=True))
+        for way, item in made.items()
+    }
     rows = []
-    for members in sizes:
-        for make in STORAGES:
-            with fleet_of(make, members, server, str(tmp_path / f"{make}-{members}")) as fleet:
-                for storming in (False, True):
-                    figures = measured(fleet, server, seconds, storming=storming)
-                    rows.append([STORAGES[make], str(members), "storm" if storming else "quiet", *figures])
+    for way, item in made.items():
+        ratios = ratios_of[way]
+        rows.append(
+            [
+                WAYS.get(way, EMPTY_SCRIPT),
+                f"{short(Spread.of(item.per_call).median * 1e6)} µs",
+                "1" if item is stock else str(ratios),
+                short(Spread.of(item.round_trips).median),
+            ]
+        )
+        if way in OURS:
+            bounds.at_most(WAYS[way], ratios.median, load.limit, floor=ratios_of["empty"].median)
     show(
         table(
-            "At the server, per second",
-            ["", "processes", "", "guarded calls", "round trips", "published", "messages out", "of a CPU", "per call"],
+            f"At the server, per call: {load.name}",
+            ["", "of a CPU", "relative to pybreaker", "round trips"],
             rows,
-            f"Each process makes {CALLS_PER_SECOND:.0f} guarded calls per second. In the storm one more calls as fast "
-            f"as it can, and {FAILING_PERCENT} of 100 of its calls fail. {HOSTS} real processes stand for all, with "
-            "connections and a listener for each. Fewer calls than that mean that the CPUs of the callers are busy.",
+            f"One process makes {FAILING_CALLS_PER_SECOND:,.0f} calls per second"
+            + (f", and each of the others {CALLS_PER_SECOND:.0f}." if load.all_call else "."),
+            f"Medians of {rounds} rounds. {HOSTS} real processes stand for 100, with a listener for each.",
         )
     )
+    bounds.check(f"CPU of the server per call, relative to pybreaker: {load.name}")
+
+
+def test_cost_of_a_quiet_fleet(
+    quick: bool, server: PrivateServer, tmp_path: Path, show: Callable[[str], None], bounds: Bounds
+) -> None:
+    """Successful calls cost the server nothing but the heartbeats of the listeners.  The idle server is subtracted."""
+    seconds, sizes = (1.0, [100]) if quick else (10.0, [100, 500])
+    rows = []
+    with contextlib.closing(server.client()) as client:
+        before = Usage.of(client)
+        time.sleep(seconds)
+        alone = Usage.of(client).since(before)
+    for members in sizes:
+        for way in WAYS:
+            with (
+                fleet_of(way, members, server, str(tmp_path / f"{way}-{members}")) as fleet,
+                contextlib.closing(server.client()) as client,
+            ):
+                hosts = fleet.workers[1:]
+                for host in hosts:
+                    host.begin(go_about, seconds + 2 * MARGIN_S)
+                time.sleep(MARGIN_S)
+                before = Usage.of(client)
+                time.sleep(seconds)
+                used = Usage.of(client).since(before)
+                subscribed = listening(client)
+                calls = sum(host.result() for host in hosts)
+            cpu = used.cpu / used.at - alone.cpu / alone.at
+            per_process_us = cpu / members * 1e6
+            rows.append(
+                [
+                    *(WAYS[way], str(members), str(subscribed), f"{calls:,.0f}"),
+                    *(f"{used.reads / used.at:,.0f}", f"{cpu:.2%}", f"{per_process_us:.1f} µs"),
+                ]
+            )
+            if way != "stock":
+                bounds.at_most(f"{WAYS[way]}, {members} processes", per_process_us, LISTENING_LIMIT_US)
+    show(
+        table(
+            "At the server, per second, while all calls succeed",
+            ["", "processes", "listening", "guarded calls", "round trips", "of a CPU", "per process"],
+            rows,
+            f"Each process makes {CALLS_PER_SECOND:.0f} guarded calls per second. {HOSTS} real processes stand for "
+            "all, with connections and a listener for each.",
+        )
+    )
+    bounds.check("CPU of the server per second and listening process, in microseconds")
 
 
 def test_cost_of_a_transition(quick: bool, server: PrivateServer, tmp_path: Path, show: Callable[[str], None]) -> None:
     """The cost of a transition is the difference to a time without transitions, and includes all listeners."""
-    seconds, sizes = (2.0, [100]) if quick else (8.0, [1, 10, 100])
+    seconds, sizes = (1.0, [100]) if quick else (8.0, [1, 10, 100])
     rows = []
     for members in sizes:
         with (
-            fleet_of("ours", members, server, str(tmp_path / f"turns-{members}")) as fleet,
+            fleet_of("storage", members, server, str(tmp_path / f"turns-{members}")) as fleet,
             contextlib.closing(server.client()) as client,
         ):
             turning, *hosts = fleet.workers
