@@ -246,8 +246,8 @@ class CircuitBreaker(CheckedRules):
             permit = guard.admit()
         except CircuitOpenError as error:
             return cast("T", self._rejected(error, args, kwargs))
-        notify_before_call(self, func, args, kwargs)
         try:
+            notify_before_call(self, func, args, kwargs)
             result = func(*args, **kwargs)
         except BaseException as error:
             raise guard.settle_error(permit, error)
@@ -294,8 +294,8 @@ class CircuitBreaker(CheckedRules):
                 raise
             result = self._fallback(*args, **kwargs)
             return cast("T", await result if hasattr(type(result), "__await__") else result)
-        notify_before_call(self, func, args, kwargs)
         try:
+            notify_before_call(self, func, args, kwargs)
             result = await func(*args, **kwargs)
         except BaseException as error:
             raise await guard.settle_error_async(permit, error)

@@ -83,9 +83,9 @@ def _async_generator_wrapper(
     async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         guard = guard_of(breaker())
         permit = await guard.admit_async()
-        notify_before_call(breaker(), function, args, kwargs)
-        generator = function(*args, **kwargs)
         try:
+            notify_before_call(breaker(), function, args, kwargs)
+            generator = function(*args, **kwargs)
             # As `yield from` does, which asynchronous generators do not have.
             item = await generator.__anext__()
             while True:
@@ -128,7 +128,10 @@ class Calling(ContextDecorator):
     def __enter__(self) -> Permit:
         self._check_unused()
         self._permit = permit = self._guard.admit()
-        notify_before_call(self._breaker, self, (), {})
+        try:
+            notify_before_call(self._breaker, self, (), {})
+        except BaseException as error:
+            raise self._guard.settle_error(permit, error)
         return permit
 
     def __exit__(
@@ -146,7 +149,10 @@ class Calling(ContextDecorator):
     async def __aenter__(self) -> Permit:
         self._check_unused()
         self._permit = permit = await self._guard.admit_async()
-        notify_before_call(self._breaker, self, (), {})
+        try:
+            notify_before_call(self._breaker, self, (), {})
+        except BaseException as error:
+            raise await self._guard.settle_error_async(permit, error)
         return permit
 
     async def __aexit__(

@@ -451,6 +451,45 @@ class TestPermits:
         with ThreadPoolExecutor(1) as other:
             assert other.submit(breaker.call, up).result() == "answer"
 
+    def test_listener_that_is_interrupted_before_a_probe_returns_the_probe(self, make: Make) -> None:
+        """The call was admitted, and its function did not run."""
+
+        class Interrupted(CircuitBreakerListener):
+            def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
+                raise KeyboardInterrupt
+
+        breaker = make(listeners=[Interrupted()])
+
+        async def items() -> AsyncIterator[int]:
+            yield 1
+
+        async def collect() -> list[int]:
+            return [item async for item in breaker(items)()]
+
+        def block() -> None:
+            with breaker.calling():
+                pass
+
+        async def async_block() -> None:
+            async with breaker.calling():
+                pass
+
+        calls: list[Callable[[], Any]] = [
+            lambda: breaker.call(up),
+            lambda: asyncio.run(breaker.acall(answer_later)),
+            lambda: asyncio.run(collect()),
+            block,
+            lambda: asyncio.run(async_block()),
+        ]
+        for call in calls:
+            breaker.open()
+            make_due(breaker)
+            with pytest.raises(KeyboardInterrupt) as kept:
+                call()
+            # The error keeps the permit alive, so the garbage collector does not release the probe.
+            wait_for(lambda: not probe_token(breaker), "the return of the probe")
+            del kept
+
     def test_interruption_of_a_claim_is_raised(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         """A signal may arrive while the call waits for Redis."""
         breaker = make()
@@ -991,15 +1030,7 @@ class TestTasks:
         breaker = CircuitBreaker(reset_timeout=0, state_storage=CircuitRedisStorage("closed", client, "guarded"))
         breaker.open()
         core: Any = core_of(breaker)
-        begun, goes_on = threading.Event(), threading.Event()
-        carry_out = core.carry_out
-
-        def slow(intent: Any, budget: Any = None) -> Any:
-            begun.set()
-            assert goes_on.wait(20)
-            return carry_out(intent, budget)
-
-        monkeypatch.setattr(core, "carry_out", slow)
+        begun, goes_on = hold_requests(core, monkeypatch)
 
         async def run() -> None:
             task = asyncio.create_task(breaker.acall(answer_later))
@@ -1020,15 +1051,7 @@ class TestTasks:
         breaker = CircuitBreaker(state_storage=CircuitRedisStorage("closed", client, "guarded"))
         settled(breaker)
         core: Any = core_of(breaker)
-        begun, goes_on = threading.Event(), threading.Event()
-        carry_out = core.carry_out
-
-        def slow(intent: Any, budget: Any = None) -> Any:
-            begun.set()
-            assert goes_on.wait(20)
-            return carry_out(intent, budget)
-
-        monkeypatch.setattr(core, "carry_out", slow)
+        begun, goes_on = hold_requests(core, monkeypatch)
 
         async def run() -> None:
             task = asyncio.create_task(breaker.acall(fail_later))
@@ -1217,6 +1240,20 @@ class TestTasks:
         with pytest.raises(CircuitOpenError):
             asyncio.run(run(Down()))
         assert breaker.current_state == "open"
+
+
+def hold_requests(core: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Hold the requests of a circuit, and return the events at their begin and for their end."""
+    begun, goes_on = threading.Event(), threading.Event()
+    carry_out = core.carry_out
+
+    def slow(intent: Any, budget: Any = None) -> Any:
+        begun.set()
+        assert goes_on.wait(20)
+        return carry_out(intent, budget)
+
+    monkeypatch.setattr(core, "carry_out", slow)
+    return begun, goes_on
 
 
 def probe_token(breaker: CircuitBreaker) -> str:
